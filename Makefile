@@ -1,0 +1,34 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint types torture package clean
+
+demo: $(READY)  ## write a small K2, take it through every format and back, check every step
+	$(BIN)/k2quant demo demo-run
+
+test: $(READY)  ## the tests, as CI runs them
+	$(BIN)/pytest
+
+lint: $(READY)  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## strict types
+	$(BIN)/mypy
+
+torture: $(READY)  ## kill a conversion at 50 random points and compare what the resumed runs write
+	K2QUANT_KILLS=50 $(BIN)/pytest tests/test_kill.py
+
+package: $(READY)  ## build wheel and sdist, install the wheel alone elsewhere and convert with it
+	$(BIN)/python scripts/check_package.py
+
+clean:
+	rm -rf demo-run build dist *.egg-info
+
+$(READY): pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints-dev.txt --editable ".[dev]"
+	touch $(READY)

@@ -1,0 +1,42 @@
+"""Quantization and compression toolkit for Kimi K2: BF16, block-FP8 and INT4, exact, safe, at disk speed.
+
+Importing this package loads neither torch nor numpy; each function loads what it needs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from k2quant.convert import Conversion, convert
+from k2quant.errors import K2QuantError
+from k2quant.inspection import Inspection, inspect
+from k2quant.verify import Verification, verify, verify_checksums
+from k2quant.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from k2quant.formats.tensor import QuantizedTensor, dequantize, quantize
+
+__all__ = [
+    "Conversion",
+    "Inspection",
+    "K2QuantError",
+    "QuantizedTensor",
+    "Verification",
+    "__version__",
+    "convert",
+    "dequantize",
+    "inspect",
+    "quantize",
+    "verify",
+    "verify_checksums",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the functions that work on tensors in memory, and numpy with them, when they are first asked for."""
+    if name in {"QuantizedTensor", "dequantize", "quantize"}:
+        from k2quant.formats import tensor
+
+        return getattr(tensor, name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -1,0 +1,190 @@
+"""The header of one safetensors file: 8 bytes of length, JSON, data without gaps.
+
+A header is checked as strictly as the safetensors library checks it (`safetensors/src/tensor.rs`): the length fits the
+file, offsets start at 0, follow one another without gap or overlap and end where the file ends, and each tensor's bytes
+are those that its dtype and shape need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from k2quant.checkpoint.paths import open_regular
+from k2quant.checkpoint.strict_json import parse_object
+from k2quant.errors import MalformedFile, UnsupportedFormat
+from k2quant.formats.dtypes import ITEM_BYTES, TensorSpec
+
+HEADER_LIMIT = 100_000_000
+"""Largest header in bytes; the limit of the safetensors library."""
+
+DIMENSION_LIMIT = 16
+"""Most dimensions of a tensor; more are an attempt to keep the reader busy."""
+
+_SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
+
+
+class TensorEntry(NamedTuple):
+    """Where one tensor lies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    """Name of the shard."""
+    start: int
+    """First byte, from the beginning of the file."""
+    stop: int
+    """One past the last byte."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return self.stop - self.start
+
+
+class ShardHeader(NamedTuple):
+    """One safetensors file, as its header describes it."""
+
+    path: Path
+    size: int
+    """Bytes of the file."""
+    mtime_ns: int
+    """When it was last changed, in nanoseconds."""
+    sha256: str
+    """Digest of the header's bytes."""
+    tensors: dict[str, TensorEntry]
+
+
+def read_header(path: Path) -> ShardHeader:
+    """Read and check a shard's header.
+
+    Raises:
+        MalformedFile: the file is no safetensors file, or lies about its content.
+        UnsupportedFormat: it holds a dtype that belongs to another format.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        status = os.fstat(file.fileno())
+        size = status.st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise MalformedFile("too short for a safetensors file", file=path, found=f"{size} bytes")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(HEADER_LIMIT, size - 8):
+            raise MalformedFile(
+                "the header's length is impossible",
+                file=path,
+                expected=f"at most {min(HEADER_LIMIT, size - 8)}",
+                found=length,
+                remedy="was the download cut short?",
+            )
+        raw = file.read(length)
+    if len(raw) < length:
+        raise MalformedFile("the file shrank while it was read", file=path)
+    entries = _entries(parse_object(raw, file=path), path=path, data_start=8 + length)
+    _check_coverage(entries, path=path, data_start=8 + length, size=size)
+    return ShardHeader(
+        path, size, status.st_mtime_ns, hashlib.sha256(raw).hexdigest(), {entry.name: entry for entry in entries}
+    )
+
+
+def _entries(header: dict[str, Any], *, path: Path, data_start: int) -> list[TensorEntry]:
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise MalformedFile("__metadata__ must map strings to strings", file=path)
+    return [_entry(name, value, path=path, data_start=data_start) for name, value in header.items()]
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _entry(name: str, value: Any, *, path: Path, data_start: int) -> TensorEntry:
+    if not name.isprintable() or not name:
+        raise MalformedFile("a tensor's name is not printable", file=path, found=repr(name)[:200])
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise MalformedFile("expected dtype, shape and data_offsets alone", tensor=name, file=path)
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        _refuse_dtype(name, dtype, path)
+    if not isinstance(shape, list) or len(shape) > DIMENSION_LIMIT or not all(map(_is_size, shape)):
+        raise MalformedFile("the shape is no list of sizes", tensor=name, file=path, found=repr(shape)[:200])
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)) or offsets[0] > offsets[1]:
+        raise MalformedFile("data_offsets are no pair of sizes", tensor=name, file=path, found=repr(offsets)[:200])
+    if ITEM_BYTES[dtype] * prod(shape) != offsets[1] - offsets[0]:
+        raise MalformedFile(
+            "the offsets do not fit the shape",
+            tensor=name,
+            file=path,
+            expected=f"{dtype} {shape}",
+            found=f"{offsets[1] - offsets[0]} bytes",
+        )
+    return TensorEntry(name, dtype, tuple(shape), path.name, data_start + offsets[0], data_start + offsets[1])
+
+
+def _refuse_dtype(name: str, dtype: object, path: Path) -> None:
+    if dtype in _SUB_BYTE:
+        raise UnsupportedFormat(
+            f"dtype {dtype} belongs to a format that k2quant does not read",
+            tensor=name,
+            file=path,
+            expected="BF16, block-FP8 (E4M3) or INT4 weights",
+        )
+    raise MalformedFile("unknown dtype", tensor=name, file=path, found=repr(dtype)[:200])
+
+
+def _check_coverage(entries: Iterable[TensorEntry], *, path: Path, data_start: int, size: int) -> None:
+    end = data_start
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.stop)):
+        if entry.start != end:
+            raise MalformedFile(
+                "tensors overlap or leave a gap",
+                tensor=entry.name,
+                file=path,
+                expected=f"data from byte {end - data_start}",
+                found=f"byte {entry.start - data_start}",
+            )
+        end = entry.stop
+    if end != size:
+        raise MalformedFile(
+            "the file does not end where its last tensor ends",
+            file=path,
+            expected=f"{end} bytes",
+            found=f"{size} bytes",
+            remedy="download it again",
+        )
+
+
+def build_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Lay tensors out in a file.
+
+    Wider elements come first, so that every tensor is aligned to its own element; within a width the order is kept.
+
+    Args:
+        specs: the tensors in their order of preference.
+
+    Returns:
+        the file's first bytes (length and padded JSON), and for each tensor its first byte and one past its last,
+        counted from the beginning of the file.
+    """
+    ordered = sorted(specs.items(), key=lambda item: -ITEM_BYTES[item[1].dtype])
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, spec in ordered:
+        end = position + spec.nbytes
+        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    spans: dict[str, tuple[int, int]] = {}
+    for name, spec in ordered:
+        spans[name] = (start, start + spec.nbytes)
+        start = spans[name][1]
+    return struct.pack("<Q", len(text)) + text, spans

@@ -1,0 +1,124 @@
+"""Open only what lies inside the folder that was named, and write files that are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from k2quant.errors import MalformedFile, UnsafePath
+
+PARTIAL = ".partial"
+"""Suffix of a file that is being written; it is renamed when it is whole and on the disk."""
+
+
+def boundary(folder: Path) -> Path:
+    """Return the folder that links may not leave.
+
+    That is the checkpoint's own folder, or, for a snapshot in a Hugging Face cache (`models--x/snapshots/REV`, whose
+    files are links to `models--x/blobs`), the repository's folder in that cache.
+    """
+    real = folder.resolve()
+    if real.parent.name == "snapshots" and (real.parent.parent / "blobs").is_dir():
+        return real.parent.parent
+    return real
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file of the folder, refusing names and links that lead out of it.
+
+    Args:
+        folder: the checkpoint's folder.
+        name: a plain file name, as an index holds it.
+
+    Raises:
+        UnsafePath: the name has a separator, is `.` or `..`, or the file is a link out of the folder.
+    """
+    if name in {"", ".", ".."} or "/" in name or "\\" in name or not name.isprintable():
+        raise UnsafePath(
+            "not a plain file name", file=repr(name), remedy="a checkpoint's files lie directly in its folder"
+        )
+    path = folder / name
+    check_inside(folder, path)
+    return path
+
+
+def check_inside(folder: Path, path: Path) -> None:
+    """Refuse a path whose links lead out of the folder.
+
+    Raises:
+        UnsafePath: it does.
+    """
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise UnsafePath("cannot be resolved", file=path, found=str(error)) from error
+    if not real.is_relative_to(boundary(folder)):
+        raise UnsafePath("a link that leaves the folder", file=path, found=real, remedy="copy the file into the folder")
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading and return its descriptor.
+
+    Raises:
+        MalformedFile: it is a folder, pipe, socket or device.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not block
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise MalformedFile("not a regular file", file=path)
+    return descriptor
+
+
+def read_limited(path: Path, limit: int) -> bytes:
+    """Return a regular file's bytes.
+
+    Raises:
+        MalformedFile: it is larger than `limit` bytes, or no regular file.
+    """
+    with os.fdopen(open_regular(path), "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise MalformedFile("too large", file=path, expected=f"at most {limit} bytes")
+    return data
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[int]:
+    """Give a descriptor of `path` + `.partial`; flush and rename it to `path` when the block ends well."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.unlink(missing_ok=True)  # never write through a link that stands there
+    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    partial.rename(path)
+    sync_folder(path.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it is whole or not there."""
+    with replacing(path) as descriptor:
+        write_all(descriptor, data, 0)
+
+
+def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all bytes at an offset; the kernel may take fewer at once."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written

@@ -1,0 +1,182 @@
+"""A checkpoint as its index and headers describe it; no weight is read here.
+
+The index is the authority: a tensor that it lacks is missing, whatever the shards hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from k2quant import names
+from k2quant.checkpoint.header import ShardHeader, TensorEntry, read_header
+from k2quant.checkpoint.paths import inside, read_limited
+from k2quant.checkpoint.strict_json import parse_object
+from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
+from k2quant.formats.dtypes import FLOATS
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+
+_INDEX_LIMIT = 512_000_000  # K2.5's index of 208,550 tensors has about 20 MB
+_CONFIG_LIMIT = 16_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A folder with a safetensors checkpoint."""
+
+    folder: Path
+    shards: dict[str, ShardHeader]
+    """The shards that the index names, by file name, in natural order."""
+    tensors: dict[str, TensorEntry]
+    """The tensors that the index names, by shard and position; fused experts stand here one by one."""
+    unlisted: tuple[str, ...]
+    """Tensors that lie in a shard although the index does not name them. No conversion reads them."""
+    config: dict[str, Any] | None
+    """What config.json holds, or None where there is none."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what identifies this source: sizes, times and header digests of its shards, and its config."""
+        config = self.folder / CONFIG
+        return {
+            "shards": {
+                name: {"size": shard.size, "mtime_ns": shard.mtime_ns, "header_sha256": shard.sha256}
+                for name, shard in self.shards.items()
+            },
+            "config_sha256": hashlib.sha256(read_limited(config, _CONFIG_LIMIT)).hexdigest() if self.config else None,
+            "tensors_sha256": hashlib.sha256("\n".join(self.tensors).encode()).hexdigest(),
+        }
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's index, headers and config.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint, or one that lies about itself.
+    """
+    try:
+        return _open(folder)
+    except OSError as error:
+        message = "cannot be read"
+        raise CheckpointError(message, file=error.filename or folder, found=error.strerror or str(error)) from error
+
+
+def _open(folder: Path) -> Checkpoint:
+    if not folder.is_dir():
+        raise CheckpointError("not a folder", file=folder)
+    weight_map = _weight_map(folder)
+    shards = {name: read_header(inside(folder, name)) for name in sorted(set(weight_map.values()), key=_natural)}
+    missing = next((name for name, file in weight_map.items() if name not in shards[file].tensors), None)
+    if missing is not None:
+        raise MissingTensor(
+            "the index names a tensor that its shard lacks", tensor=missing, file=folder / weight_map[missing]
+        )
+    listed: list[TensorEntry] = []
+    unlisted: list[str] = []
+    for file, shard in shards.items():
+        for entry in sorted(shard.tensors.values(), key=lambda entry: (entry.start, entry.stop)):
+            if weight_map.get(entry.name) == file:
+                listed.append(entry)
+            else:
+                unlisted.append(entry.name)
+    return Checkpoint(folder, shards, _unfused(listed), tuple(unlisted), _read_config(folder))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts `model-2-of-61` before `model-10-of-61`."""
+    return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d{1,18})", name)]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return which shard holds which tensor, from the index or, without one, from a single shard's header."""
+    index = inside(folder, INDEX)
+    if index.exists():
+        content = parse_object(read_limited(index, _INDEX_LIMIT), file=index)
+        weight_map = content.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise MalformedFile("has no weight_map", file=index)
+        wrong = next((name for name, file in weight_map.items() if not isinstance(file, str)), None)
+        if wrong is not None:
+            raise MalformedFile("the file of a tensor is no string", tensor=repr(wrong)[:200], file=index)
+        stray = next((file for file in weight_map.values() if not file.endswith(".safetensors")), None)
+        if stray is not None:
+            raise UnsupportedFormat(
+                "the index names a file that is not safetensors", file=index, found=repr(stray)[:200], remedy=_NO_PICKLE
+            )
+        absent = next((file for file in set(weight_map.values()) if not inside(folder, file).exists()), None)
+        if absent is not None:
+            raise MissingTensor("the index names a file that is not there", file=folder / absent)
+        return weight_map
+    single = inside(folder, SINGLE)
+    if single.exists():
+        return dict.fromkeys(read_header(single).tensors, SINGLE)
+    raise _nothing_to_read(folder)
+
+
+_NO_PICKLE = "pickled weights are never loaded: convert them to safetensors with the tool that wrote them"
+
+
+def _nothing_to_read(folder: Path) -> CheckpointError:
+    files = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+    if pickles:
+        return UnsupportedFormat("only pickled weights here", file=folder, found=pickles[0], remedy=_NO_PICKLE)
+    if (folder / "INCOMPLETE").exists():
+        return CheckpointError(
+            "a conversion that has not finished", file=folder, remedy="run the same k2quant convert again to resume it"
+        )
+    return CheckpointError(
+        "no checkpoint here", file=folder, expected=f"{INDEX} or {SINGLE}", found=", ".join(files[:5]) or "an empty folder"
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any] | None:
+    path = inside(folder, CONFIG)
+    return parse_object(read_limited(path, _CONFIG_LIMIT), file=path) if path.exists() else None
+
+
+def _unfused(entries: list[TensorEntry]) -> dict[str, TensorEntry]:
+    """Return the tensors by name, with each fused experts tensor taken apart into its experts' projections."""
+    tensors: dict[str, TensorEntry] = {}
+    for entry in entries:
+        fused = names.fused_experts(entry.name)
+        for part in _experts(entry, fused) if fused else (entry,):
+            if part.name in tensors:
+                raise MalformedFile("stands twice, alone and in a fused tensor", tensor=part.name, file=entry.file)
+            tensors[part.name] = part
+    return tensors
+
+
+def _experts(entry: TensorEntry, fused: names.FusedExperts) -> list[TensorEntry]:
+    if entry.dtype not in FLOATS:
+        raise UnsupportedFormat(
+            "fused experts can be read from BF16, F16 and F32 only", tensor=entry.name, file=entry.file, found=entry.dtype
+        )
+    pieces = len(fused.projections)
+    if len(entry.shape) != 3 or not entry.nbytes or entry.shape[1] % pieces:
+        raise ShapeMismatch(
+            "fused experts",
+            tensor=entry.name,
+            file=entry.file,
+            expected="[E, 2I, H] for gate_up_proj, [E, H, I] for down_proj",
+            found=entry.shape,
+        )
+    experts, rows, width = entry.shape
+    step = entry.nbytes // (experts * pieces)
+    return [
+        TensorEntry(
+            f"{fused.prefix}{expert}.{projection}.weight",
+            entry.dtype,
+            (rows // pieces, width),
+            entry.file,
+            entry.start + (expert * pieces + piece) * step,
+            entry.start + (expert * pieces + piece + 1) * step,
+        )
+        for expert in range(experts)
+        for piece, projection in enumerate(fused.projections)
+    ]

@@ -1,0 +1,73 @@
+"""Read pieces of shards into buffers.
+
+Plain reads, not memory maps: a source that is cut short or changed while it is read ends in an error with a name, where
+a map would end the process with SIGBUS; and no page of the source counts as memory of ours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from k2quant.checkpoint.header import ShardHeader, TensorEntry
+from k2quant.checkpoint.paths import open_regular
+from k2quant.checkpoint.reader import Checkpoint
+from k2quant.checkpoint.weights import Weight
+from k2quant.errors import CheckpointError, ShapeMismatch
+
+
+def read_into(shard: ShardHeader, start: int, buffer: memoryview) -> None:
+    """Fill a buffer with a shard's bytes from `start` on.
+
+    Raises:
+        CheckpointError: the shard cannot be read, or is not the file any more whose header was read.
+    """
+    try:
+        descriptor = open_regular(shard.path)
+        try:
+            _check_unchanged(shard, os.fstat(descriptor))
+            while buffer:
+                count = os.preadv(descriptor, [buffer], start)
+                if count == 0:
+                    raise CheckpointError("ends too early", file=shard.path, remedy="was it cut short while it was read?")
+                buffer, start = buffer[count:], start + count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CheckpointError("cannot be read", file=shard.path, found=error.strerror or str(error)) from error
+
+
+def _check_unchanged(shard: ShardHeader, status: os.stat_result) -> None:
+    if (status.st_size, status.st_mtime_ns) != (shard.size, shard.mtime_ns):
+        raise CheckpointError(
+            "changed while it was read",
+            file=shard.path,
+            expected=f"{shard.size} bytes",
+            found=f"{status.st_size} bytes, changed at {status.st_mtime}",
+        )
+
+
+def read_tensor(source: Checkpoint, entry: TensorEntry) -> bytes:
+    """Return a whole tensor's bytes. For small ones."""
+    buffer = bytearray(entry.nbytes)
+    read_into(source.shards[entry.file], entry.start, memoryview(buffer))
+    return bytes(buffer)
+
+
+def check_packed_shapes(source: Checkpoint, weights: Iterable[Weight]) -> None:
+    """Compare what each `weight_shape` says with the packed words beside it.
+
+    Raises:
+        ShapeMismatch: they contradict each other.
+    """
+    for weight in weights:
+        size = weight.parts.get("weight_shape")
+        if size is None:
+            continue
+        data = read_tensor(source, size)
+        half = len(data) // 2
+        found = tuple(int.from_bytes(data[at : at + half], "little", signed=True) for at in (0, half))
+        if found != weight.shape:
+            raise ShapeMismatch(
+                "the value of weight_shape", tensor=size.name, file=size.file, expected=weight.shape, found=found
+            )

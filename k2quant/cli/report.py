@@ -1,0 +1,22 @@
+"""`k2quant report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(name="report")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write; default: k2quant_report.html in FOLDER.")
+def command(folder: Path, output: Path | None) -> None:
+    """Draw the report of a finished conversion in FOLDER as one HTML page with pictures.
+
+    \b
+    Example:
+        k2quant report Kimi-K2-Instruct-INT4
+    """
+    from k2quant.report import write_html
+
+    click.echo(str(write_html(folder, output)))

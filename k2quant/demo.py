@@ -1,0 +1,296 @@
+"""A small checkpoint in K2-Instruct's exact layout, and a tour of it through every format.
+
+Names, dtypes, partners and config are those of moonshotai/Kimi-K2-Instruct; only the sizes are small. As in the real
+model, 128 does not divide the rows of `kv_a_proj_with_mqa` (160 here, 576 there), and some scales lie in another shard
+than their weights, as those of DeepSeek-V3 do.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from k2quant import names
+from k2quant.checkpoint.header import build_header
+from k2quant.checkpoint.paths import write_whole
+from k2quant.checkpoint.reader import CONFIG, INDEX
+from k2quant.comparison import Finding
+from k2quant.convert import convert
+from k2quant.errors import CheckFailed
+from k2quant.formats.dtypes import TensorSpec
+from k2quant.formats.layouts import FormatName
+from k2quant.verify import verify, verify_checksums
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Shard = dict[str, tuple[str, "NDArray[Any]"]]
+"""Tensors of one shard: name to dtype (as safetensors names it) and array; BF16 and FP8 as bit patterns."""
+
+LAYERS, DENSE_LAYERS, EXPERTS = 3, 1, 16
+HIDDEN, DENSE, MOE, VOCABULARY = 512, 1024, 256, 2048
+HEADS, NOPE, ROPE, VALUE, Q_RANK, KV_RANK = 4, 64, 64, 64, 256, 96
+
+_ASTRAY = (7, 11)  # experts of layer 1 whose scales lie in the last shard
+
+K2_CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "first_k_dense_replace": DENSE_LAYERS,
+    "hidden_act": "silu",
+    "hidden_size": HIDDEN,
+    "initializer_range": 0.02,
+    "intermediate_size": DENSE,
+    "kv_lora_rank": KV_RANK,
+    "max_position_embeddings": 131072,
+    "model_type": "kimi_k2",
+    "moe_intermediate_size": MOE,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": EXPERTS,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": HEADS,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": LAYERS,
+    "num_key_value_heads": HEADS,
+    "num_nextn_predict_layers": 0,
+    "pretraining_tp": 1,
+    "q_lora_rank": Q_RANK,
+    "qk_nope_head_dim": NOPE,
+    "qk_rope_head_dim": ROPE,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.827,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.48.3",
+    "use_cache": True,
+    "v_head_dim": VALUE,
+    "vocab_size": VOCABULARY,
+}
+
+
+def matrices(layer: int) -> dict[str, tuple[int, int]]:
+    """Return the projections of a decoder layer by base, with their shapes `[out, in]`."""
+    prefix = f"model.layers.{layer}."
+    attention = {
+        "q_a_proj": (Q_RANK, HIDDEN),
+        "q_b_proj": (HEADS * (NOPE + ROPE), Q_RANK),
+        "kv_a_proj_with_mqa": (KV_RANK + ROPE, HIDDEN),
+        "kv_b_proj": (HEADS * (NOPE + VALUE), KV_RANK),
+        "o_proj": (HIDDEN, HEADS * VALUE),
+    }
+    mlps = [("mlp.", DENSE)]
+    if layer >= DENSE_LAYERS:
+        mlps = [("mlp.shared_experts.", MOE), *((f"mlp.experts.{expert}.", MOE) for expert in range(EXPERTS))]
+    shapes = {f"{prefix}self_attn.{name}": shape for name, shape in attention.items()}
+    for mlp, width in mlps:
+        shapes |= {f"{prefix}{mlp}{name}": (width, HIDDEN) for name in ("gate_proj", "up_proj")}
+        shapes[f"{prefix}{mlp}down_proj"] = (HIDDEN, width)
+    return shapes
+
+
+def write_k2(folder: Path, *, seed: int = 0) -> None:
+    """Write the small checkpoint: block FP8, a shard a layer, with index, config and two files beside them.
+
+    Args:
+        folder: where; it is made if need be.
+        seed: of the random weights.
+    """
+    import numpy as np
+
+    from k2quant.formats.tensor import quantize
+
+    random = np.random.default_rng(seed)
+    shards: dict[str, Shard] = {f"model-{layer + 1}-of-{LAYERS}.safetensors": {} for layer in range(LAYERS)}
+    first, last = (shards[f"model-{number}-of-{LAYERS}.safetensors"] for number in (1, LAYERS))
+    first["model.embed_tokens.weight"] = ("BF16", _bf16(random, (VOCABULARY, HIDDEN)))
+    for layer, shard in enumerate(shards.values()):
+        shard |= dict(_plain_tensors(layer, random))
+        for base, shape in matrices(layer).items():
+            weight = quantize(_bf16(random, shape), "fp8", name=base)
+            shard[f"{base}.weight"] = ("F8_E4M3", weight.codes)
+            home = last if layer == DENSE_LAYERS and names.expert(base) in _ASTRAY else shard
+            home[f"{base}.weight_scale_inv"] = ("F32", weight.scale)
+    last["model.norm.weight"] = ("BF16", _ones(HIDDEN))
+    last["lm_head.weight"] = ("BF16", _bf16(random, (VOCABULARY, HIDDEN)))
+    write_checkpoint(folder, shards, K2_CONFIG)
+    write_whole(folder / "generation_config.json", b'{"eos_token_id": 2, "max_length": 131072}\n')
+    write_whole(folder / "tokenizer_config.json", b'{"model_max_length": 131072}\n')
+
+
+def _plain_tensors(layer: int, random: np.random.Generator) -> Iterator[tuple[str, tuple[str, NDArray[Any]]]]:
+    """Yield the tensors of a layer that no release quantises."""
+    prefix = f"model.layers.{layer}."
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield f"{prefix}{norm}.weight", ("BF16", _ones(HIDDEN))
+    yield f"{prefix}self_attn.q_a_layernorm.weight", ("BF16", _ones(Q_RANK))
+    yield f"{prefix}self_attn.kv_a_layernorm.weight", ("BF16", _ones(KV_RANK))
+    yield f"{prefix}self_attn.rotary_emb.inv_freq", ("BF16", _bf16(random, (ROPE // 2,)))
+    if layer >= DENSE_LAYERS:
+        yield f"{prefix}mlp.gate.weight", ("BF16", _bf16(random, (EXPERTS, HIDDEN)))
+        bias = random.standard_normal(EXPERTS).astype("float32")
+        yield f"{prefix}mlp.gate.e_score_correction_bias", ("F32", bias)
+
+
+def _bf16(random: np.random.Generator, shape: tuple[int, ...]) -> NDArray[np.uint16]:
+    """Return normal weights of K2's initial spread as BF16 bits."""
+    import numpy as np
+
+    values = random.standard_normal(shape, np.float32) * np.float32(K2_CONFIG["initializer_range"])
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def _ones(size: int) -> NDArray[np.uint16]:
+    import numpy as np
+
+    return np.full(size, 0x3F80, np.uint16)
+
+
+def write_checkpoint(folder: Path, shards: Mapping[str, Shard], config: Mapping[str, Any] | None) -> None:
+    """Write shards, an index and a config.
+
+    Args:
+        folder: where; it is made if need be.
+        shards: the tensors of each shard, by its file name.
+        config: what config.json holds; None for no config.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    total = 0
+    for file, tensors in shards.items():
+        specs = {name: TensorSpec(dtype, array.shape) for name, (dtype, array) in tensors.items()}
+        header, spans = build_header(specs)
+        data = bytearray(header) + bytes(sum(spec.nbytes for spec in specs.values()))
+        for name, (start, stop) in spans.items():
+            data[start:stop] = tensors[name][1].tobytes()
+        write_whole(folder / file, bytes(data))
+        total += len(data) - len(header)
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_whole(folder / INDEX, json.dumps(index, indent=2).encode())
+    if config is not None:
+        write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
+
+
+class _Step(NamedTuple):
+    """One conversion of the tour."""
+
+    folder: str
+    source: str
+    to: FormatName
+    same_as: str | None
+    """An earlier folder whose tensors this one must equal byte for byte."""
+    promise: str
+
+
+_STEPS = (
+    _Step("bf16", "fp8", "bf16", None, "bit-equal to code * scale"),
+    _Step("fp8-again", "bf16", "fp8", "fp8", "same codes and scales as the source"),
+    _Step("int4", "fp8", "int4", None, "within INT4 rounding"),
+    _Step("int4-via-bf16", "bf16", "int4", "int4", "same bytes as FP8 -> INT4 directly"),
+    _Step("bf16-from-int4", "int4", "bf16", None, "bit-equal to code * scale"),
+    _Step("int4-again", "bf16-from-int4", "int4", "int4", "same codes and scales as before"),
+    _Step("fp8-from-int4", "int4", "fp8", None, "within FP8 rounding"),
+)
+
+
+class _Outcome(NamedTuple):
+    step: _Step
+    nbytes: int
+    seconds: float
+    findings: list[Finding]
+    failures: dict[str, str]
+
+
+def run(folder: Path) -> None:
+    """Write the checkpoint, convert it through every format, check each step and print what came out.
+
+    Raises:
+        CheckFailed: a step is not what it promises to be.
+    """
+    from rich.console import Console
+
+    console = Console()
+    write_k2(folder / "fp8")
+    console.print(f"A Kimi K2 in everything but size: {folder / 'fp8'}")
+    outcomes = [_take(folder, step) for step in _STEPS]
+    _print(console, outcomes, (folder / "bf16").resolve())
+    console.print(f"\nSee a report as a page:  k2quant report {folder / 'int4'}")
+    failures = [f"{o.step.folder}: {name} {why}" for o in outcomes for name, why in o.failures.items()]
+    if failures:
+        raise CheckFailed(f"{len(failures)} checks failed, first {failures[0]}")
+
+
+def _take(folder: Path, step: _Step) -> _Outcome:
+    """Convert, verify against the source and its checksums, and compare with the folder it must equal."""
+    begun = time.perf_counter()
+    done = convert(folder / step.source, folder / step.folder, to=step.to, restart=True)
+    seconds = time.perf_counter() - begun
+    checked = verify(folder / step.source, folder / step.folder)
+    failures = {**checked.failures, **verify_checksums(folder / step.folder).failures}
+    if step.same_as is not None:
+        equal = verify(folder / step.same_as, folder / step.folder)
+        failures |= {f.name: f"differs from {step.same_as}" for f in equal.findings if f.relation not in _EQUAL}
+    return _Outcome(step, done.report["bytes_written"], seconds, checked.findings, failures)
+
+
+_EQUAL = ("bit-equal", "codes equal")
+
+
+def _print(console: Any, outcomes: list[_Outcome], bf16: Path) -> None:
+    from rich.table import Table
+
+    from k2quant.cli.screen import size
+    from k2quant.kernels.figures import Figures
+
+    full = sum(path.stat().st_size for path in bf16.glob("*.safetensors"))
+    table = Table(title="Through every format and back", title_justify="left")
+    for column in ("conversion", "size", "of BF16", *_CLASSES, "promise", "kept", "seconds"):
+        table.add_column(column, justify="left" if column in {"conversion", "promise"} else "right", no_wrap=True)
+    for outcome in outcomes:
+        sums = {kind: Figures() for kind in _CLASSES}
+        for finding in outcome.findings:
+            kind = names.tensor_class(finding.name)
+            if kind in sums and finding.figures is not None:
+                sums[kind] += finding.figures
+        table.add_row(
+            f"{outcome.step.source} -> {outcome.step.folder}",
+            size(outcome.nbytes),
+            f"{outcome.nbytes / full:.2f}x",
+            *("exact" if figures.exact else f"{figures.sqnr_db:.1f} dB" for figures in sums.values()),
+            outcome.step.promise,
+            "no" if outcome.failures else "yes",
+            f"{outcome.seconds:.2f}",
+        )
+    console.print(table)
+
+
+_CLASSES = ("routed experts", "shared experts", "dense mlp", "attention")

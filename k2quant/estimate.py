@@ -1,0 +1,113 @@
+"""What a conversion will cost, from a few tenths of a second of measuring on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from k2quant.checkpoint.panels import panel_state
+from k2quant.checkpoint.reading import read_into
+from k2quant.formats.layouts import Format, weight_count
+from k2quant.plan import Plan
+
+_PROBE_ROWS, _PROBE_WIDTH = 512, 2048
+_PROBE_BYTES = 2**26
+_PROBE_SECONDS = 0.1
+_COPY_RATE = 3e9  # bytes a second and core for a copy with its checksum, measured on one core of 2.6 GHz
+
+
+class Estimate(NamedTuple):
+    """The cost of a conversion."""
+
+    bytes_read: int
+    bytes_written: int
+    peak_memory: int
+    """Bytes."""
+    disk_free: int
+    """Bytes free where the destination will lie."""
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room for the output."""
+        return self.bytes_written <= self.disk_free
+
+
+def estimate(plan: Plan, destination: Path, *, workers: int) -> Estimate:
+    """Estimate a conversion. Nothing is left behind at the destination."""
+    where = next(folder for folder in (destination, *destination.absolute().parents) if folder.is_dir())
+    compute = _compute_seconds(plan) / workers
+    disk = plan.bytes_read / _read_rate(plan) + plan.bytes_written / _write_rate(where)
+    return Estimate(
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        peak_memory=plan.peak_memory(workers),
+        disk_free=shutil.disk_usage(where).free,
+        seconds=max(compute, disk),
+    )
+
+
+def _compute_seconds(plan: Plan) -> float:
+    """Return the seconds that one core needs for the codecs and copies."""
+    pairs: dict[tuple[Format, Format], int] = {}
+    copied = 0
+    for job in plan.jobs():
+        if job.target is not None and job.weight.format is not None:
+            pair = (job.weight.format, job.target)
+            pairs[pair] = pairs.get(pair, 0) + weight_count(job.weight.shape)
+        else:
+            copied += sum(entry.nbytes for entry in job.weight.parts.values())
+    return copied / _COPY_RATE + sum(count / _codec_rate(*pair) for pair, count in pairs.items())
+
+
+def _codec_rate(source: Format, target: Format) -> float:
+    """Return the weights a second that one core converts, on a panel of small random codes."""
+    import numpy as np
+
+    from k2quant.formats.transcode import Scratch, as_array, transcode
+    from k2quant.kernels.seam import codecs
+
+    shape, random, scratch = (_PROBE_ROWS, _PROBE_WIDTH), np.random.default_rng(0), Scratch()
+    parts = {}
+    for suffix, spec in panel_state(source, shape, 0, _PROBE_ROWS).items():
+        if suffix in {"weight_scale", "weight_scale_inv"} or source.name == "bf16":
+            value = random.standard_normal(spec.shape, np.float32)
+            bits = (np.abs(value) if suffix != "weight" else value).view(np.uint32) >> 16
+            narrow = {"F32": value, "F16": value.astype(np.float16), "BF16": bits.astype(np.uint16)}[spec.dtype]
+            parts[suffix] = np.abs(narrow) if suffix != "weight" and spec.dtype != "BF16" else narrow
+        else:
+            parts[suffix] = as_array(random.integers(0, 0x7E, spec.nbytes, np.uint8), spec)
+    outputs = {
+        suffix: scratch.take(suffix, spec) for suffix, spec in panel_state(target, shape, 0, _PROBE_ROWS).items()
+    }
+    cpu, rounds, seconds = codecs("cpu"), -1, 0.0
+    while rounds < 1 or seconds < _PROBE_SECONDS:  # the first round compiles or loads the codec and does not count
+        begun = time.perf_counter()
+        transcode(source, target, parts, outputs, codecs=cpu, scratch=scratch)
+        rounds += 1
+        seconds += (time.perf_counter() - begun) if rounds else 0.0
+    return rounds * weight_count(shape) / seconds
+
+
+def _read_rate(plan: Plan) -> float:
+    """Return the bytes a second at which the beginning of the source can be read."""
+    shard = next(iter(plan.source.shards.values()))
+    buffer = memoryview(bytearray(min(_PROBE_BYTES, shard.size)))
+    begun = time.perf_counter()
+    read_into(shard, 0, buffer)
+    return len(buffer) / max(time.perf_counter() - begun, 1e-6)
+
+
+def _write_rate(folder: Path) -> float:
+    """Return the bytes a second at which a file can be written and flushed there."""
+    size = min(_PROBE_BYTES, shutil.disk_usage(folder).free // 2)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        begun = time.perf_counter()
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
+        return max(size, 1) / max(time.perf_counter() - begun, 1e-6)

@@ -1,0 +1,51 @@
+"""How far rounding to a format may move a weight: the check that needs no knowledge of who rounded.
+
+With the scale `s` that is stored, `w` before and `w'` after, both as BF16 values:
+
+- INT4: codes are whole numbers, so |w - w'| <= s/2; rounding code * s to BF16 adds at most 7s * 2^-9, and the
+  compressed-tensors grid clamps at 7.5 after a division in BF16: 0.55 s covers all of it.
+- FP8: E4M3 has three mantissa bits, so |w - w'| <= |w| / 16, or s * 2^-10 among its subnormal codes; rounding to BF16
+  adds |w| * 2^-8 at the most.
+- Where the scale itself is subnormal it has few bits left, hence 2^-130 on top.
+- BF16: nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from k2quant.formats.layouts import Format, Fp8, Int4
+from k2quant.formats.transcode import Parts, widened
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from k2quant.kernels.seam import Codecs
+
+_INT4_STEPS = 0.55
+_FP8_STEPS = 2.0**-10 * 1.01
+_FP8_RELATIVE = 1 / 16 + 2.0**-8
+_FLOOR = 2.0**-130
+
+
+def budget(
+    layout: Format, before: NDArray[np.uint16], after: NDArray[np.uint16], parts: Parts, *, codecs: Codecs
+) -> int:
+    """Count the weights of a panel that are further off than the rounding of their format explains.
+
+    Args:
+        layout: the format that was rounded to.
+        before: BF16 bits `[R, K]`.
+        after: BF16 bits `[R, K]`, decoded from `parts`.
+        parts: the panel's tensors in that format.
+        codecs: who does the arithmetic.
+    """
+    if isinstance(layout, Int4):
+        scale = widened(parts["weight_scale"])
+        return codecs.outside(before, after, scale, (1, layout.group), _INT4_STEPS, 0.0, _FLOOR)
+    if isinstance(layout, Fp8):
+        scale = parts["weight_scale_inv"]
+        return codecs.outside(before, after, scale, layout.block, _FP8_STEPS, _FP8_RELATIVE, _FLOOR)
+    return int(np.count_nonzero((before != after) & ((before | after) & 0x7FFF != 0)))

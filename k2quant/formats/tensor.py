@@ -1,0 +1,152 @@
+"""Quantise and dequantise one tensor in memory, as numpy or torch arrays.
+
+For training loops that push weights to an inference engine without files. numpy has no BF16 and no FP8: they are seen
+as their bit patterns, uint16 and uint8. A torch tensor on the CPU is worked on in place of its memory, without a copy;
+one on a GPU is worked on there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from k2quant.errors import DtypeMismatch, ShapeMismatch, UsageError
+from k2quant.formats.dtypes import TensorSpec
+from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Grid, Int4
+from k2quant.formats.transcode import Parts, Scratch, located, transcode
+from k2quant.kernels.seam import codecs
+from k2quant.kernels.values import ValueAt
+
+
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """One weight in a quantised format."""
+
+    format: Format
+    codes: Any
+    """FP8: codes `[N, K]` (torch.float8_e4m3fn, or numpy uint8). INT4: packed words int32 `[N, K/8]`."""
+    scale: Any
+    """FP8: float32 `[ceil(N/128), ceil(K/128)]`. INT4: BF16 `[N, K/32]` (torch.bfloat16, or numpy uint16 bits)."""
+    shape: tuple[int, int]
+    """`[N, K]`."""
+
+    def tensors(self, base: str) -> dict[str, Any]:
+        """Return the tensors as a checkpoint names them, for the weight `base` (no suffix)."""
+        if isinstance(self.format, Fp8):
+            return {f"{base}.weight": self.codes, f"{base}.weight_scale_inv": self.scale}
+        size: Any = np.array(self.shape, np.int32)
+        if not isinstance(self.codes, np.ndarray):
+            import torch
+
+            size = torch.from_numpy(size)
+        return {
+            f"{base}.weight_packed": self.codes,
+            f"{base}.weight_scale": self.scale,
+            f"{base}.weight_shape": size,
+        }
+
+
+def quantize(weight: Any, to: FormatName, *, grid: Grid = "moonshot", name: str = "weight") -> QuantizedTensor:
+    """Quantise one matrix exactly as a conversion of a checkpoint would.
+
+    Args:
+        weight: `[N, K]`; torch bfloat16, float16 or float32, or numpy float16, float32 or uint16 (BF16 bits).
+        to: `fp8` (blocks of 128x128) or `int4` (groups of 32 columns).
+        grid: the INT4 rounding rule.
+        name: the tensor's name, for error messages.
+
+    Returns:
+        codes and scale as arrays of the same library, on the same device.
+
+    Raises:
+        UsageError: `to` is no quantised format.
+        ShapeMismatch: no matrix, or a width that INT4 cannot have.
+        BadValue: NaN or infinity in the weight.
+    """
+    if to not in {"fp8", "int4"}:
+        raise UsageError(f"a tensor is quantised to fp8 or int4, not to {to}")
+    target: Format = Fp8() if to == "fp8" else Int4(grid=grid)
+    array, dtype = _as_numpy(weight)
+    if array.ndim != 2 or not array.size:
+        raise ShapeMismatch("a quantised weight is a matrix", tensor=name, expected="[N, K]", found=tuple(array.shape))
+    shape = (int(array.shape[0]), int(array.shape[1]))
+    state = target.state(shape, name=name) if isinstance(target, Int4) else target.state(shape)
+    state.pop("weight_shape", None)
+    scratch = Scratch()
+    outputs = {suffix: scratch.take(suffix, spec) for suffix, spec in state.items()}
+    _guarded(Bf16(dtype=dtype), target, {"weight": array}, outputs, name, _device(weight))
+    codes, scale = outputs.values()
+    return QuantizedTensor(
+        target,
+        _like(weight, codes, "F8_E4M3" if to == "fp8" else "I32"),
+        _like(weight, scale, "F32" if to == "fp8" else "BF16"),
+        shape,
+    )
+
+
+def dequantize(tensor: QuantizedTensor, *, name: str = "weight") -> Any:
+    """Return the BF16 weight `[N, K]` that codes and scale mean: torch bfloat16, or numpy uint16 bits.
+
+    Raises:
+        ShapeMismatch: codes or scale do not have the shape that the format gives them.
+        BadValue: a NaN code, a scale that is negative or not finite, or an overflow.
+    """
+    codes, _ = _as_numpy(tensor.codes)
+    scale, _ = _as_numpy(tensor.scale)
+    parts = dict(zip(tensor.format.state(tensor.shape), (codes, scale), strict=False))
+    for suffix, array in parts.items():
+        expected = tensor.format.state(tensor.shape)[suffix].shape
+        if array.shape != expected:
+            raise ShapeMismatch(tensor=f"{name} ({suffix})", expected=expected, found=tuple(array.shape))
+    out = Scratch().take("weight", TensorSpec("BF16", tensor.shape))
+    _guarded(tensor.format, Bf16(), parts, {"weight": out}, name, _device(tensor.codes))
+    return _like(tensor.codes, out, "BF16")
+
+
+def _guarded(source: Format, target: Format, parts: Parts, outputs: Parts, name: str, device: str) -> None:
+    try:
+        transcode(source, target, parts, outputs, codecs=codecs(device), scratch=Scratch())
+    except ValueAt as error:
+        raise located(error, source, 0, dict.fromkeys([*parts, "weight_scale"], name), "memory") from error
+
+
+def _device(tensor: Any) -> str:
+    return "cpu" if isinstance(tensor, np.ndarray) else str(tensor.device)
+
+
+_TORCH_VIEWS = {"bfloat16": ("uint16", "BF16"), "float8_e4m3fn": ("uint8", "F8_E4M3")}
+_DTYPES = {"float16": "F16", "float32": "F32", "uint16": "BF16", "int32": "I32", "uint8": "F8_E4M3"}
+
+
+def _as_numpy(tensor: Any) -> tuple[np.ndarray[Any, Any], str]:
+    """Return a C-contiguous numpy view (or, from a GPU, a copy) and the safetensors dtype it stands for."""
+    if isinstance(tensor, np.ndarray):
+        array = np.ascontiguousarray(tensor)
+        if array.dtype.name == "bfloat16":  # ml_dtypes
+            array = array.view(np.uint16)
+    else:
+        import torch
+
+        plain = tensor.detach().contiguous()
+        kind = str(plain.dtype).removeprefix("torch.")
+        if kind in _TORCH_VIEWS:
+            plain = plain.view(getattr(torch, _TORCH_VIEWS[kind][0]))
+        array = plain.cpu().numpy()
+    if array.dtype.name not in _DTYPES:
+        raise DtypeMismatch(expected=", ".join(_DTYPES), found=array.dtype.name)
+    return array, _DTYPES[array.dtype.name]
+
+
+def _like(example: Any, array: np.ndarray[Any, Any], dtype: str) -> Any:
+    """Return an array as the library and device of the example have it."""
+    if isinstance(example, np.ndarray):
+        return array
+    import torch
+
+    views = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+    tensor = torch.from_numpy(array)
+    return (tensor.view(views[dtype]) if dtype in views else tensor).to(example.device)

@@ -1,0 +1,109 @@
+"""What a tensor's name means in a Kimi K2 or DeepSeek-V3 checkpoint.
+
+Nothing here counts layers or experts: a name is read on its own. `base` is a name without its last part, such as
+`model.layers.3.mlp.experts.17.up_proj`; the last part (`weight`, `weight_packed`, ...) is the suffix.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+TENSOR_CLASSES = (
+    "routed experts",
+    "shared experts",
+    "dense mlp",
+    "attention",
+    "router",
+    "norm",
+    "embedding",
+    "head",
+    "mtp",
+    "vision",
+    "projector",
+    "other",
+)
+"""The classes that tables and pictures group by, in the order in which they show them."""
+
+_LAYER = r"(?P<prefix>(?:language_model\.)?model\.(?:language_model\.)?)layers\.(?P<layer>\d+)\."
+
+# The projections that Moonshot ships as block FP8: attention, dense layer, shared and routed experts. `q_proj` stands
+# in for q_a and q_b where a model has no query compression. The router `mlp.gate` and `eh_proj` are none.
+_PROJECTION = re.compile(
+    _LAYER + r"(?:self_attn\.(?:q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
+    r"|mlp\.(?:shared_experts\.|experts\.(?P<expert>\d+)\.)?(?:gate|up|down)_proj)"
+)
+
+_FUSED = re.compile(_LAYER + r"mlp\.experts\.(?P<projection>gate_up_proj|down_proj)")
+
+_CLASS_PATTERNS = tuple(
+    (kind, re.compile(pattern))
+    for kind, pattern in (
+        ("vision", r"(^|\.)(vision_tower|visual|vision_model)\."),
+        ("projector", r"(^|\.)(mm_projector|multi_modal_projector)\."),
+        ("routed experts", r"\.mlp\.experts\."),
+        ("shared experts", r"\.mlp\.shared_experts?\."),
+        ("router", r"\.mlp\.gate\."),
+        ("norm", r"(norm|\.enorm|\.hnorm)\d*\.(weight|bias)$"),
+        ("dense mlp", r"\.mlp\."),
+        ("attention", r"\.self_attn\."),
+        ("embedding", r"(^|\.)embed_tokens\."),
+        ("head", r"(^|\.)(lm_head|shared_head\.head)\."),
+        ("mtp", r"\.eh_proj\."),
+    )
+)
+
+
+class FusedExperts(NamedTuple):
+    """Where the experts of a fused tensor belong."""
+
+    prefix: str
+    """Everything before the expert's number, such as `model.layers.3.mlp.experts.`"""
+    projections: tuple[str, ...]
+    """The projections that lie one after another along the rows of each expert."""
+
+
+def split(name: str) -> tuple[str, str]:
+    """Return base and suffix: `a.b.weight` gives (`a.b`, `weight`)."""
+    base, _, suffix = name.rpartition(".")
+    return base, suffix
+
+
+def is_projection(base: str) -> bool:
+    """Tell whether a base is one of the matrices that Moonshot quantises in some release."""
+    return _PROJECTION.fullmatch(base) is not None
+
+
+def is_routed_expert(base: str) -> bool:
+    """Tell whether a base is a projection of a routed expert."""
+    match = _PROJECTION.fullmatch(base)
+    return match is not None and match["expert"] is not None
+
+
+def layer(name: str) -> int | None:
+    """Return the decoder layer that a tensor belongs to, or None for one outside the layers."""
+    match = re.match(_LAYER, name)
+    return int(match["layer"]) if match else None
+
+
+def expert(base: str) -> int | None:
+    """Return the number of the routed expert that a base belongs to, or None."""
+    match = _PROJECTION.fullmatch(base)
+    return int(match["expert"]) if match and match["expert"] is not None else None
+
+
+def tensor_class(name: str) -> str:
+    """Return the class of a tensor, one of `TENSOR_CLASSES`."""
+    return next((kind for kind, pattern in _CLASS_PATTERNS if pattern.search(name)), "other")
+
+
+def fused_experts(name: str) -> FusedExperts | None:
+    """Read the name of an experts tensor that holds all experts of a layer, as transformers 5 keeps them.
+
+    `gate_up_proj` is `[E, 2I, H]` with the gate's rows first; `down_proj` is `[E, H, I]`.
+    """
+    match = _FUSED.fullmatch(name)
+    if match is None:
+        return None
+    projections = ("gate_proj", "up_proj") if match["projection"] == "gate_up_proj" else ("down_proj",)
+    return FusedExperts(name[: match.start("projection")], projections)

@@ -1,0 +1,275 @@
+"""What a conversion will write, computed from headers alone.
+
+A plan is pure data. `convert` obeys it, `--dry-run` prints it, and its shards are independent tasks: a cluster can give
+each to another machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from k2quant import config, names
+from k2quant.checkpoint.header import TensorEntry, build_header
+from k2quant.checkpoint.panels import PANEL_WEIGHTS, ROW_STEP
+from k2quant.checkpoint.paths import check_inside
+from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
+from k2quant.checkpoint.weights import Weight, group_tensors
+from k2quant.errors import UsageError
+from k2quant.formats.dtypes import TensorSpec
+from k2quant.formats.layouts import Format, FormatName, Grid, Int4
+from k2quant.policy import Policy, Scope, make_policy
+
+REPORT = "k2quant_report.json"
+INCOMPLETE = "INCOMPLETE"
+"""A file that stands in the destination as long as it is not finished, and says so to whoever looks."""
+
+COPY_BYTES = 2**23
+"""Bytes that one task copies."""
+
+_BASE_MEMORY = 220_000_000  # interpreter, numpy, numba and its compiled codecs, measured
+_BYTES_PER_WEIGHT = 8  # of a panel in flight: at most 4 read (F32), 2 as BF16, 2 written
+
+
+class Options(NamedTuple):
+    """What the user asked for; two runs with equal options write the same bytes."""
+
+    to: FormatName
+    scope: Scope | None = None
+    """None: as Moonshot ships this format."""
+    ignore: tuple[str, ...] = ()
+    grid: Grid | None = None
+    """None: moonshot."""
+    shard_size: int | None = None
+    """Bytes; None: the source's shards."""
+
+
+class Job(NamedTuple):
+    """One weight on its way."""
+
+    weight: Weight
+    target: Format | None
+    """None: copied byte for byte."""
+    outputs: dict[str, TensorEntry]
+    """Where its tensors will lie in the output shard, by suffix."""
+
+    @property
+    def output_main(self) -> TensorEntry:
+        """The output tensor that carries the values."""
+        layout = self.target or self.weight.format
+        return self.outputs[layout.main] if layout else next(iter(self.outputs.values()))
+
+
+class ShardPlan(NamedTuple):
+    """One output shard."""
+
+    file: str
+    header: bytes
+    """The first bytes of the file."""
+    size: int
+    """Bytes of the whole file."""
+    jobs: tuple[Job, ...]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the source that its jobs read."""
+        return sum(entry.nbytes for job in self.jobs for entry in job.weight.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A whole conversion."""
+
+    source: Checkpoint
+    policy: Policy
+    options: Options
+    shards: tuple[ShardPlan, ...]
+    index: bytes
+    """The output's index, whole."""
+    config: bytes | None
+    """The output's config.json, whole, or None where the source has none."""
+    copies: tuple[str, ...]
+    """Other files (tokenizer, code), by their path below the source, that are copied as they are."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights that are read."""
+        return sum(shard.bytes_read for shard in self.shards)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the output, other files included."""
+        copies = sum((self.source.folder / name).stat().st_size for name in self.copies)
+        return sum(shard.size for shard in self.shards) + len(self.index) + len(self.config or b"") + copies
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield every job, shard by shard."""
+        return (job for shard in self.shards for job in shard.jobs)
+
+    def peak_memory(self, workers: int) -> int:
+        """Return an upper estimate of the resident memory in bytes; it does not grow with the model."""
+        widest = max((job.weight.shape[-1] for job in self.jobs() if job.target and job.weight.shape), default=0)
+        panel = max(PANEL_WEIGHTS, ROW_STEP * widest)
+        headers = 2_000 * len(self.source.tensors)
+        return _BASE_MEMORY + workers * max(_BYTES_PER_WEIGHT * panel, COPY_BYTES) + headers
+
+
+def make_plan(source: Checkpoint, options: Options) -> Plan:
+    """Plan a conversion.
+
+    Raises:
+        CheckpointError: the source cannot be converted; every check that needs no weights has been made.
+        UsageError: the options make no sense.
+    """
+    weights, problems = group_tensors(source.tensors)
+    if problems:
+        raise problems[0]
+    config.check_source(source.config, weights)
+    policy = make_policy(options.to, weights, scope=options.scope, ignore=options.ignore, grid=options.grid)
+    shards = tuple(_shard(file, jobs) for file, jobs in _placed(weights, policy, options.shard_size))
+    return Plan(source, policy, options, shards, _index(shards), _config(source, shards, policy), _other_files(source))
+
+
+def output_specs(weight: Weight, target: Format | None) -> dict[str, TensorSpec]:
+    """Return the tensors that a weight becomes, by suffix."""
+    if target is None:
+        return {suffix: TensorSpec(entry.dtype, entry.shape) for suffix, entry in weight.parts.items()}
+    if isinstance(target, Int4):
+        return target.state(weight.shape, name=weight.main.name)
+    return target.state(weight.shape)
+
+
+_Draft = list[tuple[Weight, Format | None, dict[str, TensorSpec]]]
+
+
+def _placed(weights: Iterable[Weight], policy: Policy, shard_size: int | None) -> list[tuple[str, _Draft]]:
+    """Return the output shards in order: the source's shards, or shards of at most `shard_size` bytes."""
+    drafts = [(weight, target, output_specs(weight, target)) for weight in weights for target in (policy.target_of(weight),)]
+    if shard_size is None:
+        by_file: dict[str, _Draft] = {}
+        for draft in drafts:
+            by_file.setdefault(draft[0].main.file, []).append(draft)
+        return list(by_file.items())
+    groups: list[_Draft] = []
+    room = 0
+    for draft in drafts:
+        need = sum(spec.nbytes for spec in draft[2].values())
+        if not groups or need > room:
+            groups.append([])
+            room = shard_size
+        groups[-1].append(draft)
+        room -= need
+    return [(f"model-{number:05}-of-{len(groups):05}.safetensors", group) for number, group in enumerate(groups, 1)]
+
+
+def _shard(file: str, drafts: _Draft) -> ShardPlan:
+    def full_name(weight: Weight, suffix: str) -> str:
+        return f"{weight.base}.{suffix}" if weight.base else suffix
+
+    specs = {full_name(weight, suffix): spec for weight, _, state in drafts for suffix, spec in state.items()}
+    header, spans = build_header(specs)
+    jobs = tuple(
+        Job(
+            weight,
+            target,
+            {
+                suffix: TensorEntry(name, spec.dtype, spec.shape, file, *spans[name])
+                for suffix, spec in state.items()
+                for name in (full_name(weight, suffix),)
+            },
+        )
+        for weight, target, state in drafts
+    )
+    return ShardPlan(file, header, max((stop for _, stop in spans.values()), default=len(header)), jobs)
+
+
+def _index(shards: tuple[ShardPlan, ...]) -> bytes:
+    entries = [entry for shard in shards for job in shard.jobs for entry in job.outputs.values()]
+    index = {
+        "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
+        "weight_map": {entry.name: entry.file for entry in sorted(entries, key=lambda entry: entry.name)},
+    }
+    return _json(index)
+
+
+def _config(source: Checkpoint, shards: tuple[ShardPlan, ...], policy: Policy) -> bytes | None:
+    if source.config is None:
+        return None
+    quantised: set[str] = set()
+    kept: list[str] = []
+    rounded = False
+    for job in (job for shard in shards for job in shard.jobs):
+        layout = job.target or job.weight.format
+        if layout is None:
+            continue
+        rounded |= job.target is not None and job.weight.format is not None and job.weight.main.dtype in {"F16", "F32"}
+        if layout.name == policy.target.name != "bf16":
+            quantised.add(job.weight.base)
+        elif len(job.weight.shape) == 2:
+            kept.append(job.weight.base)
+    block = config.quantization_block(policy.target, quantised, kept)
+    if block is None and not rounded and not config.quantization_blocks(source.config):
+        return (source.folder / CONFIG).read_bytes()
+    return _json(config.edited(source.config, block, rounded_to_bf16=rounded))
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+_NOT_COPIED = re.compile(
+    rf"{re.escape(CONFIG)}|{re.escape(REPORT)}|{INCOMPLETE}|.*\.safetensors(\.index\.json)?|.*\.partial"
+    r"|.*\.(bin|pt|pth|ckpt|pkl|gguf)(\.index\.json)?",
+)
+
+
+def _other_files(source: Checkpoint) -> tuple[str, ...]:
+    """Return the files beside the weights: tokenizer, code, licence; hidden ones and other weights left out.
+
+    Raises:
+        UnsafePath: one is a link that leaves the folder.
+    """
+    found: list[str] = []
+    for folder, folders, files in os.walk(source.folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not (Path(folder) / name).is_symlink())
+        for name in sorted(files):
+            path = Path(folder) / name
+            if name.startswith(".") or _NOT_COPIED.fullmatch(name):
+                continue
+            check_inside(source.folder, path)
+            if path.is_file():
+                found.append(str(path.relative_to(source.folder)))
+    return tuple(found)
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as `5GB`, `512MB` or `1000000` in bytes; units are powers of 1000, `GiB` and `MiB` of 1024.
+
+    Raises:
+        UsageError: it is none, or zero.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if match is None:
+        raise UsageError(f"{text!r} is no size; try 5GB")
+    number, unit, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
+    if size <= 0:
+        raise UsageError(f"{text!r} is no size; try 5GB")
+    return size
+
+
+def describe(plan: Plan) -> dict[str, dict[str, int]]:
+    """Count the weights of each class by what is done with them: `copied`, or `FORMAT -> FORMAT`."""
+    table: dict[str, dict[str, int]] = {}
+    for job in plan.jobs():
+        done = "copied"
+        if job.target is not None and job.weight.format is not None:
+            done = f"{job.weight.format.name} -> {job.target.name}"
+        row = table.setdefault(names.tensor_class(job.weight.main.name), {})
+        row[done] = row.get(done, 0) + 1
+    return {kind: table[kind] for kind in names.TENSOR_CLASSES if kind in table}

@@ -1,0 +1,254 @@
+"""The work of a conversion: output shards filled by a pool of threads.
+
+Each task reads a panel of one weight, runs the fused codec and writes the result to its offset. When a shard's last
+task is done, a thread of its own flushes and renames it and notes it in the journal, while the pool goes on.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from k2quant import pool
+from k2quant.checkpoint.checksum import combine
+from k2quant.checkpoint.destination import Destination
+from k2quant.checkpoint.panels import panel_offset, panel_rows, panel_state, read_panel
+from k2quant.checkpoint.reading import read_into
+from k2quant.checkpoint.writer import ShardWriter
+from k2quant.formats.dtypes import TensorSpec
+from k2quant.plan import COPY_BYTES, Job, Plan, ShardPlan
+
+if TYPE_CHECKING:
+    from k2quant.formats.transcode import Parts, Scratch
+    from k2quant.kernels.figures import Figures
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes of weights read so far and in all."""
+
+Record = dict[str, Any]
+"""What the journal notes of a finished shard."""
+
+_SHARDS_IN_FLUSH = 2  # finished shards that may wait for the disk before the pool waits for them
+
+
+class _Log:
+    """What the tasks of one job have found, by the position of their piece."""
+
+    def __init__(self) -> None:
+        self.figures: dict[int, Figures] = {}
+        self.checksums: dict[str, dict[int, tuple[int, int]]] = {}
+
+    def add(self, position: int, checksums: dict[str, tuple[int, int]], figures: Figures | None = None) -> None:
+        if figures is not None:
+            self.figures[position] = figures
+        for suffix, checksum in checksums.items():
+            self.checksums.setdefault(suffix, {})[position] = checksum
+
+    def record(self, job: Job) -> Record:
+        """Return what the report says of this job."""
+        layout = job.weight.format
+        record: Record = {
+            "from": layout.name if layout else None,
+            "to": job.target.name if job.target else None,
+            "shape": list(job.weight.shape),
+            "crc32": {
+                suffix: f"{combine(crc for _, crc in sorted(self.checksums.get(suffix, {}).items())):08x}"
+                for suffix in job.outputs
+            },
+        }
+        if self.figures:
+            first, *rest = (figures for _, figures in sorted(self.figures.items()))
+            record["figures"] = asdict(sum(rest, start=first))
+        return record
+
+
+@dataclass(slots=True)
+class _Shard:
+    """An output shard in the making."""
+
+    plan: ShardPlan
+    writer: ShardWriter
+    logs: list[_Log]
+    pending: int = 0
+    """Tasks that are not done yet."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class _Task(NamedTuple):
+    shard: _Shard
+    job: int
+    suffix: str | None
+    """The tensor whose bytes `start` to `stop` are copied; None to convert the weight's rows `start` to `stop`."""
+    start: int
+    stop: int
+
+
+def _tasks_of(shard: _Shard) -> list[_Task]:
+    tasks = []
+    for number, job in enumerate(shard.plan.jobs):
+        if job.target is not None:
+            tasks += [_Task(shard, number, None, start, stop) for start, stop in panel_rows(job.weight.shape)]
+            continue
+        for suffix, entry in job.weight.parts.items():
+            size = entry.nbytes
+            tasks += [
+                _Task(shard, number, suffix, start, min(start + COPY_BYTES, size)) for start in range(0, size, COPY_BYTES)
+            ]
+    return tasks
+
+
+class Stream:
+    """One pass over the shards of a plan that are not finished yet."""
+
+    def __init__(
+        self, plan: Plan, folder: Destination, *, done: set[str], device: str, sha256: bool, progress: Progress | None
+    ) -> None:
+        """Prepare a pass.
+
+        Args:
+            plan: what to write.
+            folder: where to write it.
+            done: file names of the shards that are finished already.
+            device: where the arithmetic runs.
+            sha256: whether to note a digest of each file.
+            progress: called as the work goes on.
+        """
+        from k2quant.kernels.seam import codecs
+
+        self._plan, self._folder, self._sha256, self._progress = plan, folder, sha256, progress
+        self._codecs = codecs(device)
+        self._todo = [shard for shard in plan.shards if shard.file not in done]
+        self._total = plan.bytes_read
+        self._read = self._total - sum(shard.bytes_read for shard in self._todo)
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._records: dict[str, Record] = {}
+        self._open: set[ShardWriter] = set()
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="k2quant-disk")
+        self._flushes: deque[Future[None]] = deque()
+
+    def run(self, workers: int) -> dict[str, Record]:
+        """Write the shards; return their records by file name."""
+        try:
+            pool.run(self._tasks(), self._work, workers=workers, tick=self._tick)
+            self._wait_for_disk(backlog=0)
+            self._tick()
+        finally:
+            self._disk.shutdown(cancel_futures=True)
+            for writer in self._open:
+                writer.close()
+        return self._records
+
+    def _tick(self) -> None:
+        if self._progress:
+            self._progress(self._read, self._total)
+
+    def _wait_for_disk(self, *, backlog: int) -> None:
+        """Wait until at most `backlog` flushes are open; their errors surface here."""
+        while len(self._flushes) > backlog:
+            self._flushes.popleft().result()
+
+    def _tasks(self) -> Iterator[_Task]:
+        for plan in self._todo:
+            self._wait_for_disk(backlog=_SHARDS_IN_FLUSH)
+            writer = ShardWriter(self._folder.folder / plan.file, plan.header, plan.size)
+            self._open.add(writer)
+            shard = _Shard(plan, writer, [_Log() for _ in plan.jobs])
+            tasks = _tasks_of(shard)
+            shard.pending = len(tasks)
+            if not tasks:
+                self._flushes.append(self._disk.submit(self._finish, shard))
+            yield from tasks
+
+    def _work(self, task: _Task) -> None:
+        read = self._convert(task) if task.suffix is None else self._copy(task, task.suffix)
+        with self._lock:
+            self._read += read
+            task.shard.pending -= 1
+            done = task.shard.pending == 0
+        if done:
+            self._flushes.append(self._disk.submit(self._finish, task.shard))
+
+    @property
+    def _scratch(self) -> Scratch:
+        from k2quant.formats.transcode import Scratch
+
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = Scratch()
+        scratch: Scratch = self._local.scratch
+        return scratch
+
+    def _copy(self, task: _Task, suffix: str) -> int:
+        """Copy a piece of a tensor; return the bytes read."""
+        job = task.shard.plan.jobs[task.job]
+        entry = job.weight.parts[suffix]
+        data = memoryview(self._scratch.take("copy", TensorSpec("U8", (task.stop - task.start,))))
+        read_into(self._plan.source.shards[entry.file], entry.start + task.start, data)
+        checksum = self._write(task.shard, job.outputs[suffix].start + task.start, data)
+        with task.shard.lock:
+            task.shard.logs[task.job].add(task.start, {suffix: checksum})
+        return len(data)
+
+    def _convert(self, task: _Task) -> int:
+        """Convert a panel of a weight; return the bytes read."""
+        from k2quant.formats.transcode import located, transcode
+        from k2quant.kernels.values import ValueAt
+
+        job = task.shard.plan.jobs[task.job]
+        weight, target, source = job.weight, job.target, job.weight.format
+        if source is None or target is None:
+            msg = f"{weight.base} is copied, not converted"
+            raise TypeError(msg)
+        scratch = self._scratch
+        parts = read_panel(self._plan.source, weight, task.start, task.stop, scratch, key="in")
+        state = panel_state(target, weight.shape, task.start, task.stop)
+        outputs = {suffix: scratch.take(f"out {suffix}", spec) for suffix, spec in state.items()}
+        try:
+            figures = transcode(source, target, parts, outputs, codecs=self._codecs, scratch=scratch)
+        except ValueAt as error:
+            tensors = {suffix: entry.name for suffix, entry in weight.parts.items()}
+            raise located(error, source, task.start, tensors, weight.main.file) from error
+        checksums = self._write_panel(task, outputs)
+        with task.shard.lock:
+            task.shard.logs[task.job].add(task.start, checksums, figures)
+        return sum(array.nbytes for array in parts.values())
+
+    def _write_panel(self, task: _Task, outputs: Parts) -> dict[str, tuple[int, int]]:
+        job = task.shard.plan.jobs[task.job]
+        checksums = {}
+        for suffix, array in outputs.items():
+            offset = panel_offset(job.target, job.weight.shape, suffix, task.start) if job.target else 0
+            data = memoryview(array).cast("B")
+            checksums[suffix] = self._write(task.shard, job.outputs[suffix].start + offset, data)
+        if task.start == 0 and "weight_shape" in job.outputs:
+            size = b"".join(length.to_bytes(4, "little") for length in job.weight.shape)
+            checksums["weight_shape"] = self._write(task.shard, job.outputs["weight_shape"].start, memoryview(size))
+        return checksums
+
+    def _write(self, shard: _Shard, offset: int, data: memoryview) -> tuple[int, int]:
+        """Write bytes; return their crc32 and their length."""
+        if shard.writer.write(offset, data):
+            self._flushes.append(self._disk.submit(shard.writer.flush))
+        return zlib.crc32(data), len(data)
+
+    def _finish(self, shard: _Shard) -> None:
+        """Give a finished shard its name and note it in the journal. Runs in the disk's thread."""
+        record: Record = {
+            "shard": shard.plan.file,
+            "size": shard.plan.size,
+            "tensors": {
+                job.output_main.name: log.record(job) for job, log in zip(shard.plan.jobs, shard.logs, strict=True)
+            },
+        }
+        if self._sha256:
+            record["sha256"] = shard.writer.sha256()
+        shard.writer.finish()
+        self._folder.record(record)
+        with self._lock:
+            self._open.discard(shard.writer)
+            self._records[shard.plan.file] = record

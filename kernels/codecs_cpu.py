@@ -1,0 +1,696 @@
+"""The codecs on the CPU: every jitted loop of k2quant, and thin wrappers that check shapes and explain bad values.
+
+All jitted code stands in this file, because numba's cache notices an edit only in the file that holds the function: a
+helper elsewhere would leave stale machine code behind. `reference.py` says the same in plain torch, and the tests hold
+the two equal bit for bit.
+
+How the loops are built. Each works on one-dimensional spans that fit the first-level cache: a row for INT4, a block for
+FP8. Spans are decoded to BF16 scratch, encoded, decoded again and compared with the scratch, so a fused pair such as
+`fp8_to_int4` gives the bits and the figures of the two steps by construction. Sums are kept in `LANES` float64 lanes,
+lane = position in the span modulo `LANES`, and added in order at the end: the figures do not depend on the machine's
+vector width. No fast-math anywhere; every division is a true one.
+
+Arrays are C-contiguous. Panels are calls on ranges of rows, multiples of the FP8 block's height.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from k2quant.kernels import values as explain
+from k2quant.kernels.figures import Figures
+from k2quant.kernels.recovery import DISTANCES, SMALLEST_AMAX, int4_table
+from k2quant.kernels.values import F32, I32, U8, U16
+
+Grid = Literal["moonshot", "compressed-tensors"]
+F64 = NDArray[np.float64]
+U32 = NDArray[np.uint32]
+
+INT4_GROUP = 32
+LANES = 128
+"""Accumulators of a sum; 128 float64 are 1 KiB, so the three sets stay in the first-level cache."""
+
+_PLAIN, _RECOVER, _COMPRESSED_TENSORS = 0, 1, 2  # the INT4 rules, as the jitted code knows them
+
+_jit = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
+
+
+# --- scalars -----------------------------------------------------------------------------------------------------------
+
+
+# Numba computes with 64-bit integers; each step is cut back to 32 bits, or the loops would fill half as many lanes.
+
+
+@_jit
+def _bits(value):
+    """Return the bits of a float32 as uint32."""
+    return np.float32(value).view(np.uint32)
+
+
+@_jit
+def _float(bits):
+    """Return the float32 that has these bits."""
+    return np.uint32(bits).view(np.float32)
+
+
+@_jit
+def _widen(bits):
+    """Return the float32 value of BF16 bits."""
+    return _float(np.uint32(bits) << np.uint32(16))
+
+
+@_jit
+def _round(value):
+    """Return the BF16 bits of a float32 that is not NaN, rounded half to even, as uint32."""
+    bits = _bits(value)
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint32(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
+
+
+@_jit
+def _e4m3(value):
+    """Return the e4m3 code of a float32 that is not NaN, rounded half to even, saturated at +-448."""
+    bits = _bits(value)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    odd = np.uint32(np.uint32(magnitude >> np.uint32(20)) & np.uint32(1))
+    rounded = np.uint32(np.uint32(magnitude + np.uint32(np.uint32(0x7FFFF) + odd)) >> np.uint32(20))
+    normal = np.uint32(rounded - np.uint32(120 << 3))
+    # Below 2^-6 codes are multiples of 2^-9, one unit in the last place of 16384: the addition rounds.
+    subnormal = np.uint32(_bits(_float(magnitude) + np.float32(16384.0)) & np.uint32(0xF))
+    code = subnormal if magnitude < np.uint32(121 << 23) else normal
+    code = code if code < np.uint32(0x7E) else np.uint32(0x7E)
+    return np.uint32(code | np.uint32(np.uint32(bits >> np.uint32(24)) & np.uint32(0x80)))
+
+
+@_jit
+def _fp8_product(code, scale):
+    """Return the BF16 bits of code * scale, rounded to float32 first, as uint32."""
+    # An e4m3 magnitude moved to float32's exponent field is too small by 2^120; the product with 2^120 is exact.
+    moved = np.uint32(np.uint32(np.uint32(code) & np.uint32(0x7F)) << np.uint32(20))
+    sign = np.uint32(np.uint32(np.uint32(code) & np.uint32(0x80)) << np.uint32(8))
+    return np.uint32(_round(_float(moved) * np.float32(2.0**120) * scale) | sign)
+
+
+@_jit
+def _int4_product(nibble, scale):
+    """Return the BF16 bits of (nibble - 8) * scale, as uint32."""
+    return _round(np.float32(np.int32(np.int32(nibble) - np.int32(8))) * scale)
+
+
+# --- spans -------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _largest(weights):
+    """Return the largest magnitude among BF16 bits; NaN and infinity are the largest of all."""
+    largest = np.uint16(0)
+    for i in range(weights.size):
+        magnitude = np.uint16(weights[i] & np.uint16(0x7FFF))
+        largest = magnitude if magnitude > largest else largest
+    return largest
+
+
+@_jit
+def _decode_fp8(codes, scale, out):
+    """Decode a span that has one scale; return whether it holds no NaN code."""
+    largest = np.uint8(0)
+    for i in range(out.size):
+        code = codes[i]
+        magnitude = np.uint8(code & np.uint8(0x7F))
+        largest = magnitude if magnitude > largest else largest
+        out[i] = _fp8_product(code, scale)
+    return largest < 0x7F
+
+
+@_jit
+def _decode_int4(pairs, scale, out):
+    """Decode bytes of two codes, low nibble first, to words of two BF16; `scale` has one entry for each byte."""
+    for i in range(out.size):
+        pair = np.uint32(pairs[i])
+        low = _int4_product(np.uint32(pair & np.uint32(15)), scale[i])
+        high = _int4_product(np.uint32(pair >> np.uint32(4)), scale[i])
+        out[i] = np.uint32(low | np.uint32(high << np.uint32(16)))
+
+
+@_jit
+def _spread(scale, group, first, out):
+    """Write the scale of each byte of two codes, from column `first` on; `first` and `group` are even."""
+    done = 0
+    while done < out.size:
+        column = first + 2 * done
+        stop = min(done + (group - column % group) // 2, out.size)
+        out[done:stop] = scale[column // group]
+        done = stop
+
+
+@_jit
+def _square(value):
+    return np.float64(value) * np.float64(value)
+
+
+@_jit
+def _difference(before, after):
+    """Return the bits of |before - after|: as integers they order like the numbers, and 0 means unchanged."""
+    return _bits(abs(_widen(before) - _widen(after)))
+
+
+@_jit
+def _tally(before, after, sums):
+    """Add a span's energy and squared errors to the lanes of `sums`; return how many changed, and the worst error."""
+    energy, error = sums[0], sums[1]
+    changed, worst = np.uint32(0), np.uint32(0)
+    whole = before.size - before.size % (4 * LANES)
+    for start in range(0, whole, 4 * LANES):
+        a, b = before[start : start + 4 * LANES], after[start : start + 4 * LANES]
+        for lane in range(LANES):  # four weights for each visit to a lane: 1.6 times the speed of one
+            d0, d1 = _difference(a[lane], b[lane]), _difference(a[lane + LANES], b[lane + LANES])
+            d2 = _difference(a[lane + 2 * LANES], b[lane + 2 * LANES])
+            d3 = _difference(a[lane + 3 * LANES], b[lane + 3 * LANES])
+            energy[lane] += (_square(_widen(a[lane])) + _square(_widen(a[lane + LANES]))) + (
+                _square(_widen(a[lane + 2 * LANES])) + _square(_widen(a[lane + 3 * LANES]))
+            )
+            error[lane] += (_square(_float(d0)) + _square(_float(d1))) + (_square(_float(d2)) + _square(_float(d3)))
+            largest = max(max(d0, d1), max(d2, d3))
+            worst = largest if largest > worst else worst
+            changed = np.uint32(changed + np.uint32(d0 != 0) + np.uint32(d1 != 0) + np.uint32(d2 != 0))
+            changed = np.uint32(changed + np.uint32(d3 != 0))
+    for start in range(whole, before.size, LANES):
+        a, b = before[start : start + LANES], after[start : start + LANES]
+        for lane in range(a.size):
+            d0 = _difference(a[lane], b[lane])
+            energy[lane] += _square(_widen(a[lane]))
+            error[lane] += _square(_float(d0))
+            worst = d0 if d0 > worst else worst
+            changed = np.uint32(changed + np.uint32(d0 != 0))
+    sums[2, 0] = max(sums[2, 0], np.float64(_float(worst)))
+    return np.int64(changed)
+
+
+@_jit
+def _total(changed, sums):
+    """Return changed, energy, error, worst; the lanes are added in order."""
+    energy, error = 0.0, 0.0
+    for lane in range(LANES):
+        energy += sums[0, lane]
+        error += sums[1, lane]
+    return changed, energy, error, sums[2, 0]
+
+
+# --- INT4 --------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _fits(weights, scale):
+    """Return whether every weight of a group is bf16(code * scale) for a code in +-7: the rule, read out plainly."""
+    for i in range(weights.size):
+        magnitude = np.uint32(weights[i]) & np.uint32(0x7FFF)
+        found = False
+        for code in range(8):
+            found = found or _round(np.float32(code) * scale) == magnitude
+        if not found:
+            return False
+    return True
+
+
+@_jit
+def _candidate(amax, candidate):
+    """Return the BF16 bits of a candidate scale, see `recovery.CANDIDATES`; 0 where there is none."""
+    step = candidate % 3
+    bits = np.int64(_round(_widen(amax) / np.float32(7 - candidate // 3))) + (1 if step == 1 else -1 if step == 2 else 0)
+    return bits if 0 < bits < explain.INFINITY else 0
+
+
+@_jit
+def _search_scale(weights, amax):
+    """Return the BF16 bits of the first candidate scale that gives every weight of the group; 0 if none does."""
+    for candidate in range(21):
+        bits = _candidate(amax, candidate)
+        if bits and _fits(weights, _widen(bits)):
+            return bits
+    return 0
+
+
+@_jit
+def _entry(weight, amax):
+    """Return the index of a weight's word in the table of candidates."""
+    magnitude = np.int64(weight & np.uint16(0x7FFF))
+    distance = np.int64(amax) - magnitude if magnitude else 0  # zero fits wherever amax fits
+    return (np.int64(amax) & 0x7F) * DISTANCES + min(distance, DISTANCES - 1)  # the last column is empty
+
+
+@_jit
+def _recover_int4_scales(weights, amax, table, scale):
+    """Replace the scale of each group that lies on the grid by the one that the rule finds."""
+    for group in range(scale.size):
+        largest, first = amax[group], group * INT4_GROUP
+        if largest < SMALLEST_AMAX:
+            bits = _search_scale(weights[first : first + INT4_GROUP], largest) if largest else 0
+            scale[group] = bits if bits else scale[group]
+            continue
+        # Eight weights without a branch cost less than one mispredicted exit; hardly an ordinary group survives them.
+        candidates = np.uint32(0xFFFFFFFF)
+        for lane in range(8):
+            candidates = np.uint32(candidates & table[_entry(weights[first + lane], largest)])
+        if candidates == 0:
+            continue
+        for lane in range(INT4_GROUP):
+            candidates = np.uint32(candidates & table[_entry(weights[first + lane], largest)])
+        if candidates & np.uint32(1) or candidates == 0:
+            continue  # the first candidate is the scale that stands there
+        candidate = 1
+        while not (candidates >> np.uint32(candidate)) & np.uint32(1):
+            candidate += 1
+        scale[group] = _candidate(largest, candidate)
+
+
+@_jit
+def _int4_scales(weights, rule, table, amax, scale):
+    """Choose the BF16 scale of each group of a row; return whether all weights are finite."""
+    for group in range(scale.size):
+        amax[group] = _largest(weights[group * INT4_GROUP : group * INT4_GROUP + INT4_GROUP])
+    if _largest(amax) >= explain.INFINITY:
+        return False
+    divisor = np.float32(7.5) if rule == _COMPRESSED_TENSORS else np.float32(7)
+    for group in range(scale.size):
+        bits = _round(_widen(amax[group]) / divisor)
+        scale[group] = bits if bits else np.uint32(0x3C00)  # 2^-7, as compressed-tensors writes for a scale of zero
+    if rule == _RECOVER:
+        _recover_int4_scales(weights, amax, table, scale)
+    return True
+
+
+@_jit
+def _encode_moonshot(weights, scale, nibbles, decoded):
+    """Round a row to codes -7..7: one nibble a byte, and the values that decoding will give."""
+    for group in range(scale.size):
+        step = _widen(scale[group])
+        for lane in range(INT4_GROUP):
+            i = group * INT4_GROUP + lane
+            quotient = _widen(weights[i]) / step
+            quotient = quotient if quotient > np.float32(-7) else np.float32(-7)
+            quotient = quotient if quotient < np.float32(7) else np.float32(7)
+            nibble = _nibble(quotient)
+            nibbles[i] = nibble
+            decoded[i] = _int4_product(nibble, step)
+
+
+@_jit
+def _encode_compressed_tensors(weights, scale, nibbles, decoded):
+    """Round a row to codes -8..7; the quotient is rounded to BF16 before the clamp, as that library does."""
+    for group in range(scale.size):
+        step = _widen(scale[group])
+        for lane in range(INT4_GROUP):
+            i = group * INT4_GROUP + lane
+            quotient = _widen(_round(_widen(weights[i]) / step))
+            quotient = quotient if quotient > np.float32(-8) else np.float32(-8)
+            quotient = quotient if quotient < np.float32(7) else np.float32(7)
+            nibble = _nibble(quotient)
+            nibbles[i] = nibble
+            decoded[i] = _int4_product(nibble, step)
+
+
+@_jit
+def _nibble(quotient):
+    """Return code + 8: adding 1.5 * 2^23 + 8 rounds half to even and leaves it in the low four bits."""
+    return np.uint32(_bits(quotient + np.float32(12582920.0)) & np.uint32(15))
+
+
+@_jit
+def _encode_int4_row(weights, rule, table, packed, scale, amax, nibbles, decoded):
+    """Encode one row; return whether all its weights are finite."""
+    if not _int4_scales(weights, rule, table, amax, scale):
+        return False
+    if rule == _COMPRESSED_TENSORS:
+        _encode_compressed_tensors(weights, scale, nibbles, decoded)
+    else:
+        _encode_moonshot(weights, scale, nibbles, decoded)
+    pairs = nibbles.view(np.uint16)
+    for i in range(packed.size):
+        packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+    return True
+
+
+@_jit
+def _bf16_to_int4(weights, rule, table, packed, scale):
+    rows, columns = weights.shape
+    nibbles, decoded = np.empty(columns, np.uint8), np.empty(columns, np.uint16)
+    amax = np.empty(columns // INT4_GROUP, np.uint16)
+    sums = np.zeros((3, LANES))
+    changed = 0
+    for row in range(rows):
+        if not _encode_int4_row(weights[row], rule, table, packed[row], scale[row], amax, nibbles, decoded):
+            return -1, 0.0, 0.0, 0.0
+        changed += _tally(weights[row], decoded, sums)
+    return _total(changed, sums)
+
+
+@_jit
+def _decode_int4_row(packed, scale, group, first, spread, out):
+    """Decode columns of a row of packed bytes, from column `first` on; `spread` is scratch for half as many scales."""
+    if group % 2 or first % 2 or out.size % 2:
+        for i in range(out.size):
+            column = first + i
+            nibble = np.uint8(packed[column >> 1] >> np.uint8(4 * (column & 1))) & np.uint8(15)
+            out[i] = _int4_product(nibble, scale[column // group])
+    else:
+        _spread(scale, group, first, spread)
+        _decode_int4(packed[first // 2 :], spread, out.view(np.uint32))
+
+
+@_jit
+def _int4_to_bf16(packed, scale, group, out):
+    spread = np.empty(packed.shape[1], np.float32)
+    for row in range(packed.shape[0]):
+        _decode_int4_row(packed[row], scale[row], group, 0, spread, out[row])
+        if _largest(out[row]) >= explain.INFINITY:
+            return False
+    return True
+
+
+# --- FP8 ---------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _fp8_to_bf16(codes, scale, height, width, out):
+    rows, columns = codes.shape
+    for row in range(rows):
+        if not _decode_fp8_row(codes[row], scale[row // height], width, out[row]):
+            return False
+    return True
+
+
+@_jit
+def _decode_fp8_row(codes, scale, width, out):
+    """Decode a row; return whether it holds no NaN code and no product beyond BF16."""
+    valid = True
+    for block in range(scale.size):
+        start = block * width
+        stop = min(start + width, codes.size)
+        valid &= _decode_fp8(codes[start:stop], scale[block], out[start:stop])
+    return valid and _largest(out) < explain.INFINITY
+
+
+@_jit
+def _product_at(magnitude, scale_bits):
+    """Return the BF16 bits of an e4m3 magnitude times the float32 scale with these bits."""
+    return np.int64(_fp8_product(np.uint32(magnitude), _float(scale_bits)))
+
+
+@_jit
+def _least_scale(magnitude, target, low, high):
+    """Return the least scale, as float32 bits, whose product reaches `target`; `low` does not reach it, `high` does."""
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if _product_at(magnitude, middle) >= target:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@_jit
+def _recovered_fp8_scale(weights, codes, plain, table):
+    """Return the scale nearest to `plain` whose products with the codes are the weights; `plain` if there is none.
+
+    `codes` are those of `plain`. Each code must stand for one magnitude only; then each pair of code and magnitude allows
+    an interval of scales, for a product grows with its scale, and the scale must lie in all of them.
+    """
+    table[:] = 0
+    for i in range(weights.size):
+        code, magnitude = np.uint8(codes[i] & np.uint8(0x7F)), np.uint16(weights[i] & np.uint16(0x7FFF))
+        known = table[code]
+        if known != magnitude:
+            if known != 0 or code == 0:
+                return plain
+            table[code] = magnitude
+    # 2^17 steps move a normal float32 by 2^-7 or more, further than half a BF16 step of amax; amax has the code 448.
+    start = np.int64(_bits(plain))
+    amax = np.int64(table[0x7E])
+    below, above = max(start - (1 << 17), 0), start + (1 << 17)
+    low = _least_scale(0x7E, amax, below, above)
+    high = _least_scale(0x7E, amax + 1, below, above) - 1
+    for code in range(1, 0x7F):
+        magnitude = np.int64(table[code])
+        if magnitude == 0:
+            continue
+        if _product_at(code, low) < magnitude:
+            if _product_at(code, high) < magnitude:
+                return plain
+            low = _least_scale(code, magnitude, low, high)
+        if _product_at(code, low) != magnitude:
+            return plain
+        if _product_at(code, high) > magnitude:
+            high = _least_scale(code, magnitude + 1, low, high) - 1
+    return _float(min(max(start, low), high))
+
+
+@_jit
+def _encode_fp8_block(weights, codes, decoded, table):
+    """Encode one block; return its scale, or -1 if a weight is not finite."""
+    amax = _largest(weights)
+    if amax >= explain.INFINITY:
+        return np.float32(-1)
+    scale = _widen(amax) / np.float32(448) if amax else np.float32(1)
+    for i in range(codes.size):
+        codes[i] = _e4m3(_widen(weights[i]) / scale)
+    if amax:
+        scale = _recovered_fp8_scale(weights, codes, scale, table)
+    for i in range(codes.size):
+        decoded[i] = _fp8_product(codes[i], scale)
+    return scale
+
+
+@_jit
+def _copy(source, target):
+    for i in range(target.size):
+        target[i] = source[i]
+
+
+@_jit
+def _bf16_to_fp8(weights, height, width, codes, scale):
+    rows, columns = weights.shape
+    height, width = min(height, rows), min(width, columns)
+    block, decoded = np.empty(height * width, np.uint16), np.empty(height * width, np.uint16)
+    block_codes, table = np.empty(height * width, np.uint8), np.empty(127, np.uint16)
+    sums = np.zeros((3, LANES))
+    changed = 0
+    for top in range(0, rows, height):
+        h = min(height, rows - top)
+        for left in range(0, columns, width):
+            w = min(width, columns - left)
+            for i in range(h):
+                _copy(weights[top + i, left : left + w], block[i * w : (i + 1) * w])
+            chosen = _encode_fp8_block(block[: h * w], block_codes[: h * w], decoded[: h * w], table)
+            if chosen < 0:
+                return -1, 0.0, 0.0, 0.0
+            scale[top // height, left // width] = chosen
+            changed += _tally(block[: h * w], decoded[: h * w], sums)
+            for i in range(h):
+                _copy(block_codes[i * w : (i + 1) * w], codes[top + i, left : left + w])
+    return _total(changed, sums)
+
+
+# --- fused pairs -------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _fp8_to_int4(codes, scale_in, height, width, rule, table, packed, scale):
+    rows, columns = codes.shape
+    weights, decoded = np.empty(columns, np.uint16), np.empty(columns, np.uint16)
+    nibbles, amax = np.empty(columns, np.uint8), np.empty(columns // INT4_GROUP, np.uint16)
+    sums = np.zeros((3, LANES))
+    changed = 0
+    for row in range(rows):
+        if not _decode_fp8_row(codes[row], scale_in[row // height], width, weights):
+            return -1, 0.0, 0.0, 0.0
+        if not _encode_int4_row(weights, rule, table, packed[row], scale[row], amax, nibbles, decoded):
+            return -1, 0.0, 0.0, 0.0
+        changed += _tally(weights, decoded, sums)
+    return _total(changed, sums)
+
+
+@_jit
+def _int4_to_fp8(packed, scale_in, group, height, width, codes, scale):
+    rows, columns = codes.shape
+    height, width = min(height, rows), min(width, columns)
+    block, decoded = np.empty(height * width, np.uint16), np.empty(height * width, np.uint16)
+    block_codes, table = np.empty(height * width, np.uint8), np.empty(127, np.uint16)
+    spread = np.empty(width, np.float32)
+    sums = np.zeros((3, LANES))
+    changed = 0
+    for top in range(0, rows, height):
+        h = min(height, rows - top)
+        for left in range(0, columns, width):
+            w = min(width, columns - left)
+            for i in range(h):
+                span = block[i * w : (i + 1) * w]
+                _decode_int4_row(packed[top + i], scale_in[top + i], group, left, spread[: w // 2], span)
+            chosen = _encode_fp8_block(block[: h * w], block_codes[: h * w], decoded[: h * w], table)
+            if chosen < 0:
+                return -1, 0.0, 0.0, 0.0
+            scale[top // height, left // width] = chosen
+            changed += _tally(block[: h * w], decoded[: h * w], sums)
+            for i in range(h):
+                _copy(block_codes[i * w : (i + 1) * w], codes[top + i, left : left + w])
+    return _total(changed, sums)
+
+
+# --- others ------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _float_to_bf16(values, out):
+    for row in range(values.shape[0]):
+        largest = np.uint32(0)
+        for column in range(values.shape[1]):
+            value = values[row, column]
+            magnitude = np.uint32(_bits(value) & np.uint32(0x7FFFFFFF))
+            largest = magnitude if magnitude > largest else largest
+            out[row, column] = _round(value)
+        if largest >= np.uint32(0x7F7F8000):  # the least float32 that rounds to infinity
+            return False
+    return True
+
+
+@_jit
+def _compare(before, after):
+    sums = np.zeros((3, LANES))
+    changed = 0
+    for row in range(before.shape[0]):
+        if max(_largest(before[row]), _largest(after[row])) >= explain.INFINITY:
+            return -1, 0.0, 0.0, 0.0
+        changed += _tally(before[row], after[row], sums)
+    return _total(changed, sums)
+
+
+# --- the seam ----------------------------------------------------------------------------------------------------------
+
+
+def float_to_bf16(values: F32 | NDArray[np.float16], out: U16) -> None:
+    """Round to BF16, half to even. See `seam.Codecs`."""
+    _same(values.shape, out.shape)
+    if not _float_to_bf16(_frozen(values.astype(np.float32, copy=False)), out):
+        raise explain.bad_float(values)
+
+
+def fp8_to_bf16(codes: U8, scale: F32, block: tuple[int, int], out: U16) -> None:
+    """Multiply each block of codes by its scale. See `seam.Codecs`."""
+    _same(codes.shape, out.shape)
+    _same(scale.shape, _blocks(codes.shape, block))
+    if not (_valid(scale) and _fp8_to_bf16(_frozen(codes), _frozen(scale), *block, out)):
+        raise explain.bad_fp8(codes, scale, block)
+
+
+def int4_to_bf16(packed: I32, scale: F32, group: int, out: U16) -> None:
+    """Multiply each group of codes by its scale. See `seam.Codecs`."""
+    rows, columns = out.shape
+    _same(packed.shape, (rows, columns // 8))
+    _same(scale.shape, (rows, columns // group))
+    if not (_valid(scale) and _int4_to_bf16(_frozen(packed.view(np.uint8)), _frozen(scale), group, out)):
+        raise explain.bad_int4(packed, scale, group)
+
+
+def bf16_to_fp8(weights: U16, block: tuple[int, int], codes: U8, scale: F32) -> Figures:
+    """Recover or compute each block's scale, then round to e4m3. See `seam.Codecs`."""
+    _same(weights.shape, codes.shape)
+    _same(scale.shape, _blocks(codes.shape, block))
+    figures = _figures(weights.size, _bf16_to_fp8(_frozen(weights), *block, codes, scale))
+    if figures is None:
+        raise explain.bad_weight(weights)
+    return figures
+
+
+def bf16_to_int4(weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True) -> Figures:
+    """Recover or compute each group's scale, then round to INT4. See `seam.Codecs`."""
+    _same_int4(weights.shape, packed, scale)
+    rule = _rule(grid, recover=recover)
+    outcome = _bf16_to_int4(_frozen(weights), rule, int4_table(), packed.view(np.uint8), scale)
+    figures = _figures(weights.size, outcome)
+    if figures is None:
+        raise explain.bad_group(weights)
+    return figures
+
+
+def fp8_to_int4(codes: U8, scale_in: F32, block: tuple[int, int], grid: Grid, packed: I32, scale_out: U16) -> Figures:
+    """Do `fp8_to_bf16`, then `bf16_to_int4`, row by row. See `seam.Codecs`."""
+    _same(scale_in.shape, _blocks(codes.shape, block))
+    _same_int4(codes.shape, packed, scale_out)
+    rule = _rule(grid, recover=True)
+    figures = None
+    if _valid(scale_in):
+        frozen = _frozen(codes), _frozen(scale_in)
+        outcome = _fp8_to_int4(*frozen, *block, rule, int4_table(), packed.view(np.uint8), scale_out)
+        figures = _figures(codes.size, outcome)
+    if figures is None:
+        pivot = np.empty(codes.shape, np.uint16)
+        fp8_to_bf16(codes, scale_in, block, pivot)
+        raise explain.bad_group(pivot)
+    return figures
+
+
+def int4_to_fp8(packed: I32, scale_in: F32, group: int, block: tuple[int, int], codes: U8, scale_out: F32) -> Figures:
+    """Do `int4_to_bf16`, then `bf16_to_fp8`, block by block. See `seam.Codecs`."""
+    rows, columns = codes.shape
+    _same(packed.shape, (rows, columns // 8))
+    _same(scale_in.shape, (rows, columns // group))
+    _same(scale_out.shape, _blocks(codes.shape, block))
+    figures = None
+    if _valid(scale_in):
+        frozen = _frozen(packed.view(np.uint8)), _frozen(scale_in)
+        figures = _figures(codes.size, _int4_to_fp8(*frozen, group, *block, codes, scale_out))
+    if figures is None:
+        raise explain.bad_int4(packed, scale_in, group)
+    return figures
+
+
+def compare(before: U16, after: U16) -> Figures:
+    """Return the figures of `after` against the truth `before`. See `seam.Codecs`."""
+    _same(before.shape, after.shape)
+    figures = _figures(before.size, _compare(_frozen(before), _frozen(after)))
+    if figures is None:
+        raise explain.bad_weight(before if (before & 0x7FFF >= explain.INFINITY).any() else after)
+    return figures
+
+
+def _frozen(array):
+    """Return a read-only view, so that numba compiles one signature for mapped files and for plain arrays."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _valid(scale: F32) -> bool:
+    """Return whether every scale is finite and has no sign: as bits, the others are larger."""
+    return scale.size == 0 or int(scale.view(np.uint32).max()) <= 0x7F7FFFFF
+
+
+def _rule(grid: Grid, *, recover: bool) -> int:
+    if grid == "compressed-tensors":
+        return _COMPRESSED_TENSORS
+    return _RECOVER if recover else _PLAIN
+
+
+def _blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+def _figures(count: int, outcome: tuple[int, float, float, float]) -> Figures | None:
+    """Return the figures; nothing if the codec met a bad value, or made one: an INT4 value beyond BF16."""
+    changed, energy, error, worst = outcome
+    return None if changed < 0 or worst == np.inf else Figures(count, changed, energy, error, worst)
+
+
+def _same(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise ValueError(f"expected shape {expected}, found {found}")
+
+
+def _same_int4(shape: tuple[int, ...], packed: I32, scale: U16) -> None:
+    if shape[1] % INT4_GROUP:
+        raise ValueError(f"expected a multiple of {INT4_GROUP} columns, found {shape[1]}")
+    _same(packed.shape, (shape[0], shape[1] // 8))
+    _same(scale.shape, (shape[0], shape[1] // INT4_GROUP))

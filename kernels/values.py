@@ -1,0 +1,126 @@
+"""Values that no codec can carry, and where they stand.
+
+The codecs only notice that a panel holds a bad value. What it is and where is searched here, afterwards, in plain numpy:
+the search may be slow, for the conversion stops. Rows and columns count from the array that the codec was given; the
+caller, who knows the tensor's name and the panel's first row, turns a `ValueAt` into a `BadValue`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from k2quant.errors import K2QuantError
+
+U8 = NDArray[np.uint8]
+U16 = NDArray[np.uint16]
+I32 = NDArray[np.int32]
+F32 = NDArray[np.float32]
+
+INFINITY = 0x7F80
+"""BF16 bits of infinity; larger magnitudes are NaN."""
+
+
+class ValueAt(K2QuantError):
+    """A bad value at a place: `what` says it in words, `of` says whether the place is in the weight or in its scale."""
+
+    def __init__(self, *, row: int, column: int, what: str, of: Literal["weight", "scale"] = "weight") -> None:
+        """Keep the parts and glue them to one sentence.
+
+        Args:
+            row: row within the array that the codec was given; for a scale, the row of the scale array.
+            column: the column, likewise.
+            what: what was found, such as "NaN code 0x7F".
+            of: which of the two arrays `row` and `column` count in.
+        """
+        self.row, self.column, self.what, self.of = row, column, what, of
+        place = f"row {row}, column {column}"
+        super().__init__(f"{what} at {place}" if of == "weight" else f"{what} at {place} of the scale")
+
+
+def float_to_bf16(values: F32) -> U16:
+    """Round float32 to BF16 bits, half to even; too large becomes infinity. For finite values only."""
+    bits = np.asarray(values, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def bf16_to_float(bits: U16) -> F32:
+    """Widen BF16 bits to float32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def bad_float(values: NDArray[np.float16] | F32) -> ValueAt:
+    """Find the first value of `[R, K]` that has no finite BF16 neighbour."""
+    wide = values.astype(np.float32)
+    row, column = _first(float_to_bf16(np.where(np.isfinite(wide), wide, np.inf)) & 0x7FFF == INFINITY)
+    value = float(values[row, column])
+    what = f"overflow: {value} exceeds bfloat16" if np.isfinite(value) else f"non-finite value {value}"
+    return ValueAt(row=row, column=column, what=what)
+
+
+def bad_weight(weights: U16) -> ValueAt:
+    """Find the first NaN or infinity among BF16 bits `[R, K]`."""
+    row, column = _first(weights & 0x7FFF >= INFINITY)
+    bits = weights[row, column]
+    name = "inf" if bits & 0x7FFF == INFINITY else "NaN"
+    return ValueAt(row=row, column=column, what=f"non-finite weight {bits:#06x} ({name})")
+
+
+def bad_fp8(codes: U8, scale: F32, block: tuple[int, int]) -> ValueAt:
+    """Find the first bad scale, else the first NaN code, else the first product that exceeds BF16."""
+    if (error := _bad_scale(scale)) is not None:
+        return error
+    if (nan := codes & 0x7F == 0x7F).any():
+        row, column = _first(nan)
+        return ValueAt(row=row, column=column, what=f"NaN code 0x{codes[row, column]:02X}")
+    magnitude = (codes & 0x7F).astype(np.uint32)
+    code = (magnitude << np.uint32(20)).view(np.float32) * np.float32(2.0**120)
+    return _overflow(np.where(codes > 0x7F, -code, code), _spread(scale, block, codes.shape))
+
+
+def bad_int4(packed: I32, scale: F32, group: int) -> ValueAt:
+    """Find the first bad scale, else the first product that exceeds BF16."""
+    if (error := _bad_scale(scale)) is not None:
+        return error
+    pairs = packed.view(np.uint8)
+    codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(packed.shape[0], -1).astype(np.float32) - 8
+    return _overflow(codes, _spread(scale, (1, group), codes.shape))
+
+
+def bad_group(weights: U16) -> ValueAt:
+    """Find the first NaN or infinity, else blame the largest weight: its group's products would exceed BF16."""
+    magnitude = weights & 0x7FFF
+    if (magnitude >= INFINITY).any():
+        return bad_weight(weights)
+    row, column = divmod(int(magnitude.argmax()), weights.shape[1])
+    value = float(bf16_to_float(weights[row : row + 1, column])[0])
+    return ValueAt(row=row, column=column, what=f"overflow: {value} rounds to an INT4 value that exceeds bfloat16")
+
+
+def _bad_scale(scale: F32) -> ValueAt | None:
+    bad = (scale.view(np.uint32) > 0x7F7FFFFF).reshape(scale.shape)
+    if not bad.any():
+        return None
+    row, column = _first(bad)
+    value = float(scale[row, column])
+    what = f"negative scale {value}" if np.isfinite(value) else f"non-finite scale {value}"
+    return ValueAt(row=row, column=column, what=what, of="scale")
+
+
+def _spread(scale: F32, block: tuple[int, int], shape: tuple[int, ...]) -> F32:
+    return np.repeat(np.repeat(scale, block[0], 0)[: shape[0]], block[1], 1)[:, : shape[1]]
+
+
+def _overflow(codes: F32, scale: F32) -> ValueAt:
+    with np.errstate(over="ignore"):
+        product = codes * scale
+    row, column = _first(~np.isfinite(product) | (float_to_bf16(product) & 0x7FFF >= INFINITY))
+    what = f"overflow: {codes[row, column]:g} * {scale[row, column]:g} exceeds bfloat16"
+    return ValueAt(row=row, column=column, what=what)
+
+
+def _first(bad: NDArray[np.bool_]) -> tuple[int, int]:
+    row, column = divmod(int(bad.reshape(-1).argmax()), bad.shape[1])
+    return row, column
