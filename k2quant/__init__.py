@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from k2quant.convert import Conversion, convert
 from k2quant.errors import K2QuantError
+from k2quant.formats.layouts import FormatName, Grid
 from k2quant.inspection import Inspection, inspect
 from k2quant.verify import Verification, verify, verify_checksums
-from k2quant.version import VERSION as __version__
+from k2quant.version import __version__
 
 if TYPE_CHECKING:
     from k2quant.formats.tensor import QuantizedTensor, dequantize, quantize
 
 __all__ = [
     "Conversion",
+    "FormatName",
+    "Grid",
     "Inspection",
     "K2QuantError",
     "QuantizedTensor",

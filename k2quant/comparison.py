@@ -13,7 +13,6 @@ from k2quant.checkpoint.panels import panel_rows, panel_shape, read_panel
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import check_packed_shapes, read_into
 from k2quant.checkpoint.weights import Weight, group_tensors
-from k2quant.formats.budget import budget
 from k2quant.formats.dtypes import TensorSpec
 
 if TYPE_CHECKING:
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from k2quant.kernels.figures import Figures
 
 Relation = Literal["bit-equal", "codes equal", "values equal", "differs", "missing", "extra"]
-"""`bit-equal`: the same bytes, or the same BF16 bits once both are BF16. `codes equal`: quantised, and all tensors of it
-the same bytes. `values equal`: as BF16 they differ in nothing but the sign of zeros."""
+"""`bit-equal`: the same bytes, or the same BF16 bits once both are BF16. `codes equal`: quantised, and all its tensors
+have the same bytes. `values equal`: as BF16 they differ in nothing but the sign of zeros."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes compared so far and in all."""
@@ -68,7 +67,6 @@ class Finding(NamedTuple):
 def unlike(finding: Finding) -> bool:
     """Tell whether two checkpoints differ in a weight: in its format, its bytes or its being there."""
     return finding.relation in {"differs", "missing", "extra"} or finding.formats[0] != finding.formats[1]
-
 
 
 @dataclass(slots=True)
@@ -141,13 +139,12 @@ def _value_tasks(pair: _Pair) -> list[_Task]:
     rows, _ = panel_shape(pair.first.shape)
     total = sum(entry.nbytes for entry in pair.first.parts.values())
     return [
-        _Task(pair, None, start, stop, total * (stop - start) // max(rows, 1)) for start, stop in panel_rows(pair.first.shape)
+        _Task(pair, None, start, stop, total * (stop - start) // max(rows, 1))
+        for start, stop in panel_rows(pair.first.shape)
     ]
 
 
-def compare(
-    first: Path, second: Path, *, workers: int, progress: Progress | None = None
-) -> list[Finding]:
+def compare(first: Path, second: Path, *, workers: int, progress: Progress | None = None) -> list[Finding]:
     """Compare every tensor of two checkpoints.
 
     Args:
@@ -234,16 +231,17 @@ class _Comparison:
         ):
             entry = weight.parts[suffix]
             array = scratch.take("bytes", TensorSpec("U8", (task.stop - task.start,)))
-            read_into(source.shards[entry.file], entry.start + task.start, memoryview(array))
+            read_into(source.shards[entry.file], entry.start + task.start, array.data)
             arrays.append(array)
-        if not np.array_equal(*arrays):
-            changed = int(np.count_nonzero(arrays[0] != arrays[1]))
+        changed = int(np.count_nonzero(arrays[0] != arrays[1]))
+        if changed:
             with self._lock:
                 task.pair.bytes_changed += changed
 
     def _compare_values(self, task: _Task) -> None:
         import numpy as np
 
+        from k2quant.formats.budget import budget
         from k2quant.formats.transcode import located, to_bf16
         from k2quant.kernels.seam import codecs
         from k2quant.kernels.values import ValueAt

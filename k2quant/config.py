@@ -111,7 +111,10 @@ def _check_int4(block: dict[str, Any], layouts: list[Int4]) -> None:
     groups = block.get("config_groups")
     if block.get("format", "pack-quantized") != "pack-quantized":
         raise UnsupportedFormat(
-            "compressed-tensors format", file="config.json", expected="pack-quantized (INT4)", found=repr(block["format"])
+            "compressed-tensors format",
+            file="config.json",
+            expected="pack-quantized (INT4)",
+            found=repr(block["format"]),
         )
     if not isinstance(groups, dict) or not groups:
         raise MalformedFile("quantization_config has no config_groups", file="config.json")
@@ -128,7 +131,10 @@ def _check_scheme(weights: dict[str, Any], layouts: list[Int4]) -> None:
     scheme = {key: weights.get(key) for key in ("num_bits", "type", "symmetric")}
     if scheme != {"num_bits": 4, "type": "int", "symmetric": True}:
         raise UnsupportedFormat(
-            "the scheme of the weights", file="config.json", expected="symmetric 4-bit int", found=_listed(scheme.items())
+            "the scheme of the weights",
+            file="config.json",
+            expected="symmetric 4-bit int",
+            found=_listed(scheme.items()),
         )
     if weights.get("actorder") not in {None, False}:
         raise UnsupportedFormat("actorder", file="config.json", expected="none", found=repr(weights["actorder"]))
@@ -184,13 +190,15 @@ def _fp8_block(target: Fp8, kept: list[str]) -> dict[str, Any]:
         "weight_block_size": list(target.block),
     }
     expected = [
-        base for base in kept if names.is_projection(base) or names.tensor_class(f"{base}.weight") in {"vision", "projector"}
+        base
+        for base in kept
+        if names.is_projection(base) or names.tensor_class(f"{base}.weight") in {"vision", "projector"}
     ]
     return block | ({"modules_to_not_convert": expected} if expected else {})
 
 
 def _int4_block(target: Int4, quantised: set[str], kept: list[str]) -> dict[str, Any]:
-    weights = {
+    weights: dict[str, Any] = {
         "actorder": None,
         "block_structure": None,
         "dynamic": False,

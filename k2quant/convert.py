@@ -25,7 +25,7 @@ from k2quant.formats.layouts import FormatName, Grid
 from k2quant.plan import INCOMPLETE, REPORT, Options, Plan, make_plan
 from k2quant.policy import Scope
 from k2quant.stream import Progress, Record, Stream
-from k2quant.version import VERSION
+from k2quant.version import __version__
 
 _JOURNAL_VERSION = 1
 
@@ -169,7 +169,9 @@ def _check_finished(folder: Destination, report: dict[str, Any], identity: dict[
 
 def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationStale:
     return DestinationStale(
-        f"holds a {state} conversion of another {' and other '.join(changed)}".replace("another options", "other options"),
+        f"holds a {state} conversion of another {' and other '.join(changed)}".replace(
+            "another options", "other options"
+        ),
         file=folder.folder,
         remedy="write it anew with --restart, or name another folder",
     )
@@ -177,7 +179,7 @@ def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationSt
 
 def _begin(folder: Destination, plan: Plan) -> dict[str, dict[str, Any]]:
     """Start or continue the journal; return the records of the shards that are finished."""
-    head: dict[str, Any] = {"journal": _JOURNAL_VERSION, "version": VERSION, **_identity(plan)}
+    head: dict[str, Any] = {"journal": _JOURNAL_VERSION, "version": __version__, **_identity(plan)}
     old = folder.journal()
     if old:
         changed = [key for key, value in head.items() if old[0].get(key) != value]
@@ -226,7 +228,7 @@ def _report(plan: Plan, shards: dict[str, Record], *, seconds: float) -> dict[st
     records = [shards[shard.file] for shard in plan.shards]
     return {
         "tool": "k2quant",
-        "version": VERSION,
+        "version": __version__,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
         "source_name": plan.source.folder.resolve().name,
@@ -267,6 +269,9 @@ def _file_facts(path: Path, *, sha256: bool) -> dict[str, Any]:
 
 def _copy_file(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(open_regular(source), "rb") as reader, replacing(target) as descriptor:
-        with os.fdopen(os.dup(descriptor), "wb") as writer:
-            shutil.copyfileobj(reader, writer)
+    with (
+        os.fdopen(open_regular(source), "rb") as reader,
+        replacing(target) as descriptor,
+        os.fdopen(os.dup(descriptor), "wb") as writer,
+    ):
+        shutil.copyfileobj(reader, writer)

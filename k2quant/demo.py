@@ -268,8 +268,8 @@ _EQUAL = ("bit-equal", "codes equal")
 def _print(console: Any, outcomes: list[_Outcome], bf16: Path) -> None:
     from rich.table import Table
 
-    from k2quant.cli.screen import size
     from k2quant.kernels.figures import Figures
+    from k2quant.units import size
 
     full = sum(path.stat().st_size for path in bf16.glob("*.safetensors"))
     table = Table(title="Through every format and back", title_justify="left")

@@ -63,7 +63,9 @@ class _Finding(K2QuantError):
         super().__init__(self._sentence())
 
     def _sentence(self) -> str:
-        where = " in ".join(part for part in (self.tensor and f"`{self.tensor}`", self.file and str(self.file)) if part)
+        places = [f"`{self.tensor}`"] if self.tensor else []
+        places += [str(self.file)] if self.file is not None else []
+        where = " in ".join(places)
         facts = [self.message] if self.message else []
         if self.expected is not None:
             facts.append(f"expected {self.expected}")

@@ -7,12 +7,17 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checkpoint.panels import panel_state
 from k2quant.checkpoint.reading import read_into
+from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.layouts import Format, weight_count
 from k2quant.plan import Plan
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _PROBE_ROWS, _PROBE_WIDTH = 512, 2048
 _PROBE_BYTES = 2**26
@@ -68,19 +73,12 @@ def _codec_rate(source: Format, target: Format) -> float:
     """Return the weights a second that one core converts, on a panel of small random codes."""
     import numpy as np
 
-    from k2quant.formats.transcode import Scratch, as_array, transcode
+    from k2quant.formats.transcode import Scratch, transcode
     from k2quant.kernels.seam import codecs
 
     shape, random, scratch = (_PROBE_ROWS, _PROBE_WIDTH), np.random.default_rng(0), Scratch()
-    parts = {}
-    for suffix, spec in panel_state(source, shape, 0, _PROBE_ROWS).items():
-        if suffix in {"weight_scale", "weight_scale_inv"} or source.name == "bf16":
-            value = random.standard_normal(spec.shape, np.float32)
-            bits = (np.abs(value) if suffix != "weight" else value).view(np.uint32) >> 16
-            narrow = {"F32": value, "F16": value.astype(np.float16), "BF16": bits.astype(np.uint16)}[spec.dtype]
-            parts[suffix] = np.abs(narrow) if suffix != "weight" and spec.dtype != "BF16" else narrow
-        else:
-            parts[suffix] = as_array(random.integers(0, 0x7E, spec.nbytes, np.uint8), spec)
+    inputs = panel_state(source, shape, 0, _PROBE_ROWS)
+    parts = {suffix: _probe_array(spec, random) for suffix, spec in inputs.items()}
     outputs = {
         suffix: scratch.take(suffix, spec) for suffix, spec in panel_state(target, shape, 0, _PROBE_ROWS).items()
     }
@@ -91,6 +89,23 @@ def _codec_rate(source: Format, target: Format) -> float:
         rounds += 1
         seconds += (time.perf_counter() - begun) if rounds else 0.0
     return rounds * weight_count(shape) / seconds
+
+
+def _probe_array(spec: TensorSpec, random: np.random.Generator) -> NDArray[Any]:
+    """Return positive normal values of a dtype, or random codes that are no NaN in any format."""
+    import numpy as np
+
+    from k2quant.formats.transcode import as_array
+
+    values = np.abs(random.standard_normal(spec.shape, np.float32))
+    match spec.dtype:
+        case "F32":
+            return values
+        case "F16":
+            return values.astype(np.float16)
+        case "BF16":
+            return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return as_array(random.integers(0, 0x7F, spec.nbytes, np.uint8), spec)
 
 
 def _read_rate(plan: Plan) -> float:

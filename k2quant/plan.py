@@ -18,9 +18,8 @@ from k2quant import config, names
 from k2quant.checkpoint.header import TensorEntry, build_header
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, ROW_STEP
 from k2quant.checkpoint.paths import check_inside
-from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
+from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.weights import Weight, group_tensors
-from k2quant.errors import UsageError
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.layouts import Format, FormatName, Grid, Int4
 from k2quant.policy import Policy, Scope, make_policy
@@ -149,7 +148,9 @@ _Draft = list[tuple[Weight, Format | None, dict[str, TensorSpec]]]
 
 def _placed(weights: Iterable[Weight], policy: Policy, shard_size: int | None) -> list[tuple[str, _Draft]]:
     """Return the output shards in order: the source's shards, or shards of at most `shard_size` bytes."""
-    drafts = [(weight, target, output_specs(weight, target)) for weight in weights for target in (policy.target_of(weight),)]
+    drafts = [
+        (weight, target, output_specs(weight, target)) for weight in weights for target in (policy.target_of(weight),)
+    ]
     if shard_size is None:
         by_file: dict[str, _Draft] = {}
         for draft in drafts:
@@ -236,7 +237,9 @@ def _other_files(source: Checkpoint) -> tuple[str, ...]:
     """
     found: list[str] = []
     for folder, folders, files in os.walk(source.folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not (Path(folder) / name).is_symlink())
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not (Path(folder) / name).is_symlink()
+        )
         for name in sorted(files):
             path = Path(folder) / name
             if name.startswith(".") or _NOT_COPIED.fullmatch(name):
@@ -245,22 +248,6 @@ def _other_files(source: Checkpoint) -> tuple[str, ...]:
             if path.is_file():
                 found.append(str(path.relative_to(source.folder)))
     return tuple(found)
-
-
-def parse_size(text: str) -> int:
-    """Read a size such as `5GB`, `512MB` or `1000000` in bytes; units are powers of 1000, `GiB` and `MiB` of 1024.
-
-    Raises:
-        UsageError: it is none, or zero.
-    """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    if match is None:
-        raise UsageError(f"{text!r} is no size; try 5GB")
-    number, unit, binary = match.groups()
-    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
-    if size <= 0:
-        raise UsageError(f"{text!r} is no size; try 5GB")
-    return size
 
 
 def describe(plan: Plan) -> dict[str, dict[str, int]]:

@@ -57,7 +57,12 @@ def _same_layout(source: Format, target: Format) -> bool:
 
 
 def make_policy(
-    to: FormatName, weights: list[Weight], *, scope: Scope | None = None, ignore: tuple[str, ...] = (), grid: Grid | None
+    to: FormatName,
+    weights: list[Weight],
+    *,
+    scope: Scope | None = None,
+    ignore: tuple[str, ...] = (),
+    grid: Grid | None,
 ) -> Policy:
     """Make the policy of a conversion from what the user asked for and what the source holds.
 

@@ -97,7 +97,8 @@ def _tasks_of(shard: _Shard) -> list[_Task]:
         for suffix, entry in job.weight.parts.items():
             size = entry.nbytes
             tasks += [
-                _Task(shard, number, suffix, start, min(start + COPY_BYTES, size)) for start in range(0, size, COPY_BYTES)
+                _Task(shard, number, suffix, start, min(start + COPY_BYTES, size))
+                for start in range(0, size, COPY_BYTES)
             ]
     return tasks
 
@@ -187,7 +188,7 @@ class Stream:
         """Copy a piece of a tensor; return the bytes read."""
         job = task.shard.plan.jobs[task.job]
         entry = job.weight.parts[suffix]
-        data = memoryview(self._scratch.take("copy", TensorSpec("U8", (task.stop - task.start,))))
+        data = self._scratch.take("copy", TensorSpec("U8", (task.stop - task.start,))).data
         read_into(self._plan.source.shards[entry.file], entry.start + task.start, data)
         checksum = self._write(task.shard, job.outputs[suffix].start + task.start, data)
         with task.shard.lock:
@@ -223,7 +224,7 @@ class Stream:
         checksums = {}
         for suffix, array in outputs.items():
             offset = panel_offset(job.target, job.weight.shape, suffix, task.start) if job.target else 0
-            data = memoryview(array).cast("B")
+            data = array.data.cast("B")
             checksums[suffix] = self._write(task.shard, job.outputs[suffix].start + offset, data)
         if task.start == 0 and "weight_shape" in job.outputs:
             size = b"".join(length.to_bytes(4, "little") for length in job.weight.shape)

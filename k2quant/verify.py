@@ -134,7 +134,7 @@ def _sound_facts(facts: dict[str, Any]) -> bool:
     return (
         isinstance(checksums, dict)
         and isinstance(facts.get("shape"), list)
-        and (figures is None or (isinstance(figures, dict) and _FIGURES <= figures.keys() and _numbers(figures)))
+        and (figures is None or (isinstance(figures, dict) and figures.keys() >= _FIGURES and _numbers(figures)))
     )
 
 

@@ -1,3 +1,3 @@
 """The version of k2quant, as reports and journals note it."""
 
-VERSION = "0.1.0"
+__version__ = "0.1.0"

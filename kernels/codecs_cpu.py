@@ -15,7 +15,7 @@ Arrays are C-contiguous. Panels are calls on ranges of rows, multiples of the FP
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numba import njit
@@ -27,8 +27,11 @@ from k2quant.kernels.recovery import DISTANCES, SMALLEST_AMAX, int4_table
 from k2quant.kernels.values import F32, I32, U8, U16
 
 Grid = Literal["moonshot", "compressed-tensors"]
+Int = Any  # what numba makes of integers is no one Python type
 F64 = NDArray[np.float64]
 U32 = NDArray[np.uint32]
+Outcome = tuple[int, float, float, float]
+"""Changed weights (-1: a bad value), energy, error, worst."""
 
 INT4_GROUP = 32
 LANES = 128
@@ -39,32 +42,32 @@ _PLAIN, _RECOVER, _COMPRESSED_TENSORS = 0, 1, 2  # the INT4 rules, as the jitted
 _jit = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
 
 
-# --- scalars -----------------------------------------------------------------------------------------------------------
+# --- scalars --------------------------------------------------------------------------------------------------------
 
 
 # Numba computes with 64-bit integers; each step is cut back to 32 bits, or the loops would fill half as many lanes.
 
 
 @_jit
-def _bits(value):
+def _bits(value: np.float32) -> np.uint32:
     """Return the bits of a float32 as uint32."""
     return np.float32(value).view(np.uint32)
 
 
 @_jit
-def _float(bits):
+def _float(bits: Int) -> np.float32:
     """Return the float32 that has these bits."""
     return np.uint32(bits).view(np.float32)
 
 
 @_jit
-def _widen(bits):
+def _widen(bits: Int) -> np.float32:
     """Return the float32 value of BF16 bits."""
     return _float(np.uint32(bits) << np.uint32(16))
 
 
 @_jit
-def _round(value):
+def _round(value: np.float32) -> np.uint32:
     """Return the BF16 bits of a float32 that is not NaN, rounded half to even, as uint32."""
     bits = _bits(value)
     odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
@@ -72,7 +75,7 @@ def _round(value):
 
 
 @_jit
-def _e4m3(value):
+def _e4m3(value: np.float32) -> np.uint32:
     """Return the e4m3 code of a float32 that is not NaN, rounded half to even, saturated at +-448."""
     bits = _bits(value)
     magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
@@ -82,12 +85,12 @@ def _e4m3(value):
     # Below 2^-6 codes are multiples of 2^-9, one unit in the last place of 16384: the addition rounds.
     subnormal = np.uint32(_bits(_float(magnitude) + np.float32(16384.0)) & np.uint32(0xF))
     code = subnormal if magnitude < np.uint32(121 << 23) else normal
-    code = code if code < np.uint32(0x7E) else np.uint32(0x7E)
+    code = min(code, np.uint32(0x7E))
     return np.uint32(code | np.uint32(np.uint32(bits >> np.uint32(24)) & np.uint32(0x80)))
 
 
 @_jit
-def _fp8_product(code, scale):
+def _fp8_product(code: Int, scale: np.float32) -> np.uint32:
     """Return the BF16 bits of code * scale, rounded to float32 first, as uint32."""
     # An e4m3 magnitude moved to float32's exponent field is too small by 2^120; the product with 2^120 is exact.
     moved = np.uint32(np.uint32(np.uint32(code) & np.uint32(0x7F)) << np.uint32(20))
@@ -96,38 +99,38 @@ def _fp8_product(code, scale):
 
 
 @_jit
-def _int4_product(nibble, scale):
+def _int4_product(nibble: Int, scale: np.float32) -> np.uint32:
     """Return the BF16 bits of (nibble - 8) * scale, as uint32."""
     return _round(np.float32(np.int32(np.int32(nibble) - np.int32(8))) * scale)
 
 
-# --- spans -------------------------------------------------------------------------------------------------------------
+# --- spans ----------------------------------------------------------------------------------------------------------
 
 
 @_jit
-def _largest(weights):
+def _largest(weights: U16) -> np.uint16:
     """Return the largest magnitude among BF16 bits; NaN and infinity are the largest of all."""
     largest = np.uint16(0)
     for i in range(weights.size):
         magnitude = np.uint16(weights[i] & np.uint16(0x7FFF))
-        largest = magnitude if magnitude > largest else largest
+        largest = max(largest, magnitude)
     return largest
 
 
 @_jit
-def _decode_fp8(codes, scale, out):
+def _decode_fp8(codes: U8, scale: np.float32, out: U16) -> bool:
     """Decode a span that has one scale; return whether it holds no NaN code."""
     largest = np.uint8(0)
     for i in range(out.size):
         code = codes[i]
         magnitude = np.uint8(code & np.uint8(0x7F))
-        largest = magnitude if magnitude > largest else largest
+        largest = max(largest, magnitude)
         out[i] = _fp8_product(code, scale)
-    return largest < 0x7F
+    return bool(largest < 0x7F)
 
 
 @_jit
-def _decode_int4(pairs, scale, out):
+def _decode_int4(pairs: U8, scale: F32, out: U32) -> None:
     """Decode bytes of two codes, low nibble first, to words of two BF16; `scale` has one entry for each byte."""
     for i in range(out.size):
         pair = np.uint32(pairs[i])
@@ -137,7 +140,7 @@ def _decode_int4(pairs, scale, out):
 
 
 @_jit
-def _spread(scale, group, first, out):
+def _spread(scale: F32, group: int, first: int, out: F32) -> None:
     """Write the scale of each byte of two codes, from column `first` on; `first` and `group` are even."""
     done = 0
     while done < out.size:
@@ -148,18 +151,18 @@ def _spread(scale, group, first, out):
 
 
 @_jit
-def _square(value):
+def _square(value: np.float32) -> np.float64:
     return np.float64(value) * np.float64(value)
 
 
 @_jit
-def _difference(before, after):
+def _difference(before: np.uint16, after: np.uint16) -> np.uint32:
     """Return the bits of |before - after|: as integers they order like the numbers, and 0 means unchanged."""
     return _bits(abs(_widen(before) - _widen(after)))
 
 
 @_jit
-def _tally(before, after, sums):
+def _tally(before: U16, after: U16, sums: F64) -> Int:
     """Add a span's energy and squared errors to the lanes of `sums`; return how many changed, and the worst error."""
     energy, error = sums[0], sums[1]
     changed, worst = np.uint32(0), np.uint32(0)
@@ -174,8 +177,7 @@ def _tally(before, after, sums):
                 _square(_widen(a[lane + 2 * LANES])) + _square(_widen(a[lane + 3 * LANES]))
             )
             error[lane] += (_square(_float(d0)) + _square(_float(d1))) + (_square(_float(d2)) + _square(_float(d3)))
-            largest = max(max(d0, d1), max(d2, d3))
-            worst = largest if largest > worst else worst
+            worst = max(worst, d0, d1, d2, d3)
             changed = np.uint32(changed + np.uint32(d0 != 0) + np.uint32(d1 != 0) + np.uint32(d2 != 0))
             changed = np.uint32(changed + np.uint32(d3 != 0))
     for start in range(whole, before.size, LANES):
@@ -184,14 +186,14 @@ def _tally(before, after, sums):
             d0 = _difference(a[lane], b[lane])
             energy[lane] += _square(_widen(a[lane]))
             error[lane] += _square(_float(d0))
-            worst = d0 if d0 > worst else worst
+            worst = max(worst, d0)
             changed = np.uint32(changed + np.uint32(d0 != 0))
     sums[2, 0] = max(sums[2, 0], np.float64(_float(worst)))
     return np.int64(changed)
 
 
 @_jit
-def _total(changed, sums):
+def _total(changed: int, sums: F64) -> Outcome:
     """Return changed, energy, error, worst; the lanes are added in order."""
     energy, error = 0.0, 0.0
     for lane in range(LANES):
@@ -200,11 +202,11 @@ def _total(changed, sums):
     return changed, energy, error, sums[2, 0]
 
 
-# --- INT4 --------------------------------------------------------------------------------------------------------------
+# --- INT4 -----------------------------------------------------------------------------------------------------------
 
 
 @_jit
-def _fits(weights, scale):
+def _fits(weights: U16, scale: np.float32) -> bool:
     """Return whether every weight of a group is bf16(code * scale) for a code in +-7: the rule, read out plainly."""
     for i in range(weights.size):
         magnitude = np.uint32(weights[i]) & np.uint32(0x7FFF)
@@ -217,15 +219,17 @@ def _fits(weights, scale):
 
 
 @_jit
-def _candidate(amax, candidate):
+def _candidate(amax: np.uint16, candidate: Int) -> Int:
     """Return the BF16 bits of a candidate scale, see `recovery.CANDIDATES`; 0 where there is none."""
     step = candidate % 3
-    bits = np.int64(_round(_widen(amax) / np.float32(7 - candidate // 3))) + (1 if step == 1 else -1 if step == 2 else 0)
+    bits = np.int64(_round(_widen(amax) / np.float32(7 - candidate // 3))) + (
+        1 if step == 1 else -1 if step == 2 else 0
+    )
     return bits if 0 < bits < explain.INFINITY else 0
 
 
 @_jit
-def _search_scale(weights, amax):
+def _search_scale(weights: U16, amax: np.uint16) -> Int:
     """Return the BF16 bits of the first candidate scale that gives every weight of the group; 0 if none does."""
     for candidate in range(21):
         bits = _candidate(amax, candidate)
@@ -235,7 +239,7 @@ def _search_scale(weights, amax):
 
 
 @_jit
-def _entry(weight, amax):
+def _entry(weight: np.uint16, amax: np.uint16) -> Int:
     """Return the index of a weight's word in the table of candidates."""
     magnitude = np.int64(weight & np.uint16(0x7FFF))
     distance = np.int64(amax) - magnitude if magnitude else 0  # zero fits wherever amax fits
@@ -243,13 +247,13 @@ def _entry(weight, amax):
 
 
 @_jit
-def _recover_int4_scales(weights, amax, table, scale):
+def _recover_int4_scales(weights: U16, amax: U16, table: U32, scale: U16) -> None:
     """Replace the scale of each group that lies on the grid by the one that the rule finds."""
     for group in range(scale.size):
         largest, first = amax[group], group * INT4_GROUP
         if largest < SMALLEST_AMAX:
             bits = _search_scale(weights[first : first + INT4_GROUP], largest) if largest else 0
-            scale[group] = bits if bits else scale[group]
+            scale[group] = bits or scale[group]
             continue
         # Eight weights without a branch cost less than one mispredicted exit; hardly an ordinary group survives them.
         candidates = np.uint32(0xFFFFFFFF)
@@ -268,7 +272,7 @@ def _recover_int4_scales(weights, amax, table, scale):
 
 
 @_jit
-def _int4_scales(weights, rule, table, amax, scale):
+def _int4_scales(weights: U16, rule: int, table: U32, amax: U16, scale: U16) -> bool:
     """Choose the BF16 scale of each group of a row; return whether all weights are finite."""
     for group in range(scale.size):
         amax[group] = _largest(weights[group * INT4_GROUP : group * INT4_GROUP + INT4_GROUP])
@@ -277,50 +281,50 @@ def _int4_scales(weights, rule, table, amax, scale):
     divisor = np.float32(7.5) if rule == _COMPRESSED_TENSORS else np.float32(7)
     for group in range(scale.size):
         bits = _round(_widen(amax[group]) / divisor)
-        scale[group] = bits if bits else np.uint32(0x3C00)  # 2^-7, as compressed-tensors writes for a scale of zero
+        scale[group] = bits or np.uint32(0x3C00)  # 2^-7, as compressed-tensors writes for a scale of zero
     if rule == _RECOVER:
         _recover_int4_scales(weights, amax, table, scale)
     return True
 
 
 @_jit
-def _encode_moonshot(weights, scale, nibbles, decoded):
+def _encode_moonshot(weights: U16, scale: U16, nibbles: U8, decoded: U16) -> None:
     """Round a row to codes -7..7: one nibble a byte, and the values that decoding will give."""
     for group in range(scale.size):
         step = _widen(scale[group])
         for lane in range(INT4_GROUP):
             i = group * INT4_GROUP + lane
             quotient = _widen(weights[i]) / step
-            quotient = quotient if quotient > np.float32(-7) else np.float32(-7)
-            quotient = quotient if quotient < np.float32(7) else np.float32(7)
+            quotient = min(max(quotient, np.float32(-7)), np.float32(7))
             nibble = _nibble(quotient)
             nibbles[i] = nibble
             decoded[i] = _int4_product(nibble, step)
 
 
 @_jit
-def _encode_compressed_tensors(weights, scale, nibbles, decoded):
+def _encode_compressed_tensors(weights: U16, scale: U16, nibbles: U8, decoded: U16) -> None:
     """Round a row to codes -8..7; the quotient is rounded to BF16 before the clamp, as that library does."""
     for group in range(scale.size):
         step = _widen(scale[group])
         for lane in range(INT4_GROUP):
             i = group * INT4_GROUP + lane
             quotient = _widen(_round(_widen(weights[i]) / step))
-            quotient = quotient if quotient > np.float32(-8) else np.float32(-8)
-            quotient = quotient if quotient < np.float32(7) else np.float32(7)
+            quotient = min(max(quotient, np.float32(-8)), np.float32(7))
             nibble = _nibble(quotient)
             nibbles[i] = nibble
             decoded[i] = _int4_product(nibble, step)
 
 
 @_jit
-def _nibble(quotient):
+def _nibble(quotient: np.float32) -> np.uint32:
     """Return code + 8: adding 1.5 * 2^23 + 8 rounds half to even and leaves it in the low four bits."""
     return np.uint32(_bits(quotient + np.float32(12582920.0)) & np.uint32(15))
 
 
 @_jit
-def _encode_int4_row(weights, rule, table, packed, scale, amax, nibbles, decoded):
+def _encode_int4_row(
+    weights: U16, rule: int, table: U32, packed: U8, scale: U16, amax: U16, nibbles: U8, decoded: U16
+) -> bool:
     """Encode one row; return whether all its weights are finite."""
     if not _int4_scales(weights, rule, table, amax, scale):
         return False
@@ -335,7 +339,7 @@ def _encode_int4_row(weights, rule, table, packed, scale, amax, nibbles, decoded
 
 
 @_jit
-def _bf16_to_int4(weights, rule, table, packed, scale):
+def _bf16_to_int4(weights: U16, rule: int, table: U32, packed: U8, scale: U16) -> Outcome:
     rows, columns = weights.shape
     nibbles, decoded = np.empty(columns, np.uint8), np.empty(columns, np.uint16)
     amax = np.empty(columns // INT4_GROUP, np.uint16)
@@ -349,7 +353,7 @@ def _bf16_to_int4(weights, rule, table, packed, scale):
 
 
 @_jit
-def _decode_int4_row(packed, scale, group, first, spread, out):
+def _decode_int4_row(packed: U8, scale: F32, group: int, first: int, spread: F32, out: U16) -> None:
     """Decode columns of a row of packed bytes, from column `first` on; `spread` is scratch for half as many scales."""
     if group % 2 or first % 2 or out.size % 2:
         for i in range(out.size):
@@ -362,7 +366,7 @@ def _decode_int4_row(packed, scale, group, first, spread, out):
 
 
 @_jit
-def _int4_to_bf16(packed, scale, group, out):
+def _int4_to_bf16(packed: U8, scale: F32, group: int, out: U16) -> bool:
     spread = np.empty(packed.shape[1], np.float32)
     for row in range(packed.shape[0]):
         _decode_int4_row(packed[row], scale[row], group, 0, spread, out[row])
@@ -371,37 +375,36 @@ def _int4_to_bf16(packed, scale, group, out):
     return True
 
 
-# --- FP8 ---------------------------------------------------------------------------------------------------------------
+# --- FP8 ------------------------------------------------------------------------------------------------------------
 
 
 @_jit
-def _fp8_to_bf16(codes, scale, height, width, out):
-    rows, columns = codes.shape
-    for row in range(rows):
+def _fp8_to_bf16(codes: U8, scale: F32, height: int, width: int, out: U16) -> bool:
+    for row in range(codes.shape[0]):
         if not _decode_fp8_row(codes[row], scale[row // height], width, out[row]):
             return False
     return True
 
 
 @_jit
-def _decode_fp8_row(codes, scale, width, out):
+def _decode_fp8_row(codes: U8, scale: F32, width: int, out: U16) -> bool:
     """Decode a row; return whether it holds no NaN code and no product beyond BF16."""
     valid = True
     for block in range(scale.size):
         start = block * width
         stop = min(start + width, codes.size)
         valid &= _decode_fp8(codes[start:stop], scale[block], out[start:stop])
-    return valid and _largest(out) < explain.INFINITY
+    return valid and bool(_largest(out) < explain.INFINITY)
 
 
 @_jit
-def _product_at(magnitude, scale_bits):
+def _product_at(magnitude: Int, scale_bits: Int) -> Int:
     """Return the BF16 bits of an e4m3 magnitude times the float32 scale with these bits."""
     return np.int64(_fp8_product(np.uint32(magnitude), _float(scale_bits)))
 
 
 @_jit
-def _least_scale(magnitude, target, low, high):
+def _least_scale(magnitude: Int, target: Int, low: Int, high: Int) -> Int:
     """Return the least scale, as float32 bits, whose product reaches `target`; `low` does not reach it, `high` does."""
     while high - low > 1:
         middle = (low + high) >> 1
@@ -413,7 +416,7 @@ def _least_scale(magnitude, target, low, high):
 
 
 @_jit
-def _recovered_fp8_scale(weights, codes, plain, table):
+def _recovered_fp8_scale(weights: U16, codes: U8, plain: np.float32, table: U16) -> np.float32:
     """Return the scale nearest to `plain` whose products with the codes are the weights; `plain` if there is none.
 
     `codes` are those of `plain`. Each code must stand for one magnitude only; then each pair of code and magnitude allows
@@ -421,12 +424,12 @@ def _recovered_fp8_scale(weights, codes, plain, table):
     """
     table[:] = 0
     for i in range(weights.size):
-        code, magnitude = np.uint8(codes[i] & np.uint8(0x7F)), np.uint16(weights[i] & np.uint16(0x7FFF))
-        known = table[code]
-        if known != magnitude:
-            if known != 0 or code == 0:
+        used, value = np.uint8(codes[i] & np.uint8(0x7F)), np.uint16(weights[i] & np.uint16(0x7FFF))
+        known = table[used]
+        if known != value:
+            if known != 0 or used == 0:
                 return plain
-            table[code] = magnitude
+            table[used] = value
     # 2^17 steps move a normal float32 by 2^-7 or more, further than half a BF16 step of amax; amax has the code 448.
     start = np.int64(_bits(plain))
     amax = np.int64(table[0x7E])
@@ -449,7 +452,7 @@ def _recovered_fp8_scale(weights, codes, plain, table):
 
 
 @_jit
-def _encode_fp8_block(weights, codes, decoded, table):
+def _encode_fp8_block(weights: U16, codes: U8, decoded: U16, table: U16) -> np.float32:
     """Encode one block; return its scale, or -1 if a weight is not finite."""
     amax = _largest(weights)
     if amax >= explain.INFINITY:
@@ -465,13 +468,13 @@ def _encode_fp8_block(weights, codes, decoded, table):
 
 
 @_jit
-def _copy(source, target):
+def _copy(source: NDArray[Any], target: NDArray[Any]) -> None:
     for i in range(target.size):
         target[i] = source[i]
 
 
 @_jit
-def _bf16_to_fp8(weights, height, width, codes, scale):
+def _bf16_to_fp8(weights: U16, height: int, width: int, codes: U8, scale: F32) -> Outcome:
     rows, columns = weights.shape
     height, width = min(height, rows), min(width, columns)
     block, decoded = np.empty(height * width, np.uint16), np.empty(height * width, np.uint16)
@@ -494,11 +497,13 @@ def _bf16_to_fp8(weights, height, width, codes, scale):
     return _total(changed, sums)
 
 
-# --- fused pairs -------------------------------------------------------------------------------------------------------
+# --- fused pairs ----------------------------------------------------------------------------------------------------
 
 
 @_jit
-def _fp8_to_int4(codes, scale_in, height, width, rule, table, packed, scale):
+def _fp8_to_int4(
+    codes: U8, scale_in: F32, height: int, width: int, rule: int, table: U32, packed: U8, scale: U16
+) -> Outcome:
     rows, columns = codes.shape
     weights, decoded = np.empty(columns, np.uint16), np.empty(columns, np.uint16)
     nibbles, amax = np.empty(columns, np.uint8), np.empty(columns // INT4_GROUP, np.uint16)
@@ -514,7 +519,7 @@ def _fp8_to_int4(codes, scale_in, height, width, rule, table, packed, scale):
 
 
 @_jit
-def _int4_to_fp8(packed, scale_in, group, height, width, codes, scale):
+def _int4_to_fp8(packed: U8, scale_in: F32, group: int, height: int, width: int, codes: U8, scale: F32) -> Outcome:
     rows, columns = codes.shape
     height, width = min(height, rows), min(width, columns)
     block, decoded = np.empty(height * width, np.uint16), np.empty(height * width, np.uint16)
@@ -539,17 +544,17 @@ def _int4_to_fp8(packed, scale_in, group, height, width, codes, scale):
     return _total(changed, sums)
 
 
-# --- others ------------------------------------------------------------------------------------------------------------
+# --- others ---------------------------------------------------------------------------------------------------------
 
 
 @_jit
-def _float_to_bf16(values, out):
+def _float_to_bf16(values: F32, out: U16) -> bool:
     for row in range(values.shape[0]):
         largest = np.uint32(0)
         for column in range(values.shape[1]):
             value = values[row, column]
             magnitude = np.uint32(_bits(value) & np.uint32(0x7FFFFFFF))
-            largest = magnitude if magnitude > largest else largest
+            largest = max(largest, magnitude)
             out[row, column] = _round(value)
         if largest >= np.uint32(0x7F7F8000):  # the least float32 that rounds to infinity
             return False
@@ -557,7 +562,7 @@ def _float_to_bf16(values, out):
 
 
 @_jit
-def _compare(before, after):
+def _compare(before: U16, after: U16) -> Outcome:
     sums = np.zeros((3, LANES))
     changed = 0
     for row in range(before.shape[0]):
@@ -567,7 +572,7 @@ def _compare(before, after):
     return _total(changed, sums)
 
 
-# --- the seam ----------------------------------------------------------------------------------------------------------
+# --- the seam -------------------------------------------------------------------------------------------------------
 
 
 def float_to_bf16(values: F32 | NDArray[np.float16], out: U16) -> None:
@@ -656,7 +661,7 @@ def compare(before: U16, after: U16) -> Figures:
     return figures
 
 
-def _frozen(array):
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
     """Return a read-only view, so that numba compiles one signature for mapped files and for plain arrays."""
     view = array.view()
     view.flags.writeable = False
@@ -678,7 +683,7 @@ def _blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
     return -(-shape[0] // block[0]), -(-shape[1] // block[1])
 
 
-def _figures(count: int, outcome: tuple[int, float, float, float]) -> Figures | None:
+def _figures(count: int, outcome: Outcome) -> Figures | None:
     """Return the figures; nothing if the codec met a bad value, or made one: an INT4 value beyond BF16."""
     changed, energy, error, worst = outcome
     return None if changed < 0 or worst == np.inf else Figures(count, changed, energy, error, worst)

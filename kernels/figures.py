@@ -1,6 +1,6 @@
 """What a conversion did to the values, in five numbers that can be added up.
 
-The truth is the BF16 pivot: `w` is a weight before the conversion, `w'` the same weight afterwards, both as BF16 values.
+The truth is the BF16 pivot: `w` is a weight before the conversion, `w'` the same weight afterwards, both as BF16.
 """
 
 from __future__ import annotations

@@ -97,9 +97,7 @@ def bf16_to_int4(weights: Tensor, grid: Grid, *, recover: bool = True) -> tuple[
     return packed, scale, compare(weights, after)
 
 
-def fp8_to_int4(
-    codes: Tensor, scale: Tensor, block: tuple[int, int], grid: Grid
-) -> tuple[Tensor, Tensor, Figures]:
+def fp8_to_int4(codes: Tensor, scale: Tensor, block: tuple[int, int], grid: Grid) -> tuple[Tensor, Tensor, Figures]:
     """Encode FP8 as INT4 through BF16."""
     return bf16_to_int4(fp8_to_bf16(codes, scale, block), grid)
 
@@ -126,7 +124,7 @@ def compare(before: Tensor, after: Tensor) -> Figures:
 def pack_int4(codes: Tensor) -> Tensor:
     """Return int32 words `[R, K/8]` of codes -8..7 `[R, K]`; the lowest column is the lowest nibble, as code + 8."""
     shifts = torch.arange(0, 32, 4, device=codes.device)
-    words = ((codes.long() + 8).unflatten(-1, (-1, 8)) << shifts).sum(-1)
+    words = ((codes.long() + 8).reshape(*codes.shape[:-1], -1, 8) << shifts).sum(-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
@@ -188,7 +186,7 @@ def _to_blocks(weights: Tensor, block: tuple[int, int]) -> Tensor:
     """Return `[B, height * width]`; ragged edges are filled with zeros, which change no scale."""
     rows, columns = weights.shape
     full = pad(weights, (0, -columns % block[1], 0, -rows % block[0]))
-    tiles = full.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))  # [rows of blocks, height, columns, width]
+    tiles = full.reshape(full.shape[0] // block[0], block[0], full.shape[1] // block[1], block[1])
     return tiles.transpose(1, 2).flatten(2).flatten(0, 1)
 
 

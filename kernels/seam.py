@@ -1,7 +1,7 @@
 """The seam between the arithmetic and everything above it: one set of codecs for each device, all with the same bits.
 
-Arrays are C-contiguous numpy arrays; inputs may be read-only views of mapped files; outputs are written into arrays that
-the caller owns. R are rows, K columns. BF16 is uint16 bits `[R, K]`. FP8 is uint8 e4m3fn codes `[R, K]` with float32
+Arrays are C-contiguous numpy arrays; inputs may be read-only views of mapped files; outputs are written into arrays
+that the caller owns. R are rows, K columns. BF16 is uint16 bits `[R, K]`. FP8 is uint8 e4m3fn codes `[R, K]` with float32
 scales `[ceil(R/block[0]), ceil(K/block[1])]`. INT4 is int32 words `[R, K/8]`, lowest column in the lowest nibble,
 nibble = code + 8. A scale of INT4 goes in as float32 `[R, K/group]`, and comes out as BF16 bits `[R, K/32]`.
 
@@ -91,7 +91,9 @@ def _cuda(device: str) -> TorchCodecs:
     if kind != "cuda" or (":" in device and not index.isdecimal()):
         raise UsageError(f"unknown device `{device}`: expected cpu, cuda or cuda:N")
     if not torch.cuda.is_available():
-        raise UsageError(f"device `{device}` is not available: torch {torch.__version__} finds no CUDA; use --device cpu")
+        raise UsageError(
+            f"device `{device}` is not available: torch {torch.__version__} finds no CUDA; use --device cpu"
+        )
     if index and int(index) >= torch.cuda.device_count():
         raise UsageError(f"device `{device}` is not available: there are {torch.cuda.device_count()} CUDA devices")
     return TorchCodecs(device)

@@ -1,12 +1,13 @@
 """Values that no codec can carry, and where they stand.
 
-The codecs only notice that a panel holds a bad value. What it is and where is searched here, afterwards, in plain numpy:
-the search may be slow, for the conversion stops. Rows and columns count from the array that the codec was given; the
-caller, who knows the tensor's name and the panel's first row, turns a `ValueAt` into a `BadValue`.
+The codecs only notice that a panel holds a bad value. What it is and where is searched here, afterwards, in plain
+numpy: the search may be slow, for the conversion stops. Rows and columns count from the array that the codec was given;
+the caller, who knows the tensor's name and the panel's first row, turns a `ValueAt` into a `BadValue`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -54,9 +55,10 @@ def bf16_to_float(bits: U16) -> F32:
 def bad_float(values: NDArray[np.float16] | F32) -> ValueAt:
     """Find the first value of `[R, K]` that has no finite BF16 neighbour."""
     wide = values.astype(np.float32)
-    row, column = _first(float_to_bf16(np.where(np.isfinite(wide), wide, np.inf)) & 0x7FFF == INFINITY)
+    wide[~np.isfinite(wide)] = np.inf
+    row, column = _first(float_to_bf16(wide) & 0x7FFF == INFINITY)
     value = float(values[row, column])
-    what = f"overflow: {value} exceeds bfloat16" if np.isfinite(value) else f"non-finite value {value}"
+    what = f"overflow: {value} exceeds bfloat16" if math.isfinite(value) else f"non-finite value {value}"
     return ValueAt(row=row, column=column, what=what)
 
 
@@ -105,7 +107,7 @@ def _bad_scale(scale: F32) -> ValueAt | None:
         return None
     row, column = _first(bad)
     value = float(scale[row, column])
-    what = f"negative scale {value}" if np.isfinite(value) else f"non-finite scale {value}"
+    what = f"negative scale {value}" if math.isfinite(value) else f"non-finite scale {value}"
     return ValueAt(row=row, column=column, what=what, of="scale")
 
 

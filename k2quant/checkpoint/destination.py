@@ -95,8 +95,10 @@ class Destination:
         """Delete these files of an earlier conversion, finished or not; names that leave the folder are passed over."""
         for name in files:
             path = self.folder / name
-            if ".." in Path(name).parts or Path(name).is_absolute() or not path.parent.resolve().is_relative_to(
-                self.folder.resolve()
+            if (
+                ".." in Path(name).parts
+                or Path(name).is_absolute()
+                or not path.parent.resolve().is_relative_to(self.folder.resolve())
             ):
                 continue
             for victim in (path, path.with_name(path.name + PARTIAL)):

@@ -73,5 +73,5 @@ def read_panel(source: Checkpoint, weight: Weight, start: int, stop: int, scratc
         entry = weight.parts[suffix]
         parts[suffix] = scratch.take(f"{key} {suffix}", spec)
         offset = entry.start + panel_offset(layout, weight.shape, suffix, start)
-        read_into(source.shards[entry.file], offset, memoryview(parts[suffix]).cast("B"))
+        read_into(source.shards[entry.file], offset, parts[suffix].data.cast("B"))
     return parts

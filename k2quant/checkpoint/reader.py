@@ -131,7 +131,10 @@ def _nothing_to_read(folder: Path) -> CheckpointError:
             "a conversion that has not finished", file=folder, remedy="run the same k2quant convert again to resume it"
         )
     return CheckpointError(
-        "no checkpoint here", file=folder, expected=f"{INDEX} or {SINGLE}", found=", ".join(files[:5]) or "an empty folder"
+        "no checkpoint here",
+        file=folder,
+        expected=f"{INDEX} or {SINGLE}",
+        found=", ".join(files[:5]) or "an empty folder",
     )
 
 
@@ -155,7 +158,10 @@ def _unfused(entries: list[TensorEntry]) -> dict[str, TensorEntry]:
 def _experts(entry: TensorEntry, fused: names.FusedExperts) -> list[TensorEntry]:
     if entry.dtype not in FLOATS:
         raise UnsupportedFormat(
-            "fused experts can be read from BF16, F16 and F32 only", tensor=entry.name, file=entry.file, found=entry.dtype
+            "fused experts can be read from BF16, F16 and F32 only",
+            tensor=entry.name,
+            file=entry.file,
+            found=entry.dtype,
         )
     pieces = len(fused.projections)
     if len(entry.shape) != 3 or not entry.nbytes or entry.shape[1] % pieces:

@@ -29,7 +29,9 @@ def read_into(shard: ShardHeader, start: int, buffer: memoryview) -> None:
             while buffer:
                 count = os.preadv(descriptor, [buffer], start)
                 if count == 0:
-                    raise CheckpointError("ends too early", file=shard.path, remedy="was it cut short while it was read?")
+                    raise CheckpointError(
+                        "ends too early", file=shard.path, remedy="was it cut short while it was read?"
+                    )
                 buffer, start = buffer[count:], start + count
         finally:
             os.close(descriptor)

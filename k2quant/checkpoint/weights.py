@@ -10,7 +10,14 @@ from typing import NamedTuple
 
 from k2quant import names
 from k2quant.checkpoint.header import TensorEntry
-from k2quant.errors import CheckpointError, DtypeMismatch, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
+from k2quant.errors import (
+    CheckpointError,
+    DtypeMismatch,
+    MalformedFile,
+    MissingTensor,
+    ShapeMismatch,
+    UnsupportedFormat,
+)
 from k2quant.formats.dtypes import FLOATS
 from k2quant.formats.layouts import FP8_BLOCK, PARTNER_SUFFIXES, Bf16, Format, Fp8, Int4
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from k2quant.version import VERSION
+from k2quant.version import __version__
 
 _COMMANDS = ("convert", "inspect", "verify", "diff", "report", "demo")
 
@@ -38,9 +38,9 @@ class _Commands(click.Group):
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(VERSION, prog_name="k2quant")
+@click.version_option(__version__, prog_name="k2quant")
 def main() -> None:
-    """Convert Kimi K2 checkpoints between BF16, block-FP8 and INT4: exact, safe, at disk speed.
+    r"""Convert Kimi K2 checkpoints between BF16, block-FP8 and INT4: exact, safe, at disk speed.
 
     \b
     Example:

@@ -26,12 +26,16 @@ import click
 @click.option("--shard-size", metavar="SIZE", help="Largest output shard, such as 5GB; default: the source's shards.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; default: one for each core.")
 @click.option("--device", default="cpu", show_default=True, help="Where the arithmetic runs: cpu or cuda.")
-@click.option("--dry-run", is_flag=True, help="Print what it would cost, write nothing; exit 1 if the disk is too small.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what it would cost, write nothing; exit 1 if the disk is too small."
+)
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left in DESTINATION.")
 @click.option("--sha256", is_flag=True, help="Also note a sha256 of each file in the report.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(source: Path, destination: Path, *, dry_run: bool, as_json: bool, shard_size: str | None, **options: Any) -> None:
-    """Convert the checkpoint in SOURCE and write it to DESTINATION.
+def command(
+    source: Path, destination: Path, *, dry_run: bool, as_json: bool, shard_size: str | None, **options: Any
+) -> None:
+    r"""Convert the checkpoint in SOURCE and write it to DESTINATION.
 
     The same command after a kill resumes; on a finished DESTINATION it says so and does nothing.
 
@@ -39,7 +43,7 @@ def command(source: Path, destination: Path, *, dry_run: bool, as_json: bool, sh
     Example:
         k2quant convert --to int4 Kimi-K2-Instruct Kimi-K2-Instruct-INT4
     """
-    from k2quant.plan import parse_size
+    from k2quant.units import parse_size
 
     options["shard_size"] = parse_size(shard_size) if shard_size else None
     if dry_run:
@@ -51,8 +55,9 @@ def command(source: Path, destination: Path, *, dry_run: bool, as_json: bool, sh
 def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
     import json
 
-    from k2quant.cli.screen import duration, progress, remark, size
+    from k2quant.cli.screen import progress, remark
     from k2quant.convert import convert
+    from k2quant.units import duration, size
 
     with progress(f"{source.name} to {options['to']}") as show:
         done = convert(source, destination, progress=show, **options)
@@ -76,18 +81,18 @@ def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) 
     import json
 
     from k2quant.checkpoint.reader import open_checkpoint
-    from k2quant.cli.screen import duration, size
     from k2quant.convert import available_cores
     from k2quant.estimate import estimate
     from k2quant.plan import Options, describe, make_plan
+    from k2quant.units import duration, size
 
-    choice = Options(
-        options["to"], options["scope"], tuple(options["ignore"]), options["grid"], options["shard_size"]
-    )
+    choice = Options(options["to"], options["scope"], tuple(options["ignore"]), options["grid"], options["shard_size"])
     plan = make_plan(open_checkpoint(source), choice)
     cost = estimate(plan, destination, workers=options["workers"] or available_cores())
     if as_json:
-        click.echo(json.dumps({**cost._asdict(), "fits": cost.fits, "shards": len(plan.shards), "work": describe(plan)}))
+        click.echo(
+            json.dumps({**cost._asdict(), "fits": cost.fits, "shards": len(plan.shards), "work": describe(plan)})
+        )
     else:
         for kind, row in describe(plan).items():
             click.echo(f"{kind:<16} " + ", ".join(f"{count} {what}" for what, count in row.items()))

@@ -15,7 +15,7 @@ _SHOWN = 50
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; default: one for each core.")
 @click.option("--json", "as_json", is_flag=True, help="Print every difference as JSON.")
 def command(first: Path, second: Path, *, workers: int | None, as_json: bool) -> None:
-    """List the tensors in which two checkpoints differ, and how. Exits 1 when some do.
+    r"""List the tensors in which two checkpoints differ, and how. Exits 1 when some do.
 
     \b
     Example:

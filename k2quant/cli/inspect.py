@@ -17,7 +17,7 @@ _SHOWN = 10  # problems that a person reads before looking for the cause
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(source: Path, *, as_json: bool) -> None:
-    """Describe the checkpoint in SOURCE: formats, counts, bytes, layers, experts, and what does not fit together.
+    r"""Describe the checkpoint in SOURCE: formats, counts, bytes, layers, experts, and what does not fit together.
 
     Exits 1 when something would stop a conversion.
 
@@ -39,7 +39,7 @@ def command(source: Path, *, as_json: bool) -> None:
 
 
 def _show(found: Inspection) -> None:
-    from k2quant.cli.screen import size
+    from k2quant.units import size
 
     click.echo(
         f"{found.folder}: {found.model_type or 'no config'}, {size(found.nbytes)} in {found.tensors:,} tensors and "

@@ -9,9 +9,11 @@ import click
 
 @click.command(name="report")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write; default: k2quant_report.html in FOLDER.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="File to write; default: k2quant_report.html in FOLDER."
+)
 def command(folder: Path, output: Path | None) -> None:
-    """Draw the report of a finished conversion in FOLDER as one HTML page with pictures.
+    r"""Draw the report of a finished conversion in FOLDER as one HTML page with pictures.
 
     \b
     Example:

@@ -20,14 +20,18 @@ _SHOWN = 20
 @click.command(name="verify")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path), required=False)
-@click.option("--against", type=click.Path(path_type=Path), metavar="REPORT", help="Errors must be no worse than this says.")
-@click.option("--checksums", is_flag=True, help="Compare SOURCE, a finished conversion, with the checksums in its report.")
+@click.option(
+    "--against", type=click.Path(path_type=Path), metavar="REPORT", help="Errors must be no worse than this says."
+)
+@click.option(
+    "--checksums", is_flag=True, help="Compare SOURCE, a finished conversion, with the checksums in its report."
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; default: one for each core.")
 @click.option("--json", "as_json", is_flag=True, help="Print every finding as JSON.")
 def command(
     source: Path, destination: Path | None, *, against: Path | None, checksums: bool, workers: int | None, as_json: bool
 ) -> None:
-    """Compare DESTINATION with SOURCE by what their tensors mean, or one folder with its checksums.
+    r"""Compare DESTINATION with SOURCE by what their tensors mean, or one folder with its checksums.
 
     Exits 3 when something is not what a conversion may do.
 
@@ -88,7 +92,7 @@ def table(findings: list[Finding]) -> str:
     sums: dict[tuple[str, str, str], Figures] = {}
     for finding in findings:
         formats = " -> ".join(name or "other" for name in finding.formats)
-        key = (tensor_class(finding.name), formats, finding.relation)
+        key: tuple[str, str, str] = (tensor_class(finding.name), formats, finding.relation)
         counts[key] += 1
         sums[key] = sums.get(key, Figures()) + (finding.figures or Figures())
     lines = [f"{'class':<16} {'formats':<16} {'tensors':>8}  {'result':<13} {'SQNR':>9} {'worst error':>12}"]

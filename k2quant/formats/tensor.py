@@ -20,8 +20,6 @@ from k2quant.kernels.seam import codecs
 from k2quant.kernels.values import ValueAt
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
     """One weight in a quantised format."""

@@ -1,0 +1,42 @@
+"""Bytes and seconds as people write and read them."""
+
+from __future__ import annotations
+
+import re
+
+from k2quant.errors import UsageError
+
+
+def size(count: float) -> str:
+    """Return bytes as people read them, in powers of 1000: `594.2 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people read them: `3.2 s`, `4 min 10 s`, `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as `5GB`, `512MB` or `1000000` in bytes; units are powers of 1000, `GiB` and `MiB` of 1024.
+
+    Raises:
+        UsageError: it is none, or zero.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if match is None:
+        raise UsageError(f"{text!r} is no size; try 5GB")
+    number, unit, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
+    if size <= 0:
+        raise UsageError(f"{text!r} is no size; try 5GB")
+    return size

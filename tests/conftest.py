@@ -1,0 +1,29 @@
+"""Small checkpoints that many tests convert."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from k2quant.demo import write_k2
+
+
+@pytest.fixture(scope="session")
+def k2_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small K2-Instruct: block FP8, three shards, 160-row kv_a, scales astray. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("k2") / "Kimi-K2-Small"
+    write_k2(folder)
+    return folder
+
+
+@pytest.fixture
+def ram(tmp_path: Path) -> Path:
+    """A folder for many small files: in memory where the machine has such a place, so that fsync costs nothing."""
+    shared = Path("/dev/shm")  # noqa: S108  a fresh folder of our own is made in it
+    if not os.access(shared, os.W_OK):
+        return tmp_path
+    import tempfile
+
+    return Path(tempfile.mkdtemp(prefix="k2quant-", dir=shared))

@@ -1,0 +1,121 @@
+"""The house: who may import whom, what may be loaded when, and where the folders lie."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+FLOORS: dict[str, int] = {
+    "errors": 0,
+    "version": 0,
+    "pool": 1,
+    "units": 1,
+    "kernels": 1,
+    "formats": 2,
+    "names": 2,
+    "checkpoint": 3,
+    "policy": 3,
+    "config": 3,
+    "plan": 4,
+    "stream": 4,
+    "convert": 4,
+    "comparison": 4,
+    "verify": 4,
+    "inspection": 4,
+    "estimate": 4,
+    "report": 4,
+    "model": 4,
+    "calib": 5,
+    "qat": 5,
+    "eval": 5,
+    "demo": 5,
+    "nano": 5,
+    "cli": 6,
+    "__init__": 7,
+    "__main__": 7,
+}
+"""The floor of each room, as docs/design.md has them."""
+
+FILES = sorted((ROOT / "k2quant").glob("**/*.py")) + sorted((ROOT / "kernels").glob("**/*.py"))
+
+
+def room_of(path: Path) -> str:
+    """Return the room that a file of the package belongs to."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] == "kernels" else parts[1]
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return the rooms of k2quant that a file imports anywhere, functions included."""
+    rooms: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "k2quant":
+            parts = node.module.split(".")
+            rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("k2quant.")}
+    return rooms
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_import_points_up(path: Path) -> None:
+    """A module imports from its own room, its own floor below the jobs' floor, or floors below; floor 5 rooms stay apart."""
+    room = room_of(path)
+    for other in imports_of(path) - {room}:
+        assert other in FLOORS, f"{path}: unknown room {other}"
+        allowed = FLOORS[other] < FLOORS[room] or (FLOORS[other] == FLOORS[room] and FLOORS[room] in {2, 3, 4})
+        assert allowed, f"{path} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
+
+
+def test_every_room_has_a_floor() -> None:
+    """No file of the package stands outside the house."""
+    assert {room_of(path) for path in FILES} <= FLOORS.keys()
+
+
+def test_only_one_file_holds_compiled_codecs() -> None:
+    """Numba's cache notices changes of the file of a function alone, so all of them lie in one file."""
+    with_numba = {path.name for path in FILES if "numba" in {name.split(".")[0] for name in third_party(path)}}
+    assert with_numba == {"codecs_cpu.py"}
+
+
+def third_party(path: Path) -> set[str]:
+    """Return every module name that a file imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(
+    "statement", ["import k2quant", "import k2quant.cli", "import k2quant.plan, k2quant.inspection"]
+)
+def test_import_loads_nothing_heavy(statement: str) -> None:
+    """Importing the package or the command line loads no torch, no numpy and no numba."""
+    code = f"import sys; {statement}; print(sorted({{'torch', 'numpy', 'numba', 'rich'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_conversion_on_the_cpu_imports_no_torch(k2_source: Path, tmp_path: Path) -> None:
+    """A whole conversion on the CPU runs without torch."""
+    code = "import sys, k2quant; k2quant.convert(sys.argv[1], sys.argv[2], to='int4'); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, str(k2_source), str(tmp_path / "out")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_links_lead_to_the_folders_at_the_root() -> None:
+    """`k2quant/kernels` is the folder `kernels`; a checkout that made a text file of the link would ship no kernels."""
+    for name in ("kernels", "qat", "calib", "eval"):
+        link = ROOT / "k2quant" / name
+        if link.is_symlink() or link.exists():
+            assert link.resolve() == ROOT / name
+    assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -1,0 +1,275 @@
+"""INT4: packing, both grids, the golden slices, and Moonshot's recovery."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors import pack_to_int32, unpack_from_int32
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from k2quant.kernels import codecs_cpu as codecs
+from k2quant.kernels import reference
+from k2quant.kernels.codecs_cpu import Grid
+from k2quant.kernels.figures import Figures
+from k2quant.kernels.recovery import CANDIDATES, SMALLEST_AMAX
+from k2quant.kernels.values import F32, I32, U16, ValueAt, bf16_to_float, float_to_bf16
+
+SLICES = json.loads((Path(__file__).parent / "data" / "golden_int4_slices.json").read_text())["slices"]
+BOTH = pytest.mark.parametrize("golden", SLICES, ids=[golden["grid"] for golden in SLICES])
+
+
+def encode(weights: U16, grid: Grid = "moonshot", *, recover: bool = True) -> tuple[I32, U16, Figures]:
+    """Return packed words, scale and figures of the codec."""
+    rows, columns = weights.shape
+    packed, scale = np.empty((rows, columns // 8), np.int32), np.empty((rows, columns // 32), np.uint16)
+    return packed, scale, codecs.bf16_to_int4(weights, grid, packed, scale, recover=recover)
+
+
+def decode(packed: I32, scale: U16 | F32, group: int = 32) -> U16:
+    """Return the BF16 bits that the codec writes."""
+    out = np.empty((packed.shape[0], packed.shape[1] * 8), np.uint16)
+    codecs.int4_to_bf16(packed, bf16_to_float(scale) if scale.dtype == np.uint16 else scale, group, out)  # type: ignore[arg-type]
+    return out
+
+
+def pack(codes: NDArray[Any]) -> I32:
+    """Return words of codes -8..7, by torch."""
+    words: I32 = reference.pack_int4(torch.from_numpy(codes.astype(np.int32))).numpy()
+    return words
+
+
+def unpack(packed: I32) -> NDArray[np.int8]:
+    """Return the codes of words, by torch."""
+    codes: NDArray[np.int8] = reference.unpack_int4(torch.from_numpy(packed.copy())).numpy()
+    return codes
+
+
+def hexadecimal(word: np.int32) -> str:
+    """Return a word as its bits are written."""
+    return f"{int(word) & 0xFFFFFFFF:#010x}"
+
+
+# --- packing and decoding -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("codes", "word"),
+    [
+        ([-8, 0, 0, 0, 0, 0, 0, 7], "0xf8888880"),
+        ([0] * 8, "0x88888888"),
+        ([1, 2, 3, 4, 5, 6, 7, -1], "0x7fedcba9"),
+        ([-7, -6, -5, -4, -3, -2, -1, 0], "0x87654321"),
+    ],
+)
+def test_the_lowest_column_lands_in_the_lowest_nibble(codes: list[int], word: str) -> None:
+    """Rule 3: column 0 is stored in bits 0-3 of the word, as code + 8; encoder and decoder agree on it."""
+    packed = np.array([[int(word, 16)]], np.uint32).view(np.int32)
+    decoded = bf16_to_float(decode(packed, np.ones((1, 1), np.float32), 8))
+    assert decoded[0].tolist() == codes
+    group = np.array([[*codes, 7, *[0] * 23]], np.float32)
+    if min(codes) >= -7:
+        assert hexadecimal(encode(float_to_bf16(group))[0][0, 0]) == word
+
+
+def test_words_are_those_of_compressed_tensors() -> None:
+    """Rule 3: compressed-tensors reads our words as our codes, and packs those codes to our words."""
+    weights = float_to_bf16(np.random.default_rng(0).standard_normal((16, 256), np.float32))
+    packed, _, _ = encode(weights)
+    codes = unpack_from_int32(torch.from_numpy(packed), 4, torch.Size((16, 256)))
+    np.testing.assert_array_equal(codes.numpy(), unpack(packed))
+    np.testing.assert_array_equal(pack_to_int32(codes.to(torch.int8), 4).numpy(), packed)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 6, 8, 24, 32, 48, 96], ids=str)
+def test_any_group_that_divides_the_columns_decodes(group: int) -> None:
+    """Rule 3: bf16(code * scale) for each group size, a single group and odd sizes among them; code 0 gives +0."""
+    generator = np.random.default_rng(group)
+    codes = generator.integers(-8, 8, (5, 96))
+    scale = generator.random((5, 96 // group), np.float32)
+    expected = torch.from_numpy(codes.astype(np.float32) * np.repeat(scale, group, 1)).bfloat16()
+    np.testing.assert_array_equal(decode(pack(codes), scale, group), expected.view(torch.uint16).numpy())
+
+
+@pytest.mark.parametrize(
+    ("value", "what", "of"),
+    [
+        (-0.5, "negative scale -0.5 at row 1, column 2 of the scale", "scale"),
+        (np.nan, "non-finite scale nan at row 1, column 2 of the scale", "scale"),
+        (np.inf, "non-finite scale inf at row 1, column 2 of the scale", "scale"),
+        (1e38, r"overflow: -8 \* 1e\+38 exceeds bfloat16 at row 1, column 64", "weight"),
+    ],
+)
+def test_a_bad_scale_is_refused_where_it_stands(value: float, what: str, of: str) -> None:
+    """Rule 6: a negative, non-finite or overflowing scale is named with its place."""
+    scale = np.ones((2, 4), np.float32)
+    scale[1, 2] = value
+    with pytest.raises(ValueAt, match=what) as caught:
+        decode(np.zeros((2, 16), np.int32), scale)
+    assert caught.value.of == of
+
+
+# --- the two grids --------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_golden_slices_encode_bit_for_bit(golden: dict[str, Any]) -> None:
+    """Rule 3: real weights of both grids, near-denormal groups among them, give the published words and scales."""
+    weights = np.array(golden["weight_bf16_bits"], np.uint16)
+    packed, scale, _ = encode(weights, golden["grid"])
+    np.testing.assert_array_equal(packed, np.array(golden["weight_packed_int32"], np.int64).astype(np.int32))
+    np.testing.assert_array_equal(scale, np.array(golden["weight_scale_bf16_bits"], np.uint16))
+
+
+def test_the_golden_moonshot_slice_goes_around_unchanged() -> None:
+    """Rule 4: published K2.6 words decode to the published BF16 values, and encode to themselves, exactly."""
+    golden = SLICES[0]
+    packed = np.array(golden["weight_packed_int32"], np.int64).astype(np.int32)
+    scale = np.array(golden["weight_scale_bf16_bits"], np.uint16)
+    weights = decode(packed, scale)
+    np.testing.assert_array_equal(weights, np.array(golden["weight_bf16_bits"], np.uint16))
+    again, scales, figures = encode(weights)
+    np.testing.assert_array_equal(again, packed)
+    np.testing.assert_array_equal(scales, scale)
+    assert figures.exact
+
+
+def test_moonshot_rounds_by_amax_over_seven() -> None:
+    """Rule 3: bf16(amax/7), then half to even on w/scale, -7..7; scale and words written out."""
+    group = np.zeros((1, 32), np.float32)
+    group[0, :8] = 7.0, 0.5, 1.5, 2.5, -0.5, -1.5, -6.75, 3.25
+    packed, scale, figures = encode(float_to_bf16(group))
+    assert scale.tolist() == [[0x3F80]]
+    assert unpack(packed)[0, :8].tolist() == [7, 0, 2, 2, 0, -2, -7, 3]
+    assert hexadecimal(packed[0, 0]) == "0xb168aa8f"
+    assert figures == Figures(32, 7, 49 + 0.25 + 2.25 + 6.25 + 0.25 + 2.25 + 45.5625 + 10.5625, 1.375, 0.5)
+
+
+def test_compressed_tensors_clamps_before_it_rounds() -> None:
+    """Rule 3: +7.5 becomes 7 and -7.5 becomes -8, with scale bf16(amax/7.5)."""
+    group = np.zeros((1, 32), np.float32)
+    group[0, :4] = 7.5, -7.5, 6.5, -6.5
+    packed, scale, _ = encode(float_to_bf16(group), "compressed-tensors")
+    assert (scale.tolist(), unpack(packed)[0, :4].tolist()) == ([[0x3F80]], [7, -8, 6, -6])
+
+
+@pytest.mark.parametrize("grid", ["moonshot", "compressed-tensors"])
+def test_a_group_whose_scale_vanishes_is_zero_with_a_finite_scale(grid: Grid) -> None:
+    """Rule 3: zeros, and weights so small that the scale underflows, get code 0 and the scale 2^-7."""
+    weights = np.zeros((1, 64), np.uint16)
+    weights[0, 1] = 0x8000
+    weights[0, 32:] = 1
+    packed, scale, figures = encode(weights, grid, recover=False)
+    assert scale.tolist() == [[0x3C00, 0x3C00]]
+    assert [hexadecimal(word) for word in packed[0]] == ["0x88888888"] * 8
+    assert (figures.changed, figures.worst) == (32, 2.0**-133)
+
+
+@pytest.mark.parametrize("grid", ["moonshot", "compressed-tensors"])
+@pytest.mark.parametrize(("bits", "name"), [(0xFF80, "inf"), (0x7FC1, "NaN")])
+def test_a_non_finite_weight_is_refused_where_it_stands(grid: Grid, bits: int, name: str) -> None:
+    """Rule 6: NaN and infinity have no code on either grid."""
+    weights = np.zeros((3, 64), np.uint16)
+    weights[2, 40] = bits
+    with pytest.raises(ValueAt, match=rf"non-finite weight {bits:#06x} \({name}\) at row 2, column 40"):
+        encode(weights, grid)
+
+
+def test_a_weight_whose_rounding_exceeds_bfloat16_is_refused() -> None:
+    """Rule 6: the largest BF16 value would decode to infinity; that is an error, and its neighbour is none."""
+    weights = np.zeros((2, 64), np.uint16)
+    weights[1, 33], weights[1, 34] = 0x7F7F, 0x0001
+    with pytest.raises(ValueAt, match=r"overflow: 3.389\d*e\+38 rounds to .* at row 1, column 33"):
+        encode(weights)
+    weights[1, 33] = 0x7F70
+    encode(weights)
+
+
+# --- recovery -------------------------------------------------------------------------------------------------------
+
+
+def all_groups(largest: int) -> tuple[NDArray[np.int64], U16]:
+    """Return, for every BF16 scale that fits, a group of all codes up to `largest`, with both signs: codes, scales."""
+    scale = np.arange(1, 0x7F80, dtype=np.uint16)
+    scale = scale[bf16_to_float(scale) <= np.float32(3.38e38 / 7.1)]
+    codes = np.resize(np.concatenate([np.arange(largest, -1, -1), -np.arange(largest + 1)]), 32)
+    return np.tile(codes, (scale.size, 1)), scale[:, None]
+
+
+@pytest.mark.parametrize("largest", range(1, 8))
+def test_every_scale_and_largest_code_comes_back(largest: int) -> None:
+    """Rule 4: over all BF16 scales, subnormal too: the same values always, codes from 4 up, the scale at 7."""
+    codes, scale = all_groups(largest)
+    weights = decode(pack(codes), scale)
+    packed, scales, figures = encode(weights)
+    np.testing.assert_array_equal(decode(packed, scales), weights)
+    assert figures.exact
+    normal = scale[:, 0] >= 0x80
+    if largest >= 4:
+        np.testing.assert_array_equal(unpack(packed)[normal], codes[normal])
+    if largest == 7:
+        np.testing.assert_array_equal(scales[normal], scale[normal])
+
+
+def test_without_recovery_some_scales_would_change() -> None:
+    """Rule 4: section 5.1 alone misses the scale for the 14 known mantissas, so the test above can fail."""
+    codes, scale = all_groups(7)
+    _, scales, _ = encode(decode(pack(codes), scale), recover=False)
+    normal = scale >= 0x80
+    missed = {int(bits) & 0x7F for bits in scale[normal & (scales != scale)]}
+    assert missed == {20, 28, 36, 44, 52, 60, 68, 76, 84, 92, 100, 108, 116, 124}
+
+
+def by_the_rule(group: U16) -> int:
+    """Return the scale's bits of one group as section 5.3 says it, one candidate after the other, 0 for none."""
+    magnitude = set((group & 0x7FFF).tolist())
+    amax = bf16_to_float(np.array([max(magnitude)], np.uint16))
+    for k, ulp in CANDIDATES:
+        bits = int(float_to_bf16(amax / np.float32(k))[0]) + ulp
+        if amax[0] > 0 and 0 < bits < 0x7F80:
+            with np.errstate(over="ignore"):
+                products = bf16_to_float(np.array([bits], np.uint16)) * np.arange(8, dtype=np.float32)
+            if magnitude <= set(float_to_bf16(products).tolist()):
+                return bits
+    return 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    base=st.one_of(st.integers(1, 2 * SMALLEST_AMAX), st.integers(1, 0x7E00)),
+    kind=st.sampled_from(["on the grid", "one off", "few magnitudes"]),
+)
+def test_the_table_finds_what_the_rule_finds(seed: int, base: int, kind: str) -> None:
+    """Rule 4: for groups on, near and off the grid, subnormal ones too, the scale is the one the plain search finds."""
+    generator = np.random.default_rng(seed)
+    scale = np.full((16, 1), base, np.uint16)
+    weights = decode(pack(generator.integers(-7, 8, (16, 32)).clip(-generator.integers(1, 8), None)), scale)
+    if kind == "one off":
+        weights[:, 3] += generator.integers(0, 2, 16, np.uint16)
+    if kind == "few magnitudes":
+        weights = generator.choice(weights[:, :3].reshape(-1) ^ generator.integers(0, 3, 48, np.uint16), (16, 32))
+    weights = np.minimum(weights & 0x7FFF, 0x7F70) | (weights & 0x8000)
+    _, found, _ = encode(weights)
+    _, plain, _ = encode(weights, recover=False)
+    expected = [by_the_rule(group) or int(plain[row, 0]) for row, group in enumerate(weights)]
+    assert found[:, 0].tolist() == expected
+
+
+def test_the_table_finds_what_the_rule_finds_for_every_pair_of_magnitudes() -> None:
+    """Rule 4: each mantissa of amax with each lesser magnitude down to 1/16, in the least table binade and in one below."""
+    for exponent in (SMALLEST_AMAX >> 7) - 1, SMALLEST_AMAX >> 7:
+        amax = np.repeat(np.arange(exponent << 7, (exponent + 1) << 7, dtype=np.int64), 513)
+        other = np.maximum(amax - np.tile(np.arange(513), 128), 0)
+        weights = np.zeros((amax.size, 32), np.uint16)
+        weights[:, 5], weights[:, 30] = amax, other | 0x8000
+        _, found, _ = encode(weights)
+        tensor = torch.from_numpy(weights.view(np.int16)).view(torch.bfloat16)
+        _, expected, _ = reference.bf16_to_int4(tensor, "moonshot")
+        np.testing.assert_array_equal(found, expected.view(torch.uint16).numpy())

@@ -1,0 +1,191 @@
+"""What others will read: the peers' own code opens what k2quant writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import k2quant
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "max_position_embeddings": 64,
+}
+PROMPT = torch.tensor([[1, 7, 30, 2, 5, 63]])
+
+
+def logits(folder: Path, **options: Any) -> torch.Tensor:
+    """Return the logits that transformers computes from a checkpoint."""
+    from transformers import DeepseekV3ForCausalLM
+
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(PROMPT).logits
+    return result
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny DeepseekV3 of random weights, saved by transformers itself."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    DeepseekV3ForCausalLM(DeepseekV3Config(**TINY)).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def shards(folder: Path) -> list[Path]:
+    """Return the shards of a checkpoint."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_transformers_computes_the_same_logits_from_our_bf16(tiny: Path, tmp_path: Path) -> None:
+    """INT4 -> BF16 by us and INT4 dequantised by transformers are the same model, to the bit of the logits."""
+    from transformers import CompressedTensorsConfig
+
+    k2quant.convert(tiny, tmp_path / "int4", to="int4")
+    k2quant.convert(tmp_path / "int4", tmp_path / "bf16", to="bf16")
+    theirs = logits(tmp_path / "int4", quantization_config=CompressedTensorsConfig(dequantize=True))
+    ours = logits(tmp_path / "bf16")
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(ours, logits(tiny))  # rounding did happen
+
+
+def test_transformers_computes_the_same_logits_from_an_unquantised_copy(tiny: Path, tmp_path: Path) -> None:
+    """A source whose experts are fused comes out per expert, and as the same model."""
+    from transformers import DeepseekV3ForCausalLM
+
+    fused = tmp_path / "fused"
+    model = DeepseekV3ForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    model.save_pretrained(fused, save_original_format=False)
+    with safe_open(shards(fused)[0], "pt") as file:
+        assert any(name.endswith("experts.gate_up_proj") for name in file.keys())  # noqa: SIM118  no mapping
+    k2quant.convert(fused, tmp_path / "bf16", to="bf16")
+    assert torch.equal(logits(tmp_path / "bf16"), logits(tiny))
+    with safe_open(shards(tmp_path / "bf16")[0], "pt") as file:
+        assert "model.layers.1.mlp.experts.3.up_proj.weight" in file.keys()  # noqa: SIM118  no mapping
+
+
+def test_float32_source_becomes_bf16(tiny: Path, tmp_path: Path) -> None:
+    """An F32 source is rounded to BF16, its config says so, and the correction bias stays float32."""
+    from transformers import DeepseekV3ForCausalLM
+
+    model = DeepseekV3ForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "f32")
+    k2quant.convert(tmp_path / "f32", tmp_path / "bf16", to="bf16")
+    config = json.loads((tmp_path / "bf16" / "config.json").read_text(encoding="utf-8"))
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    with safe_open(shards(tmp_path / "bf16")[0], "pt") as ours, safe_open(shards(tiny)[0], "pt") as source:
+        for name in source.keys():  # noqa: SIM118  no mapping
+            assert torch.equal(ours.get_tensor(name).to(torch.bfloat16), source.get_tensor(name).to(torch.bfloat16))
+        assert ours.get_tensor("model.layers.1.mlp.gate.e_score_correction_bias").dtype == torch.float32
+        assert ours.get_tensor("model.layers.1.mlp.gate.weight").dtype == torch.bfloat16
+
+
+def test_transformers_accepts_our_fp8_config(tiny: Path, tmp_path: Path) -> None:
+    """FineGrainedFP8Config takes the block that we write, and its own list of modules that stay as they are."""
+    from transformers import FineGrainedFP8Config
+
+    k2quant.convert(tiny, tmp_path / "fp8", to="fp8", ignore=(r"layers\.0\.mlp\.up_proj",))
+    block = json.loads((tmp_path / "fp8" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    config = FineGrainedFP8Config.from_dict(block)
+    assert tuple(config.weight_block_size) == (128, 128)
+    assert config.activation_scheme == "dynamic"
+    assert config.modules_to_not_convert == ["model.layers.0.mlp.up_proj"]
+
+
+@pytest.mark.parametrize("to", ["bf16", "fp8", "int4"])
+def test_safetensors_opens_every_shard(k2_source: Path, tmp_path: Path, to: k2quant.FormatName) -> None:
+    """The safetensors library opens every shard and finds what the index says, tensors aligned to their elements."""
+    k2quant.convert(k2_source, tmp_path / "out", to=to)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text(encoding="utf-8"))
+    found = {}
+    for shard in shards(tmp_path / "out"):
+        with safe_open(shard, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  no mapping
+                found[name] = shard.name
+                file.get_tensor(name)
+    assert found == index["weight_map"]
+    sizes = [path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in shards(tmp_path / "out")]
+    assert index["metadata"]["total_size"] == sum(sizes)
+
+
+@pytest.mark.parametrize("grid", ["moonshot", "compressed-tensors"])
+def test_compressed_tensors_unpacks_our_int4_to_the_same_bits(grid: k2quant.Grid) -> None:
+    """Rule 3: compressed-tensors finds our codes in our words, and code * scale in BF16 is our dequantised weight."""
+    from compressed_tensors.compressors import unpack_from_int32
+
+    torch.manual_seed(1)
+    weight = (torch.randn(64, 256) * 0.02).to(torch.bfloat16)
+    packed = k2quant.quantize(weight, "int4", grid=grid)
+    codes = unpack_from_int32(packed.codes, 4, torch.Size(packed.shape))
+    scale = packed.scale.repeat_interleave(32, dim=1)
+    assert torch.equal(codes.to(torch.bfloat16) * scale, k2quant.dequantize(packed))
+    assert int(codes.min()) == (-8 if grid == "compressed-tensors" else -7)
+
+
+def test_compressed_tensors_quantises_its_own_grid_to_the_same_bits() -> None:
+    """Rule 3: our compressed-tensors grid gives the scales and words that compressed-tensors itself gives."""
+    from compressed_tensors.compressors import pack_to_int32
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    torch.manual_seed(2)
+    weight = (torch.randn(32, 256) * 0.02).to(torch.bfloat16)
+    args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
+    groups = weight.unflatten(1, (-1, 32))
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    codes = quantize(weight, scale, zero, args, dtype=torch.int8)
+    ours = k2quant.quantize(weight, "int4", grid="compressed-tensors")
+    assert torch.equal(ours.scale, scale)
+    assert torch.equal(ours.codes, pack_to_int32(codes, 4))
+
+
+def test_torch_and_numpy_tensors_give_the_same_bits() -> None:
+    """Rules 2 and 3: a torch tensor and a numpy array of its bits are quantised and dequantised alike."""
+    torch.manual_seed(3)
+    weight = (torch.randn(160, 96) * 0.02).to(torch.bfloat16)
+    bits = weight.view(torch.uint16).numpy()
+    for to in ("fp8", "int4"):
+        ours, plain = k2quant.quantize(weight, to), k2quant.quantize(bits, to)
+        assert ours.codes.dtype == (torch.float8_e4m3fn if to == "fp8" else torch.int32)
+        assert np.array_equal(ours.codes.view(torch.uint8).numpy().view(plain.codes.dtype), plain.codes)
+        back = k2quant.dequantize(ours)
+        assert back.dtype == torch.bfloat16
+        assert np.array_equal(back.view(torch.uint16).numpy(), k2quant.dequantize(plain))
+
+
+def test_quantised_tensor_names_its_tensors_as_a_checkpoint_does() -> None:
+    """`tensors` gives what an engine's weight loader takes: names, dtypes and shapes of the checkpoint."""
+    packed = k2quant.quantize(torch.randn(64, 64), "int4").tensors("model.layers.1.mlp.experts.0.up_proj")
+    assert {name.rpartition(".")[2]: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()} == {
+        "weight_packed": (torch.int32, (64, 8)),
+        "weight_scale": (torch.bfloat16, (64, 2)),
+        "weight_shape": (torch.int32, (2,)),
+    }
+    assert list(k2quant.quantize(torch.randn(64, 64), "fp8").tensors("a")) == ["a.weight", "a.weight_scale_inv"]
