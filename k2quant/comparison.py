@@ -241,7 +241,7 @@ class _Comparison:
     def _compare_values(self, task: _Task) -> None:
         import numpy as np
 
-        from k2quant.formats.budget import budget
+        from k2quant.formats.budget import outside_budget
         from k2quant.formats.transcode import located, to_bf16
         from k2quant.kernels.seam import codecs
         from k2quant.kernels.values import ValueAt
@@ -264,7 +264,7 @@ class _Comparison:
         identical = bool(np.array_equal(bits[0], bits[1]))
         outside = 0
         if figures.changed and task.pair.second.format is not None:
-            outside = budget(task.pair.second.format, bits[0], bits[1], parts[1], codecs=cpu)
+            outside = outside_budget(task.pair.second.format, bits[0], bits[1], parts[1])
         with self._lock:
             task.pair.figures[task.start] = figures
             task.pair.identical &= identical

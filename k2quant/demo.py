@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,8 +21,10 @@ from k2quant.checkpoint.reader import CONFIG, INDEX
 from k2quant.comparison import Finding
 from k2quant.convert import convert
 from k2quant.errors import CheckFailed
+from k2quant.estimate import codec_rate
 from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.layouts import FormatName
+from k2quant.formats.layouts import Bf16, FormatName, Fp8, Int4
+from k2quant.units import size
 from k2quant.verify import verify, verify_checksums
 
 if TYPE_CHECKING:
@@ -213,12 +216,12 @@ class _Step(NamedTuple):
 
 _STEPS = (
     _Step("bf16", "fp8", "bf16", None, "bit-equal to code * scale"),
-    _Step("fp8-again", "bf16", "fp8", "fp8", "same codes and scales as the source"),
+    _Step("fp8-b", "bf16", "fp8", "fp8", "same codes and scales as the source"),
     _Step("int4", "fp8", "int4", None, "within INT4 rounding"),
-    _Step("int4-via-bf16", "bf16", "int4", "int4", "same bytes as FP8 -> INT4 directly"),
-    _Step("bf16-from-int4", "int4", "bf16", None, "bit-equal to code * scale"),
-    _Step("int4-again", "bf16-from-int4", "int4", "int4", "same codes and scales as before"),
-    _Step("fp8-from-int4", "int4", "fp8", None, "within FP8 rounding"),
+    _Step("int4-b", "bf16", "int4", "int4", "same bytes as FP8 -> INT4 directly"),
+    _Step("bf16-b", "int4", "bf16", None, "bit-equal to code * scale"),
+    _Step("int4-c", "bf16-b", "int4", "int4", "same codes and scales as before"),
+    _Step("fp8-c", "int4", "fp8", None, "within FP8 rounding"),
 )
 
 
@@ -241,6 +244,9 @@ def run(folder: Path) -> None:
     console = Console()
     write_k2(folder / "fp8")
     console.print(f"A Kimi K2 in everything but size: {folder / 'fp8'}")
+    console.print("Compiling the codecs; later runs find them in a cache ...")
+    for source, target in permutations((Bf16(), Fp8(), Int4()), 2):
+        codec_rate(source, target)
     outcomes = [_take(folder, step) for step in _STEPS]
     _print(console, outcomes, (folder / "bf16").resolve())
     console.print(f"\nSee a report as a page:  k2quant report {folder / 'int4'}")
@@ -268,29 +274,36 @@ _EQUAL = ("bit-equal", "codes equal")
 def _print(console: Any, outcomes: list[_Outcome], bf16: Path) -> None:
     from rich.table import Table
 
-    from k2quant.kernels.figures import Figures
-    from k2quant.units import size
-
     full = sum(path.stat().st_size for path in bf16.glob("*.safetensors"))
-    table = Table(title="Through every format and back", title_justify="left")
-    for column in ("conversion", "size", "of BF16", *_CLASSES, "promise", "kept", "seconds"):
-        table.add_column(column, justify="left" if column in {"conversion", "promise"} else "right", no_wrap=True)
+    table = Table(title="Through every format and back", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for column in ("conversion", "size", "ratio", *_CLASSES.values(), "kept", "time"):
+        table.add_column(column, justify="left" if column == "conversion" else "right", no_wrap=True)
     for outcome in outcomes:
-        sums = {kind: Figures() for kind in _CLASSES}
-        for finding in outcome.findings:
-            kind = names.tensor_class(finding.name)
-            if kind in sums and finding.figures is not None:
-                sums[kind] += finding.figures
         table.add_row(
-            f"{outcome.step.source} -> {outcome.step.folder}",
+            f"{outcome.step.source} > {outcome.step.folder}",
             size(outcome.nbytes),
             f"{outcome.nbytes / full:.2f}x",
-            *("exact" if figures.exact else f"{figures.sqnr_db:.1f} dB" for figures in sums.values()),
-            outcome.step.promise,
+            *_errors(outcome),
             "no" if outcome.failures else "yes",
-            f"{outcome.seconds:.2f}",
+            f"{outcome.seconds:.2f} s",
         )
     console.print(table)
+    console.print("What each step promises, and what was checked against it bit by bit:")
+    for outcome in outcomes:
+        mark = "[red]NO[/] " if outcome.failures else "[green]yes[/]"
+        console.print(f"  {mark} {outcome.step.source} > {outcome.step.folder}: {outcome.step.promise}")
 
 
-_CLASSES = ("routed experts", "shared experts", "dense mlp", "attention")
+def _errors(outcome: _Outcome) -> list[str]:
+    """Return what rounding did to each class of tensors, as the signal-to-noise ratio."""
+    from k2quant.kernels.figures import Figures
+
+    sums = dict.fromkeys(_CLASSES, Figures())
+    for finding in outcome.findings:
+        kind = names.tensor_class(finding.name)
+        if kind in sums and finding.figures is not None:
+            sums[kind] += finding.figures
+    return ["exact" if figures.exact else f"{figures.sqnr_db:.1f} dB" for figures in sums.values()]
+
+
+_CLASSES = {"routed experts": "experts", "shared experts": "shared", "dense mlp": "dense", "attention": "attn"}

@@ -66,10 +66,10 @@ def _compute_seconds(plan: Plan) -> float:
             pairs[pair] = pairs.get(pair, 0) + weight_count(job.weight.shape)
         else:
             copied += sum(entry.nbytes for entry in job.weight.parts.values())
-    return copied / _COPY_RATE + sum(count / _codec_rate(*pair) for pair, count in pairs.items())
+    return copied / _COPY_RATE + sum(count / codec_rate(*pair) for pair, count in pairs.items())
 
 
-def _codec_rate(source: Format, target: Format) -> float:
+def codec_rate(source: Format, target: Format) -> float:
     """Return the weights a second that one core converts, on a panel of small random codes."""
     import numpy as np
 

@@ -35,7 +35,7 @@ Outcome = tuple[int, float, float, float]
 
 INT4_GROUP = 32
 LANES = 128
-"""Accumulators of a sum; 128 float64 are 1 KiB, so the three sets stay in the first-level cache."""
+"""Accumulators of a sum; 128 float64 are 1 KiB, so both sums stay in the first-level cache."""
 
 _PLAIN, _RECOVER, _COMPRESSED_TENSORS = 0, 1, 2  # the INT4 rules, as the jitted code knows them
 
@@ -162,9 +162,8 @@ def _difference(before: np.uint16, after: np.uint16) -> np.uint32:
 
 
 @_jit
-def _tally(before: U16, after: U16, sums: F64) -> Int:
-    """Add a span's energy and squared errors to the lanes of `sums`; return how many changed, and the worst error."""
-    energy, error = sums[0], sums[1]
+def _tally(before: U16, after: U16, energy: F64, error: F64) -> tuple[Int, np.uint32]:
+    """Add a span's energy and squared errors to the lanes; return how many changed, and the bits of the worst error."""
     changed, worst = np.uint32(0), np.uint32(0)
     whole = before.size - before.size % (4 * LANES)
     for start in range(0, whole, 4 * LANES):
@@ -178,8 +177,7 @@ def _tally(before: U16, after: U16, sums: F64) -> Int:
             )
             error[lane] += (_square(_float(d0)) + _square(_float(d1))) + (_square(_float(d2)) + _square(_float(d3)))
             worst = max(worst, d0, d1, d2, d3)
-            changed = np.uint32(changed + np.uint32(d0 != 0) + np.uint32(d1 != 0) + np.uint32(d2 != 0))
-            changed = np.uint32(changed + np.uint32(d3 != 0))
+            changed = np.uint32(changed + (d0 != 0) + (d1 != 0) + (d2 != 0) + (d3 != 0))
     for start in range(whole, before.size, LANES):
         a, b = before[start : start + LANES], after[start : start + LANES]
         for lane in range(a.size):
@@ -187,19 +185,18 @@ def _tally(before: U16, after: U16, sums: F64) -> Int:
             energy[lane] += _square(_widen(a[lane]))
             error[lane] += _square(_float(d0))
             worst = max(worst, d0)
-            changed = np.uint32(changed + np.uint32(d0 != 0))
-    sums[2, 0] = max(sums[2, 0], np.float64(_float(worst)))
-    return np.int64(changed)
+            changed = np.uint32(changed + (d0 != 0))
+    return np.int64(changed), worst
 
 
 @_jit
-def _total(changed: int, sums: F64) -> Outcome:
-    """Return changed, energy, error, worst; the lanes are added in order."""
-    energy, error = 0.0, 0.0
+def _total(changed: int, worst: np.uint32, energy: F64, error: F64) -> Outcome:
+    """Return the outcome of a call; the lanes are added in order."""
+    energy_sum, error_sum = 0.0, 0.0
     for lane in range(LANES):
-        energy += sums[0, lane]
-        error += sums[1, lane]
-    return changed, energy, error, sums[2, 0]
+        energy_sum += energy[lane]
+        error_sum += error[lane]
+    return changed, energy_sum, error_sum, np.float64(_float(worst))
 
 
 # --- INT4 -----------------------------------------------------------------------------------------------------------
@@ -343,13 +340,14 @@ def _bf16_to_int4(weights: U16, rule: int, table: U32, packed: U8, scale: U16) -
     rows, columns = weights.shape
     nibbles, decoded = np.empty(columns, np.uint8), np.empty(columns, np.uint16)
     amax = np.empty(columns // INT4_GROUP, np.uint16)
-    sums = np.zeros((3, LANES))
-    changed = 0
+    energy, error = np.zeros(LANES), np.zeros(LANES)
+    changed, worst = 0, np.uint32(0)
     for row in range(rows):
         if not _encode_int4_row(weights[row], rule, table, packed[row], scale[row], amax, nibbles, decoded):
             return -1, 0.0, 0.0, 0.0
-        changed += _tally(weights[row], decoded, sums)
-    return _total(changed, sums)
+        count, largest = _tally(weights[row], decoded, energy, error)
+        changed, worst = changed + count, max(worst, largest)
+    return _total(changed, worst, energy, error)
 
 
 @_jit
@@ -380,10 +378,10 @@ def _int4_to_bf16(packed: U8, scale: F32, group: int, out: U16) -> bool:
 
 @_jit
 def _fp8_to_bf16(codes: U8, scale: F32, height: int, width: int, out: U16) -> bool:
+    valid = True
     for row in range(codes.shape[0]):
-        if not _decode_fp8_row(codes[row], scale[row // height], width, out[row]):
-            return False
-    return True
+        valid &= _decode_fp8_row(codes[row], scale[row // height], width, out[row])
+    return valid
 
 
 @_jit
@@ -419,8 +417,8 @@ def _least_scale(magnitude: Int, target: Int, low: Int, high: Int) -> Int:
 def _recovered_fp8_scale(weights: U16, codes: U8, plain: np.float32, table: U16) -> np.float32:
     """Return the scale nearest to `plain` whose products with the codes are the weights; `plain` if there is none.
 
-    `codes` are those of `plain`. Each code must stand for one magnitude only; then each pair of code and magnitude allows
-    an interval of scales, for a product grows with its scale, and the scale must lie in all of them.
+    `codes` are those of `plain`. Each code must stand for one magnitude only; then each pair of code and magnitude
+    allows an interval of scales, for a product grows with its scale, and the scale must lie in all of them.
     """
     table[:] = 0
     for i in range(weights.size):
@@ -479,8 +477,8 @@ def _bf16_to_fp8(weights: U16, height: int, width: int, codes: U8, scale: F32) -
     height, width = min(height, rows), min(width, columns)
     block, decoded = np.empty(height * width, np.uint16), np.empty(height * width, np.uint16)
     block_codes, table = np.empty(height * width, np.uint8), np.empty(127, np.uint16)
-    sums = np.zeros((3, LANES))
-    changed = 0
+    energy, error = np.zeros(LANES), np.zeros(LANES)
+    changed, worst = 0, np.uint32(0)
     for top in range(0, rows, height):
         h = min(height, rows - top)
         for left in range(0, columns, width):
@@ -491,10 +489,11 @@ def _bf16_to_fp8(weights: U16, height: int, width: int, codes: U8, scale: F32) -
             if chosen < 0:
                 return -1, 0.0, 0.0, 0.0
             scale[top // height, left // width] = chosen
-            changed += _tally(block[: h * w], decoded[: h * w], sums)
+            count, largest = _tally(block[: h * w], decoded[: h * w], energy, error)
+            changed, worst = changed + count, max(worst, largest)
             for i in range(h):
                 _copy(block_codes[i * w : (i + 1) * w], codes[top + i, left : left + w])
-    return _total(changed, sums)
+    return _total(changed, worst, energy, error)
 
 
 # --- fused pairs ----------------------------------------------------------------------------------------------------
@@ -507,15 +506,16 @@ def _fp8_to_int4(
     rows, columns = codes.shape
     weights, decoded = np.empty(columns, np.uint16), np.empty(columns, np.uint16)
     nibbles, amax = np.empty(columns, np.uint8), np.empty(columns // INT4_GROUP, np.uint16)
-    sums = np.zeros((3, LANES))
-    changed = 0
+    energy, error = np.zeros(LANES), np.zeros(LANES)
+    changed, worst = 0, np.uint32(0)
     for row in range(rows):
         if not _decode_fp8_row(codes[row], scale_in[row // height], width, weights):
             return -1, 0.0, 0.0, 0.0
         if not _encode_int4_row(weights, rule, table, packed[row], scale[row], amax, nibbles, decoded):
             return -1, 0.0, 0.0, 0.0
-        changed += _tally(weights, decoded, sums)
-    return _total(changed, sums)
+        count, largest = _tally(weights, decoded, energy, error)
+        changed, worst = changed + count, max(worst, largest)
+    return _total(changed, worst, energy, error)
 
 
 @_jit
@@ -525,8 +525,8 @@ def _int4_to_fp8(packed: U8, scale_in: F32, group: int, height: int, width: int,
     block, decoded = np.empty(height * width, np.uint16), np.empty(height * width, np.uint16)
     block_codes, table = np.empty(height * width, np.uint8), np.empty(127, np.uint16)
     spread = np.empty(width, np.float32)
-    sums = np.zeros((3, LANES))
-    changed = 0
+    energy, error = np.zeros(LANES), np.zeros(LANES)
+    changed, worst = 0, np.uint32(0)
     for top in range(0, rows, height):
         h = min(height, rows - top)
         for left in range(0, columns, width):
@@ -538,10 +538,11 @@ def _int4_to_fp8(packed: U8, scale_in: F32, group: int, height: int, width: int,
             if chosen < 0:
                 return -1, 0.0, 0.0, 0.0
             scale[top // height, left // width] = chosen
-            changed += _tally(block[: h * w], decoded[: h * w], sums)
+            count, largest = _tally(block[: h * w], decoded[: h * w], energy, error)
+            changed, worst = changed + count, max(worst, largest)
             for i in range(h):
                 _copy(block_codes[i * w : (i + 1) * w], codes[top + i, left : left + w])
-    return _total(changed, sums)
+    return _total(changed, worst, energy, error)
 
 
 # --- others ---------------------------------------------------------------------------------------------------------
@@ -563,13 +564,37 @@ def _float_to_bf16(values: F32, out: U16) -> bool:
 
 @_jit
 def _compare(before: U16, after: U16) -> Outcome:
-    sums = np.zeros((3, LANES))
-    changed = 0
+    energy, error = np.zeros(LANES), np.zeros(LANES)
+    changed, worst = 0, np.uint32(0)
     for row in range(before.shape[0]):
         if max(_largest(before[row]), _largest(after[row])) >= explain.INFINITY:
             return -1, 0.0, 0.0, 0.0
-        changed += _tally(before[row], after[row], sums)
-    return _total(changed, sums)
+        count, largest = _tally(before[row], after[row], energy, error)
+        changed, worst = changed + count, max(worst, largest)
+    return _total(changed, worst, energy, error)
+
+
+@_jit
+def _outside(
+    before: U16,
+    after: U16,
+    scale: F32,
+    height: int,
+    width: int,
+    steps: np.float32,
+    relative: np.float32,
+    floor: np.float32,
+) -> int:
+    count = 0
+    rows, columns = before.shape
+    for row in range(rows):
+        for left in range(0, columns, width):
+            room = steps * scale[row // height, left // width] + floor
+            for column in range(left, min(left + width, columns)):
+                weight = _widen(before[row, column])
+                if not abs(weight - _widen(after[row, column])) <= room + relative * abs(weight):
+                    count += 1
+    return count
 
 
 # --- the seam -------------------------------------------------------------------------------------------------------
@@ -659,6 +684,33 @@ def compare(before: U16, after: U16) -> Figures:
     if figures is None:
         raise explain.bad_weight(before if (before & 0x7FFF >= explain.INFINITY).any() else after)
     return figures
+
+
+def outside(
+    before: U16,
+    after: U16,
+    scale: F32,
+    block: tuple[int, int],
+    *,
+    steps: float,
+    relative: float,
+    floor: float,
+) -> int:
+    """Count the weights for which |before - after| exceeds steps * scale + relative * |before| + floor.
+
+    Args:
+        before: BF16 bits `[R, K]`.
+        after: BF16 bits `[R, K]`.
+        scale: float32 `[ceil(R/block[0]), ceil(K/block[1])]`.
+        block: rows and columns that share a scale.
+        steps: allowed error in units of the scale.
+        relative: allowed error in units of the weight.
+        floor: allowed error in units of one.
+    """
+    _same(before.shape, after.shape)
+    _same(scale.shape, _blocks(before.shape, block))
+    bounds = np.float32(steps), np.float32(relative), np.float32(floor)
+    return int(_outside(_frozen(before), _frozen(after), _frozen(scale), *block, *bounds))
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:

@@ -2,8 +2,8 @@
 
 The rule (docs of the formats, section 5.3): for k = 7, 6, ... 1 try the scales bf16(amax/k), one ulp above, one ulp
 below; the first scale whose products bf16(code * scale), codes in +-7, give every weight of the group is the scale.
-These are 21 candidates, one bit each. As long as everything is a normal number, whether |w| is a product depends only on
-the mantissa of amax and on how many BF16 steps |w| lies below amax. So a group's candidates are the AND of one table
+These are 21 candidates, one bit each. As long as everything is a normal number, whether |w| is a product depends only
+on the mantissa of amax and on how many BF16 steps |w| lies below amax. So a group's candidates are the AND of one table
 word for each weight that is not zero, and an ordinary group runs out of candidates after a weight or two.
 """
 

@@ -1,9 +1,9 @@
 """The seam between the arithmetic and everything above it: one set of codecs for each device, all with the same bits.
 
 Arrays are C-contiguous numpy arrays; inputs may be read-only views of mapped files; outputs are written into arrays
-that the caller owns. R are rows, K columns. BF16 is uint16 bits `[R, K]`. FP8 is uint8 e4m3fn codes `[R, K]` with float32
-scales `[ceil(R/block[0]), ceil(K/block[1])]`. INT4 is int32 words `[R, K/8]`, lowest column in the lowest nibble,
-nibble = code + 8. A scale of INT4 goes in as float32 `[R, K/group]`, and comes out as BF16 bits `[R, K/32]`.
+that the caller owns. R are rows, K columns. BF16 is uint16 bits `[R, K]`. FP8 is uint8 e4m3fn codes `[R, K]` with
+float32 scales `[ceil(R/block[0]), ceil(K/block[1])]`. INT4 is int32 words `[R, K/8]`, lowest column in the lowest
+nibble, nibble = code + 8. A scale of INT4 goes in as float32 `[R, K/group]`, and comes out as BF16 bits `[R, K/32]`.
 
 Work is cut into panels: ranges of rows, multiples of a block's height. Codecs release the GIL and start no threads.
 A bad value raises `values.ValueAt`, rows and columns counted within the arrays given; what was written by then is void.

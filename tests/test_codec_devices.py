@@ -46,7 +46,8 @@ def weights(kind: str, shape: tuple[int, int] = (192, 352)) -> U16:
         out = np.empty(shape, np.uint16)
         codecs("cpu").int4_to_bf16(packed, generator.random((shape[0], shape[1] // 32), np.float32), 32, out)
         return out
-    return generator.integers(0, {"subnormal": 0x300, "any": 0x7E00, "few": 4}[kind], shape, np.uint16) | sign
+    sign |= generator.integers(0, {"subnormal": 0x300, "any": 0x7E00, "few": 4}[kind], shape, np.uint16)
+    return sign
 
 
 def agree(one: Codecs, two: Codecs, job: Callable[..., Figures | None], *outs: NDArray[Any]) -> list[NDArray[Any]]:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from k2quant.kernels import codecs_cpu as codecs
 from k2quant.kernels.figures import Figures

@@ -228,13 +228,13 @@ def test_without_recovery_some_scales_would_change() -> None:
 
 def by_the_rule(group: U16) -> int:
     """Return the scale's bits of one group as section 5.3 says it, one candidate after the other, 0 for none."""
-    magnitude = set((group & 0x7FFF).tolist())
-    amax = bf16_to_float(np.array([max(magnitude)], np.uint16))
+    magnitude = {bits & 0x7FFF for bits in group.tolist()}
+    amax = float(bf16_to_float(np.array([max(magnitude)], np.uint16))[0])
     for k, ulp in CANDIDATES:
-        bits = int(float_to_bf16(amax / np.float32(k))[0]) + ulp
-        if amax[0] > 0 and 0 < bits < 0x7F80:
+        bits = int(float_to_bf16(np.array([np.float32(amax) / np.float32(k)], np.float32))[0]) + ulp
+        if amax > 0 and 0 < bits < 0x7F80:
             with np.errstate(over="ignore"):
-                products = bf16_to_float(np.array([bits], np.uint16)) * np.arange(8, dtype=np.float32)
+                products: F32 = bf16_to_float(np.full(8, bits, np.uint16)) * np.arange(8, dtype=np.float32)
             if magnitude <= set(float_to_bf16(products).tolist()):
                 return bits
     return 0
@@ -255,7 +255,7 @@ def test_the_table_finds_what_the_rule_finds(seed: int, base: int, kind: str) ->
         weights[:, 3] += generator.integers(0, 2, 16, np.uint16)
     if kind == "few magnitudes":
         weights = generator.choice(weights[:, :3].reshape(-1) ^ generator.integers(0, 3, 48, np.uint16), (16, 32))
-    weights = np.minimum(weights & 0x7FFF, 0x7F70) | (weights & 0x8000)
+    weights = np.minimum(weights & 0x7FFF, np.uint16(0x7F70)) | (weights & 0x8000)
     _, found, _ = encode(weights)
     _, plain, _ = encode(weights, recover=False)
     expected = [by_the_rule(group) or int(plain[row, 0]) for row, group in enumerate(weights)]
@@ -263,10 +263,10 @@ def test_the_table_finds_what_the_rule_finds(seed: int, base: int, kind: str) ->
 
 
 def test_the_table_finds_what_the_rule_finds_for_every_pair_of_magnitudes() -> None:
-    """Rule 4: each mantissa of amax with each lesser magnitude down to 1/16, in the least table binade and in one below."""
+    """Rule 4: each mantissa of amax with each lesser magnitude down to 1/16, where the table begins and below."""
     for exponent in (SMALLEST_AMAX >> 7) - 1, SMALLEST_AMAX >> 7:
         amax = np.repeat(np.arange(exponent << 7, (exponent + 1) << 7, dtype=np.int64), 513)
-        other = np.maximum(amax - np.tile(np.arange(513), 128), 0)
+        other = np.where(amax > np.tile(np.arange(513), 128), amax - np.tile(np.arange(513), 128), 0)
         weights = np.zeros((amax.size, 32), np.uint16)
         weights[:, 5], weights[:, 30] = amax, other | 0x8000
         _, found, _ = encode(weights)

@@ -130,7 +130,9 @@ def test_safetensors_opens_every_shard(k2_source: Path, tmp_path: Path, to: k2qu
                 found[name] = shard.name
                 file.get_tensor(name)
     assert found == index["weight_map"]
-    sizes = [path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in shards(tmp_path / "out")]
+    sizes = [
+        path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in shards(tmp_path / "out")
+    ]
     assert index["metadata"]["total_size"] == sum(sizes)
 
 

@@ -18,11 +18,10 @@ import numpy as np
 
 from k2quant.formats.layouts import Format, Fp8, Int4
 from k2quant.formats.transcode import Parts, widened
+from k2quant.kernels.codecs_cpu import outside
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from k2quant.kernels.seam import Codecs
 
 _INT4_STEPS = 0.55
 _FP8_STEPS = 2.0**-10 * 1.01
@@ -30,9 +29,7 @@ _FP8_RELATIVE = 1 / 16 + 2.0**-8
 _FLOOR = 2.0**-130
 
 
-def budget(
-    layout: Format, before: NDArray[np.uint16], after: NDArray[np.uint16], parts: Parts, *, codecs: Codecs
-) -> int:
+def outside_budget(layout: Format, before: NDArray[np.uint16], after: NDArray[np.uint16], parts: Parts) -> int:
     """Count the weights of a panel that are further off than the rounding of their format explains.
 
     Args:
@@ -40,12 +37,11 @@ def budget(
         before: BF16 bits `[R, K]`.
         after: BF16 bits `[R, K]`, decoded from `parts`.
         parts: the panel's tensors in that format.
-        codecs: who does the arithmetic.
     """
     if isinstance(layout, Int4):
         scale = widened(parts["weight_scale"])
-        return codecs.outside(before, after, scale, (1, layout.group), _INT4_STEPS, 0.0, _FLOOR)
+        return outside(before, after, scale, (1, layout.group), steps=_INT4_STEPS, relative=0.0, floor=_FLOOR)
     if isinstance(layout, Fp8):
         scale = parts["weight_scale_inv"]
-        return codecs.outside(before, after, scale, layout.block, _FP8_STEPS, _FP8_RELATIVE, _FLOOR)
+        return outside(before, after, scale, layout.block, steps=_FP8_STEPS, relative=_FP8_RELATIVE, floor=_FLOOR)
     return int(np.count_nonzero((before != after) & ((before | after) & 0x7FFF != 0)))
