@@ -262,8 +262,9 @@ def _text(value: object) -> str:
 
 
 def _code(value: object) -> str:
-    """Return a name as HTML that may break after its dots and underscores."""
-    return f"<code>{re.sub(r'([._/])', r'\1<wbr>', _text(value))}</code>"
+    """Return a name as HTML that may break after its dots and underscores, but not in a table."""
+    broken = re.sub(r"([._/])", r"\1<wbr>", _text(value))
+    return f"<code>{broken}</code>"
 
 
 def _decibels(ratio: float) -> str:
@@ -446,7 +447,12 @@ def _layers_figure(report: _Report) -> str:
     if not series:
         return ""
     lowest = min(
-        ((total.figures.sqnr_db, kind, at) for kind, layers in series.items() for at, total in layers.items() if total.figures),
+        (
+            (total.figures.sqnr_db, kind, at)
+            for kind, layers in series.items()
+            for at, total in layers.items()
+            if total.figures
+        ),
     )
 
     def draw(axes: Axes, canvas: _Canvas) -> None:
@@ -524,7 +530,8 @@ def _classes_figure(report: _Report) -> str:
             bars.append((kind, None, _exact_words(ways)))
 
     def draw(axes: Axes, canvas: _Canvas) -> None:
-        top = max((value for _, value, _ in bars if value is not None), default=1)
+        values = [value for _, value, _ in bars if value is not None] or [1.0]
+        low, top = min(values), max(values)
         for row, (kind, value, words) in enumerate(bars):
             colour = _colour(f"class-{TENSOR_CLASSES.index(kind)}")
             if value is not None:
@@ -541,16 +548,14 @@ def _classes_figure(report: _Report) -> str:
         axes.tick_params(axis="y", length=0, labelcolor=_colour("ink"))
         axes.spines["left"].set_visible(False)
         axes.set_ylim(len(bars) - 0.5, -0.5)
-        axes.set_xlim(min(0, *(value or 0 for _, value, _ in bars), 0), max(top, 1) * (1.12 if canvas is _WIDE else 1.4))
+        axes.set_xlim(min(0, low), max(top, 1) * (1.12 if canvas is _WIDE else 1.4))
         axes.grid(axis="x", linewidth=0.8)
         axes.set_xlabel("SQNR (dB)")
 
     note = "Higher is better: 6 dB more is half the error. Classes without a bar lost nothing."
     if not any(value is None for _, value, _ in bars):
         note = "Higher is better: 6 dB more is half the error."
-    return _figure(
-        "Error by tensor class: SQNR in dB", note, draw, (64 + 34 * len(bars), 58 + 28 * len(bars))
-    )
+    return _figure("Error by tensor class: SQNR in dB", note, draw, (64 + 34 * len(bars), 58 + 28 * len(bars)))
 
 
 def _exact_words(ways: dict[_Way, _Sum]) -> str:
@@ -849,7 +854,7 @@ color:var(--mark);background:var(--mark-bg)}
 .badge.good{color:var(--good);background:var(--good-bg)}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:24px 28px;margin:20px 0}
 p.card.good{font-size:1.1rem;color:var(--good);background:var(--good-bg);border-color:transparent}
-.tiles{list-style:none;display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,1fr));gap:1px;padding:0;
+.tiles{list-style:none;display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,auto));gap:1px;padding:0;
 margin:28px 0 20px;background:var(--line);border:1px solid var(--line);border-radius:12px;overflow:hidden}
 .tiles li{background:var(--card);padding:18px 20px;min-width:0}
 .tiles span,.tiles small{display:block;color:var(--muted);font-size:.88rem;line-height:1.4}
@@ -869,7 +874,7 @@ thead th{color:var(--muted);font-weight:600;font-size:.85rem}
 tbody tr:last-child>*{border-bottom:0}
 th:first-child,.left-2 :is(th,td):nth-child(2){text-align:left}
 th:first-child{padding-left:0}
-th code{white-space:nowrap}
+td wbr,th wbr{display:none}
 details{margin-top:12px}
 summary{cursor:pointer}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:6px 24px;margin:8px 0 16px}
@@ -885,7 +890,7 @@ header{padding-top:28px}
 svg.wide{display:none}
 svg.narrow{display:block;max-width:560px}
 .tiles{grid-template-columns:1fr 1fr}
-.tiles li:last-child:nth-child(odd),.tiles li:first-child{grid-column:1/-1}
+.tiles li:first-child{grid-column:1/-1}
 dl{grid-template-columns:1fr;gap:0}
 dd{margin-bottom:10px}
 }

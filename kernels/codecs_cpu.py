@@ -37,6 +37,7 @@ INT4_GROUP = 32
 LANES = 128
 """Accumulators of a sum; 128 float64 are 1 KiB, so both sums stay in the first-level cache."""
 
+_PROBE = 256  # weights after which an ordinary FP8 block has, almost surely, shown two magnitudes with one code
 _PLAIN, _RECOVER, _COMPRESSED_TENSORS = 0, 1, 2  # the INT4 rules, as the jitted code knows them
 
 _jit = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
@@ -142,12 +143,14 @@ def _decode_int4(pairs: U8, scale: F32, out: U32) -> None:
 @_jit
 def _spread(scale: F32, group: int, first: int, out: F32) -> None:
     """Write the scale of each byte of two codes, from column `first` on; `first` and `group` are even."""
-    done = 0
-    while done < out.size:
-        column = first + 2 * done
-        stop = min(done + (group - column % group) // 2, out.size)
-        out[done:stop] = scale[column // group]
-        done = stop
+    if group == 32 and first % 32 == 0 and out.size % 16 == 0:  # the layout of K2, in whole vectors
+        for index in range(out.size // 16):
+            value = scale[first // 32 + index]
+            for i in range(16):
+                out[index * 16 + i] = value
+    else:
+        for i in range(out.size):
+            out[i] = scale[(first + 2 * i) // group]
 
 
 @_jit
@@ -244,6 +247,17 @@ def _entry(weight: np.uint16, amax: np.uint16) -> Int:
 
 
 @_jit
+def _fits_quickly(weights: U16, first: int, scale: np.float32) -> bool:
+    """Return whether `scale` gives every weight of the group at `first`: true for the nearest codes or for none."""
+    differences = np.uint32(0)
+    for lane in range(INT4_GROUP):
+        magnitude = np.uint32(weights[first + lane] & np.uint16(0x7FFF))
+        nibble = _nibble(min(_widen(magnitude) / scale, np.float32(7)))
+        differences |= np.uint32(_int4_product(nibble, scale) ^ magnitude)
+    return bool(differences == 0)
+
+
+@_jit
 def _recover_int4_scales(weights: U16, amax: U16, table: U32, scale: U16) -> None:
     """Replace the scale of each group that lies on the grid by the one that the rule finds."""
     for group in range(scale.size):
@@ -256,13 +270,13 @@ def _recover_int4_scales(weights: U16, amax: U16, table: U32, scale: U16) -> Non
         candidates = np.uint32(0xFFFFFFFF)
         for lane in range(8):
             candidates = np.uint32(candidates & table[_entry(weights[first + lane], largest)])
-        if candidates == 0:
-            continue
+        if candidates == 0 or (candidates & np.uint32(1) and _fits_quickly(weights, first, _widen(scale[group]))):
+            continue  # the first candidate is the scale that stands there
         for lane in range(INT4_GROUP):
             candidates = np.uint32(candidates & table[_entry(weights[first + lane], largest)])
-        if candidates & np.uint32(1) or candidates == 0:
-            continue  # the first candidate is the scale that stands there
-        candidate = 1
+        if candidates == 0:
+            continue
+        candidate = 0
         while not (candidates >> np.uint32(candidate)) & np.uint32(1):
             candidate += 1
         scale[group] = _candidate(largest, candidate)
@@ -418,16 +432,26 @@ def _recovered_fp8_scale(weights: U16, codes: U8, plain: np.float32, table: U16)
     """Return the scale nearest to `plain` whose products with the codes are the weights; `plain` if there is none.
 
     `codes` are those of `plain`. Each code must stand for one magnitude only; then each pair of code and magnitude
-    allows an interval of scales, for a product grows with its scale, and the scale must lie in all of them.
+    allows an interval of scales, for a product grows with its scale, and the scale must lie in all of them. That each
+    code stands for one magnitude is tested on a few weights, which turns ordinary blocks away, and at the end on all.
     """
     table[:] = 0
-    for i in range(weights.size):
+    for i in range(min(weights.size, _PROBE)):
         used, value = np.uint8(codes[i] & np.uint8(0x7F)), np.uint16(weights[i] & np.uint16(0x7FFF))
         known = table[used]
         if known != value:
             if known != 0 or used == 0:
                 return plain
             table[used] = value
+    for i in range(weights.size):
+        table[codes[i] & np.uint8(0x7F)] = weights[i] & np.uint16(0x7FFF)
+    nearest = _nearest_scale(table, plain)
+    return nearest if _decodes_to(weights, codes, nearest) else plain
+
+
+@_jit
+def _nearest_scale(table: U16, plain: np.float32) -> np.float32:
+    """Return the scale nearest to `plain` that gives each code its magnitude in `table`; `plain` if there is none."""
     # 2^17 steps move a normal float32 by 2^-7 or more, further than half a BF16 step of amax; amax has the code 448.
     start = np.int64(_bits(plain))
     amax = np.int64(table[0x7E])
@@ -447,6 +471,15 @@ def _recovered_fp8_scale(weights: U16, codes: U8, plain: np.float32, table: U16)
         if _product_at(code, high) > magnitude:
             high = _least_scale(code, magnitude + 1, low, high) - 1
     return _float(min(max(start, low), high))
+
+
+@_jit
+def _decodes_to(weights: U16, codes: U8, scale: np.float32) -> bool:
+    """Return whether the codes give exactly these weights."""
+    differences = np.uint32(0)
+    for i in range(weights.size):
+        differences |= np.uint32(_fp8_product(codes[i], scale) ^ np.uint32(weights[i]))
+    return bool(differences == 0)
 
 
 @_jit

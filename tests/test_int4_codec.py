@@ -234,8 +234,8 @@ def by_the_rule(group: U16) -> int:
         bits = int(float_to_bf16(np.array([np.float32(amax) / np.float32(k)], np.float32))[0]) + ulp
         if amax > 0 and 0 < bits < 0x7F80:
             with np.errstate(over="ignore"):
-                products: F32 = bf16_to_float(np.full(8, bits, np.uint16)) * np.arange(8, dtype=np.float32)
-            if magnitude <= set(float_to_bf16(products).tolist()):
+                products = bf16_to_float(np.full(8, bits, np.uint16)) * np.arange(8, dtype=np.float32)
+            if magnitude <= set(float_to_bf16(products.astype(np.float32)).tolist()):
                 return bits
     return 0
 
@@ -265,10 +265,11 @@ def test_the_table_finds_what_the_rule_finds(seed: int, base: int, kind: str) ->
 def test_the_table_finds_what_the_rule_finds_for_every_pair_of_magnitudes() -> None:
     """Rule 4: each mantissa of amax with each lesser magnitude down to 1/16, where the table begins and below."""
     for exponent in (SMALLEST_AMAX >> 7) - 1, SMALLEST_AMAX >> 7:
-        amax = np.repeat(np.arange(exponent << 7, (exponent + 1) << 7, dtype=np.int64), 513)
-        other = np.where(amax > np.tile(np.arange(513), 128), amax - np.tile(np.arange(513), 128), 0)
-        weights = np.zeros((amax.size, 32), np.uint16)
-        weights[:, 5], weights[:, 30] = amax, other | 0x8000
+        pairs = [
+            (amax, max(amax - step, 0)) for amax in range(exponent << 7, (exponent + 1) << 7) for step in range(513)
+        ]
+        weights = np.zeros((len(pairs), 32), np.uint16)
+        weights[:, (5, 30)] = np.array(pairs, np.uint16) | np.array([0, 0x8000], np.uint16)
         _, found, _ = encode(weights)
         tensor = torch.from_numpy(weights.view(np.int16)).view(torch.bfloat16)
         _, expected, _ = reference.bf16_to_int4(tensor, "moonshot")
