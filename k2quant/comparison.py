@@ -105,7 +105,9 @@ class _Pair:
             if self.bytes_changed:
                 return "differs"
             return "bit-equal" if self.first.format is None or self.first.format.name == "bf16" else "codes equal"
-        if figures is None or figures.changed:
+        if figures is None:
+            return "bit-equal" if self.comparable else "differs"  # comparable without figures: there is no weight in it
+        if figures.changed:
             return "differs"
         return "bit-equal" if self.identical else "values equal"
 

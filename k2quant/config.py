@@ -136,10 +136,11 @@ def _check_scheme(weights: dict[str, Any], layouts: list[Int4]) -> None:
             expected="symmetric 4-bit int",
             found=_listed(scheme.items()),
         )
-    if weights.get("actorder") not in {None, False}:
-        raise UnsupportedFormat("actorder", file="config.json", expected="none", found=repr(weights["actorder"]))
+    order = weights.get("actorder")
+    if order is not None and order is not False:
+        raise UnsupportedFormat("actorder", file="config.json", expected="none", found=repr(order))
     size = weights.get("group_size")
-    other = sorted({layout.group for layout in layouts} - {size})
+    other = sorted({layout.group for layout in layouts if layout.group != size})
     if weights.get("strategy", "group") == "group" and other:
         raise _contradiction(f"group_size {size}", f"scales for groups of {_listed(other)}")
 

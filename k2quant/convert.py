@@ -92,13 +92,13 @@ def convert(
         raise UsageError(f"{workers} workers cannot work")
     try:
         with locked(there, report=REPORT, incomplete=INCOMPLETE) as folder:
-            if restart:
-                _clear(folder)
-            elif (report := folder.finished_report()) is not None:
-                _check_finished(folder, report, _identity(plan))
+            if not restart and (report := folder.finished_report()) is not None:
+                _check_finished(folder, report, plan)
                 return Conversion(there, report, 0, already_done=True)
             check_packed_shapes(plan.source, (job.weight for job in plan.jobs()))
-            done = _begin(folder, plan)
+            if restart:
+                _clear(folder)
+            done = _begin(folder, plan, fresh=restart)
             stream = Stream(plan, folder, done=set(done), device=device, sha256=sha256, progress=progress)
             shards = done | stream.run(workers or available_cores())
             report = _report(plan, shards, seconds=time.monotonic() - begun)
@@ -120,7 +120,10 @@ def available_cores() -> int:
 
 
 def _refuse_nested(source: Path, destination: Path) -> None:
-    here, there = source.resolve(), destination.resolve()
+    try:
+        here, there = source.resolve(), destination.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise UsageError(f"{source} or {destination} cannot be resolved: {error}") from error
     if here == there or here.is_relative_to(there) or there.is_relative_to(here):
         raise UsageError(f"{source} and {destination} must be two folders, neither inside the other")
 
@@ -144,24 +147,33 @@ def _output_files(plan: Plan) -> list[str]:
 def _clear(folder: Destination) -> None:
     """Delete what an earlier conversion of ours left."""
     journal, report = folder.journal(), folder.finished_report()
-    files = journal[0].get("files") if journal else list(report["files"]) if report else None
+    files = journal[0].get("files") if journal else list(_sizes(report)) if report is not None else None
     if isinstance(files, list):
-        folder.clear([name for name in files if isinstance(name, str)])
+        folder.clear([CONFIG, INDEX, REPORT, *(name for name in files if isinstance(name, str))])
 
 
-def _check_finished(folder: Destination, report: dict[str, Any], identity: dict[str, Any]) -> None:
+def _sizes(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes of the files that a report lists."""
+    files = report.get("files")
+    return {
+        name: facts.get("size") if isinstance(facts, dict) else None
+        for name, facts in (files.items() if isinstance(files, dict) else ())
+    }
+
+
+def _check_finished(folder: Destination, report: dict[str, Any], plan: Plan) -> None:
     """Refuse a finished folder that is not what this call would make, or is not whole any more."""
-    changed = [key for key, value in identity.items() if report.get(key) != value]
+    changed = [key for key, value in _identity(plan).items() if report.get(key) != value]
     if changed:
         raise _stale(folder, "finished", changed)
-    files = report.get("files")
-    for name, facts in files.items() if isinstance(files, dict) else ():
+    last = {INDEX: len(plan.index)} | ({} if plan.config is None else {CONFIG: len(plan.config)})
+    for name, size in (_sizes(report) | last).items():
         path = folder.folder / name
-        if not path.is_file() or path.stat().st_size != facts.get("size"):
+        if not path.is_file() or path.stat().st_size != size:
             raise DestinationStale(
                 "was finished, but is not whole any more",
                 file=path,
-                expected=f"{facts.get('size')} bytes",
+                expected=f"{size} bytes",
                 found=f"{path.stat().st_size} bytes" if path.is_file() else "nothing",
                 remedy="write it anew with --restart",
             )
@@ -177,27 +189,40 @@ def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationSt
     )
 
 
-def _begin(folder: Destination, plan: Plan) -> dict[str, dict[str, Any]]:
-    """Start or continue the journal; return the records of the shards that are finished."""
+def _begin(folder: Destination, plan: Plan, *, fresh: bool) -> dict[str, dict[str, Any]]:
+    """Start or continue the journal; return the records of the shards that are finished.
+
+    Args:
+        folder: the destination.
+        plan: what will be written there.
+        fresh: whether the journal is only that of a clearing, which is over.
+    """
     head: dict[str, Any] = {"journal": _JOURNAL_VERSION, "version": __version__, **_identity(plan)}
-    old = folder.journal()
+    old = [] if fresh else folder.journal()
     if old:
+        if "options" not in old[0]:
+            raise DestinationStale(
+                "was being emptied by --restart", file=folder.folder, remedy="run that again, or name another folder"
+            )
         changed = [key for key, value in head.items() if old[0].get(key) != value]
         if changed:
             raise _stale(folder, "half-finished", changed)
     sizes = {shard.file: shard.size for shard in plan.shards}
-    done = {
-        record["shard"]: record
-        for record in old[1:]
-        if record.get("shard") in sizes and _has_size(folder.folder / record["shard"], sizes[record["shard"]])
-    }
+    done = {record["shard"]: record for record in old[1:] if _stands(folder.folder, record, sizes)}
     _check_room(folder.folder, plan, done)
     folder.begin([{**head, "files": _output_files(plan)}, *done.values()])
+    if len(done) < len(sizes):
+        folder.unlink([CONFIG, INDEX, REPORT])  # a run that was stopped at its very end may have left them
     return done
 
 
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and not path.is_symlink() and path.stat().st_size == size
+def _stands(folder: Path, record: dict[str, Any], sizes: dict[str, int]) -> bool:
+    """Tell whether the shard of a journal's record is one of the plan's and stands there whole."""
+    name = record.get("shard")
+    if not isinstance(name, str) or name not in sizes or not isinstance(record.get("tensors"), dict):
+        return False
+    path = folder / name
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == record.get("size") == sizes[name]
 
 
 def _check_room(folder: Path, plan: Plan, done: dict[str, Any]) -> None:

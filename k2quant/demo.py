@@ -23,7 +23,7 @@ from k2quant.convert import convert
 from k2quant.errors import CheckFailed
 from k2quant.estimate import codec_rate
 from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.layouts import Bf16, FormatName, Fp8, Int4
+from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Int4
 from k2quant.units import size
 from k2quant.verify import verify, verify_checksums
 
@@ -245,7 +245,8 @@ def run(folder: Path) -> None:
     write_k2(folder / "fp8")
     console.print(f"A Kimi K2 in everything but size: {folder / 'fp8'}")
     console.print("Compiling the codecs; later runs find them in a cache ...")
-    for source, target in permutations((Bf16(), Fp8(), Int4()), 2):
+    formats: tuple[Format, ...] = (Bf16(), Fp8(), Int4())
+    for source, target in permutations(formats, 2):
         codec_rate(source, target)
     outcomes = [_take(folder, step) for step in _STEPS]
     _print(console, outcomes, (folder / "bf16").resolve())

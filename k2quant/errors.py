@@ -22,6 +22,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_NAME_SHOWN = 500  # characters of a tensor's name in a message
+
 
 class K2QuantError(Exception):
     """Base of all errors of k2quant; `exit_code` is what the command line ends with."""
@@ -63,7 +65,7 @@ class _Finding(K2QuantError):
         super().__init__(self._sentence())
 
     def _sentence(self) -> str:
-        places = [f"`{self.tensor}`"] if self.tensor else []
+        places = [f"`{_shortened(self.tensor)}`"] if self.tensor else []
         places += [str(self.file)] if self.file is not None else []
         where = " in ".join(places)
         facts = [self.message] if self.message else []
@@ -72,7 +74,16 @@ class _Finding(K2QuantError):
         if self.found is not None:
             facts.append(f"found {self.found}")
         sentence = ": ".join(part for part in (where, ", ".join(facts)) if part)
-        return f"{sentence}; {self.remedy}" if self.remedy else sentence
+        return _printable(f"{sentence}; {self.remedy}" if self.remedy else sentence)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _NAME_SHOWN else f"{name[:_NAME_SHOWN]}..."
+
+
+def _printable(text: str) -> str:
+    """Escape what would break a line or reach the terminal as a code; names come from files that may be hostile."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class CheckpointError(_Finding):

@@ -20,6 +20,7 @@ from k2quant.checkpoint.panels import PANEL_WEIGHTS, ROW_STEP
 from k2quant.checkpoint.paths import check_inside
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.weights import Weight, group_tensors
+from k2quant.errors import CheckpointError, ShapeMismatch, UnsafePath
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.layouts import Format, FormatName, Grid, Int4
 from k2quant.policy import Policy, Scope, make_policy
@@ -131,13 +132,27 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     config.check_source(source.config, weights)
     policy = make_policy(options.to, weights, scope=options.scope, ignore=options.ignore, grid=options.grid)
     shards = tuple(_shard(file, jobs) for file, jobs in _placed(weights, policy, options.shard_size))
-    return Plan(source, policy, options, shards, _index(shards), _config(source, shards, policy), _other_files(source))
+    try:
+        edited, others = _config(source, shards, policy), _other_files(source)
+    except OSError as error:
+        message = "cannot be read"
+        raise CheckpointError(message, file=error.filename or source.folder, found=error.strerror) from error
+    return Plan(source, policy, options, shards, _index(shards), edited, others)
 
 
 def output_specs(weight: Weight, target: Format | None) -> dict[str, TensorSpec]:
     """Return the tensors that a weight becomes, by suffix."""
     if target is None:
         return {suffix: TensorSpec(entry.dtype, entry.shape) for suffix, entry in weight.parts.items()}
+    if target.name != "bf16" and (len(weight.shape) != 2 or not weight.main.nbytes):
+        raise ShapeMismatch(
+            "only a matrix can be quantised",
+            tensor=weight.main.name,
+            file=weight.main.file,
+            expected="[N, K]",
+            found=weight.shape,
+            remedy="keep it out of the conversion with --ignore",
+        )
     if isinstance(target, Int4):
         return target.state(weight.shape, name=weight.main.name)
     return target.state(weight.shape)
@@ -233,7 +248,7 @@ def _other_files(source: Checkpoint) -> tuple[str, ...]:
     """Return the files beside the weights: tokenizer, code, licence; hidden ones and other weights left out.
 
     Raises:
-        UnsafePath: one is a link that leaves the folder.
+        UnsafePath: one is a link that leaves the folder, or has a name that is not printable.
     """
     found: list[str] = []
     for folder, folders, files in os.walk(source.folder):
@@ -245,8 +260,12 @@ def _other_files(source: Checkpoint) -> tuple[str, ...]:
             if name.startswith(".") or _NOT_COPIED.fullmatch(name):
                 continue
             check_inside(source.folder, path)
-            if path.is_file():
-                found.append(str(path.relative_to(source.folder)))
+            if not path.is_file():
+                continue
+            below = str(path.relative_to(source.folder))
+            if not below.isprintable():  # journal and report could not name it
+                raise UnsafePath("not a plain file name", file=repr(below), remedy="rename or remove it")
+            found.append(below)
     return tuple(found)
 
 

@@ -132,25 +132,15 @@ def _decode_fp8(codes: U8, scale: np.float32, out: U16) -> bool:
 
 @_jit
 def _decode_int4(pairs: U8, scale: F32, out: U32) -> None:
-    """Decode bytes of two codes, low nibble first, to words of two BF16; `scale` has one entry for each byte."""
-    for i in range(out.size):
-        pair = np.uint32(pairs[i])
-        low = _int4_product(np.uint32(pair & np.uint32(15)), scale[i])
-        high = _int4_product(np.uint32(pair >> np.uint32(4)), scale[i])
-        out[i] = np.uint32(low | np.uint32(high << np.uint32(16)))
-
-
-@_jit
-def _spread(scale: F32, group: int, first: int, out: F32) -> None:
-    """Write the scale of each byte of two codes, from column `first` on; `first` and `group` are even."""
-    if group == 32 and first % 32 == 0 and out.size % 16 == 0:  # the layout of K2, in whole vectors
-        for index in range(out.size // 16):
-            value = scale[first // 32 + index]
-            for i in range(16):
-                out[index * 16 + i] = value
-    else:
-        for i in range(out.size):
-            out[i] = scale[(first + 2 * i) // group]
+    """Decode groups of 32 codes, two in a byte, low nibble first, to words of two BF16."""
+    for group in range(scale.size):
+        step = scale[group]
+        for lane in range(INT4_GROUP // 2):
+            i = group * (INT4_GROUP // 2) + lane
+            pair = np.uint32(pairs[i])
+            low = _int4_product(np.uint32(pair & np.uint32(15)), step)
+            high = _int4_product(np.uint32(pair >> np.uint32(4)), step)
+            out[i] = np.uint32(low | np.uint32(high << np.uint32(16)))
 
 
 @_jit
@@ -266,9 +256,9 @@ def _recover_int4_scales(weights: U16, amax: U16, table: U32, scale: U16) -> Non
             bits = _search_scale(weights[first : first + INT4_GROUP], largest) if largest else 0
             scale[group] = bits or scale[group]
             continue
-        # Eight weights without a branch cost less than one mispredicted exit; hardly an ordinary group survives them.
+        # Two weights without a branch reject all but 3 of 1000 ordinary groups, where one leaves 131.
         candidates = np.uint32(0xFFFFFFFF)
-        for lane in range(8):
+        for lane in range(2):
             candidates = np.uint32(candidates & table[_entry(weights[first + lane], largest)])
         if candidates == 0 or (candidates & np.uint32(1) and _fits_quickly(weights, first, _widen(scale[group]))):
             continue  # the first candidate is the scale that stands there
@@ -365,23 +355,22 @@ def _bf16_to_int4(weights: U16, rule: int, table: U32, packed: U8, scale: U16) -
 
 
 @_jit
-def _decode_int4_row(packed: U8, scale: F32, group: int, first: int, spread: F32, out: U16) -> None:
-    """Decode columns of a row of packed bytes, from column `first` on; `spread` is scratch for half as many scales."""
-    if group % 2 or first % 2 or out.size % 2:
+def _decode_int4_row(packed: U8, scale: F32, group: int, first: int, out: U16) -> None:
+    """Decode columns of a row of packed bytes, from column `first` on."""
+    if group == INT4_GROUP and first % INT4_GROUP == 0 and out.size % INT4_GROUP == 0:
+        scales = scale[first // INT4_GROUP :][: out.size // INT4_GROUP]
+        _decode_int4(packed[first // 2 :], scales, out.view(np.uint32))
+    else:
         for i in range(out.size):
             column = first + i
             nibble = np.uint8(packed[column >> 1] >> np.uint8(4 * (column & 1))) & np.uint8(15)
             out[i] = _int4_product(nibble, scale[column // group])
-    else:
-        _spread(scale, group, first, spread)
-        _decode_int4(packed[first // 2 :], spread, out.view(np.uint32))
 
 
 @_jit
 def _int4_to_bf16(packed: U8, scale: F32, group: int, out: U16) -> bool:
-    spread = np.empty(packed.shape[1], np.float32)
     for row in range(packed.shape[0]):
-        _decode_int4_row(packed[row], scale[row], group, 0, spread, out[row])
+        _decode_int4_row(packed[row], scale[row], group, 0, out[row])
         if _largest(out[row]) >= explain.INFINITY:
             return False
     return True
@@ -557,7 +546,6 @@ def _int4_to_fp8(packed: U8, scale_in: F32, group: int, height: int, width: int,
     height, width = min(height, rows), min(width, columns)
     block, decoded = np.empty(height * width, np.uint16), np.empty(height * width, np.uint16)
     block_codes, table = np.empty(height * width, np.uint8), np.empty(127, np.uint16)
-    spread = np.empty(width, np.float32)
     energy, error = np.zeros(LANES), np.zeros(LANES)
     changed, worst = 0, np.uint32(0)
     for top in range(0, rows, height):
@@ -566,7 +554,7 @@ def _int4_to_fp8(packed: U8, scale_in: F32, group: int, height: int, width: int,
             w = min(width, columns - left)
             for i in range(h):
                 span = block[i * w : (i + 1) * w]
-                _decode_int4_row(packed[top + i], scale_in[top + i], group, left, spread[: w // 2], span)
+                _decode_int4_row(packed[top + i], scale_in[top + i], group, left, span)
             chosen = _encode_fp8_block(block[: h * w], block_codes[: h * w], decoded[: h * w], table)
             if chosen < 0:
                 return -1, 0.0, 0.0, 0.0

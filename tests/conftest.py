@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +21,11 @@ def k2_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def ram(tmp_path: Path) -> Path:
+def ram(tmp_path: Path) -> Iterator[Path]:
     """A folder for many small files: in memory where the machine has such a place, so that fsync costs nothing."""
     shared = Path("/dev/shm")  # noqa: S108  a fresh folder of our own is made in it
     if not os.access(shared, os.W_OK):
-        return tmp_path
-    import tempfile
-
-    return Path(tempfile.mkdtemp(prefix="k2quant-", dir=shared))
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(prefix="k2quant-", dir=shared) as folder:
+        yield Path(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from k2quant.demo import write_checkpoint
+from k2quant.demo import Shard, write_checkpoint
 
 COMMANDS = ("convert", "inspect", "verify", "diff", "report", "demo")
 
@@ -161,7 +161,7 @@ def test_inspect_lists_what_does_not_fit_together(tmp_path: Path) -> None:
     """A missing and a stray partner are named, and inspect exits 1."""
     import numpy as np
 
-    shard = {
+    shard: Shard = {
         "model.layers.1.mlp.experts.0.up_proj.weight": ("F8_E4M3", np.zeros((128, 128), np.uint8)),
         "model.layers.1.mlp.experts.1.up_proj.weight_scale_inv": ("F32", np.ones((1, 1), np.float32)),
     }

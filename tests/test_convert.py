@@ -17,7 +17,7 @@ from k2quant.checkpoint.weights import Weight, group_tensors
 from k2quant.comparison import compare
 from k2quant.demo import K2_CONFIG, Shard, matrices, write_checkpoint
 from k2quant.errors import CheckpointError, ShapeMismatch, UnsupportedFormat, UsageError
-from k2quant.formats.layouts import Bf16, Fp8, Int4
+from k2quant.formats.layouts import Bf16, Format, Fp8, Int4
 
 RANDOM = np.random.default_rng(7)
 EXPERT = "model.layers.1.mlp.experts.{}.{}_proj"
@@ -191,7 +191,7 @@ def k26(folder: Path, *, vision: bool = True) -> None:
     write_checkpoint(folder, shards, {"model_type": "kimi_k25", "text_config": config(quantization_config=INT4_BLOCK)})
 
 
-INT4_BLOCK = {
+INT4_BLOCK: dict[str, Any] = {
     "config_groups": {
         "group_0": {
             "input_activations": None,
@@ -239,7 +239,7 @@ def test_k26_goes_to_bf16_and_comes_back_unchanged(tmp_path: Path) -> None:
     result = output_config(tmp_path / "int4")
     assert "quantization_config" not in result
     block = result["text_config"]["quantization_config"]
-    assert block == INT4_BLOCK | {"ignore": [*INT4_BLOCK["ignore"], "re:.*mlp\\.gate$"]}  # type: ignore[misc]
+    assert block == INT4_BLOCK | {"ignore": [*INT4_BLOCK["ignore"], "re:.*mlp\\.gate$"]}
 
 
 def test_k26_goes_to_fp8_with_vision_kept(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_k26_goes_to_fp8_with_vision_kept(tmp_path: Path) -> None:
             assert data_of(first, name) == data_of(second, name)
 
 
-@pytest.mark.parametrize("pattern", INT4_BLOCK["ignore"])  # type: ignore[arg-type]
+@pytest.mark.parametrize("pattern", INT4_BLOCK["ignore"])
 def test_every_k26_pattern_earns_its_place(tmp_path: Path, pattern: str) -> None:
     """The ignore list of an output names nothing that is not there."""
     k26(tmp_path / "src", vision=False)
@@ -315,7 +315,8 @@ def test_mixed_source_is_read_by_its_suffixes(tmp_path: Path) -> None:
         **fp8("model.layers.1.self_attn.kv_a_proj_with_mqa", 160, 128),
     }
     write_checkpoint(tmp_path / "src", {"model.safetensors": shard}, config())
-    for to, layout in (("int4", Int4()), ("fp8", Fp8()), ("bf16", Bf16())):
+    expected: dict[k2quant.FormatName, Format] = {"int4": Int4(), "fp8": Fp8(), "bf16": Bf16()}
+    for to, layout in expected.items():
         k2quant.convert(tmp_path / "src", tmp_path / to, to=to)
         weights = weights_of(tmp_path / to)
         assert {weights[EXPERT.format(n, "up")].format for n in range(3)} == {layout}

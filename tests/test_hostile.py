@@ -79,6 +79,11 @@ def norm() -> Shard:
     return {"model.norm.weight": ("BF16", np.full(64, 0x3F80, np.uint16))}
 
 
+def library(data: bytes) -> dict[str, Any]:
+    """Return what the safetensors library reads in a file: dtype, shape and data of each tensor."""
+    return dict(deserialize(data))  # type: ignore[no-untyped-call]
+
+
 class Case:
     """A source folder to be spoilt, and a destination."""
 
@@ -173,7 +178,6 @@ LIES = {
     "header_holds_NaN": packed(b'{"a":{"dtype":"BF16","shape":[NaN],"data_offsets":[0,8]}}', bytes(8)),
     "deep_nesting": packed(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
     "deep_nesting_of_objects": packed(b'{"a":' * 100_000 + b"1" + b"}" * 100_000),
-    "duplicate_tensor": packed(b'{"a":' + _SOUND + b',"a":' + _SOUND + b"}", bytes(8)),
     "duplicate_dtype": packed(
         b'{"a":{"dtype":"I8","dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}}',
         bytes(8),
@@ -223,6 +227,7 @@ LIES = {
 """Files that the safetensors library refuses."""
 
 STRICTER = {
+    "duplicate_tensor": packed(b'{"a":' + _SOUND + b',"a":' + _SOUND + b"}", bytes(8)),
     "unknown_key": packed({"a": entry() | {"stride": [2, 1]}}, bytes(8)),
     "seventeen_dimensions": one(shape=[1] * 16 + [4]),
     "name_of_nothing": packed({"": entry()}, bytes(8)),
@@ -242,7 +247,7 @@ def _single(case: Case, data: bytes) -> None:
 def test_lying_header(case: Case, lie: str) -> None:
     """What the safetensors library refuses is refused."""
     with pytest.raises(SafetensorError):
-        deserialize(LIES[lie])
+        library(LIES[lie])
     _single(case, LIES[lie])
     case.refused(MalformedFile, SINGLE)
 
@@ -250,7 +255,7 @@ def test_lying_header(case: Case, lie: str) -> None:
 @pytest.mark.parametrize("lie", STRICTER)
 def test_header_that_only_the_library_takes(case: Case, lie: str) -> None:
     """Some headers that the safetensors library takes are refused too."""
-    deserialize(STRICTER[lie])
+    library(STRICTER[lie])
     _single(case, STRICTER[lie])
     case.refused(CheckpointError, SINGLE)
 
@@ -265,7 +270,8 @@ def test_whatever_the_library_refuses_is_refused(ram: Path) -> None:
     }
     data = bytes(range(16))
     sound = json.dumps(header, separators=(",", ":")).encode()
-    dice, file, both, refused = random.Random(20), ram / SINGLE, 0, 0
+    dice = random.Random(20)  # noqa: S311  not for secrets
+    file, both, refused = ram / SINGLE, 0, 0
     for number in range(3000):
         raw = bytearray(sound)
         for _ in range(dice.randint(1, 3)):
@@ -276,14 +282,16 @@ def test_whatever_the_library_refuses_is_refused(ram: Path) -> None:
             elif choice == 1:
                 raw[at : at + dice.randint(1, 4)] = b""
             elif choice == 2:
-                raw[at:at] = dice.choice([b"0", b"-", b" ", b"1", b",", b'"', b"\\ud800", b"\\u0041", b".0", b"e0", b"[]"])
+                raw[at:at] = dice.choice(
+                    [b"0", b"-", b" ", b"1", b",", b'"', b"\\ud800", b"\\u0041", b".0", b"e0", b"[]"]
+                )
             else:
                 other = dice.randrange(len(raw))
                 raw[at:at] = raw[other : other + dice.randint(1, 30)]
         content = packed(bytes(raw), data)
         file.write_bytes(content)
         try:
-            theirs = {name: (x["dtype"], x["shape"], bytes(x["data"])) for name, x in deserialize(content)}
+            theirs = {name: (x["dtype"], x["shape"], bytes(x["data"])) for name, x in library(content).items()}
         except SafetensorError:
             with pytest.raises(CheckpointError):
                 pytest.fail(f"case {number}: {bytes(raw)!r} was read as {read_header(file).tensors}")
@@ -525,7 +533,7 @@ def test_tensor_in_two_shards(case: Case) -> None:
     for name in other:
         case.point(name, SHARDS[0])
     case.convert()
-    found = dict(deserialize((case.destination / SHARDS[0]).read_bytes()))
+    found = library((case.destination / SHARDS[0]).read_bytes())
     assert bytes(found[f"{BASE}.weight"]["data"]) == b"\x80\x3f" * 64 * 64
 
 
@@ -563,10 +571,12 @@ def test_index_with_an_unprintable_tensor(case: Case, name: str) -> None:
     """The name of a tensor cannot break the error message into lines or send codes to the terminal."""
     case.write(fp8())
     case.point(name, SHARDS[0])
-    case.refused(CheckpointError, SHARDS[0])
+    case.refused(CheckpointError)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a\nb.safetensors", "\x1b[2J.safetensors", "\x00.safetensors", "x" * 300])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a\nb.safetensors", "\x1b[2J.safetensors", "\x00.safetensors", "x" * 300]
+)
 def test_index_with_an_impossible_file(case: Case, name: str) -> None:
     """A file name that no file of a checkpoint has is refused."""
     case.write(fp8())
@@ -720,7 +730,7 @@ def test_int4_of_another_group(case: Case, group: int) -> None:
     case.write(int4() | {f"{BASE}.weight_scale": ("BF16", scales)}, config=int4_config(group_size=group))
     case.refused(UnsupportedFormat, f"groups of {group}", to="int4")
     case.convert()
-    found = dict(deserialize((case.destination / SHARDS[0]).read_bytes()))
+    found = library((case.destination / SHARDS[0]).read_bytes())
     assert bytes(found[f"{BASE}.weight"]["data"]) == scales.repeat(group, 1).tobytes()
 
 
@@ -956,9 +966,7 @@ def test_quantization_block_that_is_no_object(case: Case, block: object) -> None
 def test_second_block_that_contradicts(case: Case, place: str) -> None:
     """Every place where engines look for the block is checked."""
     other = int4_config()["quantization_config"]
-    case.write(
-        fp8(), config=FP8_CONFIG | {place: {"quantization_config": other} if place == "text_config" else other}
-    )
+    case.write(fp8(), config=FP8_CONFIG | {place: {"quantization_config": other} if place == "text_config" else other})
     case.refused(CheckpointError, "contradicts the tensors")
 
 
@@ -1022,7 +1030,7 @@ BAD_VALUES: dict[str, Spoil] = {
 @pytest.mark.parametrize("to", ["bf16", "fp8", "int4"])
 @pytest.mark.parametrize("value", BAD_VALUES)
 def test_value_that_no_conversion_can_carry(case: Case, value: str, to: FormatName) -> None:
-    """NaN, infinity or a bad scale ends a conversion, with the tensor's name and the place; what is copied may hold it."""
+    """NaN, infinity or a bad scale ends a conversion, with the tensor's name and place; what is copied may hold it."""
     tensors, name, place = BAD_VALUES[value]()
     source = "int4" if "int4" in value else "fp8" if "fp8" in value else "bf16" if "f32" not in value else "f32"
     case.write(tensors)

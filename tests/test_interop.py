@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from safetensors import safe_open
 
 import k2quant
+
+TRANSFORMERS: Any = import_module("transformers")  # its types are not for us
 
 TINY = {
     "vocab_size": 64,
@@ -39,9 +42,7 @@ PROMPT = torch.tensor([[1, 7, 30, 2, 5, 63]])
 
 def logits(folder: Path, **options: Any) -> torch.Tensor:
     """Return the logits that transformers computes from a checkpoint."""
-    from transformers import DeepseekV3ForCausalLM
-
-    model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    model = TRANSFORMERS.DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
     with torch.no_grad():
         result: torch.Tensor = model.eval()(PROMPT).logits
     return result
@@ -50,11 +51,9 @@ def logits(folder: Path, **options: Any) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny DeepseekV3 of random weights, saved by transformers itself."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    DeepseekV3ForCausalLM(DeepseekV3Config(**TINY)).to(torch.bfloat16).save_pretrained(folder)
+    TRANSFORMERS.DeepseekV3ForCausalLM(TRANSFORMERS.DeepseekV3Config(**TINY)).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -65,11 +64,9 @@ def shards(folder: Path) -> list[Path]:
 
 def test_transformers_computes_the_same_logits_from_our_bf16(tiny: Path, tmp_path: Path) -> None:
     """INT4 -> BF16 by us and INT4 dequantised by transformers are the same model, to the bit of the logits."""
-    from transformers import CompressedTensorsConfig
-
     k2quant.convert(tiny, tmp_path / "int4", to="int4")
     k2quant.convert(tmp_path / "int4", tmp_path / "bf16", to="bf16")
-    theirs = logits(tmp_path / "int4", quantization_config=CompressedTensorsConfig(dequantize=True))
+    theirs = logits(tmp_path / "int4", quantization_config=TRANSFORMERS.CompressedTensorsConfig(dequantize=True))
     ours = logits(tmp_path / "bf16")
     assert torch.equal(ours, theirs)
     assert not torch.equal(ours, logits(tiny))  # rounding did happen
@@ -77,10 +74,8 @@ def test_transformers_computes_the_same_logits_from_our_bf16(tiny: Path, tmp_pat
 
 def test_transformers_computes_the_same_logits_from_an_unquantised_copy(tiny: Path, tmp_path: Path) -> None:
     """A source whose experts are fused comes out per expert, and as the same model."""
-    from transformers import DeepseekV3ForCausalLM
-
     fused = tmp_path / "fused"
-    model = DeepseekV3ForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
+    model = TRANSFORMERS.DeepseekV3ForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
     model.save_pretrained(fused, save_original_format=False)
     with safe_open(shards(fused)[0], "pt") as file:
         assert any(name.endswith("experts.gate_up_proj") for name in file.keys())  # noqa: SIM118  no mapping
@@ -92,9 +87,7 @@ def test_transformers_computes_the_same_logits_from_an_unquantised_copy(tiny: Pa
 
 def test_float32_source_becomes_bf16(tiny: Path, tmp_path: Path) -> None:
     """An F32 source is rounded to BF16, its config says so, and the correction bias stays float32."""
-    from transformers import DeepseekV3ForCausalLM
-
-    model = DeepseekV3ForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model = TRANSFORMERS.DeepseekV3ForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     model.save_pretrained(tmp_path / "f32")
     k2quant.convert(tmp_path / "f32", tmp_path / "bf16", to="bf16")
     config = json.loads((tmp_path / "bf16" / "config.json").read_text(encoding="utf-8"))
@@ -108,11 +101,9 @@ def test_float32_source_becomes_bf16(tiny: Path, tmp_path: Path) -> None:
 
 def test_transformers_accepts_our_fp8_config(tiny: Path, tmp_path: Path) -> None:
     """FineGrainedFP8Config takes the block that we write, and its own list of modules that stay as they are."""
-    from transformers import FineGrainedFP8Config
-
     k2quant.convert(tiny, tmp_path / "fp8", to="fp8", ignore=(r"layers\.0\.mlp\.up_proj",))
     block = json.loads((tmp_path / "fp8" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    config = FineGrainedFP8Config.from_dict(block)
+    config = TRANSFORMERS.FineGrainedFP8Config.from_dict(block)
     assert tuple(config.weight_block_size) == (128, 128)
     assert config.activation_scheme == "dynamic"
     assert config.modules_to_not_convert == ["model.layers.0.mlp.up_proj"]
@@ -160,7 +151,7 @@ def test_compressed_tensors_quantises_its_own_grid_to_the_same_bits() -> None:
     torch.manual_seed(2)
     weight = (torch.randn(32, 256) * 0.02).to(torch.bfloat16)
     args = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=32)
-    groups = weight.unflatten(1, (-1, 32))
+    groups = weight.reshape(32, -1, 32)
     scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
     codes = quantize(weight, scale, zero, args, dtype=torch.int8)
     ours = k2quant.quantize(weight, "int4", grid="compressed-tensors")

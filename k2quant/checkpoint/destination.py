@@ -92,7 +92,15 @@ class Destination:
         sync_folder(self.folder)
 
     def clear(self, files: list[str]) -> None:
-        """Delete these files of an earlier conversion, finished or not; names that leave the folder are passed over."""
+        """Delete these files of an earlier conversion, finished or not.
+
+        The journal notes them first, so that a kill in between leaves a folder that is still ours. It stays.
+        """
+        self.begin([{"files": files}])
+        self.unlink(files)
+
+    def unlink(self, files: list[str]) -> None:
+        """Delete those of these files that are there; names that leave the folder are passed over."""
         for name in files:
             path = self.folder / name
             if (
@@ -104,7 +112,7 @@ class Destination:
             for victim in (path, path.with_name(path.name + PARTIAL)):
                 if victim.is_file() or victim.is_symlink():
                     victim.unlink()
-        self.finish()
+        sync_folder(self.folder)
 
     def refuse_foreign(self) -> None:
         """Refuse a folder that holds anything, unless it is ours.

@@ -106,8 +106,8 @@ def _is_size(value: object) -> bool:
 
 
 def _entry(name: str, value: Any, *, path: Path, data_start: int) -> TensorEntry:
-    if not name.isprintable() or not name:
-        raise MalformedFile("a tensor's name is not printable", file=path, found=repr(name)[:200])
+    if not name.isprintable() or not name or name.startswith("."):
+        raise MalformedFile("no name for a tensor", file=path, found=repr(name)[:200])
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise MalformedFile("expected dtype, shape and data_offsets alone", tensor=name, file=path)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

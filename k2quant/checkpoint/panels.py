@@ -23,8 +23,11 @@ ROW_STEP = 128
 
 
 def panel_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the rows and width in which a weight is worked on: a matrix as it is, anything else as one column."""
-    return (shape[0], shape[1]) if len(shape) == 2 else (prod(shape), 1)
+    """Return the rows and width in which a weight is worked on: a matrix as it is, anything else as one column.
+
+    A matrix without columns has no rows to work on either, however many its header claims.
+    """
+    return (shape[0], shape[1]) if len(shape) == 2 and shape[1] else (prod(shape), 1)
 
 
 def panel_rows(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

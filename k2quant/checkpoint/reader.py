@@ -24,6 +24,7 @@ CONFIG = "config.json"
 
 _INDEX_LIMIT = 512_000_000  # K2.5's index of 208,550 tensors has about 20 MB
 _CONFIG_LIMIT = 16_000_000
+_EXPERTS_LIMIT = 2**16  # K2 has 384; more are an attempt to keep the reader busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ def _experts(entry: TensorEntry, fused: names.FusedExperts) -> list[TensorEntry]
             found=entry.dtype,
         )
     pieces = len(fused.projections)
-    if len(entry.shape) != 3 or not entry.nbytes or entry.shape[1] % pieces:
+    if len(entry.shape) != 3 or not entry.nbytes or entry.shape[1] % pieces or entry.shape[0] > _EXPERTS_LIMIT:
         raise ShapeMismatch(
             "fused experts",
             tensor=entry.name,

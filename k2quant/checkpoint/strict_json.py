@@ -1,8 +1,9 @@
-"""JSON as a hostile file may hold it: no duplicate keys, no surprises by depth or by size of numbers."""
+"""JSON as a hostile file may hold it: no duplicate keys, no surprises by depth, by numbers or by text."""
 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from k2quant.errors import MalformedFile
@@ -11,6 +12,21 @@ from k2quant.errors import MalformedFile
 def _refuse_constant(literal: str) -> None:
     msg = f"{literal} is not JSON"
     raise ValueError(msg)
+
+
+def _finite(literal: str) -> float:
+    value = float(literal)
+    if math.isinf(value):
+        msg = f"{literal[:50]} is too large"
+        raise ValueError(msg)
+    return value
+
+
+def _whole(literal: str) -> int:
+    if literal == "-0":  # a float to readers such as serde's, which therefore refuse it as a size
+        msg = "-0 is no integer"
+        raise ValueError(msg)
+    return int(literal)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -27,10 +43,18 @@ def parse_object(data: bytes, *, file: object) -> dict[str, Any]:
     """Parse bytes that must hold one JSON object.
 
     Raises:
-        MalformedFile: they do not, a key stands twice, or the nesting is too deep.
+        MalformedFile: they do not, a key stands twice, the nesting is too deep, or other readers would not take it.
     """
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
+        )
+        if b"\\u" in data:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise MalformedFile("not valid JSON", file=file, found=str(error)[:200]) from error
     if not isinstance(value, dict):

@@ -112,9 +112,13 @@ def _check_partner(base: str, suffix: str, entry: TensorEntry, tensors: Mapping[
         raise MissingTensor("a partner without its weight", tensor=entry.name, file=entry.file)
 
 
-def _plain(base: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry]) -> Weight:
+def _check_stored_once(base: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry]) -> None:
     if f"{base}.weight_packed" in tensors:
         raise MalformedFile("stored twice, also as weight_packed", tensor=entry.name, file=entry.file)
+
+
+def _plain(base: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry]) -> Weight:
+    _check_stored_once(base, entry, tensors)
     return Weight(base, Bf16(dtype=entry.dtype), entry.shape, {"weight": entry})
 
 
@@ -129,6 +133,7 @@ def _matrix(entry: TensorEntry) -> tuple[int, int]:
 def _fp8(base: str, entry: TensorEntry, tensors: Mapping[str, TensorEntry]) -> Weight:
     if entry.dtype != "F8_E4M3":
         raise _foreign(entry, f"a weight of dtype {entry.dtype} is not supported")
+    _check_stored_once(base, entry, tensors)
     shape = _matrix(entry)
     if f"{base}.weight_scale" in tensors and f"{base}.weight_scale_inv" not in tensors:
         raise _foreign(entry, "FP8 with `weight_scale` is not supported, only `weight_scale_inv`")
