@@ -239,7 +239,7 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 _NOT_COPIED = re.compile(
-    rf"{re.escape(CONFIG)}|{re.escape(REPORT)}|{INCOMPLETE}|.*\.safetensors(\.index\.json)?|.*\.partial"
+    rf"{re.escape(CONFIG)}|k2quant_report\.(json|html)|{INCOMPLETE}|.*\.safetensors(\.index\.json)?|.*\.partial"
     r"|.*\.(bin|pt|pth|ckpt|pkl|gguf)(\.index\.json)?",
 )
 

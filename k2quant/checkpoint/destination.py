@@ -57,10 +57,12 @@ class Destination:
 
         A last line that a kill cut short is left out.
         """
-        if not self._journal.exists():
+        try:
+            data = read_limited(self._journal, _LIMIT)
+        except FileNotFoundError:  # nothing was begun, or another run has just finished
             return []
         records: list[dict[str, Any]] = []
-        for line in read_limited(self._journal, _LIMIT).split(b"\n"):
+        for line in data.split(b"\n"):
             if not line:
                 continue
             try:

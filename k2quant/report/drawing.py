@@ -114,6 +114,8 @@ def _inlined(svg: str) -> str:
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r'<g id="[^"]*"', "<g", body)  # every picture has an "axes_1"
     body = body.replace("xlink:href", "href")
-    body = re.sub(r"font: ([^;\"]*?[\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", body)
+    # The page's font instead of matplotlib's; its older versions write "font: 14px 'DejaVu Sans', ...".
+    body = re.sub(r"font: (?:[^;\"]* )?([\d.]+px) [^;\"]*", r"font-size: \1", body)
+    body = re.sub(r"font-family: [^;\"]*; ", "", body)
     body = re.sub(r"#0000([0-9a-f]{2})", lambda hit: f"var(--{VARIABLES[int(hit[1], 16) - 1]})", body)
     return re.sub(r"\s*\n\s*", "\n", body)

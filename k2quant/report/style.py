@@ -91,6 +91,7 @@ thead th{color:var(--muted);font-weight:600;font-size:.85rem}
 tbody tr:last-child>*{border-bottom:0}
 th:first-child,.words :is(th,td):nth-child(2){text-align:left}
 th:first-child{padding-left:0}
+:is(th,td):last-child{padding-right:4px}
 td wbr{display:none}
 details{margin-top:12px}
 summary{cursor:pointer;width:fit-content}
@@ -109,6 +110,7 @@ svg.wide{display:none}
 svg.narrow{display:block;max-width:560px}
 .tiles li{flex-basis:40%}
 .tiles li:first-child{flex-basis:100%}
+th,td{padding:7px 9px}
 th:has(code){white-space:normal;min-width:185px}
 dl{grid-template-columns:1fr;gap:0}
 dd{margin-bottom:10px}
