@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from k2quant.convert import Conversion, convert
 from k2quant.errors import K2QuantError
-from k2quant.formats.layouts import FormatName, Grid
+from k2quant.formats.layouts import FormatName
 from k2quant.inspection import Inspection, inspect
+from k2quant.kernels.grids import Grid
 from k2quant.verify import Verification, verify, verify_checksums
 from k2quant.version import __version__
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from k2quant import pool
-from k2quant.checkpoint.panels import panel_rows, panel_shape, read_panel
+from k2quant.checkpoint.panels import PIECE_BYTES, panel_rows, panel_shape, read_panel
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import check_packed_shapes, read_into
 from k2quant.checkpoint.weights import Weight, group_tensors
@@ -25,8 +25,6 @@ have the same bytes. `values equal`: as BF16 they differ in nothing but the sign
 
 Progress = Callable[[int, int], None]
 """Called with the bytes compared so far and in all."""
-
-_PIECE = 2**23
 
 
 class Finding(NamedTuple):
@@ -130,9 +128,9 @@ class _Task(NamedTuple):
 def _tasks_of(pair: _Pair) -> list[_Task]:
     if pair.same_layout:
         return [
-            _Task(pair, suffix, start, min(start + _PIECE, entry.nbytes), min(_PIECE, entry.nbytes - start))
+            _Task(pair, suffix, start, min(start + PIECE_BYTES, entry.nbytes), min(PIECE_BYTES, entry.nbytes - start))
             for suffix, entry in pair.first.parts.items()
-            for start in range(0, entry.nbytes, _PIECE)
+            for start in range(0, entry.nbytes, PIECE_BYTES)
         ]
     return _value_tasks(pair) if pair.comparable else []
 

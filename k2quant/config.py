@@ -69,17 +69,33 @@ def check_source(config: dict[str, Any] | None, weights: Iterable[Weight]) -> No
             raise UnsupportedFormat(
                 "not a model of this family", file="config.json", expected=_listed(MODEL_TYPES), found=repr(model_type)
             )
-    formats = [weight.format for weight in weights if weight.format]
+    weights = list(weights)
+    packed = {(weight.format.group, weight.shape[-1]) for weight in weights if isinstance(weight.format, Int4)}
     for block in quantization_blocks(config):
         method = block.get("quant_method")
         if method == "fp8":
-            _check_fp8(block, [layout for layout in formats if isinstance(layout, Fp8)])
+            _check_fp8(block, {weight.format.block for weight in weights if isinstance(weight.format, Fp8)})
         elif method == "compressed-tensors":
-            _check_int4(block, [layout for layout in formats if isinstance(layout, Int4)])
+            _check_int4(block, packed)
         else:
             raise UnsupportedFormat(
                 "quant_method", file="config.json", expected="fp8 or compressed-tensors", found=repr(method)
             )
+
+
+def check_output(config: dict[str, Any] | None, weights: Iterable[Weight]) -> None:
+    """Refuse a config with which an engine would load these weights wrongly, or not at all.
+
+    Raises:
+        CheckpointError: it contradicts the tensors, or there is none although weights are quantised.
+    """
+    weights = list(weights)
+    check_source(config, weights)
+    quantised = {weight.format.name for weight in weights if weight.format} - {"bf16"}
+    if quantised and not quantization_blocks(config or {}):
+        raise CheckpointError(
+            "no quantization_config", file="config.json", expected=f"one for {_listed(sorted(quantised))} weights"
+        )
 
 
 def _listed(values: Iterable[object]) -> str:
@@ -96,18 +112,22 @@ def _contradiction(claim: str, found: str) -> CheckpointError:
     )
 
 
-def _check_fp8(block: dict[str, Any], layouts: list[Fp8]) -> None:
+def _check_fp8(block: dict[str, Any], blocks: set[tuple[int, int]]) -> None:
     size = block.get("weight_block_size")
     if block.get("fmt", "e4m3") != "e4m3":
         raise UnsupportedFormat("fmt", file="config.json", expected="e4m3", found=repr(block["fmt"]))
-    if not layouts:
+    if not blocks:
         raise _contradiction("block-FP8 weights with weight_scale_inv, as quant_method fp8 says", "none")
-    found = sorted({layout.block for layout in layouts})
+    found = sorted(blocks)
     if found != ([tuple(size)] if isinstance(size, list) else None):
         raise _contradiction(f"weight_block_size {size}", f"scales for blocks of {_listed(found)}")
 
 
-def _check_int4(block: dict[str, Any], layouts: list[Int4]) -> None:
+_Packed = set[tuple[int, int]]
+"""Group size and width of the INT4 weights of a checkpoint."""
+
+
+def _check_int4(block: dict[str, Any], packed: _Packed) -> None:
     groups = block.get("config_groups")
     if block.get("format", "pack-quantized") != "pack-quantized":
         raise UnsupportedFormat(
@@ -122,12 +142,12 @@ def _check_int4(block: dict[str, Any], layouts: list[Int4]) -> None:
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
             raise MalformedFile("a config group has no weights", file="config.json")
-        _check_scheme(weights, layouts)
-    if not layouts:
+        _check_scheme(weights, packed)
+    if not packed:
         raise _contradiction("INT4 weights with weight_packed, as format pack-quantized says", "none")
 
 
-def _check_scheme(weights: dict[str, Any], layouts: list[Int4]) -> None:
+def _check_scheme(weights: dict[str, Any], packed: _Packed) -> None:
     scheme = {key: weights.get(key) for key in ("num_bits", "type", "symmetric")}
     if scheme != {"num_bits": 4, "type": "int", "symmetric": True}:
         raise UnsupportedFormat(
@@ -139,10 +159,13 @@ def _check_scheme(weights: dict[str, Any], layouts: list[Int4]) -> None:
     order = weights.get("actorder")
     if order is not None and order is not False:
         raise UnsupportedFormat("actorder", file="config.json", expected="none", found=repr(order))
-    size = weights.get("group_size")
-    other = sorted({layout.group for layout in layouts if layout.group != size})
-    if weights.get("strategy", "group") == "group" and other:
-        raise _contradiction(f"group_size {size}", f"scales for groups of {_listed(other)}")
+    size, strategy = weights.get("group_size"), weights.get("strategy", "group")
+    if strategy not in ("group", "channel"):
+        raise UnsupportedFormat("strategy", file="config.json", expected="group or channel", found=repr(strategy))
+    groups = {(group, width) for group, width in packed if group != (width if strategy == "channel" else size)}
+    if groups:
+        claim = "one group a row" if strategy == "channel" else f"group_size {size!r}"
+        raise _contradiction(claim, f"scales for groups of {_listed(sorted(group for group, _ in groups))}")
 
 
 def edited(config: dict[str, Any], block: dict[str, Any] | None, *, rounded_to_bf16: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from k2quant.checkpoint.paths import write_whole
 from k2quant.checkpoint.reader import CONFIG, INDEX
 from k2quant.comparison import Finding
 from k2quant.convert import convert
-from k2quant.errors import CheckFailed
+from k2quant.errors import CheckFailed, DestinationForeign
 from k2quant.estimate import codec_rate
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Int4
@@ -204,24 +204,28 @@ def write_checkpoint(folder: Path, shards: Mapping[str, Shard], config: Mapping[
 
 
 class _Step(NamedTuple):
-    """One conversion of the tour."""
+    """One conversion of the tour. A folder is named after the formats on the way to it."""
 
-    folder: str
     source: str
     to: FormatName
-    same_as: str | None
-    """An earlier folder whose tensors this one must equal byte for byte."""
     promise: str
+    same_as: str | None = None
+    """An earlier folder whose tensors this one must equal byte for byte."""
+
+    @property
+    def folder(self) -> str:
+        """Where the step writes."""
+        return f"{self.source}-{self.to}"
 
 
 _STEPS = (
-    _Step("bf16", "fp8", "bf16", None, "bit-equal to code * scale"),
-    _Step("fp8-b", "bf16", "fp8", "fp8", "same codes and scales as the source"),
-    _Step("int4", "fp8", "int4", None, "within INT4 rounding"),
-    _Step("int4-b", "bf16", "int4", "int4", "same bytes as FP8 -> INT4 directly"),
-    _Step("bf16-b", "int4", "bf16", None, "bit-equal to code * scale"),
-    _Step("int4-c", "bf16-b", "int4", "int4", "same codes and scales as before"),
-    _Step("fp8-c", "int4", "fp8", None, "within FP8 rounding"),
+    _Step("fp8", "bf16", "bit-equal to code * scale"),
+    _Step("fp8-bf16", "fp8", "codes and scales of the source, byte for byte", "fp8"),
+    _Step("fp8", "int4", "within INT4 rounding"),
+    _Step("fp8-bf16", "int4", "the bytes of fp8-int4: the fused way equals the way through BF16", "fp8-int4"),
+    _Step("fp8-int4", "bf16", "bit-equal to code * scale"),
+    _Step("fp8-int4-bf16", "int4", "the bytes of fp8-int4: what lies on the grid stays there", "fp8-int4"),
+    _Step("fp8-int4", "fp8", "within FP8 rounding"),
 )
 
 
@@ -237,11 +241,13 @@ def run(folder: Path) -> None:
     """Write the checkpoint, convert it through every format, check each step and print what came out.
 
     Raises:
+        DestinationForeign: the folder holds something that no demo wrote.
         CheckFailed: a step is not what it promises to be.
     """
     from rich.console import Console
 
     console = Console()
+    _claim(folder)
     write_k2(folder / "fp8")
     console.print(f"A Kimi K2 in everything but size: {folder / 'fp8'}")
     console.print("Compiling the codecs; later runs find them in a cache ...")
@@ -249,11 +255,22 @@ def run(folder: Path) -> None:
     for source, target in permutations(formats, 2):
         codec_rate(source, target)
     outcomes = [_take(folder, step) for step in _STEPS]
-    _print(console, outcomes, (folder / "bf16").resolve())
-    console.print(f"\nSee a report as a page:  k2quant report {folder / 'int4'}")
+    _print(console, outcomes, folder / _STEPS[0].folder)
+    console.print(f"\nSee a report as a page:  k2quant report {folder / 'fp8-int4'}")
     failures = [f"{o.step.folder}: {name} {why}" for o in outcomes for name, why in o.failures.items()]
     if failures:
         raise CheckFailed(f"{len(failures)} checks failed, first {failures[0]}")
+
+
+_MARK = "k2quant_demo.txt"
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder and mark it as a demo's; refuse one that holds anything else."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARK).is_file():
+        raise DestinationForeign("not empty, and no demo's", file=folder, remedy="name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / _MARK, b"Everything in this folder was written by `k2quant demo`, which may replace it.\n")
 
 
 def _take(folder: Path, step: _Step) -> _Outcome:
@@ -276,12 +293,12 @@ def _print(console: Any, outcomes: list[_Outcome], bf16: Path) -> None:
     from rich.table import Table
 
     full = sum(path.stat().st_size for path in bf16.glob("*.safetensors"))
-    table = Table(title="Through every format and back", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("conversion", "size", "ratio", *_CLASSES.values(), "kept", "time"):
+    table = Table(title="Through every format and back", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for column in ("conversion", "size", "ratio", *_CLASSES.values(), "ok", "time"):
         table.add_column(column, justify="left" if column == "conversion" else "right", no_wrap=True)
     for outcome in outcomes:
         table.add_row(
-            f"{outcome.step.source} > {outcome.step.folder}",
+            outcome.step.folder.replace("-", ">"),
             size(outcome.nbytes),
             f"{outcome.nbytes / full:.2f}x",
             *_errors(outcome),
@@ -289,10 +306,10 @@ def _print(console: Any, outcomes: list[_Outcome], bf16: Path) -> None:
             f"{outcome.seconds:.2f} s",
         )
     console.print(table)
-    console.print("What each step promises, and what was checked against it bit by bit:")
+    console.print("\nWhat each step promises; every weight was compared with it:")
     for outcome in outcomes:
         mark = "[red]NO[/] " if outcome.failures else "[green]yes[/]"
-        console.print(f"  {mark} {outcome.step.source} > {outcome.step.folder}: {outcome.step.promise}")
+        console.print(f"  {mark} {outcome.step.folder.replace('-', '>')}: {outcome.step.promise}")
 
 
 def _errors(outcome: _Outcome) -> list[str]:

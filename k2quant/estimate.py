@@ -6,14 +6,17 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checkpoint.panels import panel_state
 from k2quant.checkpoint.reading import read_into
+from k2quant.errors import OutputError
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.layouts import Format, weight_count
-from k2quant.plan import Plan
+from k2quant.plan import Plan, ShardPlan
+from k2quant.resume import bytes_missing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,6 +35,8 @@ class Estimate(NamedTuple):
     bytes_written: int
     peak_memory: int
     """Bytes."""
+    disk_needed: int
+    """Bytes that must be free; less than is written where a run resumes or replaces."""
     disk_free: int
     """Bytes free where the destination will lie."""
     seconds: float
@@ -39,28 +44,43 @@ class Estimate(NamedTuple):
     @property
     def fits(self) -> bool:
         """Whether the disk has room for the output."""
-        return self.bytes_written <= self.disk_free
+        return self.disk_needed <= self.disk_free
 
 
-def estimate(plan: Plan, destination: Path, *, workers: int) -> Estimate:
-    """Estimate a conversion. Nothing is left behind at the destination."""
-    where = next(folder for folder in (destination, *destination.absolute().parents) if folder.is_dir())
-    compute = _compute_seconds(plan) / workers
-    disk = plan.bytes_read / _read_rate(plan) + plan.bytes_written / _write_rate(where)
+def estimate(plan: Plan, destination: Path, *, done: Mapping[str, object], workers: int) -> Estimate:
+    """Estimate a conversion. Nothing is left behind at the destination.
+
+    Args:
+        plan: what will be written.
+        destination: where; it need not be there yet.
+        done: the shards that stand there already, by file name.
+        workers: threads.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
+    where = next(folder for folder in (destination, *destination.absolute().parents) if os.path.isdir(folder))  # noqa: PTH112
+    todo = [shard for shard in plan.shards if shard.file not in done]
+    read, written = sum(shard.bytes_read for shard in todo), sum(shard.size for shard in todo)
+    try:
+        disk = read / _read_rate(plan) + written / _write_rate(where)
+    except OSError as error:
+        raise OutputError("cannot be written", file=where, found=error.strerror) from error
     return Estimate(
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
         peak_memory=plan.peak_memory(workers),
+        disk_needed=max(0, bytes_missing(where, plan, done)) if todo else 0,
         disk_free=shutil.disk_usage(where).free,
-        seconds=max(compute, disk),
+        seconds=max(_compute_seconds(todo) / workers, disk),
     )
 
 
-def _compute_seconds(plan: Plan) -> float:
+def _compute_seconds(shards: list[ShardPlan]) -> float:
     """Return the seconds that one core needs for the codecs and copies."""
     pairs: dict[tuple[Format, Format], int] = {}
     copied = 0
-    for job in plan.jobs():
+    for job in (job for shard in shards for job in shard.jobs):
         if job.target is not None and job.weight.format is not None:
             pair = (job.weight.format, job.target)
             pairs[pair] = pairs.get(pair, 0) + weight_count(job.weight.shape)

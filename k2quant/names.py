@@ -25,13 +25,13 @@ TENSOR_CLASSES = (
 )
 """The classes that tables and pictures group by, in the order in which they show them."""
 
-_LAYER = r"(?P<prefix>(?:language_model\.)?model\.(?:language_model\.)?)layers\.(?P<layer>\d+)\."
+_LAYER = r"(?P<prefix>(?:language_model\.)?model\.(?:language_model\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,5})\."
 
 # The projections that Moonshot ships as block FP8: attention, dense layer, shared and routed experts. `q_proj` stands
 # in for q_a and q_b where a model has no query compression. The router `mlp.gate` and `eh_proj` are none.
 _PROJECTION = re.compile(
     _LAYER + r"(?:self_attn\.(?:q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
-    r"|mlp\.(?:shared_experts\.|experts\.(?P<expert>\d+)\.)?(?:gate|up|down)_proj)"
+    r"|mlp\.(?:shared_experts\.|experts\.(?P<expert>0|[1-9][0-9]{0,5})\.)?(?:gate|up|down)_proj)"
 )
 
 _FUSED = re.compile(_LAYER + r"mlp\.experts\.(?P<projection>gate_up_proj|down_proj)")

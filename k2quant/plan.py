@@ -12,32 +12,36 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from k2quant import config, names
 from k2quant.checkpoint.header import TensorEntry, build_header
-from k2quant.checkpoint.panels import PANEL_WEIGHTS, ROW_STEP
+from k2quant.checkpoint.panels import PANEL_WEIGHTS, PIECE_BYTES, ROW_STEP
 from k2quant.checkpoint.paths import check_inside
-from k2quant.checkpoint.reader import CONFIG, Checkpoint
+from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
 from k2quant.checkpoint.weights import Weight, group_tensors
-from k2quant.errors import CheckpointError, ShapeMismatch, UnsafePath
+from k2quant.errors import CheckpointError, ShapeMismatch, UnsafePath, UsageError
 from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.layouts import Format, FormatName, Grid, Int4
+from k2quant.formats.layouts import Format, FormatName, Int4
+from k2quant.kernels.grids import Grid
 from k2quant.policy import Policy, Scope, make_policy
+from k2quant.units import one_of
 
 REPORT = "k2quant_report.json"
 INCOMPLETE = "INCOMPLETE"
 """A file that stands in the destination as long as it is not finished, and says so to whoever looks."""
 
-COPY_BYTES = 2**23
-"""Bytes that one task copies."""
-
 _BASE_MEMORY = 220_000_000  # interpreter, numpy, numba and its compiled codecs, measured
 _BYTES_PER_WEIGHT = 8  # of a panel in flight: at most 4 read (F32), 2 as BF16, 2 written
 
 
-class Options(NamedTuple):
-    """What the user asked for; two runs with equal options write the same bytes."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked for; two runs with equal options write the same bytes.
+
+    Raises:
+        UsageError: a value that does not exist, or makes no sense.
+    """
 
     to: FormatName
     scope: Scope | None = None
@@ -46,7 +50,18 @@ class Options(NamedTuple):
     grid: Grid | None = None
     """None: moonshot."""
     shard_size: int | None = None
-    """Bytes; None: the source's shards."""
+    """Bytes of tensor data; None: the source's shards."""
+
+    def __post_init__(self) -> None:
+        one_of("format", self.to, get_args(FormatName))
+        if self.scope is not None:
+            one_of("scope", self.scope, get_args(Scope))
+        if self.grid is not None:
+            one_of("grid", self.grid, get_args(Grid))
+        if not isinstance(self.ignore, tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):
+            raise UsageError(f"ignore is {self.ignore!r}; expected a tuple of regular expressions")
+        if self.shard_size is not None and (type(self.shard_size) is not int or self.shard_size < 1):
+            raise UsageError(f"shard_size is {self.shard_size!r}; expected bytes, at least 1")
 
 
 class Job(NamedTuple):
@@ -95,6 +110,8 @@ class Plan:
     """The output's config.json, whole, or None where the source has none."""
     copies: tuple[str, ...]
     """Other files (tokenizer, code), by their path below the source, that are copied as they are."""
+    left_out: tuple[str, ...]
+    """Files that look like weights, which the index does not name, and which are not copied."""
 
     @property
     def bytes_read(self) -> int:
@@ -116,7 +133,7 @@ class Plan:
         widest = max((job.weight.shape[-1] for job in self.jobs() if job.target and job.weight.shape), default=0)
         panel = max(PANEL_WEIGHTS, ROW_STEP * widest)
         headers = 2_000 * len(self.source.tensors)
-        return _BASE_MEMORY + workers * max(_BYTES_PER_WEIGHT * panel, COPY_BYTES) + headers
+        return _BASE_MEMORY + workers * max(_BYTES_PER_WEIGHT * panel, PIECE_BYTES) + headers
 
 
 def make_plan(source: Checkpoint, options: Options) -> Plan:
@@ -133,11 +150,11 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     policy = make_policy(options.to, weights, scope=options.scope, ignore=options.ignore, grid=options.grid)
     shards = tuple(_shard(file, jobs) for file, jobs in _placed(weights, policy, options.shard_size))
     try:
-        edited, others = _config(source, shards, policy), _other_files(source)
+        edited, (copies, left_out) = _config(source, shards, policy), _other_files(source)
     except OSError as error:
         message = "cannot be read"
         raise CheckpointError(message, file=error.filename or source.folder, found=error.strerror) from error
-    return Plan(source, policy, options, shards, _index(shards), edited, others)
+    return Plan(source, policy, options, shards, _index(shards), edited, copies, left_out)
 
 
 def output_specs(weight: Weight, target: Format | None) -> dict[str, TensorSpec]:
@@ -215,6 +232,12 @@ def _index(shards: tuple[ShardPlan, ...]) -> bytes:
 
 def _config(source: Checkpoint, shards: tuple[ShardPlan, ...], policy: Policy) -> bytes | None:
     if source.config is None:
+        if policy.target.name != "bf16":
+            raise CheckpointError(
+                "is not there, and a quantised checkpoint cannot be loaded without it",
+                file=source.folder / CONFIG,
+                remedy="take it from the model's release",
+            )
         return None
     quantised: set[str] = set()
     kept: list[str] = []
@@ -226,11 +249,12 @@ def _config(source: Checkpoint, shards: tuple[ShardPlan, ...], policy: Policy) -
         rounded |= job.target is not None and job.weight.format is not None and job.weight.main.dtype in {"F16", "F32"}
         if layout.name == policy.target.name != "bf16":
             quantised.add(job.weight.base)
-        elif len(job.weight.shape) == 2:
+        elif len(job.weight.shape) == 2 and job.weight.main.nbytes:
             kept.append(job.weight.base)
     block = config.quantization_block(policy.target, quantised, kept)
     if block is None and not rounded and not config.quantization_blocks(source.config):
         return (source.folder / CONFIG).read_bytes()
+    rounded &= policy.target.name == "bf16"  # else what is out of scope keeps its dtype
     return _json(config.edited(source.config, block, rounded_to_bf16=rounded))
 
 
@@ -238,35 +262,44 @@ def _json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-_NOT_COPIED = re.compile(
-    rf"{re.escape(CONFIG)}|k2quant_report\.(json|html)|{INCOMPLETE}|.*\.safetensors(\.index\.json)?|.*\.partial"
-    r"|.*\.(bin|pt|pth|ckpt|pkl|gguf)(\.index\.json)?",
+_OWN = {CONFIG, REPORT, "k2quant_report.html", INCOMPLETE}  # written anew, or meant for the source alone
+_WEIGHTS = re.compile(
+    r".*\.safetensors(\.index\.json)?|.*\.(pt|pth|ckpt|pkl|gguf|partial)"
+    r"|(pytorch_model|model|consolidated|adapter_model|tf_model).*\.bin(\.index\.json)?",
 )
 
 
-def _other_files(source: Checkpoint) -> tuple[str, ...]:
-    """Return the files beside the weights: tokenizer, code, licence; hidden ones and other weights left out.
+def _other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the files beside the weights that are copied (tokenizer, code, licence), and the weights that are not.
+
+    Hidden files and folders, and what is no file, are passed over.
 
     Raises:
         UnsafePath: one is a link that leaves the folder, or has a name that is not printable.
     """
-    found: list[str] = []
+    copied: list[str] = []
+    left_out: list[str] = []
+    expected = {INDEX, *source.shards}
     for folder, folders, files in os.walk(source.folder):
+        here = Path(folder)
+        taken = {name for name in folders if name in _OWN or _WEIGHTS.fullmatch(name)}  # a file of ours may go there
+        left_out += sorted(str((here / name).relative_to(source.folder)) for name in taken)
         folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and not (Path(folder) / name).is_symlink()
+            name for name in set(folders) - taken if not name.startswith(".") and not (here / name).is_symlink()
         )
-        for name in sorted(files):
-            path = Path(folder) / name
-            if name.startswith(".") or _NOT_COPIED.fullmatch(name):
+        for path in (here / name for name in sorted(files) if not name.startswith(".")):
+            below = str(path.relative_to(source.folder))
+            if below in _OWN or below in expected:
+                continue
+            if _WEIGHTS.fullmatch(path.name):
+                left_out.append(below)
                 continue
             check_inside(source.folder, path)
-            if not path.is_file():
-                continue
-            below = str(path.relative_to(source.folder))
             if not below.isprintable():  # journal and report could not name it
                 raise UnsafePath("not a plain file name", file=repr(below), remedy="rename or remove it")
-            found.append(below)
-    return tuple(found)
+            if path.is_file():
+                copied.append(below)
+    return tuple(copied), tuple(left_out)
 
 
 def describe(plan: Plan) -> dict[str, dict[str, int]]:

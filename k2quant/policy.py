@@ -12,7 +12,8 @@ from typing import Literal
 from k2quant import names
 from k2quant.checkpoint.weights import Weight
 from k2quant.errors import CheckpointError, UnsupportedFormat, UsageError
-from k2quant.formats.layouts import FP8_BLOCK, Bf16, Format, FormatName, Fp8, Grid, Int4
+from k2quant.formats.layouts import FP8_BLOCK, Bf16, Format, FormatName, Fp8, Int4
+from k2quant.kernels.grids import Grid
 
 Scope = Literal["experts", "linear"]
 

@@ -36,9 +36,11 @@ def run(
         return
     crew = _Crew(tasks, work)
     threads = [threading.Thread(target=crew.run, name=f"k2quant-{number}", daemon=True) for number in range(workers)]
-    for thread in threads:
-        thread.start()
+    started: list[threading.Thread] = []
     try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
         for thread in threads:
             while thread.is_alive():
                 thread.join(_TICK_SECONDS)
@@ -46,7 +48,7 @@ def run(
                     tick()
     finally:
         crew.stop()
-        for thread in threads:
+        for thread in started:
             thread.join()
     if crew.error is not None:
         raise crew.error

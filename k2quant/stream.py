@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from k2quant import pool
 from k2quant.checkpoint.checksum import combine
 from k2quant.checkpoint.destination import Destination
-from k2quant.checkpoint.panels import panel_offset, panel_rows, panel_state, read_panel
+from k2quant.checkpoint.panels import PIECE_BYTES, panel_offset, panel_rows, panel_state, read_panel
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writer import ShardWriter
 from k2quant.formats.dtypes import TensorSpec
-from k2quant.plan import COPY_BYTES, Job, Plan, ShardPlan
+from k2quant.plan import Job, Plan, ShardPlan
 
 if TYPE_CHECKING:
     from k2quant.formats.transcode import Parts, Scratch
     from k2quant.kernels.figures import Figures
+    from k2quant.kernels.seam import Codecs
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of weights read so far and in all."""
@@ -97,8 +98,8 @@ def _tasks_of(shard: _Shard) -> list[_Task]:
         for suffix, entry in job.weight.parts.items():
             size = entry.nbytes
             tasks += [
-                _Task(shard, number, suffix, start, min(start + COPY_BYTES, size))
-                for start in range(0, size, COPY_BYTES)
+                _Task(shard, number, suffix, start, min(start + PIECE_BYTES, size))
+                for start in range(0, size, PIECE_BYTES)
             ]
     return tasks
 
@@ -107,7 +108,14 @@ class Stream:
     """One pass over the shards of a plan that are not finished yet."""
 
     def __init__(
-        self, plan: Plan, folder: Destination, *, done: set[str], device: str, sha256: bool, progress: Progress | None
+        self,
+        plan: Plan,
+        folder: Destination,
+        *,
+        done: set[str],
+        codecs: Codecs,
+        sha256: bool,
+        progress: Progress | None,
     ) -> None:
         """Prepare a pass.
 
@@ -115,14 +123,12 @@ class Stream:
             plan: what to write.
             folder: where to write it.
             done: file names of the shards that are finished already.
-            device: where the arithmetic runs.
+            codecs: who does the arithmetic.
             sha256: whether to note a digest of each file.
             progress: called as the work goes on.
         """
-        from k2quant.kernels.seam import codecs
-
         self._plan, self._folder, self._sha256, self._progress = plan, folder, sha256, progress
-        self._codecs = codecs(device)
+        self._codecs = codecs
         self._todo = [shard for shard in plan.shards if shard.file not in done]
         self._total = plan.bytes_read
         self._read = self._total - sum(shard.bytes_read for shard in self._todo)

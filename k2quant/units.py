@@ -1,10 +1,20 @@
-"""Bytes and seconds as people write and read them."""
+"""What people write and read: bytes, seconds, and one word of a few."""
 
 from __future__ import annotations
 
 import re
 
 from k2quant.errors import UsageError
+
+
+def one_of(what: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is none of the choices.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if value not in choices:
+        raise UsageError(f"unknown {what} {value!r}; expected {', '.join(choices)}")
 
 
 def size(count: float) -> str:

@@ -12,18 +12,20 @@ from typing import Any, NamedTuple
 
 from k2quant import names, pool
 from k2quant.checkpoint.checksum import combine
+from k2quant.checkpoint.destination import REPORT_LIMIT
 from k2quant.checkpoint.header import TensorEntry
+from k2quant.checkpoint.panels import PIECE_BYTES
 from k2quant.checkpoint.paths import check_inside, read_limited
-from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.strict_json import parse_object
+from k2quant.checkpoint.weights import group_tensors
 from k2quant.comparison import Finding, Progress, compare
-from k2quant.convert import available_cores
-from k2quant.errors import MalformedFile
+from k2quant.config import check_output
+from k2quant.convert import checked_workers
+from k2quant.errors import CheckpointError, MalformedFile
 from k2quant.plan import REPORT
 
-_PIECE = 2**23
-_REPORT_LIMIT = 2_000_000_000
 _FIGURES = {"count", "changed", "energy", "error", "worst"}
 _SAME = 1e-6  # relative; two ways of summing the same squares
 
@@ -64,14 +66,24 @@ def verify(
     Raises:
         CheckpointError: one of the folders holds no sound checkpoint.
     """
-    findings = compare(Path(source), Path(destination), workers=workers or available_cores(), progress=progress)
+    findings = compare(Path(source), Path(destination), workers=checked_workers(workers), progress=progress)
     stored = read_report(Path(against))["tensors"] if against is not None else None
-    failures = {}
+    failures = _config_failure(Path(destination))
     for finding in findings:
         why = _failure(finding) or (_worse(finding, stored) if stored is not None else None)
         if why:
             failures[finding.name] = why
     return Verification(findings, failures)
+
+
+def _config_failure(folder: Path) -> dict[str, str]:
+    """Say why an engine could not load the tensors with the config beside them."""
+    checkpoint = open_checkpoint(folder)
+    try:
+        check_output(checkpoint.config, group_tensors(checkpoint.tensors).weights)
+    except CheckpointError as error:
+        return {CONFIG: str(error)}
+    return {}
 
 
 def _failure(finding: Finding) -> str | None:
@@ -112,9 +124,9 @@ def read_report(path: Path) -> dict[str, Any]:
     Raises:
         MalformedFile: it is none.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  unlike Path.is_file, it never raises
         raise MalformedFile("no such report", file=path, remedy="it lies in a folder that k2quant convert wrote")
-    report = parse_object(read_limited(path, _REPORT_LIMIT), file=path)
+    report = parse_object(read_limited(path, REPORT_LIMIT), file=path)
     tensors, files = report.get("tensors"), report.get("files")
     sound = (
         report.get("tool") == "k2quant"
@@ -162,7 +174,7 @@ def verify_checksums(
     failures = {name: "is missing" for name in expected if name not in checkpoint.tensors}
     failures |= {name: "is not in the report" for name in checkpoint.tensors if name not in expected}
     entries = [entry for name, entry in checkpoint.tensors.items() if name in expected]
-    found = _checksums(checkpoint, entries, workers=workers or available_cores(), progress=progress)
+    found = _checksums(checkpoint, entries, workers=checked_workers(workers), progress=progress)
     failures |= {
         name: f"crc32 {crc}, the report has {expected[name]}" for name, crc in found.items() if crc != expected[name]
     }
@@ -201,8 +213,8 @@ def _checksums(
 
 def _pieces(entries: list[TensorEntry]) -> Iterator[_Piece]:
     for entry in entries:
-        for start in range(0, entry.nbytes, _PIECE):
-            yield _Piece(entry, start, min(start + _PIECE, entry.nbytes))
+        for start in range(0, entry.nbytes, PIECE_BYTES):
+            yield _Piece(entry, start, min(start + PIECE_BYTES, entry.nbytes))
 
 
 def _file_failure(folder: Path, name: str, facts: dict[str, Any]) -> str | None:

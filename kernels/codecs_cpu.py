@@ -15,7 +15,7 @@ Arrays are C-contiguous. Panels are calls on ranges of rows, multiples of the FP
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from k2quant.kernels import values as explain
 from k2quant.kernels.figures import Figures
+from k2quant.kernels.grids import Grid
 from k2quant.kernels.recovery import DISTANCES, SMALLEST_AMAX, int4_table
 from k2quant.kernels.values import F32, I32, U8, U16
 
-Grid = Literal["moonshot", "compressed-tensors"]
 Int = Any  # what numba makes of integers is no one Python type
 F64 = NDArray[np.float64]
 U32 = NDArray[np.uint32]
@@ -602,19 +602,25 @@ def _outside(
     scale: F32,
     height: int,
     width: int,
+    largest_code: np.float32,
     steps: np.float32,
     relative: np.float32,
     floor: np.float32,
 ) -> int:
     count = 0
     rows, columns = before.shape
-    for row in range(rows):
+    for top in range(0, rows, height):
         for left in range(0, columns, width):
-            room = steps * scale[row // height, left // width] + floor
-            for column in range(left, min(left + width, columns)):
-                weight = _widen(before[row, column])
-                if not abs(weight - _widen(after[row, column])) <= room + relative * abs(weight):
-                    count += 1
+            amax = np.uint16(0)
+            for row in range(top, min(top + height, rows)):
+                amax = max(amax, _largest(before[row, left : min(left + width, columns)]))
+            step = min(scale[top // height, left // width], _widen(amax) / largest_code * np.float32(1.01))
+            for row in range(top, min(top + height, rows)):
+                for column in range(left, min(left + width, columns)):
+                    weight = _widen(before[row, column])
+                    room = steps * step + relative * abs(weight) + floor
+                    if not abs(weight - _widen(after[row, column])) <= room:
+                        count += 1
     return count
 
 
@@ -713,24 +719,28 @@ def outside(
     scale: F32,
     block: tuple[int, int],
     *,
+    largest_code: float,
     steps: float,
     relative: float,
     floor: float,
 ) -> int:
-    """Count the weights for which |before - after| exceeds steps * scale + relative * |before| + floor.
+    """Count the weights for which |before - after| exceeds steps * step + relative * |before| + floor.
+
+    The step is the block's scale, but no more than its largest weight asks for: too large a scale excuses nothing.
 
     Args:
         before: BF16 bits `[R, K]`.
         after: BF16 bits `[R, K]`.
         scale: float32 `[ceil(R/block[0]), ceil(K/block[1])]`.
         block: rows and columns that share a scale.
-        steps: allowed error in units of the scale.
+        largest_code: what the block's largest weight is divided by to get the step it asks for.
+        steps: allowed error in steps.
         relative: allowed error in units of the weight.
         floor: allowed error in units of one.
     """
     _same(before.shape, after.shape)
     _same(scale.shape, _blocks(before.shape, block))
-    bounds = np.float32(steps), np.float32(relative), np.float32(floor)
+    bounds = np.float32(largest_code), np.float32(steps), np.float32(relative), np.float32(floor)
     return int(_outside(_frozen(before), _frozen(after), _frozen(scale), *block, *bounds))
 
 

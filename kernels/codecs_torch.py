@@ -15,7 +15,7 @@ from torch import Tensor
 
 from k2quant.kernels import reference
 from k2quant.kernels.figures import Figures
-from k2quant.kernels.reference import Grid
+from k2quant.kernels.grids import Grid
 from k2quant.kernels.values import F32, I32, U8, U16
 
 

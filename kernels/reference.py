@@ -7,17 +7,14 @@ A bad value raises `ValueAt`. No speed tricks: a block, a group and a candidate 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from k2quant.kernels import values as explain
 from k2quant.kernels.figures import Figures
+from k2quant.kernels.grids import Grid
 from k2quant.kernels.recovery import CANDIDATES
-
-Grid = Literal["moonshot", "compressed-tensors"]
 
 GROUP = 32
 LARGEST_FLOAT = 0x7F7FFFFF

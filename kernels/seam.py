@@ -12,19 +12,18 @@ A scale is bad when it is NaN, infinite or has a sign bit, -0 included.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from k2quant.errors import UsageError
 from k2quant.kernels.figures import Figures
+from k2quant.kernels.grids import Grid
 from k2quant.kernels.values import F32, I32, U8, U16
 
 if TYPE_CHECKING:
     from k2quant.kernels.codecs_torch import TorchCodecs
-
-Grid = Literal["moonshot", "compressed-tensors"]
 
 
 class Codecs(Protocol):

@@ -33,7 +33,9 @@ def test_every_command_has_help_with_an_example_and_every_option_is_explained(na
     """A command's help is a sentence, then an example; each option says what it does."""
     done = k2quant(name, "--help")
     assert done.returncode == 0
-    assert f"k2quant {name}" in done.stdout.partition("Example:")[2]
+    examples = [line.strip() for line in done.stdout.partition("Example:")[2].partition("Options:")[0].splitlines()]
+    assert f"k2quant {name}" in " ".join(examples[1].split()[:2])
+    assert "\\b" not in done.stdout
     import importlib
 
     command = importlib.import_module(f"k2quant.cli.{name}").command
@@ -179,3 +181,41 @@ def test_demo_takes_a_small_k2_through_every_format(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("\n  yes ") == 7
         assert "  NO  " not in done.stdout
+
+
+def test_demo_touches_nothing_that_is_not_its_own(tmp_path: Path) -> None:
+    """A folder that no demo made is refused, whatever it holds."""
+    (tmp_path / "fp8").mkdir()
+    (tmp_path / "fp8" / "config.json").write_text("mine")
+    done = k2quant("demo", tmp_path)
+    assert done.returncode == 1
+    assert "no demo's" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["fp8"]
+    assert (tmp_path / "fp8" / "config.json").read_text() == "mine"
+
+
+def test_dry_run_refuses_what_convert_refuses(k2_source: Path, tmp_path: Path) -> None:
+    """A foreign destination, the source itself and an unknown device are no to both; a finished one is free of cost."""
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "x").write_text("x")
+    for arguments in ((k2_source, tmp_path / "foreign"), (k2_source, k2_source), ("--device", "tpu", k2_source, "x")):
+        dry, real = (k2quant("convert", "--to", "int4", *extra, *arguments) for extra in (("--dry-run",), ()))
+        assert dry.returncode == real.returncode != 0
+        assert dry.stderr == real.stderr
+    k2quant("convert", "--to", "int4", k2_source, tmp_path / "out")
+    cost = json.loads(k2quant("convert", "--to", "int4", "--dry-run", "--json", k2_source, tmp_path / "out").stdout)
+    assert (cost["disk_needed"], cost["shards_done"]) == (0, 3)
+
+
+def test_names_that_no_file_can_have_are_errors_of_one_line(k2_source: Path) -> None:
+    """A path that the system refuses ends in a line, not in a traceback."""
+    for arguments in (
+        ("convert", "--to", "int4", "--dry-run", k2_source, "x" * 300),
+        ("verify", k2_source, k2_source, "--against", "x" * 300),
+        ("demo", k2_source / "config.json" / "x"),
+        ("inspect", "x" * 300),
+    ):
+        done = k2quant(*arguments)
+        assert done.returncode in {1, 2}
+        assert done.stderr.startswith("k2quant: ")
+        assert "Traceback" not in done.stderr

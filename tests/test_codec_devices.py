@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs_torch import TorchCodecs
 from k2quant.kernels.figures import Figures
-from k2quant.kernels.seam import Codecs, Grid, codecs
+from k2quant.kernels.grids import Grid
+from k2quant.kernels.seam import Codecs, codecs
 from k2quant.kernels.values import U16, ValueAt, bf16_to_float, float_to_bf16
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -433,28 +434,54 @@ def test_report_names_options_source_errors_and_checksums(k2_source: Path, tmp_p
     assert str(tmp_path) not in json.dumps(report)
 
 
-def test_verify_finds_one_wrong_bit(k2_source: Path, tmp_path: Path) -> None:
-    """A flipped bit in the output fails the checksums; a wrong scale also fails the comparison by meaning."""
-    k2quant.convert(k2_source, tmp_path / "out", to="int4")
-    assert k2quant.verify_checksums(tmp_path / "out").passed
-    assert k2quant.verify(k2_source, tmp_path / "out", against=tmp_path / "out" / "k2quant_report.json").passed
-    name = f"{EXPERT.format(0, 'up')}.weight_scale"
-    entry = open_checkpoint(tmp_path / "out").tensors[name]
-    with (tmp_path / "out" / entry.file).open("r+b") as file:
-        file.seek(entry.start + 1)
-        exponent = file.read(1)[0]
-        file.seek(entry.start + 1)
-        file.write(bytes([exponent ^ 1]))
-    assert list(k2quant.verify_checksums(tmp_path / "out").failures) == [name]
-    found = k2quant.verify(k2_source, tmp_path / "out")
-    assert list(found.failures) == [f"{EXPERT.format(0, 'up')}.weight"]
+def test_values_that_do_not_exist_are_refused(k2_source: Path, tmp_path: Path) -> None:
+    """From Python too, a format, grid, scope, size or list of patterns that makes no sense is an error, not a guess."""
+    wrong: list[dict[str, Any]] = [
+        {"to": "foo"},
+        {"to": "int4", "grid": "foo"},
+        {"to": "int4", "scope": "all"},
+        {"to": "int4", "shard_size": 0},
+        {"to": "int4", "ignore": "experts"},
+        {"to": "int4", "device": "tpu"},
+        {"to": "int4", "workers": 100_000},
+    ]
+    for options in wrong:
+        with pytest.raises(UsageError):
+            k2quant.convert(k2_source, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
-def test_verify_fails_what_is_worse_than_the_report(k2_source: Path, tmp_path: Path) -> None:
-    """`--against` holds a conversion to the figures of a stored report."""
-    report = k2quant.convert(k2_source, tmp_path / "out", to="int4").report
-    name = f"{EXPERT.format(0, 'up')}.weight_packed"
-    report["tensors"][name]["figures"]["error"] *= 0.99
-    (tmp_path / "stored.json").write_text(json.dumps(report), encoding="utf-8")
-    found = k2quant.verify(k2_source, tmp_path / "out", against=tmp_path / "stored.json")
-    assert list(found.failures) == [name.replace("weight_packed", "weight")]
+def test_quantised_output_needs_a_config(tmp_path: Path) -> None:
+    """Without config.json nothing says how to load a quantised checkpoint, so that none is written; BF16 is."""
+    shard: Shard = {f"{EXPERT.format(0, 'up')}.weight": bf16(64, 96)}
+    write_checkpoint(tmp_path / "src", {"model.safetensors": shard}, None)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        k2quant.convert(tmp_path / "src", tmp_path / "out", to="int4")
+    k2quant.convert(tmp_path / "src", tmp_path / "out", to="bf16")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"strategy": "channel"}, {"strategy": "tensor"}, {"group_size": 64}, {"num_bits": 8}, {"symmetric": False}],
+    ids=str,
+)
+def test_config_that_contradicts_the_tensors_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """A quantization block that claims another scheme than the tensors have is refused."""
+    block = json.loads(json.dumps(INT4_BLOCK))
+    block["config_groups"]["group_0"]["weights"] |= change
+    shard = int4(EXPERT.format(0, "up"), 64, 128)
+    write_checkpoint(tmp_path / "src", {"model.safetensors": shard}, config(quantization_config=block))
+    with pytest.raises(CheckpointError):
+        k2quant.convert(tmp_path / "src", tmp_path / "out", to="bf16")
+
+
+def test_other_weights_are_left_out_and_named(k2_source: Path, tmp_path: Path) -> None:
+    """Weights that the index does not name are not copied, and the report says so; other files are, folders and all."""
+    shutil.copytree(k2_source, tmp_path / "src")
+    for name in ("pytorch_model.bin", "extra.safetensors", "vocab.bin", "sub/config.json"):
+        (tmp_path / "src" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "src" / name).write_text("x")
+    report = k2quant.convert(tmp_path / "src", tmp_path / "out", to="int4").report
+    assert report["left_out"] == ["extra.safetensors", "pytorch_model.bin"]
+    assert (tmp_path / "out" / "vocab.bin").exists()
+    assert (tmp_path / "out" / "sub" / "config.json").read_text() == "x"

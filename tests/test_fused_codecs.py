@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from k2quant.kernels import codecs_cpu as codecs
-from k2quant.kernels.codecs_cpu import Grid
+from k2quant.kernels.grids import Grid
 from k2quant.kernels.values import ValueAt, bf16_to_float, float_to_bf16
 
 BLOCKS = pytest.mark.parametrize("block", [(128, 128), (1, 128), (7, 13), (1000, 1000)], ids=str)

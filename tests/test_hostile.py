@@ -90,15 +90,10 @@ class Case:
     def __init__(self, folder: Path) -> None:
         self.source, self.destination = folder / "source", folder / "destination"
 
-    def write(
-        self, first: Shard, second: Shard | None = None, config: dict[str, Any] | None = None, **index: Any
-    ) -> None:
-        """Write a checkpoint of two shards; `index` replaces entries of the index."""
+    def write(self, first: Shard, second: Shard | None = None, config: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint of two shards, the second with a norm alone, and a config without a quantization block."""
         shards = {SHARDS[0]: first, SHARDS[1]: norm() if second is None else second}
-        write_checkpoint(self.source, shards, config)
-        if index:
-            path = self.source / INDEX
-            path.write_text(json.dumps(json.loads(path.read_text()) | index))
+        write_checkpoint(self.source, shards, {"model_type": "kimi_k2"} if config is None else config)
 
     def point(self, tensor: str, file: str) -> None:
         """Let the index say that a tensor lies in another file."""
@@ -603,9 +598,10 @@ def test_only_pickles(case: Case) -> None:
 def test_pickles_are_not_copied(case: Case) -> None:
     """Pickles beside the shards are left where they are."""
     case.write(fp8())
-    (case.source / "training_args.bin").write_bytes(b"\x80\x04cos\nsystem\n")
+    for name in ("pytorch_model.bin", "optimizer.pt"):
+        (case.source / name).write_bytes(b"\x80\x04cos\nsystem\n")
     case.convert()
-    assert not (case.destination / "training_args.bin").exists()
+    assert not {"pytorch_model.bin", "optimizer.pt"} & {path.name for path in case.destination.iterdir()}
 
 
 def test_empty_folder(case: Case) -> None:
@@ -636,6 +632,27 @@ def test_not_a_file(case: Case, name: str, kind: str) -> None:
     else:
         path.symlink_to("/dev/zero")
     case.refused(CheckpointError, name)
+
+
+@pytest.mark.parametrize("name", ["INCOMPLETE", "k2quant_report.json", f"{SHARDS[0]}.partial", ".k2quant"])
+def test_folder_in_our_place(case: Case, name: str) -> None:
+    """A folder of the source that bears the name of a file of ours is not copied into its place."""
+    case.write(fp8(), config=FP8_CONFIG)
+    (case.source / name).mkdir()
+    (case.source / name / "x.txt").write_text("x")
+    if name == "INCOMPLETE":
+        case.refused(CheckpointError, "has not finished")
+    else:
+        case.convert()
+        assert not (case.destination / name / "x.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["a\nb.txt", "a\x1b[2J.txt", "a\udcff.txt"])
+def test_other_file_with_an_unprintable_name(case: Case, name: str) -> None:
+    """A file beside the weights whose name no journal or terminal can hold is refused."""
+    case.write(fp8())
+    (case.source / name).write_text("x")
+    case.refused(UnsafePath, "not a plain file name")
 
 
 def test_pipe_beside_the_weights(case: Case) -> None:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from k2quant.kernels import codecs_cpu as codecs
 from k2quant.kernels import reference
-from k2quant.kernels.codecs_cpu import Grid
 from k2quant.kernels.figures import Figures
+from k2quant.kernels.grids import Grid
 from k2quant.kernels.recovery import CANDIDATES, SMALLEST_AMAX
 from k2quant.kernels.values import F32, I32, U16, ValueAt, bf16_to_float, float_to_bf16
 

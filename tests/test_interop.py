@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 import k2quant
+from k2quant.errors import K2QuantError
 
 TRANSFORMERS: Any = import_module("transformers")  # its types are not for us
 
@@ -182,3 +184,32 @@ def test_quantised_tensor_names_its_tensors_as_a_checkpoint_does() -> None:
         "weight_shape": (torch.int32, (2,)),
     }
     assert list(k2quant.quantize(torch.randn(64, 64), "fp8").tensors("a")) == ["a.weight", "a.weight_scale_inv"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.ones((64, 64), np.int32),
+        np.ones((64, 64), np.uint8),
+        torch.zeros(64, 64).to(torch.float8_e4m3fn),
+        torch.empty(64, 64, device="meta"),
+        [[1.0, 2.0]],
+        np.float32(1),
+    ],
+    ids=lambda wrong: str(getattr(wrong, "dtype", "list")),
+)
+def test_what_is_no_weight_is_refused(wrong: Any) -> None:
+    """Integers, codes, lists and scalars are not quantised as if they were weights."""
+    with pytest.raises(K2QuantError):
+        k2quant.quantize(wrong, "int4")
+
+
+def test_wrong_parts_are_refused() -> None:
+    """`dequantize` takes the codes and scales of its format alone, and unknown grids do not exist."""
+    packed = k2quant.quantize(torch.randn(64, 64), "int4")
+    for parts in ({"codes": packed.codes.float()}, {"scale": packed.scale.float()}, {"scale": packed.scale[:1]}):
+        with pytest.raises(K2QuantError):
+            k2quant.dequantize(dataclasses.replace(packed, **parts))
+    unknown: Any = "foo"
+    with pytest.raises(K2QuantError, match="unknown grid"):
+        k2quant.quantize(torch.randn(64, 64), "int4", grid=unknown)

@@ -28,7 +28,6 @@ from k2quant.errors import (
     DestinationForeign,
     DestinationInUse,
     DestinationStale,
-    MalformedFile,
     OutputError,
     UsageError,
 )
@@ -278,6 +277,10 @@ def _edit_config(source: Path) -> None:
     (source / CONFIG).write_text('{"model_type": "deepseek_v3"}')
 
 
+def _edit_tokenizer(source: Path) -> None:
+    (source / "tokenizer.json").write_text("{ }")
+
+
 def _drop_tensors(source: Path) -> None:
     index = json.loads((source / INDEX).read_text())
     for name in [name for name, file in index["weight_map"].items() if file == SHARDS[1] and "self_attn" in name]:
@@ -285,7 +288,7 @@ def _drop_tensors(source: Path) -> None:
     (source / INDEX).write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("change", [_touch, _rewrite, _edit_config, _drop_tensors])
+@pytest.mark.parametrize("change", [_touch, _rewrite, _edit_config, _edit_tokenizer, _drop_tensors])
 @pytest.mark.parametrize("finished", [False, True], ids=["half finished", "finished"])
 def test_changed_source(source: Path, destination: Path, change: Callable[[Path], None], *, finished: bool) -> None:
     """A source that has changed since is refused, with the way out, and what stands there is kept."""
@@ -434,18 +437,31 @@ def test_journal_without_a_head(source: Path, destination: Path, head: bytes) ->
         k2quant.convert(source, destination, to="int4")
 
 
-@pytest.mark.parametrize("report", [b"", b"[]", b"{}", b'{"files": []}', b'{"files": {"../victim": 1, "a": []}}'])
-def test_report_that_is_not_ours(source: Path, destination: Path, ram: Path, report: bytes) -> None:
-    """A report that says nothing of this conversion ends in a refusal, and with --restart deletes nothing outside."""
+@pytest.mark.parametrize("report", [b"", b"[]", b"{}", b'{"files": []}', b'{"tool": 1, "files": {"../victim": 1}}'])
+def test_report_that_is_not_ours(source: Path, destination: Path, report: bytes) -> None:
+    """A report that k2quant did not write does not make a folder ours."""
+    destination.mkdir()
+    (destination / REPORT).write_bytes(report)
+    for restart in (False, True):
+        with pytest.raises(DestinationForeign):
+            k2quant.convert(source, destination, to="int4", restart=restart)
+    assert contents(destination) == {}
+    assert (destination / REPORT).read_bytes() == report
+
+
+@pytest.mark.parametrize(
+    "files", ['"files": 3', '"files": []', '"files": {"../victim": {}, "a": [], "b": {"size": []}}']
+)
+def test_report_that_lies(source: Path, destination: Path, ram: Path, files: str) -> None:
+    """A report of ours that says nothing of this conversion is refused; with --restart nothing outside is deleted."""
     victim = ram / "victim"
     victim.write_text("precious")
     destination.mkdir()
-    (destination / REPORT).write_bytes(report)
-    with pytest.raises((DestinationStale, MalformedFile)):
+    (destination / REPORT).write_text(f'{{"tool": "k2quant", {files}}}')
+    with pytest.raises(DestinationStale):
         k2quant.convert(source, destination, to="int4")
-    if report.startswith(b"{"):
-        k2quant.convert(source, destination, to="int4", restart=True)
-        assert k2quant.verify(source, destination).passed
+    k2quant.convert(source, destination, to="int4", restart=True)
+    assert k2quant.verify(source, destination).passed
     assert victim.read_text() == "precious"
 
 
@@ -498,6 +514,10 @@ def test_links_planted_in_the_destination(source: Path, destination: Path, ram: 
 def test_unfinished_destination_is_no_source(source: Path, destination: Path, ram: Path) -> None:
     """A half-finished conversion says that it is one when somebody converts it further."""
     begin(source, destination)
+    with pytest.raises(CheckpointError, match="not finished"):
+        k2quant.convert(destination, ram / "next", to="bf16")
+    for name in (INDEX, CONFIG):  # as when it is stopped at its very end
+        shutil.copy(source / name, destination)
     with pytest.raises(CheckpointError, match="not finished"):
         k2quant.convert(destination, ram / "next", to="bf16")
 
@@ -805,6 +825,7 @@ def test_source_on_a_broken_disk(source: Path, destination: Path, monkeypatch: p
 
 def test_other_file_changes_half_way(source: Path, destination: Path, whole: dict[str, bytes]) -> None:
     """A tokenizer that turns into a link out of the folder while we work is not followed."""
+    before = (source / "tokenizer.json").stat()
 
     def change() -> None:
         (source / "tokenizer.json").unlink()
@@ -815,6 +836,7 @@ def test_other_file_changes_half_way(source: Path, destination: Path, whole: dic
     half_finished(destination)
     (source / "tokenizer.json").unlink()
     (source / "tokenizer.json").write_text("{}")
+    os.utime(source / "tokenizer.json", ns=(before.st_atime_ns, before.st_mtime_ns))
     k2quant.convert(source, destination, to="int4")
     assert contents(destination) == whole
 

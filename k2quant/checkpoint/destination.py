@@ -18,12 +18,13 @@ from typing import Any
 
 from k2quant.checkpoint.paths import PARTIAL, read_limited, sync_folder, write_whole
 from k2quant.checkpoint.strict_json import parse_object
-from k2quant.errors import DestinationForeign, DestinationInUse, MalformedFile, OutputError
+from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, MalformedFile, OutputError
 
 _WORK = ".k2quant"
 _LOCK = "lock"
 _JOURNAL = "journal.jsonl"
-_LIMIT = 2_000_000_000
+REPORT_LIMIT = 2_000_000_000
+"""Largest report or journal in bytes; that of a whole K2 has about 60 MB."""
 
 
 class Destination:
@@ -43,14 +44,14 @@ class Destination:
         self._journal = folder / _WORK / _JOURNAL
 
     def finished_report(self) -> dict[str, Any] | None:
-        """Return the report of a finished conversion, or None while there is none.
-
-        Raises:
-            MalformedFile: a report stands there that cannot be read.
-        """
-        if self._journal.exists() or not self._report.exists():
+        """Return the report of a finished conversion, or None while there is none of ours."""
+        if self._journal.exists() or not self._report.is_file():
             return None
-        return parse_object(read_limited(self._report, _LIMIT), file=self._report)
+        try:
+            report = parse_object(read_limited(self._report, REPORT_LIMIT), file=self._report)
+        except MalformedFile:
+            return None
+        return report if report.get("tool") == "k2quant" else None
 
     def journal(self) -> list[dict[str, Any]]:
         """Return the journal's records, the first of which says what is being made; empty when nothing was begun.
@@ -58,7 +59,7 @@ class Destination:
         A last line that a kill cut short is left out.
         """
         try:
-            data = read_limited(self._journal, _LIMIT)
+            data = read_limited(self._journal, REPORT_LIMIT)
         except FileNotFoundError:  # nothing was begun, or another run has just finished
             return []
         records: list[dict[str, Any]] = []
@@ -116,18 +117,26 @@ class Destination:
                     victim.unlink()
         sync_folder(self.folder)
 
-    def refuse_foreign(self) -> None:
+    def refuse_foreign(self, *, restart: bool = False) -> None:
         """Refuse a folder that holds anything, unless it is ours.
+
+        Args:
+            restart: whether what is damaged may be thrown away.
 
         Raises:
             DestinationForeign: it holds files that no journal or report of ours explains.
+            DestinationStale: the journal is damaged, so that nobody knows what the folder holds.
         """
-        foreign = sorted(
-            path.name
-            for path in self.folder.iterdir()
-            if path.name not in {_WORK, self._incomplete.name, self._incomplete.name + PARTIAL}
-        )
-        if foreign and not self.journal() and self.finished_report() is None:
+        own = {_WORK, self._incomplete.name, self._incomplete.name + PARTIAL}
+        foreign = sorted(path.name for path in self.folder.iterdir() if path.name not in own)
+        if not foreign or self.journal():
+            return
+        begun = self._journal.exists() or self._incomplete.exists()
+        if begun and not restart:
+            raise DestinationStale(
+                "the journal of an earlier run is damaged", file=self._journal, remedy="write it anew with --restart"
+            )
+        if not begun and self.finished_report() is None:
             raise DestinationForeign(
                 "not empty, and not written by k2quant",
                 file=self.folder,
@@ -141,21 +150,27 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, report: str, incomplete: str) -> Iterator[Destination]:
+def locked(folder: Path, *, report: str, incomplete: str, restart: bool = False) -> Iterator[Destination]:
     """Make the folder if need be and hold its lock.
+
+    Args:
+        folder: the destination.
+        report: name of the report's file, which marks a finished folder as ours.
+        incomplete: name of the file that marks an unfinished one.
+        restart: whether what an earlier run left may be thrown away, damaged or not.
 
     Raises:
         DestinationInUse: another process holds it.
         DestinationForeign: the path is no folder, or the folder holds something that is not ours.
     """
-    if folder.exists() and not folder.is_dir():
-        raise DestinationForeign("not a folder", file=folder)
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise DestinationForeign("not a folder", file=folder, remedy="name another one")
     destination = Destination(folder, report=report, incomplete=incomplete)
     folder.mkdir(parents=True, exist_ok=True)
-    destination.refuse_foreign()
+    destination.refuse_foreign(restart=restart)
     descriptor = _take_lock(folder)
     try:
-        destination.refuse_foreign()
+        destination.refuse_foreign(restart=restart)
         yield destination
     finally:
         with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.weights import Weight
 from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.layouts import Format, row_bytes
+from k2quant.formats.layouts import FP8_BLOCK, Format, row_bytes
 
 if TYPE_CHECKING:
     from k2quant.formats.transcode import Parts, Scratch
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 PANEL_WEIGHTS = 2**22
 """Weights of one panel: 4 MB of FP8, which stays in the caches of a core while it is worked on."""
 
-ROW_STEP = 128
+PIECE_BYTES = 2**23
+"""Bytes that one task copies, compares or sums."""
+
+ROW_STEP = FP8_BLOCK[0]
 """Panels begin at multiples of this, so that no FP8 block spans two of them."""
 
 

@@ -50,7 +50,9 @@ class Checkpoint:
                 for name, shard in self.shards.items()
             },
             "config_sha256": hashlib.sha256(read_limited(config, _CONFIG_LIMIT)).hexdigest() if self.config else None,
-            "tensors_sha256": hashlib.sha256("\n".join(self.tensors).encode()).hexdigest(),
+            "tensors_sha256": hashlib.sha256(
+                "\n".join(f"{entry.file} {name}" for name, entry in self.tensors.items()).encode()
+            ).hexdigest(),
         }
 
 
@@ -70,6 +72,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _open(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError("not a folder", file=folder)
+    if (folder / "INCOMPLETE").exists():
+        raise CheckpointError(
+            "a conversion that has not finished", file=folder, remedy="run the same k2quant convert again to resume it"
+        )
     weight_map = _weight_map(folder)
     shards = {name: read_header(inside(folder, name)) for name in sorted(set(weight_map.values()), key=_natural)}
     missing = next((name for name, file in weight_map.items() if name not in shards[file].tensors), None)
@@ -127,10 +133,6 @@ def _nothing_to_read(folder: Path) -> CheckpointError:
     pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
     if pickles:
         return UnsupportedFormat("only pickled weights here", file=folder, found=pickles[0], remedy=_NO_PICKLE)
-    if (folder / "INCOMPLETE").exists():
-        return CheckpointError(
-            "a conversion that has not finished", file=folder, remedy="run the same k2quant convert again to resume it"
-        )
     return CheckpointError(
         "no checkpoint here",
         file=folder,

@@ -36,15 +36,20 @@ class _Commands(click.Group):
         except K2QuantError as error:
             click.echo(f"k2quant: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            click.echo(f"k2quant: {place}{error.strerror or error}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("k2quant: stopped; the same command resumes", err=True)
+            resumes = "; the same command resumes" if ctx.invoked_subcommand == "convert" else ""
+            click.echo(f"k2quant: stopped{resumes}", err=True)
             ctx.exit(130)
 
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="k2quant")
 def main() -> None:
-    r"""Convert Kimi K2 checkpoints between BF16, block-FP8 and INT4: exact, safe, at disk speed.
+    """Convert Kimi K2 checkpoints between BF16, block-FP8 and INT4: exact, safe, at disk speed.
 
     \b
     Example:

@@ -10,7 +10,7 @@ import click
 @click.command(name="demo")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("demo-run"))
 def command(folder: Path) -> None:
-    r"""Write a small checkpoint in K2's layout to FOLDER, convert it through every format and check each step.
+    """Write a small checkpoint in K2's layout to FOLDER, convert it through every format and check each step.
 
     Exits 3 when a step is not what it promises to be.
 

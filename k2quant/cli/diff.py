@@ -15,7 +15,7 @@ _SHOWN = 50
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; default: one for each core.")
 @click.option("--json", "as_json", is_flag=True, help="Print every difference as JSON.")
 def command(first: Path, second: Path, *, workers: int | None, as_json: bool) -> None:
-    r"""List the tensors in which two checkpoints differ, and how. Exits 1 when some do.
+    """List the tensors in which two checkpoints differ, and how. Exits 1 when some do.
 
     \b
     Example:
@@ -26,10 +26,10 @@ def command(first: Path, second: Path, *, workers: int | None, as_json: bool) ->
     from k2quant.cli.screen import progress
     from k2quant.cli.verify import finding_record, table
     from k2quant.comparison import compare, unlike
-    from k2quant.convert import available_cores
+    from k2quant.convert import checked_workers
 
     with progress("comparing") as show:
-        findings = compare(first, second, workers=workers or available_cores(), progress=show)
+        findings = compare(first, second, workers=checked_workers(workers), progress=show)
     differences = [finding for finding in findings if unlike(finding)]
     if as_json:
         click.echo(json.dumps([finding_record(finding) for finding in differences], indent=1))

@@ -17,7 +17,7 @@ _SHOWN = 10  # problems that a person reads before looking for the cause
 @click.argument("source", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def command(source: Path, *, as_json: bool) -> None:
-    r"""Describe the checkpoint in SOURCE: formats, counts, bytes, layers, experts, and what does not fit together.
+    """Describe the checkpoint in SOURCE: formats, counts, bytes, layers, experts, and what does not fit together.
 
     Exits 1 when something would stop a conversion.
 

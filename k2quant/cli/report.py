@@ -13,7 +13,7 @@ import click
     "-o", "--output", type=click.Path(path_type=Path), help="File to write; default: k2quant_report.html in FOLDER."
 )
 def command(folder: Path, output: Path | None) -> None:
-    r"""Draw the report of a finished conversion in FOLDER as one HTML page with pictures.
+    """Draw the report of a finished conversion in FOLDER as one HTML page with pictures.
 
     \b
     Example:

@@ -31,7 +31,7 @@ _SHOWN = 20
 def command(
     source: Path, destination: Path | None, *, against: Path | None, checksums: bool, workers: int | None, as_json: bool
 ) -> None:
-    r"""Compare DESTINATION with SOURCE by what their tensors mean, or one folder with its checksums.
+    """Compare DESTINATION with SOURCE by what their tensors mean, or one folder with its checksums.
 
     Exits 3 when something is not what a conversion may do.
 

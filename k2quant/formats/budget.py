@@ -1,6 +1,7 @@
 """How far rounding to a format may move a weight: the check that needs no knowledge of who rounded.
 
-With the scale `s` that is stored, `w` before and `w'` after, both as BF16 values:
+`w` is a weight before and `w'` after, both as BF16 values. `s` is the scale that is stored, but no more than 1.01 times
+amax/7 (INT4) or amax/448 (FP8) of the weights before, so that a scale that is too large excuses nothing:
 
 - INT4: codes are whole numbers, so |w - w'| <= s/2; rounding code * s to BF16 adds at most 7s * 2^-9, and the
   compressed-tensors grid clamps at 7.5 after a division in BF16: 0.55 s covers all of it.
@@ -23,10 +24,9 @@ from k2quant.kernels.codecs_cpu import outside
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_INT4_STEPS = 0.55
-_FP8_STEPS = 2.0**-10 * 1.01
-_FP8_RELATIVE = 1 / 16 + 2.0**-8
 _FLOOR = 2.0**-130
+_INT4 = {"largest_code": 7.0, "steps": 0.55, "relative": 0.0, "floor": _FLOOR}
+_FP8 = {"largest_code": 448.0, "steps": 2.0**-10 * 1.01, "relative": 1 / 16 + 2.0**-8, "floor": _FLOOR}
 
 
 def outside_budget(layout: Format, before: NDArray[np.uint16], after: NDArray[np.uint16], parts: Parts) -> int:
@@ -40,8 +40,8 @@ def outside_budget(layout: Format, before: NDArray[np.uint16], after: NDArray[np
     """
     if isinstance(layout, Int4):
         scale = widened(parts["weight_scale"])
-        return outside(before, after, scale, (1, layout.group), steps=_INT4_STEPS, relative=0.0, floor=_FLOOR)
+        return outside(before, after, scale, (1, layout.group), **_INT4)
     if isinstance(layout, Fp8):
         scale = parts["weight_scale_inv"]
-        return outside(before, after, scale, layout.block, steps=_FP8_STEPS, relative=_FP8_RELATIVE, floor=_FLOOR)
+        return outside(before, after, scale, layout.block, **_FP8)
     return int(np.count_nonzero((before != after) & ((before | after) & 0x7FFF != 0)))

@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 
 from k2quant.errors import ShapeMismatch
 from k2quant.formats.dtypes import TensorSpec
+from k2quant.kernels.grids import Grid
 
 FormatName = Literal["bf16", "fp8", "int4"]
-Grid = Literal["moonshot", "compressed-tensors"]
 
 FP8_BLOCK = (128, 128)
 """Rows and columns that share one FP8 scale in every K2 and DeepSeek-V3 release (`weight_block_size`)."""

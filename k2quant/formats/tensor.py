@@ -8,16 +8,18 @@ one on a GPU is worked on there.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from k2quant.errors import DtypeMismatch, ShapeMismatch, UsageError
-from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Grid, Int4
+from k2quant.errors import DtypeMismatch, ShapeMismatch
+from k2quant.formats.dtypes import FLOATS, TensorSpec
+from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Int4
 from k2quant.formats.transcode import Parts, Scratch, located, transcode
+from k2quant.kernels.grids import Grid
 from k2quant.kernels.seam import codecs
 from k2quant.kernels.values import ValueAt
+from k2quant.units import one_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +67,10 @@ def quantize(weight: Any, to: FormatName, *, grid: Grid = "moonshot", name: str 
         ShapeMismatch: no matrix, or a width that INT4 cannot have.
         BadValue: NaN or infinity in the weight.
     """
-    if to not in {"fp8", "int4"}:
-        raise UsageError(f"a tensor is quantised to fp8 or int4, not to {to}")
+    one_of("quantised format", to, ("fp8", "int4"))
+    one_of("grid", grid, get_args(Grid))
     target: Format = Fp8() if to == "fp8" else Int4(grid=grid)
-    array, dtype = _as_numpy(weight)
+    array, dtype = _as_numpy(weight, FLOATS, name)
     if array.ndim != 2 or not array.size:
         raise ShapeMismatch("a quantised weight is a matrix", tensor=name, expected="[N, K]", found=tuple(array.shape))
     shape = (int(array.shape[0]), int(array.shape[1]))
@@ -93,13 +95,13 @@ def dequantize(tensor: QuantizedTensor, *, name: str = "weight") -> Any:
         ShapeMismatch: codes or scale do not have the shape that the format gives them.
         BadValue: a NaN code, a scale that is negative or not finite, or an overflow.
     """
-    codes, _ = _as_numpy(tensor.codes)
-    scale, _ = _as_numpy(tensor.scale)
-    parts = dict(zip(tensor.format.state(tensor.shape), (codes, scale), strict=False))
-    for suffix, array in parts.items():
-        expected = tensor.format.state(tensor.shape)[suffix].shape
-        if array.shape != expected:
-            raise ShapeMismatch(tensor=f"{name} ({suffix})", expected=expected, found=tuple(array.shape))
+    parts: Parts = {}
+    for (suffix, spec), part in zip(
+        tensor.format.state(tensor.shape).items(), (tensor.codes, tensor.scale), strict=False
+    ):
+        parts[suffix], _ = _as_numpy(part, (spec.dtype,), f"{name} ({suffix})")
+        if parts[suffix].shape != spec.shape:
+            raise ShapeMismatch(tensor=f"{name} ({suffix})", expected=spec.shape, found=tuple(parts[suffix].shape))
     out = Scratch().take("weight", TensorSpec("BF16", tensor.shape))
     _guarded(tensor.format, Bf16(), parts, {"weight": out}, name, _device(tensor.codes))
     return _like(tensor.codes, out, "BF16")
@@ -116,27 +118,33 @@ def _device(tensor: Any) -> str:
     return "cpu" if isinstance(tensor, np.ndarray) else str(tensor.device)
 
 
-_TORCH_VIEWS = {"bfloat16": ("uint16", "BF16"), "float8_e4m3fn": ("uint8", "F8_E4M3")}
-_DTYPES = {"float16": "F16", "float32": "F32", "uint16": "BF16", "int32": "I32", "uint8": "F8_E4M3"}
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float8_e4m3fn": "F8_E4M3", "int32": "I32"}
+_NUMPY_BITS = {"uint16": "BF16", "uint8": "F8_E4M3"}  # numpy has neither type, so their bits stand for them
 
 
-def _as_numpy(tensor: Any) -> tuple[np.ndarray[Any, Any], str]:
-    """Return a C-contiguous numpy view (or, from a GPU, a copy) and the safetensors dtype it stands for."""
+def _as_numpy(tensor: Any, allowed: tuple[str, ...], name: str) -> tuple[np.ndarray[Any, Any], str]:
+    """Return a C-contiguous numpy view (or, from a GPU, a copy) and the safetensors dtype it stands for.
+
+    Raises:
+        DtypeMismatch: it is no array, or of a dtype that is not allowed here.
+    """
+    kind = str(getattr(tensor, "dtype", type(tensor).__name__)).removeprefix("torch.")
+    dtype = _DTYPES.get(kind)
+    if isinstance(tensor, np.ndarray) and kind in _NUMPY_BITS:
+        dtype = _NUMPY_BITS[kind]
+    is_array = isinstance(tensor, np.ndarray) or (hasattr(tensor, "detach") and not tensor.is_meta)
+    if dtype not in allowed or not is_array:
+        raise DtypeMismatch(
+            tensor=name, expected=f"a torch tensor or numpy array of {' or '.join(allowed)}", found=kind
+        )
     if isinstance(tensor, np.ndarray):
         array = np.ascontiguousarray(tensor)
-        if array.dtype.name == "bfloat16":  # ml_dtypes
-            array = array.view(np.uint16)
-    else:
-        import torch
+        return (array.view(np.uint16) if kind == "bfloat16" else array), dtype  # ml_dtypes has a bfloat16 for numpy
+    import torch
 
-        plain = tensor.detach().contiguous()
-        kind = str(plain.dtype).removeprefix("torch.")
-        if kind in _TORCH_VIEWS:
-            plain = plain.view(getattr(torch, _TORCH_VIEWS[kind][0]))
-        array = plain.cpu().numpy()
-    if array.dtype.name not in _DTYPES:
-        raise DtypeMismatch(expected=", ".join(_DTYPES), found=array.dtype.name)
-    return array, _DTYPES[array.dtype.name]
+    plain = tensor.detach().contiguous()
+    views = {"BF16": torch.uint16, "F8_E4M3": torch.uint8}
+    return (plain.view(views[dtype]) if dtype in views else plain).cpu().numpy(), dtype
 
 
 def _like(example: Any, array: np.ndarray[Any, Any], dtype: str) -> Any:

@@ -78,7 +78,7 @@ def transcode(
         _to_bf16(source, parts, outputs["weight"], codecs)
         return None
     if isinstance(source, Bf16):
-        weights = _pivot(source, parts, codecs, scratch)
+        weights = to_bf16(source, parts, codecs=codecs, scratch=scratch)
         if isinstance(target, Fp8):
             return codecs.bf16_to_fp8(weights, target.block, outputs["weight"], outputs["weight_scale_inv"])
         return codecs.bf16_to_int4(weights, target.grid, outputs["weight_packed"], outputs["weight_scale"])
@@ -106,10 +106,6 @@ def transcode(
 
 def to_bf16(layout: Format, parts: Parts, *, codecs: Codecs, scratch: Scratch) -> NDArray[np.uint16]:
     """Return a panel's weights as BF16 bit patterns; a view of `parts` where they are BF16 already."""
-    return _pivot(layout, parts, codecs, scratch)
-
-
-def _pivot(layout: Format, parts: Parts, codecs: Codecs, scratch: Scratch) -> NDArray[np.uint16]:
     if isinstance(layout, Bf16) and layout.dtype == "BF16":
         return parts["weight"]
     rows, width = parts[layout.main].shape

@@ -1,0 +1,103 @@
+"""Verification: what passes, and above all what must not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import k2quant
+from k2quant.checkpoint.header import TensorEntry
+from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.reading import read_tensor
+
+EXPERT = "model.layers.1.mlp.experts.{}.{}_proj"
+
+
+def overwrite(folder: Path, entry: TensorEntry, data: bytes) -> None:
+    """Put other bytes in the place of a tensor, repeated to its length."""
+    with (folder / entry.file).open("r+b") as file:
+        file.seek(entry.start)
+        file.write((data * entry.nbytes)[: entry.nbytes])
+
+
+def test_verify_finds_one_wrong_bit(k2_source: Path, tmp_path: Path) -> None:
+    """A flipped bit in the output fails the checksums; a wrong scale also fails the comparison by meaning."""
+    k2quant.convert(k2_source, tmp_path / "out", to="int4")
+    assert k2quant.verify_checksums(tmp_path / "out").passed
+    assert k2quant.verify(k2_source, tmp_path / "out", against=tmp_path / "out" / "k2quant_report.json").passed
+    name = f"{EXPERT.format(0, 'up')}.weight_scale"
+    entry = open_checkpoint(tmp_path / "out").tensors[name]
+    with (tmp_path / "out" / entry.file).open("r+b") as file:
+        file.seek(entry.start + 1)
+        exponent = file.read(1)[0]
+        file.seek(entry.start + 1)
+        file.write(bytes([exponent ^ 1]))
+    assert list(k2quant.verify_checksums(tmp_path / "out").failures) == [name]
+    found = k2quant.verify(k2_source, tmp_path / "out")
+    assert list(found.failures) == [f"{EXPERT.format(0, 'up')}.weight"]
+
+
+def test_verify_fails_what_is_worse_than_the_report(k2_source: Path, tmp_path: Path) -> None:
+    """`--against` holds a conversion to the figures of a stored report."""
+    report = k2quant.convert(k2_source, tmp_path / "out", to="int4").report
+    name = f"{EXPERT.format(0, 'up')}.weight_packed"
+    report["tensors"][name]["figures"]["error"] *= 0.99
+    (tmp_path / "stored.json").write_text(json.dumps(report), encoding="utf-8")
+    found = k2quant.verify(k2_source, tmp_path / "out", against=tmp_path / "stored.json")
+    assert list(found.failures) == [name.replace("weight_packed", "weight")]
+
+
+@pytest.mark.parametrize("to", ["int4", "fp8"])
+def test_too_large_a_scale_excuses_nothing(k2_source: Path, tmp_path: Path, to: k2quant.FormatName) -> None:
+    """Codes of zero under a huge scale are nearest to nothing: all weights are lost, and verify says so."""
+    k2quant.convert(k2_source, tmp_path / "bf16", to="bf16")
+    k2quant.convert(tmp_path / "bf16", tmp_path / "out", to=to)
+    base = EXPERT.format(0, "up")
+    tensors = open_checkpoint(tmp_path / "out").tensors
+    if to == "int4":
+        overwrite(tmp_path / "out", tensors[f"{base}.weight_packed"], b"\x88")
+        overwrite(tmp_path / "out", tensors[f"{base}.weight_scale"], b"\x80\x3f")  # 1.0
+    else:
+        overwrite(tmp_path / "out", tensors[f"{base}.weight"], b"\x00")
+        overwrite(tmp_path / "out", tensors[f"{base}.weight_scale_inv"], b"\x00\x00\x7a\x44")  # 1000.0
+    found = k2quant.verify(tmp_path / "bf16", tmp_path / "out")
+    assert list(found.failures) == [f"{base}.weight"]
+    assert "further off" in found.failures[f"{base}.weight"]
+
+
+def test_doubled_scales_are_too_coarse(k2_source: Path, tmp_path: Path) -> None:
+    """Weights rounded to a grid twice as coarse as they need are further off than INT4 rounding explains."""
+    k2quant.convert(k2_source, tmp_path / "bf16", to="bf16")
+    k2quant.convert(tmp_path / "bf16", tmp_path / "out", to="int4")
+    base = EXPERT.format(0, "up")
+    out = open_checkpoint(tmp_path / "out")
+    source = open_checkpoint(tmp_path / "bf16")
+    weight = np.frombuffer(read_tensor(source, source.tensors[f"{base}.weight"]), np.uint16).reshape(256, 512)
+    scale = np.frombuffer(read_tensor(out, out.tensors[f"{base}.weight_scale"]), np.uint16) + 0x80  # doubled
+    step = (scale.astype(np.uint32) << 16).view(np.float32).repeat(32).reshape(256, 512)
+    codes = np.rint((weight.astype(np.uint32) << 16).view(np.float32) / step).astype(np.int64) + 8
+    words = (codes.reshape(-1, 8) << np.arange(0, 32, 4)).sum(1).astype(np.uint32)
+    overwrite(tmp_path / "out", out.tensors[f"{base}.weight_packed"], words.tobytes())
+    overwrite(tmp_path / "out", out.tensors[f"{base}.weight_scale"], scale.tobytes())
+    assert list(k2quant.verify(tmp_path / "bf16", tmp_path / "out").failures) == [f"{base}.weight"]
+
+
+def test_config_is_verified_too(k2_source: Path, tmp_path: Path) -> None:
+    """A lost, foreign or stale quantization block fails, by meaning and by checksum."""
+    k2quant.convert(k2_source, tmp_path / "int4", to="int4")
+    k2quant.convert(k2_source, tmp_path / "bf16", to="bf16")
+    int4, bf16 = ((tmp_path / name / "config.json").read_text() for name in ("int4", "bf16"))
+    fp8 = (k2_source / "config.json").read_text()
+    for folder, text in (("int4", bf16), ("int4", fp8), ("bf16", int4), ("bf16", fp8)):
+        path = tmp_path / folder / "config.json"
+        right = path.read_text()
+        path.write_text(text)
+        assert list(k2quant.verify(k2_source, tmp_path / folder).failures) == ["config.json"]
+        assert list(k2quant.verify_checksums(tmp_path / folder).failures) == ["config.json"]
+        path.write_text(right)
+        assert k2quant.verify(k2_source, tmp_path / folder).passed
+    (tmp_path / "int4" / "config.json").unlink()
+    assert list(k2quant.verify(k2_source, tmp_path / "int4").failures) == ["config.json"]
