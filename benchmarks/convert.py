@@ -6,7 +6,7 @@ Example:
 
 The peers live in an environment of their own: torch 2.13.0 (CPU), compressed-tensors 0.20.0, transformers 5.23.0,
 accelerate, datasets, requests, and llmcompressor 0.14.0.1, the last with --no-deps. Its Python also writes the slices.
-A whole run needs 30 GB in the workdir, 6 GB in the memory workdir and a machine that does nothing else.
+A whole run needs 30 GB in the workdir, 17 GB in the memory workdir and a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Settings:
     workers: int | None
     """Passed to k2quant; None: its own default."""
     experts: int
-    """In the slice that the peers convert."""
+    """In the slice that the peers convert on the disk."""
     disk_experts: int
-    """In the slice that is held against `cat`; the single large shard has twice as many."""
+    """In the slice that peers convert in memory, and in that for `cat`; the large shard has twice as many."""
     runs: int
     """Of each tool and task."""
 
@@ -127,10 +127,10 @@ class Bench:
         self.results.setdefault("slices", {})[name] = made.record()
         return made
 
-    def peers_slice(self, folder: Path) -> Slice:
-        """Write the slice for the peers: four shards in three formats."""
-        experts = self.settings.experts
-        return self.slice("peers", folder, experts, -(-experts // 4), "bf16", "fp8", "int4")
+    def peers_slice(self, medium: str, folder: Path) -> Slice:
+        """Write a slice for the peers in three formats: 3 GB of FP8 in memory, less on the disk."""
+        experts = self.settings.disk_experts if medium == "tmpfs" else self.settings.experts
+        return self.slice(f"peers-{medium}", folder, experts, -(-experts // 4), "bf16", "fp8", "int4")
 
     def disk_slice(self) -> Slice:
         """Write the slice for the disk: shards of 1 GB."""
@@ -185,16 +185,17 @@ class Bench:
     def peers(self) -> None:
         """Take turns with the peers, in memory and on the disk."""
         rows: list[dict[str, Any]] = []
+        threads = {task: self.trial(task) for task in PEERS}
         for medium, folder in (("tmpfs", self.settings.ram_workdir), ("disk", self.settings.workdir)):
-            made = self.peers_slice(folder)
+            made = self.peers_slice(medium, folder)
             for task in PEERS:
-                threads = next((row["threads"] for row in rows if row["task"] == task), None)
-                rows.append(self.versus(task, medium, made, threads or self.trial(task, made)))
+                rows.append(self.versus(task, medium, made, threads[task]))
                 print(f"{medium} {task}: {PEER_OF[task]} with {rows[-1]['threads']} threads")
                 self.save(peers=rows)
 
-    def trial(self, task: str, made: Slice) -> int:
-        """Return the number of threads with which a peer is faster, from one run each."""
+    def trial(self, task: str) -> int:
+        """Return the number of threads with which a peer is faster, from one run each on a few experts."""
+        made = self.slice("trial", self.settings.ram_workdir, 4, 2, "bf16", "fp8", "int4")
         out = made.folder.parent / "out"
         seconds = {}
         for threads in TRIAL_THREADS:
@@ -207,18 +208,16 @@ class Bench:
         source, out = made.source(task), made.folder.parent / "out"
         theirs, ours = out / "peer", out / "k2quant"
         row: dict[str, Any] = {"task": task, "medium": medium, "peer": PEER_OF[task], "threads": threads}
-        row |= {f"{tool}_{kind}": [] for tool in ("peer", "k2quant") for kind in ("runs", "imports")}
+        row |= {"peer_runs": [], "k2quant_runs": []}
         for turn in range(self.settings.runs):
             out.mkdir()
             measure.warm(source)
             measure.flush()
             done = self.peer(task, threads, source, theirs)
             row["peer_runs"].append(done.record() | {"flush_s": measure.flush()})
-            row["peer_imports"].append(self.peer(task, threads).record())
             measure.warm(source)
             done = self.k2quant(task, made, ours)
             row["k2quant_runs"].append(done.record() | {"flush_s": measure.flush()})
-            row["k2quant_imports"].append(self.import_k2quant())
             if turn == 0:
                 row |= {"peer_bytes": measure.size(theirs), "k2quant_bytes": measure.size(ours)}
             if turn == 0 and medium == "tmpfs":
@@ -285,8 +284,10 @@ def parse() -> argparse.Namespace:
         "--k2quant", default=f"{sys.executable} -m k2quant", help="command under test: a Python and its arguments"
     )
     parser.add_argument("--workers", type=int, help="passed to k2quant")
-    parser.add_argument("--experts", type=int, help="experts in the slice for the peers (16: 0.7 G weights)")
-    parser.add_argument("--disk-experts", type=int, help="experts in the slice for the disk (68: 3 GB of FP8)")
+    parser.add_argument(
+        "--experts", type=int, help="experts in the slice for the peers on the disk (16: 0.7 G weights)"
+    )
+    parser.add_argument("--disk-experts", type=int, help="experts in the slice in memory and for cat (68: 3 GB of FP8)")
     parser.add_argument("--runs", type=int, help="runs of each tool and task (3)")
     parser.add_argument("--quick", action="store_true", help="tiny slices, one run: to see that everything works")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="measure only these")

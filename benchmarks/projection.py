@@ -54,4 +54,4 @@ def project(results: dict[str, Any], assumed: list[float]) -> list[dict[str, Any
 
 def scaled(results: dict[str, Any]) -> dict[str, float]:
     """Return seconds for the whole model at the rate at which this machine converted the slice, files and all."""
-    return {row["task"]: median(work(row, "k2quant")) * WEIGHTS / row["weights"] for row in results.get("cat", [])}
+    return {row["task"]: median(work(row)) * WEIGHTS / row["weights"] for row in results.get("cat", [])}
