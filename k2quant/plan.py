@@ -265,7 +265,7 @@ def _json(value: dict[str, Any]) -> bytes:
 _OWN = {CONFIG, REPORT, "k2quant_report.html", INCOMPLETE}  # written anew, or meant for the source alone
 _WEIGHTS = re.compile(
     r".*\.safetensors(\.index\.json)?|.*\.(pt|pth|ckpt|pkl|gguf|partial)"
-    r"|(pytorch_model|model|consolidated|adapter_model|tf_model).*\.bin(\.index\.json)?",
+    r"|(pytorch_model|model|consolidated|adapter_model|tf_model|training_args|optimizer|scheduler).*\.bin(\.index\.json)?",
 )
 
 

@@ -247,6 +247,15 @@ def test_nested_folders(source: Path, ram: Path, path: str) -> None:
     assert contents(source) == before
 
 
+def test_journal_folder_is_a_file(source: Path, destination: Path) -> None:
+    """A file in the place of our work folder ends the run; nobody waits for it to go away."""
+    destination.mkdir()
+    (destination / ".k2quant").write_text("precious")
+    with pytest.raises(OutputError):
+        k2quant.convert(source, destination, to="int4")
+    assert contents(destination) == {".k2quant": b"precious"}
+
+
 def test_destination_is_a_loop_of_links(source: Path, destination: Path) -> None:
     """A destination that links to itself is refused."""
     destination.symlink_to(destination)

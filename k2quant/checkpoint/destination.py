@@ -184,10 +184,14 @@ def _take_lock(folder: Path) -> int:
     if work.is_symlink():
         raise DestinationForeign("a link where k2quant keeps its journal", file=work)
     while True:
-        work.mkdir(exist_ok=True)
         try:
+            work.mkdir(exist_ok=True)
             descriptor = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # the holder has just finished and removed the folder
+            continue
+        except FileExistsError:  # the same, between the two steps of mkdir; or a file stands there
+            if work.exists() and not work.is_dir():
+                raise
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
