@@ -56,7 +56,7 @@ def bf16_to_fp8(weights: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor
     _require_finite(weights)
     blocks = _to_blocks(weights, block)
     amax = blocks.abs().amax(1).float()
-    plain = torch.where(amax > 0, amax / 448, 1.0)
+    plain = torch.where(amax > 0, _divided(amax, 448), 1.0)
     codes = (blocks.float() / plain[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
     scale = _recovered_fp8_scale(blocks, codes, plain)
     rows, columns = -(-weights.shape[0] // block[0]), -(-weights.shape[1] // block[1])
@@ -76,7 +76,7 @@ def bf16_to_int4(weights: Tensor, grid: Grid, *, recover: bool = True) -> tuple[
     _require_finite(weights)
     groups = weights.reshape(-1, GROUP)
     amax = groups.abs().amax(1).float()
-    scale = (amax / (7.5 if grid == "compressed-tensors" else 7)).to(torch.bfloat16)
+    scale = _divided(amax, 7.5 if grid == "compressed-tensors" else 7).to(torch.bfloat16)
     scale = torch.where(scale == 0, 2.0**-7, scale)
     if grid == "moonshot" and recover:
         scale = _recovered_int4_scale(groups, scale)
@@ -131,13 +131,18 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return (((packed[..., None] >> shifts) & 15) - 8).flatten(-2).to(torch.int8)
 
 
+def _divided(amax: Tensor, divisor: float) -> Tensor:
+    """Divide truly: on CUDA, torch multiplies by the reciprocal when the divisor is a plain number."""
+    return amax / torch.full_like(amax, divisor)
+
+
 def _recovered_int4_scale(groups: Tensor, plain: Tensor) -> Tensor:
     """Return for each group `[G, 32]` the first candidate scale that gives all its weights; else its plain scale."""
     scale, found = plain.clone(), torch.zeros_like(plain, dtype=torch.bool)
     amax = groups.abs().amax(1).float()
     codes = torch.arange(8, device=groups.device)
     for k, ulp in CANDIDATES:
-        bits = (amax / k).to(torch.bfloat16).view(torch.int16) + ulp
+        bits = _divided(amax, k).to(torch.bfloat16).view(torch.int16) + ulp
         candidate = bits.view(torch.bfloat16)
         products = (candidate.float()[:, None] * codes).to(torch.bfloat16)  # [G, 8]
         fits = (groups.abs()[:, :, None] == products[:, None, :]).any(2).all(1)
