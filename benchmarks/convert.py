@@ -40,6 +40,7 @@ IMPORTS, HELPS = 5, 10
 TRIAL_THREADS = (1, 2)
 EXPERT_WEIGHTS, OTHER_WEIGHTS = 3 * 2048 * 7168, (576 + 384) * 7168
 SECTIONS = ("start", "peers", "cat", "memory", "codecs")
+MEDIA = ("tmpfs", "disk")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,8 @@ class Settings:
     """In the slice that is held against `cat`; the single large shard has twice as many."""
     runs: int
     """Of each tool and task."""
+    media: list[str]
+    """Where the peers are met."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,18 +189,24 @@ class Bench:
 
     def peers(self) -> None:
         """Take turns with the peers, in memory and on the disk."""
-        rows: list[dict[str, Any]] = []
-        threads = {task: self.trial(task) for task in PEERS}
-        for medium, folder in (("tmpfs", self.settings.ram_workdir), ("disk", self.settings.workdir)):
+        rows = [row for row in self.results.get("peers", []) if row["medium"] not in self.settings.media]
+        threads = self.results.get("trial") or {task: self.trial(task) for task in PEERS}
+        self.save(trial=threads)
+        folders = {"tmpfs": self.settings.ram_workdir, "disk": self.settings.workdir}
+        for medium, folder in ((medium, folders[medium]) for medium in self.settings.media):
             made = self.peers_slice(medium, folder)
             for task in PEERS:
                 rows.append(self.versus(task, medium, made, threads[task]))
                 print(f"{medium} {task}: {PEER_OF[task]} with {rows[-1]['threads']} threads")
                 self.save(peers=rows)
 
+    def few(self) -> Slice:
+        """Write four experts in every format."""
+        return self.slice("trial", self.settings.ram_workdir, 4, 2, "bf16", "fp8", "int4")
+
     def trial(self, task: str) -> int:
         """Return the number of threads with which a peer is faster, from one run each on a few experts."""
-        made = self.slice("trial", self.settings.ram_workdir, 4, 2, "bf16", "fp8", "int4")
+        made = self.few()
         out = made.folder.parent / "out"
         seconds = {}
         for threads in TRIAL_THREADS:
@@ -217,20 +226,28 @@ class Bench:
             measure.flush()
             done = self.peer(task, threads, source, theirs)
             row["peer_runs"].append(done.record() | {"flush_s": measure.flush()})
+            row["peer_bytes"] = measure.size(theirs)
+            measure.remove(theirs)  # or the tool that runs second would get the memory that nobody has touched yet
             measure.warm(source)
             done = self.k2quant(task, made, ours)
             row["k2quant_runs"].append(done.record() | {"flush_s": measure.flush()})
-            if turn == 0:
-                row |= {"peer_bytes": measure.size(theirs), "k2quant_bytes": measure.size(ours)}
-            if turn == 0 and medium == "tmpfs":
-                row["check"] = self.check(made.folder / "bf16", ours, theirs)
+            row["k2quant_bytes"] = measure.size(ours)
             measure.remove(out)
+        if medium == "tmpfs":
+            row["check"] = self.check(task, threads)
         return row
 
-    def check(self, *folders: Path) -> Any:
-        """Hold two outputs against the weights and against each other."""
-        command = [self.settings.peers_python, str(HERE / "check.py"), *map(str, folders)]
-        return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    def check(self, task: str, threads: int) -> Any:
+        """Let both convert a few experts; hold the outputs against the weights and against each other."""
+        made, out = self.few(), self.settings.ram_workdir / "out"
+        out.mkdir()
+        self.peer(task, threads, made.source(task), out / "peer")
+        self.k2quant(task, made, out / "k2quant")
+        folders = map(str, (made.folder / "bf16", out / "k2quant", out / "peer"))
+        command = [self.settings.peers_python, str(HERE / "check.py"), *folders]
+        found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        measure.remove(out)
+        return found
 
     def cat(self) -> None:
         """Hold conversions against reading and writing the same bytes on the same disk, in turn."""
@@ -295,6 +312,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--disk-experts", type=int, help="experts in the slice for cat (68: 3 GB of FP8)")
     parser.add_argument("--runs", type=int, help="runs of each tool and task (3)")
     parser.add_argument("--quick", action="store_true", help="tiny slices, one run: to see that everything works")
+    parser.add_argument("--media", nargs="+", choices=MEDIA, default=MEDIA, help="meet the peers only there")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="measure only these")
     parser.add_argument("--disk-gbps", type=float, nargs="+", default=[2.0, 7.0], help="disks of the projection")
     parser.add_argument("--page", type=Path, help="page to write (benchmarks/README.md; beside the JSON if quick)")
@@ -322,6 +340,7 @@ def settings(given: argparse.Namespace) -> Settings:
         ram_experts=given.ram_experts or ram_experts,
         disk_experts=given.disk_experts or disk_experts,
         runs=given.runs or runs,
+        media=given.media,
     )
 
 
