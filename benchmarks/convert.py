@@ -220,7 +220,7 @@ class Bench:
         theirs, ours = out / "peer", out / "k2quant"
         row: dict[str, Any] = {"task": task, "medium": medium, "peer": PEER_OF[task], "threads": threads}
         row |= {"peer_runs": [], "k2quant_runs": []}
-        for turn in range(self.settings.runs):
+        for _ in range(self.settings.runs):
             out.mkdir()
             measure.warm(source)
             measure.flush()
