@@ -345,9 +345,11 @@ def settings(given: argparse.Namespace) -> Settings:
 
 
 def write_page(results: dict[str, Any], file: Path, page: Path) -> None:
-    """Write the page, naming the results by their path in the repository."""
+    """Write the page, naming the results by their path in the repository; remarks on them lie beside them, as `.md`."""
     path = file.resolve()
-    render(results, str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path), page)
+    remarks = path.with_suffix(".md")
+    text = remarks.read_text() if remarks.exists() else ""
+    render(results, str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path), page, remarks=text)
 
 
 def main() -> None:

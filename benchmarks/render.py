@@ -230,11 +230,12 @@ SECTIONS = {
 }
 
 
-def render(results: dict[str, Any], source: str, page: Path) -> None:
-    """Write the page; a section that was not measured is left out."""
+def render(results: dict[str, Any], source: str, page: Path, *, remarks: str) -> None:
+    """Write the page, with what a person remarked on the bars; a section that was not measured is left out."""
     parts = [
         INTRO.format(source=source, machine=machine(results), command=results["command"]),
         render_verdicts(results),
+        f"\n{remarks}" if remarks else "",
     ]
     parts += [section(results) for name, section in SECTIONS.items() if name in results]
     page.write_text("".join(parts))
