@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _PROBE_ROWS, _PROBE_WIDTH = 512, 2048
 _PROBE_BYTES = 2**26
 _PROBE_SECONDS = 0.1
-_COPY_RATE = 3e9  # bytes a second and core for a copy with its checksum, measured on one core of 2.6 GHz
+_COPY_RATE = 1e9  # bytes a second and core for a copy with its checksum: writing to memory took most of 1.5e9, measured
 
 
 class Estimate(NamedTuple):
