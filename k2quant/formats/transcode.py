@@ -14,7 +14,7 @@ import numpy as np
 from k2quant.errors import BadValue
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.layouts import Bf16, Format, Fp8, Int4
-from k2quant.kernels.values import ValueAt
+from k2quant.kernels.values import ValueAt, bf16_to_float
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -140,7 +140,7 @@ def _round_floats(values: NDArray[Any], out: NDArray[np.uint16], codecs: Codecs)
 def widened(scale: NDArray[Any]) -> NDArray[np.float32]:
     """Return scales as float32, exactly: BF16 bit patterns, F16 or F32."""
     if scale.dtype == np.uint16:
-        return (scale.astype(np.uint32) << 16).view(np.float32)
+        return bf16_to_float(scale)
     return scale.astype(np.float32, copy=False)
 
 
