@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types torture package clean
+.PHONY: demo test lint types torture package kernels-aot clean
 
 demo: $(READY)  ## write a small K2, take it through every format and back, check every step
 	$(BIN)/k2quant demo demo-run
@@ -24,6 +24,9 @@ torture: $(READY)  ## kill a conversion at 50 random points and compare what the
 
 package: $(READY)  ## build wheel and sdist, install the wheel alone elsewhere and convert with it
 	$(BIN)/python scripts/check_package.py
+
+kernels-aot: $(READY)  ## compile every shipped kernel configuration for three GPU architectures and gate the results
+	$(BIN)/python benchmarks/kernels_aot.py
 
 clean:
 	rm -rf demo-run build dist *.egg-info

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import kernel_report
 from bars import arrow, cat_ratio, speedup, verdicts, walls, work
 from measure import median
 
@@ -220,6 +221,13 @@ def render_projection(results: dict[str, Any]) -> str:
     return f"\n## The whole model\n{text}\n" + table(["task", "disk", *cores], body) + (tail if real else "")
 
 
+def render_kernels(folder: Path) -> str:
+    """Link the pages of the kernels' results, which `kernels.py` writes."""
+    files = [folder / f"kernels-{device}.json" for device in ("cpu", "cuda")]
+    lines = [f"- {kernel_report.summary(file)}\n" for file in files if file.exists()]
+    return f"\n## Kernels\n\nPages written by `benchmarks/kernels.py`.\n\n{''.join(lines)}" if lines else ""
+
+
 SECTIONS = {
     "peers": render_peers,
     "cat": render_cat,
@@ -238,4 +246,5 @@ def render(results: dict[str, Any], source: str, page: Path, *, remarks: str) ->
         f"\n{remarks}" if remarks else "",
     ]
     parts += [section(results) for name, section in SECTIONS.items() if name in results]
+    parts.append(render_kernels(page.parent / "results"))
     page.write_text("".join(parts))

@@ -1,4 +1,4 @@
-"""The codecs of the seam, run by the reference on a torch device: what `--device cuda` uses.
+"""The codecs of the seam, run by the reference on a torch device: what `--device cuda` uses where there is no Triton.
 
 Arrays come and go as numpy arrays of bits. A call holds a handful of float32 and int64 copies of its arrays on the
 device, so its memory is bounded by the panels that the caller cuts.
@@ -27,15 +27,15 @@ class TorchCodecs:
 
     def float_to_bf16(self, values: F32 | NDArray[np.float16], out: U16) -> None:
         """Round to BF16, half to even."""
-        _store(reference.float_to_bf16(self._tensor(values)), out)
+        store(reference.float_to_bf16(self._tensor(values)), out)
 
     def fp8_to_bf16(self, codes: U8, scale: F32, block: tuple[int, int], out: U16) -> None:
         """Multiply each block of codes by its scale."""
-        _store(reference.fp8_to_bf16(self._fp8(codes), self._tensor(scale), block), out)
+        store(reference.fp8_to_bf16(self._fp8(codes), self._tensor(scale), block), out)
 
     def int4_to_bf16(self, packed: I32, scale: F32, group: int, out: U16) -> None:
         """Multiply each group of codes by its scale."""
-        _store(reference.int4_to_bf16(self._tensor(packed), self._tensor(scale), group), out)
+        store(reference.int4_to_bf16(self._tensor(packed), self._tensor(scale), group), out)
 
     def bf16_to_fp8(self, weights: U16, block: tuple[int, int], codes: U8, scale: F32) -> Figures:
         """Recover or compute each block's scale, then round to e4m3."""
@@ -74,13 +74,13 @@ class TorchCodecs:
         return self._tensor(codes).view(torch.float8_e4m3fn)
 
 
-def _store(tensor: Tensor, out: NDArray[Any]) -> None:
+def store(tensor: Tensor, out: NDArray[Any]) -> None:
     """Copy a tensor's bits to an array of the same item size."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
     out.view(f"i{out.itemsize}" if out.itemsize > 1 else "u1")[...] = tensor.contiguous().view(bits).cpu().numpy()
 
 
 def _store_all(outcome: tuple[Tensor, Tensor, Figures], codes: NDArray[Any], scale: NDArray[Any]) -> Figures:
-    _store(outcome[0], codes)
-    _store(outcome[1], scale)
+    store(outcome[0], codes)
+    store(outcome[1], scale)
     return outcome[2]

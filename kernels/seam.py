@@ -12,7 +12,7 @@ A scale is bad when it is NaN, infinite or has a sign bit, -0 included.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,6 @@ from k2quant.errors import UsageError
 from k2quant.kernels.figures import Figures
 from k2quant.kernels.grids import Grid
 from k2quant.kernels.values import F32, I32, U8, U16
-
-if TYPE_CHECKING:
-    from k2quant.kernels.codecs_torch import TorchCodecs
 
 
 class Codecs(Protocol):
@@ -81,10 +78,8 @@ def codecs(device: str) -> Codecs:
     return _cuda(device)
 
 
-def _cuda(device: str) -> TorchCodecs:
+def _cuda(device: str) -> Codecs:
     import torch
-
-    from k2quant.kernels.codecs_torch import TorchCodecs
 
     kind, _, index = device.partition(":")
     if kind != "cuda" or (":" in device and not index.isdecimal()):
@@ -95,4 +90,12 @@ def _cuda(device: str) -> TorchCodecs:
         )
     if index and int(index) >= torch.cuda.device_count():
         raise UsageError(f"device `{device}` is not available: there are {torch.cuda.device_count()} CUDA devices")
-    return TorchCodecs(device)
+    try:
+        from k2quant.kernels.codecs_cuda import CudaCodecs
+    except ModuleNotFoundError as missing:
+        if missing.name != "triton":
+            raise
+        from k2quant.kernels.codecs_torch import TorchCodecs
+
+        return TorchCodecs(device)  # the reference: torch alone, the same bits, more slowly
+    return CudaCodecs(device)

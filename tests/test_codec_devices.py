@@ -1,7 +1,8 @@
-"""The torch reference and the fast codecs: the same bits on every device."""
+"""The codecs of the seam: the same bits from the fast CPU ones, from the torch reference, and on a GPU."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +25,12 @@ KINDS = ["gaussian", "subnormal", "any", "few", "fp8", "int4"]
 
 @pytest.fixture
 def other(device: str) -> Codecs:
-    """Return the reference's codecs on a device."""
-    if device == "cuda" and not torch.cuda.is_available():
+    """Return the reference's codecs on the CPU, or what a conversion uses on a GPU."""
+    if device == "cpu":
+        return TorchCodecs(device)
+    if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    return TorchCodecs(device)
+    return codecs(device)
 
 
 def weights(kind: str, shape: tuple[int, int] = (192, 352)) -> U16:
@@ -137,6 +140,15 @@ def test_bad_values_read_the_same_everywhere(other: Codecs) -> None:
                 job(each)
             sentences.append(str(caught.value))
         assert sentences[0] == sentences[1]
+
+
+def test_without_triton_a_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rule 5: where Triton is not installed, `--device cuda` still works, with the codecs that need torch alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in [name for name in sys.modules if name.endswith(("_triton", "codecs_cuda"))]:
+        monkeypatch.delitem(sys.modules, name)
+    assert type(codecs("cuda")) is TorchCodecs
 
 
 def test_an_unknown_or_missing_device_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,10 +79,13 @@ def test_every_room_has_a_floor() -> None:
     assert {room_of(path) for path in FILES} <= FLOORS.keys()
 
 
-def test_only_one_file_holds_compiled_codecs() -> None:
-    """Numba's cache notices changes of the file of a function alone, so all of them lie in one file."""
-    with_numba = {path.name for path in FILES if "numba" in {name.split(".")[0] for name in third_party(path)}}
-    assert with_numba == {"codecs_cpu.py"}
+def test_a_jitted_file_uses_no_other() -> None:
+    """Numba's cache notices changes of the file of a function alone, so jitted code never calls into another file."""
+    jitted = {path for path in FILES if "numba" in {name.split(".")[0] for name in third_party(path)}}
+    assert {path.name for path in jitted} == {"codecs_cpu.py", "dot_cpu.py", "panels_cpu.py"}
+    names = {f"k2quant.kernels.{path.stem}" for path in jitted}
+    for path in jitted:
+        assert not names & third_party(path), f"{path} imports jitted code of another file"
 
 
 def third_party(path: Path) -> set[str]:

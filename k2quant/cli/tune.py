@@ -1,0 +1,66 @@
+"""`k2quant tune`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from k2quant.kernels.tuning import Cell, Trial
+
+_PRODUCTS = ("linear", "w8a8", "gate_up", "down")
+
+
+@click.command(name="tune")
+@click.option("--device", default="cuda", show_default=True, help="The GPU: cuda or cuda:N.")
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Stop then."
+)
+@click.option(
+    "--product", "products", type=click.Choice(_PRODUCTS), multiple=True, help="Only this one; may be repeated."
+)
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Table to write; default: the user's own."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print every trial as a line of JSON.")
+def command(device: str, minutes: float, products: tuple[str, ...], *, out: Path | None, as_json: bool) -> None:
+    """Measure which kernel configurations are fastest on this GPU, for Kimi K2's shapes.
+
+    Each is checked against float64 before it is timed; wrong ones are reported and never used. The table goes where the
+    kernels look first, unless -o says otherwise.
+
+    \b
+    Example:
+        k2quant tune --minutes 10
+    """
+    from k2quant.cli.screen import remark
+    from k2quant.kernels.configs import Product, file_name, user_tables, write_table
+    from k2quant.kernels.dispatch import require_gpu
+
+    gpu = require_gpu(device)
+    from k2quant.kernels.tuner_cuda import tune  # only now: it loads Triton
+
+    def show(cell: Cell, trials: list[Trial]) -> None:
+        for trial in trials:
+            if trial.refusal:
+                remark(f"refused {cell}: {trial.config}: {trial.refusal}")
+        if as_json:
+            for trial in trials:
+                click.echo(json.dumps(_plain(cell, trial)))
+        elif trials and trials[0].seconds is not None:
+            click.echo(f"{cell}: {1e6 * trials[0].seconds:.1f} us, {trials[0].config}")
+
+    chosen: tuple[Product, ...] = products or _PRODUCTS  # type: ignore[assignment]
+    table = tune(gpu, minutes=minutes, products=chosen, show=show)
+    path = out or user_tables() / file_name(table.name)
+    write_table(table, path)
+    remark(f"wrote {path}")
+
+
+def _plain(cell: Cell, trial: Trial) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return {"cell": asdict(cell), "config": asdict(trial.config), "seconds": trial.seconds, "refusal": trial.refusal}

@@ -1,0 +1,195 @@
+"""Matrix products of quantised weights on a CPU.
+
+Three ways, the first that fits:
+
+1. `dot_cpu`: CPUs that multiply BF16 themselves work straight from the checkpoint's own bytes.
+2. torch's INT4 operator, for a few rows of x, where a probe finds it faster than what follows: it wants the layout
+   `torch`, which the probe therefore decides when a weight is prepared.
+3. Panels: some rows of the weight are dequantised into the cache, multiplied by torch, and forgotten.
+
+BF16 x only is given to the first two; products with FP16 and float32 are made in float32.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from k2quant.kernels import codecs_cpu, dot_cpu, panels_cpu
+from k2quant.kernels.threads_cpu import over_rows
+from k2quant.kernels.weights import GROUP, Fp8Weight, Int4Weight, Layout, prepare_int4, torch_half
+
+DOT_ROWS = 128
+"""Rows of x up to which working from packed codes beats panels."""
+
+TORCH_ROWS = 16
+"""Rows of x up to which torch's INT4 operator beats panels: it works row by row."""
+
+PANEL_ROWS = 512
+"""Rows of a panel: with K2's widest weights it takes some megabytes."""
+
+
+def linear(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
+    """Return x @ weight.T, `[M, N]` in the dtype of x, for contiguous x `[M, K]` on the CPU."""
+    if x.shape[0] == 0 or 0 in weight.shape:
+        return x.new_zeros(x.shape[0], weight.shape[0])
+    if x.dtype == torch.bfloat16:
+        if x.shape[0] <= DOT_ROWS and _can_dot(weight):
+            return _dot(x, weight)
+        if x.shape[0] <= TORCH_ROWS and isinstance(weight, Int4Weight) and weight.layout == "torch":
+            return _torch_operator(x, weight)
+    return _panels(x, weight)
+
+
+def linear_backward(grad: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
+    """Return grad @ weight, `[M, K]` in the dtype of grad, for grad `[M, N]` on the CPU.
+
+    The sum runs over all rows of the weight, so it is dequantised as a whole, for as long as the product takes.
+    """
+    dtype = _panel_dtype(grad)
+    return (grad.to(dtype) @ dequantize(weight, dtype)).to(grad.dtype)
+
+
+def dequantize(weight: Int4Weight | Fp8Weight, dtype: torch.dtype) -> Tensor:
+    """Return a weight `[N, K]` on the CPU in `dtype`, each number rounded once."""
+    out = torch.empty(weight.shape, dtype=dtype)
+    for first, last in _panel_rows(weight):
+        out[first:last] = _panel(weight, first, last, dtype if dtype == torch.bfloat16 else torch.float32)
+    return out
+
+
+@lru_cache(maxsize=1)
+def best_layout() -> Layout:
+    """Return the layout in which this CPU reads INT4 weights fastest; the first call may probe, for milliseconds."""
+    if dot_cpu.supported():
+        return "rows"
+    return "torch" if _torch_operator_wins() else "rows"
+
+
+def _torch_operator_wins() -> bool:
+    """Time one row of x times a small weight, by torch's operator and by panels."""
+    packed = torch.randint(-(2**31), 2**31 - 1, (512, 1024 // 8), dtype=torch.int32)
+    scale = torch.rand(512, 1024 // GROUP).bfloat16()
+    x = torch.rand(1, 1024).bfloat16()
+    try:
+        weight = prepare_int4(packed, scale, layout="torch")
+        fast = _seconds(lambda: _torch_operator(x, weight))
+    except (RuntimeError, AttributeError):  # this torch has no such operator for this CPU
+        return False
+    rows = prepare_int4(packed, scale, layout="rows")
+    return fast < _seconds(lambda: _panels(x, rows))
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    work()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _can_dot(weight: Int4Weight | Fp8Weight) -> bool:
+    return dot_cpu.supported() and (isinstance(weight, Fp8Weight) or weight.layout == "rows")
+
+
+def _dot(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    bits, result = _bits(x), _bits(out)
+    if isinstance(weight, Int4Weight):
+        packed, scale = weight.codes.numpy(), _bits(weight.scale)
+        over_rows(weight.shape[0], 16, lambda a, b: dot_cpu.int4_dot(bits, packed, scale, result, a, b))
+    else:
+        codes, factor = _bits(weight.codes), weight.scale.numpy()
+        height, width = weight.block
+        over_rows(weight.shape[0], 16, lambda a, b: dot_cpu.fp8_dot(bits, codes, factor, height, width, result, a, b))
+    return out
+
+
+def _torch_operator(x: Tensor, weight: Int4Weight) -> Tensor:
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001 - it has no public name
+    return cast("Tensor", product(x, weight.codes, GROUP, weight.scale))
+
+
+def _panels(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
+    dtype = _panel_dtype(x)
+    wide = x.to(dtype)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for first, last in _panel_rows(weight):
+        out[:, first:last] = wide @ _panel(weight, first, last, dtype).T
+    return out
+
+
+def _panel_rows(weight: Int4Weight | Fp8Weight) -> list[tuple[int, int]]:
+    rows = weight.shape[0]
+    return [(first, min(first + PANEL_ROWS, rows)) for first in range(0, rows, PANEL_ROWS)]
+
+
+def _panel_dtype(x: Tensor) -> torch.dtype:
+    return torch.bfloat16 if x.dtype == torch.bfloat16 and _multiplies_bf16() else torch.float32
+
+
+def _panel(weight: Int4Weight | Fp8Weight, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Return rows first..last of a weight, each number rounded once to BF16, or not at all to float32."""
+    if isinstance(weight, Fp8Weight):
+        return _fp8_panel(weight, first, last).to(dtype)
+    if weight.layout == "torch":
+        return _torch_panel(weight, first, last).to(dtype)
+    if weight.layout == "groups":
+        weight = Int4Weight(*weight.checkpoint(), "rows")
+    packed, scale = weight.codes[first:last], weight.scale[first:last]
+    panel = torch.empty(last - first, weight.shape[1], dtype=dtype)
+    if dtype == torch.bfloat16:
+        words, wide, bits = packed.numpy(), scale.float().numpy(), _bits(panel)
+        over_rows(last - first, 16, lambda a, b: codecs_cpu.int4_to_bf16(words[a:b], wide[a:b], GROUP, bits[a:b]))
+    else:
+        pairs, narrow, floats = packed.view(torch.uint8).numpy(), _bits(scale), panel.numpy()
+        over_rows(last - first, 16, lambda a, b: panels_cpu.int4_to_float(pairs[a:b], narrow[a:b], floats[a:b]))
+    return panel
+
+
+def _fp8_panel(weight: Fp8Weight, first: int, last: int) -> Tensor:
+    codes, scale = _bits(weight.codes), weight.scale.numpy()
+    panel = torch.empty(last - first, weight.shape[1])
+    floats, (height, width) = panel.numpy(), weight.block
+    over_rows(
+        last - first,
+        16,
+        lambda a, b: panels_cpu.fp8_to_float(
+            codes[first + a : first + b], scale, height, width, first + a, floats[a:b]
+        ),
+    )
+    return panel
+
+
+def _torch_panel(weight: Int4Weight, first: int, last: int) -> Tensor:
+    half, columns = torch_half(), weight.shape[1]
+    part = Int4Weight(weight.codes[first:last], weight.scale[:, first:last], "torch")
+    if half is None or (last - first) % (2 * half):
+        return part.dequantize(torch.float32)
+    codes = part.codes.reshape(-1, columns, half).numpy()
+    scale = _bits(part.scale[..., 0].reshape(columns // GROUP, -1, 2, half).contiguous())
+    panel = torch.empty(codes.shape[0], columns, 2, half)
+    floats = panel.numpy()
+    over_rows(len(codes), 1, lambda a, b: panels_cpu.torch_to_float(codes[a:b], scale[:, a:b].copy(), floats[a:b]))
+    return panel.permute(0, 2, 3, 1).reshape(last - first, columns)
+
+
+def _bits(tensor: Tensor) -> NDArray[Any]:
+    """Return a CPU tensor's bits as a numpy view."""
+    return tensor.view({1: torch.uint8, 2: torch.uint16}[tensor.element_size()]).numpy()
+
+
+@lru_cache(maxsize=1)
+def _multiplies_bf16() -> bool:
+    """Return whether this CPU multiplies BF16 matrices faster than float32 ones, found by trying."""
+    x, weight = torch.rand(64, 1024), torch.rand(512, 1024)
+    narrow_x, narrow_weight = x.bfloat16(), weight.bfloat16()
+    return _seconds(lambda: narrow_x @ narrow_weight.T) < _seconds(lambda: x @ weight.T)
