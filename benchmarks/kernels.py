@@ -64,13 +64,15 @@ def work(given: argparse.Namespace) -> None:
         warm_up_seconds=0.05 if given.quick else 0.2,
         rotate_bytes=kernel_run.rotate_bytes(given.device),
     )
+    cells = kernel_cases.cells(given.device, quick=given.quick, full=given.full)
+    chosen = [cell for cell in cells if given.only in cell.key]
+    if not chosen:
+        raise SystemExit(f"--only {given.only}: no cell has this in its name, such as {cells[0].key}")
     results = kernel_run.Results.open(given.out, resume=given.resume)
     if "machine" not in results.data:
         results.save(**kernel_run.describe(settings), command=command(given))
-    cells = kernel_cases.cells(given.device, quick=given.quick, full=given.full)
     timer = (kernel_run.cpu_timer if given.device == "cpu" else kernel_run.cuda_timer)(settings)
     with torch.inference_mode():
-        chosen = [cell for cell in cells if given.only in cell.key]
         kernel_run.run(chosen, results, settings, timer, until=given.until)
     if given.device == "cuda":
         results.data["machine"]["nvidia_smi"]["after"] = kernel_run.graphics()

@@ -33,6 +33,9 @@ from k2quant.kernels.launch_triton import Launch
 SHAPES = [(18432, 7168), (7168, 18432), (7168, 8192), (16384, 512), (576, 7168), (12288, 1536), (1536, 7168)]
 """N and K of K2's dense weights; the first is the one that CI compiles."""
 
+ODD = (200, 96)
+"""N and K of a weight that lowers the depth of every tile to 32."""
+
 INNER, HIDDEN = 2048, 7168
 """Of K2's experts."""
 
@@ -64,6 +67,8 @@ class Build:
     lop3: int
     conversions: int
     serialized: bool
+    apart: bool
+    """Whether words of INT4 codes that are unpacked together lie in different threads: silently wrong numbers."""
     problems: tuple[str, ...]
 
 
@@ -84,7 +89,7 @@ def main() -> int:
     """Compile, print a table, write results; return 3 if a gate says no."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all-shapes", action="store_true", help="every shape of K2, not one for each kernel")
-    parser.add_argument("--arch", type=int, action="append", help="only this architecture: 80, 90 or 100")
+    parser.add_argument("--arch", type=int, action="append", choices=(80, 90, 100), help="only this architecture")
     parser.add_argument("--out", type=Path, help="write a JSON file, and a table beside it")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
@@ -137,7 +142,8 @@ def kind_of(case: Case, *, all_shapes: bool) -> tuple[Any, ...]:
         return (case.kernel,)
     if all_shapes:
         return case.product, case.shape, case.config, case.number
-    return case.product, replace(case.config, splits=1), case.kernel, case.number
+    odd = case.shape == f"{ODD[0]}x{ODD[1]}"
+    return case.product, replace(case.config, splits=1), case.kernel, case.number, odd
 
 
 def shapes_of(product: str, shape: str, *, all_shapes: bool) -> list[str]:
@@ -146,7 +152,8 @@ def shapes_of(product: str, shape: str, *, all_shapes: bool) -> list[str]:
         return [shape]
     if product.startswith(("gate_up", "down")):
         return [f"{INNER}x{HIDDEN}" if product.startswith("gate_up") else f"{HIDDEN}x{INNER}"]
-    return [f"{rows}x{columns}" for rows, columns in (SHAPES if all_shapes else SHAPES[:1])]
+    dense = [*SHAPES, ODD] if all_shapes else [SHAPES[0], ODD]
+    return [f"{rows}x{columns}" for rows, columns in dense]
 
 
 def launches(product: str, shape: str, config: Config, arch: int) -> list[Launch]:
@@ -180,6 +187,7 @@ def compile_case(case: Case) -> Build:
         lop3=len(re.findall(r"\bLOP3", sass)),
         conversions=len(re.findall(r"\b(?:I2F|F2F|I2FP|F2FP)", sass)),
         serialized="C7515" in said,
+        apart=words_apart(compiled.asm["ttgir"]),
         problems=(),
     )
     return Build(**{**{name: getattr(build, name) for name in Build.__slots__}, "problems": problems_of(build, case)})
@@ -189,6 +197,8 @@ def problems_of(build: Build, case: Case) -> tuple[str, ...]:
     """Return what a gate has against a build."""
     wide = "wgmma" if build.arch == 90 else "tcgen05" if build.arch >= 100 else "mma.sync"
     expected = "none" if case.config.form == "vector" else wide if case.config.rows >= WIDE_ROWS else "mma.sync"
+    if case.shape == f"{ODD[0]}x{ODD[1]}":
+        expected = build.instruction  # a tile this small has too few warps for the wide instruction
     multiplies = build.kernel in {"_linear", "_vector", "_linear_w8a8", "_gate_up", "_down"}
     checks = {
         f"{build.spilled} bytes spilled": build.spilled > 0,
@@ -196,6 +206,7 @@ def problems_of(build: Build, case: Case) -> tuple[str, ...]:
         > SHARED_LIMIT[build.arch],
         f"expected {expected}, found {build.instruction}": multiplies and build.instruction != expected,
         "ptxas serialises wgmma (C7515)": build.serialized,
+        "a thread does not hold both words that it unpacks": build.apart,
         "no register count: did ptxas fail?": build.registers == 0,
     }
     return tuple(text for text, holds in checks.items() if holds)
@@ -214,6 +225,32 @@ def assembled(ptx: str, arch: int) -> tuple[str, str]:
             return said.stdout + said.stderr, ""
         sass = subprocess.run([str(BIN / "nvdisasm"), "-c", str(binary)], capture_output=True, text=True, check=False)
     return said.stdout + said.stderr, sass.stdout
+
+
+def words_apart(ttgir: str) -> bool:
+    """Return whether any INT4 words that inline assembly takes in pairs are not neighbours in one thread.
+
+    The assembly works on registers, two at a time; whether these are neighbours along the last dimension is for the
+    compiler's layout to say: at least two to a thread there, and that dimension first.
+    """
+    layouts = dict(re.findall(r"^(#\S+) = (.*)$", ttgir, re.MULTILINE))
+    words = re.findall(r"tt\.elementwise_inline_asm.*?: tensor<([\dx]+)xi32, (#\w+)>", ttgir)
+    return not all(side_by_side(layouts[name], dimensions.count("x") + 1) for dimensions, name in words)
+
+
+def side_by_side(layout: str, dimensions: int) -> bool:
+    """Return whether registers 0 and 1 of a thread are neighbours along the last dimension."""
+    if "#ttg.blocked" in layout:
+        sizes, order = (numbers_of(layout, name) for name in ("sizePerThread", "order"))
+        return sizes[-1] > 1 and order[0] == dimensions - 1
+    first = re.search(r"register = \[\[([\d, ]+)\]", layout)
+    return first is not None and [int(part) for part in first[1].split(",")] == [0] * (dimensions - 1) + [1]
+
+
+def numbers_of(layout: str, name: str) -> list[int]:
+    """Return the numbers of a layout's attribute."""
+    found = re.search(rf"{name} = \[([\d, ]+)\]", layout)
+    return [int(part) for part in found[1].split(",")] if found else []
 
 
 def instruction_of(sass: str) -> str:

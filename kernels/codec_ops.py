@@ -7,7 +7,8 @@ a GPU the Triton kernels, one launch each. On a GPU nothing waits for the device
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from k2quant.kernels import codecs_cpu, dispatch, reference
 from k2quant.kernels.grids import Grid
 from k2quant.kernels.linear_ops import as_bytes, as_codes
 from k2quant.kernels.threads_cpu import over_rows
+from k2quant.kernels.values import ValueAt
 from k2quant.kernels.weights import GROUP
 
 Pair = tuple[Tensor, Tensor]
@@ -38,6 +40,7 @@ def bf16_to_int4(weights: Tensor, grid: Grid = "moonshot", *, recover: bool = Tr
     Returns:
         int32 words `[R, K/8]` and BF16 scales `[R, K/32]`.
     """
+    _expect_grid(grid)
     _expect(weights, "weights", torch.bfloat16, multiple=GROUP)
     return cast("Pair", torch.ops.k2quant.bf16_to_int4(weights, grid, recover))
 
@@ -50,6 +53,7 @@ def int4_to_bf16(packed: Tensor, scale: Tensor) -> Tensor:
 
 def bf16_to_fp8(weights: Tensor, block: tuple[int, int] = BLOCK) -> Pair:
     """Encode BF16 `[R, K]` as e4m3 codes `[R, K]` with float32 scales `[ceil(R/block[0]), ceil(K/block[1])]`."""
+    _expect_block(block)
     _expect(weights, "weights", torch.bfloat16)
     codes, scale = torch.ops.k2quant.bf16_to_fp8(weights, *block)
     return as_codes(codes), scale
@@ -63,6 +67,7 @@ def fp8_to_bf16(codes: Tensor, scale: Tensor, block: tuple[int, int] = BLOCK) ->
 
 def fp8_to_int4(codes: Tensor, scale: Tensor, block: tuple[int, int] = BLOCK, grid: Grid = "moonshot") -> Pair:
     """Do `fp8_to_bf16` and `bf16_to_int4` without writing BF16."""
+    _expect_grid(grid)
     _expect_fp8(codes, scale, block)
     _expect(codes, "codes", E4M3, multiple=GROUP)
     return cast("Pair", torch.ops.k2quant.fp8_to_int4(as_bytes(codes), scale, *block, grid))
@@ -70,19 +75,25 @@ def fp8_to_int4(codes: Tensor, scale: Tensor, block: tuple[int, int] = BLOCK, gr
 
 def int4_to_fp8(packed: Tensor, scale: Tensor, block: tuple[int, int] = BLOCK) -> Pair:
     """Do `int4_to_bf16` and `bf16_to_fp8` without writing BF16."""
+    _expect_block(block)
     _expect_int4(packed, scale)
     codes, out_scale = torch.ops.k2quant.int4_to_fp8(packed, scale, *block)
     return as_codes(codes), out_scale
 
 
 def fake_quantize_int4(weights: Tensor, grid: Grid = "moonshot") -> Tensor:
-    """Round BF16 `[R, K]` to the INT4 grid and back, in one pass: what plain rounding, not recovering, decodes to."""
+    """Round BF16 `[R, K]` to the INT4 grid and back, in one pass: what plain rounding, not recovering, decodes to.
+
+    It has no gradient: what takes its place is a matter of training.
+    """
+    _expect_grid(grid)
     _expect(weights, "weights", torch.bfloat16, multiple=GROUP)
     return cast("Tensor", torch.ops.k2quant.fake_quantize_int4(weights, grid))
 
 
 def fake_quantize_fp8(weights: Tensor, block: tuple[int, int] = BLOCK) -> Tensor:
-    """Round BF16 `[R, K]` to block FP8 and back, in one pass."""
+    """Round BF16 `[R, K]` to block FP8 and back, in one pass. It has no gradient either."""
+    _expect_block(block)
     _expect(weights, "weights", torch.bfloat16)
     return cast("Tensor", torch.ops.k2quant.fake_quantize_fp8(weights, *block))
 
@@ -90,6 +101,8 @@ def fake_quantize_fp8(weights: Tensor, block: tuple[int, int] = BLOCK) -> Tensor
 def _expect(tensor: Tensor, name: str, dtype: torch.dtype, multiple: int = 1) -> None:
     if tensor.dtype != dtype or tensor.ndim != 2:
         raise UsageError(f"{name}: expected {dtype} [R, K], found {tensor.dtype} {list(tensor.shape)}")
+    if tensor.shape[1] == 0:
+        raise UsageError(f"{name}: expected at least one column, found {list(tensor.shape)}")
     if tensor.shape[1] % multiple:
         raise UsageError(f"{name}: expected a multiple of {multiple} columns, found {tensor.shape[1]}")
 
@@ -97,22 +110,48 @@ def _expect(tensor: Tensor, name: str, dtype: torch.dtype, multiple: int = 1) ->
 def _expect_int4(packed: Tensor, scale: Tensor) -> None:
     _expect(packed, "packed", torch.int32, multiple=GROUP // 8)
     _expect(scale, "scale", torch.bfloat16)
-    _expect_shape(scale, (packed.shape[0], packed.shape[1] * 8 // GROUP), f"packed {list(packed.shape)}")
+    _expect_shape(packed, scale, (packed.shape[0], packed.shape[1] * 8 // GROUP), f"packed {list(packed.shape)}")
 
 
 def _expect_fp8(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
+    _expect_block(block)
     _expect(codes, "codes", E4M3)
     _expect(scale, "scale", torch.float32)
-    _expect_shape(scale, _blocks(codes, block), f"codes {list(codes.shape)} in blocks of {block[0]}x{block[1]}")
+    _expect_shape(codes, scale, _blocks(codes, block), f"codes {list(codes.shape)} in blocks of {block[0]}x{block[1]}")
 
 
-def _expect_shape(scale: Tensor, shape: tuple[int, ...], what: str) -> None:
+def _expect_grid(grid: str) -> None:
+    if grid not in get_args(Grid):
+        raise UsageError(f"grid: expected {' or '.join(get_args(Grid))}, found {grid}")
+
+
+def _expect_block(block: tuple[int, int]) -> None:
+    if not (isinstance(block, tuple) and len(block) == 2 and min(block) > 0):
+        raise UsageError(f"block: expected its rows and columns, such as (128, 128), found {block}")
+
+
+def _expect_shape(codes: Tensor, scale: Tensor, shape: tuple[int, ...], what: str) -> None:
+    if scale.device != codes.device:
+        raise UsageError(f"codes lie on {codes.device} but their scale on {scale.device}; put both on one device")
     if tuple(scale.shape) != shape:
         raise UsageError(f"scale: expected {list(shape)} for {what}, found {list(scale.shape)}")
 
 
 def _blocks(matrix: Tensor, block: tuple[int, int]) -> tuple[int, int]:
     return -(-matrix.shape[0] // block[0]), -(-matrix.shape[1] // block[1])
+
+
+def _over_rows(rows: int, height: int, work: Callable[[int, int], object]) -> None:
+    """Share rows out among threads, in multiples of a block's height; an error counts rows from the first."""
+
+    def located(first: int, last: int) -> None:
+        try:
+            work(first, last)
+        except ValueAt as error:
+            row = error.row + (first if error.of == "weight" else first // height)
+            raise ValueAt(row=row, column=error.column, what=error.what, of=error.of) from None
+
+    over_rows(rows, height, located)
 
 
 def _bits(tensor: Tensor) -> NDArray[Any]:
@@ -158,7 +197,7 @@ def _bf16_to_int4(weights: Tensor, grid: str, recover: bool) -> tuple[Tensor, Te
         return reference.bf16_to_int4(weights, rule, recover=recover)[:2]
     packed, scale = _new_int4(weights)
     source, words, factors = _bits(weights), _bits(packed), _bits(scale)
-    over_rows(
+    _over_rows(
         len(source),
         1,
         lambda a, b: codecs_cpu.bf16_to_int4(source[a:b], rule, words[a:b], factors[a:b], recover=recover),
@@ -176,7 +215,7 @@ def _int4_to_bf16(packed: Tensor, scale: Tensor) -> Tensor:
         return reference.int4_to_bf16(packed, scale.float(), GROUP)
     out = _new_bf16(packed, packed.shape[1] * 8)
     words, factors, bits = _bits(packed), _wide(scale), _bits(out)
-    over_rows(len(words), 1, lambda a, b: codecs_cpu.int4_to_bf16(words[a:b], factors[a:b], GROUP, bits[a:b]))
+    _over_rows(len(words), 1, lambda a, b: codecs_cpu.int4_to_bf16(words[a:b], factors[a:b], GROUP, bits[a:b]))
     return out
 
 
@@ -191,7 +230,7 @@ def _bf16_to_fp8(weights: Tensor, block_rows: int, block_columns: int) -> tuple[
         return _stored(reference.bf16_to_fp8(weights, block))
     codes, scale = _new_fp8(weights, block)
     source, out, factors = _bits(weights), _bits(codes), _bits(scale)
-    over_rows(
+    _over_rows(
         len(source),
         block_rows,
         lambda a, b: codecs_cpu.bf16_to_fp8(source[a:b], block, out[a:b], _part(factors, a, b, block_rows)),
@@ -210,7 +249,7 @@ def _fp8_to_bf16(codes: Tensor, scale: Tensor, block_rows: int, block_columns: i
         return reference.fp8_to_bf16(as_codes(codes), scale, block)
     out = _new_bf16(codes, codes.shape[1])
     source, factors, bits = _bits(codes), _wide(scale), _bits(out)
-    over_rows(
+    _over_rows(
         len(source),
         block_rows,
         lambda a, b: codecs_cpu.fp8_to_bf16(source[a:b], _part(factors, a, b, block_rows), block, bits[a:b]),
@@ -229,7 +268,7 @@ def _fp8_to_int4(codes: Tensor, scale: Tensor, block_rows: int, block_columns: i
         return reference.fp8_to_int4(as_codes(codes), scale, block, rule)[:2]
     packed, out_scale = _new_int4(codes)
     source, factors, words, narrow = _bits(codes), _wide(scale), _bits(packed), _bits(out_scale)
-    over_rows(
+    _over_rows(
         len(source),
         block_rows,
         lambda a, b: codecs_cpu.fp8_to_int4(
@@ -250,7 +289,7 @@ def _int4_to_fp8(packed: Tensor, scale: Tensor, block_rows: int, block_columns: 
         return _stored(reference.int4_to_fp8(packed, scale.float(), GROUP, block))
     codes, out_scale = _new_fp8(_new_bf16(packed, packed.shape[1] * 8), block)
     words, wide, out, factors = _bits(packed), _wide(scale), _bits(codes), _bits(out_scale)
-    over_rows(
+    _over_rows(
         len(words),
         block_rows,
         lambda a, b: codecs_cpu.int4_to_fp8(

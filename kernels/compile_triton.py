@@ -24,8 +24,10 @@ from k2quant.kernels import (
     w8a8_triton,
 )
 from k2quant.kernels.configs import Config, Product
+from k2quant.kernels.dispatch import EXPERTS, TOP
 from k2quant.kernels.grids import Grid
 from k2quant.kernels.launch_triton import Launch, recorded
+from k2quant.kernels.routing_triton import SPARSITY_FACTOR
 from k2quant.kernels.weights import GROUP, Fp8Weight, Int4Weight
 
 _TYPES = {
@@ -42,18 +44,36 @@ _TYPES = {
 }
 
 
-SMALLEST_TILE = 16
-"""Rows of a tile up to which a layer of experts may get few tokens, and then does not sort them by expert."""
+FEW_ROWS = 32
+"""Rows of a tile up to which a layer of experts may have few tokens, and then does not sort them by expert."""
 
 FP8_ARCH = 89
 """The first architecture that knows FP8 itself."""
 
-EXPERTS, TOP = 384, 8
-"""Kimi K2's routed experts, and how many a token has."""
 
+def rehearse(
+    product: Product,
+    weight_format: str,
+    shape: tuple[int, int],
+    config: Config,
+    *,
+    tokens: tuple[int, ...] | None = None,
+    backward: bool = True,
+) -> list[Launch]:
+    """Record what the host code of a product launches for a weight `[N, K]`; nothing is allocated and nothing runs.
 
-def rehearse(product: Product, weight_format: str, shape: tuple[int, int], config: Config) -> list[Launch]:
-    """Record what the host code of a product launches for a weight `[N, K]`; nothing is allocated and nothing runs."""
+    Args:
+        product: of a layer of experts only this product's launches are returned; helpers count as those of gate_up.
+        weight_format: `int4` or `fp8`.
+        shape: N and K.
+        config: rows are those of both products of a layer of experts.
+        tokens: so many are sent through a layer of experts, in turn. If left out: many, which are sorted by expert, and
+            where the tiles are low also few, which are not.
+        backward: record the gradients of a layer of experts too.
+
+    Returns:
+        Each kernel once.
+    """
     with torch.device("meta"), recorded() as found:
         x = torch.empty(2 * config.rows, shape[1], dtype=torch.bfloat16)
         if product == "w8a8":
@@ -61,8 +81,16 @@ def rehearse(product: Product, weight_format: str, shape: tuple[int, int], confi
         elif product == "linear":
             linear_triton.linear(x, _weight(weight_format, *shape), config)
         else:
-            _rehearse_moe(product, weight_format, shape, config)
-    return [launch for launch in found if product not in {"gate_up", "down"} or _product_of(launch) == product]
+            few = (most_direct(),) if config.rows <= FEW_ROWS else ()
+            for count in tokens or (*few, EXPERTS):
+                _rehearse_moe(product, weight_format, shape, config, count, backward=backward)
+    wanted = [launch for launch in found if product not in {"gate_up", "down"} or _product_of(launch) == product]
+    return list({_kind(launch): launch for launch in reversed(wanted)}.values())[::-1]
+
+
+def most_direct() -> int:
+    """Return the most tokens that Kimi K2's experts are given without sorting them by expert."""
+    return EXPERTS // (SPARSITY_FACTOR * TOP)
 
 
 def rehearse_codecs(arch: int) -> list[Launch]:
@@ -95,16 +123,24 @@ def _product_of(launch: Launch) -> Product:
     return "down" if down else "gate_up"
 
 
-def _rehearse_moe(product: Product, weight_format: str, shape: tuple[int, int], config: Config) -> None:
+def _kind(launch: Launch) -> tuple[object, ...]:
+    types = tuple(_type(value) for value in launch.arguments.values())
+    constants = tuple(sorted(launch.constants.items()))
+    return launch.kernel.__name__, types, constants, launch.warps, launch.stages, launch.exact
+
+
+def _rehearse_moe(
+    product: Product, weight_format: str, shape: tuple[int, int], config: Config, tokens: int, *, backward: bool
+) -> None:
     inner, hidden = shape if product == "gate_up" else shape[::-1]
     shapes = ((EXPERTS, inner, hidden), (EXPERTS, inner, hidden), (EXPERTS, hidden, inner))
     gate, up, down = (_weight(weight_format, *each) for each in shapes)
-    tokens = EXPERTS // (4 * TOP) if config.rows <= SMALLEST_TILE else EXPERTS  # with and without sorting by expert
     ids = torch.empty(tokens, TOP, dtype=torch.int64)
     x = torch.empty(tokens, hidden, dtype=torch.bfloat16)
     weights = torch.empty(ids.shape)
     moe_triton.moe(x, gate, up, down, ids, weights, config, config)
-    moe_triton.moe_backward(x, x, gate, up, down, ids, weights, config, config)
+    if backward:
+        moe_triton.moe_backward(x, x, gate, up, down, ids, weights, config, config)
 
 
 def _weight(weight_format: str, *shape: int) -> Int4Weight | Fp8Weight:

@@ -98,7 +98,7 @@ def read_table(path: Path) -> Table:
         raw = json.loads(path.read_text(encoding="utf-8"))
         products = {
             product: {
-                shape: {int(bucket): _config(config) for bucket, config in buckets.items()}
+                shape: {int(bucket): _config(config, product) for bucket, config in buckets.items()}
                 for shape, buckets in shapes.items()
             }
             for product, shapes in raw["products"].items()
@@ -156,7 +156,7 @@ def table_for(device: str, capability: tuple[int, int]) -> Table:
     return read_table(TABLES / f"sm_{usable[-1]}.json")
 
 
-def _config(raw: dict[str, Any]) -> Config:
+def _config(raw: dict[str, Any], product: str) -> Config:
     known: dict[str, type] = {field.name: type(field.default) for field in fields(Config)}
     for key, value in raw.items():
         if key not in known or type(value) is not known[key]:
@@ -164,6 +164,8 @@ def _config(raw: dict[str, Any]) -> Config:
         _check_number(key, value)
     if raw.get("form", "tile") not in {"vector", "tile", "dequantize"}:
         raise ValueError(f"unknown form `{raw['form']}`")
+    if raw.get("form", "tile") != "tile" and not product.startswith("linear/"):
+        raise ValueError(f"form `{raw['form']}` in {product}, which knows only `tile`")
     return Config(**raw)
 
 

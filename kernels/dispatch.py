@@ -1,4 +1,4 @@
-"""Which backend makes a product: the one place where device, shape and table are looked at.
+"""Which backend makes a product, by device, shape and table.
 
 CPU: `linear_cpu`. NVIDIA GPUs with Triton: the Triton kernels, or dequantised weights and cuBLAS where the table says
 that this is faster. Anything else: the reference.
@@ -7,7 +7,10 @@ that this is faster. Anything else: the reference.
 from __future__ import annotations
 
 import importlib.util
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -17,37 +20,60 @@ from k2quant.kernels import matmul_reference as reference
 from k2quant.kernels.configs import Config, Product, Table, table_for
 from k2quant.kernels.weights import Fp8Weight, Int4Weight
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 Weight = Int4Weight | Fp8Weight
 
 _TILE_DTYPES = (torch.bfloat16, torch.float16)
 """Products in float32 have no matrix units to gain from: cuBLAS on dequantised weights is as good."""
 
+_FLOAT32_TILE = Config(rows=16, columns=32, depth=32, warps=4, stages=1)
+"""For experts in float32, which cuBLAS does not group: larger tiles overflow the registers."""
 
+EXPERTS, TOP = 384, 8
+"""Kimi K2's routed experts, and how many a token has."""
+
+
+def _in_given_dtypes(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep autocast out: an operator computes in the dtypes that it is given and says that it returns."""
+
+    @wraps(function)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = cast("Tensor", args[0])
+        with torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return plain
+
+
+@_in_given_dtypes
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """Return x @ weight.T, `[.., N]`, for x `[.., K]`."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     return _linear(rows, weight).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _linear(x: Tensor, weight: Weight) -> Tensor:
+    if on_triton(x):
+        config = _config("linear", weight, x.shape[0], x.device)
+        if config.form == "dequantize" or x.dtype not in _TILE_DTYPES:
+            return x @ dequantize(weight, x.dtype).T
+        from k2quant.kernels import linear_triton
+
+        return linear_triton.linear(x, weight, config)
     if x.device.type == "cpu":
         from k2quant.kernels import linear_cpu
 
         return linear_cpu.linear(x, weight)
-    if not on_triton(x):
-        return reference.linear(x, weight)
-    config = _config("linear", weight, x.shape[0], x)
-    if config.form == "dequantize" or x.dtype not in _TILE_DTYPES:
-        return x @ dequantize(weight, x.dtype).T
-    from k2quant.kernels import linear_triton
-
-    return linear_triton.linear(x, weight, config)
+    return reference.linear(x, weight)
 
 
+@_in_given_dtypes
 def linear_backward(grad: Tensor, weight: Weight) -> Tensor:
     """Return grad @ weight, `[.., K]`, for grad `[.., N]`: the gradient of `linear` for x."""
-    rows = grad.reshape(-1, grad.shape[-1]).contiguous()
-    if grad.device.type == "cpu":
+    rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).contiguous()
+    if grad.device.type == "cpu" and not on_triton(grad):
         from k2quant.kernels import linear_cpu
 
         out = linear_cpu.linear_backward(rows, weight)
@@ -56,49 +82,50 @@ def linear_backward(grad: Tensor, weight: Weight) -> Tensor:
     return out.reshape(*grad.shape[:-1], weight.shape[1])
 
 
+@_in_given_dtypes
 def linear_w8a8(x: Tensor, weight: Fp8Weight) -> Tensor:
     """Return x @ weight.T, `[.., N]`, with x rounded to FP8 in 1x128 blocks."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     if on_triton(x) and _capability(x) >= (8, 9) and weight.block[1] == 128:
         from k2quant.kernels import w8a8_triton
 
-        out = w8a8_triton.linear_w8a8(rows, weight, _config("w8a8", weight, rows.shape[0], x))
+        out = w8a8_triton.linear_w8a8(rows, weight, _config("w8a8", weight, rows.shape[0], x.device))
     else:
         out = reference.fp8_linear_w8a8(rows, weight)
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
+@_in_given_dtypes
 def moe(x: Tensor, gate: Weight, up: Weight, down: Weight, ids: Tensor, weights: Tensor) -> Tensor:
     """Return the experts' weighted sum, `[T, H]`; see `matmul_reference.moe`."""
+    if on_triton(x):
+        from k2quant.kernels import moe_triton
+
+        configs = _moe_configs(x, gate, down, ids)
+        return moe_triton.moe(x.contiguous(), gate, up, down, ids.contiguous(), weights.contiguous(), *configs)
     if x.device.type == "cpu":
         from k2quant.kernels import linear_cpu
 
         return reference.moe(x, gate, up, down, ids, weights, product=linear_cpu.linear)
-    if not on_triton(x):
-        return reference.moe(x, gate, up, down, ids, weights)
-    from k2quant.kernels import moe_triton
-
-    inward, outward = _moe_configs(x, gate, down)
-    return moe_triton.moe(x.contiguous(), gate, up, down, ids.contiguous(), weights.contiguous(), inward, outward)
+    return reference.moe(x, gate, up, down, ids, weights)
 
 
+@_in_given_dtypes
 def moe_backward(
     grad: Tensor, x: Tensor, gate: Weight, up: Weight, down: Weight, ids: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `moe` for x `[T, H]` and for the router's weights `[T, k]`."""
+    if on_triton(x):
+        from k2quant.kernels import moe_triton
+
+        parts = grad.contiguous(), x.contiguous(), gate, up, down, ids.contiguous(), weights.contiguous()
+        return moe_triton.moe_backward(*parts, *_moe_configs(x, gate, down, ids))
     if x.device.type == "cpu":
         from k2quant.kernels import linear_cpu
 
         products = linear_cpu.linear, linear_cpu.linear_backward
         return reference.moe_backward(grad, x, gate, up, down, ids, weights, products=products)
-    if not on_triton(x):
-        return reference.moe_backward(grad, x, gate, up, down, ids, weights)
-    from k2quant.kernels import moe_triton
-
-    inward, outward = _moe_configs(x, gate, down)
-    return moe_triton.moe_backward(
-        grad.contiguous(), x.contiguous(), gate, up, down, ids.contiguous(), weights.contiguous(), inward, outward
-    )
+    return reference.moe_backward(grad, x, gate, up, down, ids, weights)
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -142,6 +169,7 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@lru_cache(maxsize=16)
 def table_of(device: torch.device) -> Table:
     """Return the table of a GPU."""
     return table_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
@@ -151,10 +179,16 @@ def _capability(tensor: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device)
 
 
-def _config(product: Product, weight: Weight, rows: int, x: Tensor) -> Config:
+def _config(product: Product, weight: Weight, rows: int, device: torch.device) -> Config:
     kind = "int4" if isinstance(weight, Int4Weight) else "fp8"
-    return table_of(x.device).choose(product, kind, weight.shape, rows)
+    return table_of(device).choose(product, kind, weight.shape, rows)
 
 
-def _moe_configs(x: Tensor, gate: Weight, down: Weight) -> tuple[Config, Config]:
-    return _config("gate_up", gate, x.shape[0], x), _config("down", down, x.shape[0], x)
+def _moe_configs(x: Tensor, gate: Weight, down: Weight, ids: Tensor) -> tuple[Config, Config]:
+    """Return the configurations of both products of a layer of experts, with equal blocks of rows."""
+    if x.dtype not in _TILE_DTYPES:
+        return _FLOAT32_TILE, _FLOAT32_TILE
+    # Tables speak of Kimi K2's tokens: what counts is how many rows an expert gets.
+    tokens = -(-ids.numel() * EXPERTS // (TOP * max(1, gate.shape[0])))
+    inward = _config("gate_up", gate, tokens, x.device)
+    return inward, replace(_config("down", down, tokens, x.device), rows=inward.rows)

@@ -17,8 +17,8 @@ as 32-bit words: word j of row i goes to lane i of register j.
 upper half. `vpermw` then looks each half up in a table of the 16 codes as BF16, held in one register. It regards the
 lowest 5 bits, a nibble and a bit of the next one; the table has 32 entries, the 16 codes twice.
 
-**Five unpack 32 FP8 codes.** A byte shuffle copies each code to both bytes of its half lane; `vpermi2b` looks up the
-lower byte, and again the higher byte, in tables of the 128 magnitudes; the sign is copied over. Tables make
+**Four or five unpack 32 FP8 codes.** A byte shuffle copies each code to both bytes of its half lane; `vpermi2b` looks
+up the lower byte, and again the higher byte, in tables of the 128 magnitudes; the sign is copied over. Tables make
 subnormals and NaN no special case.
 
 **Up to `FEW` rows of x**, the unpacked codes go from register to multiplier. **For more**, a tile of 64 rows of W is
@@ -50,7 +50,6 @@ from numpy.typing import NDArray
 from k2quant.kernels.values import F32, I32, U8, U16
 
 Int = Any  # what numba makes of integers is no one Python type
-U32 = NDArray[np.uint32]
 
 GROUP = 32
 """Columns that are summed before a scale is applied."""
@@ -59,7 +58,10 @@ ROWS = 64
 """Rows of W that are unpacked together: four registers' lanes."""
 
 FEW = 4
-"""Rows of x up to which codes are multiplied as they are unpacked: at 4 both ways take the same time."""
+"""Rows of x up to which codes are multiplied as they are unpacked: at 4 it takes 0.8 of the time of the other way."""
+
+CHAINS = 8
+"""Sums that grow by turns, where there are so many: an addition waits for the one before it in the same sum."""
 
 ABREAST = 6
 """Rows of x that are multiplied together at most: with 64 rows of W their sums fill 24 of the 32 registers."""
@@ -68,10 +70,7 @@ MANY = 256
 """Rows of x that pass by a tile at most. Their totals take 64 KiB of the second-level cache."""
 
 AHEAD = 4
-CHAINS = 4
-NEXT = 0
-FIRST = 0
-"""Tiles between the one that is unpacked and the one that is fetched from memory; it halves the time of a row of x."""
+"""Tiles between the one that is unpacked and the one that is fetched from memory; without, it takes twice the time."""
 
 _FEATURES = {"avx512f", "avx512bw", "avx512vbmi", "avx512bf16"}
 _INT4, _FP8 = 0, 1
@@ -86,7 +85,7 @@ _jit = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
 @lru_cache(maxsize=1)
 def supported() -> bool:
     """Return whether numba compiles here, for a CPU that has the instructions."""
-    if config.DISABLE_JIT:
+    if config.DISABLE_JIT:  # type: ignore[attr-defined]  # numba sets its options by name
         return False
     features = set(str(cpu_target.target_context.codegen().magic_tuple()[2]).split(","))
     return {f"+{feature}" for feature in _FEATURES} <= features
@@ -347,7 +346,7 @@ def _few(form: int) -> Any:
         columns = code.transposed(tile, stride)
 
         def rows(count: int) -> None:
-            total = [code.load(_FLOATS, totals, m * ROWS * 4) for m in range(count)]
+            total = [code.load(_FLOATS, totals, m * 64) for m in range(count)]
             groups = min(_COLUMNS[form] // GROUP, max(CHAINS // count, 1))
             for top in range(0, _COLUMNS[form] // GROUP, groups):
                 sums = [[_ZEROS] * count for _ in range(groups)]
@@ -359,10 +358,10 @@ def _few(form: int) -> Any:
                             both = code.broadcast(x, (m * pairs + pair) * 4)
                             sums[group][m] = code.multiply(sums[group][m], codes, both)
                 for group in range(groups):
-                    factor = code.load(_FLOATS, factors, (top + group) * ROWS * 4)
+                    factor = code.load(_FLOATS, factors, (top + group) * 64)
                     total = [code.scaled(total[m], sums[group][m], factor) for m in range(count)]
             for m in range(count):
-                code.store(total[m], totals, m * ROWS * 4)
+                code.store(total[m], totals, m * 64)
 
         code.choose(count, tuple(range(1, FEW + 1)), rows)
 
@@ -403,17 +402,19 @@ def _group(form: int) -> Any:
                 factor = code.load(_FLOATS, factors, at % _STRIPS * 64)
                 code.store(code.scaled(code.load(_FLOATS, totals, at * 64), sums[at], factor), totals, at * 64)
 
-        code.choose(count, tuple(range(min(3,FEW+1), ABREAST + 1)), rows)
+        code.choose(count, tuple(range(3, ABREAST + 1)), rows)
 
     return _instructions(5, write)
 
 
-def _widen_scales(code: _Code, tile: Any, stride: Any, factors: Any) -> None:
-    """Widen the BF16 scales of 16 rows and 32 groups to float32, rows in lanes."""
+def _widen_scales(code: _Code, tile: Any, stride: Any, factors: Any, step: Any) -> None:
+    """Widen the BF16 scales of 16 rows and 32 groups to float32, rows in lanes; each group `step` bytes further."""
     high = _constant(_WORDS, [0xFFFF0000] * 16)
-    for word, column in enumerate(code.transposed(tile, stride)):
-        code.store(code.builder.shl(column, _constant(_WORDS, [16] * 16)), factors, 2 * word * ROWS * 4)
-        code.store(code.builder.and_(column, high), factors, (2 * word + 1) * ROWS * 4)
+    for column in code.transposed(tile, stride):
+        code.store(code.builder.shl(column, _constant(_WORDS, [16] * 16)), factors)
+        factors = code.builder.add(factors, step)
+        code.store(code.builder.and_(column, high), factors)
+        factors = code.builder.add(factors, step)
 
 
 def _fetch_rows(code: _Code, tile: Any, stride: Any) -> None:
@@ -424,7 +425,7 @@ def _fetch_rows(code: _Code, tile: Any, stride: Any) -> None:
 
 _int4_few, _int4_unpack, _int4_group = _few(_INT4), _unpack(_INT4), _group(_INT4)
 _fp8_few, _fp8_unpack, _fp8_group = _few(_FP8), _unpack(_FP8), _group(_FP8)
-_scales, _fetch = _instructions(3, _widen_scales), _instructions(2, _fetch_rows)
+_scales, _fetch = _instructions(4, _widen_scales), _instructions(2, _fetch_rows)
 
 
 # --- loops ----------------------------------------------------------------------------------------------------------
@@ -432,38 +433,42 @@ _scales, _fetch = _instructions(3, _widen_scales), _instructions(2, _fetch_rows)
 
 @_jit
 def _int4(x: U16, packed: U8, scale: U8, out: U16, first: int, last: int) -> None:
-    """Do `int4_dot`, `MANY` rows of x and 64 rows of W at a time; W and its scales are bytes."""
-    groups = -(-x.shape[1] // (GROUP * 32)) * 32  # a transposed tile of scales has 32 of them
-    factors, panel, edge = _aligned(groups * ROWS), _aligned(64 * ROWS), np.empty((16, 64), np.uint8)
+    """Do `int4_dot`, `MANY` rows of x at a time; W and its scales are bytes."""
+    groups = -(-scale.shape[1] // _TILE_BYTES) * (_TILE_BYTES // 2)
     for top in range(0, x.shape[0], MANY):
         tiles = _tiles(x[top : top + MANY], 128)
-        totals = _aligned(tiles.shape[1] * ROWS).reshape((tiles.shape[1], ROWS))
-        for row in range(first, last, ROWS):
-            _int4_factors(scale, row, last, factors, edge)
+        rows = tiles.shape[1]
+        height = _STRIP if rows <= FEW else ROWS
+        totals, factors, panel = _aligned(rows, height), _aligned(groups, height), _aligned(64, ROWS)
+        edge = np.empty((_STRIP, _TILE_BYTES), np.uint8)
+        for row in range(first, last, height):
             totals[:] = 0
-            if tiles.shape[1] <= FEW:
-                _multiply_few(_INT4, tiles, packed, row, last, factors, edge, totals, row == first)
+            _int4_factors(scale, row, last, factors, edge)
+            if rows <= FEW:
+                _multiply_few(_INT4, tiles, packed, row, factors, edge, totals)
             else:
                 _multiply_many(_INT4, tiles, packed, row, last, factors, panel, edge, totals)
-            _finish(totals, out[top : top + MANY, row : min(row + ROWS, last)])
+            _finish(totals, out[top : top + MANY, row : min(row + height, last)])
 
 
 @_jit
 def _fp8(x: U16, codes: U8, scale: F32, block_rows: int, block_columns: int, out: U16, first: int, last: int) -> None:
-    """Do `fp8_dot`, `MANY` rows of x and 64 rows of W at a time."""
+    """Do `fp8_dot`, `MANY` rows of x at a time."""
     groups = -(-x.shape[1] // _TILE_BYTES) * (_TILE_BYTES // GROUP)
-    factors, panel, edge = _aligned(groups * ROWS), _aligned(32 * ROWS), np.empty((16, 64), np.uint8)
     for top in range(0, x.shape[0], MANY):
         tiles = _tiles(x[top : top + MANY], 64)
-        totals = _aligned(tiles.shape[1] * ROWS).reshape((tiles.shape[1], ROWS))
-        for row in range(first, last, ROWS):
-            _fp8_factors(scale, row, last, block_rows, block_columns, factors.reshape((groups, ROWS)))
+        rows = tiles.shape[1]
+        height = _STRIP if rows <= FEW else ROWS
+        totals, factors, panel = _aligned(rows, height), _aligned(groups, height), _aligned(32, ROWS)
+        edge = np.empty((_STRIP, _TILE_BYTES), np.uint8)
+        for row in range(first, last, height):
             totals[:] = 0
-            if tiles.shape[1] <= FEW:
-                _multiply_few(_FP8, tiles, codes, row, last, factors, edge, totals, row == first)
+            _fp8_factors(scale, row, last, block_rows, block_columns, factors)
+            if rows <= FEW:
+                _multiply_few(_FP8, tiles, codes, row, factors, edge, totals)
             else:
                 _multiply_many(_FP8, tiles, codes, row, last, factors, panel, edge, totals)
-            _finish(totals, out[top : top + MANY, row : min(row + ROWS, last)])
+            _finish(totals, out[top : top + MANY, row : min(row + height, last)])
 
 
 @_jit
@@ -473,11 +478,11 @@ def _address(array: NDArray[Any]) -> np.int64:
 
 
 @_jit
-def _aligned(count: int) -> F32:
-    """Return float32 that begin at a cache line."""
-    room = np.empty(count + 16, np.float32)
+def _aligned(rows: int, columns: int) -> F32:
+    """Return room for float32 `[rows, columns]` that begins at a cache line."""
+    room = np.empty(rows * columns + 16, np.float32)
     start = (-_address(room) % 64) // 4
-    return room[start : start + count]
+    return room[start : start + rows * columns].reshape((rows, columns))
 
 
 @_jit
@@ -489,51 +494,46 @@ def _tiles(x: U16, columns: int) -> U16:
         start = tile * columns
         there = min(columns, width - start)
         for row in range(rows):
-            for column in range(columns):
-                tiles[tile, row, column] = x[row, start + column] if column < there else 0
+            for column in range(there):
+                tiles[tile, row, column] = x[row, start + column]
+            for column in range(there, columns):
+                tiles[tile, row, column] = 0
     return tiles
 
 
 @_jit
 def _tile(source: U8, row: int, column: int, edge: U8) -> tuple[Int, Int]:
-    """Return where 16 rows of 64 bytes lie, and how far apart; at an edge it is a copy, filled up with zeros."""
+    """Return where 16 rows of 64 bytes lie, and how far apart.
+
+    Where a row has fewer bytes, those of the next row follow: they meet zeros of x, or a scale that is not used. Only
+    where the array ends is a copy made, filled up with zeros.
+    """
     height, width = source.shape
-    if row + _STRIP <= height and column + _TILE_BYTES <= width:
+    if (row + _STRIP - 1) * width + column + _TILE_BYTES <= source.size:
         return _address(source) + row * width + column, width
-    for i in range(_STRIP):
-        for j in range(_TILE_BYTES):
-            edge[i, j] = source[row + i, column + j] if row + i < height and column + j < width else 0
+    edge[:] = 0
+    there = min(_TILE_BYTES, width - column)
+    for i in range(min(_STRIP, height - row)):
+        for j in range(there):
+            edge[i, j] = source[row + i, column + j]
     return _address(edge), _TILE_BYTES
 
 
 @_jit
-def _fetch_ahead(source: U8, row: int, column: int) -> None:
-    """Fetch the tile `AHEAD` of one; past the end of its rows, at the beginning of the rows below the current ones."""
-    column += AHEAD * _TILE_BYTES
-    if column >= source.shape[1]:
-        row, column = row + ROWS, column - source.shape[1]
-    _fetch((_address(source) + row * source.shape[1] + column, source.shape[1]))
-
-
-@_jit
-def _fetch_below(source: U8, row: int, column: int) -> None:
-    """Fetch as much memory as a tile takes, so that, tile by tile, the 16 rows below the current ones are fetched."""
-    _fetch((_address(source) + (row + _STRIP) * source.shape[1] + column * _STRIP, _TILE_BYTES))
-
-
-@_jit
 def _int4_factors(scale: U8, row: int, last: int, factors: F32, edge: U8) -> None:
-    """Write the scales of 64 rows to `[groups, 64]`; behind the last group they are 0."""
-    for strip in range(min(_STRIPS, -(-(last - row) // _STRIP))):
+    """Write the scales of 16 or 64 rows to `[groups, rows]`; behind the last group they are 0."""
+    height = factors.shape[1]
+    for strip in range(row, min(row + height, last), _STRIP):
         for column in range(0, scale.shape[1], _TILE_BYTES):
-            address, stride = _tile(scale, row + strip * _STRIP, column, edge)
-            _fetch((address + ROWS * stride, stride))
-            _scales((address, stride, _address(factors) + (column // 2 * ROWS + strip * _STRIP) * 4))
+            address, stride = _tile(scale, strip, column, edge)
+            _fetch((address + height * stride, stride))
+            _scales((address, stride, _address(factors) + (column // 2 * height + strip - row) * 4, height * 4))
+    factors[scale.shape[1] // 2 :] = 0
 
 
 @_jit
 def _fp8_factors(scale: F32, row: int, last: int, block_rows: int, block_columns: int, factors: F32) -> None:
-    """Write the scale of each group of 32 columns of 64 rows to `[groups, 64]`."""
+    """Write the scale of each group of 32 columns of 16 or 64 rows to `[groups, rows]`."""
     before = -1
     for group in range(factors.shape[0]):
         block = min(group * GROUP // block_columns, scale.shape[1] - 1)
@@ -541,30 +541,24 @@ def _fp8_factors(scale: F32, row: int, last: int, block_rows: int, block_columns
             factors[group] = factors[group - 1]
             continue
         before = block
-        for i in range(ROWS):
+        for i in range(factors.shape[1]):
             factors[group, i] = scale[min(row + i, last - 1) // block_rows, block]
 
 
 @_jit
-def _multiply_few(form: int, tiles: U16, source: U8, row: int, last: int, factors: F32, edge: U8, totals: F32, first: bool) -> None:
-    """Add x @ W.T, for up to `FEW` rows of x and 64 rows of W, to `totals` `[M, 64]`."""
+def _multiply_few(form: int, tiles: U16, source: U8, row: int, factors: F32, edge: U8, totals: F32) -> None:
+    """Add x @ W.T, for up to `FEW` rows of x and 16 rows of W, to `totals` `[M, 16]`."""
     rows, columns = tiles.shape[1:]
-    if FIRST and first:
-        for column in range(0, source.shape[1], _TILE_BYTES):
-            _fetch_below(source, row - _STRIP, column)
-    for strip in range(min(_STRIPS, -(-(last - row) // _STRIP))):
-        top, lane = row + strip * _STRIP, strip * _STRIP * 4
-        for tile in range(tiles.shape[0]):
-            _fetch_below(source, top, tile * _TILE_BYTES)
-            if NEXT:
-                _fetch((_address(source) + top * source.shape[1] + (tile + NEXT) * _TILE_BYTES, source.shape[1]))
-            address, stride = _tile(source, top, tile * _TILE_BYTES, edge)
-            x = _address(tiles) + tile * rows * columns * 2
-            scale = _address(factors) + tile * columns // GROUP * ROWS * 4 + lane
-            if form == _INT4:
-                _int4_few((rows, address, stride, x, scale, _address(totals) + lane))
-            else:
-                _fp8_few((rows, address, stride, x, scale, _address(totals) + lane))
+    for tile in range(tiles.shape[0]):
+        # What lies 16 rows below, in the order of memory: that is faster than row by row, tile by tile.
+        _fetch((_address(source) + (row + _STRIP) * source.shape[1] + tile * _STRIP * _TILE_BYTES, _TILE_BYTES))
+        address, stride = _tile(source, row, tile * _TILE_BYTES, edge)
+        x = _address(tiles) + tile * rows * columns * 2
+        scale = _address(factors) + tile * columns // GROUP * _STRIP * 4
+        if form == _INT4:
+            _int4_few((rows, address, stride, x, scale, _address(totals)))
+        else:
+            _fp8_few((rows, address, stride, x, scale, _address(totals)))
 
 
 @_jit
@@ -575,14 +569,13 @@ def _multiply_many(
     rows, columns = tiles.shape[1:]
     parts = -(-rows // ABREAST)
     for tile in range(tiles.shape[0]):
-        for strip in range(min(_STRIPS, -(-(last - row) // _STRIP))):
-            top = row + strip * _STRIP
-            _fetch_ahead(source, top, tile * _TILE_BYTES)
-            address, stride = _tile(source, top, tile * _TILE_BYTES, edge)
+        for strip in range(row, min(row + ROWS, last), _STRIP):
+            _fetch_ahead(source, strip, tile * _TILE_BYTES)
+            address, stride = _tile(source, strip, tile * _TILE_BYTES, edge)
             if form == _INT4:
-                _int4_unpack((address, stride, _address(panel) + strip * 64))
+                _int4_unpack((address, stride, _address(panel) + (strip - row) * 4))
             else:
-                _fp8_unpack((address, stride, _address(panel) + strip * 64))
+                _fp8_unpack((address, stride, _address(panel) + (strip - row) * 4))
         for part in range(parts):  # as equal as can be: 7 rows are 3 and 4
             top, end = part * rows // parts, (part + 1) * rows // parts
             for group in range(columns // GROUP):
@@ -594,6 +587,15 @@ def _multiply_many(
                     _int4_group((end - top, codes, x, scale, total))
                 else:
                     _fp8_group((end - top, codes, x, scale, total))
+
+
+@_jit
+def _fetch_ahead(source: U8, row: int, column: int) -> None:
+    """Fetch the tile `AHEAD` of one; past the end of its rows, at the beginning of the 64 rows below."""
+    column += AHEAD * _TILE_BYTES
+    if column >= source.shape[1]:
+        row, column = row + ROWS, column - source.shape[1]
+    _fetch((_address(source) + row * source.shape[1] + column, source.shape[1]))
 
 
 @_jit

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from k2quant.errors import UsageError
@@ -32,7 +33,7 @@ def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
     Raises:
         UsageError: x does not fit the weight.
     """
-    check_x(x, weight)
+    check_x(x, weight, Int4Weight)
     return cast("Tensor", torch.ops.k2quant.int4_linear(x, weight.codes, weight.scale, weight.layout))
 
 
@@ -49,7 +50,7 @@ def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
     Raises:
         UsageError: x does not fit the weight.
     """
-    check_x(x, weight)
+    check_x(x, weight, Fp8Weight)
     return cast("Tensor", torch.ops.k2quant.fp8_linear(x, as_bytes(weight.codes), weight.scale, *weight.block))
 
 
@@ -62,17 +63,18 @@ def fp8_linear_w8a8(x: Tensor, weight: Fp8Weight) -> Tensor:
 
     Returns:
         `[.., N]` in the dtype of x; each 128 columns are summed apart and added in float32. The gradient is that of
-        `fp8_linear`: rounding x is passed straight through.
+        `fp8_linear`: rounding x is passed straight through. A row of x that holds an infinity becomes NaN.
 
     Raises:
         UsageError: x does not fit the weight.
     """
-    check_x(x, weight)
+    check_x(x, weight, Fp8Weight)
     return cast("Tensor", torch.ops.k2quant.fp8_linear_w8a8(x, as_bytes(weight.codes), weight.scale, *weight.block))
 
 
-def check_x(x: Tensor, weight: Int4Weight | Fp8Weight, dimensions: int = 2) -> None:
-    """Raise UsageError unless x `[.., K]` fits a weight of so many dimensions."""
+def check_x(x: Tensor, weight: Int4Weight | Fp8Weight, kind: type[Int4Weight | Fp8Weight], dimensions: int = 2) -> None:
+    """Raise UsageError unless x `[.., K]` fits a weight of this kind and of so many dimensions."""
+    check_weight(weight, kind, "weight")
     if len(weight.shape) != dimensions:
         wanted = "[N, K]" if dimensions == 2 else "[E, N, K]"
         raise UsageError(f"weight: expected {wanted}, found {list(weight.shape)}")
@@ -84,6 +86,16 @@ def check_x(x: Tensor, weight: Int4Weight | Fp8Weight, dimensions: int = 2) -> N
         raise UsageError(f"x: expected bfloat16, float16 or float32, found {x.dtype}")
     if x.device != weight.codes.device:
         raise UsageError(f"x lies on {x.device} but the weight on {weight.codes.device}; move one of them")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # noqa: SLF001 - or 0 comes out
+        raise UsageError("x: forward-mode gradients (jvp) are not supported; use backward")
+
+
+def check_weight(weight: object, kind: type[Int4Weight | Fp8Weight], name: str) -> None:
+    """Raise UsageError unless a weight is of a kind, and whole."""
+    if not isinstance(weight, kind):
+        prepare = "prepare_int4" if kind is Int4Weight else "prepare_fp8"
+        raise UsageError(f"{name}: expected an {kind.__name__} from {prepare}, found {type(weight).__name__}")
+    weight.check()
 
 
 def as_bytes(codes: Tensor) -> Tensor:

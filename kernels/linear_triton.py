@@ -17,17 +17,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from k2quant.errors import UsageError
 from k2quant.kernels.configs import Config
 from k2quant.kernels.launch_triton import launch
 from k2quant.kernels.rounding_triton import round_to
 from k2quant.kernels.tiles_triton import fp8_numbers, int4_codes, multiply, multiply_thin
-from k2quant.kernels.weights import Fp8Weight, Int4Weight
+from k2quant.kernels.weights import GROUP, Fp8Weight, Int4Weight
 
 SUM_BLOCK = 1024
 """Results that a program of `_sum_splits` adds up."""
 
 WGMMA_ROWS = 64
 """Rows of a tile of x from which on a Hopper GPU reads weights from shared memory only."""
+
+PAIRS_OF_A_WARP = 512
+"""Codes in two words for each of the 32 threads of a warp."""
 
 THIN_ROWS = 16
 """Rows of a tile from which on x is the left factor of a product, as `multiply_thin` has it."""
@@ -48,26 +52,25 @@ def linear(x: Tensor, weight: Int4Weight | Fp8Weight, config: Config) -> Tensor:
     count, columns = x.shape
     rows = weight.shape[0]
     vector = config.form == "vector"
-    block = weight.block if isinstance(weight, Fp8Weight) else (1, columns)
-    depth = config.depth_for(columns, columns if vector else block[1])
+    kind = constants_of(weight)
+    depth = config.depth_for(columns, columns if vector or kind["FORMAT"] == "int4" else kind["SCALE_COLUMNS"])
+    width, warps = fitted(config, depth)
     splits = divisor(columns // depth, config.splits)
     out = x.new_empty(count, rows)
     target = out if splits == 1 else x.new_empty(splits, count, rows, dtype=torch.float32)
-    constants: dict[str, Any] = {
+    constants: dict[str, Any] = kind | {
         "N": rows,
         "K": columns,
-        "FORMAT": "fp8" if isinstance(weight, Fp8Weight) else "int4",
-        "SCALE_ROWS": block[0],
-        "SCALE_COLUMNS": block[1],
-        "BLOCK_N": config.columns,
+        "BLOCK_N": width,
         "BLOCK_K": depth,
         "SPLITS": splits,
     }
-    tiles = triton.cdiv(rows, config.columns)
-    arguments = (x, codes_of(weight), weight.scale, target, count, x.stride(0))
-    options: dict[str, Any] = {"warps": config.warps, "stages": config.stages}
+    tiles = triton.cdiv(rows, width)
+    # The stride of a single row means nothing, and might have Triton compile the kernel once more.
+    arguments = (x, codes_of(weight), weight.scale, target, count, x.stride(0) if count > 1 else columns)
+    options: dict[str, Any] = {"warps": warps, "stages": config.stages}
     if vector:
-        constants |= {"LANES": 32 * config.warps, "STAGES": config.stages}
+        constants |= {"LANES": 32 * warps, "STAGES": config.stages}
         launch(_vector, (count, tiles, splits), *arguments, **options, **constants)
     else:
         constants |= {"BLOCK_M": config.rows, "GROUP": config.group, "THIN": thin(weight, x.dtype, config.rows, depth)}
@@ -84,9 +87,33 @@ def add_splits(parts: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def constants_of(weight: Int4Weight | Fp8Weight) -> dict[str, Any]:
+    """Return the constants by which a kernel reads a weight.
+
+    Raises:
+        UsageError: the weight is not in a GPU's layout.
+    """
+    if isinstance(weight, Fp8Weight):
+        return {"FORMAT": "fp8", "SCALE_ROWS": weight.block[0], "SCALE_COLUMNS": weight.block[1]}
+    if weight.layout != "groups":
+        raise UsageError(f"expected an INT4 weight in the layout groups, found {weight.layout}; prepare it on the GPU")
+    return {"FORMAT": "int4", "SCALE_ROWS": 1, "SCALE_COLUMNS": GROUP}
+
+
 def codes_of(weight: Int4Weight | Fp8Weight) -> Tensor:
-    """Return the codes as the kernels read them: e4m3 as plain bytes."""
-    return weight.codes.view(torch.uint8) if isinstance(weight, Fp8Weight) else weight.codes
+    """Return the codes as the kernels read them: e4m3 as plain bytes, and all in places of 16 bytes."""
+    codes = weight.codes.view(torch.uint8) if isinstance(weight, Fp8Weight) else weight.codes
+    return codes if codes.is_meta or codes.data_ptr() % 16 == 0 else codes.clone()
+
+
+def fitted(config: Config, depth: int) -> tuple[int, int]:
+    """Return BLOCK_N and the number of warps for a tile of so many columns of the weight.
+
+    A thread must hold two neighbouring words of INT4 codes, for they are unpacked together; so a small tile has fewer
+    warps, and the smallest is made wider.
+    """
+    width = max(config.columns, PAIRS_OF_A_WARP // depth)
+    return width, min(config.warps, max(1, width * depth // PAIRS_OF_A_WARP))
 
 
 def thin(weight: Int4Weight | Fp8Weight, dtype: torch.dtype, rows: int, depth: int) -> bool:

@@ -47,7 +47,7 @@ def fp8_quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def fp8_linear_w8a8(x: Tensor, weight: Fp8Weight) -> Tensor:
     """Return x @ weight.T, `[.., N]`, with x rounded to FP8 in 1x128 blocks; summed in float32."""
-    codes, scale = fp8_quantize_activations(x.reshape(-1, x.shape[-1]))
+    codes, scale = fp8_quantize_activations(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
     rounded = codes.float() * spread(scale, (1, 128), codes.shape)
     return matmul(rounded, weight.dequantize(torch.float32)).to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 

@@ -10,7 +10,7 @@ from torch.library import custom_op
 
 from k2quant.errors import UsageError
 from k2quant.kernels import dispatch
-from k2quant.kernels.linear_ops import as_bytes, as_codes, check_x
+from k2quant.kernels.linear_ops import as_bytes, as_codes, check_weight, check_x
 from k2quant.kernels.weights import Fp8Weight, Int4Weight, Layout
 
 
@@ -31,7 +31,7 @@ def moe_int4(x: Tensor, gate: Int4Weight, up: Int4Weight, down: Int4Weight, ids:
     Raises:
         UsageError: the arguments do not fit each other.
     """
-    _check(x, gate, up, down, ids, weights)
+    _check(x, (gate, up, down), Int4Weight, ids, weights)
     layouts = {gate.layout, up.layout, down.layout}
     if len(layouts) != 1:
         raise UsageError(f"gate, up and down: expected one layout, found {', '.join(sorted(layouts))}")
@@ -56,7 +56,7 @@ def moe_fp8(x: Tensor, gate: Fp8Weight, up: Fp8Weight, down: Fp8Weight, ids: Ten
     Raises:
         UsageError: the arguments do not fit each other.
     """
-    _check(x, gate, up, down, ids, weights)
+    _check(x, (gate, up, down), Fp8Weight, ids, weights)
     blocks = {gate.block, up.block, down.block}
     if len(blocks) != 1:
         found = ", ".join(f"{rows}x{columns}" for rows, columns in sorted(blocks))
@@ -67,15 +67,17 @@ def moe_fp8(x: Tensor, gate: Fp8Weight, up: Fp8Weight, down: Fp8Weight, ids: Ten
 
 def _check(
     x: Tensor,
-    gate: Int4Weight | Fp8Weight,
-    up: Int4Weight | Fp8Weight,
-    down: Int4Weight | Fp8Weight,
+    parts: tuple[Int4Weight | Fp8Weight, ...],
+    kind: type[Int4Weight | Fp8Weight],
     ids: Tensor,
     weights: Tensor,
 ) -> None:
+    for name, part in zip(("gate", "up", "down"), parts, strict=True):
+        check_weight(part, kind, name)
+    gate, up, down = parts
     if x.ndim != 2:
         raise UsageError(f"x: expected [T, H], found {list(x.shape)}")
-    check_x(x, gate, dimensions=3)
+    check_x(x, gate, kind, dimensions=3)
     experts, inner, hidden = gate.shape
     if up.shape != gate.shape:
         raise UsageError(f"up: expected {list(gate.shape)} like gate, found {list(up.shape)}")

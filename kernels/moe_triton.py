@@ -17,8 +17,6 @@ Every sum has a fixed order: equal inputs give equal bits. Nothing waits for the
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +25,7 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.kernels.configs import Config
 from k2quant.kernels.launch_triton import launch
-from k2quant.kernels.linear_triton import codes_of, swizzled, thin
+from k2quant.kernels.linear_triton import codes_of, constants_of, fitted, swizzled, thin
 from k2quant.kernels.rounding_triton import round_to
 from k2quant.kernels.routing_triton import Routing, plan
 from k2quant.kernels.tiles_triton import (
@@ -127,15 +125,6 @@ def _rows(config_in: Config, config_out: Config) -> int:
     return config_in.rows
 
 
-def _format(weight: Int4Weight | Fp8Weight) -> dict[str, Any]:
-    """Return the constants by which a kernel reads `weight`."""
-    if isinstance(weight, Fp8Weight):
-        return {"FORMAT": "fp8", "SCALE_ROWS": weight.block[0], "SCALE_COLUMNS": weight.block[1]}
-    if weight.layout != "groups":
-        raise UsageError(f"expected an INT4 weight in the layout groups, found {weight.layout}; prepare it on the GPU")
-    return {"FORMAT": "int4", "SCALE_ROWS": 1, "SCALE_COLUMNS": 32}
-
-
 def _depth(weight: Int4Weight | Fp8Weight, config: Config) -> int:
     """Return BLOCK_K: a tile of INT4 may hold any number of groups, one of FP8 lies in one block."""
     return config.depth_for(weight.shape[-1], weight.block[1] if isinstance(weight, Fp8Weight) else config.depth)
@@ -160,22 +149,24 @@ def _run_gate_up(
     experts, inner, width = gate.shape
     out = torch.empty(ids.numel(), inner, dtype=x.dtype, device=x.device)
     other = torch.empty_like(out) if products else out
+    depth = _depth(gate, config)
+    tile, warps = fitted(config, depth)
     launch(
         _gate_up,
-        (routing.blocks * triton.cdiv(inner, config.columns),),
+        (routing.blocks * triton.cdiv(inner, tile),),
         *(x, codes_of(gate), gate.scale, codes_of(up), up.scale, out, other, *_blocks(routing), experts),
-        **_format(gate),
+        **constants_of(gate),
         N=inner,
         K=width,
         TOP=ids.shape[1],
         BLOCK_M=routing.rows,
-        BLOCK_N=config.columns,
-        BLOCK_K=_depth(gate, config),
+        BLOCK_N=tile,
+        BLOCK_K=depth,
         GROUP=config.group,
         DIRECT=routing.pairs is None,
         PRODUCTS=products,
-        THIN=thin(gate, x.dtype, routing.rows, _depth(gate, config)),
-        warps=config.warps,
+        THIN=thin(gate, x.dtype, routing.rows, depth),
+        warps=warps,
         stages=config.stages,
     )
     return out, other
@@ -185,20 +176,22 @@ def _run_down(hidden: Tensor, down: Int4Weight | Fp8Weight, routing: Routing, co
     """Return y `[P, H]`."""
     experts, width, inner = down.shape
     out = torch.empty(hidden.shape[0], width, dtype=hidden.dtype, device=hidden.device)
+    depth = _depth(down, config)
+    tile, warps = fitted(config, depth)
     launch(
         _down,
-        (routing.blocks * triton.cdiv(width, config.columns),),
+        (routing.blocks * triton.cdiv(width, tile),),
         *(hidden, codes_of(down), down.scale, out, *_blocks(routing), experts),
-        **_format(down),
+        **constants_of(down),
         N=width,
         K=inner,
         BLOCK_M=routing.rows,
-        BLOCK_N=config.columns,
-        BLOCK_K=_depth(down, config),
+        BLOCK_N=tile,
+        BLOCK_K=depth,
         GROUP=config.group,
         DIRECT=routing.pairs is None,
-        THIN=thin(down, hidden.dtype, routing.rows, _depth(down, config)),
-        warps=config.warps,
+        THIN=thin(down, hidden.dtype, routing.rows, depth),
+        warps=warps,
         stages=config.stages,
     )
     return out
@@ -226,22 +219,23 @@ def _run_back(
     experts, rows, columns = parts[0].shape
     out = torch.empty(ids.numel(), columns, dtype=dtype, device=ids.device)
     depth = _depth(parts[0], config)
+    tile, warps = fitted(config, depth)
     launch(
         _back,
         (routing.blocks * (columns // depth),),
         *(grads[0], codes_of(parts[0]), parts[0].scale, grads[-1], codes_of(parts[-1]), parts[-1].scale, out),
         *(*_blocks(routing), experts),
-        **_format(parts[0]),
+        **constants_of(parts[0]),
         N=rows,
         K=columns,
         TOP=1 if len(parts) == 2 else ids.shape[1],
         BLOCK_M=routing.rows,
-        BLOCK_N=config.columns,
+        BLOCK_N=tile,
         BLOCK_K=depth,
         GROUP=config.group,
         DIRECT=routing.pairs is None,
         TWO=len(parts) == 2,
-        warps=config.warps,
+        warps=warps,
         stages=config.stages,
     )
     return out

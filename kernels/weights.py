@@ -37,7 +37,7 @@ WORDS = GROUP // 8
 """int32 words of a group."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Int4Weight:
     """An INT4 weight, or a stack of those of all experts, in the layout of a device. Made by `prepare_int4`."""
 
@@ -59,6 +59,19 @@ class Int4Weight:
         """Bytes that codes and scales take."""
         return self.codes.nbytes + self.scale.nbytes
 
+    def check(self) -> None:
+        """Raise UsageError unless codes and scale fit each other and the layout, as those of `prepare_int4` do."""
+        shape = tuple(self.codes.shape)
+        scales = {
+            "rows": (*shape[:-1], shape[-1] // WORDS),
+            "groups": shape[:-1],
+            "torch": (*shape[:-2], shape[-1] * 2 // GROUP, shape[-2], 2),
+        }
+        if self.layout not in scales:
+            raise UsageError(f"layout: expected {', '.join(scales)}, found {self.layout}")
+        kind = torch.uint8 if self.layout == "torch" else torch.int32
+        _check_parts(self.codes, self.scale, (kind, torch.bfloat16), scales[self.layout])
+
     def checkpoint(self) -> tuple[Tensor, Tensor]:
         """Return `weight_packed` and `weight_scale` as they were given to `prepare_int4`, bit for bit."""
         return _UNDO[self.layout](self.codes, self.scale)
@@ -70,7 +83,7 @@ class Int4Weight:
         return (codes.float() * scale.float().repeat_interleave(GROUP, -1)).to(dtype)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Fp8Weight:
     """A block-FP8 weight, or a stack of those of all experts. Made by `prepare_fp8`; always in the layout `rows`."""
 
@@ -87,6 +100,11 @@ class Fp8Weight:
     def nbytes(self) -> int:
         """Bytes that codes and scales take."""
         return self.codes.nbytes + self.scale.nbytes
+
+    def check(self) -> None:
+        """Raise UsageError unless codes and scale fit each other and the block, as those of `prepare_fp8` do."""
+        expected = _fp8_scales(self.codes, self.block)
+        _check_parts(self.codes, self.scale, (torch.float8_e4m3fn, torch.float32), expected)
 
     def checkpoint(self) -> tuple[Tensor, Tensor]:
         """Return `weight` and `weight_scale_inv` as they were given to `prepare_fp8`, bit for bit."""
@@ -110,6 +128,10 @@ def prepare_int4(weight_packed: Tensor, weight_scale: Tensor, *, layout: Layout 
     """
     _check_int4(weight_packed, weight_scale)
     layout = layout or _best_layout(weight_packed)
+    if layout not in _DO:
+        raise UsageError(f"layout: expected {', '.join(_DO)}, found {layout}")
+    if layout == "torch" and (weight_packed.shape[-2] % TORCH_ROWS or 0 in weight_packed.shape):
+        raise UsageError(f"layout torch: expected a multiple of {TORCH_ROWS} rows, found {list(weight_packed.shape)}")
     codes, scale = _DO[layout](weight_packed.contiguous(), weight_scale.contiguous())
     return Int4Weight(codes, scale, layout)
 
@@ -127,6 +149,26 @@ def prepare_fp8(weight: Tensor, weight_scale_inv: Tensor, *, block: tuple[int, i
     """
     _check_fp8(weight, weight_scale_inv, block)
     return Fp8Weight(weight.contiguous(), weight_scale_inv.contiguous(), block)
+
+
+def _check_parts(codes: Tensor, scale: Tensor, kinds: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...]) -> None:
+    if (codes.dtype, scale.dtype) != kinds:
+        raise UsageError(
+            f"weight: expected {kinds[0]} codes and {kinds[1]} scales, found {codes.dtype} and {scale.dtype}"
+        )
+    if tuple(scale.shape) != shape:
+        raise UsageError(
+            f"weight: expected scales {list(shape)} for codes {list(codes.shape)}, found {list(scale.shape)}"
+        )
+    if not (codes.is_contiguous() and scale.is_contiguous()):
+        raise UsageError(
+            "weight: expected contiguous codes and scales; cut the checkpoint's tensors, then prepare them"
+        )
+    _check_device(codes, scale)
+
+
+def _fp8_scales(codes: Tensor, block: tuple[int, int]) -> tuple[int, ...]:
+    return (*codes.shape[:-2], -(-codes.shape[-2] // block[0]), -(-codes.shape[-1] // block[1]))
 
 
 def spread(scale: Tensor, block: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
@@ -165,7 +207,7 @@ def _check_fp8(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
         )
     if codes.shape[-1] % GROUP:
         raise UsageError(f"weight: expected a multiple of {GROUP} columns, found {codes.shape[-1]}")
-    expected = [*codes.shape[:-2], -(-codes.shape[-2] // block[0]), -(-codes.shape[-1] // block[1])]
+    expected = list(_fp8_scales(codes, block))
     if list(scale.shape) != expected:
         raise UsageError(
             f"weight_scale_inv: expected {expected} for weight {list(codes.shape)} in blocks of {block[0]}x{block[1]}, "
@@ -173,7 +215,9 @@ def _check_fp8(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
         )
     _check_device(codes, scale)
     _check_scale(scale, "weight_scale_inv")
-    if ((codes.view(torch.uint8) & 0x7F) == 0x7F).any():
+    # One expert at a time: what is compared takes memory too.
+    matrices = codes.view(torch.uint8).flatten(0, -3) if codes.ndim > 2 else codes.view(torch.uint8)[None]
+    if any(bool(((matrix & 0x7F) == 0x7F).any()) for matrix in matrices):
         raise UsageError("weight: found NaN among the FP8 codes; such a weight cannot be used")
 
 
@@ -192,7 +236,8 @@ def _best_layout(packed: Tensor) -> Layout:
         from k2quant.kernels.linear_cpu import best_layout
 
         layout = best_layout()
-        return layout if layout != "torch" or packed.shape[-2] % TORCH_ROWS == 0 else "rows"
+        fits = packed.shape[-2] % TORCH_ROWS == 0 and 0 not in packed.shape
+        return layout if layout != "torch" or fits else "rows"
     return "groups" if packed.device.type == "cuda" else "rows"
 
 

@@ -8,14 +8,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from k2quant.demo import write_k2
 
 
 def pytest_configure() -> None:
     """Have Triton interpret its kernels where there is no GPU; it looks at this once, when it is imported."""
-    if not Path("/dev/nvidiactl").exists():
+    if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+ON_ANY_DEVICE = ("test_linear_triton", "test_w8a8_triton", "test_moe_triton", "test_codecs_triton")
+"""Files whose tests run on a GPU where there is one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Count tests that would run on a GPU among those that `-m gpu` asks for."""
+    if torch.cuda.is_available():
+        for item in items:
+            if item.path.stem in ON_ANY_DEVICE:
+                item.add_marker("gpu")
 
 
 @pytest.fixture(scope="session")

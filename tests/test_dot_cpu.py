@@ -196,4 +196,4 @@ def test_an_error_of_a_thread_reaches_the_caller() -> None:
     for _ in range(3):
         with pytest.raises(ZeroDivisionError):
             threads_cpu.over_rows(1000, 1, work)
-    threads_cpu.over_rows(10, 1, lambda first, last: None)
+    threads_cpu.over_rows(10, 1, range)

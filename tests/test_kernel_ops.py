@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -349,6 +350,72 @@ def test_misfits_of_experts_are_named(name: str, value: Callable[[], object], me
     with pytest.raises(UsageError) as caught:
         moe_int4(**(arguments | {name: value()}))  # type: ignore[arg-type]
     assert message in str(caught.value)
+
+
+COLUMNS: Any = "columns"
+"""No layout."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (lambda w, _: Int4Weight(w.codes, w.scale[:8].clone(), "rows"), "expected scales [64, 3] for codes [64, 12]"),
+        (lambda w, _: Int4Weight(w.codes, w.scale.to("meta"), "rows"), "codes lie on cpu but their scale on meta"),
+        (lambda w, _: Int4Weight(w.codes, w.scale.float(), "rows"), "torch.bfloat16 scales, found torch.int32 and"),
+        (lambda w, _: Int4Weight(w.codes.T.contiguous().T, w.scale, "rows"), "expected contiguous codes and scales"),
+        (lambda w, _: Int4Weight(w.codes, w.scale, COLUMNS), "layout: expected rows, groups, torch, found columns"),
+        (lambda _, f: f, "expected an Int4Weight from prepare_int4, found Fp8Weight"),
+        (lambda w, _: w.codes, "expected an Int4Weight from prepare_int4, found Tensor"),
+    ],
+)
+def test_damaged_weights_never_reach_a_kernel(weight: Callable[..., Int4Weight], message: str) -> None:
+    """A weight put together by hand, cut or moved in part, is refused: kernels would read beyond it."""
+    with pytest.raises(UsageError) as caught:
+        int4_linear(torch.ones(2, 96), weight(int4_weight(64, 96, layout="rows"), fp8_weight(64, 96)))
+    assert message in str(caught.value)
+
+
+def test_a_cut_fp8_weight_is_refused() -> None:
+    """Columns cut out of an FP8 weight, or another block than it has, are refused."""
+    whole = fp8_weight(64, 256)
+    for wrong in (
+        Fp8Weight(whole.codes[:, 128:], whole.scale[:, 1:], (128, 128)),
+        Fp8Weight(whole.codes, whole.scale, (64, 64)),
+    ):
+        with pytest.raises(UsageError, match="expected"):
+            fp8_linear(torch.ones(2, wrong.shape[1]).bfloat16(), wrong)
+
+
+def test_autocast_changes_nothing() -> None:
+    """Under autocast the operators compute in the dtypes that they are given, and return those."""
+    weight = int4_weight(64, 96)
+    x = torch.randn(3, 96, requires_grad=True)
+    plain = int4_linear(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = int4_linear(x, weight)
+        (gradient,) = torch.autograd.grad(cast.sum(), x)
+    assert torch.equal(cast, plain)
+    assert torch.equal(gradient, torch.autograd.grad(plain.sum(), x)[0])
+
+
+def test_forward_mode_is_refused() -> None:
+    """A jvp would be silently zero."""
+    weight, x = int4_weight(64, 96), torch.randn(3, 96)
+    with pytest.raises(UsageError, match="forward-mode"):
+        torch.func.jvp(lambda rows: int4_linear(rows, weight), (x,), (x,))
+
+
+@pytest.mark.parametrize("shape", [(0, 96), (64, 0), (0, 0)])
+def test_empty_weights(shape: tuple[int, int]) -> None:
+    """Weights without rows or columns give empty results or zeros, and gradients."""
+    four = prepare_int4(torch.zeros(shape[0], shape[1] // 8).int(), torch.zeros(shape[0], shape[1] // 32).bfloat16())
+    eight = prepare_fp8(
+        torch.zeros(shape).to(torch.float8_e4m3fn), torch.zeros(-(-shape[0] // 128), -(-shape[1] // 128))
+    )
+    for out in (int4_linear(torch.ones(2, shape[1]), four), fp8_linear(torch.ones(2, shape[1]), eight)):
+        assert torch.equal(out, torch.zeros(2, shape[0]))
+    x = torch.ones(2, shape[1], requires_grad=True)
+    assert torch.autograd.grad(int4_linear(x, four).sum(), x)[0].shape == x.shape
 
 
 def test_without_fast_paths_the_panels_take_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def command(device: str, minutes: float, products: tuple[str, ...], *, out: Path
     """Measure which kernel configurations are fastest on this GPU, for Kimi K2's shapes.
 
     Each is checked against float64 before it is timed; wrong ones are reported and never used. The table goes where the
-    kernels look first, unless -o says otherwise.
+    kernels look first, unless -o says otherwise. It is written after each cell: stop whenever you like.
 
     \b
     Example:
@@ -43,21 +43,29 @@ def command(device: str, minutes: float, products: tuple[str, ...], *, out: Path
     gpu = require_gpu(device)
     from k2quant.kernels.tuner_cuda import tune  # only now: it loads Triton
 
-    def show(cell: Cell, trials: list[Trial]) -> None:
-        for trial in trials:
-            if trial.refusal:
-                remark(f"refused {cell}: {trial.config}: {trial.refusal}")
-        if as_json:
-            for trial in trials:
-                click.echo(json.dumps(_plain(cell, trial)))
-        elif trials and trials[0].seconds is not None:
-            click.echo(f"{cell}: {1e6 * trials[0].seconds:.1f} us, {trials[0].config}")
-
     chosen: tuple[Product, ...] = products or _PRODUCTS  # type: ignore[assignment]
-    table = tune(gpu, minutes=minutes, products=chosen, show=show)
-    path = out or user_tables() / file_name(table.name)
-    write_table(table, path)
-    remark(f"wrote {path}")
+    path = None
+    try:
+        for cell, trials, table in tune(gpu, minutes=minutes, products=chosen):
+            _show(cell, trials, as_json=as_json)
+            if trials and trials[0].seconds is not None:
+                path = out or user_tables() / file_name(table.name)
+                write_table(table, path)
+    finally:
+        remark(f"wrote {path}" if path else "nothing was measured, nothing written")
+
+
+def _show(cell: Cell, trials: list[Trial], *, as_json: bool) -> None:
+    from k2quant.cli.screen import remark
+
+    for trial in trials:
+        if trial.refusal:
+            remark(f"refused {cell}: {trial.config}: {trial.refusal}")
+    if as_json:
+        for trial in trials:
+            click.echo(json.dumps(_plain(cell, trial)))
+    elif trials and trials[0].seconds is not None:
+        click.echo(f"{cell}: {1e6 * trials[0].seconds:.1f} us, {trials[0].config}")
 
 
 def _plain(cell: Cell, trial: Trial) -> dict[str, object]:
