@@ -37,7 +37,7 @@ of another CPU is never loaded; `supported` guards against compiling for a CPU t
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ from numpy.typing import NDArray
 
 from k2quant.kernels.values import F32, I32, U8, U16
 
+Work = Callable[[int, int], object]
 Int = Any  # what numba makes of integers is no one Python type
 
 GROUP = 32
@@ -99,16 +100,26 @@ def int4_dot(x: U16, packed: I32, scale: U16, out: U16, first: int, last: int) -
         packed: words `[N, K/8]`, the lowest column in the lowest nibble, nibble = code + 8.
         scale: BF16 bits `[N, K/32]`.
         out: BF16 bits `[M, N]`.
-        first: first row of W. Ranges of multiples of 64 rows waste nothing.
+        first: first row of W. Ranges of multiples of `rows_together(M)` rows waste nothing.
         last: row of W to stop before.
+    """
+    _within(packed.shape[0], first, last)
+    int4_work(x, packed, scale, out)(first, last)
+
+
+def int4_work(x: U16, packed: I32, scale: U16, out: U16) -> Work:
+    """Return `int4_dot` for given arrays, to be called with ranges of rows, which are not checked.
+
+    What the ranges have in common is done once, so a range holds Python's lock for hardly longer than it takes to call
+    it. That lets threads start together: a row of x times a weight of 2048 x 7168 takes 0.27 instead of 0.32 ms.
     """
     (rows, columns), height = x.shape, packed.shape[0]
     if columns % GROUP:
         raise ValueError(f"expected a multiple of {GROUP} columns, found {columns}")
     _same(packed.shape, (height, columns // 8))
     _same(scale.shape, (height, columns // GROUP))
-    _check(out, (rows, height), first, last)
-    _int4(_frozen(x), _frozen(packed.view(np.uint8)), _frozen(scale.view(np.uint8)), out, first, last)
+    _same(out.shape, (rows, height))
+    return partial(_int4, _frozen(x), _frozen(packed.view(np.uint8)), _frozen(scale.view(np.uint8)), out)
 
 
 def fp8_dot(
@@ -118,21 +129,32 @@ def fp8_dot(
 
     Args:
         x: BF16 bits `[M, K]`, any K.
-        codes: e4m3fn codes `[N, K]`.
+        codes: e4m3fn codes `[N, K]`, none of them NaN.
         scale: float32 `[ceil(N/block_rows), ceil(K/block_columns)]`.
         block_rows: rows of W that share a scale.
         block_columns: columns that share a scale; a multiple of 32.
         out: BF16 bits `[M, N]`.
-        first: first row of W. Ranges of multiples of 64 rows waste nothing.
+        first: first row of W. Ranges of multiples of `rows_together(M)` rows waste nothing.
         last: row of W to stop before.
     """
+    _within(codes.shape[0], first, last)
+    fp8_work(x, codes, scale, block_rows, block_columns, out)(first, last)
+
+
+def fp8_work(x: U16, codes: U8, scale: F32, block_rows: int, block_columns: int, out: U16) -> Work:
+    """Return `fp8_dot` for given arrays, to be called with ranges of rows, which are not checked; see `int4_work`."""
     (rows, columns), height = x.shape, codes.shape[0]
     if block_columns % GROUP:
         raise ValueError(f"expected blocks of a multiple of {GROUP} columns, found {block_columns}")
     _same(codes.shape, (height, columns))
     _same(scale.shape, (-(-height // block_rows), -(-columns // block_columns)))
-    _check(out, (rows, height), first, last)
-    _fp8(_frozen(x), _frozen(codes), _frozen(scale), block_rows, block_columns, out, first, last)
+    _same(out.shape, (rows, height))
+    return partial(_fp8, _frozen(x), _frozen(codes), _frozen(scale), block_rows, block_columns, out)
+
+
+def rows_together(rows: int) -> int:
+    """Return how many rows of W are worked on together for so many rows of x."""
+    return _STRIP if rows <= FEW else ROWS
 
 
 def _frozen(array: NDArray[Any]) -> NDArray[Any]:
@@ -147,10 +169,9 @@ def _same(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         raise ValueError(f"expected shape {expected}, found {found}")
 
 
-def _check(out: U16, shape: tuple[int, int], first: int, last: int) -> None:
-    _same(out.shape, shape)
-    if not 0 <= first <= last <= shape[1]:
-        raise ValueError(f"expected rows within 0 to {shape[1]}, found {first} to {last}")
+def _within(height: int, first: int, last: int) -> None:
+    if not 0 <= first <= last <= height:
+        raise ValueError(f"expected rows within 0 to {height}, found {first} to {last}")
 
 
 # --- instructions ---------------------------------------------------------------------------------------------------

@@ -96,7 +96,6 @@ Run = Callable[[Config], Tensor]
 Time = Callable[[Cell, Config], float]
 """Returns the seconds of one call of a cell's product."""
 
-
 TryCell = Callable[[Cell, Table], list[Trial]]
 """Tries a cell's configurations, given the table so far; the fastest first, the refused last."""
 
@@ -159,7 +158,7 @@ def candidates(cell: Cell, *, base: Table, shared_limit: int, processors: int) -
     plain = [Config(form="dequantize")] if cell.product == "linear" and cell.rows >= PLAIN_ROWS else []
     others = [
         config
-        for config in (*_neighbours(first), *_vectors(cell, processors), *_tiles(cell, rows, processors))
+        for config in (*_neighbours(first, cell), *_vectors(cell, processors), *_tiles(cell, rows, processors))
         if shared_bytes(config, cell) <= shared_limit
     ]
     return list(dict.fromkeys([first, *plain, *others]))[:CANDIDATES]
@@ -314,8 +313,8 @@ def _rows_tried(cell: Cell, base: Table) -> list[int]:
     return sorted({rows for rows in tried if smallest <= rows <= 128})
 
 
-def _neighbours(config: Config) -> Iterator[Config]:
-    """Yield what differs from a tile in its stages, its warps or its columns alone."""
+def _neighbours(config: Config, cell: Cell) -> Iterator[Config]:
+    """Yield what differs from a tile in its stages, its warps, its columns or its splits alone."""
     if config.form != "tile":
         return
     for stages in (config.stages + 1, config.stages - 1):
@@ -326,6 +325,12 @@ def _neighbours(config: Config) -> Iterator[Config]:
             yield replace(config, warps=int(config.warps * factor))
         if 32 <= config.columns * factor <= 256:
             yield replace(config, columns=int(config.columns * factor))
+    splits = _splits_tried(cell)
+    fewer = max((each for each in splits if each < config.splits), default=0)
+    more = min((each for each in splits if each > config.splits), default=0)
+    for each in (fewer, more):
+        if each and _divides(config.depth, each, cell.shape[1]):
+            yield replace(config, splits=each)
 
 
 def _vectors(cell: Cell, processors: int) -> list[Config]:
@@ -351,16 +356,19 @@ def _grid(cell: Cell, rows_tried: list[int]) -> Iterator[Config]:
         (64, 128, 256) if cell.weight_format == "int4" else (64, 128)
     )  # a tile of FP8 lies in one block
     depths = depths if cell.product != "w8a8" else (128,)
-    splits_tried: tuple[int, ...] = (
-        (1, 2, 4, 7, 8, 14, 16) if cell.rows <= 64 else (1, 2, 4) if cell.rows <= 256 else (1,)
-    )
-    splits_tried = splits_tried if cell.product in {"linear", "w8a8"} else (1,)
     for rows, columns, depth, warps, stages, splits in combinations(
-        rows_tried, (32, 64, 128, 256), depths, (1, 2, 4, 8), (2, 3, 4, 5), splits_tried
+        rows_tried, (32, 64, 128, 256), depths, (1, 2, 4, 8), (2, 3, 4, 5), _splits_tried(cell)
     ):
         config = Config(rows=rows, columns=columns, depth=depth, warps=warps, stages=stages, splits=splits)
         if _divides(depth, splits, cell.shape[1]) and _balanced(config, cell):
             yield config
+
+
+def _splits_tried(cell: Cell) -> tuple[int, ...]:
+    """Return the parts of K to try: one where there are programs enough, and for experts, which know no others."""
+    if cell.product in {"gate_up", "down"} or cell.rows > PLAIN_ROWS:
+        return (1,)
+    return (1, 2, 4, 7, 8, 14, 16) if cell.rows <= 64 else (1, 2, 4)
 
 
 def _divides(depth: int, splits: int, columns: int) -> bool:
@@ -387,15 +395,16 @@ def _in_turn(configs: list[Config], *kinds: Callable[[Config], Hashable]) -> lis
     return [config for layer in layers for config in layer if config is not None]
 
 
-def _unlikely(config: Config, cell: Cell, processors: int) -> tuple[float, float]:
-    """Rank by how far the number of programs is from two to a processor, then by how far the stages are from 3 or 4."""
+def _unlikely(config: Config, cell: Cell, processors: int) -> tuple[float, float, float]:
+    """Rank by programs, best one or two to a processor; then large tiles by their size; then by stages, best 3 or 4."""
     experts, share = 1, cell.rows
     if cell.product in {"gate_up", "down"}:
         experts = min(EXPERTS, cell.rows * TOP)
         share = -(-cell.rows * TOP // experts)
     tiles = experts * -(-share // config.rows) * -(-cell.shape[0] // config.columns) * config.splits
     waves = tiles / (2 * processors)
-    return max(1 / waves, min(waves, 2.0)), abs(config.stages - 3.4)
+    area = config.rows * config.columns if config.rows > SMALL_TILE else 0
+    return max(1 / waves, min(waves, 2.0)), -area, abs(config.stages - 3.4)
 
 
 def _try(cell: Cell, config: Config, run: Run, time: Time, exact: Tensor, allowed: float) -> Trial:
