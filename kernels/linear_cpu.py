@@ -25,8 +25,14 @@ from k2quant.kernels import codecs_cpu, dot_cpu, panels_cpu
 from k2quant.kernels.threads_cpu import over_rows
 from k2quant.kernels.weights import GROUP, Fp8Weight, Int4Weight, Layout, prepare_int4, torch_half
 
-DOT_ROWS = 128
+DOT_ROWS = 512
 """Rows of x up to which working from packed codes beats panels."""
+
+ALONE = 1 << 19
+"""Weights below which one thread is done before a second has woken up."""
+
+STRIP = 64
+"""Rows of a weight that `dot_cpu` works on together."""
 
 TORCH_ROWS = 16
 """Rows of x up to which torch's INT4 operator beats panels: it works row by row."""
@@ -105,12 +111,21 @@ def _dot(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
     bits, result = _bits(x), _bits(out)
     if isinstance(weight, Int4Weight):
         packed, scale = weight.codes.numpy(), _bits(weight.scale)
-        over_rows(weight.shape[0], 16, lambda a, b: dot_cpu.int4_dot(bits, packed, scale, result, a, b))
+        _share(weight, lambda a, b: dot_cpu.int4_dot(bits, packed, scale, result, a, b))
     else:
         codes, factor = _bits(weight.codes), weight.scale.numpy()
         height, width = weight.block
-        over_rows(weight.shape[0], 16, lambda a, b: dot_cpu.fp8_dot(bits, codes, factor, height, width, result, a, b))
+        _share(weight, lambda a, b: dot_cpu.fp8_dot(bits, codes, factor, height, width, result, a, b))
     return out
+
+
+def _share(weight: Int4Weight | Fp8Weight, work: Callable[[int, int], object]) -> None:
+    """Share the rows of a weight out among threads, if it is large enough."""
+    rows, columns = weight.shape
+    if rows * columns < ALONE:
+        work(0, rows)
+    else:
+        over_rows(rows, STRIP, work)
 
 
 def _torch_operator(x: Tensor, weight: Int4Weight) -> Tensor:

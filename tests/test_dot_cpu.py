@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,6 +159,30 @@ def test_nan_and_infinity_stay_in_their_row() -> None:
     assert torch.equal(found[[0, 3, 4]], torch.full((3, 20), 64.0).bfloat16())
 
 
+@pytest.mark.parametrize("rows", [2, 9])
+@pytest.mark.parametrize("columns", [32, 96, 160])
+def test_a_row_of_weights_does_not_notice_the_next(rows: int, columns: int) -> None:
+    """Where a row fills no register the next one is read along, but even NaN scales there change nothing."""
+    codes = torch.randint(-8, 8, (48, columns), generator=generator(17))
+    x, scale = torch.randn(rows, columns, generator=generator(18)).bfloat16(), torch.ones(48, columns // 32).bfloat16()
+    whole = int4(x, codes, scale)
+    scale[1::2] = float("nan")
+    found = int4(x, codes, scale)
+    assert torch.equal(found[:, ::2], whole[:, ::2])
+    assert found[:, 1::2].isnan().all()
+
+
+def test_weights_may_be_mapped_read_only(tmp_path: Path) -> None:
+    """A file that is mapped for reading is as good as an array, and is not changed."""
+    codes = torch.randint(-8, 8, (80, 224), generator=generator(19))
+    x, scale = torch.randn(3, 224, generator=generator(20)).bfloat16(), torch.ones(80, 7).bfloat16()
+    reference.pack_int4(codes).numpy().tofile(tmp_path / "packed")
+    packed = np.memmap(tmp_path / "packed", np.int32, "r", shape=(80, 28))
+    out = torch.empty(3, 80, dtype=torch.bfloat16)
+    dot_cpu.int4_dot(bits(x), packed, bits(scale), bits(out), 0, 80)
+    assert torch.equal(out, int4(x, codes, scale))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     """Shapes that do not belong together never reach the compiled code."""
     x, packed, scale = np.zeros((2, 64), np.uint16), np.zeros((8, 8), np.int32), np.zeros((8, 2), np.uint16)
@@ -197,3 +224,30 @@ def test_an_error_of_a_thread_reaches_the_caller() -> None:
         with pytest.raises(ZeroDivisionError):
             threads_cpu.over_rows(1000, 1, work)
     threads_cpu.over_rows(10, 1, range)
+
+
+def test_without_openmp_threads_of_our_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch has no OpenMP library that we know, rows are still covered once, and errors come through."""
+    monkeypatch.setattr(threads_cpu, "_openmp", lambda: None)
+    test_every_row_is_worked_on_once(1000, 64)
+    test_an_error_of_a_thread_reaches_the_caller()
+
+
+def test_a_forked_child_gets_threads_of_its_own() -> None:
+    """OpenMP's threads, and ours, do not survive a fork: the child works all the same, and does not hang."""
+    code = """
+import os, sys, torch
+from k2quant.kernels.threads_cpu import over_rows
+torch.set_num_threads(2)
+seen = bytearray(1000)
+def work(first, last):
+    for row in range(first, last):
+        seen[row] += 1
+over_rows(1000, 1, work)
+child = os.fork()
+over_rows(1000, 1, work)
+if child == 0:
+    os._exit(0 if set(seen) == {2} else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or set(seen) != {2})
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
