@@ -40,8 +40,10 @@ def _in_given_dtypes(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def plain(*args: P.args, **kwargs: P.kwargs) -> R:
-        first = cast("Tensor", args[0])
-        with torch.autocast(first.device.type, enabled=False):
+        device = cast("Tensor", args[0]).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
     return plain
@@ -50,6 +52,8 @@ def _in_given_dtypes(function: Callable[P, R]) -> Callable[P, R]:
 @_in_given_dtypes
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """Return x @ weight.T, `[.., N]`, for x `[.., K]`."""
+    if x.ndim == 2 and x.is_contiguous():
+        return _linear(x, weight)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
     return _linear(rows, weight).reshape(*x.shape[:-1], weight.shape[0])
 
