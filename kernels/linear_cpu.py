@@ -31,9 +31,6 @@ DOT_ROWS = 512
 ALONE = 1 << 19
 """Weights below which one thread is done before a second has woken up."""
 
-STRIP = 64
-"""Rows of a weight that `dot_cpu` works on together."""
-
 TORCH_ROWS = 16
 """Rows of x up to which torch's INT4 operator beats panels: it works row by row."""
 
@@ -103,7 +100,9 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _can_dot(weight: Int4Weight | Fp8Weight) -> bool:
-    return dot_cpu.supported() and (isinstance(weight, Fp8Weight) or weight.layout == "rows")
+    if isinstance(weight, Fp8Weight):
+        return dot_cpu.supported() and weight.block[1] % GROUP == 0
+    return dot_cpu.supported() and weight.layout == "rows"
 
 
 def _dot(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
@@ -111,21 +110,21 @@ def _dot(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
     bits, result = _bits(x), _bits(out)
     if isinstance(weight, Int4Weight):
         packed, scale = weight.codes.numpy(), _bits(weight.scale)
-        _share(weight, lambda a, b: dot_cpu.int4_dot(bits, packed, scale, result, a, b))
+        _share(x, weight, dot_cpu.int4_work(bits, packed, scale, result))
     else:
         codes, factor = _bits(weight.codes), weight.scale.numpy()
         height, width = weight.block
-        _share(weight, lambda a, b: dot_cpu.fp8_dot(bits, codes, factor, height, width, result, a, b))
+        _share(x, weight, dot_cpu.fp8_work(bits, codes, factor, height, width, result))
     return out
 
 
-def _share(weight: Int4Weight | Fp8Weight, work: Callable[[int, int], object]) -> None:
+def _share(x: Tensor, weight: Int4Weight | Fp8Weight, work: Callable[[int, int], object]) -> None:
     """Share the rows of a weight out among threads, if it is large enough."""
     rows, columns = weight.shape
     if rows * columns < ALONE:
         work(0, rows)
     else:
-        over_rows(rows, STRIP, work)
+        over_rows(rows, dot_cpu.rows_together(x.shape[0]), work)
 
 
 def _torch_operator(x: Tensor, weight: Int4Weight) -> Tensor:
