@@ -37,12 +37,13 @@ of another CPU is never loaded; `supported` guards against compiling for a CPU t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import config, njit, types
+from numba import carray, cfunc, config, njit, types  # type: ignore[attr-defined]  # carray is exported, untold
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -81,6 +82,17 @@ _STRIP = 16  # rows of W in a register
 _STRIPS = ROWS // _STRIP
 
 _jit = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Work that any number of threads may do together: each calls the function at `entry` with the parameters once."""
+
+    entry: int
+    """Address of a C function that takes the address of the parameters."""
+    parameters: NDArray[np.int64]
+    arrays: tuple[NDArray[Any], ...]
+    """What the parameters point to, kept alive."""
 
 
 @lru_cache(maxsize=1)
@@ -152,6 +164,21 @@ def fp8_work(x: U16, codes: U8, scale: F32, block_rows: int, block_columns: int,
     return partial(_fp8, _frozen(x), _frozen(codes), _frozen(scale), block_rows, block_columns, out)
 
 
+def int4_task(x: U16, packed: I32, scale: U16, out: U16) -> Task:
+    """Return `int4_dot` of all rows, unchecked, as a task for threads that never ask for Python's lock."""
+    (rows, columns), height = x.shape, packed.shape[0]
+    addresses = [array.ctypes.data for array in (x, packed, scale, out)]
+    return Task(_int4_entry().address, _parameters([rows, columns, height, *addresses, 0, 0]), (x, packed, scale, out))
+
+
+def fp8_task(x: U16, codes: U8, scale: F32, block_rows: int, block_columns: int, out: U16) -> Task:
+    """Return `fp8_dot` of all rows, unchecked, as such a task."""
+    (rows, columns), height = x.shape, codes.shape[0]
+    addresses = [array.ctypes.data for array in (x, codes, scale, out)]
+    parameters = _parameters([rows, columns, height, *addresses, block_rows, block_columns])
+    return Task(_fp8_entry().address, parameters, (x, codes, scale, out))
+
+
 def rows_together(rows: int) -> int:
     """Return how many rows of W are worked on together for so many rows of x."""
     return _STRIP if rows <= FEW else ROWS
@@ -177,6 +204,7 @@ def _within(height: int, first: int, last: int) -> None:
 # --- instructions ---------------------------------------------------------------------------------------------------
 
 _Build = Callable[[Any, Any, Any, Any], Any]
+_Write = Callable[[Any, Any], Any]
 _INT1, _INT8, _INT16, _INT32, _INT64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _BYTES = ir.VectorType(_INT8, 64)
 _HALVES = ir.VectorType(_INT16, 32)
@@ -490,6 +518,92 @@ def _fp8(x: U16, codes: U8, scale: F32, block_rows: int, block_columns: int, out
             else:
                 _multiply_many(_FP8, tiles, codes, row, last, factors, panel, edge, totals)
             _finish(totals, out[top : top + MANY, row : min(row + height, last)])
+
+
+PIECES = 4
+"""Pieces that a task is cut into, for each thread takes the next one that is free: 2, 4 and 8 take the same time."""
+
+_NEXT = 9  # where the parameters of a task hold the number of the next piece
+
+
+def _parameters(values: list[int]) -> NDArray[np.int64]:
+    return np.array([*values, 0], np.int64)
+
+
+def _on_address(result: Any, write: _Write) -> Any:
+    """Return a function of an address, for jitted code; write(builder, address) emits what it does."""
+
+    @intrinsic
+    def emitted(_typing: Any, _address: Any) -> tuple[Any, _Build]:
+        def build(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+            return write(builder, values[0])
+
+        return result(types.int64), build
+
+    return emitted
+
+
+_pointer = _on_address(types.voidptr, lambda builder, address: builder.inttoptr(address, _INT8.as_pointer()))
+"""An address as a pointer."""
+
+_next_piece = _on_address(
+    types.int64,
+    lambda builder, address: builder.atomic_rmw(
+        "add", builder.inttoptr(address, _INT64.as_pointer()), _INT64(1), "monotonic"
+    ),
+)
+"""The number at an address, to which one is added, whatever other threads do at the same time."""
+
+
+@_jit
+def _piece(number: int, height: int, together: int) -> tuple[Int, Int]:
+    """Return the first row of a piece and the row to stop before."""
+    blocks = -(-height // together)
+    first, last = number * blocks // PIECES * together, (number + 1) * blocks // PIECES * together
+    return first, min(last, height)
+
+
+def _int4_pieces(data: Any) -> None:
+    """Do pieces of an `int4_task` until there are none."""
+    job = carray(data, (10,), np.int64)
+    rows, columns, height = job[0], job[1], job[2]
+    x = carray(_pointer(job[3]), (rows, columns), np.uint16)
+    packed = carray(_pointer(job[4]), (height, columns // 2), np.uint8)
+    scale = carray(_pointer(job[5]), (height, columns // 16), np.uint8)
+    out = carray(_pointer(job[6]), (rows, height), np.uint16)
+    together = _STRIP if rows <= FEW else ROWS
+    number = _next_piece(_address(job) + 8 * _NEXT)
+    while number < PIECES:
+        first, last = _piece(number, height, together)
+        _int4(x, packed, scale, out, first, last)
+        number = _next_piece(_address(job) + 8 * _NEXT)
+
+
+def _fp8_pieces(data: Any) -> None:
+    """Do pieces of an `fp8_task` until there are none."""
+    job = carray(data, (10,), np.int64)
+    rows, columns, height, block_rows, block_columns = job[0], job[1], job[2], job[7], job[8]
+    blocks = (-(-height // block_rows), -(-columns // block_columns))
+    x = carray(_pointer(job[3]), (rows, columns), np.uint16)
+    codes = carray(_pointer(job[4]), (height, columns), np.uint8)
+    scale = carray(_pointer(job[5]), blocks, np.float32)
+    out = carray(_pointer(job[6]), (rows, height), np.uint16)
+    together = _STRIP if rows <= FEW else ROWS
+    number = _next_piece(_address(job) + 8 * _NEXT)
+    while number < PIECES:
+        first, last = _piece(number, height, together)
+        _fp8(x, codes, scale, block_rows, block_columns, out, first, last)
+        number = _next_piece(_address(job) + 8 * _NEXT)
+
+
+@lru_cache(maxsize=1)
+def _int4_entry() -> Any:
+    return cfunc(types.void(types.voidptr), cache=True)(_int4_pieces)
+
+
+@lru_cache(maxsize=1)
+def _fp8_entry() -> Any:
+    return cfunc(types.void(types.voidptr), cache=True)(_fp8_pieces)
 
 
 @_jit

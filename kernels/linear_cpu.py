@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from k2quant.kernels import codecs_cpu, dot_cpu, panels_cpu
-from k2quant.kernels.threads_cpu import over_rows
+from k2quant.kernels.threads_cpu import over_rows, without_lock
 from k2quant.kernels.weights import GROUP, Fp8Weight, Int4Weight, Layout, prepare_int4, torch_half
 
 DOT_ROWS = 512
@@ -110,21 +110,35 @@ def _dot(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
     bits, result = _bits(x), _bits(out)
     if isinstance(weight, Int4Weight):
         packed, scale = weight.codes.numpy(), _bits(weight.scale)
-        _share(x, weight, dot_cpu.int4_work(bits, packed, scale, result))
+        _share(
+            weight,
+            lambda: dot_cpu.int4_task(bits, packed, scale, result),
+            lambda: dot_cpu.int4_work(bits, packed, scale, result),
+            dot_cpu.rows_together(x.shape[0]),
+        )
     else:
         codes, factor = _bits(weight.codes), weight.scale.numpy()
         height, width = weight.block
-        _share(x, weight, dot_cpu.fp8_work(bits, codes, factor, height, width, result))
+        _share(
+            weight,
+            lambda: dot_cpu.fp8_task(bits, codes, factor, height, width, result),
+            lambda: dot_cpu.fp8_work(bits, codes, factor, height, width, result),
+            dot_cpu.rows_together(x.shape[0]),
+        )
     return out
 
 
-def _share(x: Tensor, weight: Int4Weight | Fp8Weight, work: Callable[[int, int], object]) -> None:
+def _share(
+    weight: Int4Weight | Fp8Weight, task: Callable[[], dot_cpu.Task], work: Callable[[], dot_cpu.Work], together: int
+) -> None:
     """Share the rows of a weight out among threads, if it is large enough."""
     rows, columns = weight.shape
     if rows * columns < ALONE:
-        work(0, rows)
-    else:
-        over_rows(rows, dot_cpu.rows_together(x.shape[0]), work)
+        work()(0, rows)
+        return
+    whole = task()
+    if not without_lock(whole.entry, whole.parameters.ctypes.data):
+        over_rows(rows, together, work())
 
 
 def _torch_operator(x: Tensor, weight: Int4Weight) -> Tensor:

@@ -55,6 +55,19 @@ def over_rows(rows: int, multiple: int, work: Work) -> None:
     job.finish()
 
 
+def without_lock(entry: int, parameters: int) -> bool:
+    """Have all of torch's threads call a C function once with the address of its parameters, none with Python's lock.
+
+    Returns:
+        Whether it was done; not where torch has another OpenMP library, or none.
+    """
+    openmp = _openmp()
+    if openmp is None:
+        return False
+    openmp.GOMP_parallel(ctypes.cast(entry, _CALLBACK), parameters, torch.get_num_threads(), 0)
+    return True
+
+
 class _Job:
     """Pieces that any number of threads take one after the other."""
 

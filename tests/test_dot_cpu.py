@@ -251,3 +251,24 @@ if child == 0:
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) or set(seen) != {2})
 """
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 70])
+def test_a_task_has_the_bits_of_a_call(rows: int) -> None:
+    """Threads without Python's lock, however many come, do every row once, with the bits of a plain call."""
+    if threads_cpu._openmp() is None:  # noqa: SLF001 - asked where nothing is run yet
+        pytest.skip("torch has another OpenMP library here")
+    x = torch.randn(rows, 192, generator=generator(21)).bfloat16()
+    codes = torch.randint(-8, 8, (330, 192), generator=generator(22))
+    scale = torch.rand(330, 6, generator=generator(23)).bfloat16()
+    small = (torch.randn(330, 192, generator=generator(24)) * 60).to(torch.float8_e4m3fn)
+    factor = torch.rand(3, 2, generator=generator(25))
+    for _ in range(10):
+        out = torch.full((rows, 330), float("nan"), dtype=torch.bfloat16)
+        task = dot_cpu.int4_task(bits(x), reference.pack_int4(codes).numpy(), bits(scale), bits(out))
+        assert threads_cpu.without_lock(task.entry, task.parameters.ctypes.data)
+        assert torch.equal(out, int4(x, codes, scale))
+        out = torch.full((rows, 330), float("nan"), dtype=torch.bfloat16)
+        task = dot_cpu.fp8_task(bits(x), bits(small), factor.numpy(), 128, 128, bits(out))
+        assert threads_cpu.without_lock(task.entry, task.parameters.ctypes.data)
+        assert torch.equal(out, fp8(x, small, factor))
