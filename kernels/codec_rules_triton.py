@@ -14,10 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from k2quant.kernels.rounding_triton import round_to_e4m3
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""Whether kernels run in the interpreter; decided by the environment when Triton is imported."""
+from k2quant.kernels.rounding_triton import INTERPRETED, round_to, round_to_e4m3
 
 INFINITY = tl.constexpr(0x7F80)
 """BF16 bits of infinity; NaN lies above."""
@@ -38,12 +35,7 @@ def widen(bits):
 @triton.jit
 def round_to_bf16(value):
     """Return the BF16 bits, int16, of each float32, rounded half to even; too large becomes infinity."""
-    if INTERPRETED:
-        bits = value.to(tl.int32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16)
-    else:
-        rounded = value.to(tl.bfloat16).to(tl.int16, bitcast=True)
-    return rounded
+    return round_to(value, tl.bfloat16).to(tl.int16, bitcast=True)
 
 
 @triton.jit

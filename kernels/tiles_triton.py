@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from k2quant.kernels.codec_rules_triton import fp8_value
 from k2quant.kernels.rounding_triton import INTERPRETED, round_to
 
 _UNPACK_INT4 = tl.constexpr("""
@@ -179,13 +180,11 @@ def _fp8_to_bf16(bits):
 def fp8_numbers(bits, DTYPE: tl.constexpr):
     """Return e4m3 codes, given as bytes in a tensor of any shape, as numbers of DTYPE, exactly.
 
-    Under BF16's or float32's wider exponent the same bits mean the number times 2^-120, subnormals included.
+    The assembly does for BF16 what `fp8_value` does for float32.
     """
     if tl.bfloat16 == DTYPE and not INTERPRETED:
         return _fp8_to_bf16(bits)
-    wide = bits.to(tl.int32)
-    number = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
-    return (number.to(tl.float32, bitcast=True) * 1.329227995784916e36).to(DTYPE)
+    return fp8_value(bits.to(tl.int32)).to(DTYPE)
 
 
 @triton.jit
