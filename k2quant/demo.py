@@ -7,22 +7,19 @@ than their weights, as those of DeepSeek-V3 do.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant import names
-from k2quant.checkpoint.header import build_header
+from k2quant.checkpoint.in_memory import Shard, write_checkpoint
 from k2quant.checkpoint.paths import write_whole
-from k2quant.checkpoint.reader import CONFIG, INDEX
 from k2quant.comparison import Finding
 from k2quant.convert import convert
 from k2quant.errors import CheckFailed, DestinationForeign
 from k2quant.estimate import codec_rate
-from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Int4
 from k2quant.units import size
 from k2quant.verify import verify, verify_checksums
@@ -30,9 +27,6 @@ from k2quant.verify import verify, verify_checksums
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-Shard = dict[str, tuple[str, "NDArray[Any]"]]
-"""Tensors of one shard: name to dtype (as safetensors names it) and array; BF16 and FP8 as bit patterns."""
 
 LAYERS, DENSE_LAYERS, EXPERTS = 3, 1, 16
 HIDDEN, DENSE, MOE, VOCABULARY = 512, 1024, 256, 2048
@@ -176,31 +170,6 @@ def _ones(size: int) -> NDArray[np.uint16]:
     import numpy as np
 
     return np.full(size, 0x3F80, np.uint16)
-
-
-def write_checkpoint(folder: Path, shards: Mapping[str, Shard], config: Mapping[str, Any] | None) -> None:
-    """Write shards, an index and a config.
-
-    Args:
-        folder: where; it is made if need be.
-        shards: the tensors of each shard, by its file name.
-        config: what config.json holds; None for no config.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    total = 0
-    for file, tensors in shards.items():
-        specs = {name: TensorSpec(dtype, array.shape) for name, (dtype, array) in tensors.items()}
-        header, spans = build_header(specs)
-        data = bytearray(header) + bytes(sum(spec.nbytes for spec in specs.values()))
-        for name, (start, stop) in spans.items():
-            data[start:stop] = tensors[name][1].tobytes()
-        write_whole(folder / file, bytes(data))
-        total += len(data) - len(header)
-    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_whole(folder / INDEX, json.dumps(index, indent=2).encode())
-    if config is not None:
-        write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
 
 
 class _Step(NamedTuple):

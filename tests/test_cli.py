@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from k2quant.demo import Shard, write_checkpoint
+from k2quant.checkpoint.in_memory import Shard, write_checkpoint
 
 COMMANDS = ("convert", "inspect", "verify", "diff", "report", "demo")
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import k2quant
+from k2quant.checkpoint.in_memory import Shard, write_checkpoint
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
 from k2quant.checkpoint.weights import Weight, group_tensors
 from k2quant.comparison import compare
-from k2quant.demo import K2_CONFIG, Shard, matrices, write_checkpoint
+from k2quant.demo import K2_CONFIG, matrices
 from k2quant.errors import CheckpointError, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.formats.layouts import Bf16, Format, Fp8, Int4
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, deserialize
 
 import k2quant
 from k2quant.checkpoint.header import read_header
+from k2quant.checkpoint.in_memory import Shard, write_checkpoint
 from k2quant.checkpoint.reader import CONFIG, INDEX, SINGLE
-from k2quant.demo import Shard, write_checkpoint
 from k2quant.errors import (
     BadValue,
     CheckpointError,

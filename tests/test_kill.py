@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 import k2quant
+from k2quant.checkpoint.in_memory import Shard, write_checkpoint
 from k2quant.checkpoint.reader import CONFIG, INDEX
-from k2quant.demo import Shard, write_checkpoint
 from k2quant.plan import INCOMPLETE, REPORT
 
 KILLS = int(os.environ.get("K2QUANT_KILLS", "8"))
