@@ -36,6 +36,9 @@ _PROJECTION = re.compile(
 
 _FUSED = re.compile(_LAYER + r"mlp\.experts\.(?P<projection>gate_up_proj|down_proj)")
 
+_LANGUAGE = re.compile(r"(?:language_model\.)?model\.(?:language_model\.)?(?P<rest>.+)")
+_HEAD = re.compile(r"(?:language_model\.)?(?P<rest>lm_head\..+)")
+
 _CLASS_PATTERNS = tuple(
     (kind, re.compile(pattern))
     for kind, pattern in (
@@ -107,3 +110,16 @@ def fused_experts(name: str) -> FusedExperts | None:
         return None
     projections = ("gate_proj", "up_proj") if match["projection"] == "gate_up_proj" else ("down_proj",)
     return FusedExperts(name[: match.start("projection")], projections)
+
+
+def in_language_model(name: str) -> str | None:
+    """Return a tensor's name as a language model that stands alone has it, such as `model.layers.3.mlp.gate.weight`.
+
+    K2.5 and later put `language_model.` in front. None: the tensor belongs to the vision tower or the projector.
+    """
+    if tensor_class(name) in {"vision", "projector"}:
+        return None
+    if head := _HEAD.fullmatch(name):
+        return head["rest"]
+    match = _LANGUAGE.fullmatch(name)
+    return f"model.{match['rest']}" if match else name

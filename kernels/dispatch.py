@@ -18,12 +18,10 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.kernels import matmul_reference as reference
 from k2quant.kernels.configs import Config, Product, Table, table_for
-from k2quant.kernels.weights import Fp8Weight, Int4Weight
+from k2quant.kernels.weights import Fp8Weight, Int4Weight, Weight
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-Weight = Int4Weight | Fp8Weight
 
 _TILE_DTYPES = (torch.bfloat16, torch.float16)
 """Products in float32 have no matrix units to gain from: cuBLAS on dequantised weights is as good."""

@@ -23,9 +23,7 @@ from k2quant.kernels.configs import Config, Product, Table
 from k2quant.kernels.dispatch import EXPERTS, TOP
 from k2quant.kernels.timing import time_eager, time_graph
 from k2quant.kernels.tuning import HIDDEN, INNER, Cell, Trial
-from k2quant.kernels.weights import Fp8Weight, Int4Weight
-
-Weight = Int4Weight | Fp8Weight
+from k2quant.kernels.weights import Fp8Weight, Weight
 
 CHECKED_ROWS = 512
 """Rows of x on which a configuration's numbers are checked; what a program does does not depend on how many follow."""

@@ -11,12 +11,10 @@ from k2quant.kernels import dispatch
 from k2quant.kernels.configs import BUCKETS, bucket_of
 from k2quant.kernels.linear_ops import fp8_linear, fp8_linear_w8a8, int4_linear
 from k2quant.kernels.moe_ops import moe_fp8, moe_int4
-from k2quant.kernels.weights import Fp8Weight, Int4Weight
+from k2quant.kernels.weights import Fp8Weight, Int4Weight, Weight
 
 _CPU_ROWS = (1, 2, 256)
 """Rows of x that reach every compiled function of the CPU path."""
-
-Weight = Int4Weight | Fp8Weight
 
 
 def warmup(

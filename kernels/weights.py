@@ -115,6 +115,38 @@ class Fp8Weight:
         return (self.codes.float() * spread(self.scale, self.block, self.shape)).to(dtype)
 
 
+Weight = Int4Weight | Fp8Weight
+
+
+def empty_int4(shape: tuple[int, ...], *, layout: Layout, device: torch.device | str) -> Int4Weight:
+    """Return an INT4 weight `[N, K]` or `[E, N, K]` in a layout, with whatever content.
+
+    Raises:
+        UsageError: the layout cannot have this shape.
+    """
+    *stack, rows, columns = shape
+    if columns % GROUP or (layout == "torch" and rows % TORCH_ROWS):
+        raise UsageError(f"layout {layout}: expected a multiple of {GROUP} columns, found {list(shape)}")
+    groups = columns // GROUP
+    codes, scale = {
+        "rows": ((rows, columns // 8), (rows, groups)),
+        "groups": ((groups, rows, WORDS), (groups, rows)),
+        "torch": ((rows, columns // 2), (groups, rows, 2)),
+    }[layout]
+    kind = torch.uint8 if layout == "torch" else torch.int32
+    return Int4Weight(
+        torch.empty(*stack, *codes, dtype=kind, device=device),
+        torch.empty(*stack, *scale, dtype=torch.bfloat16, device=device),
+        layout,
+    )
+
+
+def empty_fp8(shape: tuple[int, ...], *, block: tuple[int, int], device: torch.device | str) -> Fp8Weight:
+    """Return a block-FP8 weight `[N, K]` or `[E, N, K]` with whatever content."""
+    codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+    return Fp8Weight(codes, torch.empty(_fp8_scales(codes, block), dtype=torch.float32, device=device), block)
+
+
 def prepare_int4(weight_packed: Tensor, weight_scale: Tensor, *, layout: Layout | None = None) -> Int4Weight:
     """Lay an INT4 weight out for the device on which its tensors lie.
 
@@ -127,7 +159,7 @@ def prepare_int4(weight_packed: Tensor, weight_scale: Tensor, *, layout: Layout 
         UsageError: dtype, shape or device do not fit each other, or a scale is negative, NaN or infinite.
     """
     _check_int4(weight_packed, weight_scale)
-    layout = layout or _best_layout(weight_packed)
+    layout = layout or best_layout(weight_packed.device, 0 if 0 in weight_packed.shape else weight_packed.shape[-2])
     if layout not in _DO:
         raise UsageError(f"layout: expected {', '.join(_DO)}, found {layout}")
     if layout == "torch" and (weight_packed.shape[-2] % TORCH_ROWS or 0 in weight_packed.shape):
@@ -231,14 +263,14 @@ def _check_scale(scale: Tensor, name: str) -> None:
         raise UsageError(f"{name}: found a negative, NaN or infinite scale; was the file damaged?")
 
 
-def _best_layout(packed: Tensor) -> Layout:
-    if packed.device.type == "cpu":
-        from k2quant.kernels.linear_cpu import best_layout
+def best_layout(device: torch.device, rows: int) -> Layout:
+    """Return the layout in which a device reads INT4 weights of so many rows fastest."""
+    if device.type == "cpu":
+        from k2quant.kernels.linear_cpu import best_layout as best_on_cpu
 
-        layout = best_layout()
-        fits = packed.shape[-2] % TORCH_ROWS == 0 and 0 not in packed.shape
-        return layout if layout != "torch" or fits else "rows"
-    return "groups" if packed.device.type == "cuda" else "rows"
+        layout = best_on_cpu()
+        return layout if layout != "torch" or (rows and rows % TORCH_ROWS == 0) else "rows"
+    return "groups" if device.type == "cuda" else "rows"
 
 
 def _as_is(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
