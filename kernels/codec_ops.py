@@ -18,7 +18,7 @@ from torch.library import custom_op
 
 from k2quant.errors import UsageError
 from k2quant.kernels import codecs_cpu, dispatch, reference
-from k2quant.kernels.grids import Grid
+from k2quant.kernels.grids import FAKE_BITS, PACKED_BITS, Grid, largest_code
 from k2quant.kernels.linear_ops import as_bytes, as_codes
 from k2quant.kernels.threads_cpu import over_rows
 from k2quant.kernels.values import ValueAt
@@ -29,20 +29,26 @@ BLOCK = (128, 128)
 E4M3 = torch.float8_e4m3fn
 
 
-def bf16_to_int4(weights: Tensor, grid: Grid = "moonshot", *, recover: bool = True) -> Pair:
+def bf16_to_int4(weights: Tensor, grid: Grid = "moonshot", *, recover: bool = True, bits: int = 4) -> Pair:
     """Encode BF16 `[R, K]` as INT4; K is a multiple of 32.
 
     Args:
         weights: BF16 `[R, K]`.
         grid: the rounding rule.
-        recover: give a moonshot group that already lies on the grid the scale that gives all its weights.
+        recover: give a moonshot group that already lies on the grid the scale that gives all its weights. It has an
+            effect with 4 bits alone.
+        bits: width of the codes, 4, 3 or 2: 3 and 2 put codes -3..3 and -1..1 of the moonshot grid into the nibbles.
 
     Returns:
-        int32 words `[R, K/8]` and BF16 scales `[R, K/32]`.
+        int32 words `[R, K/8]` and BF16 scales `[R, K/32]`; `int4_to_bf16` decodes them, whatever the width.
+
+    Raises:
+        UsageError: the weights do not fit, or there is no such width on this grid.
+        ValueAt: on a CPU, a weight is not finite, or would not be after decoding.
     """
-    _expect_grid(grid)
+    _expect_grid(grid, bits, PACKED_BITS)
     _expect(weights, "weights", torch.bfloat16, multiple=GROUP)
-    return cast("Pair", torch.ops.k2quant.bf16_to_int4(weights, grid, recover))
+    return cast("Pair", torch.ops.k2quant.bf16_to_int4(weights, grid, recover, bits))
 
 
 def int4_to_bf16(packed: Tensor, scale: Tensor) -> Tensor:
@@ -81,14 +87,26 @@ def int4_to_fp8(packed: Tensor, scale: Tensor, block: tuple[int, int] = BLOCK) -
     return as_codes(codes), out_scale
 
 
-def fake_quantize_int4(weights: Tensor, grid: Grid = "moonshot") -> Tensor:
+def fake_quantize_int4(weights: Tensor, grid: Grid = "moonshot", *, bits: int = 4) -> Tensor:
     """Round BF16 `[R, K]` to the INT4 grid and back, in one pass: what plain rounding, not recovering, decodes to.
 
     It has no gradient: what takes its place is a matter of training.
+
+    Args:
+        weights: BF16 `[R, K]`; K is a multiple of 32.
+        grid: the rounding rule.
+        bits: width of the codes, 8, 4, 3 or 2; other than 4 on the moonshot grid alone.
+
+    Returns:
+        BF16 `[R, K]`.
+
+    Raises:
+        UsageError: the weights do not fit, or there is no such width on this grid.
+        ValueAt: on a CPU, a weight is not finite, or would not be after decoding.
     """
-    _expect_grid(grid)
+    _expect_grid(grid, bits, FAKE_BITS)
     _expect(weights, "weights", torch.bfloat16, multiple=GROUP)
-    return cast("Tensor", torch.ops.k2quant.fake_quantize_int4(weights, grid))
+    return cast("Tensor", torch.ops.k2quant.fake_quantize_int4(weights, grid, bits))
 
 
 def fake_quantize_fp8(weights: Tensor, block: tuple[int, int] = BLOCK) -> Tensor:
@@ -120,9 +138,10 @@ def _expect_fp8(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
     _expect_shape(codes, scale, _blocks(codes, block), f"codes {list(codes.shape)} in blocks of {block[0]}x{block[1]}")
 
 
-def _expect_grid(grid: str) -> None:
+def _expect_grid(grid: Grid, bits: int = 4, known: tuple[int, ...] = PACKED_BITS) -> None:
     if grid not in get_args(Grid):
         raise UsageError(f"grid: expected {' or '.join(get_args(Grid))}, found {grid}")
+    largest_code(grid, bits, known)
 
 
 def _expect_block(block: tuple[int, int]) -> None:
@@ -187,20 +206,20 @@ def _new_bf16(codes: Tensor, columns: int) -> Tensor:
 
 
 @custom_op("k2quant::bf16_to_int4", mutates_args=())
-def _bf16_to_int4(weights: Tensor, grid: str, recover: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001 - an operator's schema
+def _bf16_to_int4(weights: Tensor, grid: str, recover: bool, bits: int = 4) -> tuple[Tensor, Tensor]:  # noqa: FBT001 - an operator's schema
     rule = cast("Grid", grid)
-    if dispatch.on_triton(weights):
+    if dispatch.on_triton(weights) and bits == 4:
         from k2quant.kernels import int4_codecs_triton
 
         return int4_codecs_triton.bf16_to_int4(weights, rule, recover=recover)[:2]
     if weights.device.type != "cpu":
-        return reference.bf16_to_int4(weights, rule, recover=recover)[:2]
+        return reference.bf16_to_int4(weights, rule, recover=recover, bits=bits)[:2]
     packed, scale = _new_int4(weights)
     source, words, factors = _bits(weights), _bits(packed), _bits(scale)
     _over_rows(
         len(source),
         1,
-        lambda a, b: codecs_cpu.bf16_to_int4(source[a:b], rule, words[a:b], factors[a:b], recover=recover),
+        lambda a, b: codecs_cpu.bf16_to_int4(source[a:b], rule, words[a:b], factors[a:b], recover=recover, bits=bits),
     )
     return packed, scale
 
@@ -300,12 +319,18 @@ def _int4_to_fp8(packed: Tensor, scale: Tensor, block_rows: int, block_columns: 
 
 
 @custom_op("k2quant::fake_quantize_int4", mutates_args=())
-def _fake_quantize_int4(weights: Tensor, grid: str) -> Tensor:
-    if dispatch.on_triton(weights):
+def _fake_quantize_int4(weights: Tensor, grid: str, bits: int = 4) -> Tensor:
+    rule = cast("Grid", grid)
+    if dispatch.on_triton(weights) and bits == 4:
         from k2quant.kernels import int4_codecs_triton
 
-        return int4_codecs_triton.fake_quantize_int4(weights, cast("Grid", grid))
-    return cast("Tensor", _int4_to_bf16(*_bf16_to_int4(weights, grid, False)))
+        return int4_codecs_triton.fake_quantize_int4(weights, rule)
+    if weights.device.type != "cpu":
+        return reference.fake_quantize_int4(weights, rule, bits)
+    out = _new_bf16(weights, weights.shape[1])
+    source, values = _bits(weights), _bits(out)
+    _over_rows(len(source), 1, lambda a, b: codecs_cpu.fake_quantize_int4(source[a:b], rule, values[a:b], bits=bits))
+    return out
 
 
 @custom_op("k2quant::fake_quantize_fp8", mutates_args=())
@@ -323,7 +348,7 @@ def _part(scale: NDArray[np.float32], first: int, last: int, block_rows: int) ->
 
 
 @_bf16_to_int4.register_fake
-def _(weights: Tensor, grid: str, recover: bool) -> tuple[Tensor, Tensor]:  # noqa: FBT001 - an operator's schema
+def _(weights: Tensor, grid: str, recover: bool, bits: int = 4) -> tuple[Tensor, Tensor]:  # noqa: FBT001 - an operator's schema
     return _new_int4(weights)
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from k2quant.kernels import values as explain
 from k2quant.kernels.figures import Figures
-from k2quant.kernels.grids import Grid
+from k2quant.kernels.grids import PACKED_BITS, Grid, largest_code
 from k2quant.kernels.recovery import DISTANCES, SMALLEST_AMAX, int4_table
 from k2quant.kernels.values import F32, I32, U8, U16
 
@@ -273,45 +273,51 @@ def _recover_int4_scales(weights: U16, amax: U16, table: U32, scale: U16) -> Non
 
 
 @_jit
-def _int4_scales(weights: U16, rule: int, table: U32, amax: U16, scale: U16) -> bool:
-    """Choose the BF16 scale of each group of a row; return whether all weights are finite."""
+def _int4_scales(weights: U16, rule: int, largest: np.float32, amax: U16, scale: U16) -> bool:
+    """Compute the plain BF16 scale of each group of a row; return whether all weights are finite."""
     for group in range(scale.size):
         amax[group] = _largest(weights[group * INT4_GROUP : group * INT4_GROUP + INT4_GROUP])
     if _largest(amax) >= explain.INFINITY:
         return False
-    divisor = np.float32(7.5) if rule == _COMPRESSED_TENSORS else np.float32(7)
+    divisor = np.float32(7.5) if rule == _COMPRESSED_TENSORS else largest
     for group in range(scale.size):
         bits = _round(_widen(amax[group]) / divisor)
         scale[group] = bits or np.uint32(0x3C00)  # 2^-7, as compressed-tensors writes for a scale of zero
-    if rule == _RECOVER:
-        _recover_int4_scales(weights, amax, table, scale)
     return True
 
 
 @_jit
-def _encode_moonshot(weights: U16, scale: U16, nibbles: U8, decoded: U16) -> None:
-    """Round a row to codes -7..7: one nibble a byte, and the values that decoding will give."""
+def _moonshot_quotient(weight: Int, step: np.float32, largest: np.float32) -> np.float32:
+    """Return w/scale between -largest and largest; what is left is to round it to its code."""
+    return min(max(_widen(weight) / step, -largest), largest)
+
+
+@_jit
+def _compressed_quotient(weight: Int, step: np.float32) -> np.float32:
+    """Return w/scale between -8 and 7; it is rounded to BF16 before the clamp, as compressed-tensors does."""
+    return min(max(_widen(_round(_widen(weight) / step)), np.float32(-8)), np.float32(7))
+
+
+@_jit
+def _encode_moonshot(weights: U16, scale: U16, largest: np.float32, nibbles: U8, decoded: U16) -> None:
+    """Round a row to codes of at most `largest`: one nibble a byte, and the values that decoding will give."""
     for group in range(scale.size):
         step = _widen(scale[group])
         for lane in range(INT4_GROUP):
             i = group * INT4_GROUP + lane
-            quotient = _widen(weights[i]) / step
-            quotient = min(max(quotient, np.float32(-7)), np.float32(7))
-            nibble = _nibble(quotient)
+            nibble = _nibble(_moonshot_quotient(weights[i], step, largest))
             nibbles[i] = nibble
             decoded[i] = _int4_product(nibble, step)
 
 
 @_jit
 def _encode_compressed_tensors(weights: U16, scale: U16, nibbles: U8, decoded: U16) -> None:
-    """Round a row to codes -8..7; the quotient is rounded to BF16 before the clamp, as that library does."""
+    """Round a row to codes -8..7, and the values that decoding will give."""
     for group in range(scale.size):
         step = _widen(scale[group])
         for lane in range(INT4_GROUP):
             i = group * INT4_GROUP + lane
-            quotient = _widen(_round(_widen(weights[i]) / step))
-            quotient = min(max(quotient, np.float32(-8)), np.float32(7))
-            nibble = _nibble(quotient)
+            nibble = _nibble(_compressed_quotient(weights[i], step))
             nibbles[i] = nibble
             decoded[i] = _int4_product(nibble, step)
 
@@ -323,16 +329,32 @@ def _nibble(quotient: np.float32) -> np.uint32:
 
 
 @_jit
+def _whole(quotient: np.float32) -> np.float32:
+    """Return the code itself, of any width: adding 1.5 * 2^23 rounds half to even, taking it away leaves no -0."""
+    return np.float32(quotient + np.float32(12582912.0)) - np.float32(12582912.0)
+
+
+@_jit
 def _encode_int4_row(
-    weights: U16, rule: int, table: U32, packed: U8, scale: U16, amax: U16, nibbles: U8, decoded: U16
+    weights: U16,
+    rule: int,
+    largest: np.float32,
+    table: U32,
+    packed: U8,
+    scale: U16,
+    amax: U16,
+    nibbles: U8,
+    decoded: U16,
 ) -> bool:
     """Encode one row; return whether all its weights are finite."""
-    if not _int4_scales(weights, rule, table, amax, scale):
+    if not _int4_scales(weights, rule, largest, amax, scale):
         return False
+    if rule == _RECOVER:
+        _recover_int4_scales(weights, amax, table, scale)
     if rule == _COMPRESSED_TENSORS:
         _encode_compressed_tensors(weights, scale, nibbles, decoded)
     else:
-        _encode_moonshot(weights, scale, nibbles, decoded)
+        _encode_moonshot(weights, scale, largest, nibbles, decoded)
     pairs = nibbles.view(np.uint16)
     for i in range(packed.size):
         packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
@@ -340,18 +362,55 @@ def _encode_int4_row(
 
 
 @_jit
-def _bf16_to_int4(weights: U16, rule: int, table: U32, packed: U8, scale: U16) -> Outcome:
+def _bf16_to_int4(weights: U16, rule: int, largest_code: np.float32, table: U32, packed: U8, scale: U16) -> Outcome:
     rows, columns = weights.shape
     nibbles, decoded = np.empty(columns, np.uint8), np.empty(columns, np.uint16)
     amax = np.empty(columns // INT4_GROUP, np.uint16)
     energy, error = np.zeros(LANES), np.zeros(LANES)
     changed, worst = 0, np.uint32(0)
     for row in range(rows):
-        if not _encode_int4_row(weights[row], rule, table, packed[row], scale[row], amax, nibbles, decoded):
+        if not _encode_int4_row(
+            weights[row], rule, largest_code, table, packed[row], scale[row], amax, nibbles, decoded
+        ):
             return -1, 0.0, 0.0, 0.0
         count, largest = _tally(weights[row], decoded, energy, error)
         changed, worst = changed + count, max(worst, largest)
     return _total(changed, worst, energy, error)
+
+
+@_jit
+def _fake_quantize_int4(weights: U16, rule: int, largest: np.float32, out: U16) -> bool:
+    """Round to the grid and back; return whether all weights are finite, before and after."""
+    columns = weights.shape[1]
+    amax, scale = np.empty(columns // INT4_GROUP, np.uint16), np.empty(columns // INT4_GROUP, np.uint16)
+    for row in range(weights.shape[0]):
+        if not _int4_scales(weights[row], rule, largest, amax, scale):
+            return False
+        if rule == _COMPRESSED_TENSORS:
+            _fake_compressed_tensors(weights[row], scale, out[row])
+        else:
+            _fake_moonshot(weights[row], scale, largest, out[row])
+        if _largest(out[row]) >= explain.INFINITY:
+            return False
+    return True
+
+
+@_jit
+def _fake_moonshot(weights: U16, scale: U16, largest: np.float32, out: U16) -> None:
+    for group in range(scale.size):
+        step = _widen(scale[group])
+        for lane in range(INT4_GROUP):
+            i = group * INT4_GROUP + lane
+            out[i] = _round(_whole(_moonshot_quotient(weights[i], step, largest)) * step)
+
+
+@_jit
+def _fake_compressed_tensors(weights: U16, scale: U16, out: U16) -> None:
+    for group in range(scale.size):
+        step = _widen(scale[group])
+        for lane in range(INT4_GROUP):
+            i = group * INT4_GROUP + lane
+            out[i] = _round(_whole(_compressed_quotient(weights[i], step)) * step)
 
 
 @_jit
@@ -533,7 +592,7 @@ def _fp8_to_int4(
     for row in range(rows):
         if not _decode_fp8_row(codes[row], scale_in[row // height], width, weights):
             return -1, 0.0, 0.0, 0.0
-        if not _encode_int4_row(weights, rule, table, packed[row], scale[row], amax, nibbles, decoded):
+        if not _encode_int4_row(weights, rule, np.float32(7), table, packed[row], scale[row], amax, nibbles, decoded):
             return -1, 0.0, 0.0, 0.0
         count, largest = _tally(weights, decoded, energy, error)
         changed, worst = changed + count, max(worst, largest)
@@ -661,15 +720,36 @@ def bf16_to_fp8(weights: U16, block: tuple[int, int], codes: U8, scale: F32) -> 
     return figures
 
 
-def bf16_to_int4(weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True) -> Figures:
+def bf16_to_int4(weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True, bits: int = 4) -> Figures:
     """Recover or compute each group's scale, then round to INT4. See `seam.Codecs`."""
     _same_int4(weights.shape, packed, scale)
-    rule = _rule(grid, recover=recover)
-    outcome = _bf16_to_int4(_frozen(weights), rule, int4_table(), packed.view(np.uint8), scale)
+    largest = np.float32(largest_code(grid, bits, PACKED_BITS))
+    rule = _rule(grid, recover=recover and bits == 4)
+    outcome = _bf16_to_int4(_frozen(weights), rule, largest, int4_table(), packed.view(np.uint8), scale)
     figures = _figures(weights.size, outcome)
     if figures is None:
-        raise explain.bad_group(weights)
+        raise explain.bad_group(weights, bits)
     return figures
+
+
+def fake_quantize_int4(weights: U16, grid: Grid, out: U16, *, bits: int = 4) -> None:
+    """Write what `bf16_to_int4` without recovery and `int4_to_bf16` would give, in one pass; nothing is packed.
+
+    Args:
+        weights: BF16 bits `[R, K]`, K a multiple of 32.
+        grid: the rounding rule.
+        out: BF16 bits `[R, K]`.
+        bits: width of the codes, 8, 4, 3 or 2; other than 4 on the moonshot grid alone.
+
+    Raises:
+        UsageError: there is no such width on this grid.
+        ValueAt: a weight is not finite, or would not be after decoding.
+    """
+    _same(weights.shape, out.shape)
+    _whole_groups(weights.shape)
+    largest = np.float32(largest_code(grid, bits))
+    if not _fake_quantize_int4(_frozen(weights), _rule(grid, recover=False), largest, out):
+        raise explain.bad_group(weights, bits)
 
 
 def fp8_to_int4(codes: U8, scale_in: F32, block: tuple[int, int], grid: Grid, packed: I32, scale_out: U16) -> Figures:
@@ -777,8 +857,12 @@ def _same(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
         raise ValueError(f"expected shape {expected}, found {found}")
 
 
-def _same_int4(shape: tuple[int, ...], packed: I32, scale: U16) -> None:
+def _whole_groups(shape: tuple[int, ...]) -> None:
     if shape[1] % INT4_GROUP:
         raise ValueError(f"expected a multiple of {INT4_GROUP} columns, found {shape[1]}")
+
+
+def _same_int4(shape: tuple[int, ...], packed: I32, scale: U16) -> None:
+    _whole_groups(shape)
     _same(packed.shape, (shape[0], shape[1] // 8))
     _same(scale.shape, (shape[0], shape[1] // INT4_GROUP))

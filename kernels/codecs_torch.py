@@ -41,9 +41,11 @@ class TorchCodecs:
         """Recover or compute each block's scale, then round to e4m3."""
         return _store_all(reference.bf16_to_fp8(self._bf16(weights), block), codes, scale)
 
-    def bf16_to_int4(self, weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True) -> Figures:
+    def bf16_to_int4(
+        self, weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True, bits: int = 4
+    ) -> Figures:
         """Recover or compute each group's scale, then round to INT4."""
-        return _store_all(reference.bf16_to_int4(self._bf16(weights), grid, recover=recover), packed, scale)
+        return _store_all(reference.bf16_to_int4(self._bf16(weights), grid, recover=recover, bits=bits), packed, scale)
 
     def fp8_to_int4(
         self, codes: U8, scale_in: F32, block: tuple[int, int], grid: Grid, packed: I32, scale_out: U16

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from k2quant.kernels import values as explain
 from k2quant.kernels.figures import Figures
-from k2quant.kernels.grids import Grid
+from k2quant.kernels.grids import PACKED_BITS, Grid, largest_code
 from k2quant.kernels.recovery import CANDIDATES
 
 GROUP = 32
@@ -65,18 +65,32 @@ def bf16_to_fp8(weights: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor
     return out, scale, compare(weights, fp8_to_bf16(out, scale, block))
 
 
-def bf16_to_int4(weights: Tensor, grid: Grid, *, recover: bool = True) -> tuple[Tensor, Tensor, Figures]:
+def bf16_to_int4(weights: Tensor, grid: Grid, *, recover: bool = True, bits: int = 4) -> tuple[Tensor, Tensor, Figures]:
     """Encode BF16 `[R, K]` as INT4 words `[R, K/8]` with a BF16 scale `[R, K/32]` for each group of 32 columns.
 
-    moonshot: the first candidate scale that gives all weights of the group (`recovery.CANDIDATES`), if `recover`; else
-    scale = bf16(amax/7), codes = w/scale rounded half to even, -7..7.
+    moonshot: the first candidate scale that gives all weights of the group (`recovery.CANDIDATES`), if `recover` and
+    with 4 bits; else scale = bf16(amax/L), codes = w/scale rounded half to even, -L..L, where L = 2^(bits-1) - 1.
     compressed-tensors: scale = bf16(amax/7.5), codes = bf16(w/scale) clamped to -8..7, then rounded half to even.
-    A scale that would be zero is 2^-7.
+    A scale that would be zero is 2^-7. `bits` is 4, 3 or 2.
     """
+    codes, scale = _int4_codes(weights, grid, largest_code(grid, bits, PACKED_BITS), recover=recover and bits == 4)
+    packed = pack_int4(codes.reshape(weights.shape))
+    scale = scale.reshape(weights.shape[0], -1)
+    return packed, scale, compare(weights, _int4_values(weights, codes, scale.flatten(), bits))
+
+
+def fake_quantize_int4(weights: Tensor, grid: Grid, bits: int = 4) -> Tensor:
+    """Return BF16 `[R, K]`, rounded as `bf16_to_int4` rounds without recovery and decoded; `bits` may also be 8."""
+    codes, scale = _int4_codes(weights, grid, largest_code(grid, bits), recover=False)
+    return _int4_values(weights, codes, scale, bits)
+
+
+def _int4_codes(weights: Tensor, grid: Grid, largest: int, *, recover: bool) -> tuple[Tensor, Tensor]:
+    """Return the int32 codes `[G, 32]` and BF16 scales `[G]` of all groups."""
     _require_finite(weights)
     groups = weights.reshape(-1, GROUP)
     amax = groups.abs().amax(1).float()
-    scale = _divided(amax, 7.5 if grid == "compressed-tensors" else 7).to(torch.bfloat16)
+    scale = _divided(amax, 7.5 if grid == "compressed-tensors" else largest).to(torch.bfloat16)
     scale = torch.where(scale == 0, 2.0**-7, scale)
     if grid == "moonshot" and recover:
         scale = _recovered_int4_scale(groups, scale)
@@ -84,14 +98,16 @@ def bf16_to_int4(weights: Tensor, grid: Grid, *, recover: bool = True) -> tuple[
     if grid == "compressed-tensors":
         codes = quotient.to(torch.bfloat16).float().clamp(-8, 7).round()
     else:
-        codes = quotient.round().clamp(-7, 7)
-    packed = pack_int4(codes.to(torch.int32).reshape(weights.shape))
-    scale = scale.reshape(weights.shape[0], -1)
-    try:
-        after = int4_to_bf16(packed, scale.float(), GROUP)
-    except explain.ValueAt:
-        raise explain.bad_group(weights.view(torch.uint16).cpu().numpy()) from None
-    return packed, scale, compare(weights, after)
+        codes = quotient.round().clamp(-largest, largest)
+    return codes.to(torch.int32), scale
+
+
+def _int4_values(weights: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Return the BF16 values, in the shape of the weights that were encoded; refuse what exceeds BF16."""
+    values = (codes.float() * scale.float()[:, None]).to(torch.bfloat16).reshape(weights.shape)
+    if not values.isfinite().all():
+        raise explain.bad_group(weights.view(torch.uint16).cpu().numpy(), bits)
+    return values
 
 
 def fp8_to_int4(codes: Tensor, scale: Tensor, block: tuple[int, int], grid: Grid) -> tuple[Tensor, Tensor, Figures]:

@@ -43,12 +43,17 @@ class Codecs(Protocol):
         half to even and saturated at +-448. A block of zeros gets the scale 1.
         """
 
-    def bf16_to_int4(self, weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True) -> Figures:
+    def bf16_to_int4(
+        self, weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True, bits: int = 4
+    ) -> Figures:
         """Encode each group of 32 columns; K is a multiple of 32.
 
         moonshot: the first scale of `recovery.CANDIDATES` that gives all weights of the group, if `recover`; else
         bf16(amax/7), codes -7..7. compressed-tensors: bf16(amax/7.5), codes -8..7, the quotient rounded to BF16; it
         knows no recovery.
+
+        With 3 or 2 bits, on the moonshot grid alone, the scale is bf16(amax/3) or bf16(amax) and codes in the nibbles
+        are -3..3 or -1..1. `recover` has no effect; what the plain rule made comes back by the plain rule.
         """
 
     def fp8_to_int4(

@@ -91,14 +91,14 @@ def bad_int4(packed: I32, scale: F32, group: int) -> ValueAt:
     return _overflow(codes, _spread(scale, (1, group), codes.shape))
 
 
-def bad_group(weights: U16) -> ValueAt:
+def bad_group(weights: U16, bits: int = 4) -> ValueAt:
     """Find the first NaN or infinity, else blame the largest weight: its group's products would exceed BF16."""
     magnitude = weights & 0x7FFF
     if (magnitude >= INFINITY).any():
         return bad_weight(weights)
     row, column = divmod(int(magnitude.argmax()), weights.shape[1])
     value = float(bf16_to_float(weights[row : row + 1, column])[0])
-    return ValueAt(row=row, column=column, what=f"overflow: {value} rounds to an INT4 value that exceeds bfloat16")
+    return ValueAt(row=row, column=column, what=f"overflow: {value} rounds to an INT{bits} value that exceeds bfloat16")
 
 
 def _bad_scale(scale: F32) -> ValueAt | None:

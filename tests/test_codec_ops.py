@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from k2quant.errors import UsageError
 from k2quant.kernels import ops, reference
-from k2quant.kernels.grids import Grid
+from k2quant.kernels.grids import FAKE_BITS, PACKED_BITS, Grid
 from k2quant.kernels.values import ValueAt
 
 BLOCKS = [(128, 128), (1, 128)]
@@ -70,12 +70,34 @@ def test_fake_quantize_is_there_and_back(grid: Grid) -> None:
         assert same((ops.fake_quantize_fp8(weights(), block),), (ops.fp8_to_bf16(*there, block),))
 
 
+@pytest.mark.parametrize("bits", FAKE_BITS)
+def test_other_widths_have_the_bits_of_the_reference(bits: int) -> None:
+    """Rounding and back at each width, encoding at those that fit a nibble, and one is the other decoded."""
+    found = ops.fake_quantize_int4(weights(), bits=bits)
+    assert same((found,), (reference.fake_quantize_int4(weights(), "moonshot", bits),))
+    if bits in PACKED_BITS:
+        encoded = ops.bf16_to_int4(weights(), recover=False, bits=bits)
+        assert same(encoded, reference.bf16_to_int4(weights(), "moonshot", recover=False, bits=bits))
+        assert same((found,), (ops.int4_to_bf16(*encoded),))
+
+
+def test_fake_quantize_compiles_at_each_width() -> None:
+    """A compiled function keeps the operator and its width: one graph, the bits of the plain call."""
+
+    def both(x: Tensor) -> Tensor:
+        return ops.fake_quantize_int4(x, bits=8) - ops.fake_quantize_int4(x, bits=2)
+
+    compiled: Callable[[Tensor], Tensor] = torch.compile(both, fullgraph=True, backend="aot_eager")
+    assert same((compiled(weights()),), (both(weights()),))
+
+
 def test_strided_input_is_the_same_as_contiguous() -> None:
     """A transposed or cut weight gives the bits of its contiguous copy."""
     for view in (weights(160, 320).T, weights(64, 320)[:, ::2], weights(128, 64)[::2]):
         assert not view.is_contiguous()
         assert same(ops.bf16_to_int4(view), ops.bf16_to_int4(view.contiguous()))
         assert same(ops.bf16_to_fp8(view), ops.bf16_to_fp8(view.contiguous()))
+        assert same((ops.fake_quantize_int4(view),), (ops.fake_quantize_int4(view.contiguous()),))
 
 
 def test_opcheck() -> None:
@@ -83,13 +105,13 @@ def test_opcheck() -> None:
     sample = weights(130, 96)
     found = torch.ops.k2quant
     int4, fp8 = found.bf16_to_int4(sample, "moonshot", True), found.bf16_to_fp8(sample, 128, 128)
-    opcheck(found.bf16_to_int4.default, (sample, "moonshot", True))
+    opcheck(found.bf16_to_int4.default, (sample, "moonshot", True, 3))
     opcheck(found.int4_to_bf16.default, int4)
     opcheck(found.bf16_to_fp8.default, (sample, 128, 128))
     opcheck(found.fp8_to_bf16.default, (*fp8, 128, 128))
     opcheck(found.fp8_to_int4.default, (*fp8, 128, 128, "moonshot"))
     opcheck(found.int4_to_fp8.default, (*int4, 128, 128))
-    opcheck(found.fake_quantize_int4.default, (sample, "moonshot"))
+    opcheck(found.fake_quantize_int4.default, (sample, "moonshot", 8))
     opcheck(found.fake_quantize_fp8.default, (sample, 128, 128))
 
 
@@ -111,6 +133,9 @@ FP8 = torch.zeros(130, 8).to(torch.float8_e4m3fn)
     [
         (lambda: ops.bf16_to_int4(weights().float()), "weights: expected torch.bfloat16 [R, K], found torch.float32"),
         (lambda: ops.bf16_to_int4(weights(), "plain"), "grid: expected moonshot or compressed-tensors, found plain"),  # type: ignore[arg-type]
+        (lambda: ops.bf16_to_int4(weights(), bits=8), "bits: expected 4 or 3 or 2, found 8"),
+        (lambda: ops.fake_quantize_int4(weights(), bits=5), "bits: expected 8 or 4 or 3 or 2, found 5"),
+        (lambda: ops.bf16_to_int4(weights(), "compressed-tensors", bits=3), "bits: expected 4 for the grid compressed"),
         (lambda: ops.bf16_to_fp8(weights(), (0, 128)), "block: expected its rows and columns"),
         (lambda: ops.bf16_to_fp8(weights(4, 0)), "expected at least one column, found [4, 0]"),
         (lambda: ops.bf16_to_int4(weights(4, 40)), "expected a multiple of 32 columns, found 40"),

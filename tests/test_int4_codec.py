@@ -1,8 +1,9 @@
-"""INT4: packing, both grids, the golden slices, and Moonshot's recovery."""
+"""INT4: packing, both grids, the golden slices, Moonshot's recovery, and other widths than 4 bits."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from k2quant.errors import UsageError
 from k2quant.kernels import codecs_cpu as codecs
 from k2quant.kernels import reference
 from k2quant.kernels.figures import Figures
-from k2quant.kernels.grids import Grid
+from k2quant.kernels.grids import FAKE_BITS, PACKED_BITS, Grid
 from k2quant.kernels.recovery import CANDIDATES, SMALLEST_AMAX
 from k2quant.kernels.values import F32, I32, U16, ValueAt, bf16_to_float, float_to_bf16
 
@@ -25,11 +27,23 @@ SLICES = json.loads((Path(__file__).parent / "data" / "golden_int4_slices.json")
 BOTH = pytest.mark.parametrize("golden", SLICES, ids=[golden["grid"] for golden in SLICES])
 
 
-def encode(weights: U16, grid: Grid = "moonshot", *, recover: bool = True) -> tuple[I32, U16, Figures]:
+def encode(weights: U16, grid: Grid = "moonshot", *, recover: bool = True, bits: int = 4) -> tuple[I32, U16, Figures]:
     """Return packed words, scale and figures of the codec."""
     rows, columns = weights.shape
     packed, scale = np.empty((rows, columns // 8), np.int32), np.empty((rows, columns // 32), np.uint16)
-    return packed, scale, codecs.bf16_to_int4(weights, grid, packed, scale, recover=recover)
+    return packed, scale, codecs.bf16_to_int4(weights, grid, packed, scale, recover=recover, bits=bits)
+
+
+def fake(weights: U16, grid: Grid = "moonshot", *, bits: int = 4) -> U16:
+    """Return the BF16 bits of the weights after rounding and back."""
+    out = np.empty_like(weights)
+    codecs.fake_quantize_int4(weights, grid, out, bits=bits)
+    return out
+
+
+def tensor(weights: U16) -> torch.Tensor:
+    """Return BF16 bits as a tensor."""
+    return torch.from_numpy(weights.view(np.int16)).view(torch.bfloat16)
 
 
 def decode(packed: I32, scale: U16 | F32, group: int = 32) -> U16:
@@ -271,6 +285,166 @@ def test_the_table_finds_what_the_rule_finds_for_every_pair_of_magnitudes() -> N
         weights = np.zeros((len(pairs), 32), np.uint16)
         weights[:, (5, 30)] = np.array(pairs, np.uint16) | np.array([0, 0x8000], np.uint16)
         _, found, _ = encode(weights)
-        tensor = torch.from_numpy(weights.view(np.int16)).view(torch.bfloat16)
-        _, expected, _ = reference.bf16_to_int4(tensor, "moonshot")
+        _, expected, _ = reference.bf16_to_int4(tensor(weights), "moonshot")
         np.testing.assert_array_equal(found, expected.view(torch.uint16).numpy())
+
+
+# --- other widths ---------------------------------------------------------------------------------------------------
+
+
+def in_numpy(weights: U16, bits: int) -> U16:
+    """Return what fake quantisation at a width gives on the moonshot grid: the rule, in plain numpy."""
+    largest = {8: 127, 4: 7, 3: 3, 2: 1}[bits]
+    groups = bf16_to_float(weights).reshape(-1, 32)
+    scale = float_to_bf16(abs(groups).max(1, keepdims=True) / np.float32(largest))
+    factor = bf16_to_float(np.where(scale == 0, np.uint16(0x3C00), scale))
+    codes = np.clip(np.rint(groups / factor), -largest, largest).astype(np.int32)
+    return float_to_bf16(codes.astype(np.float32) * factor).reshape(weights.shape)
+
+
+@pytest.mark.parametrize(
+    ("bits", "weights", "scale", "word"),
+    [
+        (3, [3.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.75, 1.25], 0x3F80, "0x9568aa8b"),
+        (3, [1.0, -0.5, 0.50390625, -0.1669921875, 0.0, 0.0, 0.0, 0.0], 0x3EAB, "0x88888a7b"),
+        (2, [1.0, 0.5, -0.5, -1.0, 0.75, -0.25, 0.25, -0.75], 0x3F80, "0x78897889"),
+        (2, [-0.75, 0.375, 0.376953125, -0.376953125, 0.0, 0.0, 0.75, 0.0], 0x3F40, "0x89887987"),
+    ],
+)
+def test_three_and_two_bits_stand_in_nibbles(bits: int, weights: list[float], scale: int, word: str) -> None:
+    """Scale bf16(amax/3) or bf16(amax); codes half to even, -3..3 or -1..1, as code + 8; words written out."""
+    group = float_to_bf16(np.array([[*weights, *[0.0] * 24]], np.float32))
+    packed, found, _ = encode(group, bits=bits)
+    assert (f"{found[0, 0]:#06x}", hexadecimal(packed[0, 0])) == (f"{scale:#06x}", word)
+    assert [hexadecimal(each) for each in packed[0, 1:]] == ["0x88888888"] * 3
+
+
+MISSED = {127: {64}, 7: {*range(20, 125, 8)}, 3: {*range(46, 127, 4)}, 1: set[int]()}
+"""Mantissas of scales s that bf16(bf16(L*s)/L) misses, for each largest code L."""
+
+
+@pytest.mark.parametrize("largest", MISSED)
+def test_a_scale_survives_times_and_divided_by_the_largest_code(largest: int) -> None:
+    """The scale s is bf16(bf16(L*s)/L) but for these mantissas of 128, exhaustively; the rule makes none of those."""
+
+    def divided(amax: U16) -> U16:
+        return float_to_bf16(bf16_to_float(amax) / np.float32(largest))
+
+    def missed(scale: U16) -> set[int]:
+        there = float_to_bf16(bf16_to_float(scale) * np.float32(largest))
+        return {int(bits) & 0x7F for bits in scale[divided(there) != scale]}
+
+    finite = np.arange(1, 0x7C00, dtype=np.uint16)
+    assert missed(finite) == MISSED[largest]
+    assert missed(divided(finite)) == set()
+
+
+@pytest.mark.parametrize(("bits", "largest"), [(3, 3), (2, 1)])
+def test_plain_rounding_brings_back_what_it_made(bits: int, largest: int) -> None:
+    """Groups of all codes with every scale that the rule makes: codes, scales and weights return without a search."""
+    codes, scale = all_groups(largest)
+    made = np.array([int(each) & 0x7F not in MISSED[largest] or each < 0x80 for each in scale[:, 0]])
+    weights = decode(pack(codes), scale)
+    packed, scales, figures = encode(weights[made], bits=bits)
+    np.testing.assert_array_equal(scales, scale[made])
+    np.testing.assert_array_equal(unpack(packed), codes[made])
+    np.testing.assert_array_equal(fake(weights[made], bits=bits), weights[made])
+    assert figures.exact
+
+
+def said(call: Callable[[], object]) -> str:
+    """Return what a call refuses; nothing if it does not."""
+    try:
+        call()
+    except ValueAt as refused:
+        return str(refused)
+    return ""
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    span=st.tuples(st.integers(0, 0x7F7F), st.integers(0, 0x7F7F)).map(sorted),
+    grid=st.sampled_from([("moonshot", bits) for bits in FAKE_BITS] + [("compressed-tensors", 4)]),
+)
+def test_any_bit_pattern_is_rounded_as_the_reference_rounds(seed: int, span: list[int], grid: tuple[Grid, int]) -> None:
+    """Words, scales, weights and refusals; fake quantisation is there and back, and a second time changes nothing."""
+    generator, (rule, bits) = np.random.default_rng(seed), grid
+    weights = generator.integers(span[0], span[1] + 1, (8, 64)).astype(np.uint16)
+    weights |= generator.integers(0, 2, weights.shape, np.uint16) << np.uint16(15)
+    weights[generator.random(weights.shape) < 0.1] = 0
+    truth = tensor(weights)
+    refused = said(lambda: reference.fake_quantize_int4(truth, rule, bits))
+    assert said(lambda: fake(weights, rule, bits=bits)) == refused
+    if refused:
+        return
+    after = reference.fake_quantize_int4(truth, rule, bits).view(torch.uint16).numpy()
+    np.testing.assert_array_equal(fake(weights, rule, bits=bits), after)
+    if rule == "moonshot":
+        np.testing.assert_array_equal(after, in_numpy(weights, bits))
+        np.testing.assert_array_equal(fake(after, bits=bits), after)
+    if bits in PACKED_BITS:
+        packed, scale, figures = encode(weights, rule, recover=False, bits=bits)
+        expected = reference.bf16_to_int4(truth, rule, recover=False, bits=bits)
+        np.testing.assert_array_equal(packed, expected[0].numpy())
+        np.testing.assert_array_equal(scale, expected[1].view(torch.uint16).numpy())
+        np.testing.assert_array_equal(decode(packed, scale), after)
+        assert (figures.changed, figures.worst) == (expected[2].changed, expected[2].worst)
+
+
+@pytest.mark.parametrize("bits", FAKE_BITS)
+def test_each_quotient_of_a_width_is_rounded_by_the_rule(bits: int) -> None:
+    """For each mantissa of amax, every lesser weight of nine binades, ties and amax's own overshoot among them."""
+    amax = np.repeat(np.arange(0x3F80, 0x4000, dtype=np.uint16), 1152 // 31 + 1)
+    weights = np.empty((128, 38 * 32), np.uint16)
+    weights.reshape(-1, 32)[:, 0] = amax
+    lesser = np.resize(np.arange(0x3B00, 0x3F80, dtype=np.uint16), 38 * 31)
+    weights.reshape(128, 38, 32)[:, :, 1:] = lesser.reshape(38, 31)
+    weights[:, 1::2] |= 0x8000
+    np.testing.assert_array_equal(fake(weights, bits=bits), in_numpy(weights, bits))
+
+
+@pytest.mark.parametrize("bits", PACKED_BITS)
+def test_recovery_belongs_to_four_bits(bits: int) -> None:
+    """A group with the codes 0 and 2 alone is recovered with 4 bits; with fewer, `recover` changes nothing."""
+    weights = decode(pack(np.resize([2, 0, -2, 0], (1, 32))), np.array([[0x3F94]], np.uint16))
+    weights[0, 5] = float_to_bf16(np.array([1.15625], np.float32))[0]
+    plain, asked = encode(weights, recover=False, bits=bits), encode(weights, bits=bits)
+    assert (asked[1][0, 0] == plain[1][0, 0]) == (bits != 4)
+    assert bits == 4 or asked[0].tolist() == plain[0].tolist()
+
+
+@pytest.mark.parametrize("bits", FAKE_BITS)
+def test_fake_quantisation_refuses_what_no_codec_can_carry(bits: int) -> None:
+    """NaN and infinity with their place; the largest BF16 weight where its code times the scale exceeds BF16."""
+    weights = np.zeros((3, 64), np.uint16)
+    for wrong, name in (0xFF80, "inf"), (0x7FC1, "NaN"):
+        weights[2, 40] = wrong
+        with pytest.raises(ValueAt, match=rf"non-finite weight {wrong:#06x} \({name}\) at row 2, column 40"):
+            fake(weights, bits=bits)
+    weights[2, 40] = 0x7F7F
+    if bits in {8, 4}:
+        with pytest.raises(ValueAt, match=rf"rounds to an INT{bits} value that exceeds bfloat16 at row 2, column 40"):
+            fake(weights, bits=bits)
+    else:
+        np.testing.assert_array_equal(fake(weights, bits=bits), weights)
+
+
+@pytest.mark.parametrize("bits", [8, 5, 1, 0])
+def test_a_width_without_nibbles_is_refused(bits: int) -> None:
+    """The encoder knows 4, 3 and 2 bits, in the codec and in the reference."""
+    message = rf"bits: expected 4 or 3 or 2, found {bits}"
+    with pytest.raises(UsageError, match=message):
+        encode(np.zeros((1, 32), np.uint16), bits=bits)
+    with pytest.raises(UsageError, match=message):
+        reference.bf16_to_int4(torch.zeros(1, 32).bfloat16(), "moonshot", bits=bits)
+
+
+@pytest.mark.parametrize("bits", [8, 3, 2])
+def test_other_widths_belong_to_the_moonshot_grid(bits: int) -> None:
+    """compressed-tensors has 4 bits here, whether encoded or rounded and back."""
+    message = f"bits: expected 4 for the grid compressed-tensors, found {bits}"
+    with pytest.raises(UsageError, match=message):
+        fake(np.zeros((1, 32), np.uint16), "compressed-tensors", bits=bits)
+    with pytest.raises(UsageError, match=message):
+        reference.fake_quantize_int4(torch.zeros(1, 32).bfloat16(), "compressed-tensors", bits)
