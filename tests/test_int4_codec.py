@@ -352,6 +352,10 @@ def test_plain_rounding_brings_back_what_it_made(bits: int, largest: int) -> Non
     assert figures.exact
 
 
+NORMAL_SCALES = 0x0480
+"""BF16 bits of 2^-118: below this largest weight a scale may be subnormal, and amax need not get the largest code."""
+
+
 def said(call: Callable[[], object]) -> str:
     """Return what a call refuses; nothing if it does not."""
     try:
@@ -382,7 +386,8 @@ def test_any_bit_pattern_is_rounded_as_the_reference_rounds(seed: int, span: lis
     np.testing.assert_array_equal(fake(weights, rule, bits=bits), after)
     if rule == "moonshot":
         np.testing.assert_array_equal(after, in_numpy(weights, bits))
-        np.testing.assert_array_equal(fake(after, bits=bits), after)
+        normal = (weights & 0x7FFF).reshape(-1, 32).max(1) >= NORMAL_SCALES
+        np.testing.assert_array_equal(fake(after, bits=bits).reshape(-1, 32)[normal], after.reshape(-1, 32)[normal])
     if bits in PACKED_BITS:
         packed, scale, figures = encode(weights, rule, recover=False, bits=bits)
         expected = reference.bf16_to_int4(truth, rule, recover=False, bits=bits)
