@@ -16,7 +16,8 @@ from k2quant.checkpoint.weights import Weight
 from k2quant.errors import CheckpointError, MalformedFile, UnsupportedFormat
 from k2quant.formats.layouts import Format, Fp8, Int4
 
-_KEYS = ("quantization_config", "compression_config")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""Where engines look for the quantization block: at the top level, in `text_config`, and under an older name."""
 
 MODEL_TYPES = ("kimi_k2", "kimi_k25", "deepseek_v3")
 """The values of `model_type` whose tensor names k2quant knows."""
@@ -48,7 +49,7 @@ def quantization_blocks(config: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
         MalformedFile: one is not an object.
     """
-    blocks = [home[key] for home in _homes(config) for key in _KEYS if home.get(key) is not None]
+    blocks = [home[key] for home in _homes(config) for key in QUANTIZATION_KEYS if home.get(key) is not None]
     if any(not isinstance(block, dict) for block in blocks):
         raise MalformedFile("quantization_config is not an object", file="config.json")
     return blocks

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant import names
 from k2quant.checkpoint.destination import locked
-from k2quant.checkpoint.paths import check_inside, open_regular, replacing, write_whole
+from k2quant.checkpoint.paths import check_inside, copy_file, write_whole
 from k2quant.checkpoint.reader import CONFIG, INDEX, open_checkpoint
 from k2quant.checkpoint.reading import check_packed_shapes
 from k2quant.errors import OutputError, UsageError
@@ -174,7 +173,7 @@ def _complete(folder: Path, plan: Plan, report: dict[str, Any], *, sha256: bool)
     """Write everything but the shards, config.json last."""
     for name in plan.copies:
         check_inside(plan.source.folder, plan.source.folder / name)
-        _copy_file(plan.source.folder / name, folder / name)
+        copy_file(plan.source.folder / name, folder / name)
         report["files"][name] = _file_facts(folder / name, sha256=sha256)
     last = {INDEX: plan.index} | ({} if plan.config is None else {CONFIG: plan.config})
     for name, data in last.items():
@@ -191,13 +190,3 @@ def _file_facts(path: Path, *, sha256: bool) -> dict[str, Any]:
         with path.open("rb") as file:
             facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return facts
-
-
-def _copy_file(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        os.fdopen(open_regular(source), "rb") as reader,
-        replacing(target) as descriptor,
-        os.fdopen(os.dup(descriptor), "wb") as writer,
-    ):
-        shutil.copyfileobj(reader, writer)

@@ -150,7 +150,7 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     policy = make_policy(options.to, weights, scope=options.scope, ignore=options.ignore, grid=options.grid)
     shards = tuple(_shard(file, jobs) for file, jobs in _placed(weights, policy, options.shard_size))
     try:
-        edited, (copies, left_out) = _config(source, shards, policy), _other_files(source)
+        edited, (copies, left_out) = _config(source, shards, policy), other_files(source)
     except OSError as error:
         message = "cannot be read"
         raise CheckpointError(message, file=error.filename or source.folder, found=error.strerror) from error
@@ -269,7 +269,7 @@ _WEIGHTS = re.compile(
 )
 
 
-def _other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the files beside the weights that are copied (tokenizer, code, licence), and the weights that are not.
 
     Hidden files and folders, and what is no file, are passed over.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,3 +123,14 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a regular file so that the copy is whole or not there; folders on the way to it are made."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        os.fdopen(open_regular(source), "rb") as reader,
+        replacing(target) as descriptor,
+        os.fdopen(os.dup(descriptor), "wb") as writer,
+    ):
+        shutil.copyfileobj(reader, writer)

@@ -1,0 +1,176 @@
+"""Read weights from a checkpoint into the memory of a model's modules.
+
+A file is read straight into the tensors that stay, so that loading takes the size of the packed model and little more.
+Where memory differs from the file (another dtype, device or layout) a window of a few megabytes lies between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from k2quant import pool
+from k2quant.checkpoint.header import TensorEntry
+from k2quant.checkpoint.reader import Checkpoint
+from k2quant.checkpoint.reading import read_into
+from k2quant.errors import BadValue, UsageError
+from k2quant.model.assembly import Assembly, Placed, own_tensors
+from k2quant.model.matrices import Dense, Parts, empty_like
+from k2quant.model.modules import Quantized
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes read and all bytes."""
+
+WINDOW = 2**24
+"""Bytes that a thread reads at once where it cannot read in place."""
+
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+
+class _Task(NamedTuple):
+    """A weight to be read, or some rows of one that is not quantised."""
+
+    placed: Placed
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it reads."""
+        entries = self.placed.source.parts.values()
+        if not isinstance(self.placed.matrix, Dense):
+            return sum(entry.nbytes for entry in entries)
+        entry = next(iter(entries))
+        return entry.nbytes * (self.stop - self.start) // max(_rows(entry), 1)
+
+
+def fill(
+    assembly: Assembly,
+    modules: Iterable[tuple[str, nn.Module, torch.device]],
+    *,
+    workers: int,
+    progress: Progress | None = None,
+) -> None:
+    """Give modules memory on their devices and read their weights into it; their children are left out.
+
+    Args:
+        assembly: the model and its checkpoint.
+        modules: names within the model, modules and devices.
+        workers: how many threads read.
+        progress: called as the work goes on.
+
+    Raises:
+        CheckpointError: a file cannot be read, or holds values that no weight can hold.
+    """
+    tasks: list[_Task] = []
+    for name, module, device in modules:
+        allocate(module, device, assembly.dtype)
+        for placed in assembly.placed(name, module):
+            tasks += _tasks(placed)
+    total, done = sum(task.nbytes for task in tasks), [0]
+
+    def work(task: _Task) -> None:
+        _read(assembly.checkpoint, task)
+        done[0] += task.nbytes  # only a display: a lost update does no harm
+
+    pool.run(iter(tasks), work, workers=workers, tick=lambda: progress(done[0], total) if progress else None)
+
+
+def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a module's own tensors memory on a device, with whatever content.
+
+    What is not quantised gets `dtype`, buffers such as the router's correction bias aside, which stay float32.
+    """
+    if isinstance(module, Quantized):
+        module.replace(lambda weight: empty_like(weight, device))
+    for name, tensor in list(own_tensors(module)):
+        if isinstance(tensor, nn.Parameter):
+            value = torch.empty(tensor.shape, dtype=dtype, device=device)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=tensor.requires_grad))
+        else:
+            module.register_buffer(name, torch.empty(tensor.shape, dtype=torch.float32, device=device))
+
+
+def release(module: nn.Module) -> None:
+    """Take the memory of a module's own tensors away again."""
+    allocate(module, torch.device("meta"), torch.bfloat16)
+
+
+def _tasks(placed: Placed) -> Iterator[_Task]:
+    """Cut what is not quantised into rows, which can be read and converted in any order."""
+    if not isinstance(placed.matrix, Dense):
+        yield _Task(placed, 0, 0)
+        return
+    entry = next(iter(placed.source.parts.values()))
+    rows = _rows(entry)
+    step = max(WINDOW // max(entry.nbytes // max(rows, 1), 1), 1)
+    for start in range(0, rows, step):
+        yield _Task(placed, start, min(start + step, rows))
+
+
+def _rows(entry: TensorEntry) -> int:
+    return entry.shape[0] if entry.shape else 1
+
+
+def _read(checkpoint: Checkpoint, task: _Task) -> None:
+    source, matrix = task.placed
+    if isinstance(matrix, Dense):
+        _read_rows(checkpoint, next(iter(source.parts.values())), matrix.tensor.detach(), task.start, task.stop)
+        return
+    parts = matrix.parts() if matrix.views and _on_cpu(matrix.parts()) else None
+    if parts is None:
+        parts = {suffix: _empty(entry) for suffix, entry in source.parts.items()}
+    for suffix, entry in source.parts.items():
+        read_tensor_into(checkpoint, entry, parts[suffix])
+    try:
+        matrix.put(parts)
+    except UsageError as error:
+        raise BadValue(str(error), tensor=source.main.name, file=source.main.file) from error
+
+
+def _on_cpu(parts: Parts) -> bool:
+    return all(tensor.device.type == "cpu" for tensor in parts.values())
+
+
+def _empty(entry: TensorEntry) -> Tensor:
+    return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+
+
+def _read_rows(checkpoint: Checkpoint, entry: TensorEntry, tensor: Tensor, start: int, stop: int) -> None:
+    """Read some rows of a tensor, in place where they lie as in the file."""
+    rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
+    target = rows[start:stop]
+    dtype = TORCH_DTYPES[entry.dtype]
+    step = prod(entry.shape[1:]) * dtype.itemsize
+    part = entry._replace(start=entry.start + start * step, stop=entry.start + stop * step)
+    if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
+        read_tensor_into(checkpoint, part, target)
+        return
+    window = torch.empty(target.shape, dtype=dtype)
+    read_tensor_into(checkpoint, part, window)
+    target.copy_(window)
+
+
+def read_tensor_into(checkpoint: Checkpoint, entry: TensorEntry, tensor: Tensor) -> None:
+    """Fill a contiguous CPU tensor with the bytes of one in a checkpoint."""
+    read_into(checkpoint.shards[entry.file], entry.start, as_memory(tensor))
+
+
+def as_memory(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, to be read or written."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    if flat.data_ptr() != tensor.data_ptr():
+        msg = "a tensor with gaps has no memory of its own"
+        raise ValueError(msg)
+    return flat.numpy().data

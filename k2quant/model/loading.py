@@ -1,0 +1,81 @@
+"""`load_model`: a checkpoint in any format as a transformers model whose weights stay packed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.convert import available_cores
+from k2quant.errors import UsageError
+from k2quant.model.assembly import Assembly, K2ForCausalLM
+from k2quant.model.filling import Progress, fill
+from k2quant.model.modules import Backend
+from k2quant.model.placement import execution_device, place, resident, spread
+from k2quant.units import one_of
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_READERS = 8
+"""More threads than this add nothing: reading is the disk's work."""
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | Mapping[str, str | int] = "cpu",
+    dtype: torch.dtype | str = torch.bfloat16,
+    backend: Backend = "auto",
+    max_memory: Mapping[int | str, int | str] | None = None,
+    progress: Progress | None = None,
+) -> K2ForCausalLM:
+    """Load a K2 checkpoint as a transformers causal LM, its quantised weights packed as they are on disk.
+
+    The suffixes of the tensors decide what is BF16, block-FP8 or INT4; formats may be mixed. Of K2.5 and later, the
+    language model is loaded. No code of the checkpoint is run.
+
+    Args:
+        path: folder of the checkpoint.
+        device: one device; `auto` to spread the model over the GPUs, then the CPU, then the disk; or a map from names
+            of modules to devices, `cpu` or `disk`, as accelerate has them. What lies on the CPU or the disk beside a
+            GPU is brought there when its turn comes; the disk is the checkpoint itself, nothing is copied.
+        dtype: of activations and of what is not quantised: bfloat16, float16 or float32.
+        backend: `auto` for the fused kernels of the device, `reference` for plain torch.
+        max_memory: with `auto`, the most that each device may take, such as `{0: "70GiB", "cpu": "100GiB"}`.
+        progress: called with the bytes read and all bytes.
+
+    Returns:
+        a `DeepseekV3ForCausalLM` in evaluation mode. `state_dict` has the checkpoint's names, expert by expert;
+        `save_pretrained` gives the checkpoint back byte for byte.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, contradicts its config, or is no model of this family; all that
+            names and shapes can tell is checked before weights are read.
+        UsageError: an option makes no sense.
+    """
+    checkpoint = open_checkpoint(Path(path))
+    assembly = assemble(checkpoint, device=execution_device(device), dtype=dtype, backend=backend)
+    mapping = spread(assembly, device, max_memory)
+    fill(assembly, resident(assembly, mapping), workers=min(available_cores(), _READERS), progress=progress)
+    place(assembly, mapping)
+    return assembly.model
+
+
+def assemble(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | str, backend: Backend) -> Assembly:
+    """Check the options and build the model without its weights.
+
+    Raises:
+        UsageError: an option makes no sense.
+        CheckpointError: see `Assembly`.
+    """
+    one_of("backend", backend, get_args(Backend))
+    if isinstance(dtype, str):
+        one_of("dtype", dtype, tuple(DTYPES))
+        dtype = DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {dtype}")
+    return Assembly(checkpoint, dtype=dtype, backend=backend, device=device)

@@ -1,0 +1,168 @@
+"""Write a model back as the checkpoint that it came from.
+
+The shards keep their headers, so a model that nobody changed gives the very bytes back. Tensors that the model does
+without (vision, projector, stray buffers) and other files come from the source.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from k2quant import names
+from k2quant.checkpoint.header import ShardHeader, TensorEntry
+from k2quant.checkpoint.paths import copy_file, write_whole
+from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
+from k2quant.checkpoint.reading import read_into
+from k2quant.checkpoint.writer import ShardWriter
+from k2quant.errors import DestinationForeign, OutputError, UsageError
+from k2quant.model.filling import TORCH_DTYPES, WINDOW, as_memory
+from k2quant.model.matrices import Matrix
+from k2quant.plan import INCOMPLETE, other_files
+
+if TYPE_CHECKING:
+    from k2quant.model.assembly import K2ForCausalLM
+
+
+def save_model(
+    model: K2ForCausalLM, folder: str | os.PathLike[str], *, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a loaded model as a checkpoint with the shards, names and formats of the one it came from.
+
+    Unchanged weights give the source's bytes, where loading did not round them (as it does F16 and F32 to BF16). A
+    part that waits on disk comes from there.
+
+    Args:
+        model: from `load_model`.
+        folder: where; files that are there already are never overwritten.
+        state: tensors that take the place of the model's own, named as its `state_dict` names them.
+
+    Raises:
+        DestinationForeign: the folder holds a checkpoint.
+        OutputError: the disk is full or fails; the folder says that it is incomplete.
+        CheckpointError: the source, where it is needed, cannot be read any more.
+    """
+    there, source = Path(folder), model.checkpoint
+    _refuse_overwriting(there, source)
+    tensors = _Tensors(model, state)
+    try:
+        there.mkdir(parents=True, exist_ok=True)
+        write_whole(there / INCOMPLETE, b"k2quant is writing this checkpoint, or was stopped while it did.\n")
+        for shard in source.shards.values():
+            _write_shard(there / shard.path.name, shard, source, tensors)
+        _write_rest(there, source)
+        (there / INCOMPLETE).unlink()
+    except OSError as error:
+        raise OutputError(
+            "cannot be written", file=error.filename or there, found=error.strerror or str(error)
+        ) from error
+
+
+def save_pretrained(
+    model: K2ForCausalLM,
+    folder: Any,
+    is_main_process: bool = True,  # noqa: FBT001, FBT002  transformers' signature
+    state_dict: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> None:
+    """Answer transformers' `save_pretrained`: its options `state_dict` and `is_main_process`, and no other.
+
+    Raises:
+        UsageError: an option that has no meaning here.
+    """
+    ignored = {"safe_serialization", "save_function", "max_shard_size", "save_original_format"}
+    asked = {name for name, value in options.items() if value and name not in ignored}
+    if asked:
+        raise UsageError(f"save_pretrained: {', '.join(sorted(asked))} has no meaning for a K2 checkpoint")
+    if is_main_process:
+        save_model(model, folder, state=state_dict)
+
+
+class _Tensors:
+    """Where the tensors of a checkpoint are in a model, by their names in the checkpoint."""
+
+    def __init__(self, model: K2ForCausalLM, state: Mapping[str, Tensor] | None) -> None:
+        self._state = state
+        self._places: dict[str, tuple[Matrix, str]] = {
+            entry.name: (placed.matrix, suffix)
+            for name, module in model.named_modules()
+            for placed in model.assembly.placed(name, module)
+            for suffix, entry in placed.source.parts.items()
+        }
+
+    def find(self, entry: TensorEntry) -> Tensor | None:
+        """Return a tensor's value, or None where the source has the only one.
+
+        Raises:
+            UsageError: the given state has one of another shape.
+        """
+        if entry.name not in self._places:
+            return None
+        matrix, suffix = self._places[entry.name]
+        own = (self._state or {}).get(names.in_language_model(entry.name) or "")
+        value = matrix.parts()[suffix] if own is None else own
+        if tuple(value.shape) != entry.shape:
+            raise UsageError(f"`{entry.name}`: expected {list(entry.shape)}, found {list(value.shape)}")
+        return None if value.is_meta else value.detach()
+
+
+def _refuse_overwriting(folder: Path, source: Checkpoint) -> None:
+    taken = [name for name in (*source.shards, INDEX, CONFIG, INCOMPLETE) if (folder / name).exists()]
+    if taken or (folder.exists() and not folder.is_dir()):
+        raise DestinationForeign(
+            "holds a checkpoint already" if taken else "not a folder",
+            file=folder,
+            found=", ".join(taken[:3]) or None,
+            remedy="name another folder",
+        )
+
+
+def _write_shard(path: Path, shard: ShardHeader, source: Checkpoint, tensors: _Tensors) -> None:
+    header = bytearray(min((entry.start for entry in shard.tensors.values()), default=shard.size))
+    read_into(shard, 0, memoryview(header))
+    writer = ShardWriter(path, bytes(header), shard.size)
+    try:
+        for entry in _entries(shard, source):
+            value = tensors.find(entry)
+            for offset, piece in _copied(shard, entry) if value is None else _cut(entry, value):
+                if writer.write(offset, piece):
+                    writer.flush()
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _entries(shard: ShardHeader, source: Checkpoint) -> Iterator[TensorEntry]:
+    """Yield what a shard holds: the index's tensors, fused ones taken apart, and those that the index leaves out."""
+    yield from (entry for entry in source.tensors.values() if entry.file == shard.path.name)
+    yield from (shard.tensors[name] for name in source.unlisted if name in shard.tensors)
+
+
+def _copied(shard: ShardHeader, entry: TensorEntry) -> Iterator[tuple[int, memoryview]]:
+    for start in range(entry.start, entry.stop, WINDOW):
+        piece = memoryview(bytearray(min(WINDOW, entry.stop - start)))
+        read_into(shard, start, piece)
+        yield start, piece
+
+
+def _cut(entry: TensorEntry, value: Tensor) -> Iterator[tuple[int, memoryview]]:
+    dtype = TORCH_DTYPES[entry.dtype]
+    flat, step = value.reshape(-1), WINDOW // dtype.itemsize
+    for start in range(0, flat.numel(), step):
+        piece = flat[start : start + step].to("cpu", dtype).contiguous()
+        yield entry.start + start * dtype.itemsize, as_memory(piece)
+
+
+def _write_rest(folder: Path, source: Checkpoint) -> None:
+    """Copy the other files, then the index, and config.json last."""
+    copies, _ = other_files(source)
+    last = [name for name in (INDEX, CONFIG) if (source.folder / name).exists()]
+    for name in copies:
+        if not (folder / name).exists():
+            copy_file(source.folder / name, folder / name)
+    for name in last:
+        copy_file(source.folder / name, folder / name)

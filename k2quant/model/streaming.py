@@ -1,0 +1,228 @@
+"""`stream_forward`: a forward pass with one decoder layer in memory at a time, for models larger than the machine.
+
+The layers are run by transformers' own model, which is given one layer after another; what it gives is therefore, bit
+for bit, what the loaded model gives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.convert import available_cores
+from k2quant.errors import UsageError
+from k2quant.model.activations import Activations
+from k2quant.model.assembly import Assembly
+from k2quant.model.filling import fill, release
+from k2quant.model.loading import assemble
+from k2quant.model.modules import Backend
+from k2quant.model.placement import execution_device
+
+Batch = Tensor | Mapping[str, Tensor]
+"""`input_ids` int64 `[B, T]`, or a map with these and an `attention_mask` `[B, T]`."""
+
+_EMBEDDING, _FIRST = 0, 1  # stages: the embedding, then layer 0, layer 1, ...
+_BUDGET = 4_000_000_000
+
+
+class LayerHooks:
+    """What may happen at each layer; a subclass overrides what it needs.
+
+    A layer that an interrupted pass had finished is not run again, and no hook is called for it.
+    """
+
+    def before(self, layer: int, module: nn.Module) -> None:
+        """Look at a layer, or change it, when its weights have been read. Forward hooks may be set on its parts."""
+
+    def batch(self, layer: int, number: int, inputs: Tensor, outputs: Tensor) -> None:
+        """Look at what went into a layer and came out of it, `[B, T, H]`, for the batch of this number."""
+
+    def after(self, layer: int, module: nn.Module) -> bool:  # noqa: ARG002  for those who override it
+        """Look at a layer, or change it, when all batches went through; True runs them through it once more."""
+        return False
+
+
+def stream_forward(
+    path: str | os.PathLike[str],
+    batches: Iterable[Batch],
+    hooks: LayerHooks | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.bfloat16,
+    backend: Backend = "auto",
+    budget: int = _BUDGET,
+    folder: str | os.PathLike[str] | None = None,
+) -> Iterator[Tensor]:
+    """Run batches through a checkpoint, one decoder layer in memory at a time, and yield their logits.
+
+    Args:
+        path: folder of the checkpoint, in any format.
+        batches: what to run; all are held, as they are small.
+        hooks: called at each layer.
+        device: where layers compute.
+        dtype: of activations and of what is not quantised.
+        backend: `auto` for the fused kernels, `reference` for plain torch.
+        budget: bytes of activations to keep in memory; the rest goes to files.
+        folder: for these files. A killed pass resumes from it after the last whole layer, when it is called again in
+            the same way. Without it they are temporary, and nothing can be resumed.
+
+    Yields:
+        logits `[B, T, vocabulary]` of each batch in turn, equal to those of `load_model`, on `device`. When the last is
+        taken, the folder is removed.
+
+    Raises:
+        CheckpointError: see `load_model`.
+        UsageError: an option or a batch makes no sense.
+        DestinationForeign: the folder holds something else.
+        DestinationStale: it belongs to another pass.
+    """
+    if type(budget) is not int or budget < 0:
+        raise UsageError(f"budget: expected bytes, found {budget!r}")
+    inputs = [_checked(batch) for batch in batches]
+    assembly = assemble(open_checkpoint(Path(path)), device=execution_device(device), dtype=dtype, backend=backend)
+    _check_tokens(inputs, assembly.config.vocab_size)
+    lasting = folder is not None
+    place = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="k2quant-"))
+    identity = _identity(assembly, inputs)
+    kept = Activations(place, budget=budget, identity=identity, lasting=lasting)
+    return _Pass(assembly, inputs, hooks or LayerHooks(), kept).run(clear_always=not lasting)
+
+
+class _Pass:
+    """One pass of all batches through all layers."""
+
+    def __init__(
+        self, assembly: Assembly, inputs: list[dict[str, Tensor]], hooks: LayerHooks, kept: Activations
+    ) -> None:
+        self._assembly, self._inputs, self._hooks, self._kept = assembly, inputs, hooks, kept
+        model = assembly.model
+        self._core, self._head = model.model, model.lm_head
+        self._layers, self._norm = self._core.layers, self._core.norm
+        self._core.layers, self._core.norm = nn.ModuleList(), nn.Identity()
+        self._core.rotary_emb.to(assembly.device)
+
+    @torch.no_grad()
+    def run(self, *, clear_always: bool) -> Iterator[Tensor]:
+        """Run what is not done yet and yield the logits."""
+        done = False
+        try:
+            if self._kept.finished < _EMBEDDING:
+                self._embed()
+            for number in range(max(self._kept.finished, 0), len(self._layers)):
+                self._layer(number, self._layers[number])
+            with self._loaded("model.norm", self._norm), self._loaded("lm_head", self._head):
+                for number in range(len(self._inputs)):
+                    yield self._head(self._norm(self._get(self._kept.finished, number)))
+            done = True
+        finally:
+            if done or clear_always:
+                self._kept.clear()
+
+    def _loaded(self, name: str, module: nn.Module) -> _Loaded:
+        return _Loaded(self._assembly, name, module)
+
+    def _get(self, stage: int, number: int) -> Tensor:
+        return self._kept.get(stage, number, self._assembly.dtype).to(self._assembly.device)
+
+    def _embed(self) -> None:
+        with self._loaded("model.embed_tokens", self._core.embed_tokens):
+            for number, batch in enumerate(self._inputs):
+                ids = batch["input_ids"].to(self._assembly.device)
+                self._kept.put(_EMBEDDING, number, self._core.embed_tokens(ids))
+        self._kept.finish(_EMBEDDING, len(self._inputs))
+
+    def _layer(self, number: int, layer: nn.Module) -> None:
+        stage = number + _FIRST
+        with self._loaded(f"model.layers.{number}", layer):
+            self._hooks.before(number, layer)
+            self._run_batches(number, layer)
+            while self._hooks.after(number, layer):
+                self._run_batches(number, layer)
+        self._kept.finish(stage, len(self._inputs))
+
+    def _run_batches(self, number: int, layer: nn.Module) -> None:
+        stage = number + _FIRST
+        for batch in range(len(self._inputs)):
+            inputs = self._get(stage - 1, batch)
+            outputs = self._through(layer, inputs, self._inputs[batch].get("attention_mask"))
+            self._hooks.batch(number, batch, inputs, outputs)
+            self._kept.put(stage, batch, outputs)
+
+    def _through(self, layer: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """Return what one layer makes of hidden states: the model's own forward pass with this layer alone."""
+        self._core.layers = nn.ModuleList([layer])
+        try:
+            mask = None if mask is None else mask.to(self._assembly.device)
+            output = self._core(inputs_embeds=hidden, attention_mask=mask, use_cache=False)
+        finally:
+            self._core.layers = nn.ModuleList()
+        result: Tensor = output.last_hidden_state
+        return result
+
+
+class _Loaded:
+    """A module with its weights in memory, as long as the block runs."""
+
+    def __init__(self, assembly: Assembly, name: str, module: nn.Module) -> None:
+        self._assembly, self._name, self._module = assembly, name, module
+
+    def __enter__(self) -> None:
+        device = self._assembly.device
+        parts = [(name, module, device) for name, module in self._module.named_modules(prefix=self._name)]
+        fill(self._assembly, parts, workers=available_cores())
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._module.modules():
+            release(module)
+
+
+def _checked(batch: Batch) -> dict[str, Tensor]:
+    """Return a batch as a map.
+
+    Raises:
+        UsageError: it is none.
+    """
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    unknown = given.keys() - {"input_ids", "attention_mask"}
+    if unknown or "input_ids" not in given:
+        raise UsageError(f"batch: expected input_ids and attention_mask, found {', '.join(map(str, given))}")
+    ids = given["input_ids"]
+    if ids.ndim != 2 or ids.dtype not in {torch.int64, torch.int32} or not ids.numel():
+        raise UsageError(f"input_ids: expected int64 [B, T], found {ids.dtype} {list(ids.shape)}")
+    mask = given.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        raise UsageError(f"attention_mask: expected {list(ids.shape)} like input_ids, found {list(mask.shape)}")
+    return given
+
+
+def _check_tokens(inputs: list[dict[str, Tensor]], vocabulary: int) -> None:
+    if not inputs:
+        raise UsageError("batches: expected at least one, found none")
+    for number, batch in enumerate(inputs):
+        low, high = int(batch["input_ids"].min()), int(batch["input_ids"].max())
+        if low < 0 or high >= vocabulary:
+            raise UsageError(f"batch {number}: expected tokens from 0 to {vocabulary - 1}, found {low} to {high}")
+
+
+def _identity(assembly: Assembly, inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Return what makes a pass this pass: checkpoint, options and batches."""
+    digest = hashlib.sha256()
+    for batch in inputs:
+        for key in sorted(batch):
+            digest.update(f"{key} {list(batch[key].shape)} ".encode())
+            digest.update(batch[key].to("cpu", torch.int64).contiguous().numpy().tobytes())
+    return {
+        "source": assembly.checkpoint.fingerprint(),
+        "dtype": str(assembly.dtype),
+        "backend": assembly.backend,
+        "device": assembly.device.type,
+        "batches": digest.hexdigest(),
+    }
