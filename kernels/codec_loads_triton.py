@@ -84,7 +84,7 @@ def load_int4(packed_ptr, scale_ptr, bad_ptr, row, column, inside, K, GROUP_SIZE
     scale = tl.load(scale_ptr + row * (K // GROUP_SIZE) + column // GROUP_SIZE, mask=inside, other=0)
     if scale_ptr.dtype.element_ty == tl.int16:
         scale = widen(scale)
-    bits = int4_product(words >> (column % 8 * 4), scale)
+    bits = int4_product((words >> (column % 8 * 4)) & 15, scale)
     bits = tl.where(inside, bits, 0)
     if CHECK:
         if any_of(large_scale(scale)) > 0:

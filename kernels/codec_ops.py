@@ -208,10 +208,10 @@ def _new_bf16(codes: Tensor, columns: int) -> Tensor:
 @custom_op("k2quant::bf16_to_int4", mutates_args=())
 def _bf16_to_int4(weights: Tensor, grid: str, recover: bool, bits: int = 4) -> tuple[Tensor, Tensor]:  # noqa: FBT001 - an operator's schema
     rule = cast("Grid", grid)
-    if dispatch.on_triton(weights) and bits == 4:
+    if dispatch.on_triton(weights):
         from k2quant.kernels import int4_codecs_triton
 
-        return int4_codecs_triton.bf16_to_int4(weights, rule, recover=recover)[:2]
+        return int4_codecs_triton.bf16_to_int4(weights, rule, recover=recover, bits=bits)[:2]
     if weights.device.type != "cpu":
         return reference.bf16_to_int4(weights, rule, recover=recover, bits=bits)[:2]
     packed, scale = _new_int4(weights)
@@ -321,10 +321,10 @@ def _int4_to_fp8(packed: Tensor, scale: Tensor, block_rows: int, block_columns: 
 @custom_op("k2quant::fake_quantize_int4", mutates_args=())
 def _fake_quantize_int4(weights: Tensor, grid: str, bits: int = 4) -> Tensor:
     rule = cast("Grid", grid)
-    if dispatch.on_triton(weights) and bits == 4:
+    if dispatch.on_triton(weights):
         from k2quant.kernels import int4_codecs_triton
 
-        return int4_codecs_triton.fake_quantize_int4(weights, rule)
+        return int4_codecs_triton.fake_quantize_int4(weights, rule, bits=bits)
     if weights.device.type != "cpu":
         return reference.fake_quantize_int4(weights, rule, bits)
     out = _new_bf16(weights, weights.shape[1])

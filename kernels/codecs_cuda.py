@@ -51,11 +51,9 @@ class CudaCodecs(TorchCodecs):
         self, weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True, bits: int = 4
     ) -> Figures:
         """Recover or compute each group's scale, then round to INT4."""
-        if bits != 4:
-            return super().bf16_to_int4(weights, grid, packed, scale, bits=bits)
         bad = self._flag()
-        found = int4.bf16_to_int4(self._bf16(weights), grid, recover=recover, figures=True, bad=bad)
-        _refuse(bad, lambda: explain.bad_group(weights))
+        found = int4.bf16_to_int4(self._bf16(weights), grid, recover=recover, bits=bits, figures=True, bad=bad)
+        _refuse(bad, lambda: explain.bad_group(weights, bits))
         return _store_all(found, packed, scale)
 
     def fp8_to_int4(

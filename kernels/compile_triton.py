@@ -94,7 +94,7 @@ def most_direct() -> int:
 
 
 def rehearse_codecs(arch: int) -> list[Launch]:
-    """Record what the codecs launch on a GPU of an architecture, with blocks of 128x128 and both grids."""
+    """Record what the codecs launch on a GPU of an architecture, with blocks of 128x128: both grids, other widths."""
     with torch.device("meta"), recorded() as found:
         weights = torch.empty(2048, 7168, dtype=torch.bfloat16)
         codes, scale_inv, _ = fp8_codecs_triton.bf16_to_fp8(weights, figures=True)
@@ -107,6 +107,8 @@ def rehearse_codecs(arch: int) -> list[Launch]:
             int4_codecs_triton.bf16_to_int4(weights, grid)
             int4_codecs_triton.fake_quantize_int4(weights, grid)
             int4_codecs_triton.fp8_to_int4(codes, scale_inv, grid=grid)
+        int4_codecs_triton.bf16_to_int4(weights, bits=3)
+        int4_codecs_triton.fake_quantize_int4(weights, bits=8)
         int4_codecs_triton.int4_to_bf16(packed, scale)
         figures_triton.compare(weights, weights)
         groups = repack_triton.repack_int4(packed, scale)

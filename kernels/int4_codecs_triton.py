@@ -27,7 +27,7 @@ from k2quant.kernels.codec_rules_triton import (
     widen,
 )
 from k2quant.kernels.figures_triton import bits_of, flag_for, sums_for, total
-from k2quant.kernels.grids import Grid
+from k2quant.kernels.grids import PACKED_BITS, Grid, largest_code
 from k2quant.kernels.launch_triton import launch
 
 GROUP = 32
@@ -60,7 +60,7 @@ def _int4_to_bf16(
         scale = tl.load(scale_ptr + (word[:, None] * 8 + lane) // GROUP_SIZE, mask=inside, other=0)
     if scale_ptr.dtype.element_ty == tl.int16:
         scale = widen(scale)
-    out = int4_product(packed[:, None] >> (4 * lane), scale)
+    out = int4_product((packed[:, None] >> (4 * lane)) & 15, scale)
     tl.store(out_ptr + word[:, None] * 8 + lane, out, mask=inside)
     if CHECK:
         if any_of(large_scale(scale)) > 0:
@@ -114,6 +114,7 @@ def _bf16_to_int4(
     groups,
     GRID: tl.constexpr,
     RECOVER: tl.constexpr,
+    LARGEST: tl.constexpr,
     FAKE: tl.constexpr,
     FIGURES: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -124,7 +125,7 @@ def _bf16_to_int4(
     word = (group * 4)[:, None] + tl.arange(0, 4)[None, :]
     place = (word * 8)[:, :, None] + tl.arange(0, 8)[None, None, :]
     bits = load_bf16(weights_ptr + place, inside[:, None, None])
-    nibble, scale = encode_int4(bits, bad_ptr, GRID, RECOVER)
+    nibble, scale = encode_int4(bits, bad_ptr, GRID, RECOVER, LARGEST)
     if FAKE:
         after = int4_product(nibble, widen(scale)[:, None, None])
         # NaN spreads over its group; unlike a flag that nobody reads, it is noticed.
@@ -142,6 +143,7 @@ def bf16_to_int4(
     grid: Grid = "moonshot",
     *,
     recover: bool = True,
+    bits: int = 4,
     figures: bool = False,
     bad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -150,13 +152,16 @@ def bf16_to_int4(
     Args:
         weights: BF16 `[.., K]`, or float32, which is rounded to BF16 first; K is a multiple of 32.
         grid: see `seam.Codecs.bf16_to_int4`.
-        recover: whether a moonshot group that lies on the grid already gets the scale that gives all its weights.
+        recover: whether a moonshot group that lies on the grid already gets the scale that gives all its weights; of
+            4 bits alone.
+        bits: width of the codes, 4, 3 or 2; other than 4 on the moonshot grid alone.
         figures: whether to compute them.
         bad: int32 `[1]`, set to 1 if a weight is not finite, or decodes to more than BF16 holds.
 
     Returns:
         int32 words `[.., K/8]`, BF16 scales `[.., K/32]`, and the figures as `figures_triton.figures_of` reads them.
     """
+    largest = largest_code(grid, bits, PACKED_BITS)
     device, lead = weights.device, weights.shape[:-1]
     groups = weights.numel() // GROUP
     packed = torch.empty((*lead, weights.shape[-1] // 8), dtype=torch.int32, device=device)
@@ -173,7 +178,8 @@ def bf16_to_int4(
         flag_for(bad, weights),
         groups,
         GRID=grid,
-        RECOVER=recover,
+        RECOVER=recover and bits == 4,
+        LARGEST=float(largest),
         FAKE=False,
         FIGURES=figures,
         GROUPS=_GROUPS,
@@ -183,12 +189,13 @@ def bf16_to_int4(
 
 
 def fake_quantize_int4(
-    weights: Tensor, grid: Grid = "moonshot", *, recover: bool = False, bad: Tensor | None = None
+    weights: Tensor, grid: Grid = "moonshot", *, recover: bool = False, bits: int = 4, bad: Tensor | None = None
 ) -> Tensor:
     """Return BF16 `[.., K]`: the weights as they are after encoding and decoding, in one launch.
 
-    The arguments are those of `bf16_to_int4`. A group that holds NaN or infinity becomes NaN.
+    The arguments are those of `bf16_to_int4`; `bits` may also be 8. A group that holds NaN or infinity becomes NaN.
     """
+    largest = largest_code(grid, bits)
     groups = weights.numel() // GROUP
     out = torch.empty(weights.shape, dtype=torch.bfloat16, device=weights.device)
     flag = flag_for(bad, weights)
@@ -202,7 +209,8 @@ def fake_quantize_int4(
         flag,
         groups,
         GRID=grid,
-        RECOVER=recover,
+        RECOVER=recover and bits == 4,
+        LARGEST=float(largest),
         FAKE=True,
         FIGURES=False,
         GROUPS=_GROUPS,
@@ -238,7 +246,7 @@ def _fp8_to_int4(
     row = pid // ACROSS * ROWS + tl.arange(0, ROWS)
     group = pid % ACROSS * GROUPS + tl.arange(0, GROUPS)
     bits = load_fp8(codes_ptr, scale_ptr, bad_ptr, row, group, R, K, HEIGHT, WIDTH, CHECK)
-    nibble, scale = encode_int4(bits.reshape(ROWS * GROUPS, 4, 8), bad_ptr, GRID, True)
+    nibble, scale = encode_int4(bits.reshape(ROWS * GROUPS, 4, 8), bad_ptr, GRID, True, 7.0)
     if FIGURES:
         tally(
             bits.reshape(ROWS * GROUPS, 4, 8),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,12 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from k2quant.errors import UsageError
 from k2quant.kernels import figures_triton, fp8_codecs_triton, int4_codecs_triton, reference, weights
 from k2quant.kernels.codec_rules_triton import fp8_code, int4_nibble, least_scale, round_to_bf16
 from k2quant.kernels.codecs_cuda import CudaCodecs
 from k2quant.kernels.figures import Figures
-from k2quant.kernels.grids import Grid
+from k2quant.kernels.grids import FAKE_BITS, PACKED_BITS, Grid
 from k2quant.kernels.launch_triton import launch
 from k2quant.kernels.repack_triton import repack_int4, unpack_int4
 from k2quant.kernels.seam import Codecs, codecs
@@ -104,7 +106,7 @@ def flag() -> Tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _apply(a_ptr, b_ptr, out_ptr, RULE: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803
+def _apply(a_ptr, b_ptr, out_ptr, RULE: tl.constexpr, COUNT: tl.constexpr, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202, N803
     i = tl.arange(0, COUNT)
     a = tl.load(a_ptr + i)
     if RULE == "bf16":
@@ -117,11 +119,10 @@ def _apply(a_ptr, b_ptr, out_ptr, RULE: tl.constexpr, COUNT: tl.constexpr):  # t
     else:
         group = i.reshape(COUNT // 32, 4, 8)
         scale = tl.load(b_ptr + tl.arange(0, COUNT // 32))
-        nibble = int4_nibble(tl.load(a_ptr + group), scale, RULE) & 15
-        tl.store(out_ptr + group, nibble)
+        tl.store(out_ptr + group, int4_nibble(tl.load(a_ptr + group), scale, RULE, LARGEST))
 
 
-def apply(rule: str, a: Tensor, b: Tensor) -> Tensor:
+def apply(rule: str, a: Tensor, b: Tensor, largest: int = 7) -> Tensor:
     """Run one rule on numbers; returns int32 on the CPU. Numbers are filled up to a power of two."""
     count = 1 << (a.numel() - 1).bit_length()
     filled = torch.ones(count, dtype=a.dtype)
@@ -129,7 +130,8 @@ def apply(rule: str, a: Tensor, b: Tensor) -> Tensor:
     others = torch.ones(count, dtype=b.dtype)
     others[: b.numel()] = b
     out = torch.empty(count, dtype=torch.int32, device=DEVICE)
-    launch(_apply, (1,), filled.to(DEVICE), others.to(DEVICE), out, RULE=rule, COUNT=count, exact=True)
+    constants: dict[str, Any] = {"RULE": rule, "COUNT": count, "LARGEST": float(largest)}
+    launch(_apply, (1,), filled.to(DEVICE), others.to(DEVICE), out, exact=True, **constants)
     return out[: a.numel()].cpu()
 
 
@@ -158,6 +160,22 @@ def test_int4_codes_are_those_of_a_true_division(grid: str, exponent: int) -> No
     plain, narrow = quotient.round().clamp(-7, 7), quotient.bfloat16().float().clamp(-8, 7).round()
     expected = plain if grid == "moonshot" else narrow
     found = apply(grid, magnitude.flatten(), scale.repeat_interleave(28))
+    torch.testing.assert_close(found, (expected.int() + 8).flatten())
+
+
+@pytest.mark.parametrize("largest", [127, 3, 1])
+@pytest.mark.parametrize("exponent", [-133, -1, 100], ids=str)
+def test_codes_of_other_widths_are_those_of_a_true_division(largest: int, exponent: int) -> None:
+    """The same for codes up to 127, 3 and 1, and up to quotients of 191, where a subnormal scale was rounded down."""
+    scale = ((torch.arange(128) + 128).double() * 2.0 ** (exponent - 7)).float()
+    scale = scale.bfloat16().float().clamp(min=2.0**-133)
+    mantissa = (torch.arange(128) + 128).double()
+    steps = torch.cat([mantissa * 2.0 ** (exponent - 7 + binade) for binade in range(-3, 9)])
+    magnitude = steps.float().bfloat16().float().repeat(128, 1)
+    magnitude = magnitude.minimum(min(191, 1.6 * largest) * scale[:, None]).bfloat16().float()  # [128, 1536]
+    magnitude[:, ::2] *= -1
+    expected = (magnitude / scale[:, None]).round().clamp(-largest, largest)
+    found = apply("moonshot", magnitude.flatten(), scale.repeat_interleave(48), largest)
     torch.testing.assert_close(found, (expected.int() + 8).flatten())
 
 
@@ -200,6 +218,48 @@ def test_int4_has_the_bits_and_figures_of_the_reference(kind: str, grid: Grid, *
     same(int4_codecs_triton.int4_to_bf16(packed, scale, bad=bad), after)
     same(int4_codecs_triton.fake_quantize_int4(truth, grid, recover=recover, bad=bad), after)
     assert not bad.item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", FAKE_BITS)
+def test_other_widths_have_the_bits_and_figures_of_the_reference(kind: str, bits: int) -> None:
+    """Rounding and back at each width; words, scales and figures at those that fit a nibble, never recovered."""
+    truth, bad = drawn(kind), flag()
+    after = reference.fake_quantize_int4(truth, "moonshot", bits)
+    same(int4_codecs_triton.fake_quantize_int4(truth, bits=bits, bad=bad), after)
+    if bits in PACKED_BITS:
+        packed, scale, expected = reference.bf16_to_int4(truth, "moonshot", recover=False, bits=bits)
+        found = int4_codecs_triton.bf16_to_int4(truth, recover=bits != 4, bits=bits, figures=True, bad=bad)
+        same(found[0], packed)
+        same(found[1], scale)
+        same_figures(found[2], expected)
+        same(int4_codecs_triton.int4_to_bf16(packed, scale), after)
+    assert not bad.item()
+
+
+@pytest.mark.parametrize("bits", FAKE_BITS)
+def test_other_widths_raise_the_flag_where_the_reference_refuses(bits: int) -> None:
+    """The largest BF16 weight, whose code times the scale exceeds BF16 with 8 and 4 bits alone."""
+    truth, bad = bf16(torch.zeros(2, 64).int()), flag()
+    truth[1, 40] = 3.3895313892515355e38
+    if bits in {8, 4}:
+        with pytest.raises(ValueAt, match=f"INT{bits} value"):
+            reference.fake_quantize_int4(truth, "moonshot", bits)
+    else:
+        same(reference.fake_quantize_int4(truth, "moonshot", bits), truth)
+    int4_codecs_triton.fake_quantize_int4(truth, bits=bits, bad=bad)
+    assert bool(bad.item()) == (bits in {8, 4})
+
+
+def test_widths_that_there_are_not_are_refused() -> None:
+    """Eight bits fit no nibble, five are unknown, and the other grid has four, as on the CPU."""
+    truth = drawn("gaussian", (1, 32))
+    with pytest.raises(UsageError, match="bits: expected 4 or 3 or 2, found 8"):
+        int4_codecs_triton.bf16_to_int4(truth, bits=8)
+    with pytest.raises(UsageError, match="bits: expected 8 or 4 or 3 or 2, found 5"):
+        int4_codecs_triton.fake_quantize_int4(truth, bits=5)
+    with pytest.raises(UsageError, match="expected 4 for the grid compressed-tensors, found 2"):
+        int4_codecs_triton.fake_quantize_int4(truth, "compressed-tensors", bits=2)
 
 
 @pytest.mark.parametrize("group", [1, 6, 8, 24, 32, 96], ids=str)
@@ -396,6 +456,10 @@ def test_the_codecs_of_the_seam_fill_the_callers_arrays() -> None:
         found: list[object] = []
         packed, scale = words.copy(), bits[:, ::32].copy()
         found += [each.bf16_to_int4(bits, "moonshot", packed, scale), packed, scale]
+        packed, scale = words.copy(), bits[:, ::32].copy()
+        found += [each.bf16_to_int4(bits, "moonshot", packed, scale, bits=3), packed, scale]
+        packed, scale = words.copy(), bits[:, ::32].copy()
+        each.bf16_to_int4(bits, "moonshot", packed, scale)
         wide = (scale.astype(np.uint32) << 16).view(np.float32)
         codes, scale8, out = np.empty(bits.shape, np.uint8), np.empty((2, 2), np.float32), bits.copy()
         each.int4_to_bf16(packed, wide, 32, out)
