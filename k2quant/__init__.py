@@ -17,6 +17,7 @@ from k2quant.version import __version__
 
 if TYPE_CHECKING:
     from k2quant.formats.tensor import QuantizedTensor, dequantize, quantize
+    from k2quant.model import LayerHooks, load_model, save_model, stream_forward
 
 __all__ = [
     "Conversion",
@@ -24,23 +25,31 @@ __all__ = [
     "Grid",
     "Inspection",
     "K2QuantError",
+    "LayerHooks",
     "QuantizedTensor",
     "Verification",
     "__version__",
     "convert",
     "dequantize",
     "inspect",
+    "load_model",
     "quantize",
+    "save_model",
+    "stream_forward",
     "verify",
     "verify_checksums",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the functions that work on tensors in memory, and numpy with them, when they are first asked for."""
+    """Load what works on tensors, and numpy or torch with it, when it is first asked for."""
     if name in {"QuantizedTensor", "dequantize", "quantize"}:
         from k2quant.formats import tensor
 
         return getattr(tensor, name)
+    if name in {"LayerHooks", "load_model", "save_model", "stream_forward"}:
+        from k2quant import model
+
+        return getattr(model, name)
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

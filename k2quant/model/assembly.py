@@ -124,7 +124,7 @@ class Assembly:
         layouts = {source.format for _, source in sources}
         if all(layout is not None and layout.name == "bf16" for layout in layouts):
             with torch.device("meta"):
-                return FusedExperts(self.config)  # type: ignore[no-untyped-call]
+                return FusedExperts(self.config)
         layout = layouts.pop()
         if layouts or not isinstance(layout, Fp8 | Int4):
             with torch.device("meta"):

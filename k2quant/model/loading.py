@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import get_args
 
 import torch
+from transformers import GenerationConfig
 
+from k2quant.checkpoint.paths import inside, read_limited
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.checkpoint.strict_json import parse_object
 from k2quant.convert import available_cores
-from k2quant.errors import UsageError
+from k2quant.errors import MalformedFile, UsageError
 from k2quant.model.assembly import Assembly, K2ForCausalLM
 from k2quant.model.filling import Progress, fill
 from k2quant.model.modules import Backend
@@ -20,6 +23,7 @@ from k2quant.units import one_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+_SETTINGS_LIMIT = 2**20  # bytes of generation_config.json
 _READERS = 8
 """More threads than this add nothing: reading is the disk's work."""
 
@@ -62,7 +66,21 @@ def load_model(
     mapping = spread(assembly, device, max_memory)
     fill(assembly, resident(assembly, mapping), workers=min(available_cores(), _READERS), progress=progress)
     place(assembly, mapping)
+    _take_generation_config(assembly)
     return assembly.model
+
+
+def _take_generation_config(assembly: Assembly) -> None:
+    """Have the model end where its checkpoint says that it ends; without such a file, config.json decides."""
+    folder = assembly.checkpoint.folder
+    path = inside(folder, "generation_config.json")
+    if not path.exists():
+        return
+    try:
+        settings = GenerationConfig.from_dict(parse_object(read_limited(path, _SETTINGS_LIMIT), file=path))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise MalformedFile("transformers refuses it", file=path, found=str(error)[:200]) from error
+    assembly.model.generation_config = settings
 
 
 def assemble(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | str, backend: Backend) -> Assembly:

@@ -1,0 +1,74 @@
+"""`k2quant generate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from k2quant.cli.screen import progress, remark
+
+
+@click.command(name="generate")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="The text to continue, as it is.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Where to stop.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or auto to spread it.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of activations and of what is not quantised.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "reference"]),
+    default="auto",
+    show_default=True,
+    help="The fused kernels, or plain torch.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own tokenizer code.")
+@click.option("--json", "as_json", is_flag=True, help="Print text and times as JSON, all at the end.")
+def command(
+    path: Path,
+    prompt: str,
+    max_new_tokens: int,
+    device: str,
+    dtype: str,
+    backend: str,
+    *,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Continue a prompt with the checkpoint PATH, in whatever format it is: the smallest proof that it is alive.
+
+    Greedy decoding with the KV cache; the text goes to stdout as it comes, times to stderr.
+
+    \b
+    Example:
+        k2quant generate K2-INT4 --prompt "The capital of France is" --max-new-tokens 16
+    """
+    from k2quant.model.generation import generate, load_tokenizer, silence
+    from k2quant.model.loading import load_model
+
+    silence()
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    with progress("loading") as show:
+        model = load_model(path, device=device, dtype=dtype, backend=backend, progress=show)  # type: ignore[arg-type]  # click checked it
+    done = generate(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        show=None if as_json else lambda text: click.echo(text, nl=False),
+    )
+    if as_json:
+        click.echo(json.dumps({**done._asdict(), "tokens_per_second": done.rate}))
+        return
+    click.echo()
+    remark(
+        f"{done.prompt_tokens} tokens of prompt in {done.prompt_seconds:.2f} s, "
+        f"{done.new_tokens} new, {done.rate:.1f} a second"
+    )

@@ -1,0 +1,153 @@
+"""Text from a checkpoint: its tokenizer, greedy decoding with the KV cache, and each word as it comes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, TextStreamer
+from transformers.utils import logging
+
+from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.errors import CheckpointError, UsageError
+from k2quant.model.architecture import architecture
+from k2quant.model.assembly import K2ForCausalLM
+
+
+class Generation(NamedTuple):
+    """What came of a prompt."""
+
+    text: str
+    """Without the prompt."""
+    prompt_tokens: int
+    new_tokens: int
+    prompt_seconds: float
+    """Until the first new token."""
+    seconds: float
+    """For all new tokens after the first."""
+
+    @property
+    def rate(self) -> float:
+        """New tokens a second, the first left out; 0 where there is only one."""
+        return (self.new_tokens - 1) / self.seconds if self.new_tokens > 1 and self.seconds else 0.0
+
+
+def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """Return a checkpoint's tokenizer.
+
+    Args:
+        path: folder of the checkpoint.
+        trust_remote_code: whether the checkpoint's own Python code may run; K2's own tokenizer is such code.
+
+    Raises:
+        CheckpointError: there is none that can be loaded.
+    """
+    folder = Path(path)
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tiktoken.model")):
+        raise CheckpointError("has no tokenizer", file=folder, remedy="take its files from the model's release")
+    config = architecture(open_checkpoint(folder))  # transformers does not know kimi_k2
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), config=config, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # whatever transformers stumbles over, the files are to blame
+        remote = "trust_remote_code" in str(error)
+        raise CheckpointError(
+            "the tokenizer is code of the checkpoint" if remote else "the tokenizer cannot be loaded",
+            file=folder,
+            found=None if remote else " ".join(str(error).split())[:300] or type(error).__name__,
+            remedy="if you trust that code, say --trust-remote-code" if remote else None,
+        ) from error
+    return tokenizer
+
+
+def generate(
+    model: K2ForCausalLM,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    show: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue a prompt greedily.
+
+    Args:
+        model: from `load_model`.
+        tokenizer: from `load_tokenizer`.
+        prompt: the text to continue, as it is.
+        max_new_tokens: where to stop, unless the model ends before.
+        show: called with each piece of text as soon as it is certain.
+
+    Raises:
+        UsageError: the prompt is empty, or the number makes no sense.
+        CheckpointError: the tokenizer belongs to another model.
+    """
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens: expected at least 1, found {max_new_tokens!r}")
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(torch.int64)
+    if not ids.numel():
+        raise UsageError("the prompt has no tokens")
+    if int(ids.max()) >= model.config.vocab_size:
+        raise CheckpointError(
+            "the tokenizer belongs to another model",
+            file=model.checkpoint.folder,
+            expected=f"tokens below {model.config.vocab_size}",
+            found=int(ids.max()),
+        )
+    streamer = _Streamer(tokenizer, show)
+    begun = time.perf_counter()
+    device = model.assembly.device
+    output = cast("Any", model).generate(
+        input_ids=ids.to(device),
+        attention_mask=torch.ones_like(ids, device=device),
+        generation_config=_greedy(model, max_new_tokens),
+        streamer=streamer,
+    )
+    ended = time.perf_counter()
+    new = output[0, ids.shape[1] :]
+    first = streamer.first or ended
+    return Generation(
+        tokenizer.decode(new, skip_special_tokens=True), ids.shape[1], len(new), first - begun, ended - first
+    )
+
+
+def _greedy(model: K2ForCausalLM, max_new_tokens: int) -> GenerationConfig:
+    """Return greedy decoding that ends where the checkpoint says that it ends."""
+    own = model.generation_config
+    end = own.eos_token_id
+    pad = own.pad_token_id if own.pad_token_id is not None else (end[0] if isinstance(end, list) else end)
+    return GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad, use_cache=True
+    )
+
+
+class _Streamer(TextStreamer):
+    """Hands text over as soon as it is certain, and notes when the first token came."""
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show = show
+        self._calls = 0
+        self.first: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, then one token after another."""
+        self._calls += 1
+        if self._calls == 2:
+            self.first = time.perf_counter()
+        super().put(value)  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: FBT001, FBT002  their signature
+        """Hand a piece over."""
+        if self._show and (text or stream_end):
+            self._show(text)
+
+
+def silence() -> None:
+    """Keep transformers' remarks off the screen: what matters is said by errors of ours."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
