@@ -7,10 +7,18 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from k2quant.demo import write_k2
+from k2quant.checkpoint.header import TensorEntry
+from k2quant.checkpoint.in_memory import Shard, write_checkpoint
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.checkpoint.reading import read_tensor
+from k2quant.convert import convert
+from k2quant.demo import K2_CONFIG, write_k2
+from k2quant.formats.dtypes import TensorSpec
+from k2quant.formats.transcode import as_array
 
 
 def pytest_configure() -> None:
@@ -48,3 +56,59 @@ def ram(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="k2quant-", dir=shared) as folder:
         yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def k2_bf16(k2_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small K2 in BF16."""
+    return convert(k2_source, tmp_path_factory.mktemp("bf16") / "K2-BF16", to="bf16").folder
+
+
+@pytest.fixture(scope="session")
+def k2_thinking(k2_source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small K2-Thinking: INT4 experts, everything else BF16."""
+    return convert(k2_source, tmp_path_factory.mktemp("int4") / "K2-INT4", to="int4").folder
+
+
+@pytest.fixture(scope="session")
+def k25(k2_thinking: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small K2.5: the same below `language_model.`, with a vision tower and a projector, config in `text_config`."""
+    folder = tmp_path_factory.mktemp("k25") / "K2.5"
+    source = open_checkpoint(k2_thinking)
+    shards: dict[str, Shard] = {}
+    for name, (dtype, array) in _tensors(source).items():
+        if not name.endswith("inv_freq"):
+            shards.setdefault(source.tensors[name].file, {})[f"language_model.{name}"] = (dtype, array)
+    ones = np.full((64, 32), 0x3F80, np.uint16)
+    shards["model-vision.safetensors"] = {
+        "mm_projector.proj.0.weight": ("BF16", ones),
+        "vision_tower.encoder.blocks.0.wqkv.weight": ("BF16", ones),
+    }
+    text = dict(source.config or {})
+    text.pop("architectures")
+    config = {"architectures": ["KimiK25ForConditionalGeneration"], "model_type": "kimi_k25", "text_config": text}
+    write_checkpoint(folder, shards, config)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def k2_mixed(k2_source: Path, k2_thinking: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """INT4 experts beside FP8 attention, made by hand: the suffixes of the tensors alone say so."""
+    folder = tmp_path_factory.mktemp("mixed") / "K2-Mixed"
+    experts = {name: t for name, t in _tensors(open_checkpoint(k2_thinking)).items() if ".mlp.experts." in name}
+    rest = {name: t for name, t in _tensors(open_checkpoint(k2_source)).items() if ".mlp.experts." not in name}
+    write_checkpoint(folder, {"model.safetensors": experts | rest}, K2_CONFIG)
+    return folder
+
+
+def _tensors(checkpoint: Checkpoint) -> Shard:
+    """Return all tensors of a small checkpoint."""
+    return {
+        name: (entry.dtype, as_array(np.frombuffer(read_tensor(checkpoint, entry), np.uint8), entry_spec(entry)))
+        for name, entry in checkpoint.tensors.items()
+    }
+
+
+def entry_spec(entry: TensorEntry) -> TensorSpec:
+    """Return dtype and shape of a tensor."""
+    return TensorSpec(entry.dtype, entry.shape)
