@@ -1,0 +1,118 @@
+"""nano-K2's shape: the config keys of Kimi-K2-Instruct at a size that a CPU trains, and the model they describe.
+
+As in K2, 128 does not divide the rows of `kv_a_proj_with_mqa` (160 here, 576 there), the first layer is dense, and far
+more work is done by routed experts than by the shared one.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from k2quant.nano import vocabulary
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": vocabulary.BOS,
+    "eos_token_id": vocabulary.EOS,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "initializer_range": 0.06,
+    "intermediate_size": 512,
+    "kv_lora_rank": 128,
+    "max_position_embeddings": 131072,
+    "model_type": "kimi_k2",
+    "moe_intermediate_size": 128,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 16,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "num_nextn_predict_layers": 0,
+    "pad_token_id": vocabulary.PAD,
+    "pretraining_tp": 1,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 1.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 300.0,
+    "routed_scaling_factor": 2.827,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.48.3",
+    "use_cache": True,
+    "v_head_dim": 32,
+    "vocab_size": vocabulary.SIZE,
+}
+"""What config.json holds: the keys of moonshotai/Kimi-K2-Instruct in BF16, and the id of the padding token."""
+
+EXPERTS = "k2quant_sorted"
+"""Name under which transformers finds `sorted_experts`."""
+
+
+def sorted_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Run the routed experts of one layer, each once, on its tokens side by side.
+
+    transformers' own loop takes a gradient as large as all experts for each of them, and its grouped product is slow on
+    CPUs.
+
+    Args:
+        module: the experts of a layer; `gate_up_proj` `[E, 2I, H]`, `down_proj` `[E, H, I]`.
+        hidden: `[T, H]`.
+        chosen: int64, `[T, k]`, the experts of each token.
+        weights: `[T, k]`, how much each of them counts.
+
+    Returns:
+        `[T, H]`, dtype of `hidden`.
+    """
+    gate_up, down = module.gate_up_proj, module.down_proj
+    order = chosen.flatten().argsort(stable=True)
+    counts = chosen.flatten().bincount(minlength=len(gate_up)).tolist()
+    rows = hidden.index_select(0, order // chosen.shape[1]).split(counts)
+    gate, up = torch.cat([functional.linear(*pair) for pair in zip(rows, gate_up.unbind(), strict=True)]).chunk(2, 1)
+    inner = (functional.silu(gate) * up).split(counts)
+    outer = torch.cat([functional.linear(*pair) for pair in zip(inner, down.unbind(), strict=True)])
+    back = outer.index_select(0, order.argsort()).view(*chosen.shape, -1)
+    return (back * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
+
+
+def settings(config: dict[str, Any]) -> DeepseekV3Config:
+    """Return what config.json says as transformers' own config; it does not know K2's `model_type`."""
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, sorted_experts)
+    # A copy, for transformers writes into rope_scaling.
+    keys = {key: deepcopy(value) for key, value in config.items() if key not in {"model_type", "torch_dtype"}}
+    result = DeepseekV3Config(**keys)
+    result._experts_implementation = EXPERTS  # noqa: SLF001 - what from_pretrained's `experts_implementation` sets
+    return result
+
+
+def build(config: dict[str, Any] | None = None) -> DeepseekV3ForCausalLM:
+    """Return the model of a config, `CONFIG` by default: float32, with fresh weights from torch's generator."""
+    return DeepseekV3ForCausalLM(settings(config or CONFIG))
