@@ -42,6 +42,9 @@ _SIZES = (
 )
 """What a K2 config must name, lest a default of DeepSeek-V3 stand in for it."""
 
+_VALUES = ("routed_scaling_factor", "rms_norm_eps", "norm_topk_prob", "first_k_dense_replace", "q_lora_rank")
+"""What it must name besides, for the same reason."""
+
 _LARGEST = 2**31
 _NOT_FOR_MODELS = frozenset({"auto_map", "model_type", "architectures", "transformers_version"})
 
@@ -73,6 +76,11 @@ def _check(text: dict[str, Any], file: Path) -> None:
         size = text.get(key)
         if type(size) is not int or not 0 < size < _LARGEST:
             raise MalformedFile(key, file=file, expected=f"a number from 1 to {_LARGEST - 1}", found=repr(size)[:200])
+    missing = [key for key in _VALUES if key not in text]
+    if "rope_theta" not in text and "rope_parameters" not in text:
+        missing.append("rope_theta")
+    if missing:
+        raise MalformedFile("lacks what the model depends on", file=file, expected=", ".join(missing))
     for key, wanted in _REQUIRED.items():
         if text.get(key, wanted) != wanted:
             raise UnsupportedFormat(key, file=file, expected=repr(wanted), found=repr(text[key])[:200])

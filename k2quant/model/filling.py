@@ -102,9 +102,9 @@ def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Non
             module.register_buffer(name, torch.empty(tensor.shape, dtype=torch.float32, device=device))
 
 
-def release(module: nn.Module) -> None:
-    """Take the memory of a module's own tensors away again."""
-    allocate(module, torch.device("meta"), torch.bfloat16)
+def release(module: nn.Module, dtype: torch.dtype) -> None:
+    """Take the memory of a module's own tensors away, dtypes and shapes aside."""
+    allocate(module, torch.device("meta"), dtype)
 
 
 def _tasks(placed: Placed) -> Iterator[_Task]:

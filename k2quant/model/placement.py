@@ -68,6 +68,8 @@ def spread(
     if isinstance(device, Mapping):
         places = dict(device)
     elif device == "auto":
+        for module in assembly.model.modules():
+            release(module, assembly.dtype)  # so that the sizes are those that it will have
         try:
             places = infer_auto_device_map(
                 assembly.model,
@@ -157,7 +159,7 @@ class _FromDisk(ModelHook):  # type: ignore[misc]  # accelerate has no types
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Forget."""
-        release(module)
+        release(module, self._assembly.dtype)
         return output
 
 

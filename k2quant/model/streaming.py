@@ -181,7 +181,7 @@ class _Loaded:
 
     def __exit__(self, *_: object) -> None:
         for module in self._module.modules():
-            release(module)
+            release(module, self._assembly.dtype)
 
 
 def _checked(batch: Batch) -> dict[str, Tensor]:
