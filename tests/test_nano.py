@@ -243,7 +243,7 @@ def test_the_layout_is_that_of_k2(nano: Path) -> None:
     dtypes = {name: entry.dtype for name, entry in source.tensors.items()}
     assert all((dtype == "F32") == name.endswith("mlp.gate.e_score_correction_bias") for name, dtype in dtypes.items())
     assert source.config is not None
-    assert source.config.keys() - {"pad_token_id"} == K2_CONFIG.keys() - {"quantization_config"}
+    assert source.config.keys() ^ K2_CONFIG.keys() == {"pad_token_id", "quantization_config", "rope_theta"}
     assert json.loads((nano / "generation_config.json").read_text())["eos_token_id"] == vocabulary.EOS
 
 
