@@ -77,7 +77,8 @@ def _check(text: dict[str, Any], file: Path) -> None:
         if type(size) is not int or not 0 < size < _LARGEST:
             raise MalformedFile(key, file=file, expected=f"a number from 1 to {_LARGEST - 1}", found=repr(size)[:200])
     missing = [key for key in _VALUES if key not in text]
-    if "rope_theta" not in text and "rope_parameters" not in text:
+    homes = (text, text.get("rope_parameters"), text.get("rope_scaling"))
+    if not any(isinstance(home, dict) and "rope_theta" in home for home in homes):
         missing.append("rope_theta")
     if missing:
         raise MalformedFile("lacks what the model depends on", file=file, expected=", ".join(missing))
