@@ -1,9 +1,9 @@
 r"""Train nano-K2, round it to the nearest code at several widths, and write what that does to its answers.
 
 Example:
-    python benchmarks/nano.py --json benchmarks/results/nano.json
+    python benchmarks/nano.py /tmp/nano-k2
 
-With `--folder` it takes a nano-K2 that is there already. Training takes three minutes on two idle cores.
+It trains a nano-K2 where there is none yet, which takes three minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +106,15 @@ def measure(folder: Path, count: int, training: dict[str, Any] | None) -> tuple[
 def main() -> None:
     """Train or take a folder, measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="a nano-K2 that `k2quant nano` wrote; without it, one is trained")
+    parser.add_argument("folder", type=Path, help="where a nano-K2 is, or shall be")
     parser.add_argument("--count", type=int, default=400, help="items of each family and level")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/nano.json"), help="where results go")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, training = given.folder, None
-        if folder is None:
-            folder = Path(scratch) / "nano-k2"
-            training = {key: value for key, value in run(folder).summary.items() if key != "folder"}
-        results, page = measure(folder, given.count, training)
+    training = None
+    if not (given.folder / "config.json").exists():
+        training = {key: value for key, value in run(given.folder).summary.items() if key != "folder"}
+        print(json.dumps(training), flush=True)
+    results, page = measure(given.folder, given.count, training)
     given.json.write_text(json.dumps(results, indent=1) + "\n")
     given.json.with_suffix(".md").write_text(page)
     print(page)

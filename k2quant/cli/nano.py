@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,9 +32,11 @@ def command(folder: Path, *, steps: int | None, seed: int, as_json: bool) -> Non
     Example:
         k2quant nano nano-k2
     """
+    import gc
     import json
 
     _expect_transformers()
+    gc.enable()  # the command line runs without; a training makes cycles at every step
     from k2quant.nano.run import run
 
     with _progress() as progress:
@@ -66,17 +69,16 @@ def _progress() -> Iterator[Callable[[int, int, float], None] | None]:
         TextColumn("training"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.speed:.1f} steps/s, loss {task.fields[loss]:.3f} nats,"),
+        TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
         TextColumn("left"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("training", total=None, loss=float("nan"))
-        # A rate is known after two steps; until then the column would find none.
-        bar.tasks[task].finished_speed = 0.0
+        task, begun = bar.add_task("training", total=None, state=""), time.perf_counter()
 
         def show(done: int, total: int, loss: float) -> None:
-            bar.update(task, completed=done, total=total, loss=loss)
+            rate = done / (time.perf_counter() - begun)
+            bar.update(task, completed=done, total=total, state=f"{rate:.1f} steps/s, loss {loss:.3f} nats,")
 
         yield show
 

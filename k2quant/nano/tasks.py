@@ -45,7 +45,7 @@ class Family:
     what: str
     """The task in words, with an example."""
     sizes: tuple[int, int, int]
-    """What grows from level to level: letters, digits, pairs, keys."""
+    """What grows from level to level: letters, digits, open brackets."""
     draw: Callable[[Random, int], tuple[str, str]]
     """Makes question and answer of a size."""
 
@@ -60,11 +60,9 @@ def _sort(random: Random, size: int) -> tuple[str, str]:
     return f"S{''.join(digits)}=", "".join(sorted(digits))
 
 
-def _lookup(random: Random, size: int) -> tuple[str, str]:
-    keys, values = random.sample(_LETTERS, size), random.choices(_DIGITS, k=size)
-    asked = random.randrange(size)
-    listed = "".join(key + value for key, value in zip(keys, values, strict=True))
-    return f"L{listed}?{keys[asked]}=", values[asked]
+def _missing(random: Random, size: int) -> tuple[str, str]:
+    digits = "".join(random.choices(_DIGITS, k=size))
+    return f"M{digits}=", "".join(digit for digit in _DIGITS if digit not in digits)
 
 
 def _brackets(random: Random, size: int) -> tuple[str, str]:
@@ -80,8 +78,8 @@ def _brackets(random: Random, size: int) -> tuple[str, str]:
 
 
 def _add(random: Random, size: int) -> tuple[str, str]:
-    number, more = random.randrange(10**size - 9), random.randrange(10)
-    return f"A{number:0{size}}+{more}=", f"{number + more:0{size}}"
+    more, digits = random.randrange(10), [random.randrange(10) for _ in range(size)]
+    return f"A{more}+{''.join(map(str, digits))}=", "".join(str((digit + more) % 10) for digit in digits)
 
 
 def _shift(random: Random, size: int) -> tuple[str, str]:
@@ -91,12 +89,12 @@ def _shift(random: Random, size: int) -> tuple[str, str]:
 
 
 FAMILIES = {
-    "reverse": Family(what="a word backwards: Rkqz= gives zqk", sizes=(4, 6, 8), draw=_reverse),
-    "sort": Family(what="digits in order: S4827= gives 2478", sizes=(4, 6, 8), draw=_sort),
-    "brackets": Family(what="close what is open: B([]{= gives })", sizes=(3, 4, 6), draw=_brackets),
-    "lookup": Family(what="the digit behind a key: Lf3k7a2?k= gives 7", sizes=(3, 4, 6), draw=_lookup),
-    "shift": Family(what="letters moved on, z to a: D1hal= gives ibm", sizes=(4, 5, 6), draw=_shift),
-    "add": Family(what="a sum, with its zeros: A0478+5= gives 0483", sizes=(4, 5, 6), draw=_add),
+    "reverse": Family(what="a word backwards: Rkqz= gives zqk", sizes=(6, 9, 12), draw=_reverse),
+    "sort": Family(what="digits in order: S4827= gives 2478", sizes=(6, 8, 11), draw=_sort),
+    "missing": Family(what="the digits that are not there: M48272910= gives 356", sizes=(6, 8, 10), draw=_missing),
+    "brackets": Family(what="close what is open: B([]{= gives })", sizes=(4, 6, 8), draw=_brackets),
+    "shift": Family(what="letters moved on, z to a: D1hal= gives ibm", sizes=(4, 6, 9), draw=_shift),
+    "add": Family(what="last digits of sums with one digit: A5+4827= gives 9372", sizes=(5, 8, 11), draw=_add),
 }
 """Every family by name."""
 

@@ -30,7 +30,7 @@ class Recipe:
     """Of weights and items."""
     rows: int = 16
     """Of a batch, `batches.ROW` tokens each."""
-    rate: float = 2e-3
+    rate: float = 1.2e-3
     """Highest learning rate, reached after the warm-up."""
     warmup: float = 0.05
     """Share of the steps in which the rate grows; after it, it falls to nothing in a straight line."""
