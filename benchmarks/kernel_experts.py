@@ -12,8 +12,8 @@ from kernel_inputs import Entry, ExpertsBank, Work, aten, normal, relative
 from torch import Tensor
 from torch.nn import functional
 
-from k2quant.kernels import matmul_reference
 from k2quant.kernels.ops import moe_fp8, moe_int4
+from k2quant.kernels.weights import select
 
 CHECKED_TOKENS = 4
 """Tokens that are held against the truth."""
@@ -55,9 +55,7 @@ class ExpertsProblem:
         for token in range(min(self.cell.m, CHECKED_TOKENS)):
             row, total = self.x[token].double(), 0
             for expert, share in zip(self.ids[0][token].tolist(), self.weights[token].double(), strict=True):
-                gate, up, down = (
-                    matmul_reference.select(part, expert).dequantize(torch.float64) for part in self.bank.plain
-                )
+                gate, up, down = (select(part, expert).dequantize(torch.float64) for part in self.bank.plain)
                 total = total + share * (down @ (functional.silu(gate @ row) * (up @ row)))
             out.append(total)
         return torch.stack(out)  # type: ignore[arg-type]

@@ -11,8 +11,9 @@ import kernel_cases as cases
 import torch
 from torch import Tensor
 
-from k2quant.kernels import matmul_reference, reference
+from k2quant.kernels import reference
 from k2quant.kernels.ops import Fp8Weight, Int4Weight, prepare_fp8, prepare_int4
+from k2quant.kernels.weights import select
 
 Call = Callable[[], Any]
 Weight = Int4Weight | Fp8Weight
@@ -146,7 +147,7 @@ def normal(shape: Sequence[int], device: torch.device, *, seed: int) -> Tensor:
 def _dense_experts(weight: Weight) -> Tensor:
     out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.codes.device)
     for expert, part in enumerate(out):
-        part.copy_(matmul_reference.select(weight, expert).dequantize())
+        part.copy_(select(weight, expert).dequantize())
     return out
 
 

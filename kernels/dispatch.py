@@ -106,9 +106,9 @@ def moe(x: Tensor, gate: Weight, up: Weight, down: Weight, ids: Tensor, weights:
         configs = _moe_configs(x, gate, down, ids)
         return moe_triton.moe(x.contiguous(), gate, up, down, ids.contiguous(), weights.contiguous(), *configs)
     if x.device.type == "cpu":
-        from k2quant.kernels import linear_cpu
+        from k2quant.kernels import moe_cpu
 
-        return reference.moe(x, gate, up, down, ids, weights, product=linear_cpu.linear)
+        return moe_cpu.moe(x, gate, up, down, ids, weights)
     return reference.moe(x, gate, up, down, ids, weights)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from k2quant.kernels import codecs_cpu, dot_cpu, panels_cpu
 from k2quant.kernels.threads_cpu import over_rows, without_lock
-from k2quant.kernels.weights import GROUP, Fp8Weight, Int4Weight, Layout, prepare_int4, torch_half
+from k2quant.kernels.weights import GROUP, Fp8Weight, Int4Weight, Layout, prepare_int4, select, torch_half
 
 DOT_ROWS = 512
 """Rows of x up to which working from packed codes beats panels."""
@@ -48,6 +49,30 @@ def linear(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
         if x.shape[0] <= TORCH_ROWS and isinstance(weight, Int4Weight) and weight.layout == "torch":
             return _torch_operator(x, weight)
     return _panels(x, weight)
+
+
+def linear_grouped(x: Tensor, weight: Int4Weight | Fp8Weight, counts: list[int]) -> Tensor:
+    """Return the products of a stack of weights `[E, N, K]`, each with its own rows of x.
+
+    Args:
+        x: `[M, K]`, contiguous: first the rows of weight 0, then those of weight 1, and so on.
+        weight: the stack.
+        counts: how many rows each weight has.
+
+    Returns:
+        `[M, N]` in the dtype of x, each row as `linear` gives it.
+    """
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    ends = list(accumulate(counts))
+    spans = [(number, end - count, end) for number, (count, end) in enumerate(zip(counts, ends, strict=True)) if count]
+    if x.dtype != torch.bfloat16 or max(counts, default=0) > DOT_ROWS or 0 in weight.shape or not _can_dot(weight):
+        for number, first, last in spans:
+            out[first:last] = linear(x[first:last], select(weight, number))
+        return out
+    bits, result, (codes, scale), block = _bits(x), _bits(out), _arrays(weight), _block(weight)
+    for number, first, last in spans:  # on plain arrays: a small expert is done in less time than torch needs for views
+        _dot_arrays(bits[first:last], codes[number], scale[number], block, result[first:last])
+    return out
 
 
 def linear_backward(grad: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
@@ -107,38 +132,35 @@ def _can_dot(weight: Int4Weight | Fp8Weight) -> bool:
 
 def _dot(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[0])
-    bits, result = _bits(x), _bits(out)
-    if isinstance(weight, Int4Weight):
-        packed, scale = weight.codes.numpy(), _bits(weight.scale)
-        _share(
-            weight,
-            lambda: dot_cpu.int4_task(bits, packed, scale, result),
-            lambda: dot_cpu.int4_work(bits, packed, scale, result),
-            dot_cpu.rows_together(x.shape[0]),
-        )
-    else:
-        codes, factor = _bits(weight.codes), weight.scale.numpy()
-        height, width = weight.block
-        _share(
-            weight,
-            lambda: dot_cpu.fp8_task(bits, codes, factor, height, width, result),
-            lambda: dot_cpu.fp8_work(bits, codes, factor, height, width, result),
-            dot_cpu.rows_together(x.shape[0]),
-        )
+    codes, scale = _arrays(weight)
+    _dot_arrays(_bits(x), codes, scale, _block(weight), _bits(out))
     return out
 
 
-def _share(
-    weight: Int4Weight | Fp8Weight, task: Callable[[], dot_cpu.Task], work: Callable[[], dot_cpu.Work], together: int
+def _arrays(weight: Int4Weight | Fp8Weight) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return codes and scales as `dot_cpu` takes them, without a copy."""
+    if isinstance(weight, Int4Weight):
+        return weight.codes.numpy(), _bits(weight.scale)
+    return _bits(weight.codes), weight.scale.numpy()
+
+
+def _block(weight: Int4Weight | Fp8Weight) -> tuple[int, int] | None:
+    return weight.block if isinstance(weight, Fp8Weight) else None
+
+
+def _dot_arrays(
+    x: NDArray[Any], codes: NDArray[Any], scale: NDArray[Any], block: tuple[int, int] | None, out: NDArray[Any]
 ) -> None:
-    """Share the rows of a weight out among threads, if it is large enough."""
-    rows, columns = weight.shape
-    if rows * columns < ALONE:
-        work()(0, rows)
+    """Write x @ weight.T into `out`, on several threads if the weight is large enough; no block means INT4."""
+    rows, alone = out.shape[1], out.shape[1] * x.shape[1] < ALONE
+    parts = (x, codes, scale, out) if block is None else (x, codes, scale, *block, out)
+    task, work = (dot_cpu.int4_task, dot_cpu.int4_work) if block is None else (dot_cpu.fp8_task, dot_cpu.fp8_work)
+    if alone:
+        work(*parts)(0, rows)
         return
-    whole = task()
+    whole = task(*parts)
     if not without_lock(whole.entry, whole.parameters.ctypes.data):
-        over_rows(rows, together, work())
+        over_rows(rows, dot_cpu.rows_together(len(x)), work(*parts))
 
 
 def _torch_operator(x: Tensor, weight: Int4Weight) -> Tensor:

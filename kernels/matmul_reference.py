@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear as matmul
 from torch.nn.functional import pad, silu
 
-from k2quant.kernels.weights import Fp8Weight, Int4Weight, spread
+from k2quant.kernels.weights import Fp8Weight, Int4Weight, select, spread
 
 Product = Callable[[Tensor, Int4Weight | Fp8Weight], Tensor]
 """Makes x @ weight.T."""
@@ -136,10 +136,3 @@ def _expert(
 ) -> Tensor:
     hidden = silu(product(x, gate).float()) * product(x, up).float()
     return product(hidden.to(x.dtype), down)
-
-
-def select(weight: Int4Weight | Fp8Weight, expert: int) -> Int4Weight | Fp8Weight:
-    """Return one expert's weight of a stack, as views."""
-    if isinstance(weight, Fp8Weight):
-        return Fp8Weight(weight.codes[expert], weight.scale[expert], weight.block)
-    return Int4Weight(weight.codes[expert], weight.scale[expert], weight.layout)

@@ -23,7 +23,7 @@ from k2quant.kernels.configs import Config, Product, Table
 from k2quant.kernels.dispatch import EXPERTS, TOP
 from k2quant.kernels.timing import time_eager, time_graph
 from k2quant.kernels.tuning import HIDDEN, INNER, Cell, Trial
-from k2quant.kernels.weights import Fp8Weight, Weight
+from k2quant.kernels.weights import Fp8Weight, Weight, select
 
 CHECKED_ROWS = 512
 """Rows of x on which a configuration's numbers are checked; what a program does does not depend on how many follow."""
@@ -203,7 +203,7 @@ def _w8a8_truth(x: Tensor, weight: Fp8Weight) -> Tensor:
 def _moe_truth(x: Tensor, parts: tuple[Weight, Weight, Weight], ids: Tensor, weights: Tensor) -> Tensor:
     out = torch.zeros(len(ids), x.shape[1], dtype=torch.float64, device=x.device)
     for expert in ids.unique().tolist():
-        gate, up, down = (_truth(reference.select(part, expert)) for part in parts)
+        gate, up, down = (_truth(select(part, expert)) for part in parts)
         token, slot = torch.where(ids == expert)
         rows = x[token].double()
         hidden = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)

@@ -147,6 +147,13 @@ def empty_fp8(shape: tuple[int, ...], *, block: tuple[int, int], device: torch.d
     return Fp8Weight(codes, torch.empty(_fp8_scales(codes, block), dtype=torch.float32, device=device), block)
 
 
+def select(weight: Weight, expert: int) -> Weight:
+    """Return one expert's weight of a stack, as views."""
+    if isinstance(weight, Fp8Weight):
+        return Fp8Weight(weight.codes[expert], weight.scale[expert], weight.block)
+    return Int4Weight(weight.codes[expert], weight.scale[expert], weight.layout)
+
+
 def prepare_int4(weight_packed: Tensor, weight_scale: Tensor, *, layout: Layout | None = None) -> Int4Weight:
     """Lay an INT4 weight out for the device on which its tensors lie.
 

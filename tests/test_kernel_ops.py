@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from k2quant.errors import UsageError
-from k2quant.kernels import dot_cpu, linear_cpu, matmul_reference
+from k2quant.kernels import dot_cpu, linear_cpu, matmul_reference, moe_cpu
 from k2quant.kernels.ops import (
     Fp8Weight,
     Int4Weight,
@@ -246,6 +246,21 @@ def test_moe_of_no_tokens(experts: dict[str, tuple[Int4Weight | Fp8Weight, ...]]
     op: Callable[..., Tensor] = moe_int4
     out = op(torch.empty(0, 64), *experts["int4"], torch.empty(0, 2).int(), torch.empty(0, 2))
     assert out.shape == (0, 64)
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 7, 700])
+def test_sorting_tokens_changes_no_bit(
+    kind: str, dtype: torch.dtype, tokens: int, experts: dict[str, tuple[Int4Weight | Fp8Weight, ...]]
+) -> None:
+    """On a CPU tokens are sorted by expert; each product and the sum's order are those of the experts one by one."""
+    generator = torch.Generator().manual_seed(tokens)
+    x, weights = torch.randn(tokens, 64, generator=generator).to(dtype), torch.rand(tokens, 3, generator=generator)
+    ids = torch.randint(-1, 8, (tokens, 3), generator=generator)
+    gate, up, down = experts[kind]
+    wanted = matmul_reference.moe(x, gate, up, down, ids, weights, product=linear_cpu.linear)
+    assert torch.equal(moe_cpu.moe(x, gate, up, down, ids, weights), wanted)
 
 
 def as_operand(codes: Tensor) -> Tensor:

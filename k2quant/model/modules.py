@@ -19,7 +19,7 @@ from k2quant.errors import UsageError
 from k2quant.formats.layouts import Fp8, Int4
 from k2quant.kernels import matmul_reference as reference
 from k2quant.kernels.ops import fp8_linear, int4_linear, moe_fp8, moe_int4
-from k2quant.kernels.weights import Fp8Weight, Int4Weight, Weight, prepare_int4
+from k2quant.kernels.weights import Fp8Weight, Int4Weight, Weight, prepare_int4, select
 from k2quant.model.matrices import Dense, Matrix, Packed, joined
 
 Backend = Literal["auto", "reference"]
@@ -170,7 +170,7 @@ class QuantizedExperts(Quantized, Experts):
         stacks = {name: self.packed(name) for name in PROJECTIONS}
         for expert in range(self.num_experts):
             for name, stack in stacks.items():
-                yield f"{expert}.{name}", Packed(reference.select(stack, expert), self.layout)
+                yield f"{expert}.{name}", Packed(select(stack, expert), self.layout)
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See `Experts`."""
