@@ -25,4 +25,4 @@ def moe(x: Tensor, gate: Weight, up: Weight, down: Weight, ids: Tensor, weights:
     pairs = x.new_zeros(ids.numel(), x.shape[1])
     pairs[order] = linear_grouped(hidden.to(x.dtype), down, counts)
     kept = weights.float().masked_fill(~known, 0)
-    return (pairs.view(*ids.shape, -1).float() * kept[..., None]).sum(1).to(x.dtype)
+    return (pairs.view(*ids.shape, x.shape[1]).float() * kept[..., None]).sum(1).to(x.dtype)
