@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoTokenizer
@@ -110,6 +110,7 @@ def test_one_question_in_eight_is_held_out() -> None:
     assert abs(held - 2500) < 4 * (20_000 * 7 / 64) ** 0.5
 
 
+@settings(deadline=None)
 @given(SEEDS)
 def test_no_held_out_item_is_trained_on(seed: int) -> None:
     """Whatever the seed, what training draws is no exam's."""
@@ -137,6 +138,7 @@ def test_unknown_tasks_are_refused(family: str, level: int) -> None:
         tasks.items(family, level, 1)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet=vocabulary.CHARACTERS))
 def test_characters_are_tokens(text: str) -> None:
     """Every text of printable ASCII has one token a character and comes back from them."""
