@@ -11,7 +11,14 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("k2quant/py.typed", "k2quant/kernels/codecs_cpu.py", "k2quant/cli/convert.py", "k2quant/formats/layouts.py")
+NEEDED = (
+    "k2quant/py.typed",
+    "k2quant/kernels/codecs_cpu.py",
+    "k2quant/cli/convert.py",
+    "k2quant/formats/layouts.py",
+    "k2quant/model/loading.py",
+    "k2quant/nano/training.py",
+)
 
 
 def run(*command: str | Path, cwd: Path) -> None:
@@ -44,9 +51,9 @@ def main() -> None:
         python = folder / "env" / "bin" / "python"
         constraints = ROOT / "constraints-dev.txt"
         run(python, "-m", "pip", "install", "--quiet", "--constraint", constraints, wheel, cwd=folder)
-        run(folder / "env" / "bin" / "k2quant", "demo", folder / "demo", cwd=folder)
+        run(folder / "env" / "bin" / "k2quant", "demo", folder / "demo", "--steps", "2", cwd=folder)
         run(python, "-m", "k2quant", "convert", "--to", "int4", folder / "demo" / "fp8", folder / "out", cwd=folder)
-        print(f"{wheel.name} and {sdist.name}: whole; the wheel alone converts")
+        print(f"{wheel.name} and {sdist.name}: whole; the wheel alone converts, trains and runs")
 
 
 if __name__ == "__main__":

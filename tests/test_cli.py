@@ -12,7 +12,7 @@ import pytest
 
 from k2quant.checkpoint.in_memory import Shard, write_checkpoint
 
-COMMANDS = ("convert", "inspect", "verify", "diff", "report", "demo")
+COMMANDS = ("convert", "inspect", "verify", "diff", "report", "generate", "tune", "nano", "demo")
 
 
 def k2quant(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -175,12 +175,14 @@ def test_inspect_lists_what_does_not_fit_together(tmp_path: Path) -> None:
 
 
 def test_demo_takes_a_small_k2_through_every_format(tmp_path: Path) -> None:
-    """`demo` ends with a table in which every promise was kept, and runs again over its own folder."""
+    """Every promise is kept, a nano-K2 answers from all three formats, and all of it runs again over its own folder."""
     for _ in range(2):
-        done = k2quant("demo", tmp_path / "demo")
+        done = k2quant("demo", tmp_path / "demo", "--steps", 2)
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("\n  yes ") == 7
         assert "  NO  " not in done.stdout
+        rows = [line.split() for line in done.stdout.splitlines()]
+        assert [row[0] for row in rows if row and row[0] in {"bf16", "fp8", "int4"}] == ["bf16", "fp8", "int4"]
 
 
 def test_demo_touches_nothing_that_is_not_its_own(tmp_path: Path) -> None:

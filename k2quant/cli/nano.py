@@ -39,7 +39,7 @@ def command(folder: Path, *, steps: int | None, seed: int, as_json: bool) -> Non
     gc.enable()  # the command line runs without; a training makes cycles at every step
     from k2quant.nano.run import run
 
-    with _progress() as progress:
+    with training_progress() as progress:
         result = run(folder, steps=steps, seed=seed, progress=progress)
     if as_json:
         click.echo(json.dumps(result.summary, indent=1))
@@ -57,7 +57,7 @@ def _expect_transformers() -> None:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int, float], None] | None]:
+def training_progress() -> Iterator[Callable[[int, int, float], None] | None]:
     """Show steps, loss, rate and time left while the block runs; nothing when stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
