@@ -1,7 +1,7 @@
 r"""Train nano-K2, round it to the nearest code at several widths, and write what that does to its answers.
 
 Example:
-    python benchmarks/nano.py /tmp/nano-k2
+    python benchmarks/nano.py nano-k2
 
 It trains a nano-K2 where there is none yet, which takes three minutes on two idle cores.
 """
@@ -25,7 +25,7 @@ PAGE = """# nano-K2: what rounding to nearest does to its answers
 
 Written by `benchmarks/nano.py`; do not edit. `{command}`
 
-{cpu}, {cores} cores; {versions}; commit {commit}{dirty}.{training}
+{cpu}, {cores} cores, load {load:.1f}; {versions}; commit {commit}{dirty}.{training}
 
 {count} held-out items of each of three levels a family, the same for every row. "routed": the routed experts'
 projections are rounded; "all": every projection. Groups of 32, the rule of Kimi K2's INT4 releases. Loss: of the tokens
@@ -89,6 +89,7 @@ def measure(folder: Path, count: int, training: dict[str, Any] | None) -> tuple[
     facts: dict[str, Any] = {
         "cpu": machine.processor(),
         "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
         "versions": machine.versions(sys.executable, ["torch", "transformers", "numpy"]),
         "commit": machine.git("rev-parse", "--short", "HEAD") or "none",
         "dirty": bool(machine.git("status", "--porcelain", "--", "k2quant", "kernels")),
