@@ -41,7 +41,8 @@ each, after one that is not counted. Decoding is greedy, by `generate`, with a K
 loading, its libraries included: {before} MiB own before that. "peak" is the most of both together (VmHWM), until it is
 loaded and afterwards; "peak own" is the most of its own over the whole process, seen 10 ms apart. "weights" is what
 parameters and buffers take. "logits" is ||y - exact|| / ||exact|| over the prompt; exact is what transformers gives for
-the checkpoint dequantised to BF16 by `k2quant convert`, looping over the experts.
+the checkpoint dequantised to BF16 by `k2quant convert`, looping over the experts. Where rounding sends a token to
+another expert, that token differs by tens of percent: hence the median of the tokens, too.
 """
 
 
@@ -141,15 +142,16 @@ def _rows(results: Record, name: str) -> Iterator[tuple[str, str, list[Record]]]
 def _speed(results: Record, name: str, workload: Record) -> str:
     batches = workload["batches"]
     head = ["format", "", "load s", f"prefill {workload['prefill']}, tokens/s"]
-    head += [*(f"decode, batch {rows}, tokens/s" for rows in batches), "logits"]
+    head += [*(f"decode, batch {rows}, tokens/s" for rows in batches), "logits", "logits, median token"]
     rows = []
     for form, contestant, runs in _rows(results, name):
         if "failed" in runs[0]:
-            rows.append([form, contestant, "cannot load", *["-"] * (len(batches) + 2)])
+            rows.append([form, contestant, "cannot load", *["-"] * (len(batches) + 3)])
             continue
         rates = [_range([rate for run in runs for rate in run[key]]) for key in _rates(workload)]
         load = _range([run["load_s"] for run in runs])
-        rows.append([form, contestant, load, *rates, f"{median([run['difference'] for run in runs]):.2%}"])
+        logits = (f"{median([run[key] for run in runs]):.2%}" for key in ("difference", "token_difference"))
+        rows.append([form, contestant, load, *rates, *logits])
     return "\n" + table(head, rows)
 
 

@@ -104,7 +104,7 @@ class Bench:
         for name, record in records.items():
             run = found | variants.get(name, {})
             if "failed" not in run:
-                run["difference"] = difference(self.work / f"{name}.npy", turn.model.reference(turn.form))
+                run |= differences(self.work / f"{name}.npy", turn.model.reference(turn.form))
             record["runs"].append(run)
             print(f"{turn.model.name}/{turn.form}/{name}: {line(run)}", flush=True)
         self.save()
@@ -174,10 +174,15 @@ def reference(model: Model, form: FormatName, workload: Workload, work: Path) ->
     (work / "reference.npy").replace(file)
 
 
-def difference(file: Path, reference: Path) -> float:
-    """Return ||logits - reference|| / ||reference||."""
-    found, wanted = np.load(file), np.load(reference)
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+def differences(file: Path, reference: Path) -> dict[str, float]:
+    """Return ||logits - reference|| / ||reference|| over all tokens, and the median of the same for each token.
+
+    A token that rounding sends to another expert counts as much in the first as many others together.
+    """
+    found, wanted = np.load(file)[0], np.load(reference)[0]
+    off, size = np.linalg.norm(found - wanted, axis=1), np.linalg.norm(wanted, axis=1)
+    whole = np.linalg.norm(off) / np.linalg.norm(size)
+    return {"difference": float(whole), "token_difference": float(np.median(off / size))}
 
 
 def line(found: dict[str, Any]) -> str:

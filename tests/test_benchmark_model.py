@@ -54,7 +54,7 @@ class TestRun:
         for record in results["cells"].values():
             (run,) = record["runs"]
             assert all(min(run[rate]) > 0 for rate in ("prefill", "decode_1", "decode_8"))
-            assert run["difference"] < 0.02
+            assert run["token_difference"] < 0.02
             assert run["loaded"]["own"] > run["before"]["own"] > 0
             assert run["peak_own"] >= run["loaded"]["own"]
         held = {key: record["runs"][0]["weight_bytes"] for key, record in results["cells"].items()}
@@ -96,7 +96,7 @@ def run(rate: float, **more: Any) -> dict[str, Any]:
     memory = {"own": 2**20, "mapped": 2**20, "peak": 2**20}
     rates = {"prefill": [rate], "decode_1": [rate / 2, rate, 2 * rate], "decode_8": [rate]}
     sizes = {"before": memory, "loaded": memory, "ran": memory, "weight_bytes": 2**20, "peak_own": 2**20}
-    return {"load_s": 1.0, "difference": 0.001, "threads": 2} | rates | sizes | more
+    return {"load_s": 1.0, "difference": 0.001, "token_difference": 0.002, "threads": 2} | rates | sizes | more
 
 
 def results(**runs: dict[str, Any]) -> dict[str, Any]:
@@ -123,14 +123,14 @@ class TestPage:
         made = results(ours=run(10.0), peer=run(2.0), loop=run(20.0, default_experts="grouped_mm"))
         page = bench.model_report.page(made, tmp_path / "model-cpu.json")
         assert "| FP8 | 0.50x | 0.50x | 0.50x |" in page
-        assert "| FP8 | k2quant | 1.00 | 10.0 | 10.0 (5.00-20.0) | 10.0 | 0.10% |" in page
+        assert "| FP8 | k2quant | 1.00 | 10.0 | 10.0 (5.00-20.0) | 10.0 | 0.10% | 0.20% |" in page
         assert "`grouped_mm`" in page
 
     def test_what_failed_stands_with_its_reason(self, bench: SimpleNamespace, tmp_path: Path) -> None:
         """A tool that cannot load a format has no numbers, and its error is on the page once."""
         failed = {"failed": "RuntimeError: some issues", "remarks": ["ValueError: not divisible"], "threads": 2}
         page = bench.model_report.page(results(ours=run(1.0), peer=failed, loop=failed), tmp_path / "model-cpu.json")
-        assert "| FP8 | transformers | cannot load | - | - | - | - |" in page
+        assert "| FP8 | transformers | cannot load | - | - | - | - | - |" in page
         assert page.count("- layer, FP8, transformers: `RuntimeError: some issues`\n  `ValueError: not divisible`") == 1
         assert "| FP8 | - | - | - |" in page
 
