@@ -148,12 +148,13 @@ def test_characters_are_tokens(text: str) -> None:
 
 
 def test_transformers_reads_the_tokenizer(nano: Path) -> None:
-    """`AutoTokenizer` takes the folder without code of ours, and gives the ids that training used."""
+    """`AutoTokenizer` takes the folder without code of ours, and gives the ids that training used, BOS first."""
     tokenizer = AutoTokenizer.from_pretrained(nano)
     for text in (vocabulary.CHARACTERS, "  two  spaces ", "S4827=2478", "don't , stop .", ""):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert ids == vocabulary.encode(text)
         assert tokenizer.decode(ids) == text
+        assert tokenizer(text)["input_ids"] == [vocabulary.BOS, *ids]
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert special == (vocabulary.BOS, vocabulary.EOS, vocabulary.PAD)
 

@@ -40,7 +40,7 @@ def _nano(folder: Path, steps: int | None) -> None:
         trained = run(folder, steps=steps, progress=progress)
     click.echo(f"{trained.parameters:,} parameters, {trained.steps} steps in {trained.seconds:.0f} s: {folder}")
     _table(folder)
-    question = "A31+26="
+    question = "A0478+3="
     click.echo(f'\nAsk it:  k2quant generate {folder}-int4 --prompt "{question}"')
 
 

@@ -35,7 +35,6 @@ def command(folder: Path, *, steps: int | None, seed: int, as_json: bool) -> Non
     import gc
     import json
 
-    _expect_transformers()
     gc.enable()  # the command line runs without; a training makes cycles at every step
     from k2quant.nano.run import run
 
@@ -45,15 +44,6 @@ def command(folder: Path, *, steps: int | None, seed: int, as_json: bool) -> Non
         click.echo(json.dumps(result.summary, indent=1))
     else:
         _show(result)
-
-
-def _expect_transformers() -> None:
-    from importlib.util import find_spec
-
-    from k2quant.errors import MissingExtra
-
-    if find_spec("transformers") is None:
-        raise MissingExtra("nano-K2 is a transformers model", remedy="pip install transformers")
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def tour(folder: Path, items: Iterable[Item] | None = None) -> Iterator[Stop]:
 def decoding_rate(model: Any, items: list[Item]) -> float:
     """Return tokens a second of greedy decoding, eight prompts at once."""
     length = min(len(item.question) for item in items)
-    rows = [vocabulary.encode(item.question)[:length] for item in items[:_PROMPTS]]
+    rows = [[vocabulary.BOS, *vocabulary.encode(item.question[:length])] for item in items[:_PROMPTS]]
     ids = torch.tensor(rows, device=model.device)
     options: dict[str, Any] = {
         "attention_mask": torch.ones_like(ids),

@@ -69,7 +69,12 @@ def _tokenizer() -> dict[str, Any]:
         "added_tokens": added,
         "normalizer": None,
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": {  # every text that it learns from begins with BOS
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": SPECIAL[BOS], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {SPECIAL[BOS]: {"id": SPECIAL[BOS], "ids": [BOS], "tokens": [SPECIAL[BOS]]}},
+        },
         "decoder": {"type": "Fuse"},
         "model": {
             "type": "BPE",
