@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_report
+import model_report
 from bars import arrow, cat_ratio, speedup, verdicts, walls, work
 from measure import median
 
@@ -228,6 +229,14 @@ def render_kernels(folder: Path) -> str:
     return f"\n## Kernels\n\nPages written by `benchmarks/kernels.py`.\n\n{''.join(lines)}" if lines else ""
 
 
+def render_models(folder: Path) -> str:
+    """Link the pages about whole models, which `model.py` and `nano.py` write."""
+    lines = [f"- {model_report.summary(file)}\n" for file in (folder / "model-cpu.json",) if file.exists()]
+    if (folder / "nano.json").exists():
+        lines.append("- [nano-K2](results/nano.md): what rounding to INT8, INT4, INT3 and INT2 does to its answers.\n")
+    return f"\n## Whole models\n\n{''.join(lines)}" if lines else ""
+
+
 SECTIONS = {
     "peers": render_peers,
     "cat": render_cat,
@@ -246,5 +255,5 @@ def render(results: dict[str, Any], source: str, page: Path, *, remarks: str) ->
         f"\n{remarks}" if remarks else "",
     ]
     parts += [section(results) for name, section in SECTIONS.items() if name in results]
-    parts.append(render_kernels(page.parent / "results"))
+    parts += [render_kernels(page.parent / "results"), render_models(page.parent / "results")]
     page.write_text("".join(parts))

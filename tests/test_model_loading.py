@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,9 +22,11 @@ from k2quant.checkpoint.in_memory import Shard, write_checkpoint
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.cli import main
 from k2quant.demo import K2_CONFIG, matrices
-from k2quant.errors import BadValue, CheckpointError, MissingTensor, UsageError
+from k2quant.errors import BadValue, CheckpointError, MalformedFile, MissingTensor, UsageError
+from k2quant.kernels.ops import prepare_int4
+from k2quant.kernels.weights import Layout
 from k2quant.model import filling, load_model, save_model
-from k2quant.model.modules import Backend, QuantizedExperts, QuantizedLinear
+from k2quant.model.modules import PROJECTIONS, Backend, QuantizedExperts, QuantizedLinear
 
 IDS = torch.randint(0, 2048, (1, 8), generator=torch.Generator().manual_seed(4))
 
@@ -153,6 +156,27 @@ def test_auto_with_enough_memory_is_one_device(k2_thinking: Path) -> None:
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("places", [{"": "disk", "lm_head": "cpu"}, {"": "cpu", "model.layers.1.mlp": "disk"}])
+def test_the_nearest_entry_of_a_map_counts(places: dict[str, str], k2_bf16: Path) -> None:
+    """A module within another that has an entry of its own lies where its own says, before and after a pass."""
+    model: Any = load_model(k2_bf16, device=places)
+    for _ in range(2):
+        assert torch.equal(logits(model), logits(load_model(k2_bf16)))
+        assert not model.lm_head.weight.is_meta
+        assert model.model.layers[1].mlp.gate.weight.is_meta
+        assert model.model.layers[0].self_attn.o_proj.weight.is_meta == (places[""] == "disk")
+
+
+@pytest.mark.parametrize("layout", ["k2_bf16", "k2_thinking"])
+def test_a_model_partly_on_disk_is_not_changed(layout: str, request: pytest.FixtureRequest) -> None:
+    """Weights given to it, and casts, would be lost: they are refused."""
+    model: Any = load_model(request.getfixturevalue(layout), device={"": "cpu", "lm_head": "disk"})
+    with pytest.raises(UsageError, match="lm_head"):
+        model.load_state_dict({"lm_head.weight": torch.zeros(2048, 512)}, strict=False)
+    with pytest.raises(UsageError, match="lm_head"):
+        model.float()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("layout", ["k2_source", "k2_thinking", "k2_bf16"])
@@ -196,6 +220,9 @@ def test_a_model_moves_between_devices(layout: str, request: pytest.FixtureReque
         ({"model.layers.7": "cpu"}, None),
         ({"model.layers": "cpu"}, None),
         ({"": "tpu"}, None),
+        ({"": None}, None),
+        (None, None),
+        (1.5, None),
         ("cpu", {"cpu": "1GB"}),
         ("auto", {"cpu": "plenty"}),
     ],
@@ -283,6 +310,18 @@ BAD: dict[str, Edit] = {
     "eps is a list": lambda config, _: config.update(rms_norm_eps=[1]),
     "no scaling factor": lambda config, _: config.pop("routed_scaling_factor"),
     "no rope_theta": lambda config, _: config.pop("rope_theta"),
+    "rotary dimensions beyond all": lambda config, _: config.update(qk_rope_head_dim=10**9),
+    "an eps of 1e300": lambda config, _: config.update(rms_norm_eps=1e300),
+    "a scaling factor of 1e300": lambda config, _: config.update(routed_scaling_factor=1e300),
+    "norm_topk_prob is null": lambda config, _: config.update(norm_topk_prob=None),
+    "yarn by 0": lambda config, _: config["rope_scaling"].update(factor=0),
+    "an attention factor that is text": lambda config, _: config["rope_scaling"].update(attention_factor="x"),
+    "a rope type that is a list": lambda config, _: config["rope_scaling"].update(type=["yarn"]),
+    "rope_scaling is a number": lambda config, _: config.update(rope_scaling=3),
+    "text for a number of layers": lambda config, _: config.update(num_nextn_predict_layers="x"),
+    "an end beyond the vocabulary": lambda config, _: config.update(eos_token_id=10**30),
+    "no end at all": lambda config, _: config.update(eos_token_id=[]),
+    "groups that hold too few experts": lambda config, _: config.update(n_group=4, topk_group=1),
     "attention with biases": lambda config, _: config.update(attention_bias=True),
 }
 
@@ -295,6 +334,22 @@ def test_bad_checkpoints_are_refused_before_weights_are_read(what: str, k2_think
     with pytest.raises(CheckpointError) as caught:
         load_model(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_chooses_no_kernels(k2_thinking: Path, tmp_path: Path) -> None:
+    """Keys that transformers would act on, but that no K2 has, do not reach it: nothing is downloaded or switched."""
+    odd = {
+        "attn_implementation": "kernels-community/flash-attn",
+        "_attn_implementation": "flex_attention",
+        "experts_implementation": "grouped_mm",
+        "return_dict": False,
+        "num_labels": 3 * 10**7,
+        "partial_rotary_factor": 1e7,
+        "auto_map": {"AutoModelForCausalLM": "evil.Evil"},
+    }
+    model = load_model(edited(k2_thinking, tmp_path / "odd", lambda config, _: config.update(odd)))
+    assert model.config._attn_implementation == "sdpa"  # noqa: SLF001  where transformers keeps it
+    assert torch.equal(logits(model), logits(load_model(k2_thinking)))
 
 
 @pytest.mark.usefixtures("unread")
@@ -360,6 +415,19 @@ def test_a_quantised_linear_with_a_bias(k2_source: Path) -> None:
     with torch.no_grad():
         assert torch.equal(with_bias(x), linear(x) + 1)
     assert set(with_bias.state_dict()) == {"weight", "weight_scale_inv", "bias"}
+
+
+@pytest.mark.parametrize("layout", ["groups", "torch", "rows"])
+def test_layouts_may_change_under_a_model(layout: Layout, k2_thinking: Path) -> None:
+    """Every projection of a layer's experts changes its layout, as moving to another device does; the state stays."""
+    model: Any = load_model(k2_thinking, dtype="float32")
+    experts = model.model.layers[1].mlp.experts
+    before, wanted = experts.state_dict(), logits(model)
+    experts.replace(lambda weight: prepare_int4(*weight.checkpoint(), layout=layout))
+    assert {experts.packed(name).layout for name in PROJECTIONS} == {layout}
+    after = experts.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.allclose(logits(model), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_experts_pass_over_what_is_no_expert(k2_thinking: Path) -> None:
@@ -445,6 +513,32 @@ def test_generate_says_what_is_wrong(k2_thinking: Path, tokenizer_files: Path, t
     assert not marker.exists()
     (path / "tokenizer_config.json").unlink()
     assert "has no tokenizer" in message()[1]
+
+
+@pytest.mark.parametrize("ids", [[], "x", 10**30, [1, -1], {"a": 1}])
+def test_odd_ends_of_text_are_refused(ids: Any, k2_thinking: Path, tmp_path: Path) -> None:
+    """generation_config.json may name only tokens of the vocabulary."""
+    folder = edited(k2_thinking, tmp_path / "bad", lambda *_: None)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(MalformedFile, match="eos_token_id"):
+        load_model(folder)
+
+
+def test_tokenizer_files_stay_within_the_folder(k2_thinking: Path, tokenizer_files: Path, tmp_path: Path) -> None:
+    """A link out of the folder and a pipe are refused, not followed or waited for; bytes that are no text are, too."""
+    path = with_tokenizer(k2_thinking, tokenizer_files, tmp_path / "model")
+    shown = CliRunner().invoke(main, ["generate", str(path), "--prompt", "a\udcff"])
+    assert (shown.exit_code, shown.stdout) == (2, "")
+    (path / "tokenizer.json").rename(tmp_path / "outside.json")
+    (path / "tokenizer.json").symlink_to(tmp_path / "outside.json")
+    shown = CliRunner().invoke(main, ["generate", str(path), "--prompt", PROMPT])
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert "leaves the folder" in shown.stderr
+    (path / "tokenizer.json").unlink()
+    os.mkfifo(path / "tokenizer.json")
+    shown = CliRunner().invoke(main, ["generate", str(path), "--prompt", PROMPT])
+    assert (shown.exit_code, shown.stdout) == (1, "")
+    assert "not a regular file" in shown.stderr
 
 
 def test_the_generate_command_ends_by_itself(k2_thinking: Path) -> None:

@@ -195,8 +195,29 @@ def test_options_without_meaning_are_refused(k2_thinking: Path, tmp_path: Path) 
         model.save_pretrained(tmp_path / "out", push_to_hub=True)
     model.save_pretrained(tmp_path / "out", is_main_process=False)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UsageError, match="expected"):
-        save_model(model, tmp_path / "out", state={"lm_head.weight": torch.zeros(3)})
+
+
+SCALE = "model.layers.1.mlp.experts.3.up_proj.weight_scale"
+WORDS = "model.layers.1.mlp.experts.3.up_proj.weight_packed"
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"lm_head.weight": torch.zeros(3)},
+        {"lm_head.weight": None},
+        {"lm_head.weight": torch.zeros(2048, 512, dtype=torch.int32)},
+        {"lm_haed.weight": torch.zeros(2048, 512)},
+        {WORDS: torch.zeros(256, 64)},
+        {SCALE: torch.full((256, 16), torch.nan, dtype=torch.bfloat16)},
+        {SCALE: torch.zeros(256, 15, dtype=torch.bfloat16)},
+    ],
+)
+def test_a_given_state_is_checked_before_anything_is_written(state: Any, k2_thinking: Path, tmp_path: Path) -> None:
+    """Unknown names, wrong shapes and dtypes, and values that no weight can have, leave no folder behind."""
+    with pytest.raises(UsageError, match="state"):
+        save_model(load_model(k2_thinking), tmp_path / "out", state=state)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_link_out_of_the_source_is_not_followed(k2_thinking: Path, tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, UsageError
-from k2quant.model import LayerHooks, load_model, stream_forward, streaming
+from k2quant.errors import (
+    CheckpointError,
+    DestinationForeign,
+    DestinationInUse,
+    DestinationStale,
+    MalformedFile,
+    OutputError,
+    UsageError,
+)
+from k2quant.model import LayerHooks, activations, load_model, stream_forward, streaming
 from k2quant.model.assembly import Assembly, own_tensors
 from k2quant.model.loading import assemble
 from k2quant.model.matrices import Dense
@@ -149,15 +161,121 @@ def test_a_folder_of_another_pass_is_refused(k2_thinking: Path, k2_source: Path,
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
 
-def test_a_damaged_activation_is_named(k2_thinking: Path, tmp_path: Path) -> None:
-    """A file that was cut short, or replaced by one that would need unpickling, is an error with its name."""
-    folder = tmp_path / "pass"
+def stopped(path: Path, folder: Path) -> None:
+    """Leave a pass behind that was killed before its second layer."""
     with pytest.raises(KeyboardInterrupt):
-        list(stream_forward(k2_thinking, BATCHES, Watch(stop_before=1), folder=folder))
-    victim = min(folder.glob("*.npy"))
-    victim.write_bytes(victim.read_bytes()[:40])
-    with pytest.raises(MalformedFile, match=victim.name):
+        list(stream_forward(path, BATCHES, Watch(stop_before=1), folder=folder))
+
+
+def cut(file: Path) -> None:
+    """Cut a file short."""
+    file.write_bytes(file.read_bytes()[:40])
+
+
+def flip(file: Path) -> None:
+    """Change one bit."""
+    data = bytearray(file.read_bytes())
+    data[7] ^= 1
+    file.write_bytes(data)
+
+
+def outside(file: Path) -> None:
+    """Put a link in its place that leaves the folder."""
+    other = file.parent.parent / "other"
+    file.rename(other)
+    file.symlink_to(other)
+
+
+def pipe(file: Path) -> None:
+    """Put a pipe in its place."""
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize("harm", [cut, flip, outside, pipe, Path.unlink])
+def test_a_damaged_activation_is_named(harm: Callable[[Path], object], k2_thinking: Path, tmp_path: Path) -> None:
+    """A file that is not what was written, or lies elsewhere, is an error with its name, and never a wrong result."""
+    folder = tmp_path / "pass"
+    stopped(k2_thinking, folder)
+    victim = min(folder.glob("*.bin"))
+    harm(victim)
+    with pytest.raises(CheckpointError, match=victim.name):
         list(stream_forward(k2_thinking, BATCHES, folder=folder))
+
+
+@pytest.mark.parametrize("note", [{"finished": 7}, {"finished": 1, "crc32": [1]}, {"finished": "x"}, {"crc32": "x"}])
+def test_a_damaged_note_is_refused(note: dict[str, Any], k2_thinking: Path, tmp_path: Path) -> None:
+    """What no pass leaves behind is not gone on from."""
+    folder = tmp_path / "pass"
+    stopped(k2_thinking, folder)
+    state = folder / "k2quant_stream.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | note))
+    with pytest.raises(MalformedFile):
+        list(stream_forward(k2_thinking, BATCHES, folder=folder))
+
+
+def test_files_of_others_in_the_folder_stay(k2_thinking: Path, tmp_path: Path) -> None:
+    """What a hook or a user put into the folder is there when the pass is through."""
+    folder = tmp_path / "pass"
+    stopped(k2_thinking, folder)
+    (folder / "statistics.npy").write_text("mine")
+    list(stream_forward(k2_thinking, BATCHES, folder=folder))
+    assert [path.name for path in folder.iterdir()] == ["statistics.npy"]
+
+
+def test_two_passes_do_not_share_a_folder(k2_thinking: Path, tmp_path: Path) -> None:
+    """The second one is refused while the first is at work, and the first ends well."""
+    folder = tmp_path / "pass"
+    first = stream_forward(k2_thinking, BATCHES, folder=folder)
+    found = [next(first)]
+    with pytest.raises(DestinationInUse):
+        list(stream_forward(k2_thinking, BATCHES, folder=folder))
+    found += list(first)
+    assert all(torch.equal(a, b) for a, b in zip(found, loaded_logits(k2_thinking), strict=True))
+
+
+def test_odd_folders_are_errors_of_ours(k2_thinking: Path, tmp_path: Path) -> None:
+    """A file, a place below a file and a link to nowhere cannot be a folder."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "link"):
+        with pytest.raises(OutputError):
+            list(stream_forward(k2_thinking, BATCHES, folder=place))
+
+
+def test_a_full_disk_is_an_error_of_ours(k2_thinking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running out of space while activations are written says so, and the pass can go on later."""
+    folder = tmp_path / "pass"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(activations, "write_all", full)
+        with pytest.raises(OutputError, match="No space left"):
+            list(stream_forward(k2_thinking, BATCHES, folder=folder))
+    found = list(stream_forward(k2_thinking, BATCHES, folder=folder))
+    assert all(torch.equal(a, b) for a, b in zip(found, loaded_logits(k2_thinking), strict=True))
+
+
+def test_hooks_may_say_what_they_are(k2_thinking: Path, tmp_path: Path) -> None:
+    """A pass does not go on under hooks that call themselves something else."""
+    folder = tmp_path / "pass"
+    stopped(k2_thinking, folder)
+    other = Watch()
+    other.identity = "something else"
+    with pytest.raises(DestinationStale):
+        list(stream_forward(k2_thinking, BATCHES, other, folder=folder))
+
+
+def test_a_pass_that_is_never_begun_leaves_nothing(k2_thinking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a folder, the temporary one exists only while the pass runs."""
+
+    def refuse(*_: object, **__: object) -> str:
+        pytest.fail("a folder was made")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    stream_forward(k2_thinking, BATCHES)
 
 
 @pytest.mark.parametrize(
@@ -169,10 +287,18 @@ def test_a_damaged_activation_is_named(k2_thinking: Path, tmp_path: Path) -> Non
         [torch.full((1, 3), 2048)],
         [torch.full((1, 3), -1)],
         [{"ids": IDS}],
+        [5],
+        [None],
+        ["x"],
+        [[5]],
+        5,
+        IDS,
+        [{"input_ids": [[1]]}],
+        [{"input_ids": IDS, "attention_mask": MASK.float()}],
         [{"input_ids": IDS, "attention_mask": MASK[:1]}],
     ],
 )
-def test_batches_that_make_no_sense_are_refused(batches: list[Any], k2_thinking: Path) -> None:
+def test_batches_that_make_no_sense_are_refused(batches: Any, k2_thinking: Path) -> None:
     """Wrong shapes, dtypes, names and tokens beyond the vocabulary are usage errors, found before a layer is read."""
     with pytest.raises(UsageError):
         stream_forward(k2_thinking, batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -54,6 +55,7 @@ def command(
     from k2quant.model.loading import load_model
 
     silence()
+    gc.enable()  # decoding makes tensors for as long as it runs
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     with progress("loading") as show:
         model = load_model(path, device=device, dtype=dtype, backend=backend, progress=show)  # type: ignore[arg-type]  # click checked it

@@ -1,23 +1,32 @@
-"""Activations between two layers: kept in memory up to a budget, in files beyond it."""
+"""Activations between two layers: kept in memory up to a budget, in files beyond it.
+
+A file holds the bytes of one batch and nothing else: its size follows from the batch, and its checksum is kept beside
+the number of the last whole stage.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
-import shutil
+import re
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from k2quant.checkpoint.paths import read_limited, replacing, write_whole
+from k2quant.checkpoint.paths import check_inside, open_regular, read_limited, replacing, write_all, write_whole
 from k2quant.checkpoint.strict_json import parse_object
-from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile
+from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, MalformedFile, OutputError
+from k2quant.model.memory import as_memory
 
-_STATE = "k2quant_stream.json"
+_STATE, _LOCK = "k2quant_stream.json", "k2quant_stream.lock"
 _STATE_LIMIT = 2**26
+_OWN = re.compile(rf"{re.escape(_STATE)}|{_LOCK}|[0-9]{{4,}}-[0-9]{{6,}}\.bin|.*\.partial")
 
 
 class Activations:
@@ -26,99 +35,172 @@ class Activations:
     With `lasting`, each stage is written as a whole before the next begins, so that a later run goes on from there.
     """
 
-    def __init__(self, folder: Path, *, budget: int, identity: dict[str, Any], lasting: bool) -> None:
-        """Take a folder.
+    def __init__(
+        self,
+        folder: Path,
+        shapes: list[tuple[int, ...]],
+        dtype: torch.dtype,
+        *,
+        budget: int,
+        identity: dict[str, Any],
+        lasting: bool,
+    ) -> None:
+        """Take a folder, which `held` has locked.
 
         Args:
-            folder: for files; made if need be.
+            folder: for files.
+            shapes: of each batch's activations.
+            dtype: of all.
             budget: bytes to keep in memory.
             identity: what the run is about; a folder of another run is refused.
             lasting: whether a later run may go on from here.
 
         Raises:
-            DestinationForeign: the folder holds something else.
-            DestinationStale: it belongs to a run of something else.
+            DestinationStale: the folder belongs to a run of something else.
+            MalformedFile: its note of what is done is damaged.
         """
-        self._folder, self._budget, self._lasting, self._identity = folder, budget, lasting, identity
+        self._folder, self._shapes, self._dtype = folder, shapes, dtype
+        self._budget, self._lasting, self._identity = budget, lasting, identity
         self._kept: dict[tuple[int, int], Tensor] = {}
+        self._sums: dict[tuple[int, int], int] = {}
         self._held = 0
-        folder.mkdir(parents=True, exist_ok=True)
         self.finished = self._resume() if lasting else -1
         """The last stage that is whole, -1 for none."""
 
     def _resume(self) -> int:
-        state = self._folder / _STATE
-        if not state.exists():
-            if any(self._folder.iterdir()):
-                raise DestinationForeign("not empty, and no pass of k2quant", file=self._folder, remedy="name another")
+        path = self._folder / _STATE
+        if not path.exists():
             self._note(-1)
             return -1
-        found = parse_object(read_limited(state, _STATE_LIMIT), file=state)
+        found = parse_object(read_limited(path, _STATE_LIMIT), file=path)
         if found.get("identity") != self._identity:
             raise DestinationStale(
                 "a pass over other batches, another checkpoint or other options",
                 file=self._folder,
                 remedy="name another folder, or remove it",
             )
-        stage = found.get("finished")
-        if type(stage) is not int or stage < -1:
-            raise MalformedFile("the last stage is no number", file=state, found=repr(stage)[:200])
+        stage, sums = found.get("finished"), found.get("crc32")
+        whole = isinstance(sums, list) and len(sums) in {0, len(self._shapes)} and all(type(s) is int for s in sums)
+        if type(stage) is not int or stage < -1 or not whole or (stage >= 0 and not sums):
+            raise MalformedFile("says what no pass leaves behind", file=path, remedy="remove the folder")
+        self._sums = {(stage, batch): crc for batch, crc in enumerate(sums or [])}
         return stage
 
     def _note(self, stage: int) -> None:
-        record = {"tool": "k2quant", "identity": self._identity, "finished": stage}
+        sums = [self._sums[stage, batch] for batch in range(len(self._shapes))] if stage >= 0 else []
+        record = {"tool": "k2quant", "identity": self._identity, "finished": stage, "crc32": sums}
         write_whole(self._folder / _STATE, json.dumps(record).encode() + b"\n")
 
     def put(self, stage: int, batch: int, value: Tensor) -> None:
-        """Keep what a stage gave for a batch."""
+        """Keep what a stage gave for a batch.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
         value = value.detach().to("cpu").contiguous()
         self._forget(stage, batch)
-        if self._held + value.nbytes <= self._budget:
+        fits = self._held + value.nbytes <= self._budget
+        if fits:
             self._kept[stage, batch] = value
             self._held += value.nbytes
-            if not self._lasting:
-                return
-        with replacing(self._path(stage, batch)) as descriptor, os.fdopen(os.dup(descriptor), "wb") as file:
-            np.lib.format.write_array(file, value.view(_BITS[value.dtype]).numpy(), allow_pickle=False)
+        if self._lasting or not fits:
+            data = as_memory(value)
+            self._sums[stage, batch] = zlib.crc32(data)
+            with _as_output_error(self._folder), replacing(self._path(stage, batch)) as descriptor:
+                write_all(descriptor, data, 0)
 
-    def get(self, stage: int, batch: int, dtype: torch.dtype) -> Tensor:
+    def get(self, stage: int, batch: int) -> Tensor:
         """Return what a stage gave for a batch, on the CPU.
 
         Raises:
             MalformedFile: its file is not what was written.
         """
         kept = self._kept.get((stage, batch))
-        if kept is not None:
-            return kept
-        path = self._path(stage, batch)
-        try:
-            values = np.load(path, allow_pickle=False)
-            return torch.from_numpy(values).view(dtype)
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
-            raise MalformedFile(
-                "an activation that cannot be read", file=path, found=str(error)[:200], remedy="remove the folder"
-            ) from error
+        return self._read(stage, batch) if kept is None else kept
 
-    def finish(self, stage: int, batches: int) -> None:
-        """Note that a stage is whole; what went into it is not needed any more."""
+    def _read(self, stage: int, batch: int) -> Tensor:
+        path, value = self._path(stage, batch), torch.empty(self._shapes[batch], dtype=self._dtype)
+        data, begun = as_memory(value), 0
+        check_inside(self._folder, path)
+        try:
+            with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+                whole = os.fstat(file.fileno()).st_size == len(data)
+                while whole and begun < len(data):
+                    count = file.readinto(data[begun:])
+                    whole, begun = bool(count), begun + (count or 0)
+        except OSError as error:
+            raise MalformedFile("an activation that cannot be read", file=path, found=error.strerror) from error
+        if not whole or zlib.crc32(data) != self._sums.get((stage, batch)):
+            raise MalformedFile("not the activation that was written", file=path, remedy="remove the folder")
+        return value
+
+    def finish(self, stage: int) -> None:
+        """Note that a stage is whole; what went into it is not needed any more.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
         self.finished = stage
         if self._lasting:
-            self._note(stage)
-        for batch in range(batches):
+            with _as_output_error(self._folder):
+                self._note(stage)
+        for batch in range(len(self._shapes)):
             self._forget(stage - 1, batch)
 
     def _forget(self, stage: int, batch: int) -> None:
         kept = self._kept.pop((stage, batch), None)
         self._held -= kept.nbytes if kept is not None else 0
+        self._sums.pop((stage, batch), None)
         self._path(stage, batch).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove everything: the pass is through."""
+        """Remove what is ours: the pass is through."""
         self._kept.clear()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for path in self._folder.iterdir():
+            if _OWN.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def _path(self, stage: int, batch: int) -> Path:
-        return self._folder / f"{stage:04}-{batch:06}.npy"
+        return self._folder / f"{stage:04}-{batch:06}.bin"
 
 
-_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.float32}
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make a folder if need be and keep others out of it; an empty one is removed in the end.
+
+    Raises:
+        DestinationInUse: another pass works in it.
+        DestinationForeign: it holds something else, or is no folder.
+        OutputError: it cannot be made.
+    """
+    with _as_output_error(folder):
+        if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+            raise DestinationForeign("not a folder", file=folder, remedy="name another one")
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / _STATE).exists() and not (folder / _LOCK).exists():
+            raise DestinationForeign("not empty, and no pass of k2quant", file=folder, remedy="name another one")
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DestinationInUse("another pass works here", file=folder, remedy="wait for it, or name another") from None
+
+
+@contextlib.contextmanager
+def _as_output_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            "cannot be written", file=error.filename or folder, found=error.strerror or str(error)
+        ) from error

@@ -19,10 +19,10 @@ from k2quant.checkpoint.reading import check_packed_shapes
 from k2quant.checkpoint.weights import Weight as Source
 from k2quant.checkpoint.weights import group_tensors
 from k2quant.config import check_source
-from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
+from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.formats.layouts import INT4_GROUP, Fp8, Int4
 from k2quant.kernels.weights import Weight, best_layout, empty_fp8, empty_int4
-from k2quant.model.architecture import architecture
+from k2quant.model.architecture import architecture, first_line
 from k2quant.model.matrices import Dense, Matrix, joined
 from k2quant.model.modules import (
     IMPLEMENTATION,
@@ -71,6 +71,7 @@ class Assembly:
         self.model.assembly = self
         self._install()
         self._check_complete()
+        self.model.model.rotary_emb = DeepseekV3RotaryEmbedding(self.config)  # its size is that of checked tensors
         check_packed_shapes(checkpoint, self._sources.values())
 
     def placed(self, name: str, module: nn.Module) -> Iterator[Placed]:
@@ -134,9 +135,9 @@ class Assembly:
 
     def _empty(self, source: Source, shape: tuple[int, ...]) -> Weight:
         """Return a quantised weight without memory, in the layout of the device where it will be used."""
+        _check_readable(source)
         if isinstance(source.format, Fp8):
             return empty_fp8(shape, block=source.format.block, device="meta")
-        _check_readable(source)
         return empty_int4(shape, layout=best_layout(self.device, shape[-2]), device="meta")
 
     def _check_complete(self) -> None:
@@ -172,6 +173,25 @@ class K2ForCausalLM(DeepseekV3ForCausalLM):
     def checkpoint(self) -> Checkpoint:
         """The checkpoint that the weights came from."""
         return self.assembly.checkpoint
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **options: Any) -> Any:
+        """Take weights over under the checkpoint's names.
+
+        Raises:
+            UsageError: a part of the model waits elsewhere, where it cannot be changed.
+        """
+        self._refuse_waiting_parts("load weights into")
+        return super().load_state_dict(state_dict, *args, **options)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002  torch's signature
+        self._refuse_waiting_parts("move or cast")
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _refuse_waiting_parts(self, what: str) -> None:
+        places = getattr(self, "hf_device_map", None)
+        waiting = next((name for name, tensor in self.named_parameters() if places and tensor.is_meta), None)
+        if waiting is not None:
+            raise UsageError(f"cannot {what} a model whose `{waiting}` waits on disk or in memory; load it whole")
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -223,11 +243,8 @@ def _skeleton(config: DeepseekV3Config) -> K2ForCausalLM:
     try:
         with torch.device("meta"):
             model = K2ForCausalLM(config)
-        model.model.rotary_emb = DeepseekV3RotaryEmbedding(config)
     except Exception as error:  # whatever transformers stumbles over, the file is to blame
-        raise MalformedFile(
-            "transformers cannot build its model", file=CONFIG, found=str(error).strip().split("\n")[0][:300]
-        ) from error
+        raise MalformedFile("transformers cannot build its model", file=CONFIG, found=first_line(error)) from error
     model.set_experts_implementation(IMPLEMENTATION)
     model.eval()  # type: ignore[no-untyped-call]
     return model
@@ -263,16 +280,24 @@ def _check_shape(source: Source, shape: tuple[int, ...]) -> None:
 
 
 def _check_readable(source: Source) -> None:
-    layout = source.format
-    if isinstance(layout, Int4) and (layout.group != INT4_GROUP or layout.scale_dtype != "BF16"):
-        raise UnsupportedFormat(
-            "INT4 of this kind cannot be run",
-            tensor=source.main.name,
-            file=source.main.file,
-            expected=f"groups of {INT4_GROUP} with BF16 scales",
-            found=f"groups of {layout.group} with {layout.scale_dtype} scales",
-            remedy="convert it to bf16, then to int4",
-        )
+    """Refuse what the kernels do not multiply by: other INT4 than Kimi's, and widths that are not whole groups."""
+    layout, kimi = source.format, f"groups of {INT4_GROUP} with BF16 scales"
+    if isinstance(layout, Int4) and (layout.group, layout.scale_dtype) != (INT4_GROUP, "BF16"):
+        found = f"groups of {layout.group} with {layout.scale_dtype} scales"
+        raise _unrunnable(source, kimi, found)
+    if source.shape[-1] % INT4_GROUP:
+        raise _unrunnable(source, f"a multiple of {INT4_GROUP} columns", source.shape)
+
+
+def _unrunnable(source: Source, expected: str, found: object) -> UnsupportedFormat:
+    return UnsupportedFormat(
+        "it cannot be run as it is",
+        tensor=source.main.name,
+        file=source.main.file,
+        expected=expected,
+        found=found,
+        remedy="convert it to bf16",
+    )
 
 
 def _left_out(name: str, config: DeepseekV3Config) -> bool:

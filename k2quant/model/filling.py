@@ -17,25 +17,21 @@ from k2quant import pool
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
+from k2quant.convert import available_cores
 from k2quant.errors import BadValue, UsageError
 from k2quant.model.assembly import Assembly, Placed, own_tensors
 from k2quant.model.matrices import Dense, Parts, empty_like
+from k2quant.model.memory import TORCH_DTYPES, as_memory
 from k2quant.model.modules import Quantized
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read and all bytes."""
 
 WINDOW = 2**24
-"""Bytes that a thread reads at once where it cannot read in place."""
+"""Bytes of a tensor that is not quantised which a thread reads at once."""
 
-TORCH_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
+READERS = 8
+"""More threads than this add nothing: reading is the disk's work."""
 
 
 class _Task(NamedTuple):
@@ -59,7 +55,6 @@ def fill(
     assembly: Assembly,
     modules: Iterable[tuple[str, nn.Module, torch.device]],
     *,
-    workers: int,
     progress: Progress | None = None,
 ) -> None:
     """Give modules memory on their devices and read their weights into it; their children are left out.
@@ -67,7 +62,6 @@ def fill(
     Args:
         assembly: the model and its checkpoint.
         modules: names within the model, modules and devices.
-        workers: how many threads read.
         progress: called as the work goes on.
 
     Raises:
@@ -84,7 +78,13 @@ def fill(
         _read(assembly.checkpoint, task)
         done[0] += task.nbytes  # only a display: a lost update does no harm
 
-    pool.run(iter(tasks), work, workers=workers, tick=lambda: progress(done[0], total) if progress else None)
+    def tick() -> None:
+        if progress:
+            progress(done[0], total)
+
+    pool.run(iter(tasks), work, workers=min(available_cores(), READERS), tick=tick)
+    if progress:
+        progress(total, total)
 
 
 def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -165,12 +165,3 @@ def _read_rows(checkpoint: Checkpoint, entry: TensorEntry, tensor: Tensor, start
 def read_tensor_into(checkpoint: Checkpoint, entry: TensorEntry, tensor: Tensor) -> None:
     """Fill a contiguous CPU tensor with the bytes of one in a checkpoint."""
     read_into(checkpoint.shards[entry.file], entry.start, as_memory(tensor))
-
-
-def as_memory(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor, to be read or written."""
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
-    if flat.data_ptr() != tensor.data_ptr():
-        msg = "a tensor with gaps has no memory of its own"
-        raise ValueError(msg)
-    return flat.numpy().data

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
+from k2quant.checkpoint.paths import inside, open_regular
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.model.architecture import architecture
@@ -45,24 +46,32 @@ def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = Fa
 
     Raises:
         CheckpointError: there is none that can be loaded.
+        UnsafePath: a file of the folder is a link that leaves it.
     """
     folder = Path(path)
+    config = architecture(open_checkpoint(folder))  # transformers does not know kimi_k2
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tiktoken.model")):
         raise CheckpointError("has no tokenizer", file=folder, remedy="take its files from the model's release")
-    config = architecture(open_checkpoint(folder))  # transformers does not know kimi_k2
+    _check_files(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), config=config, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # whatever transformers stumbles over, the files are to blame
-        remote = "trust_remote_code" in str(error)
-        raise CheckpointError(
-            "the tokenizer is code of the checkpoint" if remote else "the tokenizer cannot be loaded",
-            file=folder,
-            found=None if remote else " ".join(str(error).split())[:300] or type(error).__name__,
-            remedy="if you trust that code, say --trust-remote-code" if remote else None,
-        ) from error
+        if "trust_remote_code" in str(error):
+            remedy = "if you trust that code, say --trust-remote-code"
+            raise CheckpointError("its tokenizer is code of the checkpoint", file=folder, remedy=remedy) from error
+        found = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError("its tokenizer cannot be loaded", file=folder, found=found) from error
     return tokenizer
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse links that leave the folder and files that are none, for transformers follows and opens anything."""
+    for entry in folder.iterdir():
+        path = inside(folder, entry.name)
+        if not path.is_dir():
+            os.close(open_regular(path))
 
 
 def generate(
@@ -84,20 +93,11 @@ def generate(
 
     Raises:
         UsageError: the prompt is empty, or the number makes no sense.
-        CheckpointError: the tokenizer belongs to another model.
+        CheckpointError: the tokenizer belongs to another model, or cannot read or write these characters.
     """
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise UsageError(f"max_new_tokens: expected at least 1, found {max_new_tokens!r}")
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(torch.int64)
-    if not ids.numel():
-        raise UsageError("the prompt has no tokens")
-    if int(ids.max()) >= model.config.vocab_size:
-        raise CheckpointError(
-            "the tokenizer belongs to another model",
-            file=model.checkpoint.folder,
-            expected=f"tokens below {model.config.vocab_size}",
-            found=int(ids.max()),
-        )
+    ids = _tokens(model, tokenizer, prompt)
     streamer = _Streamer(tokenizer, show)
     begun = time.perf_counter()
     device = model.assembly.device
@@ -113,6 +113,28 @@ def generate(
     return Generation(
         tokenizer.decode(new, skip_special_tokens=True), ids.shape[1], len(new), first - begun, ended - first
     )
+
+
+def _tokens(model: K2ForCausalLM, tokenizer: Any, prompt: str) -> torch.Tensor:
+    """Return a prompt's tokens, int64 `[1, T]`."""
+    folder = model.checkpoint.folder
+    if not all(character.isascii() or not 0xD800 <= ord(character) < 0xE000 for character in prompt):
+        raise UsageError("the prompt holds bytes that are no text; expected UTF-8")
+    try:
+        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"].to(torch.int64)
+    except Exception as error:  # it may be code of the checkpoint
+        found = " ".join(str(error).split())[:300]
+        raise CheckpointError("its tokenizer cannot read the prompt", file=folder, found=found) from error
+    if not ids.numel():
+        raise UsageError("the prompt has no tokens")
+    if int(ids.max()) >= model.config.vocab_size:
+        raise CheckpointError(
+            "its tokenizer belongs to another model",
+            file=folder,
+            expected=f"tokens below {model.config.vocab_size}",
+            found=int(ids.max()),
+        )
+    return ids
 
 
 def _greedy(model: K2ForCausalLM, max_new_tokens: int) -> GenerationConfig:

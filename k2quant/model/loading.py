@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 from k2quant.checkpoint.paths import inside, read_limited
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.strict_json import parse_object
-from k2quant.convert import available_cores
-from k2quant.errors import MalformedFile, UsageError
+from k2quant.errors import UsageError
+from k2quant.model.architecture import TOKEN_IDS, checked_ids
 from k2quant.model.assembly import Assembly, K2ForCausalLM
 from k2quant.model.filling import Progress, fill
 from k2quant.model.modules import Backend
@@ -24,8 +24,6 @@ from k2quant.units import one_of
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _SETTINGS_LIMIT = 2**20  # bytes of generation_config.json
-_READERS = 8
-"""More threads than this add nothing: reading is the disk's work."""
 
 
 def load_model(
@@ -64,7 +62,7 @@ def load_model(
     checkpoint = open_checkpoint(Path(path))
     assembly = assemble(checkpoint, device=execution_device(device), dtype=dtype, backend=backend)
     mapping = spread(assembly, device, max_memory)
-    fill(assembly, resident(assembly, mapping), workers=min(available_cores(), _READERS), progress=progress)
+    fill(assembly, resident(assembly, mapping), progress=progress)
     place(assembly, mapping)
     _take_generation_config(assembly)
     return assembly.model
@@ -76,11 +74,10 @@ def _take_generation_config(assembly: Assembly) -> None:
     path = inside(folder, "generation_config.json")
     if not path.exists():
         return
-    try:
-        settings = GenerationConfig.from_dict(parse_object(read_limited(path, _SETTINGS_LIMIT), file=path))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise MalformedFile("transformers refuses it", file=path, found=str(error)[:200]) from error
-    assembly.model.generation_config = settings
+    settings = parse_object(read_limited(path, _SETTINGS_LIMIT), file=path)
+    vocabulary = assembly.config.vocab_size
+    ids = {key: checked_ids(settings[key], vocabulary, key, path) for key in TOKEN_IDS if key in settings}
+    assembly.model.generation_config = GenerationConfig(**ids)
 
 
 def assemble(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | str, backend: Backend) -> Assembly:

@@ -16,11 +16,10 @@ from k2quant.errors import UsageError
 from k2quant.formats.layouts import Fp8, Int4
 from k2quant.kernels.ops import prepare_fp8, prepare_int4
 from k2quant.kernels.weights import Fp8Weight, Weight, empty_fp8, empty_int4
+from k2quant.model.memory import TORCH_DTYPES
 
 Parts = dict[str, Tensor]
 """The tensors of one weight by suffix, as a checkpoint holds them."""
-
-SHAPE_DTYPES = {"I32": torch.int32, "I64": torch.int64}
 
 
 class Matrix(Protocol):
@@ -37,12 +36,15 @@ class Matrix(Protocol):
     def parts(self) -> Parts:
         """Return the weight's tensors."""
 
-    def put(self, parts: Mapping[str, Tensor]) -> None:
-        """Take a weight's tensors over; those of a quantised weight are checked.
+    def check(self, parts: Mapping[str, Tensor]) -> None:
+        """Refuse tensors that `put` would refuse.
 
         Raises:
             UsageError: they do not fit, or hold what no weight can hold.
         """
+
+    def put(self, parts: Mapping[str, Tensor]) -> None:
+        """Take a weight's tensors over, if they pass `check`."""
 
 
 class Dense(NamedTuple):
@@ -65,13 +67,20 @@ class Dense(NamedTuple):
         """Return the tensor itself."""
         return {self.suffix: self.tensor}
 
+    def check(self, parts: Mapping[str, Tensor]) -> None:
+        """Refuse a tensor of another shape, or one of whole numbers."""
+        value = parts[self.suffix]
+        _check_tensors(parts)
+        if value.shape != self.tensor.shape or not value.is_floating_point():
+            raise UsageError(
+                f"{self.suffix}: expected floats {list(self.tensor.shape)}, found {value.dtype} {list(value.shape)}"
+            )
+
     def put(self, parts: Mapping[str, Tensor]) -> None:
         """Copy a tensor into it, rounded to its dtype."""
-        value = parts[self.suffix]
-        if value.shape != self.tensor.shape:
-            raise UsageError(f"{self.suffix}: expected {list(self.tensor.shape)}, found {list(value.shape)}")
+        self.check(parts)
         with torch.no_grad():
-            self.tensor.copy_(value)
+            self.tensor.copy_(parts[self.suffix])
 
 
 class Packed(NamedTuple):
@@ -96,25 +105,43 @@ class Packed(NamedTuple):
         codes, scale = self.weight.checkpoint()
         if isinstance(self.layout, Fp8):
             return {"weight": codes, "weight_scale_inv": scale}
-        size = torch.tensor(self.shape, dtype=SHAPE_DTYPES[self.layout.shape_dtype])
+        size = torch.tensor(self.shape, dtype=TORCH_DTYPES[self.layout.shape_dtype])
         return {"weight_packed": codes, "weight_scale": scale, "weight_shape": size}
+
+    def check(self, parts: Mapping[str, Tensor]) -> None:
+        """Refuse codes and scales of another shape or dtype, or with values that no weight can have."""
+        self._prepared(parts)
 
     def put(self, parts: Mapping[str, Tensor]) -> None:
         """Take codes and scales over; where they are the matrix's own views, only check them."""
         found = self._prepared(parts)
-        if found.shape != self.shape:
-            raise UsageError(f"weight: expected {list(self.shape)}, found {list(found.shape)}")
         for own, new in ((self.weight.codes, found.codes), (self.weight.scale, found.scale)):
             if own.data_ptr() != new.data_ptr():
                 own.copy_(new)
 
     def _prepared(self, parts: Mapping[str, Tensor]) -> Weight:
+        _check_tensors(parts)
         device = self.weight.codes.device
+        if any(tensor.is_meta for tensor in parts.values()):
+            raise UsageError("a part of it waits on disk; give all of its tensors, or load it whole")
+        device = torch.device("cpu") if device.type == "meta" else device
         if isinstance(self.weight, Fp8Weight):
-            codes, scale = parts["weight"], parts["weight_scale_inv"]
-            return prepare_fp8(codes.to(device), scale.to(device), block=self.weight.block)
-        packed, scale = parts["weight_packed"], parts["weight_scale"]
-        return prepare_int4(packed.to(device), scale.to(device), layout=self.weight.layout)
+            codes, scale = parts["weight"].to(device), parts["weight_scale_inv"].to(device)
+            found: Weight = prepare_fp8(codes, scale, block=self.weight.block)
+        else:
+            packed, scale = parts["weight_packed"].to(device), parts["weight_scale"].to(device)
+            found = prepare_int4(packed, scale, layout=self.weight.layout)
+            if parts["weight_shape"].tolist() != list(self.shape):
+                raise UsageError(f"weight_shape: expected {list(self.shape)}, found {parts['weight_shape'].tolist()}")
+        if found.shape != self.shape:
+            raise UsageError(f"weight: expected {list(self.shape)}, found {list(found.shape)}")
+        return found
+
+
+def _check_tensors(parts: Mapping[str, object]) -> None:
+    wrong = next((suffix for suffix, value in parts.items() if not isinstance(value, Tensor)), None)
+    if wrong is not None:
+        raise UsageError(f"{wrong}: expected a tensor, found {type(parts[wrong]).__name__}")
 
 
 def empty_like(weight: Weight, device: torch.device | str) -> Weight:

@@ -92,18 +92,20 @@ class Quantized(SpeaksCheckpoint):
 
     def replace(self, change: Callable[[Weight], Weight]) -> None:
         """Put another weight in the place of each."""
-        for name in self._names:
-            self._hold(name, change(self.packed(name)))
+        changed = {name: change(self.packed(name)) for name in self._names}  # all, before the layout changes
+        for name, weight in changed.items():
+            self._hold(name, weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:  # noqa: FBT001, FBT002  torch's
         before = self.packed(self._names[0]).codes.device
         after = fn(torch.empty(0, dtype=torch.uint8, device=before)).device
         if after != before:
             self.replace(lambda weight: moved(weight, after))
-        names = {f"{name}_{part}" for name in self._names for part in ("codes", "scale")}
-        held = {name: self._buffers.pop(name) for name in names}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers.update(held)
+        held, self._buffers = self._buffers, {}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._buffers = held
         return self
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, attach_align_device_hook
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from accelerate.utils import get_max_memory, infer_auto_device_map, send_to_device
 from torch import nn
 
@@ -32,7 +32,7 @@ def checked_device(device: str | int | torch.device) -> torch.device:
     """
     try:
         found = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UsageError(f"unknown device {device!r}; expected cpu, cuda, cuda:N, auto or a map") from error
     if found.type not in {"cpu", "cuda"}:
         raise UsageError(f"unknown device {device!r}; expected cpu, cuda, cuda:N, auto or a map")
@@ -95,7 +95,7 @@ def _check_covers(model: nn.Module, mapping: DeviceMap) -> None:
             f"device map: the model has no module {stray!r}; expected such as 'model.layers.0' or 'lm_head'"
         )
     for name, module in model.named_modules():
-        if any(True for _ in own_tensors(module)) and place_of(name, mapping) is None:
+        if _holds_tensors(module) and place_of(name, mapping) is None:
             raise UsageError(f"device map: it does not say where `{name}` goes")
 
 
@@ -124,25 +124,27 @@ def place(assembly: Assembly, mapping: DeviceMap) -> None:
         assembly.model.model.rotary_emb.to(next(iter(places)))
         return
     skipped = assembly.model._skip_keys_device_placement  # noqa: SLF001  how accelerate is told
-    for name, where in mapping.items():
-        block = assembly.model.get_submodule(name)
+    for name, module in assembly.model.named_modules():
+        where = place_of(name, mapping)
+        if name in mapping and where is not None:
+            computes_on = where if isinstance(where, torch.device) and where.type != "cpu" else main
+            add_hook_to_module(module, _InputsTo(computes_on, skipped), append=True)
+        if not _holds_tensors(module):
+            continue
         if where == DISK:
-            _read_when_due(assembly, name, block)
+            add_hook_to_module(module, _FromDisk(assembly, name), append=True)
         elif where == torch.device("cpu") and main.type != "cpu":
-            attach_align_device_hook(
-                block, execution_device=main, offload=True, offload_buffers=True, skip_keys=skipped
-            )
-        computes_on = where if isinstance(where, torch.device) and where.type != "cpu" else main
-        add_hook_to_module(block, _InputsTo(computes_on, skipped), append=True)
+            waiting = AlignDevicesHook(main, offload=True, offload_buffers=True, skip_keys=skipped)
+            add_hook_to_module(module, waiting, append=True)
+        elif isinstance(where, torch.device):
+            add_hook_to_module(module, _InputsTo(where, skipped), append=True)
     assembly.model.model.rotary_emb.to(main)
     add_hook_to_module(assembly.model, AlignDevicesHook(main, io_same_device=True, skip_keys=skipped), append=True)
     setattr(assembly.model, "hf_device_map", {name: str(where) for name, where in mapping.items()})  # noqa: B010  untyped
 
 
-def _read_when_due(assembly: Assembly, name: str, block: nn.Module) -> None:
-    for below, module in block.named_modules(prefix=name):
-        if isinstance(module, Quantized) or any(True for _ in own_tensors(module)):
-            add_hook_to_module(module, _FromDisk(assembly, below), append=True)
+def _holds_tensors(module: nn.Module) -> bool:
+    return isinstance(module, Quantized) or any(True for _ in own_tensors(module))
 
 
 class _FromDisk(ModelHook):  # type: ignore[misc]  # accelerate has no types
@@ -154,7 +156,7 @@ class _FromDisk(ModelHook):  # type: ignore[misc]  # accelerate has no types
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Read."""
         device = self._assembly.device
-        fill(self._assembly, [(self._name, module, device)], workers=1)
+        fill(self._assembly, [(self._name, module, device)])
         return send_to_device(args, device), send_to_device(kwargs, device)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:

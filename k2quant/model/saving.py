@@ -20,12 +20,13 @@ from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writer import ShardWriter
 from k2quant.errors import DestinationForeign, OutputError, UsageError
-from k2quant.model.filling import TORCH_DTYPES, WINDOW, as_memory
+from k2quant.model.filling import WINDOW
 from k2quant.model.matrices import Matrix
+from k2quant.model.memory import TORCH_DTYPES, as_memory
 from k2quant.plan import INCOMPLETE, other_files
 
 if TYPE_CHECKING:
-    from k2quant.model.assembly import K2ForCausalLM
+    from k2quant.model.assembly import K2ForCausalLM, Placed
 
 
 def save_model(
@@ -34,7 +35,7 @@ def save_model(
     """Write a loaded model as a checkpoint with the shards, names and formats of the one it came from.
 
     Unchanged weights give the source's bytes, where loading did not round them (as it does F16 and F32 to BF16). A
-    part that waits on disk comes from there.
+    part that waits on disk comes from there. The report of the conversion that made the source is not copied.
 
     Args:
         model: from `load_model`.
@@ -44,6 +45,7 @@ def save_model(
     Raises:
         DestinationForeign: the folder holds a checkpoint.
         OutputError: the disk is full or fails; the folder says that it is incomplete.
+        UsageError: `state` does not fit; nothing is written.
         CheckpointError: the source, where it is needed, cannot be read any more.
     """
     there, source = Path(folder), model.checkpoint
@@ -86,27 +88,42 @@ class _Tensors:
     """Where the tensors of a checkpoint are in a model, by their names in the checkpoint."""
 
     def __init__(self, model: K2ForCausalLM, state: Mapping[str, Tensor] | None) -> None:
-        self._state = state
-        self._places: dict[str, tuple[Matrix, str]] = {
-            entry.name: (placed.matrix, suffix)
-            for name, module in model.named_modules()
-            for placed in model.assembly.placed(name, module)
-            for suffix, entry in placed.source.parts.items()
-        }
-
-    def find(self, entry: TensorEntry) -> Tensor | None:
-        """Return a tensor's value, or None where the source has the only one.
+        """Find them, and check what is given instead of some.
 
         Raises:
-            UsageError: the given state has one of another shape.
+            UsageError: the given state has a tensor that the model has not, or one that does not fit.
         """
+        self._places: dict[str, tuple[Matrix, str]] = {}
+        self._given: dict[str, Tensor] = {}
+        rest = dict(state or {})
+        for name, module in model.named_modules():
+            for placed in model.assembly.placed(name, module):
+                self._places |= {entry.name: (placed.matrix, suffix) for suffix, entry in placed.source.parts.items()}
+                self._take(placed, rest)
+        if rest:
+            raise UsageError(f"state: the model has no tensor `{next(iter(rest))}`")
+
+    def _take(self, placed: Placed, rest: dict[str, Tensor]) -> None:
+        """Take what is given for one weight out of the rest, checked as a whole."""
+        entries = placed.source.parts
+        names_of = {suffix: names.in_language_model(entry.name) or "" for suffix, entry in entries.items()}
+        given = {suffix: rest.pop(name) for suffix, name in names_of.items() if name in rest}
+        if not given:
+            return
+        try:
+            placed.matrix.check(placed.matrix.parts() | given)
+        except UsageError as error:
+            raise UsageError(f"state: `{placed.source.base}`: {error}") from error
+        self._given |= {entries[suffix].name: tensor for suffix, tensor in given.items()}
+
+    def find(self, entry: TensorEntry) -> Tensor | None:
+        """Return a tensor's value, or None where the source has the only one."""
+        if entry.name in self._given:
+            return self._given[entry.name].detach()
         if entry.name not in self._places:
             return None
         matrix, suffix = self._places[entry.name]
-        own = (self._state or {}).get(names.in_language_model(entry.name) or "")
-        value = matrix.parts()[suffix] if own is None else own
-        if tuple(value.shape) != entry.shape:
-            raise UsageError(f"`{entry.name}`: expected {list(entry.shape)}, found {list(value.shape)}")
+        value = matrix.parts()[suffix]
         return None if value.is_meta else value.detach()
 
 

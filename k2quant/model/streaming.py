@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from k2quant.checkpoint.reader import open_checkpoint
-from k2quant.convert import available_cores
 from k2quant.errors import UsageError
-from k2quant.model.activations import Activations
+from k2quant.model.activations import Activations, held
 from k2quant.model.assembly import Assembly
 from k2quant.model.filling import fill, release
 from k2quant.model.loading import assemble
@@ -38,6 +37,9 @@ class LayerHooks:
 
     A layer that an interrupted pass had finished is not run again, and no hook is called for it.
     """
+
+    identity: str = ""
+    """What a pass that goes on must agree on, where hooks change layers: their name and settings."""
 
     def before(self, layer: int, module: nn.Module) -> None:
         """Look at a layer, or change it, when its weights have been read. Forward hooks may be set on its parts."""
@@ -74,87 +76,93 @@ def stream_forward(
         folder: for these files. A killed pass resumes from it after the last whole layer, when it is called again in
             the same way. Without it they are temporary, and nothing can be resumed.
 
-    Yields:
-        logits `[B, T, vocabulary]` of each batch in turn, equal to those of `load_model`, on `device`. When the last is
-        taken, the folder is removed.
+    Returns:
+        an iterator that does the work as it is asked for logits `[B, T, vocabulary]` of each batch in turn. They equal
+        those of `load_model` and lie on `device`. When the last is taken, the pass's files are removed.
 
     Raises:
         CheckpointError: see `load_model`.
         UsageError: an option or a batch makes no sense.
         DestinationForeign: the folder holds something else.
         DestinationStale: it belongs to another pass.
+        DestinationInUse: another process works in it.
+        OutputError: the disk is full or fails.
     """
     if type(budget) is not int or budget < 0:
         raise UsageError(f"budget: expected bytes, found {budget!r}")
-    inputs = [_checked(batch) for batch in batches]
+    hooks = hooks or LayerHooks()
+    inputs = _checked(batches)
     assembly = assemble(open_checkpoint(Path(path)), device=execution_device(device), dtype=dtype, backend=backend)
     _check_tokens(inputs, assembly.config.vocab_size)
-    lasting = folder is not None
-    place = Path(folder) if folder is not None else Path(tempfile.mkdtemp(prefix="k2quant-"))
-    identity = _identity(assembly, inputs)
-    kept = Activations(place, budget=budget, identity=identity, lasting=lasting)
-    return _Pass(assembly, inputs, hooks or LayerHooks(), kept).run(clear_always=not lasting)
+    return _streamed(_Pass(assembly, inputs, hooks), None if folder is None else Path(folder), budget)
+
+
+def _streamed(run: _Pass, folder: Path | None, budget: int) -> Iterator[Tensor]:
+    """Run a pass with its activations in a folder, or in a temporary one."""
+    if folder is not None:
+        with held(folder):
+            yield from run.logits(run.activations(folder, budget, lasting=True))
+        return
+    with tempfile.TemporaryDirectory(prefix="k2quant-") as place:
+        yield from run.logits(run.activations(Path(place), budget, lasting=False))
 
 
 class _Pass:
     """One pass of all batches through all layers."""
 
-    def __init__(
-        self, assembly: Assembly, inputs: list[dict[str, Tensor]], hooks: LayerHooks, kept: Activations
-    ) -> None:
-        self._assembly, self._inputs, self._hooks, self._kept = assembly, inputs, hooks, kept
-        model = assembly.model
-        self._core, self._head = model.model, model.lm_head
+    def __init__(self, assembly: Assembly, inputs: list[dict[str, Tensor]], hooks: LayerHooks) -> None:
+        self._assembly, self._inputs, self._hooks = assembly, inputs, hooks
+        self._core, self._head = assembly.model.model, assembly.model.lm_head
         self._layers, self._norm = self._core.layers, self._core.norm
         self._core.layers, self._core.norm = nn.ModuleList(), nn.Identity()
         self._core.rotary_emb.to(assembly.device)
 
+    def activations(self, folder: Path, budget: int, *, lasting: bool) -> Activations:
+        """Return where this pass keeps what lies between its layers."""
+        width = self._assembly.config.hidden_size
+        shapes = [(*batch["input_ids"].shape, width) for batch in self._inputs]
+        identity = _identity(self._assembly, self._inputs, self._hooks)
+        return Activations(folder, shapes, self._assembly.dtype, budget=budget, identity=identity, lasting=lasting)
+
     @torch.no_grad()
-    def run(self, *, clear_always: bool) -> Iterator[Tensor]:
+    def logits(self, kept: Activations) -> Iterator[Tensor]:
         """Run what is not done yet and yield the logits."""
-        done = False
-        try:
-            if self._kept.finished < _EMBEDDING:
-                self._embed()
-            for number in range(max(self._kept.finished, 0), len(self._layers)):
-                self._layer(number, self._layers[number])
-            with self._loaded("model.norm", self._norm), self._loaded("lm_head", self._head):
-                for number in range(len(self._inputs)):
-                    yield self._head(self._norm(self._get(self._kept.finished, number)))
-            done = True
-        finally:
-            if done or clear_always:
-                self._kept.clear()
+        if kept.finished < _EMBEDDING:
+            self._embed(kept)
+        for number in range(kept.finished, len(self._layers)):
+            self._layer(number, self._layers[number], kept)
+        with self._loaded("model.norm", self._norm), self._loaded("lm_head", self._head):
+            for number in range(len(self._inputs)):
+                yield self._head(self._norm(self._get(kept, kept.finished, number)))
+        kept.clear()
 
     def _loaded(self, name: str, module: nn.Module) -> _Loaded:
         return _Loaded(self._assembly, name, module)
 
-    def _get(self, stage: int, number: int) -> Tensor:
-        return self._kept.get(stage, number, self._assembly.dtype).to(self._assembly.device)
+    def _get(self, kept: Activations, stage: int, number: int) -> Tensor:
+        return kept.get(stage, number).to(self._assembly.device)
 
-    def _embed(self) -> None:
+    def _embed(self, kept: Activations) -> None:
         with self._loaded("model.embed_tokens", self._core.embed_tokens):
             for number, batch in enumerate(self._inputs):
                 ids = batch["input_ids"].to(self._assembly.device)
-                self._kept.put(_EMBEDDING, number, self._core.embed_tokens(ids))
-        self._kept.finish(_EMBEDDING, len(self._inputs))
+                kept.put(_EMBEDDING, number, self._core.embed_tokens(ids))
+        kept.finish(_EMBEDDING)
 
-    def _layer(self, number: int, layer: nn.Module) -> None:
-        stage = number + _FIRST
+    def _layer(self, number: int, layer: nn.Module, kept: Activations) -> None:
         with self._loaded(f"model.layers.{number}", layer):
             self._hooks.before(number, layer)
-            self._run_batches(number, layer)
+            self._run_batches(number, layer, kept)
             while self._hooks.after(number, layer):
-                self._run_batches(number, layer)
-        self._kept.finish(stage, len(self._inputs))
+                self._run_batches(number, layer, kept)
+        kept.finish(number + _FIRST)
 
-    def _run_batches(self, number: int, layer: nn.Module) -> None:
-        stage = number + _FIRST
+    def _run_batches(self, number: int, layer: nn.Module, kept: Activations) -> None:
         for batch in range(len(self._inputs)):
-            inputs = self._get(stage - 1, batch)
+            inputs = self._get(kept, number + _FIRST - 1, batch)
             outputs = self._through(layer, inputs, self._inputs[batch].get("attention_mask"))
             self._hooks.batch(number, batch, inputs, outputs)
-            self._kept.put(stage, batch, outputs)
+            kept.put(number + _FIRST, batch, outputs)
 
     def _through(self, layer: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
         """Return what one layer makes of hidden states: the model's own forward pass with this layer alone."""
@@ -177,43 +185,48 @@ class _Loaded:
     def __enter__(self) -> None:
         device = self._assembly.device
         parts = [(name, module, device) for name, module in self._module.named_modules(prefix=self._name)]
-        fill(self._assembly, parts, workers=available_cores())
+        fill(self._assembly, parts)
 
     def __exit__(self, *_: object) -> None:
         for module in self._module.modules():
             release(module, self._assembly.dtype)
 
 
-def _checked(batch: Batch) -> dict[str, Tensor]:
-    """Return a batch as a map.
+def _checked(batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
+    """Return each batch as a map.
 
     Raises:
-        UsageError: it is none.
+        UsageError: there is none, or one that makes no sense.
     """
-    given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-    unknown = given.keys() - {"input_ids", "attention_mask"}
-    if unknown or "input_ids" not in given:
-        raise UsageError(f"batch: expected input_ids and attention_mask, found {', '.join(map(str, given))}")
-    ids = given["input_ids"]
-    if ids.ndim != 2 or ids.dtype not in {torch.int64, torch.int32} or not ids.numel():
-        raise UsageError(f"input_ids: expected int64 [B, T], found {ids.dtype} {list(ids.shape)}")
-    mask = given.get("attention_mask")
-    if mask is not None and mask.shape != ids.shape:
-        raise UsageError(f"attention_mask: expected {list(ids.shape)} like input_ids, found {list(mask.shape)}")
-    return given
+    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
+        raise UsageError(f"batches: expected several, such as a list, found {type(batches).__name__}")
+    found = [_as_map(batch) for batch in batches]
+    if not found:
+        raise UsageError("batches: expected at least one, found none")
+    return found
+
+
+def _as_map(batch: object) -> dict[str, Tensor]:
+    given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
+    if not isinstance(given, Mapping) or not {"input_ids"} <= given.keys() <= {"input_ids", "attention_mask"}:
+        raise UsageError("batch: expected input_ids, or a map with these and an attention_mask")
+    for name, value in given.items():
+        whole = isinstance(value, Tensor) and value.dtype in {torch.int64, torch.int32, torch.bool}
+        if not whole or value.ndim != 2 or not value.numel() or value.shape != given["input_ids"].shape:
+            kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UsageError(f"{name}: expected int64 [B, T], found {kind}")
+    return dict(given)
 
 
 def _check_tokens(inputs: list[dict[str, Tensor]], vocabulary: int) -> None:
-    if not inputs:
-        raise UsageError("batches: expected at least one, found none")
     for number, batch in enumerate(inputs):
         low, high = int(batch["input_ids"].min()), int(batch["input_ids"].max())
         if low < 0 or high >= vocabulary:
             raise UsageError(f"batch {number}: expected tokens from 0 to {vocabulary - 1}, found {low} to {high}")
 
 
-def _identity(assembly: Assembly, inputs: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Return what makes a pass this pass: checkpoint, options and batches."""
+def _identity(assembly: Assembly, inputs: list[dict[str, Tensor]], hooks: LayerHooks) -> dict[str, Any]:
+    """Return what makes a pass this pass: checkpoint, options, batches, and what hooks say of themselves."""
     digest = hashlib.sha256()
     for batch in inputs:
         for key in sorted(batch):
@@ -225,4 +238,5 @@ def _identity(assembly: Assembly, inputs: list[dict[str, Tensor]]) -> dict[str, 
         "backend": assembly.backend,
         "device": assembly.device.type,
         "batches": digest.hexdigest(),
+        "hooks": hooks.identity,
     }
