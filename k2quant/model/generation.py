@@ -100,7 +100,7 @@ def generate(
     ids = _tokens(model, tokenizer, prompt)
     streamer = _Streamer(tokenizer, show)
     begun = time.perf_counter()
-    device = model.assembly.device
+    device = model.device if model.device.type != "meta" else model.assembly.device  # where its first weights lie
     output = cast("Any", model).generate(
         input_ids=ids.to(device),
         attention_mask=torch.ones_like(ids, device=device),

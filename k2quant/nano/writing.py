@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
-from transformers.utils import logging
 
 from k2quant import names
 from k2quant.checkpoint.in_memory import Shard, write_checkpoint
@@ -21,6 +19,8 @@ from k2quant.checkpoint.paths import write_whole
 from k2quant.checkpoint.reader import CONFIG as CONFIG_FILE
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import CheckpointError, DestinationForeign
+from k2quant.model import load_model
+from k2quant.model.assembly import K2ForCausalLM
 from k2quant.nano import architecture, vocabulary
 
 MARK = "k2quant_nano.json"
@@ -94,7 +94,7 @@ def _bits(tensor: Tensor) -> NDArray[np.uint16]:
     return tensor.bfloat16().contiguous().view(torch.uint16).numpy()
 
 
-def load(folder: Path) -> DeepseekV3ForCausalLM:
+def load(folder: Path) -> K2ForCausalLM:
     """Read a nano-K2 that `k2quant nano` wrote, as a float32 model: BF16 values, exact sums.
 
     Raises:
@@ -103,22 +103,4 @@ def load(folder: Path) -> DeepseekV3ForCausalLM:
     config = open_checkpoint(folder).config
     if config is None or config.get("vocab_size") != vocabulary.SIZE:
         raise CheckpointError("no nano-K2", file=folder / CONFIG_FILE, remedy="write one with `k2quant nano`")
-    settings = architecture.settings(config)
-    with _no_bar():
-        model: DeepseekV3ForCausalLM = DeepseekV3ForCausalLM.from_pretrained(
-            folder, config=settings, dtype=torch.float32
-        )
-    model.eval()
-    return model
-
-
-@contextlib.contextmanager
-def _no_bar() -> Iterator[None]:
-    """Keep transformers from drawing a bar on stderr for the instant that loading takes."""
-    drawn = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if drawn:
-            logging.enable_progress_bar()
+    return load_model(folder, dtype=torch.float32)
