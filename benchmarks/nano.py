@@ -93,7 +93,7 @@ def measure(folder: Path, count: int, training: dict[str, Any] | None) -> tuple[
         "versions": machine.versions(sys.executable, ["torch", "transformers", "numpy"]),
         "commit": machine.git("rev-parse", "--short", "HEAD") or "none",
         "dirty": bool(machine.git("status", "--porcelain", "--", "k2quant", "kernels")),
-        "command": f"python {' '.join(sys.argv)}",
+        "command": f"python benchmarks/nano.py {folder.name} --count {count}",
     }
     shown = {
         "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),

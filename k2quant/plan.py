@@ -262,7 +262,8 @@ def _json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-_OWN = {CONFIG, REPORT, "k2quant_report.html", INCOMPLETE}  # written anew, or meant for the source alone
+_OWN = {CONFIG, REPORT, INCOMPLETE}  # written anew, or meant for the source alone
+_NOTES = re.compile(r"k2quant_\w+\.(json|html|txt|lock)")  # what commands of ours say of the source's own folder
 _WEIGHTS = re.compile(
     r".*\.safetensors(\.index\.json)?|.*\.(pt|pth|ckpt|pkl|gguf|partial)"
     r"|(pytorch_model|model|consolidated|adapter_model|tf_model|training_args|optimizer|scheduler).*\.bin(\.index\.json)?",
@@ -289,7 +290,7 @@ def other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
         )
         for path in (here / name for name in sorted(files) if not name.startswith(".")):
             below = str(path.relative_to(source.folder))
-            if below in _OWN or below in expected:
+            if below in _OWN or below in expected or _NOTES.fullmatch(below):
                 continue
             if _WEIGHTS.fullmatch(path.name):
                 left_out.append(below)

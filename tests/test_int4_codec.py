@@ -298,8 +298,8 @@ def in_numpy(weights: U16, bits: int) -> U16:
     groups = bf16_to_float(weights).reshape(-1, 32)
     scale = float_to_bf16(abs(groups).max(1, keepdims=True) / np.float32(largest))
     factor = bf16_to_float(np.where(scale == 0, np.uint16(0x3C00), scale))
-    codes: F32 = np.rint(groups / factor)
-    codes = codes.clip(-largest, largest)
+    quotient: F32 = np.rint(groups / factor)
+    codes = quotient.clip(-largest, largest) + np.float32(0)  # code 0 has no sign
     return float_to_bf16(codes * factor).reshape(weights.shape)
 
 

@@ -22,11 +22,13 @@ from k2quant.checkpoint.in_memory import Shard, write_checkpoint
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.cli import main
 from k2quant.demo import K2_CONFIG, matrices
-from k2quant.errors import BadValue, CheckpointError, MalformedFile, MissingTensor, UsageError
+from k2quant.errors import BadValue, CheckpointError, K2QuantError, MalformedFile, MissingTensor, UsageError
 from k2quant.kernels.ops import prepare_int4
 from k2quant.kernels.weights import Layout
 from k2quant.model import filling, load_model, save_model
+from k2quant.model.generation import generate, load_tokenizer
 from k2quant.model.modules import PROJECTIONS, Backend, QuantizedExperts, QuantizedLinear
+from k2quant.nano import vocabulary
 
 IDS = torch.randint(0, 2048, (1, 8), generator=torch.Generator().manual_seed(4))
 
@@ -317,6 +319,7 @@ BAD: dict[str, Edit] = {
     "yarn by 0": lambda config, _: config["rope_scaling"].update(factor=0),
     "an attention factor that is text": lambda config, _: config["rope_scaling"].update(attention_factor="x"),
     "a rope type that is a list": lambda config, _: config["rope_scaling"].update(type=["yarn"]),
+    "a rope_theta below 1": lambda config, _: config.update(rope_theta=1e-45),
     "rope_scaling is a number": lambda config, _: config.update(rope_scaling=3),
     "text for a number of layers": lambda config, _: config.update(num_nextn_predict_layers="x"),
     "an end beyond the vocabulary": lambda config, _: config.update(eos_token_id=10**30),
@@ -450,8 +453,8 @@ def test_experts_pass_over_what_is_no_expert(k2_thinking: Path) -> None:
 def tokenizer_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of single characters, its numbers spread over the small model's vocabulary."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(0x4E00 + n): n for n in range(3, 2048)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))  # noqa: S106  a token of text
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {chr(0x4E00 + n): n for n in range(3, 2048)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))  # noqa: S106  a token of text
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)  # noqa: S106
@@ -539,6 +542,36 @@ def test_tokenizer_files_stay_within_the_folder(k2_thinking: Path, tokenizer_fil
     shown = CliRunner().invoke(main, ["generate", str(path), "--prompt", PROMPT])
     assert (shown.exit_code, shown.stdout) == (1, "")
     assert "not a regular file" in shown.stderr
+
+
+PANICS = {
+    "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
+    "pre_tokenizer": {"type": "FixedLength", "length": 0},
+}
+
+
+@pytest.mark.parametrize("part", PANICS)
+def test_a_tokenizer_that_panics_is_an_error_of_ours(
+    part: str, k2_thinking: Path, tokenizer_files: Path, tmp_path: Path
+) -> None:
+    """A panic of the tokenizer's compiled code is no Exception in Python, and still ends in one line."""
+    path = with_tokenizer(k2_thinking, tokenizer_files, tmp_path / "model")
+    settings = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(settings | {part: PANICS[part]}))
+    shown = CliRunner().invoke(main, ["generate", str(path), "--prompt", PROMPT, "--max-new-tokens", "2"])
+    assert shown.exit_code == 1
+    assert "tokenizer" in shown.stderr
+    assert isinstance(shown.exception, SystemExit)
+
+
+@pytest.mark.parametrize("prompt", ["", "Aé0478+3=", "日本", "A" * 200_000])
+def test_prompts_that_cannot_be_answered_are_refused(prompt: str, k2_thinking: Path, tmp_path: Path) -> None:
+    """Nothing, characters that the tokenizer passes over, and more tokens than there is room for."""
+    path = edited(k2_thinking, tmp_path / "model", lambda *_: None)
+    for name, content in vocabulary.files().items():
+        (path / name).write_bytes(content)
+    with pytest.raises(K2QuantError):
+        generate(load_model(path), load_tokenizer(path), prompt, max_new_tokens=2)
 
 
 def test_the_generate_command_ends_by_itself(k2_thinking: Path) -> None:

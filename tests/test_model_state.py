@@ -173,7 +173,7 @@ def test_nothing_is_overwritten(k2_thinking: Path, tmp_path: Path) -> None:
 def test_an_interrupted_save_does_not_look_finished(
     k2_thinking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the disk fills up, the folder says that it is incomplete and cannot be opened."""
+    """When the disk fills up, the folder says that it is incomplete and cannot be opened; the same call mends it."""
     from k2quant.errors import CheckpointError, OutputError
     from k2quant.model import saving
 
@@ -186,6 +186,9 @@ def test_an_interrupted_save_does_not_look_finished(
     assert (tmp_path / "out" / "INCOMPLETE").exists()
     with pytest.raises(CheckpointError):
         open_checkpoint(tmp_path / "out")
+    monkeypatch.undo()
+    save_model(load_model(k2_thinking), tmp_path / "out")
+    assert_equal_folders(k2_thinking, tmp_path / "out")
 
 
 def test_options_without_meaning_are_refused(k2_thinking: Path, tmp_path: Path) -> None:
@@ -206,6 +209,11 @@ WORDS = "model.layers.1.mlp.experts.3.up_proj.weight_packed"
     [
         {"lm_head.weight": torch.zeros(3)},
         {"lm_head.weight": None},
+        {"lm_head.weight": torch.zeros(2048, 512, device="meta")},
+        {"lm_head.weight": torch.zeros(2048, 512).to_sparse()},
+        {"lm_head.weight": torch.full((2048, 512), torch.nan)},
+        {"lm_head.weight": torch.full((2048, 512), 3.4e38)},
+        [1],
         {"lm_head.weight": torch.zeros(2048, 512, dtype=torch.int32)},
         {"lm_haed.weight": torch.zeros(2048, 512)},
         {WORDS: torch.zeros(256, 64)},

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from itertools import islice
@@ -21,8 +22,10 @@ from torch import nn
 from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.convert import convert
 from k2quant.demo import K2_CONFIG
-from k2quant.errors import CheckpointError, DestinationForeign, UsageError
+from k2quant.errors import CheckpointError, DestinationForeign, DestinationInUse, UsageError
+from k2quant.formats.layouts import FormatName
 from k2quant.nano import architecture, batches, rounding, scoring, tasks, training, vocabulary, writing
 from k2quant.nano.run import run
 
@@ -251,8 +254,8 @@ def test_the_layout_is_that_of_k2(nano: Path) -> None:
 def test_what_is_written_is_the_model_rounded_to_bf16(tmp_path: Path) -> None:
     """Read back by transformers itself, every weight is the trained one rounded once."""
     model = training.train(training.Recipe(steps=1, rows=2))
-    writing.claim(tmp_path / "k2", {})
-    writing.write(tmp_path / "k2", model)
+    with writing.claimed(tmp_path / "k2"):
+        writing.write(tmp_path / "k2", model, {})
     settings = architecture.settings(architecture.CONFIG)
     read = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "k2", config=settings, dtype=torch.float32)
     found = read.state_dict()
@@ -279,19 +282,81 @@ def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_run_that_dies_leaves_nothing_that_looks_finished(nano: Path, tmp_path: Path) -> None:
-    """Killed in training, a run over an older result leaves no checkpoint; a third run writes it anew."""
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return every file of a folder but a lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+def test_a_run_that_dies_while_it_trains_leaves_the_older_model(nano: Path, tmp_path: Path) -> None:
+    """Nothing of an older result is touched before the new one is there; a new folder does not look finished."""
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    run(tmp_path / "k2", steps=3, seed=5, exam=2)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "k2", steps=3, seed=5, exam=2, progress=die)
+    shutil.copytree(nano, tmp_path / "k2")
+    for place in (tmp_path / "k2", tmp_path / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            run(place, steps=3, seed=6, exam=2, progress=die)
+    assert contents(tmp_path / "k2") == contents(nano)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path / "new")
+    run(tmp_path / "new", steps=3, seed=5, exam=2)
+    assert contents(tmp_path / "new") == contents(nano)
+
+
+def test_a_run_that_dies_while_it_writes_leaves_nothing_that_looks_finished(
+    nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Old shards never stand beside new ones under a config; the next run writes all of it."""
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    shutil.copytree(nano, tmp_path / "k2")
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "write_checkpoint", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "k2", steps=3, seed=6, exam=2)
     with pytest.raises(CheckpointError):
         open_checkpoint(tmp_path / "k2")
     run(tmp_path / "k2", steps=3, seed=5, exam=2)
-    assert (tmp_path / "k2" / writing.MARK).read_bytes() == (nano / writing.MARK).read_bytes()
+    assert contents(tmp_path / "k2") == contents(nano)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    """While one trains for a folder, another is refused."""
+    with writing.claimed(tmp_path / "k2"), pytest.raises(DestinationInUse):
+        run(tmp_path / "k2", steps=3)
+
+
+@pytest.mark.parametrize("to", ["fp8", "int4"])
+def test_a_conversion_of_a_nano_is_no_nano(nano: Path, tmp_path: Path, to: FormatName) -> None:
+    """Training does not take its folder over, and the table of rounding does not round what is rounded."""
+    convert(nano, tmp_path / "other", to=to)
+    before = contents(tmp_path / "other")
+    with pytest.raises(DestinationForeign):
+        run(tmp_path / "other", steps=3)
+    assert contents(tmp_path / "other") == before
+    with pytest.raises(CheckpointError, match="rounded already"):
+        rounding.rounding_table(tmp_path / "other", tasks.exam(1))
+    with pytest.raises(UsageError):
+        rounding.rounded(writing.load(nano), 4, "everything")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"seed": -1}, {"seed": 2**64}, {"rows": 1}, {"workers": 0}])
+def test_recipes_out_of_range_are_refused_before_anything_is_touched(wrong: dict[str, int]) -> None:
+    """What torch would stumble over later is a usage error now."""
+    with pytest.raises(UsageError):
+        training.Recipe(**wrong)
+
+
+def test_more_items_than_there_are() -> None:
+    """A family's level runs out with an error, not never; fewer than one make no sense."""
+    with pytest.raises(UsageError, match="hardly"):
+        tasks.items("add", 1, 5000)
+    for count in (0, -1):
+        with pytest.raises(UsageError):
+            tasks.items("add", 1, count)
 
 
 def test_another_checkpoint_is_no_nano(k2_source: Path) -> None:
@@ -382,8 +447,9 @@ def test_the_table_compares_on_the_same_items(nano: Path) -> None:
         *[("routed", bits) for bits in rounding.BITS],
         *[("all", bits) for bits in rounding.BITS],
     ]
-    for row in rows:
-        assert row.gap[0] == pytest.approx(row.score.loss[0] - rows[0].score.loss[0])
+    for row in rows[1:]:
+        gaps = [after - before for after, before in zip(row.score.losses, rows[0].score.losses, strict=True)]
+        assert row.gap == pytest.approx(scoring.mean(gaps))
 
 
 def test_the_command_prints_its_table_and_nothing_else(tmp_path: Path) -> None:

@@ -74,7 +74,9 @@ def _open(folder: Path) -> Checkpoint:
         raise CheckpointError("not a folder", file=folder)
     if (folder / "INCOMPLETE").exists():
         raise CheckpointError(
-            "a conversion that has not finished", file=folder, remedy="run the same k2quant convert again to resume it"
+            "still being written, or left so by what was stopped",
+            file=folder,
+            remedy="run the command that wrote it again: a conversion resumes, a save begins anew",
         )
     weight_map = _weight_map(folder)
     shards = {name: read_header(inside(folder, name)) for name in sorted(set(weight_map.values()), key=_natural)}

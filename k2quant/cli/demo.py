@@ -35,7 +35,8 @@ def _nano(folder: Path, steps: int | None) -> None:
     from k2quant.cli.nano import training_progress
     from k2quant.nano.run import run
 
-    click.echo("\nnano-K2: training a small K2 from nothing, about three minutes on two cores ...")
+    takes = ", about three minutes on two cores" if steps is None else ""
+    click.echo(f"\nnano-K2: training a small K2 from nothing{takes} ...")
     with training_progress() as progress:
         trained = run(folder, steps=steps, progress=progress)
     click.echo(f"{trained.parameters:,} parameters, {trained.steps} steps in {trained.seconds:.0f} s: {folder}")
@@ -46,27 +47,15 @@ def _nano(folder: Path, steps: int | None) -> None:
 
 def _table(folder: Path) -> None:
     """Run the model in every format and print what each costs."""
-    from rich.console import Console
-    from rich.table import Table
-
     from k2quant.nano.tour import tour
     from k2quant.units import size
 
-    title = "The same answers from packed weights, 1800 held-out items"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for column in ("format", "shards", "answers right", "95%", "loss, nats", "more than BF16", "tokens/s"):
-        table.add_column(column, justify="left" if column == "format" else "right", no_wrap=True)
+    click.echo("\nThe same 1800 held-out items answered from packed weights:")
+    click.echo(f"{'':<5}{'shards':>9}{'right':>8}{'95%':>14}{'loss, nats':>12}{'more than BF16':>19}{'tokens/s':>10}")
     for stop in tour(folder):
         low, high = stop.accuracy.interval
-        loss, error = stop.score.loss
-        more, spread = stop.gap
-        table.add_row(
-            stop.format,
-            size(stop.nbytes),
-            f"{stop.accuracy.share:.1%}",
-            f"{low:.1%}-{high:.1%}",
-            f"{loss:.4f} ± {error:.4f}",
-            "" if stop.format == "bf16" else f"{more:+.4f} ± {spread:.4f}",
-            f"{stop.tokens_per_second:.0f}",
+        more = "" if stop.format == "bf16" else f"{stop.gap[0]:+.4f} ± {stop.gap[1]:.4f}"
+        click.echo(
+            f"{stop.format:<5}{size(stop.nbytes):>9}{stop.accuracy.share:>8.1%}{f'{low:.1%}-{high:.1%}':>14}"
+            f"{stop.score.loss[0]:>12.4f}{more:>19}{stop.tokens_per_second:>10.0f}"
         )
-    Console().print(table)

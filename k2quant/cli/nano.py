@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @click.option(
     "--steps", type=click.IntRange(1), help="Batches to train on.  [default: three minutes' worth on two cores]"
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the weights and the items.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the weights and the items."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(folder: Path, *, steps: int | None, seed: int, as_json: bool) -> None:
     """Train nano-K2, a K2 in everything but size, on this CPU and write it to DST as a BF16 checkpoint.

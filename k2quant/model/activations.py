@@ -7,7 +7,6 @@ the number of the last whole stage.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -19,14 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k2quant.checkpoint.paths import check_inside, open_regular, read_limited, replacing, write_all, write_whole
+from k2quant.checkpoint.paths import (
+    check_inside,
+    locked_file,
+    open_regular,
+    read_limited,
+    replacing,
+    write_all,
+    write_whole,
+)
 from k2quant.checkpoint.strict_json import parse_object
-from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, MalformedFile, OutputError
+from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, OutputError
 from k2quant.model.memory import as_memory
 
 _STATE, _LOCK = "k2quant_stream.json", "k2quant_stream.lock"
 _STATE_LIMIT = 2**26
-_OWN = re.compile(rf"{re.escape(_STATE)}|{_LOCK}|[0-9]{{4,}}-[0-9]{{6,}}\.bin|.*\.partial")
+_OWN = re.compile(r"([0-9]{4,}-[0-9]{6,}\.bin|k2quant_stream\.json)(\.partial)?|k2quant_stream\.lock")
 
 
 class Activations:
@@ -154,11 +161,11 @@ class Activations:
         self._path(stage, batch).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove what is ours: the pass is through."""
+        """Remove what is ours, the note of what is done last: the pass is through."""
         self._kept.clear()
-        for path in self._folder.iterdir():
-            if _OWN.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        ours = [path for path in self._folder.iterdir() if _OWN.fullmatch(path.name)]
+        for path in sorted(ours, key=lambda path: (path.name == _LOCK, path.name == _STATE)):
+            path.unlink(missing_ok=True)
 
     def _path(self, stage: int, batch: int) -> Path:
         return self._folder / f"{stage:04}-{batch:06}.bin"
@@ -177,23 +184,13 @@ def held(folder: Path) -> Iterator[None]:
         if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
             raise DestinationForeign("not a folder", file=folder, remedy="name another one")
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (folder / _STATE).exists() and not (folder / _LOCK).exists():
+        inside = {path.name for path in folder.iterdir()}
+        if _STATE not in inside and not all(map(_OWN.fullmatch, inside)):
             raise DestinationForeign("not empty, and no pass of k2quant", file=folder, remedy="name another one")
-        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        _lock(descriptor, folder)
-        yield
-    finally:
-        os.close(descriptor)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DestinationInUse("another pass works here", file=folder, remedy="wait for it, or name another") from None
+        with locked_file(folder / _LOCK):
+            yield
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ _SIZE: Check = ("a whole number from 1 to 2147483647", lambda v: type(v) is int 
 _COUNT: Check = ("a whole number from 0 to 1000000", lambda v: type(v) is int and 0 <= v <= 1_000_000)
 _OPTIONAL: Check = ("a whole number from 1 to 2147483647, or null", lambda v: v is None or _SIZE[1](v))
 _FACTOR: Check = ("a number above 0, at most 1e9", lambda v: _is_number(v) and 0 < v <= 1e9)
+_BASE: Check = ("a number above 1, at most 1e9", lambda v: _is_number(v) and 1 < v <= 1e9)
 _SMALL: Check = ("a number above 0, below 1", lambda v: _is_number(v) and 0 < v < 1)
 _SHARE: Check = ("a number from 0, below 1", lambda v: _is_number(v) and 0 <= v < 1)
 _FLAG: Check = ("true or false", lambda v: type(v) is bool)
@@ -80,14 +81,14 @@ _OTHERS: dict[str, Check] = {
     "num_key_value_heads": _OPTIONAL,
     "num_nextn_predict_layers": _COUNT,
     "rope_interleave": _FLAG,
-    "rope_theta": _FACTOR,
+    "rope_theta": _BASE,
 }
 """What it may name besides."""
 
 _ROPE: dict[str, Check] = {
     "type": _ROPE_KIND,
     "rope_type": _ROPE_KIND,
-    "rope_theta": _FACTOR,
+    "rope_theta": _BASE,
     "factor": _FACTOR,
     "original_max_position_embeddings": _SIZE,
     "beta_fast": _FACTOR,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +15,7 @@ from transformers.utils import logging
 
 from k2quant.checkpoint.paths import inside, open_regular
 from k2quant.checkpoint.reader import open_checkpoint
-from k2quant.errors import CheckpointError, UsageError
+from k2quant.errors import CheckpointError, K2QuantError, UsageError
 from k2quant.model.architecture import architecture
 from k2quant.model.assembly import K2ForCausalLM
 
@@ -53,17 +54,25 @@ def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = Fa
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tiktoken.model")):
         raise CheckpointError("has no tokenizer", file=folder, remedy="take its files from the model's release")
     _check_files(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
+    with _blamed(folder, "its tokenizer cannot be loaded"):
+        return AutoTokenizer.from_pretrained(
             str(folder), config=config, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # whatever transformers stumbles over, the files are to blame
+
+
+@contextlib.contextmanager
+def _blamed(folder: Path, what: str) -> Iterator[None]:
+    """Blame the checkpoint's files for whatever its tokenizer stumbles over, a panic of compiled code included."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, K2QuantError):
+        raise
+    except BaseException as error:
         if "trust_remote_code" in str(error):
             remedy = "if you trust that code, say --trust-remote-code"
             raise CheckpointError("its tokenizer is code of the checkpoint", file=folder, remedy=remedy) from error
         found = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError("its tokenizer cannot be loaded", file=folder, found=found) from error
-    return tokenizer
+        raise CheckpointError(what, file=folder, found=found) from error
 
 
 def _check_files(folder: Path) -> None:
@@ -98,33 +107,49 @@ def generate(
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise UsageError(f"max_new_tokens: expected at least 1, found {max_new_tokens!r}")
     ids = _tokens(model, tokenizer, prompt)
-    streamer = _Streamer(tokenizer, show)
+    room = model.config.max_position_embeddings
+    if ids.shape[1] + max_new_tokens > room:
+        raise UsageError(f"{ids.shape[1]} tokens and {max_new_tokens} new ones; the model has room for {room}")
+    folder = model.checkpoint.folder
+    streamer = _Streamer(tokenizer, show, folder)
     begun = time.perf_counter()
     device = model.device if model.device.type != "meta" else model.assembly.device  # where its first weights lie
-    output = cast("Any", model).generate(
-        input_ids=ids.to(device),
-        attention_mask=torch.ones_like(ids, device=device),
-        generation_config=_greedy(model, max_new_tokens),
-        streamer=streamer,
-    )
+    with _short_of_memory():
+        output = cast("Any", model).generate(
+            input_ids=ids.to(device),
+            attention_mask=torch.ones_like(ids, device=device),
+            generation_config=_greedy(model, max_new_tokens),
+            streamer=streamer,
+        )
     ended = time.perf_counter()
     new = output[0, ids.shape[1] :]
     first = streamer.first or ended
-    return Generation(
-        tokenizer.decode(new, skip_special_tokens=True), ids.shape[1], len(new), first - begun, ended - first
-    )
+    with _blamed(folder, "its tokenizer cannot write the answer"):
+        text = tokenizer.decode(new, skip_special_tokens=True)
+    return Generation(text, ids.shape[1], len(new), first - begun, ended - first)
+
+
+@contextlib.contextmanager
+def _short_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has no error of its own for a CPU
+        if "alloc" not in str(error) and "memory" not in str(error):
+            raise
+        raise UsageError("not enough memory for a text of this length") from error
 
 
 def _tokens(model: K2ForCausalLM, tokenizer: Any, prompt: str) -> torch.Tensor:
     """Return a prompt's tokens, int64 `[1, T]`."""
     folder = model.checkpoint.folder
-    if not all(character.isascii() or not 0xD800 <= ord(character) < 0xE000 for character in prompt):
+    if not prompt:
+        raise UsageError("the prompt is empty")
+    if any(0xD800 <= ord(character) < 0xE000 for character in prompt):
         raise UsageError("the prompt holds bytes that are no text; expected UTF-8")
-    try:
-        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt")["input_ids"].to(torch.int64)
-    except Exception as error:  # it may be code of the checkpoint
-        found = " ".join(str(error).split())[:300]
-        raise CheckpointError("its tokenizer cannot read the prompt", file=folder, found=found) from error
+    with _blamed(folder, "its tokenizer cannot read the prompt"):
+        encoded = tokenizer(prompt, return_tensors="pt", return_offsets_mapping=bool(tokenizer.is_fast))
+        ids: torch.Tensor = encoded["input_ids"].to(torch.int64)
+    _check_read(prompt, encoded.get("offset_mapping"), folder)
     if not ids.numel():
         raise UsageError("the prompt has no tokens")
     if int(ids.max()) >= model.config.vocab_size:
@@ -135,6 +160,17 @@ def _tokens(model: K2ForCausalLM, tokenizer: Any, prompt: str) -> torch.Tensor:
             found=int(ids.max()),
         )
     return ids
+
+
+def _check_read(prompt: str, offsets: torch.Tensor | None, folder: Path) -> None:
+    """Refuse a prompt of which a tokenizer passes characters over in silence; blanks are its own business."""
+    if offsets is None:
+        return
+    read = {place for first, last in offsets[0].tolist() for place in range(first, last)}
+    blank = {place for place, character in enumerate(prompt) if character.isspace()}
+    if len(read | blank) < len(prompt):
+        known = f"{len(read)} of {len(prompt)} characters"
+        raise CheckpointError("its tokenizer cannot read the prompt", file=folder, found=known)
 
 
 def _greedy(model: K2ForCausalLM, max_new_tokens: int) -> GenerationConfig:
@@ -150,9 +186,9 @@ def _greedy(model: K2ForCausalLM, max_new_tokens: int) -> GenerationConfig:
 class _Streamer(TextStreamer):
     """Hands text over as soon as it is certain, and notes when the first token came."""
 
-    def __init__(self, tokenizer: Any, show: Callable[[str], None] | None) -> None:
+    def __init__(self, tokenizer: Any, show: Callable[[str], None] | None, folder: Path) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._show = show
+        self._show, self._folder = show, folder
         self._calls = 0
         self.first: float | None = None
 
@@ -161,7 +197,13 @@ class _Streamer(TextStreamer):
         self._calls += 1
         if self._calls == 2:
             self.first = time.perf_counter()
-        super().put(value)  # type: ignore[no-untyped-call]
+        with _blamed(self._folder, "its tokenizer cannot write the answer"):
+            super().put(value)  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        """Hand over what is left."""
+        with _blamed(self._folder, "its tokenizer cannot write the answer"):
+            super().end()  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: FBT001, FBT002  their signature
         """Hand a piece over."""

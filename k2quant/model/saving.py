@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from k2quant import names
 from k2quant.checkpoint.header import ShardHeader, TensorEntry
-from k2quant.checkpoint.paths import copy_file, write_whole
+from k2quant.checkpoint.paths import copy_file, read_limited, write_whole
 from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writer import ShardWriter
@@ -53,7 +54,7 @@ def save_model(
     tensors = _Tensors(model, state)
     try:
         there.mkdir(parents=True, exist_ok=True)
-        write_whole(there / INCOMPLETE, b"k2quant is writing this checkpoint, or was stopped while it did.\n")
+        write_whole(there / INCOMPLETE, _MARK)
         for shard in source.shards.values():
             _write_shard(there / shard.path.name, shard, source, tensors)
         _write_rest(there, source)
@@ -95,6 +96,8 @@ class _Tensors:
         """
         self._places: dict[str, tuple[Matrix, str]] = {}
         self._given: dict[str, Tensor] = {}
+        if not isinstance(state, Mapping | None):
+            raise UsageError(f"state: expected a map from names to tensors, found {type(state).__name__}")
         rest = dict(state or {})
         for name, module in model.named_modules():
             for placed in model.assembly.placed(name, module):
@@ -111,6 +114,8 @@ class _Tensors:
         if not given:
             return
         try:
+            for suffix, tensor in given.items():
+                _check_given(suffix, tensor, entries[suffix])
             placed.matrix.check(placed.matrix.parts() | given)
         except UsageError as error:
             raise UsageError(f"state: `{placed.source.base}`: {error}") from error
@@ -127,7 +132,22 @@ class _Tensors:
         return None if value.is_meta else value.detach()
 
 
+def _check_given(suffix: str, value: object, entry: TensorEntry) -> None:
+    """Refuse what is no ordinary tensor, or would become NaN or infinite in the file."""
+    if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+        raise UsageError(f"{suffix}: expected a tensor with values, found {type(value).__name__}")
+    if value.is_floating_point() and not value.to(TORCH_DTYPES[entry.dtype]).float().isfinite().all():
+        raise UsageError(f"{suffix}: found NaN, infinity or a number beyond {entry.dtype}")
+
+
+_MARK = b"k2quant is saving a model here, or was stopped while it did. The same call begins anew.\n"
+
+
 def _refuse_overwriting(folder: Path, source: Checkpoint) -> None:
+    """Refuse a folder with a checkpoint, unless it is a save of ours that was stopped."""
+    mark = folder / INCOMPLETE
+    if mark.is_file() and read_limited(mark, 2**16) == _MARK:
+        return
     taken = [name for name in (*source.shards, INDEX, CONFIG, INCOMPLETE) if (folder / name).exists()]
     if taken or (folder.exists() and not folder.is_dir()):
         raise DestinationForeign(

@@ -13,7 +13,7 @@ from k2quant.nano import tasks, vocabulary
 from k2quant.nano.tasks import Item
 
 ROW = 64
-"""Tokens of a row: two to six items."""
+"""Tokens of a row: two to four items."""
 
 NO_TARGET = -100
 """Target of a token after which nothing is to be learnt, as `cross_entropy` wants it."""

@@ -6,17 +6,19 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import DeepseekV3ForCausalLM
 
+from k2quant.errors import UsageError
 from k2quant.kernels.ops import fake_quantize_int4
 from k2quant.names import is_projection
 from k2quant.nano import writing
 from k2quant.nano.scoring import Score, mean, score
 from k2quant.nano.tasks import Item
+from k2quant.units import one_of
 
 Which = Literal["routed", "all"]
 """The routed experts' projections, as Kimi K2's INT4 releases have it, or every projection that any release rounds."""
@@ -38,11 +40,17 @@ def rounded(model: DeepseekV3ForCausalLM, bits: int, which: Which = "routed") ->
 
     Returns:
         A model of the same dtype.
+
+    Raises:
+        UsageError: there is no such width or choice, or the model has no such weights.
     """
+    one_of("choice of weights", which, get_args(Which))
     result = copy.deepcopy(model)
-    for name, weight in result.named_parameters():
-        if _is_chosen(name, which):
-            weight.copy_(_rounded(weight, bits))
+    chosen = [weight for name, weight in result.named_parameters() if _is_chosen(name, which)]
+    if not chosen:
+        raise UsageError("the model has no weights to round; expected a BF16 model")
+    for weight in chosen:
+        weight.copy_(_rounded(weight, bits))
     return result
 
 

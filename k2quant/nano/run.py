@@ -76,14 +76,16 @@ def run(
         progress: is told the steps done, all steps and the last loss.
 
     Raises:
+        UsageError: steps or seed make no sense.
         DestinationForeign: the folder holds something that no `k2quant nano` wrote.
+        DestinationInUse: another run trains for it.
     """
     recipe = training.Recipe(seed=seed) if steps is None else training.Recipe(seed=seed, steps=steps)
-    writing.claim(folder, {"steps": recipe.steps, "seed": recipe.seed, "torch": torch.__version__})
-    begun = time.perf_counter()
-    model = training.train(recipe, progress=progress)
-    seconds = time.perf_counter() - begun
-    writing.write(folder, model)
+    with writing.claimed(folder):
+        begun = time.perf_counter()
+        model = training.train(recipe, progress=progress)
+        seconds = time.perf_counter() - begun
+        writing.write(folder, model, {"steps": recipe.steps, "seed": recipe.seed, "torch": torch.__version__})
     return Result(
         folder=folder,
         steps=recipe.steps,

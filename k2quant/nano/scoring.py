@@ -37,7 +37,7 @@ class Accuracy:
         n, p = self.count, self.share
         middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
         half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        return (middle - half if self.right else 0.0), (middle + half if self.right < n else 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

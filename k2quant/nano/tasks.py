@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from random import Random
 from typing import Literal, NamedTuple
 
@@ -22,6 +21,8 @@ LEVELS = (1, 2, 3)
 
 HELD_OUT_SHARE = 1 / 8
 """Of all questions."""
+
+_PATIENCE = 1000  # items in a row that are known already, after which there are hardly any others
 
 _LETTERS, _DIGITS = "abcdefghijklmnopqrstuvwxyz", "0123456789"
 _PAIRS = {"(": ")", "[": "]", "{": "}", "<": ">"}
@@ -89,11 +90,11 @@ def _shift(random: Random, size: int) -> tuple[str, str]:
 
 
 FAMILIES = {
-    "reverse": Family(what="a word backwards: Rkqz= gives zqk", sizes=(8, 10, 13), draw=_reverse),
-    "sort": Family(what="digits in order: S4827= gives 2478", sizes=(5, 7, 9), draw=_sort),
+    "reverse": Family(what="a word backwards: Rsuddenly= gives ylneddus", sizes=(8, 10, 13), draw=_reverse),
+    "sort": Family(what="digits in order: S48275= gives 24578", sizes=(5, 7, 9), draw=_sort),
     "missing": Family(what="the digits that are not there: M48272910= gives 356", sizes=(6, 8, 10), draw=_missing),
-    "brackets": Family(what="close what is open: B([]{= gives })", sizes=(4, 5, 7), draw=_brackets),
-    "shift": Family(what="letters moved on, z to a: D1hal= gives ibm", sizes=(4, 5, 7), draw=_shift),
+    "brackets": Family(what="close what is open: B([]{<(= gives )>})", sizes=(4, 5, 7), draw=_brackets),
+    "shift": Family(what="letters moved on, z to a: D1hals= gives ibmt", sizes=(4, 5, 7), draw=_shift),
     "add": Family(what="a number and a digit, with all zeros: A0478+3= gives 0481", sizes=(4, 5, 6), draw=_add),
 }
 """Every family by name."""
@@ -143,14 +144,21 @@ def items(family: str, level: int, count: int, *, seed: int = 0, split: Split = 
         split: `train` or `heldout`.
 
     Raises:
-        UsageError: no such family or level.
+        UsageError: no such family or level, or not that many items.
     """
+    if type(count) is not int or count < 1:
+        raise UsageError(f"count: expected at least 1, found {count!r}")
     found: dict[str, Item] = {}
+    repeated = 0
     for item in stream(family, level, seed=seed, split=split):
-        if len(found) >= count:
-            break
+        repeated = repeated + 1 if item.question in found else 0
+        if repeated > _PATIENCE:
+            raise UsageError(f"{family} of level {level} has hardly {count} {split} items; found {len(found)}")
         found[item.question] = item
-    return list(islice(found.values(), count))
+        if len(found) == count:
+            return list(found.values())
+    msg = "a stream has no end"
+    raise AssertionError(msg)
 
 
 def exam(count: int, *, seed: int = 0) -> list[Item]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DeepseekV3ForCausalLM
 
+from k2quant.errors import UsageError
 from k2quant.nano import architecture
 from k2quant.nano.batches import NO_TARGET, Batch, batches, mixture
 
@@ -39,6 +40,20 @@ class Recipe:
     workers: int = 2
     """Threads that share the rows of a batch, each with one thread of torch. A fixed number, whatever the machine has:
     another would add in another order. They meet once a step, so a busy core costs no more than its share."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            UsageError: it is out of range.
+        """
+        limits = {"steps": (1, 2**31), "seed": (0, 2**63), "rows": (2, 2**16), "workers": (1, 256)}
+        for name, (least, beyond) in limits.items():
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value < beyond:
+                raise UsageError(f"{name}: expected a whole number from {least} to {beyond - 1}, found {value!r}")
+        if self.rows < self.workers:
+            raise UsageError(f"rows: expected at least one for each of {self.workers} workers, found {self.rows}")
 
 
 class Balance:
@@ -122,14 +137,14 @@ def _losses(model: DeepseekV3ForCausalLM, recipe: Recipe) -> Iterator[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, recipe))
     balance = Balance(model, recipe.balance)
-    with ThreadPoolExecutor(recipe.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    pool = ThreadPoolExecutor(recipe.workers, initializer=torch.set_num_threads, initargs=(1,))
+    with pool, contextlib.closing(balance):
         for batch in islice(batches(mixture(recipe.seed), recipe.rows), recipe.steps):
             yield _set_gradients(model, batch, pool, recipe.workers)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             balance.step()
-    balance.close()
 
 
 def _set_gradients(model: DeepseekV3ForCausalLM, batch: Batch, pool: Executor, workers: int) -> float:

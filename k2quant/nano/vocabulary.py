@@ -43,7 +43,7 @@ def files() -> dict[str, bytes]:
         "eos_token": SPECIAL[EOS],
         "pad_token": SPECIAL[PAD],
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
+        "model_max_length": 131072,
     }
     return {"tokenizer.json": _json(_tokenizer()), "tokenizer_config.json": _json(settings)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +16,10 @@ from transformers import DeepseekV3ForCausalLM
 
 from k2quant import names
 from k2quant.checkpoint.in_memory import Shard, write_checkpoint
-from k2quant.checkpoint.paths import write_whole
+from k2quant.checkpoint.paths import locked_file, write_whole
 from k2quant.checkpoint.reader import CONFIG as CONFIG_FILE
-from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.reader import INDEX, open_checkpoint
+from k2quant.checkpoint.weights import group_tensors
 from k2quant.errors import CheckpointError, DestinationForeign
 from k2quant.model import load_model
 from k2quant.model.assembly import K2ForCausalLM
@@ -27,37 +29,46 @@ MARK = "k2quant_nano.json"
 """The file that says whose folder this is, and how its model is trained; config.json says that it is done."""
 
 
-def claim(folder: Path, note: Mapping[str, Any]) -> None:
-    """Make the folder and mark it as a nano's; take out of it what an earlier run finished.
+_LOCK = "k2quant_nano.lock"
 
-    Args:
-        folder: where.
-        note: what `MARK` shall hold: how the model is going to be trained.
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the folder if need be and hold it; what an earlier run left there stays until `write`.
 
     Raises:
-        DestinationForeign: it holds something that no `k2quant nano` wrote.
+        DestinationForeign: it holds something that no `k2quant nano` wrote, or is no folder.
+        DestinationInUse: another run trains for it.
+        OSError: it cannot be made.
     """
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).is_file():
-        raise DestinationForeign("not empty, and no nano-K2", file=folder, remedy="name a new folder")
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise DestinationForeign("not a folder", file=folder, remedy="name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / MARK, _json(note))
-    # The config goes first, as it comes last: from here on nothing takes the folder for a checkpoint.
-    for path in (folder / CONFIG_FILE, *sorted(folder.glob("model*.safetensors*"))):
-        path.unlink(missing_ok=True)
+    if any(folder.iterdir()) and not ((folder / MARK).is_file() or (folder / _LOCK).is_file()):
+        raise DestinationForeign("not empty, and no nano-K2", file=folder, remedy="name a new folder")
+    with locked_file(folder / _LOCK):
+        yield
+        (folder / _LOCK).unlink(missing_ok=True)
 
 
-def write(folder: Path, model: DeepseekV3ForCausalLM) -> None:
-    """Write a model, rounded to BF16, into a folder that was claimed.
+def write(folder: Path, model: DeepseekV3ForCausalLM, note: Mapping[str, Any]) -> None:
+    """Write a model, rounded to BF16, into a folder that is claimed, in the place of an earlier one.
 
     Args:
         folder: where.
         model: of `architecture.CONFIG`, float32.
+        note: what `MARK` shall hold: how the model was trained.
     """
+    shards = _shards(model)
+    # The config goes first, as it comes last: in between nothing takes the folder for a checkpoint.
+    for name in (CONFIG_FILE, INDEX, *shards):
+        (folder / name).unlink(missing_ok=True)
+    write_whole(folder / MARK, _json(note))
     for name, content in vocabulary.files().items():
         write_whole(folder / name, content)
     generation = {"bos_token_id": vocabulary.BOS, "eos_token_id": vocabulary.EOS, "pad_token_id": vocabulary.PAD}
     write_whole(folder / "generation_config.json", _json(generation))
-    write_checkpoint(folder, _shards(model), architecture.CONFIG)
+    write_checkpoint(folder, shards, architecture.CONFIG)
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
@@ -100,7 +111,11 @@ def load(folder: Path) -> K2ForCausalLM:
     Raises:
         CheckpointError: the folder holds no such checkpoint.
     """
-    config = open_checkpoint(folder).config
-    if config is None or config.get("vocab_size") != vocabulary.SIZE:
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.config is None or checkpoint.config.get("vocab_size") != vocabulary.SIZE:
         raise CheckpointError("no nano-K2", file=folder / CONFIG_FILE, remedy="write one with `k2quant nano`")
+    weights, _ = group_tensors(checkpoint.tensors)
+    rounded = next((weight for weight in weights if weight.format and weight.format.name != "bf16"), None)
+    if rounded is not None:
+        raise CheckpointError("is rounded already", tensor=rounded.main.name, file=folder, expected="a nano-K2 in BF16")
     return load_model(folder, dtype=torch.float32)
