@@ -21,6 +21,7 @@ from k2quant.convert import convert
 from k2quant.errors import CheckFailed, DestinationForeign
 from k2quant.estimate import codec_rate
 from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Int4
+from k2quant.release import INSTRUCT_CONFIG
 from k2quant.units import size
 from k2quant.verify import verify, verify_checksums
 
@@ -34,62 +35,21 @@ HEADS, NOPE, ROPE, VALUE, Q_RANK, KV_RANK = 4, 64, 64, 64, 256, 96
 
 _ASTRAY = (7, 11)  # experts of layer 1 whose scales lie in the last shard
 
-K2_CONFIG: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "aux_loss_alpha": 0.001,
+K2_CONFIG: dict[str, Any] = INSTRUCT_CONFIG | {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "first_k_dense_replace": DENSE_LAYERS,
-    "hidden_act": "silu",
     "hidden_size": HIDDEN,
-    "initializer_range": 0.02,
     "intermediate_size": DENSE,
     "kv_lora_rank": KV_RANK,
-    "max_position_embeddings": 131072,
-    "model_type": "kimi_k2",
     "moe_intermediate_size": MOE,
-    "moe_layer_freq": 1,
-    "n_group": 1,
     "n_routed_experts": EXPERTS,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
     "num_attention_heads": HEADS,
-    "num_experts_per_tok": 8,
     "num_hidden_layers": LAYERS,
     "num_key_value_heads": HEADS,
-    "num_nextn_predict_layers": 0,
-    "pretraining_tp": 1,
     "q_lora_rank": Q_RANK,
     "qk_nope_head_dim": NOPE,
     "qk_rope_head_dim": ROPE,
-    "quantization_config": {
-        "activation_scheme": "dynamic",
-        "fmt": "e4m3",
-        "quant_method": "fp8",
-        "weight_block_size": [128, 128],
-    },
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 1.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        "type": "yarn",
-    },
-    "rope_theta": 50000.0,
-    "routed_scaling_factor": 2.827,
-    "scoring_func": "sigmoid",
-    "seq_aux": True,
-    "tie_word_embeddings": False,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.48.3",
-    "use_cache": True,
     "v_head_dim": VALUE,
     "vocab_size": VOCABULARY,
 }

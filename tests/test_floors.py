@@ -19,6 +19,7 @@ FLOORS: dict[str, int] = {
     "kernels": 1,
     "formats": 2,
     "names": 2,
+    "release": 2,
     "checkpoint": 3,
     "policy": 3,
     "config": 3,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from k2quant.cli.screen import training
+
 
 @click.command(name="demo")
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("demo-run"))
@@ -32,12 +34,11 @@ def command(folder: Path, *, steps: int | None) -> None:
 
 
 def _nano(folder: Path, steps: int | None) -> None:
-    from k2quant.cli.nano import training_progress
     from k2quant.nano.run import run
 
     takes = ", about three minutes on two cores" if steps is None else ""
     click.echo(f"\nnano-K2: training a small K2 from nothing{takes} ...")
-    with training_progress() as progress:
+    with training("training") as progress:
         trained = run(folder, steps=steps, progress=progress)
     click.echo(f"{trained.parameters:,} parameters, {trained.steps} steps in {trained.seconds:.0f} s: {folder}")
     _table(folder)

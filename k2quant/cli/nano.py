@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from k2quant.cli.screen import training
 
 if TYPE_CHECKING:
     from k2quant.nano.run import Result
@@ -40,39 +38,12 @@ def command(folder: Path, *, steps: int | None, seed: int, as_json: bool) -> Non
     gc.enable()  # the command line runs without; a training makes cycles at every step
     from k2quant.nano.run import run
 
-    with training_progress() as progress:
+    with training("training") as progress:
         result = run(folder, steps=steps, seed=seed, progress=progress)
     if as_json:
         click.echo(json.dumps(result.summary, indent=1))
     else:
         _show(result)
-
-
-@contextlib.contextmanager
-def training_progress() -> Iterator[Callable[[int, int, float], None] | None]:
-    """Show steps, loss, rate and time left while the block runs; nothing when stderr is no terminal."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task, begun = bar.add_task("training", total=None, state=""), time.perf_counter()
-
-        def show(done: int, total: int, loss: float) -> None:
-            rate = done / (time.perf_counter() - begun)
-            bar.update(task, completed=done, total=total, state=f"{rate:.1f} steps/s, loss {loss:.3f} nats,")
-
-        yield show
 
 
 def _show(result: Result) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import click
 
@@ -16,24 +18,39 @@ def remark(text: str) -> None:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar with rate and time left while the block runs; nothing when stderr is no terminal."""
+    """Show a bar with rate and time left in bytes while the block runs; nothing when stderr is no terminal."""
+    with _bar(what, "DownloadColumn", "TransferSpeedColumn", "TimeRemainingColumn") as update:
+        yield None if update is None else lambda done, total: update(completed=done, total=total)
+
+
+@contextlib.contextmanager
+def training(what: str) -> Iterator[Callable[[int, int, float], None] | None]:
+    """Show steps, rate, loss and time left while the block runs; nothing when stderr is no terminal."""
+    begun = time.perf_counter()
+    with _bar(what, "MofNCompleteColumn", "TimeRemainingColumn") as update:
+        if update is None:
+            yield None
+            return
+
+        def show(done: int, total: int, loss: float) -> None:
+            rate = done / (time.perf_counter() - begun)
+            update(completed=done, total=total, description=f"{what}, {rate:.1f} steps/s, loss {loss:.3f}")
+
+        yield show
+
+
+@contextlib.contextmanager
+def _bar(what: str, *columns: str) -> Iterator[Callable[..., None] | None]:
+    """Show a bar with these columns of rich behind it; give what updates it."""
     if not sys.stderr.isatty():
         yield None
         return
+    from rich import progress as parts
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+    behind = [getattr(parts, name)() for name in columns]
+    shown = parts.Progress(
+        parts.TextColumn("{task.description}"), parts.BarColumn(), *behind, console=Console(stderr=True), transient=True
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield show
+    with shown:
+        yield partial(shown.update, shown.add_task(what, total=None))

@@ -16,60 +16,30 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from k2quant.nano import vocabulary
+from k2quant.release import INSTRUCT_CONFIG
 
-CONFIG: dict[str, Any] = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "aux_loss_alpha": 0.001,
+_LEFT_OUT, _ROPE = {"quantization_config", "rope_theta"}, INSTRUCT_CONFIG["rope_scaling"]
+
+CONFIG: dict[str, Any] = {key: value for key, value in INSTRUCT_CONFIG.items() if key not in _LEFT_OUT} | {
     "bos_token_id": vocabulary.BOS,
     "eos_token_id": vocabulary.EOS,
-    "first_k_dense_replace": 1,
-    "hidden_act": "silu",
     "hidden_size": 256,
     "initializer_range": 0.06,
     "intermediate_size": 512,
     "kv_lora_rank": 128,
-    "max_position_embeddings": 131072,
-    "model_type": "kimi_k2",
     "moe_intermediate_size": 128,
-    "moe_layer_freq": 1,
-    "n_group": 1,
     "n_routed_experts": 16,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
     "num_attention_heads": 4,
     "num_experts_per_tok": 4,
     "num_hidden_layers": 3,
     "num_key_value_heads": 4,
-    "num_nextn_predict_layers": 0,
     "pad_token_id": vocabulary.PAD,
-    "pretraining_tp": 1,
     "q_lora_rank": 128,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 32,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
-        "beta_fast": 1.0,
-        "beta_slow": 1.0,
-        "factor": 32.0,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-        # K2 has it outside, and 50000. There, transformers' AutoTokenizer, which does not know K2's `model_type`, trips
-        # over the block. Texts of 20 tokens need shorter waves (in a trial, 1.70 and 1.66 nats after 200 steps).
-        "rope_theta": 300.0,
-        "type": "yarn",
-    },
-    "routed_scaling_factor": 2.827,
-    "scoring_func": "sigmoid",
-    "seq_aux": True,
-    "tie_word_embeddings": False,
-    "topk_group": 1,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.48.3",
-    "use_cache": True,
+    # K2 has rope_theta outside, and 50000. There, transformers' AutoTokenizer, which does not know K2's `model_type`,
+    # trips over the block. Texts of 20 tokens need shorter waves (in a trial, 1.70 and 1.66 nats after 200 steps).
+    "rope_scaling": _ROPE | {"rope_theta": 300.0},
     "v_head_dim": 32,
     "vocab_size": vocabulary.SIZE,
 }
