@@ -263,6 +263,19 @@ def test_sorting_tokens_changes_no_bit(
     assert torch.equal(moe_cpu.moe(x, gate, up, down, ids, weights), wanted)
 
 
+@pytest.mark.parametrize("code", range(256))
+def test_the_two_nan_codes_are_refused_and_no_other(code: int) -> None:
+    """Wherever it stands among codes of both signs, 0x7F or 0xFF is found; the largest numbers beside them are not."""
+    codes = torch.tensor([0x00, 0x7E, 0xFE, 0x80], dtype=torch.uint8).repeat(2, 3, 8)
+    codes[1, 2, 17] = code
+    scale = torch.ones(2, 1, 1)
+    if code in {0x7F, 0xFF}:
+        with pytest.raises(UsageError, match="NaN"):
+            prepare_fp8(codes.view(torch.float8_e4m3fn), scale)
+    else:
+        prepare_fp8(codes.view(torch.float8_e4m3fn), scale)
+
+
 def as_operand(codes: Tensor) -> Tensor:
     """Return codes as the operators take them."""
     return codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
