@@ -641,7 +641,7 @@ def test_folder_in_our_place(case: Case, name: str) -> None:
     (case.source / name).mkdir()
     (case.source / name / "x.txt").write_text("x")
     if name == "INCOMPLETE":
-        case.refused(CheckpointError, "still being written")
+        case.refused(CheckpointError, "not finished")
     else:
         case.convert()
         assert not (case.destination / name / "x.txt").exists()

@@ -74,7 +74,7 @@ def _open(folder: Path) -> Checkpoint:
         raise CheckpointError("not a folder", file=folder)
     if (folder / "INCOMPLETE").exists():
         raise CheckpointError(
-            "still being written, or left so by what was stopped",
+            "not finished: still being written, or its writer was stopped",
             file=folder,
             remedy="run the command that wrote it again: a conversion resumes, a save begins anew",
         )
