@@ -252,7 +252,7 @@ def _skeleton(config: DeepseekV3Config) -> K2ForCausalLM:
 
 def _own_matrices(name: str, module: nn.Module) -> Iterator[tuple[str, Matrix]]:
     """Yield a module's own weights with their names in the model, `weight` left out."""
-    if isinstance(module, SpeaksCheckpoint) and not isinstance(module, SeparateExperts):
+    if isinstance(module, SpeaksCheckpoint):
         for below, matrix in module.matrices():
             last = matrix.suffix if isinstance(matrix, Dense) and matrix.suffix != "weight" else ""
             yield joined(name, below, last), matrix

@@ -31,7 +31,7 @@ WINDOW = 2**24
 """Bytes of a tensor that is not quantised which a thread reads at once."""
 
 READERS = 8
-"""More threads than this add nothing: reading is the disk's work."""
+"""Threads at most: each may hold a window, and reading is the disk's work."""
 
 
 class _Task(NamedTuple):

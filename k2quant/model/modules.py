@@ -6,6 +6,7 @@ The tensors that `state_dict` gives are views wherever memory has the checkpoint
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, cast
 
@@ -28,12 +29,12 @@ Backend = Literal["auto", "reference"]
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-class SpeaksCheckpoint(nn.Module):
+class SpeaksCheckpoint(nn.Module, ABC):
     """A module whose state is named as a checkpoint names it."""
 
+    @abstractmethod
     def matrices(self) -> Iterator[tuple[str, Matrix]]:
         """Yield the module's weights, each with its name below the module's own."""
-        raise NotImplementedError
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:  # noqa: FBT001  torch's signature
         for name, matrix in self.matrices():
@@ -149,15 +150,15 @@ def _linear(x: Tensor, weight: Weight, backend: Backend) -> Tensor:
     return int4_linear(x, weight) if isinstance(weight, Int4Weight) else fp8_linear(x, weight)
 
 
-class Experts(SpeaksCheckpoint):
+class Experts(nn.Module, ABC):
     """What transformers' experts interface asks of a module of experts, whatever holds the weights."""
 
     config: Any
     num_experts: int
 
+    @abstractmethod
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Send x `[T, H]` through the experts ids `[T, k]`, weighted by weights `[T, k]`; returns `[T, H]`."""
-        raise NotImplementedError
 
 
 class QuantizedExperts(Quantized, Experts):
@@ -186,7 +187,7 @@ class QuantizedExperts(Quantized, Experts):
     forward = compute
 
 
-class FusedExperts(Experts, DeepseekV3Experts):
+class FusedExperts(SpeaksCheckpoint, Experts, DeepseekV3Experts):
     """All routed experts of a layer in BF16, fused as transformers has them, but named as in a checkpoint."""
 
     def matrices(self) -> Iterator[tuple[str, Matrix]]:
@@ -200,7 +201,8 @@ class FusedExperts(Experts, DeepseekV3Experts):
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See `Experts`."""
-        # On a CPU the loop over experts is ten times faster; a traced body cannot loop over what the router finds.
+        # On a CPU the loop is the faster one for small models and level for K2's (benchmarks/results/model-cpu.md), but
+        # a traced body cannot loop over what the router finds.
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return cast("Tensor", _LOOP(self, x, ids, weights))
         return grouped_mm_experts_forward(self, x, ids, weights)
@@ -222,9 +224,6 @@ class SeparateExperts(Experts):
                 shape = (config.hidden_size, config.moe_intermediate_size)
                 projections[name] = nn.Linear(*(shape if name != "down_proj" else shape[::-1]), bias=False)
             self.add_module(str(expert), projections)
-
-    _save_to_state_dict = nn.Module._save_to_state_dict  # noqa: SLF001  its children speak for themselves
-    _load_from_state_dict = nn.Module._load_from_state_dict  # noqa: SLF001
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See `Experts`."""

@@ -16,7 +16,7 @@ from k2quant.nano import tasks, vocabulary
 from k2quant.nano.scoring import Accuracy, Score, mean, score
 from k2quant.nano.tasks import Item
 
-_PROMPTS, _NEW_TOKENS = 8, 48  # decoded at once, and how far; enough for a rate that repeats within some percent
+_PROMPTS, _NEW_TOKENS = 8, 48  # decoded at once, and how far: a second or less
 
 
 class Stop(NamedTuple):
