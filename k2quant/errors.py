@@ -14,8 +14,13 @@ K2QuantError
 │   ├── DestinationInUse     another process writes there
 │   ├── DestinationForeign   the folder holds something that is not ours
 │   └── DestinationStale     ours, but of other options or another source
+├── EvaluationError      results of an evaluation that cannot be used             (exit 1)
+│   ├── MalformedResults     a results or samples file is truncated, mixed up or lies
+│   ├── Incomparable         two runs that asked different things, or are the same one
+│   └── HarnessFault         the evaluation itself broke: a server without log-probabilities, empty answers
 ├── MissingExtra         a command whose optional part is not installed           (exit 1)
 └── CheckFailed          a check said no                                          (exit 3)
+    └── Inconclusive         a gate could tell neither way                            (exit 4)
 """
 
 from __future__ import annotations
@@ -134,6 +139,22 @@ class DestinationStale(OutputError):
     """The destination is ours, but of other options or another source."""
 
 
+class EvaluationError(_Finding):
+    """The results of an evaluation cannot be used."""
+
+
+class MalformedResults(EvaluationError):
+    """A results or samples file is truncated, mixed up, or does not hold what such a file holds."""
+
+
+class Incomparable(EvaluationError):
+    """Two runs did not ask the same things, or are the same run twice."""
+
+
+class HarnessFault(EvaluationError):
+    """The evaluation itself broke, so that its numbers say nothing about the model."""
+
+
 class MissingExtra(_Finding):
     """A command needs an optional part that is not installed."""
 
@@ -142,3 +163,9 @@ class CheckFailed(_Finding):
     """A check that the user asked for said no."""
 
     exit_code: ClassVar[int] = 3
+
+
+class Inconclusive(CheckFailed):
+    """A gate could tell neither that the candidate is good enough nor that it is not."""
+
+    exit_code: ClassVar[int] = 4

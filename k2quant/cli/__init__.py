@@ -10,7 +10,7 @@ import click
 
 from k2quant.version import __version__
 
-_COMMANDS = ("convert", "inspect", "verify", "diff", "report", "generate", "tune", "demo", "nano")
+_COMMANDS = ("convert", "inspect", "verify", "diff", "report", "generate", "eval", "tune", "demo", "nano")
 
 
 class _Commands(click.Group):

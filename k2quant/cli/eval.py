@@ -1,0 +1,32 @@
+"""`k2quant eval`: a group; each of its commands has a file of its own, loaded when it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+_COMMANDS = ("run", "gate", "plan", "fidelity", "blame")
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  click's signature
+        if cmd_name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"k2quant.cli.eval_{cmd_name}").command
+        return command
+
+
+@click.command(name="eval", cls=_Commands)
+def command() -> None:
+    """Measure what quantisation did to accuracy, decide whether that is good enough, find where it comes from.
+
+    \b
+    Example:
+        k2quant eval run K2-Instruct --tasks k2-quick -o runs/base
+        k2quant eval run K2-INT4 --tasks k2-quick -o runs/int4
+        k2quant eval gate runs/base runs/int4 --margin 1pp
+    """
