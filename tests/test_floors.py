@@ -44,13 +44,16 @@ FLOORS: dict[str, int] = {
 }
 """The floor of each room, as docs/design.md has them."""
 
-FILES = sorted((ROOT / "k2quant").glob("**/*.py")) + sorted((ROOT / "kernels").glob("**/*.py"))
+LINKED = ("kernels", "qat", "calib", "eval")
+"""Rooms that stand at the root; `k2quant/` has links to them."""
+
+FILES = sorted(path for home in ("k2quant", *LINKED) for path in (ROOT / home).glob("**/*.py"))
 
 
 def room_of(path: Path) -> str:
     """Return the room that a file of the package belongs to."""
     parts = path.relative_to(ROOT).with_suffix("").parts
-    return parts[0] if parts[0] == "kernels" else parts[1]
+    return parts[0] if parts[0] in LINKED else parts[1]
 
 
 def imports_of(path: Path) -> set[str]:
@@ -89,6 +92,12 @@ def test_a_jitted_file_uses_no_other() -> None:
         assert not names & third_party(path), f"{path} imports jitted code of another file"
 
 
+def test_one_file_knows_lm_eval() -> None:
+    """lm-eval is an extra: whatever it changes, one file has to follow, and nothing else needs it."""
+    users = {path.name for path in FILES if "lm_eval" in {name.split(".")[0] for name in third_party(path)}}
+    assert users == {"harness.py"}
+
+
 def third_party(path: Path) -> set[str]:
     """Return every module name that a file imports."""
     found: set[str] = set()
@@ -101,7 +110,8 @@ def third_party(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import k2quant", "import k2quant.cli", "import k2quant.plan, k2quant.inspection"]
+    "statement",
+    ["import k2quant", "import k2quant.cli", "import k2quant.plan, k2quant.inspection", "import k2quant.eval"],
 )
 def test_import_loads_nothing_heavy(statement: str) -> None:
     """Importing the package or the command line loads no torch, no numpy and no numba."""
@@ -119,8 +129,8 @@ def test_conversion_on_the_cpu_imports_no_torch(k2_source: Path, tmp_path: Path)
 
 def test_links_lead_to_the_folders_at_the_root() -> None:
     """`k2quant/kernels` is the folder `kernels`; a checkout that made a text file of the link would ship no kernels."""
-    rooms = [name for name in ("kernels", "qat", "calib", "eval") if (ROOT / name).is_dir()]
-    assert "kernels" in rooms
+    rooms = [name for name in LINKED if (ROOT / name).is_dir()]
+    assert {"kernels", "eval"} <= set(rooms)
     for name in rooms:
         assert (ROOT / "k2quant" / name).is_symlink()
         assert (ROOT / "k2quant" / name).resolve() == ROOT / name

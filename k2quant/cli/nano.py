@@ -21,8 +21,14 @@ if TYPE_CHECKING:
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the weights and the items."
 )
+@click.option(
+    "--tasks",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write its held-out items as tasks for `k2quant eval run --include DIR`, too.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def command(folder: Path, *, steps: int | None, seed: int, as_json: bool) -> None:
+def command(folder: Path, *, steps: int | None, seed: int, tasks: Path | None, as_json: bool) -> None:
     """Train nano-K2, a K2 in everything but size, on this CPU and write it to DST as a BF16 checkpoint.
 
     It learns tasks with exact answers, so that what a conversion, calibration or training does to accuracy can be
@@ -30,16 +36,19 @@ def command(folder: Path, *, steps: int | None, seed: int, as_json: bool) -> Non
 
     \b
     Example:
-        k2quant nano nano-k2
+        k2quant nano nano-k2 --tasks nano-tasks
     """
     import gc
     import json
 
     gc.enable()  # the command line runs without; a training makes cycles at every step
+    from k2quant.nano.benchmark import write_tasks
     from k2quant.nano.run import run
 
     with training("training") as progress:
         result = run(folder, steps=steps, seed=seed, progress=progress)
+    if tasks is not None:
+        write_tasks(tasks)
     if as_json:
         click.echo(json.dumps(result.summary, indent=1))
     else:
