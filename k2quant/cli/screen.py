@@ -24,6 +24,33 @@ def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 @contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a bar with how many are done and the time left while the block runs; nothing when stderr is no terminal."""
+    with _bar(what, "MofNCompleteColumn", "TimeRemainingColumn") as update:
+        yield None if update is None else lambda done, total: update(completed=done, total=total)
+
+
+@contextlib.contextmanager
+def questions(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Show answered questions, rate and time left while the block runs; nothing when stderr is no terminal."""
+    with _bar(what, "MofNCompleteColumn", "TimeRemainingColumn") as update:
+        if update is None:
+            yield None
+            return
+        begun: list[tuple[float, int]] = []
+
+        def show(done: int, total: int) -> None:
+            now = time.perf_counter()
+            if not begun:
+                begun.append((now, done))
+            seconds = now - begun[0][0]
+            rate = (done - begun[0][1]) / seconds if seconds else 0.0
+            update(completed=done, total=total, description=f"{what}, {rate:.1f} a second")
+
+        yield show
+
+
+@contextlib.contextmanager
 def training(what: str) -> Iterator[Callable[[int, int, float], None] | None]:
     """Show steps, rate, loss and time left while the block runs; nothing when stderr is no terminal."""
     begun = time.perf_counter()

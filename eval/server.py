@@ -1,0 +1,104 @@
+"""A model behind an OpenAI-style server: where it is, and whether it can do what a task needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from k2quant.errors import EvaluationError, HarnessFault, K2QuantError
+
+_PROBE_SECONDS = 600  # a server may load its model with the first request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """Where a model is served."""
+
+    url: str
+    """Of completions, such as `http://localhost:8000/v1/completions`."""
+    model: str
+    """What the server calls the model."""
+    chat: bool
+    """Whether it is asked by messages, which its own chat template makes a prompt of."""
+    timeout: int = 3600
+    """Seconds for one answer; those of a reasoning model are long."""
+
+    @contextlib.contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Name the server in whatever lm-eval stumbles over while it talks to it.
+
+        Raises:
+            HarnessFault: the server does not answer, or not as such a server should.
+        """
+        try:
+            yield
+        except K2QuantError:
+            raise
+        except Exception as error:
+            found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            raise HarnessFault("the server gave no usable answer", file=self.url, found=found) from error
+
+    def check_writes(self) -> None:
+        """Have the server write one token, so that what is wrong with it shows before a long run.
+
+        Raises:
+            HarnessFault: it cannot.
+        """
+        prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "1"}]} if self.chat else {"prompt": "1"}
+        answer = self._post({**prompt, "max_tokens": 1})
+        with self.blamed():
+            choice = answer["choices"][0]
+            text = choice["message"].get("content", "") if self.chat else choice["text"]
+            if text is not None and not isinstance(text, str):
+                raise HarnessFault("an answer that is no text", file=self.url, found=type(text).__name__)
+
+    def check_scores(self, tokens: Sequence[int], tasks: Sequence[str]) -> None:
+        """Have the server score a text that it is given; without that, multiple choice would be scored as chance.
+
+        Args:
+            tokens: of any text, at least two.
+            tasks: that need it, for the message.
+
+        Raises:
+            HarnessFault: it does not give back the log-probabilities of a prompt.
+        """
+        request = {"prompt": list(tokens), "max_tokens": 1, "echo": True, "logprobs": 1}
+        try:
+            answer = self._post(request)
+            scores = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(tokens)]
+            complete = len(scores) == len(tokens) - 1 and all(type(score) is float for score in scores)
+            found = None if complete and any(scores) else f"log-probabilities {scores}"[:200]
+        except EvaluationError as error:
+            found = str(error)
+        except (LookupError, TypeError):
+            found = "none in its answer"
+        if found is not None:
+            raise HarnessFault(
+                f"the server does not echo log-probabilities, which {', '.join(tasks)} need",
+                file=self.url,
+                found=found,
+                remedy="leave these tasks out, or use a server that echoes them, such as vLLM",
+            )
+
+    def _post(self, request: dict[str, Any]) -> dict[str, Any]:
+        import requests
+
+        key = os.environ.get("OPENAI_API_KEY", "")
+        with self.blamed():
+            answer = requests.post(
+                self.url,
+                json={"model": self.model, "temperature": 0, "seed": 1234, **request},
+                headers={"Authorization": f"Bearer {key}"},
+                timeout=_PROBE_SECONDS,
+            )
+        if not answer.ok:
+            found = f"{answer.status_code} {' '.join(answer.text.split())[:200]}"
+            raise HarnessFault("the server refuses a request", file=self.url, found=found)
+        with self.blamed():
+            body: dict[str, Any] = answer.json()
+        if not isinstance(body, dict) or not isinstance(body.get("choices"), list) or not body["choices"]:
+            raise HarnessFault("no answer of an OpenAI-style server", file=self.url, found=str(body)[:200])
+        return body
