@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Counts = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 _SPREAD = 8.5  # standard deviations of a binomial; 2e-17 of a normal distribution lies beyond

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom, binomtest, multinomial  # type: ignore[import-untyped]  # it has no types
 
 from k2quant.errors import UsageError
-from k2quant.eval import paired
+from k2quant.eval import exact, paired
 
 MARGINS = (0.01, 0.02, 0.05)
 
@@ -98,9 +98,9 @@ class TestExact:
     def test_one_share_of_flips(self, share: float, upper: bool) -> None:  # noqa: FBT001  a parameter of the test
         """The probability at one share of flips is that of the sum over all outcomes to 1e-12."""
         n, margin = 60, 0.02
-        largest = paired._Largest(n, margin, upper=upper)  # noqa: SLF001  the sum behind the p-values
+        largest = exact.LargestChance(n, margin, upper=upper)
         seen = float(paired.score(3, 2, n, margin)) + (1e-10 if upper else -1e-10)
-        found = largest.at(paired._curve(n, margin, seen), share)  # noqa: SLF001  the same
+        found = largest.at(exact.score_curve(n, margin, seen), share)
         below = brute_force(3, 2, n, margin, bad=upper, flips=[share])
         assert found == pytest.approx(below, abs=1e-12)
 
@@ -177,7 +177,7 @@ class TestExact:
 
 def finer_grid(n: int, margin: float) -> list[float]:
     """Return shares of flips between those that the package looks at."""
-    inner = paired._grid(n, margin)  # noqa: SLF001  to lie between its points
+    inner = exact._grid(n, margin)  # noqa: SLF001  to lie between its points
     return [low + (high - low) * part for low, high in pairwise(inner) for part in (0.23, 0.5, 0.81)]
 
 
@@ -190,13 +190,13 @@ class TestLevel:
     def test_level(self, n: int, margin: float, upper: bool) -> None:  # noqa: FBT001  a parameter of the test
         """At no share of flips, between those the package looks at, is the level above alpha."""
         curve = paired.rejection(n, margin, 0.05) if upper else paired.acceptance(n, margin, 0.05)
-        largest = paired._Largest(n, margin, upper=upper)  # noqa: SLF001  the sum behind the p-values
+        largest = exact.LargestChance(n, margin, upper=upper)
         assert max(largest.at(curve, share) for share in finer_grid(n, margin)) <= 0.05 + 1e-9
 
     def test_score_test_breaks_it(self) -> None:
         """The same enumeration finds the score test's worst level, .068: it would find ours too."""
-        largest = paired._Largest(268, 0.01, upper=False)  # noqa: SLF001  the sum behind the p-values
-        assert largest.of(paired._curve(268, 0.01, 1.6448536269514722)) == pytest.approx(0.068, abs=5e-4)  # noqa: SLF001
+        largest = exact.LargestChance(268, 0.01, upper=False)
+        assert largest.of(exact.score_curve(268, 0.01, 1.6448536269514722)) == pytest.approx(0.068, abs=5e-4)
 
     @pytest.mark.parametrize(("n", "margin"), [(40, 0.05), (61, 0.05), (150, 0.02), (80, 0.1)])
     def test_acceptance_is_the_p_value(self, n: int, margin: float) -> None:
