@@ -70,6 +70,8 @@ class Fidelity:
     log_ratio: Estimate
     """ln(candidate's perplexity / baseline's), paired token by token."""
     layers: tuple[LayerFidelity, ...]
+    unread: str = ""
+    """Characters of the text that the tokenizer passes over in silence, each once."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON holds it."""
@@ -99,6 +101,10 @@ class Blame:
     text_hash: str
     damage: Estimate
     """KL divergence of the candidate from the baseline, nats a token: what is being explained."""
+    noise: Estimate
+    """The same of the baseline from itself, when its activations round otherwise: damage near it cannot be explained."""
+    changed: int
+    """Weights that are stored otherwise in the candidate; with none there is nothing to explain."""
     passes: int
     """Forward passes that it took."""
     classes: tuple[Suspect, ...]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.errors import UsageError
 from k2quant.model.activations import Activations, held
 from k2quant.model.assembly import Assembly
@@ -51,9 +51,15 @@ class LayerHooks:
         """Look at a layer, or change it, when all batches went through; True runs them through it once more."""
         return False
 
+    def ending(self, norm: nn.Module, head: nn.Module) -> None:
+        """Look at the last norm and the head when their weights have been read, which stay until all logits are taken.
+
+        A hook may have them make logits of any hidden states, `head(norm(hidden))`.
+        """
+
 
 def stream_forward(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Checkpoint,
     batches: Iterable[Batch],
     hooks: LayerHooks | None = None,
     *,
@@ -66,7 +72,7 @@ def stream_forward(
     """Run batches through a checkpoint, one decoder layer in memory at a time, and yield their logits.
 
     Args:
-        path: folder of the checkpoint, in any format.
+        path: folder of the checkpoint, in any format; or the checkpoint, opened.
         batches: what to run; all are held, as they are small.
         hooks: called at each layer.
         device: where layers compute.
@@ -92,7 +98,8 @@ def stream_forward(
         raise UsageError(f"budget: expected bytes, found {budget!r}")
     hooks = hooks or LayerHooks()
     inputs = _checked(batches)
-    assembly = assemble(open_checkpoint(Path(path)), device=execution_device(device), dtype=dtype, backend=backend)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path))
+    assembly = assemble(checkpoint, device=execution_device(device), dtype=dtype, backend=backend)
     _check_tokens(inputs, assembly.config.vocab_size)
     return _streamed(_Pass(assembly, inputs, hooks), None if folder is None else Path(folder), budget)
 
@@ -132,6 +139,7 @@ class _Pass:
         for number in range(kept.finished, len(self._layers)):
             self._layer(number, self._layers[number], kept)
         with self._loaded("model.norm", self._norm), self._loaded("lm_head", self._head):
+            self._hooks.ending(self._norm, self._head)
             for number in range(len(self._inputs)):
                 yield self._head(self._norm(self._get(kept, kept.finished, number)))
         kept.clear()
