@@ -27,7 +27,7 @@ _SETTINGS_LIMIT = 2**20  # bytes of generation_config.json
 
 
 def load_model(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Checkpoint,
     *,
     device: str | torch.device | Mapping[str, str | int] = "cpu",
     dtype: torch.dtype | str = torch.bfloat16,
@@ -41,7 +41,7 @@ def load_model(
     language model is loaded. No code of the checkpoint is run.
 
     Args:
-        path: folder of the checkpoint.
+        path: folder of the checkpoint; or the checkpoint, opened.
         device: one device; `auto` to spread the model over the GPUs, then the CPU, then the disk; or a map from names
             of modules to devices, `cpu` or `disk`, as accelerate has them. What lies on the CPU or the disk beside a
             GPU is brought there when its turn comes; the disk is the checkpoint itself, nothing is copied.
@@ -59,7 +59,7 @@ def load_model(
             names and shapes can tell is checked before weights are read.
         UsageError: an option makes no sense.
     """
-    checkpoint = open_checkpoint(Path(path))
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path))
     assembly = assemble(checkpoint, device=execution_device(device), dtype=dtype, backend=backend)
     mapping = spread(assembly, device, max_memory)
     fill(assembly, resident(assembly, mapping), progress=progress)
