@@ -23,13 +23,27 @@ _PEAKS = 4  # highest points of the grid that are closed in on
 _HALVINGS = 14  # of the grid's step around each of them
 
 
-def score_curve(n: int, margin: float, threshold: float, within: tuple[Counts, Counts] | None = None) -> Counts:
+def score_curve(
+    n: int,
+    margin: float,
+    threshold: float,
+    *,
+    within: tuple[Counts, Counts] | None = None,
+    flips: Counts | None = None,
+) -> Counts:
     """Return for each number of flips the most losses whose Z reaches the threshold; -1 where none does.
 
     Z falls with each loss and rises with each gain, so the curve rises by 0 or 1 from one number of flips to the next.
+
+    Args:
+        n: items.
+        margin: the drop in question.
+        threshold: of Z.
+        within: curves that lie on or below and on or above the one wanted; None where nothing is known.
+        flips: the numbers of flips; None for 0 to n.
     """
-    flips = np.arange(n + 1)
-    low, high = within or (np.full(n + 1, -1), flips)
+    flips = np.arange(n + 1) if flips is None else flips
+    low, high = within or (np.full(len(flips), -1), flips)
     while (low < high).any():
         middle = (low + high + 1) // 2
         reached = score(middle, flips - middle, n, margin) >= threshold
@@ -45,11 +59,23 @@ def chance(curve: Counts, n: int, flips: float, losses: float, *, upper: bool = 
     probability times a factor.
     """
     low, high = window(n, flips)
-    k, most = np.arange(low, high + 1, dtype=np.float64), curve[low : high + 1].astype(np.float64)
+    return _chance(curve[low : high + 1], low, n, flips, losses, upper=upper)
+
+
+def score_chance(threshold: float, n: int, margin: float, flips: float, losses: float) -> float:
+    """Return the probability that Z reaches the threshold; cheap for any n."""
+    low, high = window(n, flips)
+    curve = score_curve(n, margin, threshold, flips=np.arange(low, high + 1))
+    return _chance(curve, low, n, flips, losses, upper=False)
+
+
+def _chance(curve: Counts, low: int, n: int, flips: float, losses: float, *, upper: bool) -> float:
+    """Sum over as many numbers of flips as the curve has, from `low` on."""
+    k, most = np.arange(low, low + len(curve), dtype=np.float64), curve.astype(np.float64)
     before, now, rise = k[:-1], most[:-1], np.diff(most)
     factor = losses * (rise * (before + 1) / np.maximum(now + 1, 1) - 1)
     change = np.where(now >= 0, factor * probability(now, before, losses), rise * (1 - losses) ** (before + 1))
-    start = beyond(int(curve[low]), low, losses, upper=upper)
+    start = beyond(int(curve[0]), low, losses, upper=upper)
     share = start + np.concatenate(([0.0], np.cumsum(-change if upper else change)))
     return float(np.clip(share, 0, 1) @ probability(k, n, flips))
 
@@ -143,7 +169,7 @@ class _Critical:
 
     def _curve(self, bound: float, *within: Counts) -> Counts:
         around = (np.minimum(*within), np.maximum(*within)) if within else None
-        return score_curve(self.largest.n, self.largest.margin, self.sign * bound, around)
+        return score_curve(self.largest.n, self.largest.margin, self.sign * bound, within=around)
 
     def tighten(self, flips: float) -> None:
         """Raise the bound just so far that alpha holds at this share of flips too."""
