@@ -23,6 +23,7 @@ VARIABLES = (
     *("ink", "muted", "line", "on"),
     *(f"class-{number}" for number in range(len(TENSOR_CLASSES))),
     *(f"part-{number}" for number in range(len(PARTS))),
+    *("good", "bad", "unsure", "base", "candidate"),
 )
 """CSS variables of the pictures. Number n is drawn in colour #0000nn, counted from 1, and renamed in the SVG."""
 
@@ -74,11 +75,14 @@ def legend(entries: Iterable[tuple[str, str, str]]) -> str:
 
 def _svg(draw: Draw, canvas: Canvas, height: int, label: str) -> str:
     """Draw for one size of screen."""
+    import warnings
+
     from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with style.context(["default", _style(canvas, label)]):  # not as the user has set up matplotlib
+    with style.context(["default", _style(canvas, label)]), warnings.catch_warnings():  # not as the user's matplotlib
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text: the reader's fonts draw it
         picture = Figure(figsize=(canvas.width / 72, height / 72), layout="constrained", facecolor="none")
         FigureCanvasSVG(picture)
         draw(picture.add_subplot(facecolor="none"), canvas)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from k2quant.policy import DEFAULT_SCOPE
 from k2quant.report.content import NARROWED, Report, Sum, Way
+from k2quant.report.document import document
 from k2quant.report.pictures import by_class, by_format, by_layer
-from k2quant.report.style import style_sheet
 from k2quant.report.words import DASH, amount, code, count, decibels, formats, outcome, share, table, tensors, text
 from k2quant.units import duration, size
 
@@ -27,15 +27,8 @@ def page(report: Report, folder: str) -> str:
         folder: name of the folder that holds the conversion.
     """
     title = f"{text(report.source_name)} as {report.to}"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        # Names come from strangers: should one ever slip through the escaping, it still may not load or run anything.
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{title} - k2quant report</title>\n<style>{style_sheet()}</style>\n</head>\n<body>\n"
-        f"{_header(report, folder, title)}\n<main>\n{''.join(_sections(report, folder))}</main>\n</body>\n</html>\n"
-    )
+    body = f"{_header(report, folder, title)}\n<main>\n{''.join(_sections(report, folder))}</main>\n"
+    return document(f"{title} - k2quant report", body)
 
 
 def _header(report: Report, folder: str, title: str) -> str:

@@ -14,6 +14,12 @@ _LIGHT = {
     "accent-back": "#eaecfb",
     "good": "#176b3c",
     "good-back": "#e3f3e8",
+    "bad": "#b3261e",
+    "bad-back": "#fbe8e6",
+    "unsure": "#8a5a00",
+    "unsure-back": "#fcf0d4",
+    "base": "#5b6b7c",
+    "candidate": "#4456c7",
 }
 _DARK = {
     "page": "#14171b",
@@ -27,6 +33,12 @@ _DARK = {
     "accent-back": "#272d4d",
     "good": "#7fd6a0",
     "good-back": "#17301f",
+    "bad": "#ff8f84",
+    "bad-back": "#431d1a",
+    "unsure": "#f0b955",
+    "unsure-back": "#3a2d10",
+    "base": "#9fb0c3",
+    "candidate": "#8c9bff",
 }
 
 # At least 3:1 against the card, so that lines are seen; the order is that of TENSOR_CLASSES and of PARTS.

@@ -14,10 +14,16 @@ _NAME_SHOWN = 200  # characters of a name; K2's longest has 63
 DASH = "&ndash;"
 
 
-def text(value: object) -> str:
-    """Return a value as HTML text; what does not print, or would turn the text around, becomes a replacement mark."""
-    plain = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(value))
-    return html.escape(plain if len(plain) <= _NAME_SHOWN else f"{plain[: _NAME_SHOWN - 3]}...")
+def plain(value: object, limit: int = _NAME_SHOWN) -> str:
+    """Return a value as one line; what does not print, or would turn the text around, becomes a replacement mark."""
+    letters = str(value)
+    cut = letters if len(letters) <= limit else f"{letters[: limit - 3]}..."
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in cut)
+
+
+def text(value: object, limit: int = _NAME_SHOWN) -> str:
+    """Return a value as one line of HTML text of at most so many letters, as `plain` makes it."""
+    return html.escape(plain(value, limit))
 
 
 def code(value: object) -> str:

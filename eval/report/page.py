@@ -1,0 +1,224 @@
+"""The verdict as one HTML page: no scripts, no network, pictures as inline SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from k2quant.eval.drift import Blame, Fidelity
+from k2quant.eval.report.drift_pictures import blame_facts, blame_pictures, drift_pictures, fidelity_facts
+from k2quant.eval.report.flips import flips
+from k2quant.eval.report.pictures import accuracies, drops, power_curve
+from k2quant.eval.report.wording import (
+    TOOL,
+    chance,
+    confidence,
+    headline,
+    interval,
+    margin,
+    needed,
+    outcome,
+    percent,
+    points,
+    rows,
+    short,
+    signed,
+    title,
+)
+from k2quant.eval.verdict import Comparison, Side, Verdict
+from k2quant.report.document import document
+from k2quant.report.words import DASH, code, table, text
+from k2quant.version import __version__
+
+_SENTENCE = 1000  # letters of a reason or a warning
+_WARNINGS, _TASKS = 50, 1000
+_KINDS = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
+
+_CSS = """\
+.verdict{border:0;padding:26px 30px;margin:16px 0 20px}
+.verdict h1{font-size:clamp(2rem,1.4rem + 2.6vw,3rem)}
+.verdict p{color:var(--ink);margin:10px 0 0;max-width:60em;font-size:1.1rem;overflow-wrap:anywhere}
+.verdict.good{color:var(--good);background:var(--good-back)}
+.verdict.bad{color:var(--bad);background:var(--bad-back)}
+.verdict.unsure{color:var(--unsure);background:var(--unsure-back)}
+.verdict.noise{color:var(--accent);background:var(--accent-back)}
+.badge.bad{color:var(--bad);background:var(--bad-back)}
+.badge.unsure{color:var(--unsure);background:var(--unsure-back)}
+.part{margin:44px 0 0}
+.part h2{font-size:1.6rem}
+.part+.tiles{margin-top:12px}
+.warnings{border-left:5px solid var(--unsure)}
+.warnings ul{margin:8px 0 0;padding-left:20px;overflow-wrap:anywhere}
+.tiles li:first-child{flex:1.3 0 210px}
+.prose :is(th,td){text-align:left;white-space:normal}
+.flips{table-layout:fixed;margin-top:8px}
+.flips :is(th,td){text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}
+.flips :is(th,td):first-child{width:15%;white-space:normal}
+.flips :is(th,td):nth-child(2){width:37%}
+.flips i{color:var(--muted)}
+@media (max-width:860px){
+.flips,.flips tbody,.flips tr,.flips :is(th,td){display:block;width:auto!important;padding:2px 0;border:0}
+.flips thead{display:none}
+.flips tr{border-bottom:1px solid var(--line);padding:12px 0}
+.flips td::before{content:attr(data-head);display:block;color:var(--muted);font-size:.85rem}
+}
+"""
+
+
+def page(verdict: Verdict, fidelity: Fidelity | None, blame: Blame | None) -> str:
+    """Return the page: verdict, numbers, pictures, flips, what else was measured, who is who."""
+    models = f"{text(verdict.candidate.model)} against {text(verdict.base.model)}"
+    sections = "\n".join(section for section in _sections(verdict, fidelity, blame) if section)
+    return document(
+        f"{headline(verdict)} - {models} - k2quant",
+        f"{_header(verdict)}\n<main>\n{sections}\n</main>\n",
+        css=_CSS,
+        head=f'<meta name="generator" content="{TOOL}">\n',
+    )
+
+
+def _header(verdict: Verdict) -> str:
+    kind = "noise" if verdict.same_model else _KINDS[verdict.decision]
+    reason = f"{verdict.reason[:1].upper()}{verdict.reason[1:]}"
+    return (
+        f"<header><p class=eyebrow>k2quant accuracy gate</p><p class=meta>{code(verdict.candidate.model)} against "
+        f"{code(verdict.base.model)}</p><div class='card verdict {kind}'><h1>{headline(verdict)}</h1>"
+        f"<p>{text(reason, _SENTENCE)}</p></div></header>"
+    )
+
+
+def _sections(verdict: Verdict, fidelity: Fidelity | None, blame: Blame | None) -> Iterator[str]:
+    yield _warnings(verdict)
+    yield _tiled(_tiles(verdict))
+    yield drops(verdict)
+    yield accuracies(verdict)
+    yield _tasks(verdict)
+    yield power_curve(verdict)
+    if fidelity is not None:
+        yield _fidelity_note(fidelity)
+        yield _tiled(fidelity_facts(fidelity))
+        yield from drift_pictures(fidelity)
+    if blame is not None:
+        yield _section(
+            "Blame", f"Where the damage on {code(blame.text)} comes from: what goes when tensors are put back."
+        )
+        yield _tiled(blame_facts(blame))
+        yield from blame_pictures(blame)
+    yield flips(verdict)
+    yield _who(verdict)
+
+
+def _fidelity_note(fidelity: Fidelity) -> str:
+    unread = ""
+    if fidelity.unread:
+        unread = f" Characters that the tokenizer passes over: {code(fidelity.unread)}."
+    return _section(
+        "Fidelity",
+        f"On {code(fidelity.text)}: {fidelity.tokens:,} tokens in {fidelity.chunks:,} chunks, which the errors "
+        f"count as independent. It tells that something changed and where, not whether accuracy did.{unread}",
+    )
+
+
+def _section(name: str, note: str) -> str:
+    """Return the heading of a part of the page."""
+    return f"<section class=part><h2>{name}</h2><p class=note>{note}</p></section>"
+
+
+def _warnings(verdict: Verdict) -> str:
+    if not verdict.warnings:
+        return ""
+    listed = "".join(f"<li>{text(warning, _SENTENCE)}</li>" for warning in verdict.warnings[:_WARNINGS])
+    more = len(verdict.warnings) - _WARNINGS
+    rest = f"<li>and {more:,} more</li>" if more > 0 else ""
+    return f"<section class='card warnings'><h2>Warnings</h2><ul>{listed}{rest}</ul></section>"
+
+
+def _tiles(verdict: Verdict) -> Iterator[tuple[str, str, str]]:
+    """Yield label, value and note of each tile, as HTML."""
+    pooled, policy = verdict.pooled, verdict.policy
+    yield (
+        "Drop in accuracy",
+        _minus(points(pooled.drop)),
+        _minus(f"{interval(*pooled.interval)}, {confidence(policy)} interval"),
+    )
+    yield "Margin", margin(pooled.margin), f"largest drop that is good enough; alpha {100 * policy.alpha:g}%"
+    accuracy = f"accuracy {percent(pooled.base_accuracy)} &rarr; {percent(pooled.candidate_accuracy)}"
+    yield (
+        "Items",
+        f"{pooled.n:,}",
+        f"in {len(verdict.tasks):,} task{'' if len(verdict.tasks) == 1 else 's'}; {accuracy}",
+    )
+    flipped = f"{pooled.lost:,} lost, {pooled.gained:,} gained"
+    yield "Flips", percent(pooled.flips), f"{flipped}; McNemar p {chance(pooled.p_worse)}"
+    yield "Power", f"{pooled.power:.0%}", f"chance of PASS if nothing was lost; {needed(pooled, policy)}"
+
+
+def _tiled(tiles: Iterator[tuple[str, str, str]]) -> str:
+    listed = "".join(
+        f"<li><span>{label}</span><strong>{value}</strong><small>{note}</small></li>" for label, value, note in tiles
+    )
+    return f"<ul class=tiles>{listed}</ul>"
+
+
+def _minus(words: str) -> str:
+    return words.replace("-", "&minus;")
+
+
+def _tasks(verdict: Verdict) -> str:
+    heads = [
+        *("task", "verdict", "n", "baseline", "candidate", "drop [interval], pp", "lost / gained"),
+        *("margin", "p good", "p bad", "p worse", "power", "needed"),
+    ]
+    found = rows(verdict)[: _TASKS + 1]
+    left_out = len(verdict.tasks) + 1 - len(found)
+    more = (
+        f"<p class=note>{left_out:,} tasks are left out here; <code>gate.json</code> has all.</p>" if left_out else ""
+    )
+    return (
+        "<section class=card><h2>Every task</h2><p class=note>p good is small where the drop is shown to be below the "
+        "margin, p bad where it is shown to be above it (of tasks adjusted by Holm, since one of many may look bad by "
+        "chance). p worse is McNemar's: it finds damage of any size, and no verdict rests on it.</p>"
+        f"{table(heads, [_cells(row, verdict) for row in found], css='words', label='every task')}{more}</section>"
+    )
+
+
+def _cells(row: Comparison, verdict: Verdict) -> list[str]:
+    said = outcome(verdict, row)
+    return [
+        f"<b>{title(row, verdict)}</b>" if row is verdict.pooled else code(row.name),
+        f"<span class='badge {_KINDS[row.decision]}'>{said}</span>" if said else "none",
+        f"{row.n:,}",
+        percent(row.base_accuracy),
+        percent(row.candidate_accuracy),
+        _minus(f"{signed(row.drop)} {interval(*row.interval)}"),
+        f"{row.lost:,} / {row.gained:,}",
+        margin(row.margin),
+        *(text(chance(p)) for p in (row.p_good, row.p_bad, row.p_worse)),
+        f"{row.power:.0%}",
+        DASH if row.needed is None else f"{row.needed:,}",
+    ]
+
+
+def _who(verdict: Verdict) -> str:
+    policy = verdict.policy
+    own = [f"{code(name)} {margin(share)}" for name, share in list(policy.tasks.items())[:_TASKS] if share is not None]
+    facts = [
+        ("baseline", _side(verdict.base)),
+        ("candidate", _side(verdict.candidate)),
+        ("margin", f"{margin(policy.margin)} over all items{''.join(f', {task}' for task in own)}"),
+        ("alpha", f"{policy.alpha:g} for each kind of mistake"),
+        ("power wanted", f"{policy.power:.0%}"),
+        ("tasks", ", ".join(map(code, list(policy.tasks)[:_TASKS])) or "all that the runs hold"),
+        ("k2quant", __version__),
+    ]
+    listed = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts)
+    return (
+        f"<section class=card><h2>Who is who, and by which rules</h2><dl>{listed}</dl>"
+        "<p class=note>All numbers and all flips stand in <code>gate.json</code>.</p></section>"
+    )
+
+
+def _side(side: Side) -> str:
+    return (
+        f"{code(side.model)}, model {text(short(side.model_hash))}, tokenizer {text(short(side.tokenizer_hash))}, "
+        f"run in {code(side.folder)}"
+    )
