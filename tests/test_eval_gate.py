@@ -115,11 +115,15 @@ def decide(tmp_path: Path) -> Decide:
     """Return what writes two runs of tasks and gates them."""
 
     def decided(
-        tasks: Mapping[str, tuple[Rows, Rows]], *, same_model: bool = False, models: str = "ab", **rules: Any
+        tasks: Mapping[str, tuple[Rows, Rows]],
+        *,
+        models: str = "ab",
+        same_model: bool = False,
+        margins: Mapping[str, float | None] | None = None,
     ) -> Verdict:
         sides = [{name: pair[side] for name, pair in tasks.items()} for side in (0, 1)]
         runs = [write_ours(tmp_path / f"run{n}", side, model=models[n]) for n, side in enumerate(sides)]
-        return gate(*runs, policy=Policy(**rules), same_model=same_model)
+        return gate(*runs, policy=Policy(tasks=margins or {}), same_model=same_model)
 
     return decided
 
@@ -186,7 +190,7 @@ class TestDecisions:
         """8 of 100 lost is more than 1 pp and not more than 20."""
         tasks = {"t": answers(92, lost=8), "u": answers(9_000)}
         assert decide(tasks).decision == "FAIL"
-        assert decide(tasks, tasks={"t": 0.2, "u": None}).decision == "PASS"
+        assert decide(tasks, margins={"t": 0.2, "u": None}).decision == "PASS"
 
     def test_multiple_choice_is_read_from_log_probabilities(self, decide: Decide) -> None:
         """Answers are the likeliest choices, chance is one in four."""
@@ -404,7 +408,7 @@ class TestReading:
         ("change", "message"),
         [
             (lambda text: text[:-20], "cut off"),
-            (lambda text: text[: len(text) // 2] + text[len(text) // 2 + 9 :], "line 3"),
+            (lambda text: text.replace('"doc_id": 2, "doc"', '"doc_id": 2 "doc"'), "line 3"),
             (lambda text: text.replace('"exact_match": 1.0', '"exact_match": NaN', 1), "NaN"),
             (lambda text: text.replace('"exact_match": 1.0', '"exact_match": 0.5', 1), "0 or 1"),
             (lambda text: text.replace('"exact_match": 1.0', '"exact_match": "1"', 1), "0 or 1"),
