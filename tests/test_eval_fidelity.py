@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.cli import main
 from k2quant.errors import CheckpointError, HarnessFault, Incomparable, MalformedFile, OutputError, UsageError
-from k2quant.eval import fidelity
+from k2quant.eval import fidelity, layerwise
 from k2quant.eval.drift import Fidelity
 from k2quant.eval.fidelity import measure_fidelity
 from k2quant.eval.identity import tokenizer_hash
@@ -247,41 +248,53 @@ class _Characters:
 def test_files_in_place_of_memory_change_nothing(
     bf16: Path, int4: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With no memory for hidden states at all they go to files, which are gone in the end."""
+    """With no memory for hidden states they go to files, one more with each layer; each goes when it was compared."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     wanted = measure_fidelity(bf16, int4, text=text, **OPTIONS)
-    written: list[str] = []
-    replace = Path.rename
-
-    def rename(self: Path, target: Path) -> Path:
-        written.append(Path(target).name)
-        return replace(self, target)
-
+    files: list[int] = []
     monkeypatch.setattr(fidelity, "_BUDGET", 0)
-    monkeypatch.setattr(Path, "rename", rename)
-    assert measure_fidelity(bf16, int4, text=text, **OPTIONS) == wanted
-    assert written == [f"{layer:04}-000000.bin" for layer in range(len(wanted.layers))]
+    found = measure_fidelity(
+        bf16, int4, text=text, progress=lambda *_: files.append(len(list(tmp_path.glob("*/*.bin")))), **OPTIONS
+    )
+    assert found == wanted
+    layers = len(wanted.layers)
+    assert files == [*range(layers + 1), *range(layers - 1, -1, -1)]
     assert not list(tmp_path.iterdir())
 
 
 def test_no_batch_of_logits_outlives_its_comparison(
     bf16: Path, int4: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When a batch is compared, those before it are gone, of both models."""
+    """When a model is asked for logits, no more than one batch of each is there: torch.no_grad holds on to the last."""
     monkeypatch.setattr("k2quant.eval.texts._AT_ONCE", 61)
     seen: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
-    add = fidelity._Predictions.add  # noqa: SLF001  no other place sees the logits
+    stream = fidelity.stream_forward
 
-    def watched(self: Any, ids: Tensor, base: Tensor, candidate: Tensor) -> None:
-        alive.append(sum(one() is not None for one in seen))
-        seen.extend([weakref.ref(base), weakref.ref(candidate)])
-        add(self, ids, base, candidate)
+    def watched(*args: Any, **options: Any) -> Iterator[Tensor]:
+        run = stream(*args, **options)
 
-    monkeypatch.setattr(fidelity._Predictions, "add", watched)  # noqa: SLF001  as above
-    found = measure_fidelity(bf16, int4, text=text, context=61, tokens=300)
-    assert found.chunks == 5
-    assert alive == [0] * 5
+        def following() -> Tensor:
+            logits = next(run)
+            seen.append(weakref.ref(logits))
+            return logits
+
+        while True:
+            alive.append(sum(one() is not None for one in seen))
+            yield following()
+
+    monkeypatch.setattr(fidelity, "stream_forward", watched)
+    assert measure_fidelity(bf16, int4, text=text, context=61, tokens=300).chunks == 5
+    assert len(alive) == 10
+    assert max(alive) == 2
+
+
+def test_equal_vectors_have_a_cosine_of_exactly_one() -> None:
+    """Whatever their length: no rounding of roots shows; nothing against nothing is no difference either."""
+    for hidden in [*torch.randn(300, 1, 1, 16), torch.zeros(1, 1, 16)]:
+        sums = layerwise._Sums()  # noqa: SLF001  sums over many tokens would hide it
+        sums.add(hidden, hidden)
+        assert sums.hidden() == (0, 1)
 
 
 def test_batches_make_no_difference_to_what_is_compared(
