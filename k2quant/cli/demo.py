@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from k2quant.cli.screen import training
+from k2quant.cli.screen import questions, training
 
 
 @click.command(name="demo")
@@ -19,8 +19,9 @@ from k2quant.cli.screen import training
 def command(folder: Path, *, steps: int | None) -> None:
     """Write a small checkpoint in K2's layout to FOLDER, convert it through every format and check each step.
 
-    Then train nano-K2, a K2 in everything but size, convert it to FP8 and INT4, run it in all three formats and say
-    what each costs. Exits 3 when a step is not what it promises to be.
+    Then train nano-K2, a K2 in everything but size, convert it to FP8 and INT4, run it in all three formats, say what
+    each costs, and have the gate judge INT4 by what lm-eval makes of its answers. Exits 3 when a step is not what it
+    promises to be.
 
     \b
     Example:
@@ -31,6 +32,7 @@ def command(folder: Path, *, steps: int | None) -> None:
     run(folder)
     if steps != 0:
         _nano(folder / "nano", steps)
+        _gate(folder)
 
 
 def _nano(folder: Path, steps: int | None) -> None:
@@ -60,3 +62,43 @@ def _table(folder: Path) -> None:
             f"{stop.format:<5}{size(stop.nbytes):>9}{stop.accuracy.share:>8.1%}{f'{low:.1%}-{high:.1%}':>14}"
             f"{stop.score.loss[0]:>12.4f}{more:>19}{stop.tokens_per_second:>10.0f}"
         )
+
+
+def _gate(folder: Path) -> None:
+    """Have lm-eval ask nano-K2 as trained and as INT4, and the gate say whether INT4 is good enough."""
+    from k2quant.cli.eval_gate import show
+    from k2quant.errors import Incomparable, MissingExtra
+    from k2quant.eval.fidelity import measure_fidelity
+    from k2quant.eval.gating import gate
+    from k2quant.eval.report import write_reports
+    from k2quant.nano.benchmark import GROUP, TEXT, write_tasks
+
+    click.echo("\nIs INT4 good enough? lm-eval asks both, k2quant's gate decides:")
+    names = ("nano", "nano-int4")
+    try:
+        write_tasks(folder / "tasks", _ITEMS)
+        runs = [_evaluated(folder, name, GROUP) for name in names]
+        verdict = gate(*runs)
+    except (MissingExtra, Incomparable) as error:  # no lm-eval, or a nano-K2 of a few steps, which has nothing right
+        click.echo(f"no verdict: {error}")
+        return
+    drift = measure_fidelity(*(folder / name for name in names), text=folder / "tasks" / TEXT, context=128)
+    page = write_reports(verdict, folder / "gate", fidelity=drift).html
+    show(verdict)
+    click.echo(f"\nThe report, with pictures: {page}")
+
+
+_ITEMS = 100  # of each of six families and three levels
+
+
+def _evaluated(folder: Path, name: str, task: str) -> Path:
+    import shutil
+
+    from k2quant.eval.running import Request, run
+
+    place = folder / "runs" / name
+    shutil.rmtree(place, ignore_errors=True)  # of an earlier demo, whose nano-K2 was another
+    request = Request(model=str(folder / name), tasks=(task,), include=(folder / "tasks",), batch_size=64)
+    with questions(f"asking {name}") as progress:
+        run(request, place, progress=progress)
+    return place

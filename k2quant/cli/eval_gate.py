@@ -76,7 +76,7 @@ def command(
     if as_json:
         click.echo(json.dumps(verdict.as_dict(), indent=1))
     else:
-        _show(verdict)
+        show(verdict)
     if output is not None:
         remark(f"report: {page}")
     _end(verdict)
@@ -94,7 +94,8 @@ def _policy(file: Path | None, margin: str | None, alpha: str | None, tasks: str
     return Policy(**given, tasks=dict.fromkeys(filter(None, names)))
 
 
-def _show(verdict: Verdict) -> None:
+def show(verdict: Verdict) -> None:
+    """Print a verdict for people: a table, the first flips, the reason."""
     click.echo(f"baseline   {verdict.base.model} ({verdict.base.folder})")
     click.echo(f"candidate  {verdict.candidate.model} ({verdict.candidate.folder})\n")
     heads = ("items", "baseline", "candidate", "drop", "interval", "lost", "gained", "verdict")

@@ -24,12 +24,17 @@ GROUP = "nano"
 CHOICE = "nano_choice"
 """The multiple choice over all families; it is no part of the group."""
 
+TEXT = "nano.txt"
+"""All items as one text, in a random order."""
+
 _CHOICES = 4
 _LONGEST = 24  # tokens; the longest right answer has 13 and the stop token
 
 
 def write_tasks(folder: Path, count: int = 60, *, seed: int = 0) -> None:
-    """Write `nano_reverse` and its five sisters, the group `nano` of them, and `nano_choice`.
+    """Write `nano_reverse` and its five sisters, the group `nano` of them, `nano_choice`, and `nano.txt`.
+
+    The text has a question with its answer on each line, for `k2quant eval fidelity` and `blame`.
 
     Args:
         folder: where; it is made if need be, and files of the same names are replaced.
@@ -50,6 +55,9 @@ def write_tasks(folder: Path, count: int = 60, *, seed: int = 0) -> None:
         _write_task(folder, f"nano_{family}", _written_answers())
     _write_rows(folder / f"{CHOICE}.jsonl", (_with_choices(item) for items in drawn.values() for item in items))
     _write_task(folder, CHOICE, _multiple_choice())
+    items = [item for family in drawn.values() for item in family]
+    Random(seed).shuffle(items)  # noqa: S311 - items, no secrets
+    write_whole(folder / TEXT, "".join(f"{item.question}{item.answer}\n" for item in items).encode())
     group = {
         "group": GROUP,
         "task": [f"nano_{family}" for family in tasks.FAMILIES],
