@@ -231,6 +231,7 @@ def test_an_aa_run_has_no_verdict(tmp_path: Path) -> None:
     reports, page = written(tmp_path, noise)
     assert "<h1>NOISE FLOOR, no verdict</h1>" in page.html
     assert "NOISE FLOOR, no verdict" in reports.markdown.read_text()
+    assert "good enough, all of it right" not in page.text
     for content in (page.text, reports.markdown.read_text()):
         assert "INCONCLUSIVE" not in content
         assert "PASS |" not in content

@@ -45,12 +45,20 @@ def drops(verdict: Verdict) -> str:
     own = "the margin" if one_margin else "each row's margin"
     return figure(
         "Drop in accuracy, with its interval",
-        f"Right is worse. A line is a {confidence(verdict.policy)} interval: all of it left of the margin is good "
-        "enough, all of it right of the margin is not. Colours are by the exact test, which the verdict rests on."
-        f"{left_out}",
+        f"Right is worse. A line is a {confidence(verdict.policy)} interval{_reading(verdict)}{left_out}",
         draw,
         heights(len(shown)),
         legend=legend([*marks, ("\u25c6", "muted", "all together"), ("\u2506", "bad", own)]),
+    )
+
+
+def _reading(verdict: Verdict) -> str:
+    """Say how to read an interval beside its margin."""
+    if verdict.same_model:
+        return " of what differs between two runs of one model."
+    return (
+        ": all of it left of the margin is good enough, all of it right of the margin is not. "
+        "Colours are by the exact test, which the verdict rests on."
     )
 
 
