@@ -7,12 +7,15 @@ ended at the limit are counted.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import difflib
+import functools
 import logging
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import lm_eval
@@ -29,7 +32,6 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, sanitize_list
-from tqdm import tqdm
 
 from k2quant.errors import EvaluationError, K2QuantError, UsageError
 from k2quant.eval.localdata import find_files, loader, local_files
@@ -63,23 +65,31 @@ class Tasks(NamedTuple):
         """Return the documents of a task that are asked, in order."""
         return [doc for _, doc in self.by_name[name].doc_iterator(limit=self.limit)]
 
+    def examples(self, name: str) -> list[Any]:
+        """Return the documents that a task draws its shots from."""
+        return list(self.by_name[name].fewshot_docs() or [])
+
     def config(self, name: str) -> dict[str, Any]:
         """Return a task's settings as lm-eval dumps them."""
         return dict(self.by_name[name].dump_config())
 
 
 def quiet() -> None:
-    """Keep log lines and progress bars of lm-eval and `datasets` off the screen; errors stay."""
-    import datasets
-
+    """Keep log lines and progress bars of lm-eval and `datasets` off the screen; what breaks is raised."""
     for name in ("lm_eval", "datasets", "evaluate", "httpx", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
+    logging.getLogger(lm_eval.models.api_models.__name__).setLevel(logging.CRITICAL)  # a line for every retry
+    lm_eval.api.task.datasets.disable_progress_bars()
     for module in (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface, lm_eval.models.api_models):
         module.tqdm = _NoBar  # lm-eval has no switch for them
+    lm_eval.models.api_models.tqdm_asyncio = SimpleNamespace(gather=_gather)
 
 
-class _NoBar(tqdm):  # type: ignore[type-arg]
+async def _gather(*tasks: Any, **_: Any) -> list[Any]:
+    return await asyncio.gather(*tasks)
+
+
+class _NoBar(lm_eval.api.task.tqdm):  # type: ignore[misc]  # lm-eval has no types
     """A progress bar that is not shown."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -111,26 +121,39 @@ def load_tasks(
     """
     manager = _manager(names, include)
     wanted = _known(manager, names)
+    asked = {entry.name: entry for name in wanted for entry in _leaves(manager, name)}
+    for entry in asked.values():
+        _take_local_yaml(manager, entry)
     for name, place in (data or {}).items():
-        _known(manager, [name])
-        for entry in _leaves(manager, name):
+        meant = [entry for known in _known(manager, [name]) for entry in _leaves(manager, known) if entry.name in asked]
+        if not meant:
+            raise UsageError(f"data for {name!r}, which is not among the tasks")
+        for entry in meant:
             _take_data(manager, entry, place)
-    _take_local_yaml(manager, wanted)
     loaded = _load(manager, wanted)
     for task in loaded["tasks"].values():
         _settle(task, shots, new_tokens)
     return Tasks(loaded, limit)
 
 
+@functools.cache
+def own_tasks() -> Any:
+    """Return the manager of lm-eval's own tasks; to read its 10,000 files takes seconds, so once in a process."""
+    return TaskManager()
+
+
 def _manager(names: Sequence[str], include: Sequence[Path]) -> Any:
-    """Return the manager of the task YAML; of lm-eval's own 10,000 files only where one of them is asked for."""
+    """Return a manager of task YAML that is free to be changed; lm-eval's own files are read only if they must."""
     for folder in include:
         if not folder.is_dir():
             raise UsageError(f"{folder}: no such folder of task YAML")
-    own = TaskManager(include_path=[str(folder) for folder in include], include_defaults=False)
-    if include and all(name in own.task_index for name in names):
-        return own
-    return TaskManager(include_path=[str(folder) for folder in include])
+    given = TaskManager(include_path=[str(folder) for folder in include], include_defaults=False)
+    if include and all(name in given.task_index for name in names):
+        return given
+    manager = copy.copy(own_tasks())
+    manager._index = {**manager.task_index, **given.task_index}  # noqa: SLF001  as its constructor does
+    manager._all_tasks = sorted(manager.task_index)  # noqa: SLF001  the same
+    return manager
 
 
 def _known(manager: Any, names: Sequence[str]) -> list[str]:
@@ -171,12 +194,11 @@ def _take_data(manager: Any, entry: Entry, place: Path) -> None:
     _replace(manager, entry, config, loader(find_files(place, splits, names=names)))
 
 
-def _take_local_yaml(manager: Any, names: Sequence[str]) -> None:
-    """Have tasks whose YAML names local JSON files read them without the cache of `datasets`."""
-    for entry in [leaf for name in names for leaf in _leaves(manager, name)]:
-        found = local_files(entry.cfg.get("dataset_path"), entry.cfg.get("dataset_kwargs")) if entry.cfg else None
-        if found and entry.yaml_path:
-            _replace(manager, entry, load_yaml(entry.yaml_path, resolve_func=True), loader(*found))
+def _take_local_yaml(manager: Any, entry: Entry) -> None:
+    """Have a task whose YAML names local JSON files read them without the cache of `datasets`."""
+    found = local_files(entry.cfg.get("dataset_path"), entry.cfg.get("dataset_kwargs")) if entry.cfg else None
+    if found and entry.yaml_path:
+        _replace(manager, entry, load_yaml(entry.yaml_path, resolve_func=True), loader(*found))
 
 
 def _replace(manager: Any, entry: Entry, config: dict[str, Any], load: Any) -> None:
@@ -235,16 +257,11 @@ class Counting(HFLM):  # type: ignore[misc]  # lm-eval has no types
             self._cut[text] = len(row) == max_length - context.shape[1] and not ended
         return output
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:  # noqa: FBT001, FBT002  its signature
-        """Write answers, without a bar."""
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Write answers."""
         self._cut = {}
-        answers: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:  # noqa: FBT001, FBT002  its signature
-        """Score continuations, without a bar."""
-        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return scores
 
     def were_cut(self, requests: list[Any], answers: list[str]) -> list[bool]:  # noqa: ARG002  others look at the answers
         """Return for each of the last requests whether its answer ended at the limit."""
@@ -273,9 +290,9 @@ class _Told:
 
     server: Server
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:  # noqa: FBT001, FBT002  its signature
+    def generate_until(self, requests: list[Any]) -> list[str]:
         with self.server.blamed():
-            texts = super().generate_until(requests, disable_tqdm=disable_tqdm)  # type: ignore[misc]
+            texts = super().generate_until(requests)  # type: ignore[misc]
         return [_ended(text, request.args[1].get("until")) for text, request in zip(texts, requests, strict=True)]
 
     def parse_generations(self, outputs: Any, **kwargs: Any) -> list[Any]:
@@ -306,7 +323,7 @@ def _ended(text: str, until: Any) -> str:
 
 class _Completions(_Told, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no types
     def loglikelihood(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
-        """Score continuations by tokens: the server then adds no BOS token of its own, which would shift them by one."""
+        """Score continuations by tokens: the server then adds no BOS token of its own, which would shift them."""
         self.tokenized_requests = True
         try:
             with self.server.blamed():
@@ -315,11 +332,11 @@ class _Completions(_Told, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval
             self.tokenized_requests = False
         return scores
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:  # noqa: FBT001, FBT002  its signature
+    def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         self.tokenized_requests = True
         try:
             with self.server.blamed():
-                scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+                scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
         finally:
             self.tokenized_requests = False
         return scores

@@ -103,7 +103,7 @@ def loader(files: Files, field: str | None = None) -> Callable[..., Any]:
     """
 
     def load(**_: Any) -> Any:
-        from datasets import Dataset, DatasetDict
+        from datasets import Dataset, DatasetDict  # type: ignore[import-untyped]
 
         splits = DatasetDict()
         for split, paths in files.items():

@@ -34,7 +34,7 @@ _IFEVAL = Benchmark("IFEval", "ifeval", "prompt and instruction, strict and loos
 _MATH_500 = Benchmark("MATH-500", "minerva_math500", "4 shots, 1,024 new tokens, EM and math-verify", "no shots named")
 _MATH = Benchmark("MATH", "minerva_math", "4 shots, 1,024 new tokens, EM and math-verify", "Base: EM, 4 shots")
 _PRO = Benchmark("MMLU-Pro", "mmlu_pro", "5 shots with reasoning, 2,048 new tokens", "Base: 5 shots; Instruct: EM")
-_REDUX = Benchmark("MMLU-Redux", "mmlu_redux", "an answer, 0 shots, EM", "Base: 5 shots; Instruct: EM")
+_REDUX = Benchmark("MMLU-Redux", "mmlu_redux_generative", "a letter, 0 shots, EM", "Base: 5 shots; Instruct: EM")
 _GPQA = Benchmark(
     "GPQA-Diamond",
     "gpqa_diamond_cot_zeroshot",

@@ -6,22 +6,17 @@ While it runs, the folder holds a lock, the request and a journal of finished ch
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from k2quant.checkpoint.paths import PARTIAL, locked_file, read_limited, write_whole
-from k2quant.checkpoint.strict_json import parse_object
-from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, MissingExtra, UsageError
-from k2quant.eval.identity import digest
+from k2quant.errors import MissingExtra, UsageError
+from k2quant.eval.identity import digest, task_hash
 from k2quant.eval.journal import Journal, Progress, Resuming
 from k2quant.eval.presets import expand
+from k2quant.eval.recording import write
+from k2quant.eval.runfolder import JOURNAL, MANIFEST, begin, finished, held
 from k2quant.units import one_of
 from k2quant.version import __version__
 
@@ -31,17 +26,6 @@ if TYPE_CHECKING:
 
 Backend = Literal["k2quant", "hf", "vllm", "api"]
 BACKENDS: tuple[Backend, ...] = ("k2quant", "hf", "vllm", "api")
-
-MANIFEST = "k2quant_eval.json"
-"""Name of the file that says what a finished run is; a folder without it is not finished."""
-REQUEST = "k2quant_eval_request.json"
-JOURNAL = "k2quant_eval_journal.jsonl"
-LOCK = "k2quant_eval_lock"
-RESULTS = "results.json"
-SCHEMA = 1
-
-_LIMIT = 2**28  # bytes of a manifest or request
-_PASSING = (LOCK, JOURNAL, REQUEST, REQUEST + PARTIAL, RESULTS + PARTIAL, MANIFEST + PARTIAL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +37,7 @@ class Request:
     tasks: tuple[str, ...]
     """Tasks, groups or tags of lm-eval, or presets of ours."""
     backend: Backend = "k2quant"
-    """`k2quant` for packed weights on our kernels, `hf` for transformers' own loading, `vllm`, or `api` for a server."""
+    """`k2quant`: packed weights on our kernels; `hf`: what transformers loads; `vllm`; or `api`: a server."""
     limit: int | None = None
     """How many documents of each task; None for all."""
     shots: int | None = None
@@ -117,7 +101,7 @@ def run(
     _check(request)
     harness = _harness()
     harness.quiet()
-    with _held(folder):
+    with held(folder):
         tasks = harness.load_tasks(
             expand(request.tasks),
             include=request.include,
@@ -130,11 +114,11 @@ def run(
 
         model = describe(request, hashing)
         identity = _identity(request, model, tasks)
-        if _finished(folder, identity):
+        if finished(folder, identity):
             if remark:
                 remark(f"{folder}: this run is already finished")
             return folder / MANIFEST
-        begun = _begin(folder, identity)
+        begun = begin(folder, identity)
         journal = Journal(folder / JOURNAL)
         if remark and len(journal):
             remark(f"{folder}: resumes after {len(journal)} chunks")
@@ -143,7 +127,7 @@ def run(
         results = harness.ask(
             lm, tasks, chat_template=request.chat_template or request.chat, unsafe_code=request.unsafe_code
         )
-        return _write(folder, identity, tasks, results, lm.cut, begun, lm.settings)
+        return write(folder, identity, tasks, results, lm.cut, begun, lm.settings)
 
 
 def _check(request: Request) -> None:
@@ -177,25 +161,6 @@ def _harness() -> Any:
             raise
         raise MissingExtra("lm-eval is not installed", remedy='pip install "k2quant[eval]"') from error
     return harness
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Make the folder and keep others out of it while the block runs."""
-    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        raise DestinationForeign("not a folder", file=folder, remedy="name another one")
-    if folder.is_dir() and not any((folder / name).exists() for name in (MANIFEST, REQUEST, LOCK)):
-        foreign = sorted(path.name for path in folder.iterdir())
-        if foreign:
-            found = ", ".join(foreign[:5])
-            raise DestinationForeign("not empty, and no run of k2quant", file=folder, found=found)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = folder / LOCK
-    with locked_file(lock):
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _identity(request: Request, model: Model, tasks: Tasks) -> dict[str, Any]:
@@ -232,8 +197,6 @@ def _identity(request: Request, model: Model, tasks: Tasks) -> dict[str, Any]:
 
 
 def _task_identity(tasks: Tasks, name: str) -> dict[str, Any]:
-    from k2quant.eval.identity import task_hash
-
     config, docs = tasks.config(name), tasks.docs(name)
     return {
         "documents": len(docs),
@@ -242,62 +205,8 @@ def _task_identity(tasks: Tasks, name: str) -> dict[str, Any]:
         "output_type": config.get("output_type"),
         "generation": config.get("generation_kwargs") if config.get("output_type") == "generate_until" else None,
         "task_hash": task_hash(config, docs),
+        "examples_hash": digest(tasks.examples(name)) if config.get("num_fewshot") else None,
     }
-
-
-def _finished(folder: Path, identity: Mapping[str, Any]) -> bool:
-    """Tell whether the folder holds this very run, finished.
-
-    Raises:
-        DestinationStale: it holds another one.
-    """
-    path = folder / MANIFEST
-    if not path.exists():
-        return False
-    try:
-        found = parse_object(read_limited(path, _LIMIT), file=path).get("identity")
-    except MalformedFile:
-        found = None
-    if found != digest(identity):
-        raise DestinationStale(
-            "the folder holds another finished run", file=folder, remedy="name another folder, or delete this one"
-        )
-    return True
-
-
-def _begin(folder: Path, identity: Mapping[str, Any]) -> float:
-    """Note what is being asked, or check that it is the same as before; return when it was begun, in seconds."""
-    path = folder / REQUEST
-    if path.exists():
-        try:
-            noted = parse_object(read_limited(path, _LIMIT), file=path)
-        except MalformedFile:
-            noted = {}
-        if noted.get("identity") != digest(identity):
-            raise DestinationStale(
-                "an unfinished run of other options, another model or other data",
-                file=folder,
-                found=_difference(noted.get("asks"), identity),
-                remedy="name another folder, or delete this one",
-            )
-        return float(noted.get("begun", time.time()))
-    begun = time.time()
-    write_whole(path, _dump({"schema": SCHEMA, "identity": digest(identity), "begun": begun, "asks": identity}))
-    return begun
-
-
-def _difference(before: Any, now: Mapping[str, Any]) -> str | None:
-    """Return the names of what differs, or None where nobody knows."""
-    if not isinstance(before, Mapping):
-        return None
-    plain = json.loads(_dump(now))
-    changed = [key for key in plain if key not in {"settings", "tasks"} and before.get(key) != plain[key]]
-    for part in ("settings", "tasks"):
-        old = before.get(part)
-        old = old if isinstance(old, Mapping) else {}
-        keys = sorted(old.keys() | plain[part].keys())
-        changed += [key for key in keys if old.get(key) != plain[part].get(key)]
-    return f"other {', '.join(changed[:5])}" if changed else None
 
 
 def _count(tasks: Tasks) -> int:
@@ -309,94 +218,3 @@ def _count(tasks: Tasks) -> int:
         choices = task.doc_to_choice(docs[0]) if task.OUTPUT_TYPE == "multiple_choice" and docs else None
         total += len(docs) * (len(choices) if choices else 1)
     return total
-
-
-def _write(
-    folder: Path,
-    identity: dict[str, Any],
-    tasks: Tasks,
-    results: dict[str, Any],
-    cut: Counter[str],
-    begun: float,
-    settings: Mapping[str, Any],
-) -> Path:
-    """Write samples, results and manifest, in this order, and take away what only an unfinished run needs."""
-    from k2quant.eval.harness import VERSION, plain
-
-    samples = results.pop("samples")
-    shown = {name: _write_task(folder, name, rows) for name, rows in samples.items()}
-    ended = time.time()
-    full = {
-        **results,
-        "config": {"model": identity["model"], **identity["settings"], **settings},
-        "date": begun,
-        "lm_eval_version": VERSION,
-        "transformers_version": identity["settings"]["transformers"],
-        "task_hashes": {name: entry.pop("lm_eval_hash") for name, entry in shown.items()},
-    }
-    write_whole(folder / RESULTS, json.dumps(full, indent=2, default=plain, ensure_ascii=False).encode())
-    for name, entry in shown.items():
-        entry.update(identity["tasks"][name])
-        entry["metrics"] = _metrics(results["results"][name])
-        entry["truncated"] = cut[name] if tasks.by_name[name].OUTPUT_TYPE == "generate_until" else None
-    manifest = {
-        "schema": SCHEMA,
-        "identity": digest(identity),
-        **{key: identity[key] for key in ("k2quant", "model", "model_hash", "tokenizer_hash")},
-        "settings": {**identity["settings"], **settings},
-        "tasks": shown,
-        "groups": {name: _metrics(group) for name, group in results.get("groups", {}).items()},
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ended)),
-        "seconds": round(ended - begun, 3),
-    }
-    write_whole(folder / MANIFEST, _dump(manifest))
-    for name in (JOURNAL, REQUEST):
-        (folder / name).unlink(missing_ok=True)
-    return folder / MANIFEST
-
-
-def _write_task(folder: Path, name: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write a task's samples as lm-eval does, each with the hash of all its requests."""
-    from k2quant.eval.harness import as_written, plain
-
-    lines = []
-    for sample in samples:
-        row = {**as_written(sample), "request_hash": digest(sample["arguments"])}
-        lines.append(json.dumps(row, default=plain, ensure_ascii=False).encode() + b"\n")
-    file = f"samples_{_file_name(name)}.jsonl"
-    data = b"".join(lines)
-    write_whole(folder / file, data)
-    together = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)
-    return {
-        "file": file,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "rows": len(samples),
-        "lm_eval_hash": hashlib.sha256(together.encode()).hexdigest(),
-    }
-
-
-def _file_name(task: str) -> str:
-    return "".join(character if character.isalnum() or character in "-_.:" else "_" for character in task)
-
-
-def _metrics(results: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Return a task's scores and standard errors by `metric,filter`."""
-    found: dict[str, dict[str, float | None]] = {}
-    for key, value in results.items():
-        metric, comma, behind = key.partition(",")
-        if comma and not metric.endswith("_stderr"):
-            error = results.get(f"{metric}_stderr,{behind}")
-            found[key] = {"value": _number(value), "stderr": _number(error)}
-    return found
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):  # lm-eval's "N/A"
-        return None
-    return number if abs(number) < float("inf") else None
-
-
-def _dump(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=1, ensure_ascii=False, default=str).encode() + b"\n"

@@ -72,12 +72,12 @@ class Server:
             complete = len(scores) == len(tokens) - 1 and all(type(score) is float for score in scores)
             found = None if complete and any(scores) else f"log-probabilities {scores}"[:200]
         except EvaluationError as error:
-            found = str(error)
+            found = f"{error.message}: {error.found}"
         except (LookupError, TypeError):
             found = "none in its answer"
         if found is not None:
             raise HarnessFault(
-                f"the server does not echo log-probabilities, which {', '.join(tasks)} need",
+                f"the server does not echo log-probabilities (for {', '.join(tasks)})",
                 file=self.url,
                 found=found,
                 remedy="leave these tasks out, or use a server that echoes them, such as vLLM",
