@@ -565,3 +565,17 @@ class TestCommand:
         assert done.exit_code == 1
         assert done.stderr.startswith("k2quant: ")
         assert len(done.stderr.splitlines()) == 1
+
+    def test_github_gets_a_summary_and_annotations(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The summary goes to the file that GitHub names, annotations to the output, and the report where -o says."""
+        monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+        done = self._run(tmp_path, answers(200, lost=99), "--github", "-o", str(tmp_path / "gate"))
+        assert done.exit_code == 3
+        assert "\n::error title=" in f"\n{done.stdout}"
+        assert "FAIL" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+        assert {path.name for path in (tmp_path / "gate").iterdir()} == {
+            "gate.html",
+            "gate.md",
+            "gate.xml",
+            "gate.json",
+        }

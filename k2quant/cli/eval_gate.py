@@ -72,7 +72,8 @@ def command(
     if output is not None:
         page = write_reports(verdict, output, fidelity=drift, blame=causes).html
     if github:
-        publish_to_github(verdict, os.environ)
+        for line in publish_to_github(verdict, os.environ, fidelity=drift, blame=causes):
+            click.echo(line, err=as_json)
     if as_json:
         click.echo(json.dumps(verdict.as_dict(), indent=1))
     else:
