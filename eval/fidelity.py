@@ -61,6 +61,7 @@ def measure_fidelity(
     text: str | os.PathLike[str] | None = None,
     context: int = 512,
     tokens: int = 4096,
+    lines: bool = False,
     device: str | torch.device = "cpu",
     dtype: str = "bfloat16",
     backend: Backend = "auto",
@@ -77,6 +78,7 @@ def measure_fidelity(
         text: plain UTF-8; None for the sample that k2quant brings.
         context: tokens of a chunk; chunks know nothing of each other.
         tokens: how much of the text to read.
+        lines: whether each line is a text of its own.
         device: where layers compute.
         dtype: of activations and of what is not quantised.
         backend: `auto` for the fused kernels, `reference` for plain torch.
@@ -99,7 +101,7 @@ def measure_fidelity(
     one_of("dtype", dtype, tuple(DTYPES))
     config, sides = _checked(*folders)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
-    read = read_text(text, tokenizer, context=context, limit_tokens=tokens)
+    read = read_text(text, tokenizer, context=context, limit_tokens=tokens, lines=lines)
     _check_fits(read, config, folders[0])
     tick = _ticking(progress, 2 * config.num_hidden_layers)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}

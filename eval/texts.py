@@ -38,7 +38,7 @@ class Text:
     hash: str
     """SHA-256 of its token ids, chunk by chunk."""
     batches: tuple[Tensor, ...]
-    """int64 `[B, T]`: each row a chunk, those of equal length together, in the order of the text."""
+    """int64 `[B, T]`: each row a chunk, those of equal length together."""
     unread: str
     """Characters of the text that its tokenizer passes over in silence, each once."""
 
@@ -54,7 +54,12 @@ class Text:
 
 
 def read_text(
-    path: str | os.PathLike[str] | None, tokenizer: Any, *, context: int = 512, limit_tokens: int = 4096
+    path: str | os.PathLike[str] | None,
+    tokenizer: Any,
+    *,
+    context: int = 512,
+    limit_tokens: int = 4096,
+    lines: bool = False,
 ) -> Text:
     """Read a text, tokenise it and cut it into chunks.
 
@@ -63,6 +68,7 @@ def read_text(
         tokenizer: of transformers. Where it puts a token before every text, such as [BOS], each chunk begins with it.
         context: tokens of a chunk. A last piece below 100 is dropped, unless it is the only one.
         limit_tokens: how much of the text to read.
+        lines: whether each line is a text of its own, and so a chunk, or several where it is longer than one.
 
     Raises:
         MalformedFile: the file cannot be read, is too large, or no text in UTF-8.
@@ -74,11 +80,17 @@ def read_text(
             raise UsageError(f"{name}: expected at least {least}, found {value!r}")
     file = SAMPLE if path is None else Path(path)
     text = _characters(file)[: limit_tokens * _LETTERS]
-    ids, first, unread = _tokens(text, tokenizer, file)
-    ids = ids[:limit_tokens]
-    if len(ids) < _LEAST:
-        raise UsageError(f"{file}: expected a text of at least {_LEAST} tokens, found {len(ids)}")
-    chunks = [[*first, *piece] for piece in _cut(ids, max(context - len(first), 2))]
+    parts = [line for line in text.splitlines() if line.strip()] if lines else [text]
+    ids, first, unread = _tokens(parts, tokenizer, file)
+    chunks: list[list[int]] = []
+    count = 0
+    for own in ids:
+        kept = own[: limit_tokens - count]
+        count += len(kept)
+        chunks += [[*first, *piece] for piece in _cut(kept, max(context - len(first), 2))]
+    chunks = [chunk for chunk in chunks if len(chunk) > 1]
+    if count < _LEAST or sum(len(chunk) - 1 for chunk in chunks) < _LEAST - 1:
+        raise UsageError(f"{file}: expected a text of at least {_LEAST} tokens, found {count}")
     return Text(name=file.name, hash=_hash(chunks), batches=_batches(chunks), unread=unread)
 
 
@@ -95,11 +107,11 @@ def _characters(file: Path) -> str:
     return text
 
 
-def _tokens(text: str, tokenizer: Any, file: Path) -> tuple[list[int], list[int], str]:
-    """Return the tokens of a text, what the tokenizer puts before it, and the characters that it passes over."""
-    seen = [character for character in dict.fromkeys(text) if not character.isspace()]
+def _tokens(parts: list[str], tokenizer: Any, file: Path) -> tuple[list[list[int]], list[int], str]:
+    """Return the tokens of each part, what the tokenizer puts before it, and the characters that it passes over."""
+    seen = [character for character in dict.fromkeys("".join(parts)) if not character.isspace()]
     try:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = tokenizer(parts, add_special_tokens=False, verbose=False).input_ids if parts else []
         alone = tokenizer(seen, add_special_tokens=False).input_ids if seen else []
         framed = tokenizer("a").input_ids
     except (KeyboardInterrupt, SystemExit, K2QuantError):
@@ -120,12 +132,16 @@ def _cut(ids: list[int], size: int) -> list[list[int]]:
 
 
 def _batches(chunks: list[list[int]]) -> tuple[Tensor, ...]:
-    """Put chunks of equal length together; only the last may be shorter."""
-    size = len(chunks[0])
-    rows = max(_AT_ONCE // size, 1)
-    even, rest = [chunk for chunk in chunks if len(chunk) == size], [chunk for chunk in chunks if len(chunk) != size]
-    groups = [even[start : start + rows] for start in range(0, len(even), rows)] + [[chunk] for chunk in rest]
-    return tuple(torch.tensor(group, dtype=torch.int64) for group in groups)
+    """Put chunks of equal length together, as many as a batch may have."""
+    groups: dict[int, list[list[int]]] = {}
+    for chunk in chunks:
+        groups.setdefault(len(chunk), []).append(chunk)
+    return tuple(
+        torch.tensor(group[start : start + rows], dtype=torch.int64)
+        for size, group in groups.items()
+        for rows in [max(_AT_ONCE // size, 1)]
+        for start in range(0, len(group), rows)
+    )
 
 
 def _hash(chunks: list[list[int]]) -> str:

@@ -188,6 +188,15 @@ def test_a_long_last_piece_is_kept_by_itself(tmp_path: Path, tokenizer: object) 
     assert [tuple(batch.shape) for batch in text.batches] == [(2, 401), (1, 401), (1, 101)]
 
 
+def test_lines_are_texts_of_their_own(tmp_path: Path, tokenizer: object) -> None:
+    """Each begins with BOS; those of one length share a batch, blank ones are none, and a long one is cut."""
+    text = read_text(_file(tmp_path, "abc\n\nxy\r\ndef\n" + "q" * 7), tokenizer, context=6, lines=True)
+    a, x, d, q = (vocabulary.encode(line) for line in ("abc", "xy", "def", "qqqqq"))
+    assert [batch.tolist() for batch in text.batches] == [[[0, *a], [0, *d]], [[0, *x]], [[0, *q]]]
+    short = read_text(_file(tmp_path, "abc\nxyz\n"), tokenizer, limit_tokens=4, lines=True)
+    assert [batch.tolist() for batch in short.batches] == [[[0, *a]], [[0, x[0]]]]
+
+
 def test_a_short_text_is_one_chunk(tmp_path: Path, tokenizer: object) -> None:
     """Nothing is dropped where nothing else is left."""
     assert [batch.tolist() for batch in read_text(_file(tmp_path, "abc"), tokenizer).batches] == [
@@ -236,6 +245,8 @@ def test_texts_with_nothing_to_predict_are_refused(
     with pytest.raises(UsageError, match=reason) as caught:
         read_text(_file(tmp_path, content), tokenizer)
     assert "text.md" in str(caught.value)
+    with pytest.raises(UsageError, match=reason):
+        read_text(_file(tmp_path, content), tokenizer, lines=True)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from k2quant.eval.drift import Fidelity
 from k2quant.eval.fidelity import measure_fidelity
 from k2quant.eval.identity import tokenizer_hash
 from k2quant.eval.texts import read_text
-from k2quant.model import load_model
+from k2quant.model import load_model, stream_forward
 from k2quant.nano import vocabulary
 
 LETTERS = "In the beginning 17 + 25 = 42; then (x, y) -> y! " * 40
@@ -269,7 +269,7 @@ def test_no_batch_of_logits_outlives_its_comparison(
     monkeypatch.setattr("k2quant.eval.texts._AT_ONCE", 61)
     seen: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
-    stream = fidelity.stream_forward
+    stream = stream_forward
 
     def watched(*args: Any, **options: Any) -> Iterator[Tensor]:
         run = stream(*args, **options)
@@ -458,6 +458,17 @@ def test_the_command_prints_a_table_and_writes_json(bf16: Path, int4: Path, text
     assert [row[0] for row in rows] == [str(layer.layer) for layer in found.layers]
     assert rows[-1][4] == f"{found.layers[-1].same_experts:.2%}"
     assert json.loads(_run(bf16, int4, *options, "--json").stdout) == json.loads(json.dumps(found.as_dict()))
+
+
+def test_lines_may_be_texts_of_their_own(bf16: Path, int4: Path, tmp_path: Path) -> None:
+    """Then the order of lines plays no part: nothing looks back from one to another."""
+    found = []
+    for lines in (["M12=3", "S9=9", "Rabcdef"], ["Rabcdef", "M12=3", "S9=9"]):
+        (tmp_path / "items").write_text("\n".join(lines))
+        options = ("--text", tmp_path / "items", "--lines", "--dtype", "float32", "--json")
+        found.append(json.loads(_run(bf16, int4, *options).stdout))
+    assert [(one["tokens"], one["chunks"]) for one in found] == [(16, 3), (16, 3)]
+    assert found[0]["kl"]["value"] == pytest.approx(found[1]["kl"]["value"], rel=1e-6)
 
 
 def test_the_command_names_starved_experts(bf16: Path, damaged: Path, text: Path) -> None:

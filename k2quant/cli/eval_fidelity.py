@@ -35,6 +35,7 @@ _COLUMNS = (
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Plain UTF-8; default: a short sample.")
 @click.option("--tokens", type=click.IntRange(min=3), default=4096, show_default=True, help="How much of it to read.")
 @click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a chunk.")
+@click.option("--lines", is_flag=True, help="Each line is a text of its own.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or auto.")
 @click.option(
     "--dtype",
@@ -60,6 +61,7 @@ def command(
     text: Path | None,
     tokens: int,
     context: int,
+    lines: bool,
     device: str,
     dtype: str,
     backend: str,
@@ -90,6 +92,7 @@ def command(
             text=text,
             context=context,
             tokens=tokens,
+            lines=lines,
             device=device,
             dtype=dtype,
             backend=backend,  # type: ignore[arg-type]  # click checked it
@@ -110,7 +113,7 @@ def command(
 def _about_unread(characters: str) -> str:
     """Say that a part of the text was not seen at all."""
     some = ascii(characters[:8])
-    return f"note: the tokenizer passes over {len(characters)} characters of this text, such as {some}"
+    return f"note: the tokenizer passes over {len(characters)} kinds of characters in this text, such as {some}"
 
 
 def _show(found: Fidelity) -> None:
