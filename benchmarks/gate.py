@@ -1,0 +1,108 @@
+r"""Prove the gate: how often it passes what it should not, and what the rules of other tools do in the same cells.
+
+Example:
+    python benchmarks/gate.py
+
+It trains a nano-K2 where there is none yet, plants damage in it, and lets every copy answer 21,600 held-out items; the
+answers are kept beside it. It exits 3 when the gate misses a bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gate_cells
+import gate_population
+import gate_report
+import machine
+
+from k2quant.nano.run import run
+
+
+def tell(text: str) -> None:
+    """Say how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def cells(answers: dict[str, Any], resamples: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield what every cell gave."""
+    plants, again = gate_population.pairs(answers)
+    plain = [
+        *gate_cells.plants_at_one_point([*plants, *again]),
+        *gate_cells.boundary(plants),
+        *gate_cells.published(),
+        *gate_cells.few_flips(),
+        *gate_cells.same(again),
+        *gate_cells.grid(),
+    ]
+    for place, cell in enumerate(plain):
+        if place % 20 == 0:
+            tell(f"cell {place} of {len(plain)}")
+        yield gate_cells.measure(cell, resamples, seed)
+    tell("planned cells")
+    for cell, planned in gate_cells.planned([*plants, *again]):
+        yield gate_cells.measure(cell, resamples, seed) | {"planned": planned}
+
+
+def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """Return all results."""
+    begun = time.perf_counter()
+    kept = folder.with_name(f"{folder.name}-answers.npz")
+    stood = kept.stat().st_mtime_ns if kept.exists() else None
+    answers = gate_population.kept_answers(folder, given.count, kept, tell)
+    scoring = time.perf_counter() - begun
+    facts: dict[str, Any] = {
+        "cpu": machine.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "versions": machine.versions(sys.executable, ["torch", "transformers", "numpy"]),
+        "commit": machine.git("rev-parse", "--short", "HEAD") or "none",
+        "dirty": bool(machine.git("status", "--porcelain", "--", "k2quant/nano", "kernels", *gate_files())),
+        "command": f"python benchmarks/gate.py --count {given.count} --resamples {given.resamples} --seed {given.seed}",
+        "seed": given.seed,
+        "resamples": given.resamples,
+        "items": len(answers[gate_population.WHOLE]),
+        "accuracy": float(answers[gate_population.WHOLE].mean()),
+        "scoring": scoring,
+        "kept": kept.stat().st_mtime_ns == stood,
+    }
+    facts["cells"] = list(cells(answers, given.resamples, given.seed))
+    facts["edges"] = [gate_cells.edge(n, margin) | {"alpha": gate_cells.ALPHA} for n, margin in gate_cells.EDGES]
+    facts["bars"] = list(gate_report.bars(facts))
+    return facts | {"seconds": time.perf_counter() - begun}
+
+
+def gate_files() -> list[str]:
+    """Return the files of the repository that the statistics are in."""
+    return [f"eval/{name}.py" for name in ("binomial", "exact", "paired", "planning", "tango")]
+
+
+def main() -> None:
+    """Train or take a nano-K2, measure, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nano", type=Path, default=Path("bench-run/nano-k2"), help="where a nano-K2 is, or shall be")
+    parser.add_argument("--count", type=int, default=1200, help="items of each family and level")
+    parser.add_argument("--resamples", type=int, default=100_000, help="of each cell")
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/gate.json"), help="where results go")
+    given = parser.parse_args()
+    if not (given.nano / "config.json").exists():
+        tell(json.dumps(run(given.nano).summary))
+    results = measure(given.nano, given)
+    given.json.write_text(json.dumps(results, indent=1) + "\n")
+    text = gate_report.page(results)
+    given.json.with_suffix(".md").write_text(text)
+    print(text)
+    if not all(bar["met"] for bar in results["bars"]):
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()
