@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from k2quant.eval.drift import Blame, Estimate, Fidelity, LayerFidelity, Suspect
 from k2quant.eval.report.chart_rows import Row, draw_interval, heights, lay_rows, room
-from k2quant.eval.report.wording import percent
+from k2quant.eval.report.wording import percent, perplexity
 from k2quant.report.drawing import WIDE, Canvas, colour, figure, legend
 from k2quant.report.words import DASH, table
 
@@ -156,7 +156,7 @@ def fidelity_facts(fidelity: Fidelity) -> Iterator[tuple[str, str, str]]:
     yield "Same likeliest token", percent(same.value), f"{_error(Estimate(value=0, error=100 * same.error))} points"
     yield (
         "Perplexity",
-        f"{fidelity.base_perplexity:.4g} &rarr; {fidelity.candidate_perplexity:.4g}",
+        " &rarr; ".join(map(perplexity, (fidelity.base_perplexity, fidelity.candidate_perplexity))),
         f"ln of the ratio {ratio.value:+.3g} {_error(ratio)}".replace("-", "&minus;"),
     )
 

@@ -75,6 +75,11 @@ def chance(probability: float) -> str:
     return "< 0.0001" if probability < 0.0001 else f"{probability:.2g}" if probability < 0.1 else f"{probability:.2f}"
 
 
+def perplexity(value: float) -> str:
+    """Return a perplexity, from `1.234` over `13,657` to `1.2e+09`."""
+    return f"{value:,.0f}" if 1000 <= value < 1_000_000 else f"{value:.4g}"
+
+
 def items(number: int) -> str:
     """Return so many items."""
     return f"{number:,} item{'' if number == 1 else 's'}"
