@@ -138,8 +138,9 @@ def _drift(fidelity: Fidelity | None, blame: Blame | None) -> str:
             f"## Fidelity\n\nOn {_name(fidelity.text)}, {fidelity.tokens:,} tokens: KL divergence "
             f"{fidelity.kl.value:.3g} \N{PLUS-MINUS SIGN} {fidelity.kl.error:.2g} nats a token "
             f"(median {fidelity.kl_median:.3g}, 99% {fidelity.kl_99:.3g}, max {fidelity.kl_max:.3g}), "
-            f"same likeliest token {percent(fidelity.same_top.value)}, perplexity "
-            f"{perplexity(fidelity.base_perplexity)} to {perplexity(fidelity.candidate_perplexity)}. A tripwire, not a verdict.\n\n"
+            f"same likeliest token {percent(fidelity.same_top.value)}, "
+            f"perplexity {perplexity(fidelity.base_perplexity)} to {perplexity(fidelity.candidate_perplexity)}. "
+            "A tripwire, not a verdict.\n\n"
         )
     if blame is not None:
         suspects = "".join(f"- {escaped(_suspect(suspect))}\n" for suspect in blame.suspects[:_SUSPECTS])

@@ -82,7 +82,7 @@ def _gate(folder: Path) -> None:
     except (MissingExtra, Incomparable) as error:  # no lm-eval, or a nano-K2 of a few steps, which has nothing right
         click.echo(f"no verdict: {error}")
         return
-    drift = measure_fidelity(*(folder / name for name in names), text=folder / "tasks" / TEXT, context=128)
+    drift = measure_fidelity(*(folder / name for name in names), text=folder / "tasks" / TEXT, lines=True)
     page = write_reports(verdict, folder / "gate", fidelity=drift).html
     show(verdict)
     click.echo(f"\nThe report, with pictures: {page}")
