@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CONTEXT, TOKENS, PASSES = 128, 8192, 100
 """Tokens of a chunk, tokens of the text, and forward passes at most, unless the caller says otherwise."""
 
-_NOISE = 3
+_NOISE = 2
 """Times the noise that damage must be, at least, to be explained."""
 _LEVEL = 0.025
 """Chance that damage of just so much counts as more."""
@@ -261,29 +261,32 @@ def _suspect(found: Found, changed: Sequence[Part], name: str) -> Suspect:
 
 
 def _title(parts: Sequence[Part], changed: Sequence[Part]) -> str:
-    """Name a group: `attention`, `routed experts of layer 3`, `experts 4-7 of layer 3`, or the one weight."""
+    """Name a group: `attention`, `attention of layer 3`, `experts 4-7 of layer 3`, or the one weight."""
     if len(parts) == 1:
         return parts[0].name
-    kind = parts[0].kind
-    if len(parts) == sum(part.kind == kind for part in changed):
-        return kind
-    layers, experts = {part.key[1] for part in parts}, {part.key[2] for part in parts}
-    where = f"layer{'s' * (len(layers) > 1)} {_ranges(layers)}"
-    if len(layers) > 1 or len(parts) == sum(part.key[:2] == parts[0].key[:2] for part in changed):
-        return f"{kind} of {where}"
-    if experts != {-1}:
-        title = f"expert{'s' * (len(experts) > 1)} {_ranges(experts)} of {where}"
-        few = len(experts) == 1 and len(parts) < sum(part.key[:3] == parts[0].key[:3] for part in changed)
-        return f"{', '.join(part.name.rpartition('.')[2] for part in parts)} of {title}" if few else title
-    return f"{', '.join(sorted(part.name.split('.', 3)[3] for part in parts))} of {where}"
+    kind, layers, experts = parts[0].kind, {part.key[1] for part in parts}, {part.key[2] for part in parts}
+    if len(layers) > 1:
+        whole = len(parts) == sum(part.kind == kind for part in changed)
+        return kind if whole else f"{kind} of layers {_ranges(layers)}"
+    where = f"layer {min(layers)}"
+    if len(experts) == 1 and experts != {-1}:
+        where = f"expert {min(experts)} of {where}"
+    level = 3 if where.startswith("expert") else 2
+    if len(parts) == sum(part.key[:level] == parts[0].key[:level] for part in changed):
+        return where if level == 3 else f"{kind} of {where}"
+    if len(experts) > 1:
+        return f"experts {_ranges(experts)} of {where}"
+    return f"{', '.join(sorted(part.name.rpartition('.')[2] for part in parts))} of {where}"
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """Return numbers as people write them: `1, 3-5`."""
+    """Return numbers as people write them: `1, 3-5`; -1, for weights outside the layers, comes last in words."""
     runs: list[list[int]] = []
-    for number in sorted(numbers):
+    inside = set(numbers)
+    outside = " and outside them" if -1 in inside else ""
+    for number in sorted(inside - {-1}):
         if runs and runs[-1][1] == number - 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs) + outside

@@ -102,7 +102,7 @@ class Blame:
     damage: Estimate
     """KL divergence of the candidate from the baseline, nats a token: what is being explained."""
     noise: Estimate
-    """The same of the baseline from itself, when its activations round otherwise: damage near it cannot be explained."""
+    """The same of the baseline from itself when activations round otherwise: damage near it cannot be explained."""
     changed: int
     """Weights that are stored otherwise in the candidate; with none there is nothing to explain."""
     passes: int

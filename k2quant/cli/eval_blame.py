@@ -15,6 +15,8 @@ from k2quant.cli.screen import counting, remark
 if TYPE_CHECKING:
     from k2quant.eval.drift import Blame, Suspect
 
+_BEFORE_SEARCH = 3  # passes: the baseline, its noise, the damage
+
 
 @click.command(name="blame")
 @click.argument("base", type=click.Path(path_type=Path))
@@ -119,7 +121,7 @@ def _show(found: Blame, dtype: str) -> None:
 
 
 def _nothing(found: Blame, dtype: str) -> str:
-    if found.damage.value > 3 * found.noise.value:
+    if found.passes > _BEFORE_SEARCH:
         return "Nothing to blame: there is damage, but no group of weights explains a part that chance could not give."
     advice = "" if dtype == "float32" else "\n--dtype float32 has less noise and may show where it comes from."
     return f"Nothing to blame: the damage cannot be told from the noise of rounding.{advice}"
