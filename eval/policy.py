@@ -70,7 +70,7 @@ def share(text: str) -> float:
     return float(match["number"]) / (100 if match["unit"] else 1)
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
     """Plain data alone: no alias, which can stand for a billion values, and no key twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:

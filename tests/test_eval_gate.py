@@ -20,7 +20,7 @@ from k2quant.eval.reading import read_run
 from k2quant.eval.verdict import Verdict
 
 TIME = "2026-11-22T09-44-46.769087"
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[dict[str, Any]]
 
 
 def sha(text: object) -> str:
@@ -51,7 +51,12 @@ def choice(number: int, picked: int, log_probabilities: Sequence[float] | None =
     """Return a line of samples: a multiple choice of four whose right answer is number 1."""
     values = log_probabilities or [-1.0 if place == picked else -2.0 - place for place in range(4)]
     pairs = [[str(value), str(place == picked)] for place, value in enumerate(values)]
-    changes = {"target": "1", "resps": [[pair] for pair in pairs], "filtered_resps": pairs, "metrics": ["acc"]}
+    changes: dict[str, Any] = {
+        "target": "1",
+        "resps": [[pair] for pair in pairs],
+        "filtered_resps": pairs,
+        "metrics": ["acc"],
+    }
     return sample(number, right=picked == 1, acc=float(picked == 1), **changes)
 
 

@@ -69,7 +69,7 @@ def write_tasks(folder: Path, count: int = 60, *, seed: int = 0) -> None:
 
 def _write_task(folder: Path, name: str, how: Mapping[str, Any]) -> None:
     data = str((folder / f"{name}.jsonl").resolve())  # lm-eval takes no path beside the YAML
-    common = {
+    common: dict[str, Any] = {
         "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": data}},
@@ -79,7 +79,7 @@ def _write_task(folder: Path, name: str, how: Mapping[str, Any]) -> None:
         "num_fewshot": 0,
         "metadata": {"version": 1},
     }
-    _write_yaml(folder / f"{name}.yaml", common | how)
+    _write_yaml(folder / f"{name}.yaml", common | dict(how))
 
 
 def _written_answers() -> dict[str, Any]:
