@@ -105,8 +105,9 @@ class Mixer:
     def mixed(self, restored: Collection[str]) -> Checkpoint:
         """Return the candidate with these weights taken from the baseline."""
         tensors: dict[str, TensorEntry] = {}
+        chosen = frozenset(restored)
         for part in self.parts:
-            source, prefix = (part.base, _BASELINE) if part.name in restored else (part.candidate, "")
+            source, prefix = (part.base, _BASELINE) if part.name in chosen else (part.candidate, "")
             tensors |= {entry.name: entry._replace(file=prefix + entry.file) for entry in source.parts.values()}
         shards = {_BASELINE + file: shard for file, shard in self._base.shards.items()} | self._candidate.shards
         return Checkpoint(self._candidate.folder, shards, tensors, (), _plain(self._candidate.config))

@@ -64,10 +64,28 @@ def test_one_guilty_part_is_found_wherever_it_is(part: int, seed: int, noise: fl
     findings = found(world)
     assert KEYS[min(findings.classes[0].parts)][0] == KEYS[part][0]
     assert findings.suspects[0].parts == {part}
-    assert findings.suspects[0].share > 0.8
+    assert findings.suspects[0].share > 0.7
     assert findings.together is not None
-    assert findings.together.share > 0.8
-    assert world.passes <= 1 + 3 + 2 * 6 + 1
+    assert findings.together.share > 0.7
+    assert world.passes <= 24
+
+
+def test_one_of_all_projections_of_a_whole_model_is_found_in_some_dozen_passes() -> None:
+    """61 layers with 384 experts, 69,000 weights: the passes grow with the logarithm."""
+    keys = [("attention", layer, -1, f"{layer}.{part}") for layer in range(61) for part in "abcde"]
+    keys += [("experts", la, ex, f"{la}.{ex}.{part}") for la in range(1, 61) for ex in range(384) for part in "dgu"]
+    guilty = keys.index(("experts", 37, 201, "37.201.g"))
+    random, seen = np.random.default_rng(0), []
+    weights = random.gamma(2, 0.5, CHUNKS)
+
+    def measure(restored: frozenset[int]) -> Any:
+        seen.append(restored)
+        rest = 0.3 * (1 - len(restored) / len(keys))
+        return (guilty not in restored) * weights + rest + 0.02 * random.standard_normal(CHUNKS)
+
+    findings = search(keys, [1] * len(keys), measure, passes=100)
+    assert findings.suspects[0].parts == {guilty}
+    assert len(seen) < 45
 
 
 def test_two_guilty_parts_are_both_found() -> None:
