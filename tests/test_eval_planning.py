@@ -135,7 +135,7 @@ class TestCommand:
         expected = planning.plan(margin=0.05, flips=0.04)
         assert code == 0
         assert f"{expected.items:,}" in text
-        assert "Below 59 items" in text
+        assert "fewer than 59 items" in text
 
     def test_assumed(self) -> None:
         """Without a share of flips there is a line for each of five."""

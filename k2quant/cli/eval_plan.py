@@ -16,9 +16,21 @@ _ASSUMED = (0.01, 0.02, 0.04, 0.06, 0.1)
 
 
 @click.command(name="plan")
-@click.option("--margin", default="1pp", show_default=True, help="Largest drop that is good enough.")
-@click.option("--power", default="0.8", show_default=True, help="Chance of PASS that a good candidate shall have.")
-@click.option("--alpha", default="0.05", show_default=True, help="Chance that one at the margin passes all the same.")
+@click.option("--margin", metavar="SHARE", default="1pp", show_default=True, help="Largest drop that is good enough.")
+@click.option(
+    "--power",
+    metavar="SHARE",
+    default="0.8",
+    show_default=True,
+    help="Chance of PASS that a good candidate shall have.",
+)
+@click.option(
+    "--alpha",
+    metavar="SHARE",
+    default="0.05",
+    show_default=True,
+    help="Chance that one at the margin passes all the same.",
+)
 @click.option("--flips", metavar="SHARE", help="Share of items that flip between right and wrong, such as 4%.")
 @click.option(
     "--pilot",
@@ -27,7 +39,9 @@ _ASSUMED = (0.01, 0.02, 0.04, 0.06, 0.1)
     metavar="BASELINE CANDIDATE",
     help="Two runs to count flips in.",
 )
-@click.option("--drop", default="0", show_default=True, help="The true drop of the candidate that shall pass.")
+@click.option(
+    "--drop", metavar="SHARE", default="0", show_default=True, help="The true drop of the candidate that shall pass."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plans as JSON.")
 def command(
     *, margin: str, power: str, alpha: str, flips: str | None, pilot: tuple[Path, Path] | None, drop: str, as_json: bool
@@ -109,7 +123,7 @@ def _table(plans: list[Plan]) -> list[str]:
 
 def _remarks(plans: list[Plan]) -> list[str]:
     """Say what bounds any plan for this margin."""
-    lines = ["", f"Below {plans[0].without_flips:,} items nothing can be shown, even where not one item flips."]
+    lines = ["", f"With fewer than {plans[0].without_flips:,} items not even a candidate without a single flip passes."]
     if len(plans) > 1:
         lines.append("Plan on the upper end of what the share of flips may be: too few items end as INCONCLUSIVE.")
     return lines
