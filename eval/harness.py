@@ -12,8 +12,9 @@ import copy
 import difflib
 import functools
 import logging
+import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, sanitize_list
 
-from k2quant.errors import EvaluationError, K2QuantError, UsageError
+from k2quant.errors import EvaluationError, HarnessFault, K2QuantError, UsageError
 from k2quant.eval.localdata import find_files, loader, local_files
 from k2quant.eval.server import Server
 
@@ -104,6 +105,7 @@ def load_tasks(
     shots: int | None = None,
     limit: int | None = None,
     new_tokens: int | None = None,
+    unsafe_code: bool = False,
 ) -> Tasks:
     """Load tasks, groups or tags with their data.
 
@@ -114,14 +116,16 @@ def load_tasks(
         shots: examples before each question instead of each task's own number; a task that fixes 0 keeps it.
         limit: how many documents of each task are asked.
         new_tokens: the most tokens that a model may write, instead of each task's own number.
+        unsafe_code: whether tasks may run the code that the model writes.
 
     Raises:
-        UsageError: there is no such task, or no data where they were said to be.
+        UsageError: there is no such task, no data where they were said to be, or a task runs code and may not.
         EvaluationError: a task cannot be loaded, such as from the hub without a network.
     """
     manager = _manager(names, include)
     wanted = _known(manager, names)
     asked = {entry.name: entry for name in wanted for entry in _leaves(manager, name)}
+    _check_code(asked.values(), allowed=unsafe_code)
     for entry in asked.values():
         _take_local_yaml(manager, entry)
     for name, place in (data or {}).items():
@@ -180,6 +184,16 @@ def _leaves(manager: Any, name: str) -> list[Entry]:
     members = entry.cfg.get("task") or []
     called = [member if isinstance(member, str) else member.get("task") or member.get("group") for member in members]
     return [leaf for member in called if isinstance(member, str) for leaf in _leaves(manager, member)]
+
+
+def _check_code(entries: Iterable[Entry], *, allowed: bool) -> None:
+    names = [entry.name for entry in entries if entry.cfg and entry.cfg.get("unsafe_code")]
+    if names and not allowed:
+        raise UsageError(
+            f"{', '.join(names)}: runs the code that the model writes; allow it with --confirm-unsafe-code"
+        )
+    if names:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric of these tasks asks for
 
 
 def _take_data(manager: Any, entry: Entry, place: Path) -> None:
@@ -243,9 +257,17 @@ class Counting(HFLM):  # type: ignore[misc]  # lm-eval has no types
     _cut: dict[str, bool]
 
     def tok_batch_encode(self, strings: list[str], **kwargs: Any) -> Any:
-        """Encode contexts, and remember which."""
+        """Encode contexts, and remember which.
+
+        Raises:
+            HarnessFault: one is longer than the model has room for; lm-eval would cut its beginning off and go on.
+        """
         self._contexts = list(strings)
-        return super().tok_batch_encode(strings, **kwargs)
+        room = kwargs.pop("left_truncate_len", None)
+        ids, mask = super().tok_batch_encode(strings, **kwargs)
+        if room is not None and ids.shape[1] > room:
+            raise _no_room(ids.shape[1], room)
+        return ids, mask
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
         output = super()._model_generate(context, max_length, stop, **kwargs)
@@ -263,9 +285,30 @@ class Counting(HFLM):  # type: ignore[misc]  # lm-eval has no types
         answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
 
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        _check_room(requests, self.max_length)
+        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        return scores
+
     def were_cut(self, requests: list[Any], answers: list[str]) -> list[bool]:  # noqa: ARG002  others look at the answers
         """Return for each of the last requests whether its answer ended at the limit."""
         return [self._cut[request.args[0]] for request in requests]
+
+
+def _check_room(requests: list[Any], room: int) -> None:
+    """Refuse texts to score that lm-eval would cut the beginning off.
+
+    Raises:
+        HarnessFault: one has more tokens than that.
+    """
+    longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=0)
+    if longest > room + 1:  # the last token is predicted, never read
+        raise _no_room(longest, room)
+
+
+def _no_room(found: int, room: int) -> HarnessFault:
+    remedy = "fewer --shots or --max-new-tokens, or a larger --max-length if the model can take it"
+    return HarnessFault("a prompt is too long", expected=f"at most {room} tokens", found=found, remedy=remedy)
 
 
 def transformers_model(model: Any, tokenizer: Any, *, batch_size: int, max_length: int) -> Any:
@@ -322,6 +365,11 @@ def _ended(text: str, until: Any) -> str:
 
 
 class _Completions(_Told, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no types
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        _check_room(requests, self.max_length)
+        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **kwargs)
+        return scores
+
     def loglikelihood(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         """Score continuations by tokens: the server then adds no BOS token of its own, which would shift them."""
         self.tokenized_requests = True
@@ -385,8 +433,8 @@ class _Uncounted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def were_cut(self, requests: list[Any], answers: list[str]) -> list[bool]:  # noqa: ARG002  see the others
-        return [False] * len(requests)
+    def were_cut(self, requests: list[Any], answers: list[str]) -> list[None]:  # noqa: ARG002  see the others
+        return [None] * len(requests)
 
 
 def vllm_model(settings: dict[str, Any]) -> Any:

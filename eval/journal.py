@@ -105,8 +105,8 @@ class Resuming:
         self._model, self._journal, self._progress = model, journal, progress
         self._batch_size = batch_size
         self._done = self._total = 0
-        self.cut: Counter[str] = Counter()
-        """By task, how many answers ended only because they were as long as allowed."""
+        self.cut: dict[str, int | None] = {}
+        """By task, how many answers ended only because they were as long as allowed; None where nobody knows."""
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else lm-eval asks of a model."""
@@ -141,7 +141,8 @@ class Resuming:
         """Return what the model writes after each context."""
         answers = self._answers("generate_until", requests, self._batch_size)
         for request, (_, cut) in zip(requests, answers, strict=True):
-            self.cut[request.task_name] += bool(cut)
+            before = self.cut.get(request.task_name, 0)
+            self.cut[request.task_name] = None if cut is None or before is None else before + bool(cut)
         return [text for text, _ in answers]
 
     def _answers(self, kind: str, requests: list[Any], size: int) -> list[Any]:

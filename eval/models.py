@@ -80,7 +80,7 @@ def _positions(folder: Path) -> int:
     return found if type(found) is int and found > 1 else _LONGEST
 
 
-def load(model: Model, request: Request, tasks: Tasks) -> Any:
+def load(model: Model, request: Request, tasks: Tasks, progress: Progress | None = None) -> Any:
     """Return a model of lm-eval's with its `settings`, a dictionary of what was found out while it was loaded.
 
     Raises:
@@ -92,28 +92,29 @@ def load(model: Model, request: Request, tasks: Tasks) -> Any:
         return _served(model, request, tasks)
     if request.backend == "vllm":
         return _vllm(model, request)
-    return _local(model, request)
+    return _local(model, request, progress)
 
 
-def _local(model: Model, request: Request) -> Any:
+def _local(model: Model, request: Request, progress: Progress | None) -> Any:
     from k2quant.eval.harness import transformers_model
     from k2quant.model.generation import silence
 
     silence()
-    loaded, tokenizer = _packed(model, request) if request.backend == "k2quant" else _transformers(model, request)
+    packed = request.backend == "k2quant"
+    loaded, tokenizer = _packed(model, request, progress) if packed else _transformers(model, request)
     begins = _added_tokens(tokenizer)
     lm = transformers_model(loaded, tokenizer, batch_size=request.batch_size, max_length=model.max_length)
     lm.settings = {"prompts_begin_with": begins}
     return lm
 
 
-def _packed(model: Model, request: Request) -> tuple[Any, Any]:
+def _packed(model: Model, request: Request, progress: Progress | None) -> tuple[Any, Any]:
     from k2quant.model.generation import load_tokenizer
     from k2quant.model.loading import load_model
 
     assert model.folder  # noqa: S101  a local model has one
     tokenizer = load_tokenizer(model.folder, trust_remote_code=request.trust_remote_code)
-    return load_model(model.folder, device=request.device, dtype=request.dtype), tokenizer
+    return load_model(model.folder, device=request.device, dtype=request.dtype, progress=progress), tokenizer
 
 
 def _transformers(model: Model, request: Request) -> tuple[Any, Any]:

@@ -5,25 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from k2quant.checkpoint.paths import write_whole
 from k2quant.eval.identity import digest
-from k2quant.eval.runfolder import JOURNAL, MANIFEST, REQUEST, RESULTS, SCHEMA, as_json
-
-if TYPE_CHECKING:
-    from k2quant.eval.harness import Tasks
+from k2quant.eval.runfolder import MANIFEST, RESULTS, SCHEMA, as_json, tidy
 
 
 def write(
     folder: Path,
     identity: dict[str, Any],
-    tasks: Tasks,
     results: dict[str, Any],
-    cut: Counter[str],
+    cut: Mapping[str, int | None],
     begun: float,
     settings: Mapping[str, Any],
 ) -> Path:
@@ -32,9 +27,8 @@ def write(
     Args:
         folder: of the run.
         identity: all that the answers depend on.
-        tasks: that were asked.
         results: of lm-eval, samples included.
-        cut: by task, how many answers were cut at the limit on new tokens.
+        cut: by task whose answers are written, how many were cut at the limit on new tokens; None: not known.
         begun: when, in seconds of the epoch.
         settings: what was found out about the model while it was loaded.
 
@@ -58,7 +52,7 @@ def write(
     for name, entry in shown.items():
         entry.update(identity["tasks"][name])
         entry["metrics"] = _metrics(results["results"][name])
-        entry["truncated"] = cut[name] if tasks.by_name[name].OUTPUT_TYPE == "generate_until" else None
+        entry["truncated"] = cut.get(name)
     manifest = {
         "schema": SCHEMA,
         "identity": digest(identity),
@@ -70,8 +64,7 @@ def write(
         "seconds": round(ended - begun, 3),
     }
     write_whole(folder / MANIFEST, as_json(manifest))
-    for name in (JOURNAL, REQUEST):
-        (folder / name).unlink(missing_ok=True)
+    tidy(folder)
     return folder / MANIFEST
 
 

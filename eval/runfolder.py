@@ -69,6 +69,12 @@ def finished(folder: Path, identity: Mapping[str, Any]) -> bool:
     return True
 
 
+def tidy(folder: Path) -> None:
+    """Take away what only an unfinished run needs."""
+    for name in (JOURNAL, REQUEST):
+        (folder / name).unlink(missing_ok=True)
+
+
 def begin(folder: Path, identity: Mapping[str, Any]) -> float:
     """Note what is being asked, or check that it is the same as before; return when it was begun, in seconds."""
     path = folder / REQUEST

@@ -16,7 +16,7 @@ from k2quant.eval.identity import digest, task_hash
 from k2quant.eval.journal import Journal, Progress, Resuming
 from k2quant.eval.presets import expand
 from k2quant.eval.recording import write
-from k2quant.eval.runfolder import JOURNAL, MANIFEST, begin, finished, held
+from k2quant.eval.runfolder import JOURNAL, MANIFEST, begin, finished, held, tidy
 from k2quant.units import one_of
 from k2quant.version import __version__
 
@@ -76,7 +76,7 @@ def run(
     request: Request,
     folder: Path,
     *,
-    hashing: Progress | None = None,
+    reading: Progress | None = None,
     progress: Progress | None = None,
     remark: Callable[[str], None] | None = None,
 ) -> Path:
@@ -85,7 +85,7 @@ def run(
     Args:
         request: what to ask whom.
         folder: for the results; made if need be.
-        hashing: called with the bytes of the model that are hashed and all bytes.
+        reading: called with the bytes of the model that are read and all bytes, first to hash, then to load them.
         progress: called with the requests that are answered and all requests.
         remark: called with what is worth knowing on the way.
 
@@ -109,12 +109,14 @@ def run(
             shots=request.shots,
             limit=request.limit,
             new_tokens=request.max_new_tokens,
+            unsafe_code=request.unsafe_code,
         )
         from k2quant.eval.models import describe, load
 
-        model = describe(request, hashing)
+        model = describe(request, reading)
         identity = _identity(request, model, tasks)
         if finished(folder, identity):
+            tidy(folder)  # a kill may have come between the manifest and this
             if remark:
                 remark(f"{folder}: this run is already finished")
             return folder / MANIFEST
@@ -122,12 +124,12 @@ def run(
         journal = Journal(folder / JOURNAL)
         if remark and len(journal):
             remark(f"{folder}: resumes after {len(journal)} chunks")
-        lm = Resuming(load(model, request, tasks), journal, batch_size=request.batch_size, progress=progress)
+        lm = Resuming(load(model, request, tasks, reading), journal, batch_size=request.batch_size, progress=progress)
         lm.expect(_count(tasks))
         results = harness.ask(
             lm, tasks, chat_template=request.chat_template or request.chat, unsafe_code=request.unsafe_code
         )
-        return write(folder, identity, tasks, results, lm.cut, begun, lm.settings)
+        return write(folder, identity, results, lm.cut, begun, lm.settings)
 
 
 def _check(request: Request) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from k2quant.errors import (
     DestinationInUse,
     DestinationStale,
     EvaluationError,
+    HarnessFault,
     MalformedFile,
     UsageError,
 )
@@ -329,6 +331,32 @@ def test_options_that_make_no_sense(request_: Request, tmp_path: Path, options: 
     with pytest.raises(UsageError, match=said):
         run(replace(request_, **options), tmp_path / "run")
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+def test_a_prompt_that_does_not_fit_is_never_cut(request_: Request, tmp_path: Path) -> None:
+    """lm-eval would drop its beginning and go on; here it ends, for answers that are written and for scores."""
+    for task in ("adding", "picking"):
+        with pytest.raises(HarnessFault, match="at most"):
+            run(replace(request_, tasks=(task,), max_length=8), tmp_path / task)
+
+
+def test_code_of_a_model_runs_only_if_allowed(request_: Request, tmp_path: Path) -> None:
+    """A task that is marked as unsafe is refused before anything is loaded."""
+    folder = tmp_path / "tasks"
+    write_task(folder, "coding", [{"question": "a", "answer": "b"}], output_type="generate_until", unsafe_code=True)
+    asked = replace(request_, tasks=("coding",), include=(folder,))
+    with pytest.raises(UsageError, match=r"coding: runs the code.*--confirm-unsafe-code"):
+        run(asked, tmp_path / "run")
+
+
+def test_a_kill_after_the_manifest_leaves_a_finished_run(request_: Request, finished: Path, tmp_path: Path) -> None:
+    """What was not taken away yet goes with the next call."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / JOURNAL).write_text("")
+    (out / REQUEST).write_text("{}")
+    run(request_, out)
+    assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
 
 
 def test_the_table_goes_to_stdout(request_: Request, tmp_path: Path) -> None:

@@ -227,6 +227,23 @@ def test_a_server_that_stops_does_not_lose_what_it_said(
     assert [manifest["tasks"][name]["truncated"] for name in ("nano_add", "nano_sort")] == [0, 9]
 
 
+def test_chat_messages_carry_the_question(tasks: Path, stub: Callable[[Answer], str], tmp_path: Path) -> None:
+    """With `chat`, each question is one user message; the answer is the assistant's, and a cut one is counted."""
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        (message,) = body["messages"]
+        assert message["role"] == "user"
+        content = {"role": "assistant", "content": f"{message['content']} of {body['max_tokens']}"}
+        choice = {"index": 0, "message": content, "finish_reason": "length"}
+        return 200, json.dumps({"choices": [choice]}).encode()
+
+    options: dict[str, Any] = {"backend": "api", "base_url": stub(answer), "chat": True, "max_new_tokens": 7}
+    run(Request(model="m", tasks=("nano_add",), include=(tasks,), **options), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples_nano_add.jsonl").read_bytes().splitlines()]
+    assert [row["resps"][0][0] for row in rows] == [f"{row['doc']['question']} of 7" for row in rows]
+    assert json.loads((tmp_path / "run" / MANIFEST).read_bytes())["tasks"]["nano_add"]["truncated"] == 9
+
+
 def echoed(scores: Callable[[list[int]], list[float]]) -> Answer:
     """Return a server that echoes log-probabilities, as vLLM does."""
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
 from k2quant.cli.screen import progress, questions, remark
+
+Progress = Callable[[int, int], None]
 
 
 def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001  click's signature
@@ -104,13 +108,30 @@ def command(output: Path, *, tasks: str, data: tuple[str, ...], as_json: bool, *
 
     options["unsafe_code"] = options.pop("confirm_unsafe_code")
     request = Request(tasks=tuple(filter(None, tasks.split(","))), data=_data(data), **options)
-    with progress("hashing") as hashing, questions("answers") as answered:
-        manifest = run(request, output, hashing=hashing, progress=answered, remark=remark)
+    with _bars() as (reading, answered):
+        manifest = run(request, output, reading=reading, progress=answered, remark=remark)
     found = json.loads(manifest.read_bytes())
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
         _show(found, output)
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[tuple[Progress | None, Progress | None]]:
+    """Show one bar while the model is read, then another while it answers."""
+    with contextlib.ExitStack() as stack:
+        reading = stack.enter_context(progress("reading"))
+        shown: list[Progress | None] = []
+
+        def answered(done: int, total: int) -> None:
+            if not shown:
+                stack.close()
+                shown.append(stack.enter_context(questions("answers")))
+            if shown[0]:
+                shown[0](done, total)
+
+        yield reading, answered if reading else None
 
 
 def _data(pairs: tuple[str, ...]) -> dict[str, Path]:
