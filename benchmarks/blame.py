@@ -61,6 +61,9 @@ for every seed, of {letters} characters each, which four of the six families hav
 
 {settings}
 
+In the first two, comparing bytes leaves one tensor class, and the search has only to find the weights in it and how
+much they explain. The third is the test of the search: about 120 weights are candidates.
+
 ## Bars
 
 {bars}
@@ -141,6 +144,12 @@ def visited(model: Path, text: Path) -> dict[int, list[int]]:
     }
 
 
+def named(found: Blame) -> dict[str, Any]:
+    """Return what was named, with shares and intervals, for machines."""
+    content = found.as_dict()
+    return {key: content[key] for key in ("classes", "suspects", "together")}
+
+
 def judged(found: Blame, planted: Planted) -> dict[str, Any]:
     """Say what was hit."""
     classes = [suspect.name for suspect in found.classes]
@@ -189,7 +198,7 @@ def planted_runs(base: dict[str, Path], place: Path, seeds: dict[str, int]) -> I
             found, seconds = look(source, tensors.write(place / "candidate"), texts[seed], dtype)
             row = {"plant": plant, "setting": setting, "dtype": dtype, "seed": seed, "planted": planted._asdict()}
             row |= judged(found, planted) | {"kl": found.damage.value, "noise": found.noise.value}
-            row |= {"passes": found.passes, "seconds": seconds, "found": found.as_dict()}
+            row |= {"passes": found.passes, "seconds": seconds, "found": named(found)}
             print(f"{plant}, {setting}, {dtype}, {seed}: {'hit' if row['class_first'] else 'MISS'}", flush=True)
             yield row
 
@@ -253,18 +262,18 @@ def null_runs(base: dict[str, Path], place: Path, count: int) -> Iterator[dict[s
             forward = unsteady(seed) if "random" in name else stream_forward
             with mock.patch("k2quant.eval.blame.stream_forward", forward):
                 found, seconds = look(base[ours], written[theirs], text, dtype)
-            named = bool(found.classes or found.suspects)
-            print(f"{name}, {seed}: {'NAMED' if named else 'none'}", flush=True)
+            anything = bool(found.classes or found.suspects)
+            print(f"{name}, {seed}: {'NAMED' if anything else 'none'}", flush=True)
             yield {
                 "case": name,
                 "null": dtype == "bfloat16",
                 "seed": seed,
-                "named": named,
+                "named": anything,
                 "kl": found.damage.value,
                 "noise": found.noise.value,
                 "passes": found.passes,
                 "seconds": seconds,
-                "found": found.as_dict(),
+                "found": named(found),
             }
 
 
@@ -309,7 +318,8 @@ def null_table(rows: list[dict[str, Any]]) -> str:
 def bars(rows: list[dict[str, Any]], nulls: list[dict[str, Any]]) -> list[tuple[str, str, str, bool]]:
     """Return each bar: what, wanted, found, met."""
     sharp, true_nulls = [row for row in rows if row["dtype"] == "float32"], [row for row in nulls if row["null"]]
-    first = sum(row["class_first"] for row in sharp) / len(sharp)
+    hard = [row for row in sharp if row["setting"] == "INT4 as BF16"]
+    first, behind = (sum(row["class_first"] for row in part) / len(part) for part in (sharp, hard))
     false = sum(row["named"] for row in true_nulls) / len(true_nulls)
     return [
         (
@@ -317,6 +327,12 @@ def bars(rows: list[dict[str, Any]], nulls: list[dict[str, Any]]) -> list[tuple[
             f">= {FIRST:.0%}",
             share(sharp, "class_first"),
             first >= FIRST,
+        ),
+        (
+            "the same where every matrix differs",
+            f">= {FIRST:.0%}",
+            share(hard, "class_first"),
+            behind >= FIRST,
         ),
         ("named anything although nothing was planted", f"<= {FALSE:.0%}", share(true_nulls, "named"), false <= FALSE),
     ]
@@ -352,12 +368,26 @@ def prepared(folder: Path, place: Path) -> dict[str, Path]:
 
 
 def main() -> None:
-    """Measure and write the results."""
+    """Measure, write the results, and hold them against the bars."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where a nano-K2 is, or shall be")
     parser.add_argument("--seeds", type=int, default=5, help="of each plant and setting; a third as many in bfloat16")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/blame.json"), help="where results go")
+    parser.add_argument("--render", action="store_true", help="only draw the page anew, from the results")
     given = parser.parse_args()
+    if not given.render:
+        measure(given)
+    results = json.loads(given.json.read_text())
+    rows, nulls = results.pop("rows"), results.pop("nulls")
+    text = page(results, rows, nulls)
+    given.json.with_suffix(".md").write_text(text)
+    print(text)
+    if not all(met for *_, met in bars(rows, nulls)):
+        raise SystemExit(3)
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Plant, look, and write the results for machines."""
     silence()
     torch.set_num_threads(1)  # the model is so small that a second thread only waits
     facts: dict[str, Any] = {
@@ -374,13 +404,7 @@ def main() -> None:
         nulls = list(null_runs(base, Path(folder), given.seeds))
         seeds = {"float32": given.seeds, "bfloat16": (given.seeds + 2) // 3}
         rows = list(planted_runs(base, Path(folder), seeds))
-    results = facts | {"rows": rows, "nulls": nulls}
-    given.json.write_text(json.dumps(results, indent=1) + "\n")
-    text = page(facts, rows, nulls)
-    given.json.with_suffix(".md").write_text(text)
-    print(text)
-    if not all(met for *_, met in bars(rows, nulls)):
-        raise SystemExit(3)
+    given.json.write_text(json.dumps(facts | {"rows": rows, "nulls": nulls}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ _BEFORE_SEARCH = 3  # passes: the baseline, its noise, the damage
     type=click.Choice(["bfloat16", "float16", "float32"]),
     default="bfloat16",
     show_default=True,
-    help="Of activations and of what is not quantised; float32 shows less damage than bfloat16 can.",
+    help="Of activations and of what is not quantised; float32 shows damage too small for bfloat16.",
 )
 @click.option(
     "--backend",
