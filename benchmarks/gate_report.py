@@ -36,6 +36,9 @@ otherwise. The rules, by when they pass a candidate:
 ## Planted damage behind a gate of 1 pp and 1,319 items
 
 P(PASS), P(FAIL) and P(INCONCLUSIVE) are exact. "Flag" is how often McNemar's detector warns.
+INT2 to INT4: rounding to the nearest code, groups of 32. One scale, or the first scale of every row, of one expert's
+`down_proj` 16 times too large. Swapped nibbles: routed experts in INT4, all weights of one of them swapped with their
+neighbours. No router bias, no shared expert: zeros in all layers. A/A: the same weights twice.
 
 {plants}
 

@@ -112,7 +112,7 @@ RULES: dict[str, Callable[[Seen], Bools]] = {
     "k2quant": ours,
     "score test": score_test,
     "Wald/t (nel gate)": wald,
-    "McNemar p > .05": mcnemar,
+    "McNemar p > alpha": mcnemar,
     "unpaired 2 SE": two_errors,
     "llm-compressor 0.95": recovery,
     "vLLM rtol .08": relative,
