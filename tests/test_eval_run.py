@@ -156,13 +156,19 @@ def test_samples_are_those_of_lm_eval_itself(request_: Request, nano: Path, task
         assert rows == expected
 
 
-def test_all_requests_of_an_item_are_hashed(finished: Path) -> None:
-    """Every item has another hash; it covers the choices, which lm-eval's `prompt_hash` leaves out."""
-    rows = rows_of(finished, "picking") + rows_of(finished, "adding")
-    assert len({row["request_hash"] for row in rows}) == 48
-    same_prompt = [row for row in rows if row["prompt_hash"] == rows[0]["prompt_hash"]]
-    assert len(same_prompt) == 2
-    assert len({row["request_hash"] for row in same_prompt}) == 2
+def test_all_requests_of_an_item_are_hashed(request_: Request, finished: Path, tmp_path: Path) -> None:
+    """Another last choice is another item, which lm-eval's `prompt_hash` and `doc_hash` do not see."""
+    before = rows_of(finished, "picking")
+    assert len({row["request_hash"] for row in before + rows_of(finished, "adding")}) == 48
+    folder = tmp_path / "tasks"
+    choices = {"doc_to_choice": ["1", "22", "4"], "doc_to_target": "{{answer|int % 3}}"}
+    write_task(folder, "picking", [row["doc"] for row in before], output_type="multiple_choice", **choices)
+    run(replace(request_, tasks=("picking",), include=(folder,), limit=2), tmp_path / "run")
+    for old, new in zip(before, rows_of(tmp_path / "run", "picking"), strict=False):
+        assert [old[key] for key in ("doc_hash", "prompt_hash", "target_hash")] == [
+            new[key] for key in ("doc_hash", "prompt_hash", "target_hash")
+        ]
+        assert old["request_hash"] != new["request_hash"]
 
 
 def test_prompts_begin_with_one_bos(nano: Path) -> None:
