@@ -285,9 +285,9 @@ class Bench:
         self.save(memory=rows)
 
     def codecs(self) -> None:
-        """Let `codecs.py` measure the codecs in memory."""
+        """Let `codec_rates.py` measure the codecs in memory."""
         file = self.settings.workdir / "codecs.json"
-        command = [self.settings.k2quant[0], str(HERE / "codecs.py"), "--json", str(file)]
+        command = [self.settings.k2quant[0], str(HERE / "codec_rates.py"), "--json", str(file)]
         measure.run(command, log=self.log, env={"PYTHONPATH": str(ROOT)})
         self.save(codecs=json.loads(file.read_text()))
 

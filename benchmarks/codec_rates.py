@@ -1,7 +1,7 @@
 """Rates of the codecs in memory: two threads over panels of rows, outputs allocated before, files left out.
 
 Example:
-    python benchmarks/codecs.py --json benchmarks/results/codecs.json
+    python benchmarks/codec_rates.py --json benchmarks/results/codecs.json
 """
 
 from __future__ import annotations
