@@ -53,6 +53,7 @@ def find_blame(
     text: str | os.PathLike[str] | None = None,
     context: int = CONTEXT,
     tokens: int = TOKENS,
+    lines: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.bfloat16,
     backend: Backend = "auto",
@@ -68,6 +69,7 @@ def find_blame(
         text: a file to run them on; None for the sample that k2quant brings. Only what the text visits can be found.
         context: tokens of a chunk. Chunks are what intervals are resampled over; there must be at least 16.
         tokens: how much of the text to read.
+        lines: whether each line is a text of its own.
         device: where layers compute.
         dtype: of activations and of what is not quantised.
         backend: `auto` for the fused kernels, `reference` for plain torch.
@@ -84,9 +86,8 @@ def find_blame(
     """
     mixer = Mixer(open_checkpoint(Path(base)), open_checkpoint(Path(candidate)))
     sides = _sides(Path(base), Path(candidate))
-    read = read_text(
-        text, load_tokenizer(base, trust_remote_code=trust_remote_code), context=context, limit_tokens=tokens
-    )
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    read = read_text(text, tokenizer, context=context, limit_tokens=tokens, lines=lines)
     if read.chunks < LEAST_CHUNKS:
         raise UsageError(
             f"{read.name} gives {read.chunks} chunks of {context} tokens; expected at least {LEAST_CHUNKS}:"

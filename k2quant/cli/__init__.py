@@ -49,7 +49,7 @@ class _Commands(click.Group):
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="k2quant")
 def main() -> None:
-    """Convert Kimi K2 checkpoints between BF16, block-FP8 and INT4: exact, safe, at disk speed.
+    """Convert Kimi K2 checkpoints between BF16, block-FP8 and INT4, run them, and judge what that did to accuracy.
 
     \b
     Example:

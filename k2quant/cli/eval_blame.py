@@ -24,6 +24,7 @@ _BEFORE_SEARCH = 3  # passes: the baseline, its noise, the damage
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Plain UTF-8; default: a short sample.")
 @click.option("--tokens", type=click.IntRange(min=3), default=8192, show_default=True, help="How much of it to read.")
 @click.option("--context", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens of a chunk.")
+@click.option("--lines", is_flag=True, help="Each line is a text of its own.")
 @click.option("--passes", type=click.IntRange(min=5), default=100, show_default=True, help="Forward passes at most.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option(
@@ -50,6 +51,7 @@ def command(
     text: Path | None,
     tokens: int,
     context: int,
+    lines: bool,
     passes: int,
     device: str,
     dtype: str,
@@ -80,6 +82,7 @@ def command(
             text=text,
             context=context,
             tokens=tokens,
+            lines=lines,
             device=device,
             dtype=dtype,
             backend=backend,  # type: ignore[arg-type]  # click checked it

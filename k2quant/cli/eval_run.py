@@ -108,8 +108,12 @@ def command(output: Path, *, tasks: str, data: tuple[str, ...], as_json: bool, *
 
     options["unsafe_code"] = options.pop("confirm_unsafe_code")
     request = Request(tasks=tuple(filter(None, tasks.split(","))), data=_data(data), **options)
-    with _bars() as (reading, answered):
-        manifest = run(request, output, reading=reading, progress=answered, remark=remark)
+    try:
+        with _bars() as (reading, answered):
+            manifest = run(request, output, reading=reading, progress=answered, remark=remark)
+    except KeyboardInterrupt:
+        remark(f"{output}: the same command resumes")
+        raise
     found = json.loads(manifest.read_bytes())
     if as_json:
         click.echo(json.dumps(found, indent=1))
