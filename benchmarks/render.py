@@ -237,6 +237,16 @@ def render_models(folder: Path) -> str:
     return f"\n## Whole models\n\n{''.join(lines)}" if lines else ""
 
 
+def render_accuracy(folder: Path) -> str:
+    """Link the proofs of `k2quant eval`, which `gate.py` and `blame.py` write."""
+    pages = {
+        "gate": "[The gate](results/gate.md): false accepts, power, and the rules of other tools in the same cells.",
+        "blame": "[Blame](results/blame.md): how often planted damage is found, and how often anything is named without it.",
+    }
+    lines = [f"- {line}\n" for name, line in pages.items() if (folder / f"{name}.json").exists()]
+    return f"\n## Accuracy\n\n{''.join(lines)}" if lines else ""
+
+
 SECTIONS = {
     "peers": render_peers,
     "cat": render_cat,
@@ -255,5 +265,5 @@ def render(results: dict[str, Any], source: str, page: Path, *, remarks: str) ->
         f"\n{remarks}" if remarks else "",
     ]
     parts += [section(results) for name, section in SECTIONS.items() if name in results]
-    parts += [render_kernels(page.parent / "results"), render_models(page.parent / "results")]
+    parts += [linked(page.parent / "results") for linked in (render_kernels, render_models, render_accuracy)]
     page.write_text("".join(parts))

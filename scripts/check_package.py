@@ -18,6 +18,8 @@ NEEDED = (
     "k2quant/formats/layouts.py",
     "k2quant/model/loading.py",
     "k2quant/nano/training.py",
+    "k2quant/eval/report/page.py",
+    "k2quant/eval/sample_text.txt",
 )
 
 
