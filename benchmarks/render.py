@@ -241,7 +241,7 @@ def render_accuracy(folder: Path) -> str:
     """Link the proofs of `k2quant eval`, which `gate.py` and `blame.py` write."""
     pages = {
         "gate": "[The gate](results/gate.md): false accepts, power, and the rules of other tools in the same cells.",
-        "blame": "[Blame](results/blame.md): how often planted damage is found, and how often anything is named without it.",
+        "blame": "[Blame](results/blame.md): how often planted damage is found, and anything named without it.",
     }
     lines = [f"- {line}\n" for name, line in pages.items() if (folder / f"{name}.json").exists()]
     return f"\n## Accuracy\n\n{''.join(lines)}" if lines else ""
