@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -45,7 +44,7 @@ class Action:
         stub.chmod(0o755)
         (folder / "script.sh").write_text(next(step for step in steps("action.yml") if step.get("id") == "gate")["run"])
 
-    def run(self, status: int = 0, **inputs: str) -> subprocess.CompletedProcess[str]:
+    def run(self, status: int = 0, *, installed: bool = True, **inputs: str) -> subprocess.CompletedProcess[str]:
         """Run it with these inputs; what is not named has its default."""
         step = next(step for step in steps("action.yml") if step.get("id") == "gate")
         defaults = {name: facts.get("default", "") for name, facts in load("action.yml")["inputs"].items()}
@@ -54,7 +53,7 @@ class Action:
             for variable, value in step["env"].items()
         }
         environment |= {
-            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "PATH": f"{self.folder / 'bin'}:/usr/bin:/bin" if installed else "/usr/bin:/bin",
             "GITHUB_OUTPUT": str(self.folder / "output"),
             "STUB_ARGUMENTS": str(self.folder / "arguments"),
             "STUB_STATUS": str(status),
@@ -121,6 +120,26 @@ def test_a_folder_cannot_forge_outputs(action: Action, reports: str) -> None:
     assert done.returncode == 2
     assert not (action.folder / "output").exists()
     assert not (action.folder / "arguments").exists()
+
+
+def test_a_gate_that_is_not_installed_is_an_error_with_its_remedy(action: Action) -> None:
+    """The five lines alone install nothing: the annotation says what to set."""
+    done = action.run(installed=False, baseline="b", candidate="c")
+    assert done.returncode == 1
+    assert done.stdout.startswith("::error title=Accuracy gate::k2quant is not installed;")
+
+
+def test_a_step_that_never_came_to_the_gate_is_an_error() -> None:
+    """Where the installation or an input fails no verdict is written: the output says ERROR, as the README has it."""
+    assert load("action.yml")["outputs"]["verdict"]["value"] == "${{ steps.gate.outputs.verdict || 'ERROR' }}"
+    assert "steps.ID.outputs.verdict != 'PASS' && steps.ID.outputs.verdict" in (FOLDER / "README.md").read_text()
+
+
+def test_the_workflow_installs_what_its_tasks_need() -> None:
+    """lm-eval's IFEval takes packages that only its extra brings."""
+    workflow = load("accuracy.yml")
+    assert "ifeval" in workflow["env"]["TASKS"].split(",")
+    assert "lm-eval[ifeval]==" in next(step["run"] for step in steps("accuracy.yml") if step.get("name") == "Install")
 
 
 @pytest.mark.parametrize("name", ["action.yml", "accuracy.yml"])
