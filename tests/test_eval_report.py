@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from k2quant.eval.drift_reading import read_blame, read_fidelity
 from k2quant.eval.policy import Policy
 from k2quant.eval.report import Reports, github_annotations, job_summary, publish_to_github, write_reports
 from k2quant.eval.report.markdown import markdown
-from k2quant.eval.report.pictures import accuracies, drops, power_curve
+from k2quant.eval.report.pictures import _curve, accuracies, drops, power_curve
 from k2quant.eval.verdict import Comparison, Decision, Flip, Side, Verdict
 
 EVIL = (
@@ -313,6 +314,15 @@ def test_fidelity_and_blame_have_pictures_and_numbers(full: tuple[Reports, Page]
     assert content["blame"]["passes"] == 41
 
 
+def test_fidelity_and_blame_name_their_models(tmp_path: Path) -> None:
+    """A file of other models than those of the runs is seen to be one."""
+    other = side("other-INT3")
+    found = {"fidelity": replace(fidelity(), candidate=other), "blame": replace(blame(), candidate=other)}
+    reports, page = written(tmp_path, verdict(), **found)
+    for words in (page.text, reports.markdown.read_text().replace("`", "")):
+        assert words.count("other-INT3 against K2-BF16 on sample") == 2
+
+
 def test_blame_without_suspects_says_so(tmp_path: Path) -> None:
     """Where no damage could be told from none, there is a sentence and no empty picture."""
     nothing = replace(blame(), classes=(), suspects=(), together=None)
@@ -409,6 +419,22 @@ def test_the_power_curve_ends_where_the_gate_stands() -> None:
     assert "2,473 items reach the 80% that the policy wants" in picture
     never = replace(verdict().pooled, needed=None)
     assert "no number of items reaches the 80%" in power_curve(verdict(pooled=never))
+
+
+def test_the_power_curve_passes_through_what_it_marks() -> None:
+    """Without flips power is one step, from nothing to all, at the number of items that are needed."""
+    pooled = replace(verdict().pooled, lost=0, gained=0, n=1080, power=1.0, needed=299)
+    found = dict(_curve(pooled, 0.05))
+    assert (found[298], found[299], found[1080]) == (0, 100, 100)
+
+
+def test_a_share_beyond_all_measure_is_drawn_in_silence(tmp_path: Path) -> None:
+    """A picture whose words leave it no room is a poor one, and nothing that the user has to hear of."""
+    huge = Suspect(name="layer 3", tensors=1, share=1e99, interval=(0.0, 1e99))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, page = written(tmp_path, verdict(), blame=replace(blame(), suspects=(huge,)))
+    assert "Suspects" in page.text
 
 
 def test_accuracy_at_its_ends_is_drawn() -> None:

@@ -135,7 +135,7 @@ def _drift(fidelity: Fidelity | None, blame: Blame | None) -> str:
     found = ""
     if fidelity is not None:
         found += (
-            f"## Fidelity\n\nOn {_name(fidelity.text)}, {fidelity.tokens:,} tokens: KL divergence "
+            f"## Fidelity\n\n{_measured(fidelity)}, {fidelity.tokens:,} tokens: KL divergence "
             f"{fidelity.kl.value:.3g} \N{PLUS-MINUS SIGN} {fidelity.kl.error:.2g} nats a token "
             f"(median {fidelity.kl_median:.3g}, 99% {fidelity.kl_99:.3g}, max {fidelity.kl_max:.3g}), "
             f"same likeliest token {percent(fidelity.same_top.value)}, "
@@ -144,8 +144,14 @@ def _drift(fidelity: Fidelity | None, blame: Blame | None) -> str:
         )
     if blame is not None:
         suspects = "".join(f"- {escaped(_suspect(suspect))}\n" for suspect in blame.suspects[:_SUSPECTS])
-        found += f"## Blame\n\n{suspects or 'No group of tensors could be told to do damage.' + chr(10)}\n"
+        listed = suspects or "No group of tensors could be told to do damage.\n"
+        found += f"## Blame\n\n{_measured(blame)}:\n\n{listed}\n"
     return found
+
+
+def _measured(found: Fidelity | Blame) -> str:
+    """Name what was measured: a file of other models may lie beside these runs."""
+    return f"{_name(found.candidate.model)} against {_name(found.base.model)} on {_name(found.text)}"
 
 
 def _suspect(suspect: Suspect) -> str:

@@ -49,6 +49,7 @@ _CSS = """\
 .warnings{border-left:5px solid var(--unsure)}
 .warnings ul{margin:8px 0 0;padding-left:20px;overflow-wrap:anywhere}
 .tiles li:first-child{flex:1.3 0 210px}
+.tiles strong{white-space:normal;overflow-wrap:anywhere}
 .prose :is(th,td){text-align:left;white-space:normal}
 .flips{table-layout:fixed;margin-top:8px}
 .flips :is(th,td){text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}
@@ -99,7 +100,9 @@ def _sections(verdict: Verdict, fidelity: Fidelity | None, blame: Blame | None) 
         yield from drift_pictures(fidelity)
     if blame is not None:
         yield _section(
-            "Blame", f"Where the damage on {code(blame.text)} comes from: what goes when tensors are put back."
+            "Blame",
+            f"{_models(blame)} on {code(blame.text)}: where the damage comes from, which is what goes when tensors are "
+            "put back.",
         )
         yield _tiled(blame_facts(blame))
         yield from blame_pictures(blame)
@@ -113,9 +116,15 @@ def _fidelity_note(fidelity: Fidelity) -> str:
         unread = f" Characters that the tokenizer passes over: {code(fidelity.unread)}."
     return _section(
         "Fidelity",
-        f"On {code(fidelity.text)}: {fidelity.tokens:,} tokens in {fidelity.chunks:,} chunks, which the errors "
-        f"count as independent. It tells that something changed and where, not whether accuracy did.{unread}",
+        f"{_models(fidelity)} on {code(fidelity.text)}: {fidelity.tokens:,} tokens in {fidelity.chunks:,} chunks, "
+        "which the errors count as independent. It tells that something changed and where, not whether accuracy did."
+        f"{unread}",
     )
+
+
+def _models(found: Fidelity | Blame) -> str:
+    """Name what was measured: a file of other models may lie beside these runs."""
+    return f"{code(found.candidate.model)} against {code(found.base.model)}"
 
 
 def _section(name: str, note: str) -> str:

@@ -192,10 +192,11 @@ def _scale_power(axes: Axes, canvas: Canvas) -> None:
 
 
 def _curve(pooled: Comparison, alpha: float) -> list[tuple[int, float]]:
-    """Return numbers of items with the power there, in percent; the gate's own number is among them."""
+    """Return numbers of items with the power there, in percent; those that are marked are among them."""
+    marked = [pooled.n, *((pooled.needed - 1, pooled.needed) if pooled.needed else ())]  # without flips it is one step
     ends = [pooled.n, pooled.needed or 4 * pooled.n]
     low, high = max(min(ends) / 8, 10), 1.6 * max(ends)
-    numbers = {round(low * (high / low) ** (step / (_POINTS - 1))) for step in range(_POINTS)} | {pooled.n}
+    numbers = {round(low * (high / low) ** (step / (_POINTS - 1))) for step in range(_POINTS)}.union(marked)
     return [(n, 100 * _power(n, pooled, alpha)) for n in sorted(numbers)]
 
 

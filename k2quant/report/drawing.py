@@ -83,6 +83,7 @@ def _svg(draw: Draw, canvas: Canvas, height: int, label: str) -> str:
 
     with style.context(["default", _style(canvas, label)]), warnings.catch_warnings():  # not as the user's matplotlib
         warnings.filterwarnings("ignore", "Glyph .* missing")  # text stays text: the reader's fonts draw it
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # words too long for the picture
         picture = Figure(figsize=(canvas.width / 72, height / 72), layout="constrained", facecolor="none")
         FigureCanvasSVG(picture)
         draw(picture.add_subplot(facecolor="none"), canvas)
