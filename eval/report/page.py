@@ -49,7 +49,7 @@ _CSS = """\
 .warnings{border-left:5px solid var(--unsure)}
 .warnings ul{margin:8px 0 0;padding-left:20px;overflow-wrap:anywhere}
 .tiles li:first-child{flex:1.3 0 210px}
-.tiles strong{white-space:normal;overflow-wrap:anywhere}
+.tiles strong{white-space:normal}
 .prose :is(th,td){text-align:left;white-space:normal}
 .flips{table-layout:fixed;margin-top:8px}
 .flips :is(th,td){text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}
@@ -57,6 +57,7 @@ _CSS = """\
 .flips :is(th,td):nth-child(2){width:37%}
 .flips i{color:var(--muted)}
 @media (max-width:860px){
+.tiles li:first-child{flex-basis:100%}
 .flips,.flips tbody,.flips tr,.flips :is(th,td){display:block;width:auto!important;padding:2px 0;border:0}
 .flips thead{display:none}
 .flips tr{border-bottom:1px solid var(--line);padding:12px 0}
