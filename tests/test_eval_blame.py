@@ -22,6 +22,7 @@ from k2quant.convert import convert
 from k2quant.errors import BadValue, Incomparable, MissingTensor, UsageError
 from k2quant.eval import blame, find_blame
 from k2quant.eval.drift_reading import read_blame
+from k2quant.eval.group_testing import Findings, Found
 from k2quant.eval.mixture import Mixer
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.transcode import as_array
@@ -234,6 +235,35 @@ def test_options_that_make_no_sense_are_refused(base: Path, int4: Path, text: Pa
         find_blame(base, int4, text=text, context=17, tokens=17 * 10)
     with pytest.raises(UsageError, match="passes: expected at least 8"):
         find_blame(base, int4, text=text, **OPTIONS, passes=7)
+
+
+def test_too_short_a_text_is_not_taken_for_innocence(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damage that no class could be shown to carry is there all the same: the advice is to read more."""
+    candidate = changed(base, tmp_path / "nudged", nudge)
+    monkeypatch.setattr(blame, "search", lambda *_, **__: Findings(classes=(), suspects=(), together=None))
+    monkeypatch.setattr("k2quant.cli.eval_blame._BEFORE_SEARCH", 2)
+    options = ["--text", str(text), "--context", "17", "--tokens", "512", "--dtype", "float32"]
+    shown = CliRunner().invoke(main, ["eval", "blame", str(base), str(candidate), *options])
+    assert shown.exit_code == 0
+    assert "Nothing to blame" not in shown.stdout
+    assert "Nothing named: there is damage" in shown.stdout
+    assert "A longer text" in shown.stdout
+
+
+def test_suspects_are_shown_without_their_class(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class may hold what harms and what heals, so that only its parts stand out: they are named all the same."""
+    candidate = changed(base, tmp_path / "nudged", nudge)
+    one = Found(parts=frozenset({0}), share=0.5, interval=(0.4, 0.6))
+    monkeypatch.setattr(blame, "search", lambda *_, **__: Findings(classes=(), suspects=(one,), together=one))
+    options = ["--text", str(text), "--context", "17", "--tokens", "512", "--dtype", "float32"]
+    shown = CliRunner().invoke(main, ["eval", "blame", str(base), str(candidate), *options])
+    assert "lm_head" in shown.stdout
+    assert "40.0 to 60.0%" in shown.stdout
+    assert "Nothing" not in shown.stdout
 
 
 def test_the_command_shows_and_writes(base: Path, text: Path, tmp_path: Path) -> None:

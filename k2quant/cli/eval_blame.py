@@ -110,10 +110,10 @@ def _show(found: Blame, dtype: str) -> None:
     click.echo(f"text       {found.text}; {found.passes} passes; {found.changed} weights are stored otherwise")
     click.echo(f"damage     {found.damage.value:.3g} ± {found.damage.error:.1g} nats a token (KL divergence)")
     click.echo(f"noise      {found.noise.value:.3g} ± {found.noise.error:.1g}, from rounding alone\n")
-    if not found.classes:
+    if not found.classes and not found.suspects:
         click.echo(_nothing(found, dtype))
         return
-    tables = [_table("tensor class", found.classes)]
+    tables = [_table("tensor class", found.classes)] if found.classes else []
     if found.together:
         tables.append(_table("suspect", [*found.suspects, found.together]))
     click.echo("\n\n".join("\n".join(lines) for lines in tables))
@@ -125,7 +125,10 @@ def _show(found: Blame, dtype: str) -> None:
 
 def _nothing(found: Blame, dtype: str) -> str:
     if found.passes > _BEFORE_SEARCH:
-        return "Nothing to blame: there is damage, but no group of weights explains a part that chance could not give."
+        return (
+            "Nothing named: there is damage, but on this text no tensor class explains a part that chance\n"
+            "could not give. A longer text (--text, --tokens) may show where it comes from."
+        )
     advice = "" if dtype == "float32" else "\n--dtype float32 has less noise and may show where it comes from."
     return f"Nothing to blame: the damage cannot be told from the noise of rounding.{advice}"
 
