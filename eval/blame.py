@@ -55,7 +55,7 @@ def find_blame(
     tokens: int = TOKENS,
     lines: bool = False,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | str = torch.bfloat16,
+    dtype: torch.dtype | str = torch.float32,
     backend: Backend = "auto",
     passes: int = PASSES,
     progress: Progress | None = None,
@@ -71,7 +71,7 @@ def find_blame(
         tokens: how much of the text to read.
         lines: whether each line is a text of its own.
         device: where layers compute.
-        dtype: of activations and of what is not quantised.
+        dtype: of activations and of what is not quantised; narrower ones hide damage that is below their rounding.
         backend: `auto` for the fused kernels, `reference` for plain torch.
         passes: forward passes at most; with few of them the search ends at larger groups.
         progress: called after each pass.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -18,6 +21,11 @@ class _Commands(click.Group):
             return None
         command: click.Command = import_module(f"k2quant.cli.eval_{cmd_name}").command
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # A cancelled job ends by SIGTERM; temporary files, gigabytes of them, then go as they do after Ctrl-C.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        return super().invoke(ctx)
 
 
 @click.command(name="eval", cls=_Commands)

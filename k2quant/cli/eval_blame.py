@@ -26,13 +26,13 @@ _BEFORE_SEARCH = 3  # passes: the baseline, its noise, the damage
 @click.option("--context", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens of a chunk.")
 @click.option("--lines", is_flag=True, help="Each line is a text of its own.")
 @click.option("--passes", type=click.IntRange(min=5), default=100, show_default=True, help="Forward passes at most.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or auto.")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
+    default="float32",
     show_default=True,
-    help="Of activations and of what is not quantised; float32 shows damage too small for bfloat16.",
+    help="Of activations and of what is not quantised; narrower ones are faster and hide small damage.",
 )
 @click.option(
     "--backend",
