@@ -253,7 +253,7 @@ def null_runs(base: dict[str, Path], place: Path, count: int) -> Iterator[dict[s
         ("the same in other shards", "BF16", "in other shards", "bfloat16", 2),
         ("the same stored as F32", "BF16", "stored as F32", "bfloat16", count),
         ("the same stored as F32, rounded at random", "BF16", "stored as F32", "bfloat16", 2 * count),
-        ("the same stored as F32, rounded at random, float32 activations", "BF16", "stored as F32", "float32", 2 * count),
+        ("the same, rounded at random, float32 activations", "BF16", "stored as F32", "float32", 2 * count),
         ("INT4 stored as BF16", "INT4", "INT4 stored as BF16", "bfloat16", 2 * count),
         ("INT4 stored as BF16, float32 activations", "INT4", "INT4 stored as BF16", "float32", count),
     ]
