@@ -17,7 +17,7 @@ from k2quant.eval.binomial import Counts, beyond, probability, window
 from k2quant.eval.tango import check_share, score
 
 _TIE = 1e-10  # two bounds on Z so close have the same outcomes but for rounding
-_POINTS = 4  # of the grid for each step of 1 in the root of the expected flips
+_STEP = 0.5  # of the grid, in standard deviations of the number of flips
 _NEAR = 40  # points of the grid within twenty flips of either end
 _PEAKS = 4  # highest points of the grid that are closed in on
 _HALVINGS = 14  # of the grid's step around each of them
@@ -120,8 +120,8 @@ class LargestChance:
 def _grid(n: int, margin: float) -> tuple[float, ...]:
     """Return shares of flips from the margin, where all flips are losses, to 1; dense towards both ends."""
     near = margin + np.geomspace(0.02 / n, min(20 / n, 1 - margin), _NEAR)
-    first, last = math.sqrt(margin * n), math.sqrt(n)
-    far = np.linspace(first, last, 1 + math.ceil((last - first) * _POINTS)) ** 2 / n
+    first, last = math.asin(math.sqrt(margin)), math.pi / 2  # on this scale a standard deviation is the same anywhere
+    far = np.sin(np.linspace(first, last, 1 + math.ceil((last - first) * 2 * math.sqrt(n) / _STEP))) ** 2
     full = 1 - (near[near < 0.5 + margin] - margin)
     points = np.concatenate(([margin, 1.0], near, far, full))
     return tuple(np.unique(np.clip(points, margin, 1.0)).tolist())

@@ -193,6 +193,12 @@ class TestLevel:
         largest = exact.LargestChance(n, margin, upper=upper)
         assert max(largest.at(curve, share) for share in finer_grid(n, margin)) <= 0.05 + 1e-9
 
+    def test_level_where_nearly_all_items_flip(self) -> None:
+        """There the number of flips spreads least, and a grid even in its root would step over the highest chance."""
+        curve, n, margin, alpha = paired.acceptance(5193, 0.02, 0.025), 5193, 0.02, 0.025
+        for flips in np.linspace(0.955, 0.965, 101):
+            assert exact.chance(curve, n, flips, (flips + margin) / (2 * flips)) <= alpha
+
     def test_score_test_breaks_it(self) -> None:
         """The same enumeration finds the score test's worst level, .068: it would find ours too."""
         largest = exact.LargestChance(268, 0.01, upper=False)
