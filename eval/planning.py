@@ -84,6 +84,20 @@ def plan(*, margin: float, alpha: float = 0.05, power: float = 0.8, flips: float
     )
 
 
+def chance_of_pass(n: int, margin: float, alpha: float, flips: float) -> float:
+    """Return the chance that a candidate without any drop passes, as a plan has it: exact to 4,000 items, then to .005.
+
+    `power` is exact at any number, and takes minutes where there are a million.
+
+    Args:
+        n: items, at least 1.
+        margin: largest drop that is good enough, above 0, below 0.5.
+        alpha: chance that a candidate whose drop is the margin passes, above 0, below 0.5.
+        flips: share of items that flip, 0 to 1.
+    """
+    return _Wanted(margin, alpha, 0.5, flips, 0.0).power_at(n)
+
+
 def flips_limit(count: int, n: int, *, confidence: float = 0.95) -> float:
     """Return the upper confidence limit of a share of flips (Clopper and Pearson's), to plan on.
 
@@ -132,7 +146,7 @@ class _Wanted:
 
     def score_power(self, n: int) -> float:
         """Return the chance that the score test passes n items."""
-        bound = NormalDist().inv_cdf(1 - self.alpha)
+        bound = -NormalDist().inv_cdf(self.alpha)
         losses = (self.flips + self.drop) / (2 * self.flips) if self.flips else 0.5
         return score_chance(bound, n, self.margin, self.flips, losses)
 
@@ -147,7 +161,7 @@ class _Wanted:
 def _without_flips(margin: float, alpha: float) -> int:
     """Return the fewest items that pass where not one flips."""
     one_way = math.ceil(math.log(alpha) / math.log1p(-margin))
-    many = math.ceil(NormalDist().inv_cdf(1 - alpha) ** 2 * (1 - margin) / margin)
+    many = math.ceil(NormalDist().inv_cdf(alpha) ** 2 * (1 - margin) / margin)
     high = max(one_way, many, 1)
     if high > _EXACT:
         return high
@@ -180,7 +194,7 @@ def _short(wanted: _Wanted, n: int) -> float:
 def _by_score(wanted: _Wanted) -> int:
     """Return about how many items the score test needs: first by the normal formula, then by its true power."""
     normal = NormalDist()
-    factor = (normal.inv_cdf(1 - wanted.alpha) + normal.inv_cdf(max(wanted.power, 0.5))) ** 2
+    factor = (normal.inv_cdf(max(wanted.power, 0.5)) - normal.inv_cdf(wanted.alpha)) ** 2
     variance = wanted.flips - wanted.drop**2
     n = factor * variance / (wanted.margin - wanted.drop) ** 2
     while n <= MOST and wanted.score_power(math.ceil(n) or 1) < wanted.power:

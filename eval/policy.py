@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -13,6 +12,7 @@ import yaml
 
 from k2quant.checkpoint.paths import read_limited
 from k2quant.errors import CheckpointError, UsageError
+from k2quant.eval.tango import check_share
 
 _LIMIT = 2**16  # bytes of a policy file
 
@@ -24,7 +24,8 @@ class Policy:
     margin: float = 0.01
     """Largest drop in accuracy, over all items together, that is still good enough; 0.01 is one percentage point."""
     alpha: float = 0.05
-    """Chance that a candidate whose drop is the margin or more passes all the same, and of the opposite mistake."""
+    """Chance that a candidate whose drop is the margin or more passes all the same, and of the opposite mistake; with
+    several tasks the pool and the tasks together each have it for FAIL."""
     power: float = 0.8
     """Chance of PASS that a candidate without any drop should have; the gate says when it is less."""
     tasks: Mapping[str, float | None] = field(default_factory=dict)
@@ -50,9 +51,9 @@ class Policy:
 
 
 def _check_share(name: str, value: object, limit: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0 < value < limit:  # type: ignore[operator, arg-type]  # a number by now
-        raise UsageError(f"{name}: expected above 0 and below {limit:g}, found {value!r:.100}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError(f"{name}: expected a number, found {value!r:.100}")
+    check_share(name, value, limit)
 
 
 _SHARE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?P<unit>pp|%)?")
@@ -101,6 +102,8 @@ def read_policy(path: Path) -> Policy:
         raise UsageError(str(error)) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from error
+    except (ArithmeticError, AttributeError, LookupError) as error:  # PyYAML's own, of `!!int ""` and the like
+        raise UsageError(f"{path}: not YAML: a tag that its value does not have") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: expected keys and values, found {type(content).__name__}")
     known = [part.name for part in fields(Policy)]

@@ -49,7 +49,7 @@ def interval(lost: int, gained: int, n: int, alpha: float) -> tuple[float, float
     """
     check_counts(lost, gained, n)
     check_share("alpha", alpha, 0.5)
-    far = NormalDist().inv_cdf(1 - alpha)
+    far = -NormalDist().inv_cdf(alpha)
     drop = (lost - gained) / n
     return _where_score_is(-far, lost, gained, n, -1.0, drop), _where_score_is(far, lost, gained, n, drop, 1.0)
 
@@ -75,11 +75,15 @@ def check_counts(lost: int, gained: int, n: int) -> None:
         raise UsageError(f"expected counts of flips among the items, found {lost} lost and {gained} gained of {n}")
 
 
+LEAST = 1e-9
+"""Smallest margin, alpha or power: of smaller ones no digit would be right."""
+
+
 def check_share(name: str, value: float, limit: float) -> None:
-    """Refuse what is not above 0 and below the limit.
+    """Refuse what is below a billionth, or not below the limit.
 
     Raises:
         UsageError: see there.
     """
-    if not 0 < value < limit:
-        raise UsageError(f"{name}: expected above 0 and below {limit:g}, found {value!r}")
+    if not LEAST <= value < limit:
+        raise UsageError(f"{name}: expected above 0, at least {LEAST:g}, and below {limit:g}, found {value!r:.100}")

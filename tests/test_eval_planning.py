@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ class TestPlan:
         assert (found.items, found.reached) == (None, None)
         assert json.loads(json.dumps(found.as_dict()))["items"] is None
 
+    def test_the_chance_of_pass_of_a_million_items_takes_no_minutes(self) -> None:
+        """It is the score test's there; exact power is summed over a million bounds."""
+        begun = time.perf_counter()
+        assert planning.chance_of_pass(1_000_000, 0.005, 0.05, 0.1) == pytest.approx(1.0)
+        assert planning.chance_of_pass(1_319, 0.01, 0.05, 0.04) == paired.power(1_319, 0.01, 0.05, 0.04)
+        assert time.perf_counter() - begun < 20
+
     @pytest.mark.parametrize("n", [4000, 6000])
     def test_score_power_is_near(self, n: int) -> None:
         """Above the size up to which plans are exact, the score test's power is that of the exact one to 0.005."""
@@ -73,6 +81,8 @@ class TestPlan:
             {"margin": 0.01, "flips": 1.1},
             {"margin": 0.0, "flips": 0.04},
             {"margin": 0.01, "flips": 0.04, "alpha": 0.6},
+            {"margin": 0.01, "flips": 0.04, "alpha": 1e-17},
+            {"margin": 1e-320, "flips": 0.04},
             {"margin": 0.01, "flips": 0.04, "power": 1.0},
             {"margin": 0.01, "flips": float("nan")},
         ],

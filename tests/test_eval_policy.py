@@ -59,6 +59,13 @@ def test_tasks_may_be_a_list(tmp_path: Path) -> None:
         ("a: [" * 5000, "not YAML"),
         ("margin: !!python/object/apply:os.system [ls]", "not YAML"),
         ("\x00", "not YAML"),
+        ('margin: !!int ""', "not YAML"),
+        ('margin: !!bool "x"', "not YAML"),
+        ('margin: !!timestamp "x"', "not YAML"),
+        ("margin: " + "1" * 400, "margin"),
+        ("margin: " + "1:" * 400 + "1.5", "not YAML|margin"),
+        ("margin: 1.0e-320", "margin"),
+        ("alpha: 1.0e-17", "alpha"),
     ],
 )
 def test_a_bad_policy_is_refused(text: str, message: str, tmp_path: Path) -> None:
