@@ -3,6 +3,7 @@
 PASS: the items show that the drop in accuracy is below the margin. FAIL: they show that it is above. INCONCLUSIVE: they
 show neither, and how many would. Both tests are exact (`paired`), so each mistake has at most the chance alpha, however
 few items flip. The pool of all items carries PASS; FAIL also comes from any one task, by Holm's rule over the tasks.
+Pool and tasks each have alpha: with several tasks a wrong FAIL from either has at most the chance 2 alpha.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from k2quant.errors import Incomparable
 from k2quant.eval import paired
 from k2quant.eval.items import Run, Task
 from k2quant.eval.pairing import Pairs, check_outputs, pair
-from k2quant.eval.planning import plan
+from k2quant.eval.planning import chance_of_pass, plan
 from k2quant.eval.policy import Policy
 from k2quant.eval.reading import read_run
 from k2quant.eval.verdict import Comparison, Decision, Side, Verdict
@@ -64,7 +65,10 @@ def gate(
     return Verdict(
         decision=decision,
         reason=reason,
-        warnings=tuple(_warnings(pairs, pooled, tasks, policy, same_model=same_model)),
+        warnings=(
+            *_warnings(pooled, tasks, policy, same_model=same_model),
+            *_doubts(base, candidate, pairs, same_model=same_model),
+        ),
         pooled=pooled,
         tasks=tuple(tasks),
         flips=tuple(sorted((flip for task in pairs for flip in task.flips()), key=lambda flip: not flip.lost)),
@@ -134,7 +138,7 @@ def _at_chance(where: str, accuracy: float, chance: float, items: int) -> Incomp
 
 def _lower(right: int, n: int, alpha: float) -> float:
     """Return Wilson's lower limit of a share, one-sided."""
-    z, p = NormalDist().inv_cdf(1 - alpha), right / n
+    z, p = -NormalDist().inv_cdf(alpha), right / n
     return (p + z * z / (2 * n) - z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n)
 
 
@@ -156,7 +160,7 @@ def _compared(name: str, pairs: Iterable[Pairs], policy: Policy, margin: float) 
         p_good=p_good,
         p_bad=p_bad,
         p_worse=paired.p_worse(lost, gained),
-        power=paired.power(n, margin, policy.alpha, flips),
+        power=chance_of_pass(n, margin, policy.alpha, flips),
         needed=plan(margin=margin, alpha=policy.alpha, power=policy.power, flips=flips).items,
         decision=_decision(p_good, p_bad, policy.alpha),
     )
@@ -200,12 +204,14 @@ def _decided(pooled: Comparison, tasks: list[Comparison], policy: Policy) -> tup
     if pooled.decision == "PASS":
         return "PASS", (
             f"accuracy {_fell(pooled)}, and the drop is below {_pp(pooled.margin)} "
-            f"with at least {1 - policy.alpha:.0%} confidence (p = {pooled.p_good:.2g})"
+            f"with at least {100 * (1 - policy.alpha):.10g}% confidence (p = {pooled.p_good:.2g})"
         )
     return "INCONCLUSIVE", f"{pooled.n:,} items cannot tell: accuracy {_fell(pooled)}; {_more(pooled)}"
 
 
 def _more(pooled: Comparison) -> str:
+    if pooled.needed is not None and pooled.needed <= pooled.n:
+        return "they would mostly do for a candidate without any drop"
     if pooled.needed is None:
         return "no number of items would do at so many flips"
     return f"about {pooled.needed:,} items would do for a candidate without any drop"
@@ -232,9 +238,7 @@ def _pp(share: float) -> str:
     return f"{100 * share:.2f} pp".replace(".00 pp", " pp")
 
 
-def _warnings(
-    pairs: Iterable[Pairs], pooled: Comparison, tasks: list[Comparison], policy: Policy, *, same_model: bool
-) -> Iterable[str]:
+def _warnings(pooled: Comparison, tasks: list[Comparison], policy: Policy, *, same_model: bool) -> Iterable[str]:
     if same_model:
         if 2 * min(pooled.p_worse, paired.p_worse(pooled.gained, pooled.lost)) <= policy.alpha:
             yield "the two runs of one model differ by more than chance: find out what changed before gating anything"
@@ -256,5 +260,19 @@ def _warnings(
     for task in tasks:
         if len(tasks) > 1 and task.decision != "FAIL" and task.p_worse <= policy.alpha / len(tasks):
             yield f"{task.name}: {_flipped(task)}"
+
+
+def _doubts(base: Run, candidate: Run, pairs: Iterable[Pairs], *, same_model: bool) -> Iterable[str]:
+    """Say what makes it doubtful that two models answered these items well enough to lose something."""
+    if same_model:
+        return
+    if None in {base.model_hash, candidate.model_hash} and base.model and base.model == candidate.model:
+        yield f"both runs name the model {base.model}; no hash tells whether these are two models or the same one twice"
     if all(task.identical for task in pairs):
         yield "every output is the same to the last bit: either nothing was lost, or one cache answered for both"
+    else:
+        for name in (task.task for task in pairs if task.identical and task.base[0].choices):
+            yield f"{name}: every log-probability is the same to the last bit; did one cache answer for both?"
+    for task in (base.tasks[both.task] for both in pairs):
+        if len(task.items) < _ENOUGH and task.accuracy <= task.chance:
+            yield f"{task.name}: the baseline is at chance, {task.accuracy:.1%} of {len(task.items)} items"

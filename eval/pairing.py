@@ -83,7 +83,8 @@ def pair(base: Run, candidate: Run, names: Iterable[str] = ()) -> tuple[Pairs, .
 def _common(base: Run, candidate: Run, names: Iterable[str]) -> list[str]:
     wanted = list(dict.fromkeys(names))
     if absent := [name for name in wanted if name not in base.tasks]:
-        raise UsageError(f"{base.folder} has no task {', '.join(absent[:_SHOWN])}; it has {', '.join(base.tasks)}")
+        named, there = (", ".join(map(_printable, names)) for names in (absent[:_SHOWN], base.tasks))
+        raise UsageError(f"{base.folder} has no task {named}; it has {there}")
     if not wanted and (only := sorted(base.tasks.keys() ^ candidate.tasks.keys())):
         raise Incomparable(
             "the runs have different tasks",
@@ -102,6 +103,13 @@ def _paired(base: Task, candidate: Task, run: Run) -> Pairs:
     for what, one, other in (("metric", base.metric, candidate.metric), ("filter", base.filter, candidate.filter)):
         if one != other:
             raise Incomparable(f"scored by another {what}", file=place, expected=one, found=other)
+    if base.settings.keys() != candidate.settings.keys():
+        raise Incomparable(
+            "noted by another tool, or another version of it",
+            file=place,
+            **_difference(base.settings, candidate.settings),
+            remedy="run both with k2quant eval run, or both with lm_eval",
+        )
     if base.settings != candidate.settings:
         raise Incomparable(
             "run with other settings", file=place, **_difference(base.settings, candidate.settings), remedy=_SAME_WAY
@@ -116,8 +124,11 @@ _SAME_WAY = "run both with the same tasks, shots, limit and settings"
 
 
 def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, str]:
-    key = next(key for key in sorted({**ours, **theirs}) if ours.get(key) != theirs.get(key) or key not in ours)
-    return {side: f"{key} {where.get(key)!r:.200}" for side, where in (("expected", ours), ("found", theirs))}
+    key = next(
+        key for key in sorted({**ours, **theirs}) if [ours.get(key), key in ours] != [theirs.get(key), key in theirs]
+    )
+    sides = (("expected", ours), ("found", theirs))
+    return {side: f"{key} {where[key]!r:.200}" if key in where else f"no {key}" for side, where in sides}
 
 
 def _by_key(items: Iterable[Item]) -> dict[tuple[Any, int], Item]:
@@ -134,7 +145,7 @@ def _mismatch(base: Task, candidate: Task, place: str) -> Incomparable:
     """Say whether other items were asked, or the same ones in other words."""
     ours = {item.key.doc_hash: item for item in base.items}
     theirs = {item.key.doc_hash: item for item in candidate.items}
-    if ours.keys() != theirs.keys():
+    if ours.keys() != theirs.keys() or len(base.items) != len(candidate.items):
         return Incomparable(
             "other items",
             file=place,
@@ -149,6 +160,10 @@ def _mismatch(base: Task, candidate: Task, place: str) -> Incomparable:
         found=f"{len(changed)} of {len(ours)} prompts or targets differ, the first of document {(changed or [0])[0]}",
         remedy=f"{_SAME_WAY}, and the same chat template",
     )
+
+
+def _printable(name: str) -> str:
+    return ascii(name)[1:-1] if not name.isprintable() else name
 
 
 def check_outputs(pairs: Iterable[Pairs]) -> None:

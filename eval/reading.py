@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from k2quant.checkpoint.paths import inside, read_limited
+from k2quant.checkpoint.paths import check_inside, inside, read_limited
 from k2quant.checkpoint.strict_json import parse_object
 from k2quant.errors import CheckpointError, MalformedResults
 from k2quant.eval.items import Run, Task
@@ -56,6 +56,7 @@ def _ours(folder: Path) -> Run:
             "of another version of k2quant", file=folder / MANIFEST, expected=SCHEMA, found=manifest.get("schema")
         )
     entries = _object(manifest, "tasks", folder / MANIFEST)
+    results = _summary(folder / "results.json")
     if not entries:
         raise MalformedResults("names no task", file=folder / MANIFEST)
     return Run(
@@ -64,17 +65,26 @@ def _ours(folder: Path) -> Run:
         model_hash=_hash(manifest, "model_hash", folder / MANIFEST),
         tokenizer_hash=_hash(manifest, "tokenizer_hash", folder / MANIFEST),
         settings=_object(manifest, "settings", folder / MANIFEST),
-        tasks={name: _our_task(folder, name, _object(entries, name, folder / MANIFEST)) for name in entries},
+        tasks={name: _our_task(folder, name, _object(entries, name, folder / MANIFEST), results) for name in entries},
     )
 
 
-def _our_task(folder: Path, name: str, entry: Mapping[str, Any]) -> Task:
+def _summary(path: Path) -> dict[str, Any]:
+    """Return lm-eval's summary; nothing where it holds an infinite perplexity, which is no JSON, or is not there."""
+    try:
+        return parse_object(read_limited(path, _LIMIT), file=path)
+    except (CheckpointError, FileNotFoundError):
+        return {}
+
+
+def _our_task(folder: Path, name: str, entry: Mapping[str, Any], results: Mapping[str, Any]) -> Task:
     path = inside(folder, str(entry.get("file", "")))
     samples = read_samples(path)
     if samples.digest != entry.get("sha256"):
         raise MalformedResults(
             "changed since the run wrote it", file=path, remedy="run the evaluation again into an empty folder"
         )
+    _check_direction(name, samples.metric, results, folder / "results.json")
     settings = {key: value for key, value in entry.items() if key not in _NO_SETTING}
     return Task(name=name, metric=samples.metric, filter=samples.filter, items=samples.items, settings=settings)
 
@@ -106,6 +116,8 @@ def _plain(path: Path) -> Run:
     named = {file: _SAMPLES.fullmatch(file.name) for file in path.parent.iterdir()}
     files = {name["task"]: file for file, name in named.items() if name and name["time"] == time}
     counts = _object(results, "n-samples", path)
+    if not counts:
+        raise MalformedResults("names no task", file=path, remedy="run the evaluation again")
     if not files:
         raise MalformedResults(
             "has no samples beside it",
@@ -128,7 +140,9 @@ def _plain(path: Path) -> Run:
 
 
 def _plain_task(file: Path, name: str, results: Mapping[str, Any], path: Path) -> Task:
+    check_inside(file.parent, file)
     samples = read_samples(file)
+    _check_direction(name, samples.metric, results, path)
     said = _object(results["n-samples"], name, path).get("effective")
     if said != len(samples.items):
         raise MalformedResults(
@@ -141,6 +155,22 @@ def _plain_task(file: Path, name: str, results: Mapping[str, Any], path: Path) -
         items=samples.items,
         settings=_plain_settings(name, results),
     )
+
+
+def _check_direction(name: str, metric: str, results: Mapping[str, Any], path: Path) -> None:
+    """Refuse a metric of which lm-eval says that less is better, such as `pct_stereotype`: 1 is not right there.
+
+    Raises:
+        MalformedResults: see above.
+    """
+    directions = results.get("higher_is_better")
+    of_task = directions.get(name) if isinstance(directions, dict) else None
+    if isinstance(of_task, dict) and of_task.get(metric) is False:
+        raise MalformedResults(
+            f"less {metric} is better in task {name}, so 1 does not mean right",
+            file=path,
+            remedy="gate tasks whose answers are right or wrong (--tasks)",
+        )
 
 
 def _plain_settings(name: str, results: Mapping[str, Any]) -> dict[str, Any]:

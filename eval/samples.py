@@ -58,7 +58,10 @@ def read_samples(path: Path) -> Samples:
     if first is None:
         raise MalformedResults("holds no sample", file=path, remedy="run the evaluation again")
     metric = _metric(rows.values(), path)
-    items = tuple(_item(rows[number], metric) for number in sorted(rows))
+    try:
+        items = tuple(_item(rows[number], metric) for number in sorted(rows))
+    except RecursionError as error:
+        raise MalformedResults("lists nested too deep", file=path) from error
     return Samples(metric, first, items, digest.hexdigest())
 
 
@@ -118,10 +121,10 @@ def _metric(rows: Any, path: Path) -> str:
     names: list[str] = next(iter(rows))["metrics"]
     graded: dict[str, Any] = {}
     for name in names:
-        odd = next((row.get(name) for row in rows if not _is_binary(row.get(name))), None)
-        if odd is None and all(name in row for row in rows):
+        odd = [row.get(name) for row in rows if not _is_binary(row.get(name))]
+        if not odd:
             return name
-        graded[name] = odd
+        graded[name] = odd[0]
     found = ", ".join(f"{name} {value!r:.60}" for name, value in graded.items())
     raise MalformedResults(
         "no metric says right or wrong of every item",
@@ -168,7 +171,7 @@ def _log_probability(response: Any) -> float | None:
         return None
     try:
         value = float(pair[0])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return None if math.isnan(value) else value
 

@@ -218,6 +218,21 @@ class TestDecisions:
         assert verdict.pooled.power < 0.3
         assert any("the policy wants" in warning for warning in verdict.warnings)
 
+    def test_the_confidence_is_not_rounded_up(self, tmp_path: Path) -> None:
+        """1 - alpha of 0.1% is 99.9%, not 100%."""
+        runs = [
+            write_ours(tmp_path / name, {"t": rows}, model=name) for name, rows in zip("ab", answers(990), strict=True)
+        ]
+        assert "at least 99.9% confidence" in gate(*runs, policy=Policy(alpha=0.001)).reason
+
+    def test_items_that_would_do_are_more_than_there_are(self, decide: Decide) -> None:
+        """Who has enough items and no verdict has a candidate that lost some; fewer items are no advice."""
+        verdict = decide({"t": answers(3_900, lost=40, gained=10, wrong=50)})
+        assert verdict.decision == "INCONCLUSIVE"
+        assert verdict.pooled.needed is not None
+        assert verdict.pooled.needed < 4_000
+        assert "would mostly do" in verdict.reason
+
     def test_a_verdict_is_json(self, decide: Decide) -> None:
         """Everything a machine needs, with a version of its shape."""
         content = json.loads(json.dumps(decide({"t": answers(299)}).as_dict()))
@@ -257,6 +272,20 @@ class TestSameModel:
             gate(base, candidate)
         assert gate(base, candidate, same_model=True).decision == "INCONCLUSIVE"
 
+    def test_one_name_twice_without_hashes_gets_a_note(self, tmp_path: Path) -> None:
+        """lm-eval records names alone: the same one twice may be one model with another batch size."""
+        sides = answers(900, lost=1, gained=1)
+        runs = [write_plain(tmp_path / name, {"t": rows}) for name, rows in zip("ab", sides, strict=True)]
+        verdict = gate(*runs)
+        assert verdict.decision == "PASS"
+        assert any("both runs name the model some/model" in warning for warning in verdict.warnings)
+
+    def test_log_probabilities_that_are_identical_in_one_task_get_a_note(self, decide: Decide) -> None:
+        """A cache may have answered for one task alone."""
+        rows = [choice(n, 1) for n in range(400)]
+        verdict = decide({"cached": (rows, rows), "t": answers(400, lost=1)})
+        assert any("cached: every log-probability" in warning for warning in verdict.warnings)
+
     def test_identical_outputs_of_two_known_models_get_a_note(self, decide: Decide) -> None:
         """A lossless conversion does that."""
         assert any("last bit" in warning for warning in decide({"t": answers(400)}).warnings)
@@ -288,6 +317,19 @@ class TestNotComparable:
         other = [sample(n, right=True, prompt="Ask" if n == 17 else "ask") for n in range(300)]
         with pytest.raises(Incomparable, match=r"1 of 300 .* document 17"):
             decide({"t": (rows, other)})
+
+    def test_an_item_more(self, decide: Decide) -> None:
+        """A document that stands once in one run and twice in the other is another item."""
+        rows, _ = answers(300)
+        with pytest.raises(Incomparable, match=r"other items.*found 301"):
+            decide({"t": (rows, [*rows, dict(rows[0]) | {"doc_id": 300}])})
+
+    def test_a_run_of_ours_and_one_of_lm_evals(self, tmp_path: Path) -> None:
+        """They note other settings; the message says so and what to do."""
+        rows, other = answers(300, lost=1)
+        runs = write_ours(tmp_path / "a", {"t": rows}), write_plain(tmp_path / "b", {"t": other})
+        with pytest.raises(Incomparable, match=r"another tool.*expected no .*both with lm_eval"):
+            gate(*runs)
 
     def test_another_limit(self, decide: Decide) -> None:
         """Half of the items are not the items."""
@@ -358,6 +400,12 @@ class TestNothingToLose:
         with pytest.raises(Incomparable, match="in guessed "):
             decide({"t": answers(400, lost=1), "guessed": (guesses, guesses)})
 
+    def test_a_small_task_at_chance_gets_a_note(self, decide: Decide) -> None:
+        """Of a few items nobody knows."""
+        guesses = [choice(n, n % 4) for n in range(20)]
+        verdict = decide({"t": answers(400, lost=1), "guessed": (guesses, guesses)})
+        assert any("guessed: the baseline is at chance, 25.0% of 20" in warning for warning in verdict.warnings)
+
     def test_a_candidate_at_chance_fails(self, decide: Decide) -> None:
         """A ruined model is a verdict, not an error."""
         assert decide({"t": answers(1, lost=299)}).decision == "FAIL"
@@ -416,6 +464,9 @@ class TestReading:
             (lambda text: text.replace('"doc_id": 2, "doc"', '"doc_id": 2 "doc"'), "line 3"),
             (lambda text: text.replace('"exact_match": 1.0', '"exact_match": NaN', 1), "NaN"),
             (lambda text: text.replace('"exact_match": 1.0', '"exact_match": 0.5', 1), "0 or 1"),
+            (lambda text: text.replace('"exact_match": 1.0', '"exact_match": null', 1), "0 or 1"),
+            (lambda text: text.replace(', "exact_match": 1.0', "", 1), "0 or 1"),
+            (lambda text: text.replace('[["yes"]]', "[" * 900 + "]" * 900, 1), "nested too deep"),
             (lambda text: text.replace('"exact_match": 1.0', '"exact_match": "1"', 1), "0 or 1"),
             (lambda text: text.replace('"doc_id": 1,', '"doc_id": 0,'), "document 0 stands twice"),
             (lambda text: text.replace('"doc_id": 1,', '"doc_id": -1,'), "doc_id"),
@@ -442,6 +493,39 @@ class TestReading:
         with pytest.raises(MalformedResults, match=message) as caught:
             read_run(folder)
         assert path.name in str(caught.value)
+
+    def test_a_log_probability_too_large_for_a_float_is_none(self, tmp_path: Path) -> None:
+        """An integer of 400 digits is read as text, not into a traceback."""
+        row = choice(0, 1) | {"resps": [[[10**400, "True"]], [["-1", "False"]]]}
+        item = read_run(write_plain(tmp_path, {"t": [row]})).tasks["t"].items[0]
+        assert item.choices is None
+
+    @pytest.mark.parametrize("ours", [True, False])
+    def test_a_metric_of_which_less_is_better_is_refused(self, tmp_path: Path, *, ours: bool) -> None:
+        """`pct_stereotype` of CrowS-Pairs is 0 or 1, and 1 is not right."""
+        rows, _ = answers(5)
+        note = {"higher_is_better": {"t": {"exact_match": False}}}
+        if ours:
+            folder = write_ours(tmp_path, {"t": rows})
+            (folder / "results.json").write_text(json.dumps(note), encoding="utf-8")
+        else:
+            folder = write_plain(tmp_path, {"t": rows}, **note)
+        with pytest.raises(MalformedResults, match="less exact_match is better"):
+            read_run(folder)
+
+    def test_results_without_a_task_are_refused(self, tmp_path: Path) -> None:
+        """Samples that no results name are nobody's."""
+        with pytest.raises(MalformedResults, match="names no task"):
+            read_run(write_plain(tmp_path, {"t": answers(5)[0]}, **{"n-samples": {}}))
+
+    def test_a_link_out_of_the_folder_is_not_followed(self, tmp_path: Path) -> None:
+        """lm-eval's samples lie beside its results."""
+        home = write_plain(tmp_path / "run", {"t": answers(5)[0]}) / "some__model"
+        path = home / f"samples_t_{TIME}.jsonl"
+        path.rename(tmp_path / "elsewhere.jsonl")
+        path.symlink_to(tmp_path / "elsewhere.jsonl")
+        with pytest.raises(MalformedResults, match="leaves the folder"):
+            read_run(home)
 
     def test_samples_of_several_runs_are_not_mixed(self, tmp_path: Path) -> None:
         """Where a folder holds two runs, one of them has to be named."""
@@ -563,6 +647,23 @@ class TestCommand:
         done = self._run(tmp_path, (base, bad))
         assert "\x1b" not in done.output
         assert "\\x1b[2J" in done.output
+
+    def test_hostile_names_do_not_reach_the_terminal(self, tmp_path: Path) -> None:
+        """Escape codes and newlines in the names of model and tasks are printed as text, in errors as well."""
+        runs = []
+        for name, rows in zip("ab", answers(300, lost=1), strict=True):
+            folder = write_ours(tmp_path / name, {"t": rows, "u": rows}, model=name)
+            path = folder / "k2quant_eval.json"
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest["model"] = "\x1b[31m\nPASS"
+            manifest["tasks"] = {"\x1b[2J": manifest["tasks"]["t"], "u": manifest["tasks"]["u"]}
+            path.write_text(json.dumps(manifest), encoding="utf-8")
+            runs.append(str(folder))
+        for options in ([], ["--tasks", "v"]):
+            done = CliRunner().invoke(main, ["eval", "gate", *runs, *options], color=True)
+            assert "\x1b" not in done.output
+            assert "\\x1b[2J" in done.output
+            assert "\nPASS" not in done.output.replace("\nPASS: ", "")
 
     def test_errors_are_one_line(self, tmp_path: Path) -> None:
         """No traceback, exit 1."""

@@ -97,14 +97,15 @@ def _policy(file: Path | None, margin: str | None, alpha: str | None, tasks: str
 
 def show(verdict: Verdict) -> None:
     """Print a verdict for people: a table, the first flips, the reason."""
-    click.echo(f"baseline   {verdict.base.model} ({verdict.base.folder})")
-    click.echo(f"candidate  {verdict.candidate.model} ({verdict.candidate.folder})\n")
+    click.echo(_printable(f"baseline   {verdict.base.model} ({verdict.base.folder})"))
+    click.echo(_printable(f"candidate  {verdict.candidate.model} ({verdict.candidate.folder})") + "\n")
     heads = ("items", "baseline", "candidate", "drop", "interval", "lost", "gained", "verdict")
-    width = max(len(comparison.name) for comparison in (verdict.pooled, *verdict.tasks))
-    click.echo(f"{'task':<{width}} " + " ".join(f"{head:>{size}}" for head, size in zip(heads, _WIDTHS, strict=True)))
     rows = [*verdict.tasks, verdict.pooled] if len(verdict.tasks) > 1 else [verdict.pooled]
-    for comparison in rows:
-        click.echo(f"{comparison.name:<{width}} {_row(comparison)}")
+    names = [_printable(comparison.name) for comparison in rows]
+    width = max(len("task"), *map(len, names))
+    click.echo(f"{'task':<{width}} " + " ".join(f"{head:>{size}}" for head, size in zip(heads, _WIDTHS, strict=True)))
+    for name, comparison in zip(names, rows, strict=True):
+        click.echo(f"{name:<{width}} {_row(comparison)}")
     click.echo("\ndrop and its interval in percentage points; lost and gained: items only one of them has right")
     for flip in verdict.flips[:_FLIPS_SHOWN]:
         click.echo(
