@@ -67,7 +67,7 @@ def _table(folder: Path) -> None:
 def _gate(folder: Path) -> None:
     """Have lm-eval ask nano-K2 as trained and as INT4, and the gate say whether INT4 is good enough."""
     from k2quant.cli.eval_gate import show
-    from k2quant.errors import Incomparable, MissingExtra
+    from k2quant.errors import HarnessFault, Incomparable, MissingExtra
     from k2quant.eval.fidelity import measure_fidelity
     from k2quant.eval.gating import gate
     from k2quant.eval.report import write_reports
@@ -79,7 +79,8 @@ def _gate(folder: Path) -> None:
         write_tasks(folder / "tasks", _ITEMS)
         runs = [_evaluated(folder, name, GROUP) for name in names]
         verdict = gate(*runs)
-    except (MissingExtra, Incomparable) as error:  # no lm-eval, or a nano-K2 of a few steps, which has nothing right
+    except (MissingExtra, Incomparable, HarnessFault) as error:
+        # No lm-eval, or a nano-K2 of a few steps, which says nothing or nothing that is right.
         click.echo(f"no verdict: {error}")
         return
     drift = measure_fidelity(*(folder / name for name in names), text=folder / "tasks" / TEXT, lines=True)
