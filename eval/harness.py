@@ -8,13 +8,14 @@ ended at the limit are counted.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import difflib
 import functools
 import logging
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -33,8 +34,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, sanitize_list
+from transformers import LogitsProcessor
 
-from k2quant.errors import EvaluationError, HarnessFault, K2QuantError, UsageError
+from k2quant.errors import EvaluationError, HarnessFault, K2QuantError, MissingExtra, UsageError
 from k2quant.eval.localdata import find_files, loader, local_files
 from k2quant.eval.server import Server
 
@@ -77,7 +79,7 @@ class Tasks(NamedTuple):
 
 def quiet() -> None:
     """Keep log lines and progress bars of lm-eval and `datasets` off the screen; what breaks is raised."""
-    for name in ("lm_eval", "datasets", "evaluate", "httpx", "filelock"):
+    for name in ("lm_eval", "datasets", "evaluate", "httpx", "filelock", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger(lm_eval.models.api_models.__name__).setLevel(logging.CRITICAL)  # a line for every retry
     lm_eval.api.task.datasets.disable_progress_bars()
@@ -123,18 +125,23 @@ def load_tasks(
         EvaluationError: a task cannot be loaded, such as from the hub without a network.
     """
     manager = _manager(names, include)
-    wanted = _known(manager, names)
+    wanted = _apart(manager, _known(manager, names, include))
     asked = {entry.name: entry for name in wanted for entry in _leaves(manager, name)}
     _check_code(asked.values(), allowed=unsafe_code)
-    for entry in asked.values():
-        _take_local_yaml(manager, entry)
+    with _loading(wanted):
+        for entry in asked.values():
+            _take_local_yaml(manager, entry)
     for name, place in (data or {}).items():
         meant = [entry for known in _known(manager, [name]) for entry in _leaves(manager, known) if entry.name in asked]
         if not meant:
             raise UsageError(f"data for {name!r}, which is not among the tasks")
-        for entry in meant:
-            _take_data(manager, entry, place)
-    loaded = _load(manager, wanted)
+        with _loading(wanted):
+            for entry in meant:
+                _take_data(manager, entry, place)
+    with _loading(wanted):
+        loaded = manager.load(wanted)
+    if not loaded["tasks"]:
+        raise UsageError(f"{', '.join(wanted)}: holds no task")
     for task in loaded["tasks"].values():
         _settle(task, shots, new_tokens)
     return Tasks(loaded, limit)
@@ -160,30 +167,58 @@ def _manager(names: Sequence[str], include: Sequence[Path]) -> Any:
     return manager
 
 
-def _known(manager: Any, names: Sequence[str]) -> list[str]:
+def _known(manager: Any, names: Sequence[str], include: Sequence[Path] = ()) -> list[str]:
     wanted: list[str] = []
     for name in names:
         matches = [name] if name in manager.task_index or Path(name).is_file() else manager.match_tasks([name])
         if not matches:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else "; `lm-eval ls tasks` lists all"
-            raise UsageError(f"lm-eval {VERSION} has no task {name!r}{hint}")
+            raise UsageError(f"lm-eval {VERSION} has no task {name!r}{_unreadable(include) or hint}")
         wanted += [match for match in matches if match not in wanted]
     return wanted
 
 
-def _leaves(manager: Any, name: str) -> list[Entry]:
+def _unreadable(include: Sequence[Path]) -> str | None:
+    """Name a YAML file that lm-eval passes over in silence, or return None."""
+    for path in (path for folder in include for path in sorted(folder.rglob("*.yaml"))):
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:  # noqa: BLE001  whatever a file of somebody's makes of it
+            return f"; {path} cannot be read: {_said(error)}"
+    return None
+
+
+def _apart(manager: Any, names: list[str]) -> list[str]:
+    """Leave out names whose tasks are all in another one: lm-eval takes no task twice."""
+    tasks = {name: {entry.name for entry in _leaves(manager, name)} for name in names}
+    kept: list[str] = []
+    for name in names:
+        inside = any(tasks[name] < tasks[other] for other in names) or any(
+            tasks[name] == tasks[other] for other in kept
+        )
+        if not (tasks[name] and inside):
+            kept.append(name)
+    return kept
+
+
+def _leaves(manager: Any, name: str, above: tuple[str, ...] = ()) -> list[Entry]:
     """Return the tasks that a name stands for, groups and tags resolved."""
     entry = manager.task_index.get(name)
     if entry is None:
         return []
+    if name in above:
+        raise UsageError(f"group {name!r} is part of itself")
+    above = (*above, name)
     if entry.kind is Kind.TAG:
-        return [leaf for tagged in sorted(entry.tags) for leaf in _leaves(manager, tagged)]
+        return [leaf for tagged in sorted(entry.tags) for leaf in _leaves(manager, tagged, above)]
     if entry.kind is not Kind.GROUP:
         return [entry]
     members = entry.cfg.get("task") or []
-    called = [member if isinstance(member, str) else member.get("task") or member.get("group") for member in members]
-    return [leaf for member in called if isinstance(member, str) for leaf in _leaves(manager, member)]
+    called = [
+        member.get("task") or member.get("group") if isinstance(member, Mapping) else member for member in members
+    ]
+    return [leaf for member in called if isinstance(member, str) for leaf in _leaves(manager, member, above)]
 
 
 def _check_code(entries: Iterable[Entry], *, allowed: bool) -> None:
@@ -220,16 +255,27 @@ def _replace(manager: Any, entry: Entry, config: dict[str, Any], load: Any) -> N
     manager.task_index[entry.name] = Entry(entry.name, entry.kind, yaml_path=None, cfg=config, tags=entry.tags)
 
 
-def _load(manager: Any, names: list[str]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _loading(names: list[str]) -> Iterator[None]:
+    """Name the tasks in whatever loading them ends with.
+
+    Raises:
+        MissingExtra: a task needs a package that is not installed.
+        EvaluationError: anything else.
+    """
+    message = f"cannot load {', '.join(names)}"
     try:
-        loaded: dict[str, Any] = manager.load(names)
+        yield
     except K2QuantError:
         raise
+    except ModuleNotFoundError as error:
+        remedy = 'install what it needs; what the presets need is in  pip install "lm-eval[ifeval,math]"'
+        raise MissingExtra(message, found=_said(error), remedy=remedy) from error
     except (Exception, SystemExit) as error:
-        found = _said(error)
         remedy = "without a network, name local data with --data TASK=PATH, or fill the cache of `datasets` before"
-        raise EvaluationError(f"cannot load {', '.join(names)}", found=found, remedy=remedy) from error
-    return loaded
+        raise EvaluationError(
+            message, found=_said(error), remedy=remedy if isinstance(error, OSError) else None
+        ) from error
 
 
 def _said(error: BaseException) -> str:
@@ -270,7 +316,7 @@ class Counting(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return ids, mask
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
-        output = super()._model_generate(context, max_length, stop, **kwargs)
+        output = super()._model_generate(context, max_length, stop, logits_processor=[_Numbers()], **kwargs)
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.eot_token_id}
         for text, row in zip(self._contexts, output[:, context.shape[1] :].tolist(), strict=True):
@@ -293,6 +339,22 @@ class Counting(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def were_cut(self, requests: list[Any], answers: list[str]) -> list[bool]:  # noqa: ARG002  others look at the answers
         """Return for each of the last requests whether its answer ended at the limit."""
         return [self._cut[request.args[0]] for request in requests]
+
+
+class _Numbers(LogitsProcessor):
+    """Refuses logits from which any token would be as good as another."""
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:  # noqa: ARG002  transformers' signature
+        """Return the logits as they are.
+
+        Raises:
+            HarnessFault: one is NaN.
+        """
+        if scores.isnan().any():
+            raise HarnessFault(
+                "the model's logits are no numbers", found="NaN", remedy="is a weight NaN, or --dtype too narrow?"
+            )
+        return scores
 
 
 def _check_room(requests: list[Any], room: int) -> None:
@@ -342,9 +404,14 @@ class _Told:
         texts = super().parse_generations(outputs, **kwargs)  # type: ignore[misc]
         outputs = outputs if isinstance(outputs, list) else [outputs]
         reasons = [choice.get("finish_reason") for output in outputs for choice in output["choices"]]
-        return [
-            _Cut(text) if reason == "length" and text else text for text, reason in zip(texts, reasons, strict=True)
-        ]
+        return [self._told(text, reason) for text, reason in zip(texts, reasons, strict=True)]
+
+    def _told(self, text: Any, reason: object) -> str:
+        text = "" if text is None else text  # all tokens went into reasoning; lm-eval writes the same
+        if not isinstance(text, str):
+            raise HarnessFault("an answer that is no text", file=self.server.url, found=type(text).__name__)
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character fits in no file
+        return _Cut(text) if reason == "length" else text
 
     def were_cut(self, requests: list[Any], answers: list[str]) -> list[bool]:  # noqa: ARG002  others look at the requests
         return [isinstance(answer, _Cut) for answer in answers]
@@ -368,6 +435,14 @@ class _Completions(_Told, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         _check_room(requests, self.max_length)
         scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **kwargs)
+        return scores
+
+    def parse_logprobs(self, outputs: Any, tokens: Any, **kwargs: Any) -> list[tuple[float, bool]]:
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        choices = [choice for output in outputs for choice in output["choices"]]
+        for asked, choice in zip(tokens, choices, strict=True):
+            self.server.check_echo(len(asked), choice["logprobs"]["token_logprobs"])
+        scores: list[tuple[float, bool]] = super().parse_logprobs(outputs, tokens, **kwargs)
         return scores
 
     def loglikelihood(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:

@@ -26,6 +26,7 @@ Progress = Callable[[int, int], None]
 _LIMIT = 2**34  # bytes of a journal
 _SCORED_AT_ONCE = 64  # batches of log-likelihoods in a chunk: seconds of work, and few batches cut at a chunk's end
 _ALL_THE_SAME = 3  # so many requests with one log-probability are no coincidence
+_ROUNDING = 1e-3  # nats that a sum of logarithms may lie above 0
 
 
 class Journal:
@@ -120,7 +121,7 @@ class Resuming:
         """Return log-probability and greediness of each continuation.
 
         Raises:
-            HarnessFault: a log-probability is no number, or those of a task are all the same.
+            HarnessFault: a log-probability is no number or above 0, or those of a task are all the same.
         """
         answers = self._answers("loglikelihood", requests, self._batch_size * _SCORED_AT_ONCE)
         found = [(float(score), bool(greedy)) for score, greedy in answers]
@@ -131,7 +132,7 @@ class Resuming:
         """Return the log-probability of each text.
 
         Raises:
-            HarnessFault: one is no number, or those of a task are all the same.
+            HarnessFault: one is no number or above 0, or those of a task are all the same.
         """
         found = [float(score) for score in self._answers("loglikelihood_rolling", requests, self._batch_size)]
         _check_scores(requests, found)
@@ -147,9 +148,12 @@ class Resuming:
 
     def _answers(self, kind: str, requests: list[Any], size: int) -> list[Any]:
         answers: list[Any] = [None] * len(requests)
+        before: Counter[str] = Counter()  # a task that samples asks the same more than once, and wants other answers
         for places in _chunks(kind, requests, size):
             chunk = [requests[place] for place in places]
-            key = digest([kind, [request.args for request in chunk]])
+            content = digest([kind, [request.args for request in chunk]])
+            key = digest([content, before[content]]) if before[content] else content
+            before[content] += 1
             found = self._journal.get(key)
             if found is None or len(found) != len(chunk):
                 found = self._ask(kind, chunk, key)
@@ -199,6 +203,8 @@ def _check_scores(requests: list[Any], scores: list[float]) -> None:
     for request, score in zip(requests, scores, strict=True):
         if math.isnan(score):
             raise HarnessFault("a log-probability is no number", found=f"NaN in task {request.task_name}")
+        if score > _ROUNDING:
+            raise HarnessFault("a log-probability above 0", found=f"{score} in task {request.task_name}")
         by_task.setdefault(request.task_name, set()).add(score)
     counts = Counter(request.task_name for request in requests)
     for task, values in by_task.items():

@@ -66,7 +66,8 @@ def _folder(request: Request) -> Path:
     try:
         return Path(snapshot_download(request.model, allow_patterns=_HUB_FILES))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{request.model}: no such folder, and not on the hub: {error}"[:300]) from error
+        said = " ".join(str(error).split())
+        raise UsageError(f"{request.model}: no such folder, and not on the hub: {said}"[:300]) from error
 
 
 def _positions(folder: Path) -> int:

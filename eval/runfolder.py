@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ SCHEMA = 1
 """Of manifest and request."""
 
 _LIMIT = 2**28  # bytes of a manifest or request
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # what a write may end with, without a name
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make the folder and keep others out of it while the block runs."""
+    """Make the folder and keep others out of it while the block runs; leave no empty one behind."""
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise DestinationForeign("not a folder", file=folder, remedy="name another one")
     if folder.is_dir() and not any((folder / name).exists() for name in (MANIFEST, REQUEST, LOCK)):
@@ -40,13 +42,21 @@ def held(folder: Path) -> Iterator[None]:
         if foreign:
             found = ", ".join(foreign[:5])
             raise DestinationForeign("not empty, and no run of k2quant", file=folder, found=found)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK
     with locked_file(lock):
         try:
             yield
+        except OSError as error:
+            if error.filename is None and error.errno in _FULL:
+                error.filename = str(folder)
+            raise
         finally:
             lock.unlink(missing_ok=True)
+            if made:
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
 
 
 def finished(folder: Path, identity: Mapping[str, Any]) -> bool:
@@ -90,7 +100,8 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> float:
                 found=_difference(noted.get("asks"), identity),
                 remedy="name another folder, or delete this one",
             )
-        return float(noted.get("begun", time.time()))
+        begun = noted.get("begun")
+        return float(begun) if isinstance(begun, int | float) else time.time()
     begun = time.time()
     write_whole(path, as_json({"schema": SCHEMA, "identity": digest(identity), "begun": begun, "asks": identity}))
     return begun

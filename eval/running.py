@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from k2quant.errors import MissingExtra, UsageError
 from k2quant.eval.identity import digest, task_hash
@@ -53,7 +54,7 @@ class Request:
     dtype: str = "bfloat16"
     """Of activations and of what is not quantised."""
     include: tuple[Path, ...] = ()
-    """Folders with task YAML of your own."""
+    """Folders with task YAML of your own, or of somebody you trust: such a file can run any code."""
     data: Mapping[str, Path] = field(default_factory=dict)
     """By task or group, local files instead of the hub's."""
     base_url: str | None = None
@@ -67,7 +68,7 @@ class Request:
     chat_template: bool = False
     """Whether prompts go through the tokenizer's chat template."""
     trust_remote_code: bool = False
-    """Whether the checkpoint's own tokenizer code may run."""
+    """Whether the checkpoint's own code may run: its tokenizer's, and for `hf` and `vllm` its model's."""
     unsafe_code: bool = False
     """Whether tasks may run the code that the model writes."""
 
@@ -100,6 +101,8 @@ def run(
     """
     _check(request)
     harness = _harness()
+    if request.backend == "k2quant" and not Path(request.model).is_dir():  # before data are fetched for it
+        raise UsageError(f"{request.model}: no such folder")
     harness.quiet()
     with held(folder):
         tasks = harness.load_tasks(
@@ -144,10 +147,22 @@ def _check(request: Request) -> None:
     if request.backend == "api":
         if not request.base_url:
             raise UsageError("the api backend needs the server's URL, such as --base-url http://localhost:8000/v1")
+        _check_url(request.base_url)
         if request.chat_template:
             raise UsageError("a server applies its own chat template; ask for it with --chat")
     elif request.chat or any(served.values()):
         raise UsageError("a server's options (--base-url, --chat, --tokenizer, --served-from) go with --backend api")
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise UsageError(f"base_url: expected such as http://localhost:8000/v1, found {url!r}")
+    if parts.username or parts.password:
+        raise UsageError("base_url: a name or password in it would stand in the results; give a key in OPENAI_API_KEY")
 
 
 def _harness() -> Any:

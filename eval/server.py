@@ -68,8 +68,10 @@ class Server:
         request = {"prompt": list(tokens), "max_tokens": 1, "echo": True, "logprobs": 1}
         try:
             answer = self._post(request)
-            scores = answer["choices"][0]["logprobs"]["token_logprobs"][1 : len(tokens)]
-            complete = len(scores) == len(tokens) - 1 and all(type(score) is float for score in scores)
+            given = answer["choices"][0]["logprobs"]["token_logprobs"]
+            self.check_echo(len(tokens), given)
+            scores = given[1:-1]
+            complete = all(type(score) in {float, int} for score in scores)
             found = None if complete and any(scores) else f"log-probabilities {scores}"[:200]
         except EvaluationError as error:
             found = f"{error.message}: {error.found}"
@@ -81,6 +83,22 @@ class Server:
                 file=self.url,
                 found=found,
                 remedy="leave these tasks out, or use a server that echoes them, such as vLLM",
+            )
+
+    def check_echo(self, asked: int, scores: Sequence[Any]) -> None:
+        """Refuse log-probabilities that are not one for each token asked and one for the token that was written.
+
+        lm-eval drops the last and adds up those behind the context, however many there are.
+
+        Raises:
+            HarnessFault: there are more or fewer.
+        """
+        if len(scores) != asked + 1:
+            raise HarnessFault(
+                "the server scored another text than it was given",
+                file=self.url,
+                expected=f"{asked + 1} log-probabilities",
+                found=len(scores),
             )
 
     def _post(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from k2quant.errors import (
     EvaluationError,
     HarnessFault,
     MalformedFile,
+    MissingExtra,
     UsageError,
 )
 from k2quant.eval.runfolder import JOURNAL, LOCK, MANIFEST, REQUEST
@@ -290,6 +292,108 @@ def test_damaged_data_are_refused(request_: Request, tmp_path: Path, content: st
     assert "broken.jsonl" in str(caught.value)
 
 
+def test_repeats_of_a_question_are_drawn_anew(request_: Request, tmp_path: Path) -> None:
+    """A task that samples gets as many different draws as it asks for, however they fall into batches."""
+    drawn = {"until": ["\n"], "max_gen_toks": 6, "do_sample": True, "temperature": 2.0}
+    config = {"output_type": "generate_until", "generation_kwargs": drawn, "repeats": 6}
+    write_task(tmp_path / "tasks", "drawing", [{"question": "A1+1=", "answer": "2"}], **config)
+    asked = replace(request_, tasks=("drawing",), include=(tmp_path / "tasks",), batch_size=2)
+    run(asked, tmp_path / "run")
+    (answers,) = rows_of(tmp_path / "run", "drawing")[0]["resps"]
+    assert len(answers) == len(set(answers)) == 6
+    run(asked, tmp_path / "again")
+    assert rows_of(tmp_path / "again", "drawing")[0]["resps"] == [answers]
+
+
+def test_logits_that_are_no_numbers_are_a_fault(request_: Request, nano: Path, tmp_path: Path) -> None:
+    """A model whose every logit is NaN would write its first token forever; it has no answers and no score."""
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(nano, broken)
+    for shard in broken.glob("*.safetensors"):
+        weights = load_file(shard)
+        if "model.norm.weight" in weights:
+            weights["model.norm.weight"][0] = float("nan")
+            save_file(weights, shard, metadata={"format": "pt"})
+    for task in ("adding", "picking"):
+        with pytest.raises(HarnessFault, match="NaN"):
+            run(replace(request_, model=str(broken), tasks=(task,), limit=2), tmp_path / task)
+
+
+def test_a_task_in_two_names_is_asked_once(request_: Request, tmp_path: Path) -> None:
+    """A name whose tasks are all in another one adds nothing, as with `nano*` or a preset and its wider sister."""
+    (include,) = request_.include
+    shutil.copytree(include, tmp_path / "tasks")
+    (tmp_path / "tasks" / "both.yaml").write_text("group: both\ntask: [adding, picking]\n")
+    asked = replace(request_, tasks=("both", "adding", "pick*"), include=(tmp_path / "tasks",), limit=1)
+    run(asked, tmp_path / "run")
+    assert sorted(read(tmp_path / "run")["tasks"]) == ["adding", "picking"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("group: odd\ntask: [odd]\n", "part of itself"),
+        ("group: odd\ntask: [5]\n", "cannot load odd"),
+        ("group: odd\ntask: []\n", "holds no task"),
+        ("task: odd\n  bad: [", r"odd\.yaml cannot be read"),
+        ("include: nowhere.yaml\ntask: odd\n", r"odd\.yaml cannot be read"),
+    ],
+)
+def test_task_yaml_that_makes_no_sense(request_: Request, tmp_path: Path, text: str, said: str) -> None:
+    """One line that names it; nothing is asked and no folder is left."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "odd.yaml").write_text(text)
+    with pytest.raises((UsageError, EvaluationError), match=said):
+        run(replace(request_, tasks=("odd",), include=(folder,)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_code_that_a_task_lacks_is_named(request_: Request, tmp_path: Path) -> None:
+    """A function of its YAML that is not there is no traceback; a package that is not installed has a remedy."""
+    folder = tmp_path / "tasks"
+    write_task(folder, "odd", [{"question": "a", "answer": "b"}], output_type="generate_until")
+    file = folder / "odd.yaml"
+    file.write_text(file.read_text().replace("doc_to_text: '{{question}}'", "doc_to_text: !function parts.ask"))
+    asked = replace(request_, tasks=("odd",), include=(folder,))
+    with pytest.raises(EvaluationError, match=r"cannot load odd.*parts"):
+        run(asked, tmp_path / "run")
+    (folder / "parts.py").write_text("import a_package_that_is_not_there\n")
+    with pytest.raises(MissingExtra, match=r"a_package_that_is_not_there.*lm-eval\[ifeval,math\]"):
+        run(asked, tmp_path / "run")
+
+
+def test_a_full_disk_names_the_folder(request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's own error has no name in it."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        run(replace(request_, limit=1), tmp_path / "run")
+    assert caught.value.filename is not None
+    assert str(tmp_path / "run") in str(caught.value.filename)
+
+
+def test_a_request_that_was_edited_is_no_traceback(request_: Request, tmp_path: Path) -> None:
+    """When a run was begun is for the report; what was asked is what counts."""
+    out = tmp_path / "run"
+    asked = replace(request_, limit=1)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(asked, out, progress=stop)
+    noted = json.loads((out / REQUEST).read_bytes())
+    (out / REQUEST).write_text(json.dumps(noted | {"begun": None}))
+    run(asked, out)
+    assert read(out)["seconds"] >= 0
+
+
 def test_an_error_inside_a_task_is_no_traceback(request_: Request, tmp_path: Path) -> None:
     """What lm-eval stumbles over is named; the command ends with 1 and one line."""
     folder = tmp_path / "tasks"
@@ -330,13 +434,16 @@ def test_a_folder_belongs_to_one_run(request_: Request, tmp_path: Path) -> None:
         ({"data": {"picking": Path("/nowhere")}}, "nowhere"),
         ({"data": {"adding": Path("/nowhere")}, "tasks": ("picking",)}, "not among the tasks"),
         ({"model": "/nowhere"}, "no such folder"),
+        ({"model": "/nowhere", "tasks": ("gsm8k",)}, "no such folder"),
+        ({"backend": "api", "base_url": "localhost:8000/v1"}, "http://"),
+        ({"backend": "api", "base_url": "http://me:secret@localhost/v1"}, "OPENAI_API_KEY"),
     ],
 )
 def test_options_that_make_no_sense(request_: Request, tmp_path: Path, options: dict[str, Any], said: str) -> None:
     """Each is named, and nothing is left behind."""
     with pytest.raises(UsageError, match=said):
         run(replace(request_, **options), tmp_path / "run")
-    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_prompt_that_does_not_fit_is_never_cut(request_: Request, tmp_path: Path) -> None:
@@ -368,7 +475,7 @@ def test_a_kill_after_the_manifest_leaves_a_finished_run(request_: Request, fini
 def test_the_table_goes_to_stdout(request_: Request, tmp_path: Path) -> None:
     """Scores on stdout, remarks on stderr; `--json` gives the manifest."""
     out = tmp_path / "run"
-    options = [request_.model, "--tasks", "picking", "--include", request_.include[0], "--limit", 3, "-o", out]
+    options = [request_.model, "--tasks", " picking, ", "--include", request_.include[0], "--limit", 3, "-o", out]
     done = cli(*options)
     assert done.exit_code == 0, done.stderr
     assert [line.split()[:3] for line in done.stdout.splitlines()] == [

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -244,7 +244,7 @@ def test_chat_messages_carry_the_question(tasks: Path, stub: Callable[[Answer], 
     assert json.loads((tmp_path / "run" / MANIFEST).read_bytes())["tasks"]["nano_add"]["truncated"] == 9
 
 
-def echoed(scores: Callable[[list[int]], list[float]]) -> Answer:
+def echoed(scores: Callable[[list[int]], Sequence[float]]) -> Answer:
     """Return a server that echoes log-probabilities, as vLLM does."""
 
     def answer(body: dict[str, Any]) -> tuple[int, bytes]:
@@ -292,3 +292,91 @@ def test_log_probabilities_that_are_all_zero_are_no_scores(
     request = replace(served(nano, tasks, stub(echoed(lambda tokens: [0.0] * len(tokens)))), tasks=("nano_choice",))
     with pytest.raises(HarnessFault, match="echo log-probabilities"):
         run(request, tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_an_answer_without_text_may_be_a_cut_one(
+    tasks: Path, stub: Callable[[Answer], str], tmp_path: Path, content: str | None
+) -> None:
+    """A reasoning model that spends every token on reasoning says nothing; the server says that it was cut."""
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        message = {"role": "assistant", "content": content, "reasoning_content": "hm"}
+        reason = "stop" if body["max_tokens"] == 1 else "length"
+        return 200, json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": reason}]}).encode()
+
+    options: dict[str, Any] = {"backend": "api", "base_url": stub(answer), "chat": True, "max_new_tokens": 7}
+    run(Request(model="m", tasks=("nano_add",), include=(tasks,), **options), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / MANIFEST).read_bytes())["tasks"]["nano_add"]["truncated"] == 9
+
+
+def test_half_a_character_of_a_server_fits_in_a_file(
+    tasks: Path, stub: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    """JSON can hold half of a surrogate pair, UTF-8 cannot: such a half becomes U+FFFD."""
+    body = b'{"choices": [{"index": 0, "text": "\\ud83d x", "finish_reason": "stop"}]}'
+    url = stub(lambda _: (200, body))
+    run(Request(model="m", tasks=("nano_add",), include=(tasks,), backend="api", base_url=url), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples_nano_add.jsonl").read_bytes().splitlines()]
+    assert {row["resps"][0][0] for row in rows} == {"\ufffd x"}
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_an_answer_that_is_no_text_is_a_fault(
+    tasks: Path, stub: Callable[[Answer], str], tmp_path: Path, reason: str
+) -> None:
+    """A number is not taken for one, cut or not; the server is named."""
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        text: Any = "x" if body["max_tokens"] == 1 else 5
+        return 200, choices(text=text, reason=reason)
+
+    url = stub(answer)
+    request = Request(model="m", tasks=("nano_add",), include=(tasks,), backend="api", base_url=url)
+    with pytest.raises(HarnessFault, match="no text") as caught:
+        run(request, tmp_path / "run")
+    assert url in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_scores_of_another_text_are_a_fault(
+    nano: Path, tasks: Path, stub: Callable[[Answer], str], tmp_path: Path, more: int
+) -> None:
+    """lm-eval adds up what lies behind the context: one log-probability more or less and it adds up others."""
+    echo = echoed(lambda tokens: [-(2.0 ** -(token % 13)) for token in tokens])
+    asked: list[bool] = []
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        status, content = echo(body)
+        asked.append(bool(body.get("echo")))
+        if sum(asked) < 2 or not body.get("echo"):  # the first is asked before the run, and is right
+            return status, content
+        found = json.loads(content)
+        scores = found["choices"][0]["logprobs"]
+        for key, filling in (("token_logprobs", -1.0), ("top_logprobs", {"x": -1.0})):
+            scores[key] = scores[key][:more] if more < 0 else [*scores[key], filling]
+        return status, json.dumps(found).encode()
+
+    url = stub(answer)
+    request = replace(served(nano, tasks, url), tasks=("nano_choice",), batch_size=1)
+    with pytest.raises(HarnessFault, match="another text") as caught:
+        run(request, tmp_path / "run")
+    assert url in str(caught.value)
+
+
+def test_log_probabilities_above_zero_are_a_fault(
+    nano: Path, tasks: Path, stub: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    """No event is likelier than certain; a server that says so gives something else."""
+    request = served(nano, tasks, stub(echoed(lambda tokens: [1.0 + token for token in tokens])))
+    with pytest.raises(HarnessFault, match="above 0"):
+        run(replace(request, tasks=("nano_choice",)), tmp_path / "run")
+
+
+def test_whole_numbers_are_log_probabilities_too(
+    nano: Path, tasks: Path, stub: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    """JSON of other languages writes -1.0 as -1."""
+    request = served(nano, tasks, stub(echoed(lambda tokens: [-1 - token % 7 for token in tokens])))
+    run(replace(request, tasks=("nano_choice",)), tmp_path / "run")
+    assert (tmp_path / "run" / MANIFEST).exists()

@@ -57,7 +57,7 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
     "--include",
     multiple=True,
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder with task YAML of your own; repeatable.",
+    help="Folder with task YAML of your own; repeatable. Task YAML can run code: take none that you do not trust.",
 )
 @click.option(
     "--data",
@@ -78,7 +78,9 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
     help="Folder of a served model's tokenizer, to score text.  [default: that of --served-from]",
 )
 @click.option("--chat-template", is_flag=True, help="Put prompts through the tokenizer's chat template.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own tokenizer code.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run the checkpoint's own code: tokenizer, with hf and vllm model."
+)
 @click.option("--confirm-unsafe-code", is_flag=True, help="Let tasks run the code that the model writes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option(
@@ -107,7 +109,8 @@ def command(output: Path, *, tasks: str, data: tuple[str, ...], as_json: bool, *
     from k2quant.eval.running import Request, run
 
     options["unsafe_code"] = options.pop("confirm_unsafe_code")
-    request = Request(tasks=tuple(filter(None, tasks.split(","))), data=_data(data), **options)
+    names = tuple(filter(None, map(str.strip, tasks.split(","))))
+    request = Request(tasks=names, data=_data(data), **options)
     try:
         with _bars() as (reading, answered):
             manifest = run(request, output, reading=reading, progress=answered, remark=remark)
