@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -497,3 +502,18 @@ def test_the_command_ends_with_one_line_and_a_code(bf16: Path, text: Path, tmp_p
         assert done.stderr.startswith("k2quant: ")
         assert "none" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_job_that_is_told_to_end_leaves_no_temporary_files(bf16: Path, tmp_path: Path) -> None:
+    """SIGTERM, as a cancelled CI job gets it, removes what Ctrl-C removes: at K2's size these are gigabytes."""
+    text, place = tmp_path / "long.txt", tmp_path / "temporary"
+    text.write_text(LETTERS * 100)
+    place.mkdir()
+    command = [sys.executable, "-m", "k2quant", "eval", "fidelity", bf16, bf16, "--text", text, "--tokens", 100_000]
+    process = subprocess.Popen([*map(str, command)], env=os.environ | {"TMPDIR": str(place)}, stderr=subprocess.DEVNULL)
+    while not list(place.glob("k2quant-*")):
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not list(place.glob("k2quant-*"))
