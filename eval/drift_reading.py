@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from k2quant.checkpoint import json_kinds as kinds
 from k2quant.checkpoint.paths import read_limited
 from k2quant.checkpoint.strict_json import parse_object
 from k2quant.errors import MalformedFile, MalformedResults
@@ -58,44 +58,44 @@ def _read(path: Path, kind: str, build: Callable[[dict[str, Any]], _Result]) -> 
 
 
 def _fidelity(content: dict[str, Any]) -> Fidelity:
-    layers = tuple(_layer(_object(layer)) for layer in _list(content["layers"]))
+    layers = tuple(_layer(kinds.mapping(layer)) for layer in kinds.values(content["layers"]))
     numbers = [layer.layer for layer in layers]
     if numbers != sorted(set(numbers)):
         raise ValueError("layers out of order, or twice")
     return Fidelity(
         base=_side(content["base"]),
         candidate=_side(content["candidate"]),
-        text=_string(content["text"]),
-        text_hash=_string(content["text_hash"]),
-        tokens=_whole(content["tokens"], least=1),
-        chunks=_whole(content["chunks"], least=1),
+        text=kinds.text(content["text"]),
+        text_hash=kinds.text(content["text_hash"]),
+        tokens=kinds.whole(content["tokens"], least=1),
+        chunks=kinds.whole(content["chunks"], least=1),
         kl=_estimate(content["kl"], -_ROUNDING),
-        kl_median=_number(content["kl_median"], -_ROUNDING),
-        kl_99=_number(content["kl_99"], -_ROUNDING),
-        kl_max=_number(content["kl_max"], -_ROUNDING),
+        kl_median=kinds.number(content["kl_median"], -_ROUNDING),
+        kl_99=kinds.number(content["kl_99"], -_ROUNDING),
+        kl_max=kinds.number(content["kl_max"], -_ROUNDING),
         reverse_kl=_estimate(content["reverse_kl"], -_ROUNDING),
         same_top=_estimate(content["same_top"], 0, 1),
-        base_perplexity=_number(content["base_perplexity"], 0),
-        candidate_perplexity=_number(content["candidate_perplexity"], 0),
+        base_perplexity=kinds.number(content["base_perplexity"], 0),
+        candidate_perplexity=kinds.number(content["candidate_perplexity"], 0),
         log_ratio=_estimate(content["log_ratio"], -_HUGE),
         layers=layers,
-        unread=_string(content.get("unread", "")),
+        unread=kinds.text(content.get("unread", "")),
     )
 
 
 def _layer(layer: dict[str, Any]) -> LayerFidelity:
     same, overlap, shift = (
-        None if layer[key] is None else _number(layer[key], -_ROUNDING, 1 + _ROUNDING)
+        None if layer[key] is None else kinds.number(layer[key], -_ROUNDING, 1 + _ROUNDING)
         for key in ("same_experts", "overlap", "load_shift")
     )
     never, starved = (
-        tuple(_whole(expert, limit=_LAYERS) for expert in _list(layer[key])) for key in ("never", "starved")
+        tuple(kinds.whole(expert, limit=_LAYERS) for expert in kinds.values(layer[key])) for key in ("never", "starved")
     )
     return LayerFidelity(
-        layer=_whole(layer["layer"], limit=_LAYERS),
-        relative_mse=_number(layer["relative_mse"], 0),
-        cosine=_number(layer["cosine"], -1 - _ROUNDING, 1 + _ROUNDING),
-        kl=_number(layer["kl"], -_ROUNDING),
+        layer=kinds.whole(layer["layer"], limit=_LAYERS),
+        relative_mse=kinds.number(layer["relative_mse"], 0),
+        cosine=kinds.number(layer["cosine"], -1 - _ROUNDING, 1 + _ROUNDING),
+        kl=kinds.number(layer["kl"], -_ROUNDING),
         same_experts=same,
         overlap=overlap,
         load_shift=shift,
@@ -105,16 +105,16 @@ def _layer(layer: dict[str, Any]) -> LayerFidelity:
 
 
 def _blame(content: dict[str, Any]) -> Blame:
-    classes, suspects = (tuple(map(_suspect, _list(content[key]))) for key in ("classes", "suspects"))
+    classes, suspects = (tuple(map(_suspect, kinds.values(content[key]))) for key in ("classes", "suspects"))
     return Blame(
         base=_side(content["base"]),
         candidate=_side(content["candidate"]),
-        text=_string(content["text"]),
-        text_hash=_string(content["text_hash"]),
+        text=kinds.text(content["text"]),
+        text_hash=kinds.text(content["text_hash"]),
         damage=_estimate(content["damage"], -_ROUNDING),
         noise=_estimate(content["noise"], -_ROUNDING),
-        changed=_whole(content["changed"]),
-        passes=_whole(content["passes"]),
+        changed=kinds.whole(content["changed"]),
+        passes=kinds.whole(content["passes"]),
         classes=classes,
         suspects=suspects,
         together=None if content["together"] is None else _suspect(content["together"]),
@@ -122,62 +122,31 @@ def _blame(content: dict[str, Any]) -> Blame:
 
 
 def _suspect(value: object) -> Suspect:
-    suspect = _object(value)
-    low, high = (_number(edge, -_HUGE) for edge in _list(suspect["interval"]))
+    suspect = kinds.mapping(value)
+    low, high = (kinds.number(edge, -_HUGE) for edge in kinds.values(suspect["interval"]))
     if low > high:
         raise ValueError(f"interval from {low!r} to {high!r}")
     return Suspect(
-        name=_string(suspect["name"]),
-        tensors=_whole(suspect["tensors"], least=1),
-        share=_number(suspect["share"], -_HUGE),  # what is put back may also do harm
+        name=kinds.text(suspect["name"]),
+        tensors=kinds.whole(suspect["tensors"], least=1),
+        share=kinds.number(suspect["share"], -_HUGE),  # what is put back may also do harm
         interval=(low, high),
     )
 
 
 def _side(value: object) -> Side:
-    side = _object(value)
+    side = kinds.mapping(value)
     model_hash, tokenizer_hash = (
-        None if side[key] is None else _string(side[key]) for key in ("model_hash", "tokenizer_hash")
+        None if side[key] is None else kinds.text(side[key]) for key in ("model_hash", "tokenizer_hash")
     )
     return Side(
-        folder=_string(side["folder"]),
-        model=_string(side["model"]),
+        folder=kinds.text(side["folder"]),
+        model=kinds.text(side["model"]),
         model_hash=model_hash,
         tokenizer_hash=tokenizer_hash,
     )
 
 
 def _estimate(value: object, low: float, high: float = _HUGE) -> Estimate:
-    estimate = _object(value)
-    return Estimate(value=_number(estimate["value"], low, high), error=_number(estimate["error"], 0))
-
-
-def _string(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.100} where text stands")
-    return value
-
-
-def _object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{value!r:.100} where an object stands")
-    return value
-
-
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r:.100} where a list stands")
-    return value
-
-
-def _whole(value: object, least: int = 0, limit: int = 2**63) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < limit:
-        raise ValueError(f"{value!r:.100} where a count from {least} stands")
-    return value
-
-
-def _number(value: object, low: float, high: float = _HUGE) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[operator, arg-type]  # a number by now
-        raise ValueError(f"{value!r:.100} where a number from {low:g} to {high:g} stands")
-    return float(value)  # type: ignore[arg-type]  # the same
+    estimate = kinds.mapping(value)
+    return Estimate(value=kinds.number(estimate["value"], low, high), error=kinds.number(estimate["error"], 0))

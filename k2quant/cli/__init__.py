@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import gc
-from importlib import import_module
 from typing import Any
 
 import click
 
+from k2quant.cli.lazy import LazyGroup
 from k2quant.version import __version__
 
-_COMMANDS = ("convert", "inspect", "verify", "diff", "report", "generate", "eval", "tune", "demo", "nano")
 
-
-class _Commands(click.Group):
-    """Loads a command's file when it is asked for, and turns our errors into one line and an exit code."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  click's signature
-        if cmd_name not in _COMMANDS:
-            return None
-        command: click.Command = import_module(f"k2quant.cli.{cmd_name}").command
-        return command
+class _Commands(LazyGroup):
+    """Turns our errors into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         from k2quant.errors import K2QuantError
@@ -46,7 +35,12 @@ class _Commands(click.Group):
             ctx.exit(130)
 
 
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.command(
+    cls=_Commands,
+    home="k2quant.cli.",
+    names=("convert", "inspect", "verify", "diff", "report", "generate", "eval", "tune", "demo", "nano"),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="k2quant")
 def main() -> None:
     """Convert Kimi K2 checkpoints between BF16, block-FP8 and INT4, run them, and judge what that did to accuracy.

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import signal
 import sys
-from importlib import import_module
 from typing import Any
 
 import click
 
-_COMMANDS = ("run", "gate", "plan", "fidelity", "blame")
+from k2quant.cli.lazy import LazyGroup
 
 
-class _Commands(click.Group):
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's signature
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  click's signature
-        if cmd_name not in _COMMANDS:
-            return None
-        command: click.Command = import_module(f"k2quant.cli.eval_{cmd_name}").command
-        return command
-
+class _Commands(LazyGroup):
     def invoke(self, ctx: click.Context) -> Any:
         # A cancelled job ends by SIGTERM; temporary files, gigabytes of them, then go as they do after Ctrl-C.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         return super().invoke(ctx)
 
 
-@click.command(name="eval", cls=_Commands)
+@click.command(
+    name="eval",
+    cls=_Commands,
+    home="k2quant.cli.eval_",
+    names=("run", "gate", "plan", "fidelity", "blame"),
+)
 def command() -> None:
     """Measure what quantisation did to accuracy, decide whether that is good enough, find where it comes from.
 

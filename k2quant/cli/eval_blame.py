@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from k2quant.cli import options
 from k2quant.cli.screen import counting, remark
 
 if TYPE_CHECKING:
@@ -26,21 +27,9 @@ _BEFORE_SEARCH = 3  # passes: the baseline, its noise, the damage
 @click.option("--context", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens of a chunk.")
 @click.option("--lines", is_flag=True, help="Each line is a text of its own.")
 @click.option("--passes", type=click.IntRange(min=5), default=100, show_default=True, help="Forward passes at most.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or auto.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="float32",
-    show_default=True,
-    help="Of activations and of what is not quantised; narrower ones are faster and hide small damage.",
-)
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "reference"]),
-    default="auto",
-    show_default=True,
-    help="The fused kernels, or plain torch.",
-)
+@options.device()
+@options.dtype("float32", "; narrower ones are faster and hide small damage")
+@options.backend()
 @click.option("--trust-remote-code", is_flag=True, help="Run the tokenizer code of BASE.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON to a file too.")

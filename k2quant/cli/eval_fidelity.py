@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from k2quant.cli import options
 from k2quant.cli.screen import counting, remark
 
 if TYPE_CHECKING:
@@ -36,21 +37,9 @@ _COLUMNS = (
 @click.option("--tokens", type=click.IntRange(min=3), default=4096, show_default=True, help="How much of it to read.")
 @click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a chunk.")
 @click.option("--lines", is_flag=True, help="Each line is a text of its own.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or auto.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="Of activations and of what is not quantised.",
-)
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "reference"]),
-    default="auto",
-    show_default=True,
-    help="The fused kernels, or plain torch.",
-)
+@options.device()
+@options.dtype()
+@options.backend()
 @click.option("--trust-remote-code", is_flag=True, help="Run the tokenizer code of BASE.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON to a file too.")

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from k2quant.cli import options
 from k2quant.cli.screen import progress, questions, remark
 
 Progress = Callable[[int, int], None]
@@ -45,14 +46,8 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Of an answer.  [default: the task's own, or 1024]")
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of prompt and answer.  [default: the model's]")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or auto to spread it.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="Of activations and of what is not quantised.",
-)
+@options.device()
+@options.dtype()
 @click.option(
     "--include",
     multiple=True,
@@ -86,7 +81,7 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
 @click.option(
     "--list-presets", is_flag=True, is_eager=True, expose_value=False, callback=_presets, help="What presets hold."
 )
-def command(output: Path, *, tasks: str, data: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def command(output: Path, *, tasks: str, data: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Ask MODEL, a checkpoint in any format, the questions of lm-eval's benchmarks and keep every answer in RUN.
 
     Needs `pip install "k2quant[eval]"`. With --backend api, MODEL is what the server calls it. The same command
@@ -108,9 +103,9 @@ def command(output: Path, *, tasks: str, data: tuple[str, ...], as_json: bool, *
     gc.enable()  # hours of tensors
     from k2quant.eval.running import Request, run
 
-    options["unsafe_code"] = options.pop("confirm_unsafe_code")
+    given["unsafe_code"] = given.pop("confirm_unsafe_code")
     names = tuple(filter(None, map(str.strip, tasks.split(","))))
-    request = Request(tasks=names, data=_data(data), **options)
+    request = Request(tasks=names, data=_data(data), **given)
     try:
         with _bars() as (reading, answered):
             manifest = run(request, output, reading=reading, progress=answered, remark=remark)

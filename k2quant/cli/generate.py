@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from k2quant.cli import options
 from k2quant.cli.screen import progress, remark
 
 
@@ -15,21 +16,9 @@ from k2quant.cli.screen import progress, remark
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="The text to continue, as it is.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Where to stop.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or auto to spread it.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    default="bfloat16",
-    show_default=True,
-    help="Of activations and of what is not quantised.",
-)
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "reference"]),
-    default="auto",
-    show_default=True,
-    help="The fused kernels, or plain torch.",
-)
+@options.device()
+@options.dtype()
+@options.backend()
 @click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own tokenizer code.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and times as JSON, all at the end.")
 def command(

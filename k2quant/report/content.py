@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from k2quant.checkpoint import json_kinds as kinds
 from k2quant.errors import MalformedFile
 from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Int4
 from k2quant.kernels.figures import Figures
@@ -182,14 +183,14 @@ def read(path: Path) -> Report:
     report = read_report(path)
     try:
         return Report(
-            source_name=_string(report["source_name"]),
-            version=_string(report["version"]),
-            finished=datetime.fromisoformat(_string(report["finished"])).astimezone(UTC),
-            seconds=_number(report["seconds"]),
-            bytes_read=_whole(report["bytes_read"]),
-            bytes_written=_whole(report["bytes_written"]),
+            source_name=kinds.text(report["source_name"]),
+            version=kinds.text(report["version"]),
+            finished=datetime.fromisoformat(kinds.text(report["finished"])).astimezone(UTC),
+            seconds=kinds.number(report["seconds"]),
+            bytes_read=kinds.whole(report["bytes_read"]),
+            bytes_written=kinds.whole(report["bytes_written"]),
             options=_options(report["options"]),
-            source=_object(report["source"]),
+            source=kinds.mapping(report["source"]),
             tensors=[_tensor(name, facts) for name, facts in report["tensors"].items()],
         )
     except KeyError as error:
@@ -202,55 +203,27 @@ def _tensor(name: str, facts: dict[str, Any]) -> Tensor:
     source, target, kind = facts["from"], facts["to"], facts["class"]
     if kind not in TENSOR_CLASSES or source not in {*FORMATS, None} or target not in {*FORMATS, None}:
         raise ValueError(f"class {kind!r}, from {source!r} to {target!r} of {name!r}")
-    shape = tuple(_whole(length, 2**40) for length in facts["shape"])
+    shape = tuple(kinds.whole(length, limit=2**40) for length in facts["shape"])
     quantised = source in {"fp8", "int4"} or target in {"fp8", "int4"}
     packed = "int4" in {source, target}
     if len(shape) > 8 or (quantised and len(shape) != 2) or (packed and shape[1] % 32):
         raise ValueError(f"shape {shape} of {name!r}")
     layer, figures = facts["layer"], facts.get("figures")
     if figures is not None:
-        counts = (_whole(figures[key]) for key in ("count", "changed"))
-        figures = Figures(*counts, *(_number(figures[key]) for key in ("energy", "error", "worst")))
-    return Tensor(name, kind, None if layer is None else _whole(layer, 10**6), (source, target), shape, figures)
+        counts = (kinds.whole(figures[key]) for key in ("count", "changed"))
+        figures = Figures(*counts, *(kinds.number(figures[key]) for key in ("energy", "error", "worst")))
+    return Tensor(
+        name, kind, None if layer is None else kinds.whole(layer, limit=10**6), (source, target), shape, figures
+    )
 
 
 def _options(value: object) -> dict[str, Any]:
-    options = _object(value)
+    options = kinds.mapping(value)
     shard_size = options["shard_size"]
     return {
-        "to": FORMATS[_string(options["to"])].name,
-        "scope": None if options["scope"] is None else _string(options["scope"]),
-        "ignore": [_string(pattern) for pattern in _list(options["ignore"])],
-        "grid": None if options["grid"] is None else _string(options["grid"]),
-        "shard_size": None if shard_size is None else _whole(shard_size),
+        "to": FORMATS[kinds.text(options["to"])].name,
+        "scope": None if options["scope"] is None else kinds.text(options["scope"]),
+        "ignore": [kinds.text(pattern) for pattern in kinds.values(options["ignore"])],
+        "grid": None if options["grid"] is None else kinds.text(options["grid"]),
+        "shard_size": None if shard_size is None else kinds.whole(shard_size),
     }
-
-
-def _string(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.100} where text stands")
-    return value
-
-
-def _object(value: object) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{value!r:.100} where an object stands")
-    return value
-
-
-def _list(value: object) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r:.100} where a list stands")
-    return value
-
-
-def _whole(value: object, limit: int = 2**63) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < limit:
-        raise ValueError(f"{value!r:.100} where a count stands")
-    return value
-
-
-def _number(value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1e100:
-        raise ValueError(f"{value!r:.100} where a number stands")
-    return float(value)

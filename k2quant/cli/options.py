@@ -1,0 +1,43 @@
+"""Options that several commands have, with the same names and the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+Option = Callable[[_Command], _Command]
+
+
+def device() -> Option[Any]:
+    """Where a model computes."""
+    return click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or auto to spread it.")
+
+
+def dtype(default: str = "bfloat16", more: str = "") -> Option[Any]:
+    """Of activations.
+
+    Args:
+        default: one of the three.
+        more: what the command has to say of the choice.
+    """
+    return click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float16", "float32"]),
+        default=default,
+        show_default=True,
+        help=f"Of activations and of what is not quantised{more}.",
+    )
+
+
+def backend() -> Option[Any]:
+    """How packed weights are multiplied."""
+    return click.option(
+        "--backend",
+        type=click.Choice(["auto", "reference"]),
+        default="auto",
+        show_default=True,
+        help="The fused kernels, or plain torch.",
+    )
