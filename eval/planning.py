@@ -56,7 +56,7 @@ def plan(*, margin: float, alpha: float = 0.05, power: float = 0.8, flips: float
     """Return how many items a gate needs.
 
     The chance of PASS does not rise evenly with the items: it falls a little until one more loss is allowed. The number
-    returned, a few percent above the smallest that would do, has the power, and so has a twentieth more.
+    returned, a few percent above the smallest that would do, has the power, and so has one more, or a twentieth more.
 
     Args:
         margin: largest drop that is good enough, above 0, below 0.5.
@@ -179,7 +179,8 @@ def _enough(wanted: _Wanted, least: int) -> int | None:
     n = max(least, _by_score(wanted))
     while n <= MOST:
         n += math.ceil(n * _short(wanted, n))
-        if not _short(wanted, n) and not _short(wanted, math.ceil(n * _AHEAD)):
+        # The power of an even and of an odd number of items differs where few flip.
+        if not any(_short(wanted, start + odd) for start in (n, math.ceil(n * _AHEAD)) for odd in (0, 1)):
             return n
         n += math.ceil(n / 100)
     return None
