@@ -677,7 +677,10 @@ class TestCommand:
         monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
         done = self._run(tmp_path, answers(200, lost=99), "--github", "-o", str(tmp_path / "gate"))
         assert done.exit_code == 3
-        assert "\n::error title=" in f"\n{done.stdout}"
+        lines = done.stdout.splitlines()
+        stop = next(place for place, line in enumerate(lines) if line.startswith("::stop-commands::"))
+        assert any(line.startswith("::error title=") for line in lines[:stop])
+        assert lines[-1] == f"::{lines[stop].rpartition(':')[2]}::"
         assert "FAIL" in (tmp_path / "summary.md").read_text(encoding="utf-8")
         assert {path.name for path in (tmp_path / "gate").iterdir()} == {
             "gate.html",

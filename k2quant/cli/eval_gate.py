@@ -58,6 +58,7 @@ def command(
         k2quant eval gate runs/base runs/int4 --margin 1pp -o gate
     """
     import os
+    import secrets
 
     from k2quant.eval.drift_reading import read_blame, read_fidelity
     from k2quant.eval.gating import gate
@@ -71,13 +72,17 @@ def command(
     verdict = gate(base, candidate, policy=policy, same_model=same_model)
     if output is not None:
         page = write_reports(verdict, output, fidelity=drift, blame=causes).html
+    token = secrets.token_hex(16)
     if github:
         for line in publish_to_github(verdict, os.environ, fidelity=drift, blame=causes):
             click.echo(line, err=as_json)
+        click.echo(f"::stop-commands::{token}", err=as_json)  # an answer may hold what GitHub takes for a command
     if as_json:
         click.echo(json.dumps(verdict.as_dict(), indent=1))
     else:
         show(verdict)
+    if github:
+        click.echo(f"::{token}::", err=as_json)
     if output is not None:
         remark(f"report: {page}")
     _end(verdict)
