@@ -688,3 +688,9 @@ class TestCommand:
             "gate.xml",
             "gate.json",
         }
+
+    @pytest.mark.parametrize("tasks", ["", ",", "t,", "t,,t"])
+    def test_no_name_is_no_task(self, tasks: str, tmp_path: Path) -> None:
+        """An empty variable of a script does not mean all tasks."""
+        done = self._run(tmp_path, answers(299), "--tasks", tasks)
+        assert (done.exit_code, "--tasks" in done.stderr) == (2, True)

@@ -96,8 +96,10 @@ def _policy(file: Path | None, margin: str | None, alpha: str | None, tasks: str
             raise UsageError("--policy has margin, alpha and tasks; leave the options out")
         return read_policy(file)
     given = {key: share(text) for key, text in (("margin", margin), ("alpha", alpha)) if text is not None}
-    names = [name.strip() for name in tasks.split(",")] if tasks else []
-    return Policy(**given, tasks=dict.fromkeys(filter(None, names)))
+    names = [] if tasks is None else [name.strip() for name in tasks.split(",")]
+    if not all(names):
+        raise UsageError(f"--tasks: expected names with commas between them, found {tasks!r}")
+    return Policy(**given, tasks=dict.fromkeys(names))
 
 
 def show(verdict: Verdict) -> None:
