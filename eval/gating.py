@@ -53,6 +53,7 @@ def gate(
     """
     policy = policy or Policy()
     base, candidate = (run if isinstance(run, Run) else read_run(run) for run in (base, candidate))
+    policy = _resolved(policy, base)
     pairs = pair(base, candidate, policy.tasks)
     check_outputs(pairs)
     _check_models(base, candidate, pairs, same_model=same_model)
@@ -77,6 +78,16 @@ def gate(
         policy=policy,
         same_model=same_model,
     )
+
+
+def _resolved(policy: Policy, run: Run) -> Policy:
+    """Return the policy with a group's tasks in its place; each has the group's margin where it has none of its own."""
+    tasks: dict[str, float | None] = {}
+    for name, margin in policy.tasks.items():
+        for part in run.parts(name) or (name,):
+            if part == name or part not in policy.tasks:
+                tasks[part] = margin
+    return replace(policy, tasks=tasks)
 
 
 def _side(run: Run) -> Side:

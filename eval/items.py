@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,3 +84,17 @@ class Run:
     """Of the whole run, such as backend, dtype, batch size, versions; for people, not for comparing."""
     tasks: Mapping[str, Task]
     """By name."""
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """For each group of the harness the tasks and groups that it holds."""
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Return the tasks that a name stands for: itself, or those of a group; none where there is no such name."""
+        found: dict[str, None] = {}
+        waiting, seen = [name], {name}
+        while waiting:
+            part = waiting.pop(0)
+            if part in self.tasks:
+                found[part] = None
+            inside = [inner for inner in self.groups.get(part, ()) if inner not in seen]
+            waiting, seen = inside + waiting, seen | set(inside)
+        return tuple(found)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2quant.checkpoint.paths import inside, read_limited
 from k2quant.checkpoint.strict_json import parse_object
-from k2quant.errors import CheckpointError, HarnessFault, K2QuantError, UsageError
+from k2quant.errors import CheckpointError, HarnessFault, K2QuantError, MissingExtra, UsageError
 from k2quant.eval.identity import model_hash, tokenizer_hash
 from k2quant.eval.journal import Progress
 from k2quant.eval.server import Server
@@ -49,6 +49,11 @@ def describe(request: Request, progress: Progress | None) -> Model:
         return Model(folder=None, model_hash=None, tokenizer_hash=tokens, max_length=request.max_length or _LONGEST)
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder")
+    if request.backend == "k2quant":
+        from k2quant.model.generation import load_tokenizer
+
+        # One that is code, or is none, is refused before terabytes are hashed.
+        load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
     return Model(
         folder=folder,
         model_hash=model_hash(folder, progress=progress),
@@ -207,6 +212,6 @@ def _vllm(model: Model, request: Request) -> Any:
     try:
         lm = vllm_model(settings)
     except ImportError as error:
-        raise UsageError(f"vLLM is not installed: {error}"[:300]) from error
+        raise MissingExtra("vLLM is not installed", found=str(error)[:200], remedy="pip install vllm") from error
     lm.settings = {}
     return lm

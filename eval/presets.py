@@ -1,9 +1,11 @@
 """Names for sets of tasks: the benchmarks of the Kimi K2 report that lm-eval has, and where the two differ.
 
-The report's tables are those of the model card of Kimi-K2-Instruct and Kimi-K2-Base; all of its answers may have 8k
-tokens, but for one. Not in lm-eval 0.4.13, and so in no preset: SimpleQA, SuperGPQA, LiveCodeBench, OJBench, MultiPL-E,
-SWE-bench, TerminalBench, Aider-Polyglot, Tau2, AceBench, HMMT, CNMO, PolyMath, ZebraLogic, AutoLogi, Humanity's Last
-Exam, Multi-Challenge, LiveBench and Chinese SimpleQA.
+The report's tables are those of the model cards of Kimi-K2-Instruct and Kimi-K2-Base, and of the technical report
+(arXiv 2507.20534, sections 4.1 and 4.2), which lists more; all answers may have 8k tokens there, but for one. In no
+preset, because lm-eval 0.4.13 does not have them: SimpleQA, SuperGPQA, LiveCodeBench, OJBench, MultiPL-E, SWE-bench,
+SWE-Lancer, PaperBench, TerminalBench, Aider-Polyglot, Tau2, AceBench, HMMT, CNMO, PolyMath, ZebraLogic, AutoLogi,
+Humanity's Last Exam, MRCR, FRAMES, FACTS Grounding, Multi-Challenge, LiveBench, CMATH and Chinese SimpleQA. Nor is
+CRUXEval: lm-eval draws ten answers of each item there, and a gate wants one that is right or wrong.
 """
 
 from __future__ import annotations
@@ -45,13 +47,28 @@ _AIME_24 = Benchmark("AIME 2024", "aime24", "greedy, once; 32,768 new tokens", "
 _AIME_25 = Benchmark("AIME 2025", "aime25", "greedy, once; 32,768 new tokens", "avg@64")
 _HUMANEVAL = Benchmark("EvalPlus, HumanEval+", "humaneval_plus", "pass@1, greedy; runs the model's code", "avg@k")
 _MBPP = Benchmark("EvalPlus, MBPP+", "mbpp_plus", "pass@1, greedy; runs the model's code", "avg@k")
+_BBH = Benchmark("BBH", "bbh", "3 shots with reasoning, 1,024 new tokens, EM", "Base; shots not named")
+_PLATINUM = Benchmark("GSM8K-Platinum", "gsm8k_platinum", "5 shots, 1,024 new tokens", "Base; shots not named")
+_HELLASWAG = Benchmark("HellaSwag", "hellaswag", "log-likelihood, 0 shots, acc", "Base; shots not named")
+_ARC = Benchmark("ARC-Challenge", "arc_challenge", "log-likelihood, 0 shots, acc", "Base; shots not named")
+_WINOGRANDE = Benchmark("WinoGrande", "winogrande", "log-likelihood, 0 shots, acc", "Base; shots not named")
+_AGIEVAL = Benchmark("AGIEval", "agieval", "log-likelihood or EM, 0 shots", "Base; shots not named")
+_CMMLU = Benchmark("CMMLU", "cmmlu", "log-likelihood of A to D, 0 shots", "Base; shots not named")
+_DROP = Benchmark("DROP", "drop", "0 shots, EM", "Instruct, long context; shots not named")
+_LONG = Benchmark("LongBench v2", "longbench2", "log-likelihood of A to D, 0 shots", "Instruct; an answer")
 
 _STANDARD = (_GSM8K, _TRIVIA, _MMLU, _CEVAL, _IFEVAL, _MATH_500)
 
 PRESETS: dict[str, tuple[Benchmark, ...]] = {
     "k2-quick": (_GSM8K, _STEM),
     "k2-standard": _STANDARD,
-    "k2-full": (*_STANDARD[:-1], _MATH, _PRO, _REDUX, _GPQA, _AIME_24, _AIME_25, _HUMANEVAL, _MBPP),
+    "k2-full": (
+        *_STANDARD[:-1],
+        *(_MATH, _PLATINUM, _AIME_24, _AIME_25),
+        *(_PRO, _REDUX, _GPQA, _BBH, _HELLASWAG, _ARC, _WINOGRANDE, _AGIEVAL, _CMMLU),
+        *(_DROP, _LONG),
+        *(_HUMANEVAL, _MBPP),
+    ),
 }
 """By name, what to give to `--tasks`; the last needs `--confirm-unsafe-code`."""
 

@@ -65,6 +65,7 @@ def _ours(folder: Path) -> Run:
         model_hash=_hash(manifest, "model_hash", folder / MANIFEST),
         tokenizer_hash=_hash(manifest, "tokenizer_hash", folder / MANIFEST),
         settings=_object(manifest, "settings", folder / MANIFEST),
+        groups=_groups(results),
         tasks={name: _our_task(folder, name, _object(entries, name, folder / MANIFEST), results) for name in entries},
     )
 
@@ -135,8 +136,20 @@ def _plain(path: Path) -> Run:
         tokenizer_hash=None,
         settings={key: config.get(key) for key in ("model", "model_args", "batch_size", "device")}
         | {"lm_eval": results.get("lm_eval_version")},
+        groups=_groups(results),
         tasks={name: _plain_task(files[name], name, results, path) for name in sorted(files) if name in counts},
     )
+
+
+def _groups(results: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return the parts of lm-eval's groups; what is no list of names is no group."""
+    found = results.get("group_subtasks")
+    groups = found.items() if isinstance(found, dict) else ()
+    return {
+        name: tuple(parts)
+        for name, parts in groups
+        if isinstance(parts, list) and parts and all(isinstance(part, str) for part in parts)
+    }
 
 
 def _plain_task(file: Path, name: str, results: Mapping[str, Any], path: Path) -> Task:

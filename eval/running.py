@@ -173,10 +173,12 @@ def _harness() -> Any:
     """
     try:
         from k2quant.eval import harness
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in {"lm_eval", "datasets"}:
+    except (ImportError, NameError) as error:  # lm-eval without its extra `api` ends in a NameError
+        if (getattr(error, "name", None) or "").startswith("k2quant"):
             raise
-        raise MissingExtra("lm-eval is not installed", remedy='pip install "k2quant[eval]"') from error
+        raise MissingExtra(
+            "lm-eval is not installed, or not whole", found=str(error)[:200], remedy='pip install "k2quant[eval]"'
+        ) from error
     return harness
 
 

@@ -600,6 +600,37 @@ class TestReading:
         assert all(issubclass(kind, EvaluationError) for kind in (MalformedResults, Incomparable, HarnessFault))
 
 
+class TestGroups:
+    """A policy may name what lm-eval calls a group."""
+
+    def _runs(self, tmp_path: Path) -> tuple[Path, Path]:
+        groups = {"g": ["h", "t"], "h": ["u", "g"], "t": [], "odd": "t"}  # one within another, and round in a circle
+        tasks = {"t": answers(92, lost=8), "u": answers(9_000), "v": answers(300, lost=9)}
+        base, candidate = (
+            write_plain(tmp_path / name, {task: rows[side] for task, rows in tasks.items()}, group_subtasks=groups)
+            for side, name in enumerate("ab")
+        )
+        return base, candidate
+
+    def test_a_group_stands_for_its_tasks(self, tmp_path: Path) -> None:
+        """Those of groups within it too; others are left out."""
+        verdict = gate(*self._runs(tmp_path), policy=Policy(tasks={"g": None}))
+        assert {task.name for task in verdict.tasks} == {"t", "u"}
+
+    def test_a_task_of_a_group_may_have_a_margin_of_its_own(self, tmp_path: Path) -> None:
+        """8 of 100 lost is not more than 20%, whichever of the two the policy names first."""
+        runs = self._runs(tmp_path)
+        for tasks in ({"g": None, "t": 0.2}, {"t": 0.2, "g": None}):
+            margins = {task.name: task.margin for task in gate(*runs, policy=Policy(tasks=tasks)).tasks}
+            assert margins == {"t": 0.2, "u": 0.01}
+        assert {task.margin for task in gate(*runs, policy=Policy(tasks={"g": 0.1})).tasks} == {0.1}
+
+    def test_what_is_no_group_is_no_task(self, tmp_path: Path) -> None:
+        """A name that neither has is an error."""
+        with pytest.raises(UsageError, match="has no task odd"):
+            gate(*self._runs(tmp_path), policy=Policy(tasks={"odd": None}))
+
+
 class TestCommand:
     """`k2quant eval gate`."""
 

@@ -488,15 +488,18 @@ def test_the_table_goes_to_stdout(request_: Request, tmp_path: Path) -> None:
     assert "already finished" in again.stderr
 
 
-def test_without_lm_eval_the_extra_is_named(tmp_path: Path) -> None:
-    """Said before torch is loaded or anything is written."""
+@pytest.mark.parametrize("missing", ["lm_eval", "aiohttp"])
+def test_without_lm_eval_the_extra_is_named(missing: str, tmp_path: Path) -> None:
+    """Said before torch is loaded or anything is written; also of an lm-eval without what its own extra brings."""
     code = (
-        "import sys; sys.modules['lm_eval'] = None\n"
+        f"import sys; sys.modules[{missing!r}] = None\n"
         "from k2quant.cli import main\n"
         f"try: main(['eval', 'run', 'x', '--tasks', 'gsm8k', '-o', {str(tmp_path / 'run')!r}])\n"
         "finally: assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == 'k2quant: lm-eval is not installed; pip install "k2quant[eval]"\n'
+    assert done.stderr.startswith("k2quant: lm-eval is not installed, or not whole")
+    assert done.stderr.endswith('; pip install "k2quant[eval]"\n')
+    assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()

@@ -120,6 +120,13 @@ def test_import_loads_nothing_heavy(statement: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_rooms_are_reached_through_the_package() -> None:
+    """`import k2quant` is enough for `k2quant.eval.gate`, which needs no torch."""
+    code = "import sys, k2quant; print(k2quant.eval.gate.__name__, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["gate", "False"]
+
+
 def test_conversion_on_the_cpu_imports_no_torch(k2_source: Path, tmp_path: Path) -> None:
     """A whole conversion on the CPU runs without torch."""
     code = "import sys, k2quant; k2quant.convert(sys.argv[1], sys.argv[2], to='int4'); print('torch' in sys.modules)"
