@@ -22,6 +22,7 @@ from k2quant.eval.planning import chance_of_pass, plan
 from k2quant.eval.policy import Policy
 from k2quant.eval.reading import read_run
 from k2quant.eval.verdict import Comparison, Decision, Side, Verdict
+from k2quant.intervals import wilson
 
 POOL = "all"
 """Name of the comparison of all items together."""
@@ -134,7 +135,7 @@ def _check_chance(tasks: list[Task], policy: Policy) -> None:
         floor = task.chance + policy.margin_of(task.name)
         if len(tasks) > 1 and len(task.items) >= _ENOUGH and task.accuracy <= floor:
             raise _at_chance(f"in {task.name} ", task.accuracy, task.chance, len(task.items))
-    if _lower(right, items, policy.alpha) <= chance + policy.margin:
+    if wilson(right, items, -NormalDist().inv_cdf(policy.alpha))[0] <= chance + policy.margin:
         raise _at_chance("", right / items, chance, items)
 
 
@@ -145,12 +146,6 @@ def _at_chance(where: str, accuracy: float, chance: float, items: int) -> Incomp
         found=f"{accuracy:.1%} of {items} items",
         remedy="take tasks that the baseline can do (--tasks), or more items",
     )
-
-
-def _lower(right: int, n: int, alpha: float) -> float:
-    """Return Wilson's lower limit of a share, one-sided."""
-    z, p = -NormalDist().inv_cdf(alpha), right / n
-    return (p + z * z / (2 * n) - z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))) / (1 + z * z / n)
 
 
 def _compared(name: str, pairs: Iterable[Pairs], policy: Policy, margin: float) -> Comparison:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from k2quant.errors import HarnessFault, Incomparable, UsageError
+from k2quant.errors import HarnessFault, Incomparable, UsageError, printable
 from k2quant.eval.items import Item, Run, Task
 from k2quant.eval.verdict import Flip
 
@@ -83,7 +83,7 @@ def pair(base: Run, candidate: Run, names: Iterable[str] = ()) -> tuple[Pairs, .
 def _common(base: Run, candidate: Run, names: Iterable[str]) -> list[str]:
     wanted = list(dict.fromkeys(names))
     if absent := [name for name in wanted if name not in base.tasks]:
-        named, there = (", ".join(map(_printable, names)) for names in (absent[:_SHOWN], base.tasks))
+        named, there = (", ".join(map(printable, names)) for names in (absent[:_SHOWN], base.tasks))
         raise UsageError(f"{base.folder} has no task {named}; it has {there}")
     if not wanted and (only := sorted(base.tasks.keys() ^ candidate.tasks.keys())):
         raise Incomparable(
@@ -160,10 +160,6 @@ def _mismatch(base: Task, candidate: Task, place: str) -> Incomparable:
         found=f"{len(changed)} of {len(ours)} prompts or targets differ, the first of document {(changed or [0])[0]}",
         remedy=f"{_SAME_WAY}, and the same chat template",
     )
-
-
-def _printable(name: str) -> str:
-    return ascii(name)[1:-1] if not name.isprintable() else name
 
 
 def check_outputs(pairs: Iterable[Pairs]) -> None:

@@ -12,13 +12,8 @@ from k2quant.checkpoint.paths import check_inside, inside, read_limited
 from k2quant.checkpoint.strict_json import parse_object
 from k2quant.errors import CheckpointError, MalformedResults
 from k2quant.eval.items import Run, Task
+from k2quant.eval.runfolder import MANIFEST, SCHEMA
 from k2quant.eval.samples import read_samples
-
-MANIFEST = "k2quant_eval.json"
-"""The file of ours that says that a run is finished, and what it was."""
-
-SCHEMA = 1
-"""Version of the manifest."""
 
 _LIMIT = 2**28  # bytes of a results file; lm-eval writes the whole environment into it
 _TIME = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"

@@ -79,14 +79,14 @@ class _Finding(K2QuantError):
         if self.found is not None:
             facts.append(f"found {self.found}")
         sentence = ": ".join(part for part in (where, ", ".join(facts)) if part)
-        return _printable(f"{sentence}; {self.remedy}" if self.remedy else sentence)
+        return printable(f"{sentence}; {self.remedy}" if self.remedy else sentence)
 
 
 def _shortened(name: str) -> str:
     return name if len(name) <= _NAME_SHOWN else f"{name[:_NAME_SHOWN]}..."
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Escape what would break a line or reach the terminal as a code; names come from files that may be hostile."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 

@@ -16,6 +16,7 @@ FLOORS: dict[str, int] = {
     "version": 0,
     "pool": 1,
     "units": 1,
+    "intervals": 1,
     "kernels": 1,
     "formats": 2,
     "names": 2,

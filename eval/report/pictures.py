@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from k2quant.eval.report.chart_rows import Row, draw_interval, heights, lay_rows, room
 from k2quant.eval.report.wording import confidence, interval, margin, percent, rows, signed, title
 from k2quant.eval.verdict import Comparison, Verdict
+from k2quant.intervals import wilson
 from k2quant.report.drawing import WIDE, Canvas, colour, figure, legend
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ _MEANINGS = {"PASS": "drop is below the margin", "FAIL": "drop is above it", "IN
 _SAME = 1e-9
 _EXACT = 1000  # items; beyond, the exact power takes seconds for each point, and the normal one is as good
 _POINTS = 16
-_WILSON = NormalDist().inv_cdf(0.975)
 
 
 def drops(verdict: Verdict) -> str:
@@ -119,10 +119,8 @@ def accuracies(verdict: Verdict) -> str:
 
 def _wilson(right: int, n: int) -> tuple[float, float, float]:
     """Return Wilson's 95% interval around a share: low end, share, high end, in percent."""
-    share, z = right / n, _WILSON
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low, high = ((middle + side * half) / (1 + z * z / n) for side in (-1, 1))
-    return 100 * max(low, 0), 100 * share, 100 * min(high, 1)
+    low, high = wilson(right, n)
+    return 100 * low, 100 * right / n, 100 * high
 
 
 def power_curve(verdict: Verdict) -> str:

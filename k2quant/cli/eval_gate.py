@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from k2quant.cli.screen import remark
-from k2quant.errors import CheckFailed, Inconclusive, UsageError
+from k2quant.errors import CheckFailed, Inconclusive, UsageError, printable
 
 if TYPE_CHECKING:
     from k2quant.eval.policy import Policy
@@ -104,11 +104,11 @@ def _policy(file: Path | None, margin: str | None, alpha: str | None, tasks: str
 
 def show(verdict: Verdict) -> None:
     """Print a verdict for people: a table, the first flips, the reason."""
-    click.echo(_printable(f"baseline   {verdict.base.model} ({verdict.base.folder})"))
-    click.echo(_printable(f"candidate  {verdict.candidate.model} ({verdict.candidate.folder})") + "\n")
+    click.echo(printable(f"baseline   {verdict.base.model} ({verdict.base.folder})"))
+    click.echo(printable(f"candidate  {verdict.candidate.model} ({verdict.candidate.folder})") + "\n")
     heads = ("items", "baseline", "candidate", "drop", "interval", "lost", "gained", "verdict")
     rows = [*verdict.tasks, verdict.pooled] if len(verdict.tasks) > 1 else [verdict.pooled]
-    names = [_printable(comparison.name) for comparison in rows]
+    names = [printable(comparison.name) for comparison in rows]
     width = max(len("task"), *map(len, names))
     click.echo(f"{'task':<{width}} " + " ".join(f"{head:>{size}}" for head, size in zip(heads, _WIDTHS, strict=True)))
     for name, comparison in zip(names, rows, strict=True):
@@ -116,7 +116,7 @@ def show(verdict: Verdict) -> None:
     click.echo("\ndrop and its interval in percentage points; lost and gained: items only one of them has right")
     for flip in verdict.flips[:_FLIPS_SHOWN]:
         click.echo(
-            _printable(
+            printable(
                 f"  {_mark(lost=flip.lost)} {flip.task} {flip.doc_id}: {flip.prompt[-40:]!r} wants "
                 f"{flip.target[:30]!r}: {flip.base_answer[:30]!r} became {flip.candidate_answer[:30]!r}"
             )
@@ -124,8 +124,8 @@ def show(verdict: Verdict) -> None:
     if len(verdict.flips) > _FLIPS_SHOWN:
         click.echo(f"  and {len(verdict.flips) - _FLIPS_SHOWN} more; -o DIR writes a page with them")
     for warning in verdict.warnings:
-        click.echo(f"\nnote: {_printable(warning)}")
-    click.echo(f"\n{'NOISE FLOOR' if verdict.same_model else verdict.decision}: {_printable(verdict.reason)}")
+        click.echo(f"\nnote: {printable(warning)}")
+    click.echo(f"\n{'NOISE FLOOR' if verdict.same_model else verdict.decision}: {printable(verdict.reason)}")
 
 
 _WIDTHS = (7, 9, 9, 7, 17, 6, 6, 13)
@@ -148,11 +148,6 @@ def _row(comparison: Comparison) -> str:
 
 def _mark(*, lost: bool) -> str:
     return "lost  " if lost else "gained"
-
-
-def _printable(text: str) -> str:
-    """Escape what would reach the terminal as a code; prompts and answers are not ours."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _end(verdict: Verdict) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from k2quant.intervals import wilson
 from k2quant.nano import vocabulary
 from k2quant.nano.batches import NO_TARGET, tokens_of
 from k2quant.nano.tasks import Item
 
 _AT_ONCE = 256  # items of a forward pass
-_Z = 1.959963984540054  # 95% of a normal distribution lie within so many standard deviations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +34,7 @@ class Accuracy:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95% interval of the share: where the accuracy on all held-out items plausibly lies."""
-        n, p = self.count, self.share
-        middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-        half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-        return (middle - half if self.right else 0.0), (middle + half if self.right < n else 1.0)
+        return wilson(self.right, self.count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
