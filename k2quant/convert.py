@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,7 @@ from k2quant.kernels.grids import Grid
 from k2quant.plan import INCOMPLETE, REPORT, Options, Plan, make_plan
 from k2quant.policy import Scope
 from k2quant.resume import begin, check_finished, clear, identity, refuse_nested
-from k2quant.stream import Progress, Record, Stream
+from k2quant.stream import Progress, Record, Stream, Substitute
 from k2quant.version import __version__
 
 if TYPE_CHECKING:
@@ -88,10 +89,39 @@ def convert(
         OutputError: the destination is not ours, in use, or the disk failed; the same call resumes.
         UsageError: the options make no sense.
     """
-    begun = time.monotonic()
     here, there = Path(source), Path(destination)
     refuse_nested(here, there)
     plan = make_plan(open_checkpoint(here), Options(to, scope, ignore, grid, shard_size))
+    return carry_out(plan, there, workers=workers, device=device, restart=restart, sha256=sha256, progress=progress)
+
+
+def carry_out(
+    plan: Plan,
+    there: Path,
+    *,
+    workers: int | None = None,
+    device: str = "cpu",
+    restart: bool = False,
+    sha256: bool = False,
+    substitute: Substitute | None = None,
+    check: Callable[[Path], None] | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write what a plan says; see `convert`.
+
+    Args:
+        plan: what to write.
+        there: folder to write it to.
+        workers: as in `convert`, like the others.
+        device: where the converter's arithmetic runs.
+        restart: throw away what an earlier run left.
+        sha256: note digests.
+        substitute: whose values take the place of the source's; `plan.values` says which these are.
+        check: is given the folder when all shards stand there and nothing yet makes it look finished; what it raises
+            leaves it so.
+        progress: called as the work goes on.
+    """
+    begun = time.monotonic()
     threads, arithmetic = checked_workers(workers), codecs_of(device)
     try:
         with locked(there, report=REPORT, incomplete=INCOMPLETE, restart=restart) as folder:
@@ -102,8 +132,18 @@ def convert(
             if restart:
                 clear(folder)
             done = begin(folder, plan, fresh=restart)
-            stream = Stream(plan, folder, done=set(done), codecs=arithmetic, sha256=sha256, progress=progress)
+            stream = Stream(
+                plan,
+                folder,
+                done=set(done),
+                codecs=arithmetic,
+                sha256=sha256,
+                progress=progress,
+                substitute=substitute,
+            )
             shards = done | stream.run(threads)
+            if check is not None:
+                check(folder.folder)
             report = _report(plan, shards, seconds=time.monotonic() - begun, resumed=len(done))
             _complete(folder.folder, plan, report, sha256=sha256)
             folder.finish()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -112,6 +112,8 @@ class Plan:
     """Other files (tokenizer, code), by their path below the source, that are copied as they are."""
     left_out: tuple[str, ...]
     """Files that look like weights, which the index does not name, and which are not copied."""
+    values: Mapping[str, Any] | None = None
+    """What the values depend on that are not the source's own, as JSON has it; None where all are."""
 
     @property
     def bytes_read(self) -> int:

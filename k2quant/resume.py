@@ -36,7 +36,8 @@ def refuse_nested(source: Path, destination: Path) -> None:
 def identity(plan: Plan) -> dict[str, Any]:
     """Return what must be equal for a run to continue another: options, source, and the files beside the weights."""
     others = {name: (plan.source.folder / name).stat() for name in plan.copies}
-    return {
+    values = {} if plan.values is None else {"values": plan.values}
+    return values | {
         "options": {**asdict(plan.options), "ignore": list(plan.options.ignore)},
         "source": plan.source.fingerprint()
         | {"other_files": {name: [status.st_size, status.st_mtime_ns] for name, status in others.items()}},
@@ -89,7 +90,8 @@ def check_finished(folder: Destination, report: dict[str, Any], plan: Plan) -> N
 
 def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationStale:
     what = " and ".join(
-        {"options": "other options", "source": "another source"}.get(key, f"another {key}") for key in changed
+        {"options": "other options", "source": "another source", "values": "other values"}.get(key, f"another {key}")
+        for key in changed
     )
     return DestinationStale(
         f"holds a {state} conversion of {what}",

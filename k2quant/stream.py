@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from k2quant import pool
 from k2quant.checkpoint.checksum import combine
 from k2quant.checkpoint.destination import Destination
-from k2quant.checkpoint.panels import PIECE_BYTES, panel_offset, panel_rows, panel_state, read_panel
+from k2quant.checkpoint.panels import PIECE_BYTES, panel_offset, panel_rows, panel_shape, panel_state, read_panel
 from k2quant.checkpoint.reading import read_into
+from k2quant.checkpoint.weights import Weight
 from k2quant.checkpoint.writer import ShardWriter
 from k2quant.formats.dtypes import TensorSpec
+from k2quant.formats.layouts import row_bytes
 from k2quant.plan import Job, Plan, ShardPlan
 
 if TYPE_CHECKING:
@@ -34,6 +36,20 @@ Progress = Callable[[int, int], None]
 
 Record = dict[str, Any]
 """What the journal notes of a finished shard."""
+
+
+class Substitute(Protocol):
+    """Values that take the place of the source's: trained weights, or weights with an update added."""
+
+    def replaces(self, weight: Weight) -> bool:
+        """Tell whether a weight's values come from here."""
+
+    def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, Figures | None]:
+        """Return rows `start` to `stop` of the tensors that are written, by suffix, `weight_shape` left out.
+
+        A tensor that is no matrix counts as one column. Called from several threads at once.
+        """
+
 
 # Linux lets one thread at a time write to a file: two threads wrote 1.6 GB/s to one file, 3.1 to two (tmpfs, 2 cores).
 _SHARDS_ABREAST = 8
@@ -92,10 +108,10 @@ class _Task(NamedTuple):
     stop: int
 
 
-def _tasks_of(shard: _Shard) -> list[_Task]:
+def _tasks_of(shard: _Shard, substitute: Substitute | None) -> list[_Task]:
     tasks = []
     for number, job in enumerate(shard.plan.jobs):
-        if job.target is not None:
+        if job.target is not None or (substitute is not None and substitute.replaces(job.weight)):
             tasks += [_Task(shard, number, None, start, stop) for start, stop in panel_rows(job.weight.shape)]
             continue
         for suffix, entry in job.weight.parts.items():
@@ -119,6 +135,7 @@ class Stream:
         codecs: Codecs,
         sha256: bool,
         progress: Progress | None,
+        substitute: Substitute | None = None,
     ) -> None:
         """Prepare a pass.
 
@@ -129,9 +146,10 @@ class Stream:
             codecs: who does the arithmetic.
             sha256: whether to note a digest of each file.
             progress: called as the work goes on.
+            substitute: whose values take the place of the source's, if any.
         """
         self._plan, self._folder, self._sha256, self._progress = plan, folder, sha256, progress
-        self._codecs = codecs
+        self._codecs, self._substitute = codecs, substitute
         self._todo = [shard for shard in plan.shards if shard.file not in done]
         self._total = plan.bytes_read
         self._read = self._total - sum(shard.bytes_read for shard in self._todo)
@@ -182,14 +200,19 @@ class Stream:
         writer = ShardWriter(self._folder.folder / plan.file, plan.header, plan.size)
         self._open.add(writer)
         shard = _Shard(plan, writer, [_Log() for _ in plan.jobs])
-        tasks = _tasks_of(shard)
+        tasks = _tasks_of(shard, self._substitute)
         shard.pending = len(tasks)
         if not tasks:
             self._flushes.append(self._disk.submit(self._finish, shard))
         return iter(tasks)
 
     def _work(self, task: _Task) -> None:
-        read = self._convert(task) if task.suffix is None else self._copy(task, task.suffix)
+        if task.suffix is not None:
+            read = self._copy(task, task.suffix)
+        elif self._substitute is not None and self._substitute.replaces(task.shard.plan.jobs[task.job].weight):
+            read = self._replace(task, self._substitute)
+        else:
+            read = self._convert(task)
         with self._lock:
             self._read += read
             task.shard.pending -= 1
@@ -241,15 +264,30 @@ class Stream:
             task.shard.logs[task.job].add(task.start, checksums, figures)
         return sum(array.nbytes for array in parts.values())
 
+    def _replace(self, task: _Task, substitute: Substitute) -> int:
+        """Write a panel of values that are not the source's; return the bytes of the source that it stands for."""
+        job = task.shard.plan.jobs[task.job]
+        outputs, figures = substitute.panel(job, task.start, task.stop)
+        checksums = self._write_panel(task, outputs)
+        with task.shard.lock:
+            task.shard.logs[task.job].add(task.start, checksums, figures)
+        rows, _ = panel_shape(job.weight.shape)
+        return sum(entry.nbytes for entry in job.weight.parts.values()) * (task.stop - task.start) // max(rows, 1)
+
     def _write_panel(self, task: _Task, outputs: Parts) -> dict[str, tuple[int, int]]:
         job = task.shard.plan.jobs[task.job]
+        layout = job.target or job.weight.format
         checksums = {}
         for suffix, array in outputs.items():
-            offset = panel_offset(job.target, job.weight.shape, suffix, task.start) if job.target else 0
+            if layout is not None:
+                offset = panel_offset(layout, job.weight.shape, suffix, task.start)
+            else:  # no weight: a column
+                offset = task.start * row_bytes(TensorSpec(job.outputs[suffix].dtype, (1,)))
             data = array.data.cast("B")
             checksums[suffix] = self._write(task.shard, job.outputs[suffix].start + offset, data)
         if task.start == 0 and "weight_shape" in job.outputs:
-            size = b"".join(length.to_bytes(4, "little") for length in job.weight.shape)
+            width = job.outputs["weight_shape"].nbytes // 2  # I32, or I64 where a copy keeps it
+            size = b"".join(length.to_bytes(width, "little") for length in job.weight.shape)
             checksums["weight_shape"] = self._write(task.shard, job.outputs["weight_shape"].start, memoryview(size))
         return checksums
 
