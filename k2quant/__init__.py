@@ -12,6 +12,7 @@ from k2quant.errors import K2QuantError
 from k2quant.formats.layouts import FormatName
 from k2quant.inspection import Inspection, inspect
 from k2quant.kernels.grids import Grid
+from k2quant.merge import merge
 from k2quant.verify import Verification, verify, verify_checksums
 from k2quant.version import __version__
 
@@ -33,6 +34,7 @@ __all__ = [
     "dequantize",
     "inspect",
     "load_model",
+    "merge",
     "quantize",
     "save_model",
     "stream_forward",

@@ -85,6 +85,32 @@ def fake_quantize_int4(weights: Tensor, grid: Grid, bits: int = 4) -> Tensor:
     return _int4_values(weights, codes, scale, bits)
 
 
+def int4_at_scale(weights: Tensor, scale: Tensor, bits: int = 4) -> tuple[Tensor, Tensor]:
+    """Round BF16 `[R, K]` to codes of moonshot's grid with BF16 scales `[R, K/32]` that are given, not taken from amax.
+
+    Returns:
+        int32 codes `[R, K]`, -L..L, and the BF16 values `[R, K]` that they stand for.
+    """
+    _require_finite(weights)
+    codes = _moonshot_codes(_quotient(weights, scale), largest_code("moonshot", bits)).to(torch.int32)
+    return codes.reshape(weights.shape), _int4_values(weights, codes, scale.flatten(), bits)
+
+
+def int4_inside(weights: Tensor, grid: Grid, bits: int = 4) -> Tensor:
+    """Tell of BF16 `[R, K]` which codes, rounded plainly, were not clamped: bool `[R, K]`."""
+    largest = largest_code(grid, bits)
+    _, scale = _int4_codes(weights, grid, largest, recover=False)
+    rounded = _quotient(weights, scale.reshape(len(weights), -1)).round()
+    lowest, highest = (-8, 7) if grid == "compressed-tensors" else (-largest, largest)
+    return ((rounded >= lowest) & (rounded <= highest)).reshape(weights.shape)
+
+
+def plain_int4_scale(weights: Tensor, grid: Grid, bits: int = 4) -> Tensor:
+    """Return the BF16 scales `[R, K/32]` that plain rounding of BF16 `[R, K]` takes from each group's amax."""
+    _, scale = _int4_codes(weights, grid, largest_code(grid, bits), recover=False)
+    return scale.reshape(len(weights), -1)
+
+
 def _int4_codes(weights: Tensor, grid: Grid, largest: int, *, recover: bool) -> tuple[Tensor, Tensor]:
     """Return the int32 codes `[G, 32]` and BF16 scales `[G]` of all groups."""
     _require_finite(weights)
@@ -94,12 +120,21 @@ def _int4_codes(weights: Tensor, grid: Grid, largest: int, *, recover: bool) -> 
     scale = torch.where(scale == 0, 2.0**-7, scale)
     if grid == "moonshot" and recover:
         scale = _recovered_int4_scale(groups, scale)
-    quotient = groups.float() / scale.float()[:, None]
+    quotient = _quotient(weights, scale)
     if grid == "compressed-tensors":
         codes = quotient.to(torch.bfloat16).float().clamp(-8, 7).round()
     else:
-        codes = quotient.round().clamp(-largest, largest)
+        codes = _moonshot_codes(quotient, largest)
     return codes.to(torch.int32), scale
+
+
+def _quotient(weights: Tensor, scale: Tensor) -> Tensor:
+    """Return float32 `[G, 32]`, each group divided by its scale."""
+    return weights.reshape(-1, GROUP).float() / scale.reshape(-1, 1).float()
+
+
+def _moonshot_codes(quotient: Tensor, largest: int) -> Tensor:
+    return quotient.round().clamp(-largest, largest)
 
 
 def _int4_values(weights: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:

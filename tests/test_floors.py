@@ -34,6 +34,7 @@ FLOORS: dict[str, int] = {
     "estimate": 4,
     "report": 4,
     "model": 4,
+    "merge": 4,
     "calib": 5,
     "qat": 5,
     "eval": 5,

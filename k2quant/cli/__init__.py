@@ -30,7 +30,7 @@ class _Commands(LazyGroup):
             click.echo(f"k2quant: {place}{error.strerror or error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            resumes = "; the same command resumes" if ctx.invoked_subcommand == "convert" else ""
+            resumes = "; the same command resumes" if ctx.invoked_subcommand in {"convert", "merge"} else ""
             click.echo(f"k2quant: stopped{resumes}", err=True)
             ctx.exit(130)
 
@@ -38,7 +38,7 @@ class _Commands(LazyGroup):
 @click.command(
     cls=_Commands,
     home="k2quant.cli.",
-    names=("convert", "inspect", "verify", "diff", "report", "generate", "eval", "tune", "demo", "nano"),
+    names=("convert", "merge", "inspect", "verify", "diff", "report", "generate", "eval", "tune", "demo", "nano"),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="k2quant")

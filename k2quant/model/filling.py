@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 from k2quant import pool
 from k2quant.checkpoint.header import TensorEntry
+from k2quant.checkpoint.panels import panel_rows
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
+from k2quant.checkpoint.weights import Weight
 from k2quant.convert import available_cores
 from k2quant.errors import BadValue, UsageError
+from k2quant.formats.layouts import Fp8, Int4
 from k2quant.model.assembly import Assembly, Placed, own_tensors
+from k2quant.model.decoding import decoded_rows
 from k2quant.model.matrices import Dense, Parts, empty_like
 from k2quant.model.memory import TORCH_DTYPES, as_memory
 from k2quant.model.modules import Quantized
@@ -44,11 +48,10 @@ class _Task(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes that it reads."""
-        entries = self.placed.source.parts.values()
+        total = sum(entry.nbytes for entry in self.placed.source.parts.values())
         if not isinstance(self.placed.matrix, Dense):
-            return sum(entry.nbytes for entry in entries)
-        entry = next(iter(entries))
-        return entry.nbytes * (self.stop - self.start) // max(_rows(entry), 1)
+            return total
+        return total * (self.stop - self.start) // max(_rows(self.placed.source), 1)
 
 
 def fill(
@@ -112,19 +115,28 @@ def _tasks(placed: Placed) -> Iterator[_Task]:
     if not isinstance(placed.matrix, Dense):
         yield _Task(placed, 0, 0)
         return
-    entry = next(iter(placed.source.parts.values()))
-    rows = _rows(entry)
-    step = max(WINDOW // max(entry.nbytes // max(rows, 1), 1), 1)
+    if _is_packed(placed.source):
+        yield from (_Task(placed, start, stop) for start, stop in panel_rows(placed.source.shape))
+        return
+    rows = _rows(placed.source)
+    step = max(WINDOW // max(placed.source.main.nbytes // max(rows, 1), 1), 1)
     for start in range(0, rows, step):
         yield _Task(placed, start, min(start + step, rows))
 
 
-def _rows(entry: TensorEntry) -> int:
-    return entry.shape[0] if entry.shape else 1
+def _rows(source: Weight) -> int:
+    return source.shape[0] if source.shape else 1
+
+
+def _is_packed(source: Weight) -> bool:
+    return isinstance(source.format, Fp8 | Int4)
 
 
 def _read(checkpoint: Checkpoint, task: _Task) -> None:
     source, matrix = task.placed
+    if isinstance(matrix, Dense) and _is_packed(source):
+        matrix.tensor.detach()[task.start : task.stop] = decoded_rows(checkpoint, source, task.start, task.stop)
+        return
     if isinstance(matrix, Dense):
         _read_rows(checkpoint, next(iter(source.parts.values())), matrix.tensor.detach(), task.start, task.stop)
         return

@@ -21,6 +21,7 @@ from k2quant.formats.layouts import Fp8, Int4
 from k2quant.kernels import matmul_reference as reference
 from k2quant.kernels.ops import fp8_linear, int4_linear, moe_fp8, moe_int4
 from k2quant.kernels.weights import Fp8Weight, Int4Weight, Weight, prepare_int4, select
+from k2quant.model.experts import sorted_experts
 from k2quant.model.matrices import Dense, Matrix, Packed, joined
 
 Backend = Literal["auto", "reference"]
@@ -63,7 +64,12 @@ class SpeaksCheckpoint(nn.Module, ABC):
                 except UsageError as error:
                     error_msgs.append(f"{joined(prefix.removesuffix('.'), name)}: {error}")
         if strict:
-            unexpected_keys += [name for name in state_dict if name.startswith(prefix) and name not in known]
+            below = tuple(f"{prefix}{child}." for child in self._modules)  # what was put beside the weights
+            unexpected_keys += [
+                name
+                for name in state_dict
+                if name.startswith(prefix) and name not in known and not name.startswith(below)
+            ]
 
 
 class Quantized(SpeaksCheckpoint):
@@ -202,8 +208,10 @@ class FusedExperts(SpeaksCheckpoint, Experts, DeepseekV3Experts):
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See `Experts`."""
         # On a CPU the loop is the faster one for small models and level for K2's (benchmarks/results/model-cpu.md), but
-        # a traced body cannot loop over what the router finds.
+        # a traced body cannot loop over what the router finds, and its gradients are as large as all experts for each.
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            if torch.is_grad_enabled() and self.gate_up_proj.requires_grad:
+                return sorted_experts(self, x, ids, weights)
             return cast("Tensor", _LOOP(self, x, ids, weights))
         return grouped_mm_experts_forward(self, x, ids, weights)
 

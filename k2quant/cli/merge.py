@@ -1,0 +1,115 @@
+"""`k2quant merge`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from k2quant.cli import conversion
+
+if TYPE_CHECKING:
+    from k2quant.merge.figures import ClassSum
+
+_MOST = 0.5  # a share above which a loss is worth a remark
+
+
+@click.command(name="merge")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("destination", type=click.Path(path_type=Path))
+@conversion.format_options()
+@conversion.run_options()
+def command(
+    base: Path,
+    adapter: Path,
+    destination: Path,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    shard_size: str | None,
+    **options: Any,
+) -> None:
+    """Merge a LoRA adapter of PEFT into the checkpoint in BASE and write the whole of it to DESTINATION.
+
+    ADAPTER is the folder that save_pretrained of PEFT wrote; BASE may be BF16, FP8 or INT4. Says at the end what
+    rounding left of the update. The same command after a kill resumes.
+
+    \b
+    Example:
+        k2quant merge Kimi-K2-Thinking my-adapter Kimi-K2-Mine --to int4
+    """
+    from k2quant.units import parse_size
+
+    options["shard_size"] = parse_size(shard_size) if shard_size else None
+    if dry_run:
+        _dry_run(base, adapter, destination, as_json=as_json, **options)
+    else:
+        _merge(base, adapter, destination, as_json=as_json, **options)
+
+
+def _merge(base: Path, adapter: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
+    import json
+
+    from k2quant.cli.screen import progress, remark
+    from k2quant.merge import merge
+    from k2quant.merge.figures import by_class
+
+    with progress(f"{base.name} with {adapter.name} to {options['to']}") as show:
+        done = merge(base, adapter, destination, progress=show, **options)
+    conversion.announce(done)
+    rows = by_class(done.report["tensors"])
+    for row in rows:
+        if row.figures.lost_share > _MOST:
+            remark(_loss(row))
+    if as_json:
+        merged = [row.summary() for row in rows]
+        click.echo(json.dumps(conversion.summary(done, destination) | {"merged": merged}))
+    else:
+        click.echo(table(rows))
+        click.echo(conversion.last_line(done, destination))
+
+
+def _loss(row: ClassSum) -> str:
+    """Say that most of an update is gone, and why if that was measured."""
+    figures = row.figures
+    why = ""
+    if figures.groups_below_half_step > _MOST * figures.groups:
+        share = figures.groups_below_half_step / figures.groups
+        why = f"; in {share:.0%} of the groups it is smaller than half a step"
+    return f"{row.kind}: {figures.lost_share:.0%} of the update's energy was lost to rounding{why}"
+
+
+def table(rows: list[ClassSum]) -> str:
+    """Return what became of the update: a line for each class of tensors."""
+    lines = [f"{'class':<16} {'tensors':>8} {'|D|':>10} {'cosine':>8} {'|E|/|D|':>8} {'lost':>7} {'codes changed':>14}"]
+    for row in rows:
+        figures = row.figures
+        lines.append(
+            f"{row.kind:<16} {row.tensors:>8,} {figures.norm:>10.4g} {figures.cosine:>8.4f} {figures.ratio:>8.3f} "
+            f"{figures.lost_share:>7.1%} {figures.changed_share:>14.1%}"
+        )
+    return "\n".join(lines)
+
+
+def _dry_run(base: Path, adapter: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
+    from k2quant.convert import checked_workers
+    from k2quant.merge import make_merge_plan
+    from k2quant.plan import Options
+    from k2quant.resume import refuse_nested
+
+    refuse_nested(base, destination)
+    refuse_nested(adapter, destination)
+    choice = Options(options["to"], options["scope"], options["ignore"], options["grid"], options["shard_size"])
+    prepared = make_merge_plan(base, adapter, choice)
+    workers = checked_workers(options["workers"])
+    conversion.dry_run(
+        prepared.plan,
+        destination,
+        restart=options["restart"],
+        workers=workers,
+        as_json=as_json,
+        peak_memory=prepared.peak_memory(workers),
+        more={"merged": len(prepared.changes)},
+    )

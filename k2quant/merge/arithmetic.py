@@ -1,0 +1,104 @@
+"""The arithmetic of a merge on one band of rows, in float64, and its one rounding to BF16.
+
+Arrays are numpy arrays `[R, K]`; BF16 is uint16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from k2quant.formats.layouts import Format, Fp8, Int4
+from k2quant.formats.transcode import Parts, widened
+from k2quant.kernels.figures import Figures
+from k2quant.kernels.values import U16, bf16_to_float, float_to_bf16
+from k2quant.merge.figures import MergeFigures
+
+F64 = NDArray[np.float64]
+
+
+def round_to_bf16(values: F64) -> U16:
+    """Round float64 to BF16 bits, half to even, once; what exceeds BF16 becomes infinity.
+
+    The way leads over float32, which rounds too. That moves a value to the other side of a BF16 tie never, but it may
+    move one onto a tie, which then goes to the even neighbour whichever side it came from. So float32 values that are
+    ties are first put back, by one float32 step, on the side where the float64 value lies.
+    """
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    bits = narrow.reshape(-1).view(np.uint32)
+    ties = np.flatnonzero((bits & np.uint32(0xFFFF)) == np.uint32(0x8000))
+    exact, rounded = np.abs(values.reshape(-1)[ties]), np.abs(narrow.reshape(-1)[ties])
+    bits[ties] += (exact > rounded).astype(np.uint32) - (exact < rounded).astype(np.uint32)
+    infinite = np.isinf(narrow)
+    result = float_to_bf16(narrow)
+    result[infinite] = np.where(values[infinite] > 0, 0x7F80, 0xFF80)
+    return result
+
+
+def as_float64(bits: U16) -> F64:
+    """Widen BF16 bits, exactly."""
+    return bf16_to_float(bits).astype(np.float64)
+
+
+class Stored(NamedTuple):
+    """A band of weights as they are stored."""
+
+    parts: Parts
+    """The tensors, by suffix."""
+    values: U16
+    """What they mean, `[R, K]`."""
+
+
+def effect(figures: Figures, exact: F64, after: Stored, without: Stored, layout: Format) -> MergeFigures:
+    """Return what of an update is left.
+
+    Args:
+        figures: what rounding did to the updated weights.
+        exact: the update D.
+        after: the weights that are written.
+        without: the base's weights as they would be written without the update.
+        layout: the format of both.
+    """
+    real = as_float64(after.values) - as_float64(without.values)
+    energy = exact * exact
+    groups, below = _groups(exact, without.parts, layout)
+    return MergeFigures(
+        figures.count,
+        figures.changed,
+        figures.energy,
+        figures.error,
+        figures.worst,
+        update=float(energy.sum()),
+        effective=float((real * real).sum()),
+        inner=float((exact * real).sum()),
+        lost=float(energy[real == 0].sum()),
+        codes_changed=_codes_changed(after.parts[layout.main], without.parts[layout.main], layout),
+        groups=groups,
+        groups_below_half_step=below,
+    )
+
+
+def _codes_changed(after: NDArray[np.generic], before: NDArray[np.generic], layout: Format) -> int:
+    if not isinstance(layout, Int4):
+        return int(np.count_nonzero(after != before))
+    pairs = np.bitwise_xor(after.view(np.uint8), before.view(np.uint8))
+    return int(np.count_nonzero(pairs & 15) + np.count_nonzero(pairs >> 4))
+
+
+def _groups(exact: F64, before: Parts, layout: Format) -> tuple[int, int]:
+    """Count the INT4 groups, and those in which the update stays below half a step; FP8 and BF16 have no such step."""
+    if not isinstance(layout, Int4):
+        return 0, 0
+    scale = widened(before["weight_scale"])
+    largest = np.abs(exact).reshape(scale.shape[0], scale.shape[1], layout.group).max(axis=2)
+    return scale.size, int(np.count_nonzero(largest < scale / 2))
+
+
+def band_of(layout: Format, outputs: Parts, start: int, stop: int) -> Parts:
+    """Return views of rows `start` to `stop` of a panel's tensors; `start` is a multiple of 128."""
+    block = layout.block[0] if isinstance(layout, Fp8) else 1
+    steps = {suffix: block if suffix == "weight_scale_inv" else 1 for suffix in outputs}
+    return {suffix: array[start // steps[suffix] : -(-stop // steps[suffix])] for suffix, array in outputs.items()}

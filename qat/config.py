@@ -1,0 +1,130 @@
+"""What is trained for, and how: pure data, checked when it is made."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from k2quant.errors import UsageError
+from k2quant.formats.layouts import FP8_BLOCK
+from k2quant.kernels.grids import Grid, largest_code
+from k2quant.policy import DEFAULT_SCOPE, Scope
+from k2quant.units import one_of
+
+Target = Literal["int4", "fp8"]
+Estimator = Literal["plain", "clipped", "learned"]
+"""What takes the place of the gradient of rounding. `plain`: the gradient passes unchanged (Bengio et al., 2013).
+`clipped`: it stops at codes that were clamped. `learned`: the scales are trained too (LSQ, arXiv 1902.08153)."""
+Trained = Literal["all", "experts", "adapters"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """Low-rank updates within the rounding: the forward pass uses Q(W + alpha / rank * B A).
+
+    Raises:
+        UsageError: a value makes no sense.
+    """
+
+    rank: int = 16
+    """Inner dimension of the update."""
+    alpha: float = 32.0
+    """The update is multiplied by alpha / rank."""
+
+    def __post_init__(self) -> None:
+        if type(self.rank) is not int or not 1 <= self.rank <= 2**16:
+            raise UsageError(f"rank: expected a whole number from 1 to {2**16}, found {self.rank!r}")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < 1e6:
+            raise UsageError(f"alpha: expected a number above 0, found {self.alpha!r}")
+
+    @property
+    def scaling(self) -> float:
+        """What the product of the two matrices is multiplied by."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QATConfig:
+    """Which weights are fake-quantised, by which rule, and what trains.
+
+    Raises:
+        UsageError: a value does not exist, or two of them make no sense together.
+    """
+
+    to: Target = "int4"
+    """Format of the export."""
+    bits: int = 4
+    """Width of the codes: 4, or 3 or 2, which sit in INT4 nibbles, or 8, which trains but has no export. INT4 alone."""
+    grid: Grid = "moonshot"
+    """Rounding rule of INT4."""
+    scope: Scope | None = None
+    """`experts` (default for INT4): the routed experts. `linear` (default for FP8): every projection."""
+    ignore: tuple[str, ...] = ()
+    """Regular expressions; a weight in whose name one is found stays out of scope."""
+    estimator: Estimator = "plain"
+    """The straight-through estimator."""
+    train: Trained = "all"
+    """`all` weights; `experts`: what is fake-quantised, alone; `adapters`: low-rank updates to what is."""
+    adapter: Adapter | None = None
+    """Of `train: adapters`; None for the default rank."""
+    train_router: bool = False
+    """Whether the router's weights train. Its correction bias never does."""
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("to", Target), ("grid", Grid), ("estimator", Estimator), ("train", Trained)):
+            one_of(name, getattr(self, name), get_args(kinds))
+        if self.scope is not None:
+            one_of("scope", self.scope, get_args(Scope))
+        if not isinstance(self.ignore, tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):
+            raise UsageError(f"ignore: expected a tuple of regular expressions, found {self.ignore!r}")
+        for pattern in self.ignore:
+            _compiled(pattern)
+        if type(self.train_router) is not bool:
+            raise UsageError(f"train_router: expected true or false, found {self.train_router!r}")
+        self._check_rule()
+        self._check_trained()
+
+    def _check_rule(self) -> None:
+        if self.to == "int4":
+            largest_code(self.grid, self.bits)
+        elif (self.bits, self.grid) != (4, "moonshot"):
+            raise UsageError("bits and grid have a meaning with INT4 alone; leave them out for fp8")
+        if self.to == "fp8" and self.estimator != "plain":
+            raise UsageError("estimator: fp8 has a scale from each block's largest weight: only `plain` has a meaning")
+        if self.estimator == "learned" and self.grid != "moonshot":
+            raise UsageError("estimator: learned scales are for the grid moonshot")
+
+    def _check_trained(self) -> None:
+        if self.adapter is not None and self.train != "adapters":
+            raise UsageError(f"adapter: has a meaning with `train: adapters` alone, found `train: {self.train}`")
+        if self.train == "adapters" and self.estimator != "plain":
+            raise UsageError("estimator: adapters are trained with `plain`")
+        if self.train != "all" and self.train_router:
+            raise UsageError(f"train_router: has a meaning with `train: all` alone, found `train: {self.train}`")
+
+    @property
+    def resolved_scope(self) -> Scope:
+        """The scope, the format's default where none was asked for."""
+        return self.scope or DEFAULT_SCOPE[self.to]
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale of FP8."""
+        return FP8_BLOCK
+
+    @property
+    def low_rank(self) -> Adapter | None:
+        """The adapters that are trained, if any."""
+        return (self.adapter or Adapter()) if self.train == "adapters" else None
+
+    def ignores(self, base: str) -> bool:
+        """Tell whether one of the patterns is found in a weight's name."""
+        return any(_compiled(pattern).search(base) for pattern in self.ignore)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"ignore: {pattern!r} is no regular expression: {error}") from error

@@ -1,0 +1,97 @@
+"""`export`: a trained model as a checkpoint that holds, bit for bit, what the forward pass saw.
+
+The converter writes the files: its plan, its journal, its report. Weights that the model holds come from the model: codes
+and scales of the fake-quantiser, BF16 of what was only rounded. What the model does without (vision, projector) comes
+from the base as in any conversion. When all shards stand on the disk, a gate reads them back, decodes each weight of the
+model and compares it with what the forward pass uses. Only then does the folder get an index and a config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from torch import nn
+
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.convert import Conversion, carry_out
+from k2quant.errors import UsageError
+from k2quant.plan import Options, Plan, make_plan
+from k2quant.qat.config import QATConfig
+from k2quant.qat.gate import check_export
+from k2quant.qat.prepared import prepared
+from k2quant.qat.rules import check_packed
+from k2quant.qat.trained import Trained
+from k2quant.resume import refuse_nested
+from k2quant.stream import Progress
+
+
+def export(
+    model: nn.Module,
+    destination: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | Checkpoint | None = None,
+    shard_size: int | None = None,
+    workers: int | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write a prepared model as a checkpoint in the format that it was trained for.
+
+    Args:
+        model: a prepared model, on any device; not one whose parameters are sharded over processes.
+        destination: folder to write; empty or new.
+        base: the checkpoint that the training began with, which has the config, the tokenizer and what the model does
+            without; None where the model came from `k2quant.qat.load`.
+        shard_size: largest output shard in bytes; None keeps the base's shards.
+        workers: threads; None takes one for each core.
+        restart: throw away what an earlier export left in the destination.
+        progress: called with the bytes done and all bytes.
+
+    Raises:
+        UsageError: the model is not prepared, or its codes have no place in a checkpoint.
+        CheckpointError: the base does not have the model's weights.
+        CheckFailed: what was written is not, bit for bit, what the forward pass sees; the folder is not finished.
+        OutputError: the destination is not ours, in use, or the disk failed.
+    """
+    source, there = _base(model, base), Path(destination)
+    refuse_nested(source.folder, there)
+    plan, trained = plan_export(model, source, shard_size=shard_size)
+
+    def check(folder: Path) -> None:
+        check_export(folder, plan, trained)
+
+    return carry_out(plan, there, workers=workers, restart=restart, substitute=trained, check=check, progress=progress)
+
+
+def plan_export(model: nn.Module, base: Checkpoint, *, shard_size: int | None = None) -> tuple[Plan, Trained]:
+    """Plan an export and check that every weight finds its place, before a byte is written.
+
+    Raises:
+        UsageError: the model is not prepared, is sharded, or its codes have no place in a checkpoint.
+        CheckpointError: the base does not have the model's weights.
+    """
+    found = prepared(model)
+    if found.config.to == "int4":
+        check_packed(found.bits)
+    plan = make_plan(base, export_options(found.config, shard_size))
+    trained = Trained(model, found, plan)
+    return dataclasses.replace(plan, values=trained.identity()), trained
+
+
+def export_options(config: QATConfig, shard_size: int | None = None) -> Options:
+    """Return what the converter is asked for: the same format, scope and grid."""
+    grid = config.grid if config.to == "int4" else None
+    return Options(config.to, config.resolved_scope, config.ignore, grid, shard_size)
+
+
+def _base(model: nn.Module, base: str | os.PathLike[str] | Checkpoint | None) -> Checkpoint:
+    if isinstance(base, Checkpoint):
+        return base
+    if base is not None:
+        return open_checkpoint(Path(base))
+    found = getattr(model, "checkpoint", None)
+    if not isinstance(found, Checkpoint):
+        raise UsageError("base: name the checkpoint that the training began with; the model does not know it")
+    return found

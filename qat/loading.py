@@ -1,0 +1,69 @@
+"""Load a checkpoint in any format as a model whose every weight can be trained."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.errors import UsageError
+from k2quant.model.assembly import Assembly, K2ForCausalLM
+from k2quant.model.filling import Progress, fill
+from k2quant.model.loading import assemble
+from k2quant.model.modules import FusedExperts, QuantizedExperts, QuantizedLinear, SeparateExperts
+from k2quant.model.placement import checked_device
+
+MASTER_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def load(
+    path: str | os.PathLike[str] | Checkpoint,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    progress: Progress | None = None,
+) -> K2ForCausalLM:
+    """Load a K2 checkpoint as a transformers causal LM with dense weights, to be trained.
+
+    Quantised weights become what they stand for. Experts lie fused, as transformers has them; `state_dict` has the
+    checkpoint's names, expert by expert.
+
+    Args:
+        path: folder of a checkpoint in any format, mixed too; or the checkpoint, opened.
+        dtype: of the master weights, float32 or bfloat16. Every BF16 value is exact in both.
+        device: one device.
+        progress: called with the bytes read and all bytes.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, contradicts its config, or is no model of this family.
+        UsageError: an option makes no sense.
+    """
+    if dtype not in MASTER_DTYPES:
+        raise UsageError(f"dtype: expected float32 or bfloat16 to train, found {dtype}")
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path))
+    place = checked_device(device)
+    assembly = assemble(checkpoint, device=place, dtype=dtype, backend="auto")
+    _make_dense(assembly)
+    fill(assembly, [(name, module, place) for name, module in assembly.model.named_modules()], progress=progress)
+    assembly.model.model.rotary_emb.to(place)
+    assembly.model.train()
+    return assembly.model
+
+
+def _make_dense(assembly: Assembly) -> None:
+    """Put transformers' own modules, on the meta device, in the place of those that hold packed weights."""
+    replaced: dict[str, nn.Module] = {}
+    for name, module in list(assembly.model.named_modules()):
+        if isinstance(module, QuantizedExperts | SeparateExperts):
+            with torch.device("meta"):
+                replaced[name] = FusedExperts(assembly.config)  # type: ignore[no-untyped-call]
+        elif isinstance(module, QuantizedLinear) and not any(name.startswith(f"{above}.") for above in replaced):
+            rows, columns = module.packed("weight").shape
+            linear = nn.Linear(columns, rows, bias=False, device="meta")
+            linear.bias = module.bias
+            replaced[name] = linear
+    for name, module in replaced.items():
+        assembly.model.set_submodule(name, module)

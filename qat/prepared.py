@@ -1,0 +1,384 @@
+"""`prepare`: a model whose forward pass sees its weights as they will be shipped.
+
+Before a module runs, an attribute of the same name shadows its parameter: the rounded values, with a straight-through
+gradient to the parameter. After it has run the attribute is gone. No parameter is replaced or renamed, no class is
+changed, and every implementation of experts, of linears and of gradient checkpointing sees the same values, for it reads
+the same attribute.
+
+Rounded values are kept from one micro-batch to the next and made anew when the parameter may have changed: after any
+optimizer's step, and when its version counter, its memory or a sample of its values differ. Neither is enough alone:
+fused optimizers do not count versions, and a copy into `.data` is no step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from k2quant import names
+from k2quant.errors import UsageError
+from k2quant.kernels import reference
+from k2quant.kernels.grids import largest_code
+from k2quant.qat import adapters, scales
+from k2quant.qat.adapters import LowRank, low_rank
+from k2quant.qat.config import QATConfig
+from k2quant.qat.fake_quantize import clipped, learned, learned_into, round_into, straight
+from k2quant.qat.rules import Rounded, Rule, as_bf16, check_packed, plain_rule
+from k2quant.qat.scales import LearnedScale, learned_scale
+from k2quant.qat.targets import Part, Target, canonical, find_targets
+
+ATTRIBUTE = "k2quant_qat"
+"""Where a prepared model keeps its `Prepared`."""
+
+_SAMPLE = 64  # values of a parameter that are compared to notice a change that nothing else tells of
+
+_steps = [0]  # of all optimizers of this process
+
+
+def _count_step(*_: Any) -> None:
+    _steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """Rounded values and what they were made of."""
+
+    mark: tuple[Any, ...]
+    sample: Tensor
+    values: Tensor
+
+
+class Prepared:
+    """What fake-quantises a model."""
+
+    def __init__(self, model: nn.Module, config: QATConfig) -> None:
+        """Find the targets, add what trains beside the weights, and hook into their modules. See `prepare`."""
+        self.config = config
+        self.targets: tuple[Target, ...] = tuple(find_targets(model, config))
+        """What is fake-quantised, in the model's order."""
+        self._quantised = frozenset(self.targets)
+        self._bits = config.bits
+        self._enabled = True
+        self._kept: dict[str, _Kept] = {}
+        self._objects: dict[str, nn.Parameter] = {}
+        self._set_trained(model)
+        for target in self.targets:
+            self._add_trained(target)
+        self.plain: tuple[Target, ...] = tuple(_others(model, self.targets))
+        """What is only rounded to BF16, since the export keeps no more of it."""
+        self._handles = [handle for group in _by_module(self.targets + self.plain) for handle in self._hook(group)]
+
+    @property
+    def bits(self) -> int:
+        """Width of the codes now."""
+        return self._bits
+
+    def set_bits(self, bits: int) -> None:
+        """Change the width of the codes; learned scales begin anew.
+
+        Raises:
+            UsageError: there is no such width.
+        """
+        if self.config.to != "int4":
+            raise UsageError("bits: only INT4 has a width that changes")
+        largest_code(self.config.grid, bits)
+        if bits == self._bits:
+            return
+        self._bits = bits
+        for target in self.targets:
+            if (scale := learned_scale(target)) is not None:
+                scale.restart(target.master, bits)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Forget rounded values. Needed after writing into a parameter's `.data` on a GPU, and nowhere else."""
+        self._kept.clear()
+
+    @contextlib.contextmanager
+    def unquantised(self) -> Iterator[None]:
+        """Let the model run with its weights rounded to BF16 alone while the block runs."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    @property
+    def enabled(self) -> bool:
+        """Whether weights are fake-quantised now."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._enabled = value
+
+    def remove(self) -> None:
+        """Take the hooks away: the model runs on its master weights again."""
+        for handle in self._handles:
+            handle.remove()
+        self._kept.clear()
+
+    def quantises(self, target: Target) -> bool:
+        """Tell whether a target is fake-quantised, not only rounded to BF16."""
+        return target in self._quantised
+
+    def rule(self, target: Target) -> Rule:
+        """Return the rule of a target whose scales come from its weights."""
+        return plain_rule(self.config, self._bits) if target in self._quantised and self._enabled else Rounded()
+
+    def fill(self, target: Target, out: Tensor) -> None:
+        """Write what the forward pass sees of a target into a tensor of its shape, of any float dtype."""
+        master, scale, update = target.master.detach(), learned_scale(target), low_rank(target)
+        if update is not None:
+            master = update.merged(master)
+        if scale is not None and self._enabled:
+            learned_into(out, master, as_bf16(scale.scale().detach()), self._bits)
+        else:
+            round_into(out, master, self.rule(target))
+
+    def stored(self, target: Target, part: Part, rows: slice) -> dict[str, Tensor]:
+        """Return what a checkpoint holds of some rows of a matrix, by suffix, `weight_shape` left out.
+
+        The first row is a multiple of the rows that share a scale.
+        """
+        weights = as_bf16(self._matrix(target, part)[rows])
+        scale = learned_scale(target)
+        if scale is None:
+            return self.rule(target).stored(weights.contiguous())
+        check_packed(self._bits)
+        factors = as_bf16(part.of(scale.scale().detach())[rows])
+        codes, _ = reference.int4_at_scale(weights, factors, self._bits)
+        return {"weight_packed": reference.pack_int4(codes), "weight_scale": factors}
+
+    def codes(self, target: Target, rows: slice) -> Tensor:
+        """Return the codes of some rows of an INT4 target, int8; rows are those of its stack seen as one matrix."""
+        master, scale, update = target.master.detach(), learned_scale(target), low_rank(target)
+        if update is not None:
+            master = update.merged(master)
+        weights = as_bf16(master.reshape(-1, master.shape[-1])[rows])
+        if scale is not None:
+            factors = as_bf16(scale.scale().detach()).reshape(-1, weights.shape[-1] // reference.GROUP)[rows]
+        else:
+            factors = reference.plain_int4_scale(weights, self.config.grid, self._bits)
+        return reference.int4_at_scale(weights, factors, self._bits)[0].to(torch.int8)
+
+    def _matrix(self, target: Target, part: Part) -> Tensor:
+        master, update = part.of(target.master.detach()), low_rank(target)
+        if update is None:
+            return master
+        a = update.a.detach() if part.expert is None else update.a.detach()[part.expert]
+        return adapters.merged(master, a, part.of(update.b.detach()), update.scaling)
+
+    def _set_trained(self, model: nn.Module) -> None:
+        """Say which parameters have a gradient."""
+        quantised = {id(target.master) for target in self.targets}
+        routers = {id(parameter) for module in model.modules() if is_router(module) for parameter in module.parameters()}
+        for parameter in model.parameters():
+            if self.config.train == "all":
+                trained = self.config.train_router or id(parameter) not in routers
+            else:
+                trained = self.config.train == "experts" and id(parameter) in quantised
+            parameter.requires_grad_(trained and parameter.is_floating_point())
+
+    def _add_trained(self, target: Target) -> None:
+        """Add learned scales or an adapter beside a target's module."""
+        if self.config.estimator == "learned":
+            _child(target.module, scales.CHILD)[target.parameter] = LearnedScale(target.master, self._bits)
+        elif (adapter := self.config.low_rank) is not None:
+            seed = zlib.crc32(canonical(target.name).encode())
+            _child(target.module, adapters.CHILD)[target.parameter] = LowRank(target.master, adapter, seed)
+
+    def _hook(self, group: tuple[Target, ...]) -> Iterator[Any]:
+        """Have the targets of one module shadowed while it runs."""
+        module, owner = group[0].module, [0]
+
+        def enter(*_: Any) -> None:
+            here = threading.get_ident()
+            if owner[0] not in {0, here}:
+                raise UsageError("two threads run one prepared model at once; give each its own")
+            owner[0] = here
+            for target in group:
+                shadow = self._shadow(target)
+                if shadow is not None:
+                    module.__dict__[target.parameter] = shadow
+
+        def leave(*_: Any) -> None:
+            for target in group:
+                module.__dict__.pop(target.parameter, None)
+            owner[0] = 0
+
+        yield module.register_forward_pre_hook(enter)
+        yield module.register_forward_hook(leave, always_call=True)
+
+    def _shadow(self, target: Target) -> Tensor | None:
+        """Return what stands in for a parameter, or None where it stands for itself."""
+        master = target.master
+        quantised = target in self._quantised
+        if not quantised and (master.dtype == torch.bfloat16 or not master.is_floating_point()):
+            return None
+        values = self._values(target, _seen_dtype(master, quantised=quantised))
+        return self._linked(target, values)
+
+    def _linked(self, target: Target, values: Tensor) -> Tensor:
+        """Give rounded values their gradient."""
+        master, update, scale = target.master, low_rank(target), learned_scale(target)
+        if update is not None:
+            return adapters.adapted(update, values)
+        if scale is not None and self._enabled:
+            return learned(master, scale.scale(), values, self._bits)
+        if self.config.estimator == "clipped" and self._enabled and target in self._quantised:
+            return clipped(master, values, self.config.grid, self._bits)
+        return straight(master, values)
+
+    def _values(self, target: Target, dtype: torch.dtype) -> Tensor:
+        """Return rounded values, made anew where they may have changed."""
+        sources = [target.master, *self._beside(target)]
+        mark = (self._enabled, self._bits, dtype, _steps[0], *((x.data_ptr(), x._version) for x in sources))  # noqa: SLF001
+        kept, lasting = self._kept.get(target.name), self._lasts(target)
+        if kept is not None and lasting and kept.mark == mark and torch.equal(kept.sample, _sample(sources)):
+            return kept.values
+        out = kept.values if kept is not None and _fits(kept.values, target.master, dtype) else None
+        if out is None:
+            self._kept.pop(target.name, None)
+            out = torch.empty_like(target.master, dtype=dtype, memory_format=torch.contiguous_format)
+        with torch.no_grad():
+            self.fill(target, out)
+        if lasting:
+            self._kept[target.name] = _Kept(mark, _sample(sources), out)
+        return out
+
+    def _beside(self, target: Target) -> list[Tensor]:
+        """Return what is trained beside a target's weights."""
+        update, scale = low_rank(target), learned_scale(target)
+        return [*([update.a, update.b] if update else []), *([scale.ratio] if scale else [])]
+
+    def _lasts(self, target: Target) -> bool:
+        """Tell whether a parameter is the model's own, and no copy that was gathered for this pass from its shards.
+
+        A gathered copy keeps version and memory of the last one whatever its values, and what is made of it is as large
+        as what sharding saves.
+        """
+        master = target.master
+        return self._objects.setdefault(target.name, master) is master
+
+
+def prepare(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
+    """Have a model's forward pass see its weights as an export will hold them, and its gradients pass straight through.
+
+    What is in scope is fake-quantised; every other float32 weight is seen rounded to BF16. Parameters keep their names
+    and objects; `requires_grad` is set to what the config trains. Learned scales and adapters are added as child modules
+    `learned_scale` and `adapter` beside the weights they belong to; nothing else is added.
+
+    Args:
+        model: a causal LM of the K2 family (transformers' DeepSeek-V3, or from `k2quant.qat.load`), float32 or BF16.
+        config: what and how; None for INT4 on the routed experts.
+
+    Returns:
+        the same model. `prepared(model)` gives what steers it.
+
+    Raises:
+        UsageError: no routed expert would be fake-quantised, the weights are packed, or the model is prepared already.
+        UnsupportedFormat: experts lie otherwise than transformers' DeepSeek-V3 has them.
+        ShapeMismatch: a group does not divide a width.
+    """
+    if getattr(model, ATTRIBUTE, None) is not None:
+        raise UsageError("the model is prepared already; `prepared(model).remove()` undoes that")
+    setattr(model, ATTRIBUTE, Prepared(model, config or QATConfig()))
+    return model
+
+
+def prepared(model: nn.Module) -> Prepared:
+    """Return what fake-quantises a model, wrapped by DDP and the like or not.
+
+    Raises:
+        UsageError: nothing does.
+    """
+    inner: Any = model
+    while inner is not None:
+        found = inner.__dict__.get(ATTRIBUTE)
+        if isinstance(found, Prepared):
+            return found
+        inner = getattr(inner, "_modules", {}).get("module")
+    raise UsageError("the model is not prepared; call k2quant.qat.prepare first")
+
+
+def is_router(module: nn.Module) -> bool:
+    """Tell whether a module chooses experts: it has a correction bias beside its weight."""
+    return hasattr(module, "e_score_correction_bias") and "weight" in module._parameters  # noqa: SLF001
+
+
+def coverage(model: nn.Module, found: Prepared) -> dict[str, tuple[int, int]]:
+    """Return, by tensor class, how many weights are fake-quantised and how many there are."""
+    quantised = {id(target.master) for target in found.targets}
+    table: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        if scales.CHILD in name.split(".") or adapters.CHILD in name.split("."):
+            continue
+        row = table.setdefault(names.tensor_class(canonical(name)), [0, 0])
+        row[0] += parameter.numel() if id(parameter) in quantised else 0
+        row[1] += parameter.numel()
+    return {kind: (table[kind][0], table[kind][1]) for kind in names.TENSOR_CLASSES if kind in table}
+
+
+def _others(model: nn.Module, targets: tuple[Target, ...]) -> Iterator[Target]:
+    """Yield the parameters that are not fake-quantised but that an export rounds: float32, trained or not exact."""
+    taken = {id(target.master) for target in targets}
+    for name, module in model.named_modules():
+        if isinstance(module, LowRank | LearnedScale):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{own}" if name else own
+            if id(parameter) in taken or parameter.dtype != torch.float32:
+                continue
+            if parameter.requires_grad or not torch.equal(as_bf16(parameter.detach()).float(), parameter.detach()):
+                yield Target(full, module, own, (Part(canonical(full).removesuffix(".weight"), None, slice(None)),))
+
+
+def _by_module(targets: tuple[Target, ...]) -> list[tuple[Target, ...]]:
+    groups: dict[int, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(id(target.module), []).append(target)
+    return [tuple(group) for group in groups.values()]
+
+
+def _child(module: nn.Module, name: str) -> nn.ModuleDict:
+    if name not in module._modules:  # noqa: SLF001
+        module.add_module(name, nn.ModuleDict())
+    child = module._modules[name]  # noqa: SLF001
+    assert isinstance(child, nn.ModuleDict)  # noqa: S101  made above
+    return child
+
+
+def _seen_dtype(master: Tensor, *, quantised: bool) -> torch.dtype:
+    """Return the dtype of what the forward pass sees: BF16 under autocast, which would cast a matrix to it anyway.
+
+    Raises:
+        UsageError: autocast to float16, which cannot hold every value of the grid.
+    """
+    kind = master.device.type
+    if not (quantised and torch.is_autocast_enabled(kind)):
+        return master.dtype
+    if torch.get_autocast_dtype(kind) == torch.float16:
+        raise UsageError("autocast to float16 cannot hold the values that are served; use bfloat16")
+    return torch.get_autocast_dtype(kind)
+
+
+def _sample(sources: list[Tensor]) -> Tensor:
+    """Return some values of each tensor; nothing on a GPU, where looking would make the processor wait."""
+    found = [x.detach().reshape(-1)[:: max(x.numel() // _SAMPLE, 1)].float() for x in sources if x.device.type == "cpu"]
+    return torch.cat(found) if found else torch.empty(0)
+
+
+def _fits(values: Tensor, master: Tensor, dtype: torch.dtype) -> bool:
+    return values.shape == master.shape and values.dtype == dtype and values.device == master.device
