@@ -8,10 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from k2quant.checkpoint.paths import read_limited
-from k2quant.errors import CheckpointError, UsageError
+from k2quant.checkpoint.strict_yaml import read_mapping
+from k2quant.errors import UsageError
 from k2quant.eval.tango import check_share
 
 _LIMIT = 2**16  # bytes of a policy file
@@ -71,41 +69,13 @@ def share(text: str) -> float:
     return float(match["number"]) / (100 if match["unit"] else 1)
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """Plain data alone: no alias, which can stand for a billion values, and no key twice."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose a node that is no alias."""
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not for a policy")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  PyYAML's own
-        """Construct a mapping whose keys differ."""
-        keys = [key.value for key, _ in node.value]
-        if len(set(map(str, keys))) != len(keys):
-            raise yaml.YAMLError("a key stands twice")
-        return dict(super().construct_mapping(node, deep=deep))
-
-
 def read_policy(path: Path) -> Policy:
     """Read a policy file.
 
     Raises:
         UsageError: it cannot be read, is no YAML mapping, has an unknown key, or a value that makes no sense.
     """
-    try:
-        content = yaml.load(read_limited(path, _LIMIT).decode(), _Loader)  # noqa: S506  a SafeLoader
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror or error}") from error
-    except CheckpointError as error:  # a pipe, or too large
-        raise UsageError(str(error)) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())[:200]}") from error
-    except (ArithmeticError, AttributeError, LookupError) as error:  # PyYAML's own, of `!!int ""` and the like
-        raise UsageError(f"{path}: not YAML: a tag that its value does not have") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: expected keys and values, found {type(content).__name__}")
+    content = read_mapping(path, _LIMIT)
     known = [part.name for part in fields(Policy)]
     for key in content:
         if key not in known:

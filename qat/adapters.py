@@ -1,8 +1,8 @@
 """Low-rank updates within the rounding: W + scaling * B A, summed so that the order of sums does not matter.
 
-The products are summed in float64, added to the weight there, and rounded to float32 and BF16: what the forward pass sees
-is what is exported, on whatever device and in whatever pieces, for sums in another order differ in their last bits of 53
-and BF16 keeps 8. The gate of `exporting` compares the result all the same.
+The products are summed in float64, added to the weight there, and rounded to float32 and BF16: what the forward pass
+sees is what is exported, on whatever device and in whatever pieces, for sums in another order differ in their last bits
+of 53 and BF16 keeps 8. The gate of `exporting` compares the result all the same.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class _Adapted(Function):
 
 def adapted(module: LowRank, values: Tensor) -> Tensor:
     """Return `values` with a straight-through gradient to an adapter's matrices."""
-    result: Tensor = _Adapted.apply(module.a, module.b, values, module.scaling)
+    result: Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
+        module.a, module.b, values, module.scaling
+    )
     return result
 
 

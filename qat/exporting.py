@@ -1,9 +1,9 @@
 """`export`: a trained model as a checkpoint that holds, bit for bit, what the forward pass saw.
 
-The converter writes the files: its plan, its journal, its report. Weights that the model holds come from the model: codes
-and scales of the fake-quantiser, BF16 of what was only rounded. What the model does without (vision, projector) comes
-from the base as in any conversion. When all shards stand on the disk, a gate reads them back, decodes each weight of the
-model and compares it with what the forward pass uses. Only then does the folder get an index and a config.
+The converter writes the files: its plan, its journal, its report. Weights that the model holds come from the model:
+codes and scales of the fake-quantiser, BF16 of what was only rounded. What the model does without (vision, projector)
+comes from the base as in any conversion. When all shards stand on the disk, a gate reads them back, decodes each weight
+of the model and compares it with what the forward pass uses. Only then does the folder get an index and a config.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from torch import nn
 
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.convert import Conversion, carry_out
-from k2quant.errors import UsageError
+from k2quant.errors import CheckpointError, UsageError
 from k2quant.plan import Options, Plan, make_plan
+from k2quant.qat import checkpoints
 from k2quant.qat.config import QATConfig
 from k2quant.qat.gate import check_export
-from k2quant.qat.prepared import prepared
+from k2quant.qat.job import Job
+from k2quant.qat.loading import MASTERS, load
+from k2quant.qat.prepared import prepare, prepared
 from k2quant.qat.rules import check_packed
+from k2quant.qat.run import Run
+from k2quant.qat.state import restore_weights
 from k2quant.qat.trained import Trained
 from k2quant.resume import refuse_nested
 from k2quant.stream import Progress
@@ -63,6 +68,60 @@ def export(
         check_export(folder, plan, trained)
 
     return carry_out(plan, there, workers=workers, restart=restart, substitute=trained, check=check, progress=progress)
+
+
+def export_run(
+    folder: Path,
+    destination: str | os.PathLike[str],
+    *,
+    to: str | None = None,
+    shard_size: int | None = None,
+    workers: int | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write the last checkpoint of a training; see `export`.
+
+    Args:
+        folder: of the run.
+        destination: folder to write.
+        to: the format; None for the one that was trained for, and no other is possible.
+        shard_size: as in `export`, like the others.
+        workers: threads.
+        restart: throw away what an earlier export left.
+        progress: called with the bytes done and all bytes.
+
+    Raises:
+        UsageError: another format than was trained for.
+        CheckpointError: there is no finished checkpoint, or it is damaged.
+    """
+    job = Run(folder).job()
+    if to not in {None, job.quantize.to}:
+        raise UsageError(f"{folder} was trained for {job.quantize.to}, not for {to}; use `k2quant convert` for that")
+    model = load_run(folder, job)
+    return export(model, destination, shard_size=shard_size, workers=workers, restart=restart, progress=progress)
+
+
+def load_run(folder: Path, job: Job) -> nn.Module:
+    """Return the model of a run's last checkpoint, prepared as it was trained.
+
+    Raises:
+        CheckpointError: there is no finished checkpoint, it is damaged, or the base has changed.
+    """
+    run = Run(folder)
+    found = checkpoints.found(run.checkpoints)
+    if not found:
+        raise CheckpointError(
+            "no checkpoint", file=run.checkpoints, remedy="train first: k2quant qat train with the same job"
+        )
+    source = open_checkpoint(Path(job.model))
+    run.check_model(source.fingerprint())
+    model = load(source, dtype=MASTERS[job.training.masters])
+    step = checkpoints.step_of(found[-1])
+    bits = job.bits_at(step - 1)
+    prepare(model, dataclasses.replace(job.quantize, bits=bits or job.final_bits))
+    restore_weights(model, found[-1])
+    return model
 
 
 def plan_export(model: nn.Module, base: Checkpoint, *, shard_size: int | None = None) -> tuple[Plan, Trained]:

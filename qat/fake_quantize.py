@@ -177,17 +177,23 @@ class _Learned(Function):
 
 def straight(master: Tensor, values: Tensor) -> Tensor:
     """Return `values` with a gradient that passes unchanged to `master`."""
-    result: Tensor = _Straight.apply(master, values)
+    result: Tensor = _Straight.apply(  # type: ignore[no-untyped-call]
+        master, values
+    )
     return result
 
 
 def clipped(master: Tensor, values: Tensor, grid: Grid, bits: int) -> Tensor:
     """Return `values` with a gradient that passes to `master` where no code was clamped."""
-    result: Tensor = _Clipped.apply(master, values, grid, bits)
+    result: Tensor = _Clipped.apply(  # type: ignore[no-untyped-call]
+        master, values, grid, bits
+    )
     return result
 
 
 def learned(master: Tensor, scale: Tensor, values: Tensor, bits: int) -> Tensor:
     """Return `values` with LSQ's gradients of `master` and `scale`."""
-    result: Tensor = _Learned.apply(master, scale, values, bits)
+    result: Tensor = _Learned.apply(  # type: ignore[no-untyped-call]
+        master, scale, values, bits
+    )
     return result

@@ -16,7 +16,8 @@ from k2quant.model.loading import assemble
 from k2quant.model.modules import FusedExperts, QuantizedExperts, QuantizedLinear, SeparateExperts
 from k2quant.model.placement import checked_device
 
-MASTER_DTYPES = (torch.float32, torch.bfloat16)
+MASTERS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Dtypes of weights that are trained."""
 
 
 def load(
@@ -41,7 +42,7 @@ def load(
         CheckpointError: the checkpoint is incomplete, contradicts its config, or is no model of this family.
         UsageError: an option makes no sense.
     """
-    if dtype not in MASTER_DTYPES:
+    if dtype not in MASTERS.values():
         raise UsageError(f"dtype: expected float32 or bfloat16 to train, found {dtype}")
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path))
     place = checked_device(device)
@@ -50,6 +51,17 @@ def load(
     fill(assembly, [(name, module, place) for name, module in assembly.model.named_modules()], progress=progress)
     assembly.model.model.rotary_emb.to(place)
     assembly.model.train()
+    return assembly.model
+
+
+def skeleton(checkpoint: Checkpoint) -> K2ForCausalLM:
+    """Return the model that `load` would, without its weights: all that names and shapes can tell is checked.
+
+    Raises:
+        CheckpointError: as in `load`.
+    """
+    assembly = assemble(checkpoint, device=torch.device("cpu"), dtype=torch.float32, backend="auto")
+    _make_dense(assembly)
     return assembly.model
 
 
@@ -63,7 +75,7 @@ def _make_dense(assembly: Assembly) -> None:
         elif isinstance(module, QuantizedLinear) and not any(name.startswith(f"{above}.") for above in replaced):
             rows, columns = module.packed("weight").shape
             linear = nn.Linear(columns, rows, bias=False, device="meta")
-            linear.bias = module.bias
+            linear.register_parameter("bias", module.bias)
             replaced[name] = linear
     for name, module in replaced.items():
         assembly.model.set_submodule(name, module)

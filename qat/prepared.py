@@ -2,8 +2,8 @@
 
 Before a module runs, an attribute of the same name shadows its parameter: the rounded values, with a straight-through
 gradient to the parameter. After it has run the attribute is gone. No parameter is replaced or renamed, no class is
-changed, and every implementation of experts, of linears and of gradient checkpointing sees the same values, for it reads
-the same attribute.
+changed, and every implementation of experts, of linears and of gradient checkpointing sees the same values, for it
+reads the same attribute.
 
 Rounded values are kept from one micro-batch to the next and made anew when the parameter may have changed: after any
 optimizer's step, and when its version counter, its memory or a sample of its values differ. Neither is enough alone:
@@ -71,12 +71,12 @@ class Prepared:
         self._bits = config.bits
         self._enabled = True
         self._kept: dict[str, _Kept] = {}
-        self._objects: dict[str, nn.Parameter] = {}
         self._set_trained(model)
         for target in self.targets:
             self._add_trained(target)
         self.plain: tuple[Target, ...] = tuple(_others(model, self.targets))
         """What is only rounded to BF16, since the export keeps no more of it."""
+        self._objects = {target.name: target.master for target in self.targets + self.plain}
         self._handles = [handle for group in _by_module(self.targets + self.plain) for handle in self._hook(group)]
 
     @property
@@ -162,16 +162,24 @@ class Prepared:
         return {"weight_packed": reference.pack_int4(codes), "weight_scale": factors}
 
     def codes(self, target: Target, rows: slice) -> Tensor:
-        """Return the codes of some rows of an INT4 target, int8; rows are those of its stack seen as one matrix."""
-        master, scale, update = target.master.detach(), learned_scale(target), low_rank(target)
-        if update is not None:
-            master = update.merged(master)
-        weights = as_bf16(master.reshape(-1, master.shape[-1])[rows])
-        if scale is not None:
+        """Return the codes of some rows of an INT4 target, int8 `[.., K]`; its stack counts as one matrix."""
+        weights = as_bf16(self._rows(target, rows))
+        if (scale := learned_scale(target)) is not None:
             factors = as_bf16(scale.scale().detach()).reshape(-1, weights.shape[-1] // reference.GROUP)[rows]
         else:
             factors = reference.plain_int4_scale(weights, self.config.grid, self._bits)
         return reference.int4_at_scale(weights, factors, self._bits)[0].to(torch.int8)
+
+    def _rows(self, target: Target, rows: slice) -> Tensor:
+        master, update = target.master.detach(), low_rank(target)
+        height, width = master.shape[-2:]
+        found = master.reshape(-1, width)[rows]
+        if update is None:
+            return found
+        experts = torch.arange(master.shape[:-1].numel(), device=master.device)[rows] // height
+        low = update.a.detach().reshape(-1, *update.a.shape[-2:])[experts].double()
+        high = update.b.detach().reshape(-1, update.b.shape[-1])[rows].double()
+        return as_bf16(as_bf16(found).double() + update.scaling * torch.einsum("nr,nrk->nk", high, low))
 
     def _matrix(self, target: Target, part: Part) -> Tensor:
         master, update = part.of(target.master.detach()), low_rank(target)
@@ -183,7 +191,9 @@ class Prepared:
     def _set_trained(self, model: nn.Module) -> None:
         """Say which parameters have a gradient."""
         quantised = {id(target.master) for target in self.targets}
-        routers = {id(parameter) for module in model.modules() if is_router(module) for parameter in module.parameters()}
+        routers = {
+            id(parameter) for module in model.modules() if is_router(module) for parameter in module.parameters()
+        }
         for parameter in model.parameters():
             if self.config.train == "all":
                 trained = self.config.train_router or id(parameter) not in routers
@@ -269,16 +279,15 @@ class Prepared:
         A gathered copy keeps version and memory of the last one whatever its values, and what is made of it is as large
         as what sharding saves.
         """
-        master = target.master
-        return self._objects.setdefault(target.name, master) is master
+        return self._objects[target.name] is target.master
 
 
 def prepare(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
     """Have a model's forward pass see its weights as an export will hold them, and its gradients pass straight through.
 
     What is in scope is fake-quantised; every other float32 weight is seen rounded to BF16. Parameters keep their names
-    and objects; `requires_grad` is set to what the config trains. Learned scales and adapters are added as child modules
-    `learned_scale` and `adapter` beside the weights they belong to; nothing else is added.
+    and objects; `requires_grad` is set to what the config trains. Learned scales and adapters are added as child
+    modules `learned_scale` and `adapter` beside the weights they belong to; nothing else is added.
 
     Args:
         model: a causal LM of the K2 family (transformers' DeepSeek-V3, or from `k2quant.qat.load`), float32 or BF16.
@@ -341,8 +350,13 @@ def _others(model: nn.Module, targets: tuple[Target, ...]) -> Iterator[Target]:
             full = f"{name}.{own}" if name else own
             if id(parameter) in taken or parameter.dtype != torch.float32:
                 continue
-            if parameter.requires_grad or not torch.equal(as_bf16(parameter.detach()).float(), parameter.detach()):
+            if parameter.requires_grad or not _exact(parameter.detach()):
                 yield Target(full, module, own, (Part(canonical(full).removesuffix(".weight"), None, slice(None)),))
+
+
+def _exact(values: Tensor) -> bool:
+    """Tell whether values are BF16 numbers; those that a plan does not have are taken to be."""
+    return values.is_meta or torch.equal(as_bf16(values).float(), values)
 
 
 def _by_module(targets: tuple[Target, ...]) -> list[tuple[Target, ...]]:

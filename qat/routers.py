@@ -30,10 +30,8 @@ class RouterWatch:
         self.mask: Tensor | None = None
         """bool `[T]`: which tokens of the passes to come are real; None for all."""
         routers = dict(_routers(model))
-        self._loads = {
-            name: torch.zeros(router.weight.shape[0], dtype=torch.int64, device=router.weight.device)
-            for name, router in routers.items()
-        }
+        # On the CPU until a pass tells the device: an offloaded router's weight is on none.
+        self._loads = {name: torch.zeros(len(router.weight), dtype=torch.int64) for name, router in routers.items()}
         self._noted: dict[str, list[Tensor]] | None = None
         # First of all hooks: expert parallelism has one that renumbers the experts for each process.
         self._hooks = [
@@ -115,7 +113,7 @@ class RouterWatch:
         return count
 
     def _add(self, name: str, chosen: Tensor) -> None:
-        load = self._loads[name] = self._loads[name].to(chosen.device)  # the model may have moved
+        load = self._loads[name] = self._loads[name].to(chosen.device)  # moves once
         if self.mask is None:
             tokens = torch.ones_like(chosen, dtype=load.dtype)
         else:

@@ -1,7 +1,7 @@
 """Learned scales (LSQ): what a group's scale has become, as a ratio to the one that training began with.
 
-An optimizer such as AdamW moves every parameter by about the learning rate, whatever its gradient: by the thousandth part
-of a ratio, but by a multiple of a scale that is itself a thousandth. Scales are therefore trained as ratios.
+An optimizer such as AdamW moves every parameter by about the learning rate, whatever its gradient: a rate of 0.001
+moves a ratio by a thousandth, but a scale of 0.001 by all of itself. Scales are therefore trained as ratios.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class LearnedScale(nn.Module):
         shape = (*master.shape[:-1], master.shape[-1] // GROUP)
         self.ratio = nn.Parameter(torch.ones(shape, device=master.device))
         self.register_buffer("start", torch.empty(shape, dtype=torch.bfloat16, device=master.device))
-        self.restart(master, bits)
+        if not master.is_meta:  # a plan has no weights
+            self.restart(master, bits)
 
     def restart(self, master: Tensor, bits: int) -> None:
         """Begin anew with the scales of plain rounding at this width."""

@@ -79,7 +79,8 @@ class Summary:
 
     def to_json(self) -> str:
         """Return the summary as a JSON object."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False)
+        text = json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        return text.encode(errors="replace").decode()  # a path may hold bytes that are no UTF-8
 
     @classmethod
     def from_json(cls, data: bytes, *, file: object) -> Summary:

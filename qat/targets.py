@@ -1,7 +1,7 @@
 """Which parameters of a model are fake-quantised, and which weights of a checkpoint they hold.
 
-Experts are recognised by structure, three dimensions and their names, not by class: whatever implementation transformers
-chooses to run them with reads the same two parameters.
+Experts are recognised by structure, three dimensions and their names, not by class: whatever implementation
+transformers chooses to run them with reads the same two parameters.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _wanted(target: Target, config: QATConfig) -> bool:
     if any(scoped) and not all(scoped):
         out = target.parts[scoped.index(False)].base
         raise UsageError(
-            f"ignore: takes `{out}` out of `{target.name}`, whose matrices are rounded together; match all of them or none"
+            f"ignore: takes `{out}` out of `{target.name}`, whose matrices are rounded together; match all or none"
         )
     return all(scoped)
 

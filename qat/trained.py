@@ -81,7 +81,7 @@ class Trained:
 
 
 def key(weight: Weight) -> str:
-    """Return the name of a checkpoint's weight within the language model, `.weight` left out; its own if it has none."""
+    """Return the name of a checkpoint's weight within the language model, or its own; `.weight` is left out."""
     name = f"{weight.base}.weight" if weight.format else weight.main.name
     return (names.in_language_model(name) or name).removesuffix(".weight")
 

@@ -152,10 +152,16 @@ class TestShapes:
         with pytest.raises(MalformedFile, match=r"line 1: the chat template cannot render it.*roles must alternate"):
             load(write(tmp_path / "a.jsonl", chat), spell)
 
-    def test_characters_that_no_token_stands_for_are_told(self, tmp_path: Path, letters: Any) -> None:
-        """What the tokenizer drops in silence is listed, each character once."""
-        source = write(tmp_path / "a.jsonl", {"text": "aéb"}, {"prompt": "éa", "completion": "b€"})
-        assert load(source, letters).unread == "é€"
+    @pytest.mark.parametrize("unknown", [None, "?"])
+    def test_characters_that_no_token_stands_for_are_told(self, tmp_path: Path, unknown: str | None) -> None:
+        """What the tokenizer drops in silence, or has one token for all of, is listed, each character once."""
+        spell = tokenizer(begins=True)
+        if unknown:
+            spell.backend_tokenizer.model = models.WordLevel({"[B]": 0, "[E]": 1, "a": 3, "?": 4}, unk_token=unknown)
+            spell.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+            spell.add_special_tokens({"unk_token": unknown})
+        source = write(tmp_path / "a.jsonl", {"text": "aéa"}, {"prompt": "éa", "completion": "a €"})
+        assert load(source, spell).unread == "é€"
 
     def test_tokens_beyond_the_model_are_refused(self, tmp_path: Path, letters: Any) -> None:
         """An id that the embedding does not have is found before it can be looked up."""

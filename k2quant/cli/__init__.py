@@ -38,7 +38,20 @@ class _Commands(LazyGroup):
 @click.command(
     cls=_Commands,
     home="k2quant.cli.",
-    names=("convert", "merge", "inspect", "verify", "diff", "report", "generate", "eval", "tune", "demo", "nano"),
+    names=(
+        "convert",
+        "merge",
+        "inspect",
+        "verify",
+        "diff",
+        "report",
+        "generate",
+        "qat",
+        "eval",
+        "tune",
+        "demo",
+        "nano",
+    ),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="k2quant")

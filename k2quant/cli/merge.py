@@ -60,15 +60,15 @@ def _merge(base: Path, adapter: Path, destination: Path, *, as_json: bool, **opt
         done = merge(base, adapter, destination, progress=show, **options)
     conversion.announce(done)
     rows = by_class(done.report["tensors"])
-    for row in rows:
-        if row.figures.lost_share > _MOST:
-            remark(_loss(row))
     if as_json:
         merged = [row.summary() for row in rows]
         click.echo(json.dumps(conversion.summary(done, destination) | {"merged": merged}))
-    else:
-        click.echo(table(rows))
-        click.echo(conversion.last_line(done, destination))
+        return
+    click.echo(table(rows))
+    for row in rows:
+        if row.figures.lost_share > _MOST:
+            remark(_loss(row))
+    click.echo(conversion.last_line(done, destination))
 
 
 def _loss(row: ClassSum) -> str:

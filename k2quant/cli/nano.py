@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     "--tasks",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Write its held-out items as tasks for `k2quant eval run --include DIR`, too.",
+    help="Also write its held-out items as tasks for `k2quant eval run --include DIR`, and others to train on.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def command(folder: Path, *, steps: int | None, seed: int, tasks: Path | None, as_json: bool) -> None:

@@ -32,6 +32,13 @@ def dtype(default: str = "bfloat16", more: str = "") -> Option[Any]:
     )
 
 
+def trust_remote_code() -> Option[Any]:
+    """Whether a checkpoint's own code may run."""
+    return click.option(
+        "--trust-remote-code", is_flag=True, help="Run the tokenizer's own Python code; K2's tokenizer is such code."
+    )
+
+
 def backend() -> Option[Any]:
     """How packed weights are multiplied."""
     return click.option(

@@ -74,7 +74,7 @@ def effect(figures: Figures, exact: F64, after: Stored, without: Stored, layout:
         update=float(energy.sum()),
         effective=float((real * real).sum()),
         inner=float((exact * real).sum()),
-        lost=float(energy[real == 0].sum()),
+        lost=float(np.minimum(energy, (exact - real) ** 2).sum()),
         codes_changed=_codes_changed(after.parts[layout.main], without.parts[layout.main], layout),
         groups=groups,
         groups_below_half_step=below,

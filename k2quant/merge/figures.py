@@ -26,7 +26,8 @@ class MergeFigures(Figures):
     inner: float = 0.0
     """Sum of D * E."""
     lost: float = 0.0
-    """Sum of D^2 over the weights that came out as without the update."""
+    """Sum of min(D^2, (D - E)^2): the update's energy where the weight came no nearer to what was asked for, and else
+    that of what is missing or too much."""
     codes_changed: int = 0
     """Weights whose code, or whose bits in BF16, are not those without the update."""
     groups: int = 0
@@ -62,7 +63,7 @@ class MergeFigures(Figures):
 
     @property
     def lost_share(self) -> float:
-        """The share of the update's energy that sits on weights which came out as without it."""
+        """The share of the update's energy that is lost; 1 where no weight came nearer to what was asked for."""
         return self.lost / self.update if self.update else 0.0
 
     @property

@@ -159,7 +159,7 @@ def _check_method(config: dict[str, Any], path: Path) -> None:
             "trained biases, which K2's projections do not have", file=path, expected="bias none", found=repr(bias)[:50]
         )
     start = config.get("init_lora_weights", True)
-    if not (start is None or isinstance(start, bool) or start in _PLAIN_STARTS):
+    if not (start is None or isinstance(start, bool) or (isinstance(start, str) and start in _PLAIN_STARTS)):
         raise UnsupportedFormat(
             "this start changes the base's weights, which BASE still has unchanged",
             file=path,

@@ -20,7 +20,7 @@ from k2quant.checkpoint.weights import Weight
 from k2quant.formats.dtypes import ITEM_BYTES, TensorSpec
 from k2quant.formats.layouts import Bf16, Format, Int4
 from k2quant.formats.transcode import Parts, Scratch, located, to_bf16, transcode
-from k2quant.kernels.values import INFINITY, U16, ValueAt, bf16_to_float, float_to_bf16
+from k2quant.kernels.values import INFINITY, U16, ValueAt, bad_weight, bf16_to_float, float_to_bf16
 from k2quant.merge import factors
 from k2quant.merge.adapter import Adapter
 from k2quant.merge.arithmetic import F64, Stored, as_float64, band_of, effect, round_to_bf16
@@ -116,17 +116,22 @@ class Merger:
             raise TypeError(msg)
         parts = read_panel(self._plan.source, weight, start, stop, self._buffers.base, key="in")
         try:
-            return Stored(parts, to_bf16(layout, parts, codecs=self._codecs, scratch=self._buffers.base))
+            values = to_bf16(layout, parts, codecs=self._codecs, scratch=self._buffers.base)
+            if (values & 0x7FFF >= INFINITY).any():
+                raise bad_weight(values)
         except ValueAt as error:
             tensors = {suffix: entry.name for suffix, entry in weight.parts.items()}
             raise located(error, layout, start, tensors, weight.main.file) from error
+        return Stored(parts, values)
 
     def _sum(self, weight: Weight, shared: F64 | None, rows: tuple[int, int], base: F64) -> tuple[F64, F64]:
         """Return a band of the new values and of the update, both exact but for float64's own rounding."""
         change, shard = self._changes[weight.main.name], self._adapter.shard
         if shared is not None and isinstance(change, LowRank):
             update = change.scaling * (factors.left(shard, change, *rows, self._buffers.adapter) @ shared)
-            return base + update, update
+            exact = base + update
+            np.copyto(exact, base, where=update == 0)  # what gets no update keeps its bits: -0 + 0 would be +0
+            return exact, update
         new = self._whole(weight, change, *rows).astype(np.float64)
         return new, new - base
 

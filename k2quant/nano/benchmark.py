@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 
 from k2quant.checkpoint.paths import write_whole
 from k2quant.nano import tasks
+from k2quant.nano.batches import mixture
 from k2quant.nano.tasks import Item
 
 GROUP = "nano"
@@ -27,14 +29,20 @@ CHOICE = "nano_choice"
 TEXT = "nano.txt"
 """All items as one text, in a random order."""
 
+TRAIN = "train.jsonl"
+"""Items to go on training with, none of them held out, as `k2quant qat train` reads them."""
+
+_TRAINED = 20_000  # items, 1.2 MB
+_DRAW = 1_000  # seed of their order, far from those that bases are trained with
 _CHOICES = 4
 _LONGEST = 24  # tokens; the longest right answer has 13 and the stop token
 
 
 def write_tasks(folder: Path, count: int = 60, *, seed: int = 0) -> None:
-    """Write `nano_reverse` and its five sisters, the group `nano` of them, `nano_choice`, and `nano.txt`.
+    """Write `nano_reverse` and its five sisters, the group `nano` of them, `nano_choice`, `nano.txt` and `train.jsonl`.
 
-    The text has a question with its answer on each line, for `k2quant eval fidelity` and `blame`.
+    The text has a question with its answer on each line, for `k2quant eval fidelity` and `blame`. The items of
+    `train.jsonl` have a prompt and its completion, for `k2quant qat train`.
 
     Args:
         folder: where; it is made if need be, and files of the same names are replaced.
@@ -58,6 +66,8 @@ def write_tasks(folder: Path, count: int = 60, *, seed: int = 0) -> None:
     items = [item for family in drawn.values() for item in family]
     Random(seed).shuffle(items)  # noqa: S311 - items, no secrets
     write_whole(folder / TEXT, "".join(f"{item.question}{item.answer}\n" for item in items).encode())
+    trained = islice(mixture(seed + _DRAW), _TRAINED)
+    _write_rows(folder / TRAIN, ({"prompt": item.question, "completion": item.answer} for item in trained))
     group = {
         "group": GROUP,
         "task": [f"nano_{family}" for family in tasks.FAMILIES],

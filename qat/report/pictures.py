@@ -201,8 +201,8 @@ def _draw_widths(axes: Axes, canvas: Canvas, widths: list[tuple[int, str]], last
     for (step, words), (after, _) in pairwise([*widths, (last, "")]):
         axes.axvline(step, color=colour("candidate"), linewidth=1.2, linestyle=(0, (4, 3)))
         if after - step >= room:
-            place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-            axes.annotate(words, (step, 1), (4, -4), va="top", **place)
+            top = axes.get_xaxis_transform()
+            axes.annotate(words, (step, 0.97), (4, 0), xycoords=top, textcoords="offset points", va="top")
 
 
 def _widths(steps: Sequence[StepRecord]) -> list[tuple[int, str]]:

@@ -1,0 +1,154 @@
+"""Checkpoints of a training: whole or not there, in safetensors and JSON alone, the same for any number of processes.
+
+`RUN/checkpoints/step-00000100/` holds `weights.safetensors` (what is trained, float32 masters as they are),
+`optimizer.safetensors`, `watch.safetensors` (what monitors have counted) and `state.json`. It is written under another
+name and renamed when all of it is on the disk; only then are older ones deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k2quant.checkpoint.header import build_header, read_header
+from k2quant.checkpoint.paths import PARTIAL, read_limited, sync_folder, write_whole
+from k2quant.checkpoint.reading import read_into
+from k2quant.checkpoint.strict_json import parse_object
+from k2quant.checkpoint.writer import ShardWriter
+from k2quant.errors import MalformedFile, OutputError
+from k2quant.formats.dtypes import TensorSpec
+from k2quant.model.memory import TORCH_DTYPES, as_memory
+
+STATE = "state.json"
+_STATE_LIMIT = 2**26
+_NAME = re.compile(r"step-(?P<step>[0-9]{8})")
+_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+Tensors = Mapping[str, Tensor]
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies."""
+    return folder / f"step-{step:08}"
+
+
+def found(folder: Path) -> list[Path]:
+    """Return the finished checkpoints of a folder, the newest last."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / STATE).is_file())
+
+
+def step_of(path: Path) -> int:
+    """Return the step that a checkpoint was saved after."""
+    match = _NAME.fullmatch(path.name)
+    assert match  # noqa: S101  `found` gave it
+    return int(match["step"])
+
+
+def save(
+    folder: Path,
+    step: int,
+    parts: Mapping[str, Iterable[tuple[str, Tensor]]],
+    state: Mapping[str, Any],
+    *,
+    gather: Callable[[Tensor], Tensor],
+    writes: bool = True,
+) -> None:
+    """Save a checkpoint.
+
+    Args:
+        folder: of all checkpoints.
+        step: that it was saved after.
+        parts: file names without suffix, each with its tensors.
+        state: what JSON holds of the rest.
+        gather: makes a tensor whole; called by every process in the same order.
+        writes: whether this process writes; the others only help to gather.
+
+    Raises:
+        OutputError: the disk is full or fails; what was saved before stands.
+    """
+    partial = path_of(folder, step).with_name(path_of(folder, step).name + PARTIAL)
+    try:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        for name, tensors in parts.items():
+            if held := dict(tensors):
+                _write(partial / f"{name}.safetensors", held, gather, writes=writes)
+        if writes:
+            write_whole(partial / STATE, json.dumps(dict(state), indent=1, allow_nan=False).encode())
+            _rename(partial, path_of(folder, step))
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(
+            "a checkpoint cannot be saved",
+            file=error.filename or partial,
+            found=error.strerror or str(error),
+            remedy="the last one stands; make room and run the same command again: it resumes from there",
+        ) from error
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the last checkpoints, and what an interrupted save left."""
+    for path in found(folder)[:-keep]:
+        (path / STATE).unlink()  # first, so that no half of it is taken for a checkpoint
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint's JSON holds.
+
+    Raises:
+        MalformedFile: it is damaged.
+    """
+    return parse_object(read_limited(path / STATE, _STATE_LIMIT), file=path / STATE)
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of one file, each read when its turn comes.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not path.exists():  # there was nothing to keep
+        return
+    shard = read_header(path)
+    for entry in shard.tensors.values():
+        value = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        read_into(shard, entry.start, as_memory(value))
+        yield entry.name, value
+
+
+def _rename(partial: Path, path: Path) -> None:
+    if path.exists():  # saved again after a resume: the same bits
+        shutil.rmtree(path)
+    partial.rename(path)
+    sync_folder(path.parent)
+
+
+def _write(path: Path, tensors: Tensors, gather: Callable[[Tensor], Tensor], *, writes: bool) -> None:
+    specs = {name: TensorSpec(_DTYPES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+    header, spans = build_header(specs)
+    writer = ShardWriter(path, header, len(header) + sum(spec.nbytes for spec in specs.values())) if writes else None
+    try:
+        for name, (start, _) in spans.items():
+            value = gather(tensors[name])
+            if writer is not None:
+                if not value.isfinite().all():
+                    raise MalformedFile("not finite, so nothing is saved", tensor=name, file=path)
+                writer.write(start, as_memory(value.cpu().contiguous()))
+        if writer is not None:
+            writer.finish()
+    finally:
+        if writer is not None:
+            writer.close()

@@ -1,0 +1,336 @@
+"""The job file: everything that a training is made of, read from YAML and checked before anything is loaded.
+
+A key that is not known is an error, since a setting that is silently passed over is a silently different model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
+
+from k2quant.checkpoint.strict_yaml import read_mapping
+from k2quant.errors import UsageError
+from k2quant.kernels.grids import FAKE_BITS
+from k2quant.qat.config import QATConfig
+from k2quant.units import one_of
+
+_LIMIT = 2**20  # bytes of a job file
+_MOST = 2**31
+
+Precision = Literal["float32", "bfloat16"]
+Method = Literal["adamw", "muon"]
+Decay = Literal["cosine", "linear", "constant"]
+Experts = Literal["eager", "batched_mm", "grouped_mm"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """What is learnt from."""
+
+    path: str
+    """A JSONL file, a folder of them, or the name of a dataset of the `datasets` library."""
+    split: str = "train"
+    """Of a dataset of the hub."""
+    config: str | None = None
+    """The same."""
+    length: int = 1024
+    """Tokens of a row; examples lie side by side in it and do not see one another."""
+    held_out: int = 16
+    """Rows that are not trained on but measured."""
+
+    def __post_init__(self) -> None:
+        _whole("length", self.length, 2)
+        _whole("held_out", self.held_out, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """How much, and in which pieces."""
+
+    steps: int
+    """Steps of the optimizer."""
+    batch: int = 16
+    """Rows of a step, over all devices."""
+    micro_batch: int | None = None
+    """Rows of a forward pass on one device; None: all of a device's share at once."""
+    seed: int = 0
+    """Of the order of the rows."""
+    precision: Precision = "float32"
+    """Of products: `bfloat16` computes under autocast."""
+    masters: Precision = "float32"
+    """Of the weights that are trained."""
+    gradient_checkpointing: bool = False
+    """Whether activations are computed anew in the backward pass."""
+    experts: Experts | None = None
+    """transformers' implementation of the experts; None: the fastest for the device."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    evaluate_every: int = 100
+    """Steps between measurements on the held-out rows; there is one before the first step and after the last."""
+    least_tokens: int = 100
+    """An expert that saw fewer keeps its weights of the start, rounded: they would be noise."""
+    shard: bool = False
+    """Whether parameters are sharded over the processes, with torch's `fully_shard`."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "evaluate_every"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("seed", "least_tokens"):
+            _whole(name, getattr(self, name), 0)
+        if self.micro_batch is not None:
+            _whole("micro_batch", self.micro_batch, 1)
+        _number("clip", self.clip, above=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimizer:
+    """How weights move."""
+
+    method: Method = "adamw"
+    """`muon`: torch's Muon for matrices, at AdamW's rates (arXiv 2502.16982); AdamW for the rest."""
+    rate: float = 1e-5
+    """Highest learning rate."""
+    scale_rate: float | None = None
+    """That of learned scales, which are trained as ratios; None: `rate`."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.0
+    """Of matrices."""
+    warmup: int = 0
+    """Steps in which the rate grows from nothing."""
+    decay: Decay = "cosine"
+    """How the rate falls after that."""
+    floor: float = 0.1
+    """Share of the rate that is left at the end."""
+
+    def __post_init__(self) -> None:
+        _number("rate", self.rate, above=0)
+        if self.scale_rate is not None:
+            _number("scale_rate", self.scale_rate, above=0)
+        _whole("warmup", self.warmup, 0)
+        _number("weight_decay", self.weight_decay, least=0)
+        for name in ("beta1", "beta2", "floor"):
+            _number(name, getattr(self, name), least=0, most=1)
+
+    def share(self, step: int, steps: int) -> float:
+        """Return the share of the highest rate that a step takes; the first is 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        gone = (step - self.warmup) / max(steps - self.warmup, 1)
+        shape = {"constant": 1.0, "linear": 1 - gone, "cosine": (1 + math.cos(math.pi * gone)) / 2}[self.decay]
+        return 1.0 if self.decay == "constant" else self.floor + (1 - self.floor) * shape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distillation:
+    """What is learnt from a teacher."""
+
+    teacher: str | None = None
+    """Folder of a checkpoint; None: the model itself as it was."""
+    weight: float = 0.5
+    """Share of the divergence from the teacher in the loss; the rest is cross-entropy."""
+    temperature: float = 1.0
+    """Softens both distributions."""
+    top_k: int | None = None
+    """So many likeliest tokens of the teacher are computed once, before training, and kept on the disk; None: the
+    teacher runs beside the student."""
+
+    def __post_init__(self) -> None:
+        _number("weight", self.weight, above=0, most=1)
+        _number("temperature", self.temperature, above=0, most=100)
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, 1, 4096)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saving:
+    """What is kept of a training while it runs."""
+
+    every: int = 100
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept, the last ones."""
+    tensorboard: bool = False
+    """Whether curves are also written for TensorBoard."""
+
+    def __post_init__(self) -> None:
+        _whole("every", self.every, 1)
+        _whole("keep", self.keep, 1, 1000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A whole training."""
+
+    model: str
+    """Folder of the checkpoint to begin with, in any format."""
+    output: str
+    """Folder of the run."""
+    data: Data
+    training: Training
+    quantize: QATConfig = field(default_factory=QATConfig)
+    bits: tuple[tuple[int, int | None], ...] = ()
+    """Steps from which other widths hold, None for no fake quantisation yet; empty: `quantize.bits` throughout."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    distill: Distillation | None = None
+    saving: Saving = field(default_factory=Saving)
+    trust_remote_code: bool = False
+    """Whether a tokenizer that is code may run; the command line's own option, never a key of a file."""
+
+    def __post_init__(self) -> None:
+        if self.bits and self.quantize.to != "int4":
+            raise UsageError("quantize: bits that change with the steps are for int4")
+        if self.bits and self.bits[-1][1] is None:
+            raise UsageError("quantize: bits: the last width must be a number")
+        micro = self.training.micro_batch or self.training.batch
+        if self.training.batch % micro:
+            raise UsageError(f"training: batch {self.training.batch} is no multiple of micro_batch {micro}")
+        if self.training.shard and self.optimizer.method == "muon":
+            raise UsageError("optimizer: muon works on whole matrices, which `shard: true` takes apart; use adamw")
+
+    def bits_at(self, step: int) -> int | None:
+        """Return the width of the codes in a step, the first is 0; None: no fake quantisation yet."""
+        found: int | None = self.quantize.bits
+        for begin, bits in self.bits:
+            found = bits if begin <= step else found
+        return found
+
+    @property
+    def final_bits(self) -> int:
+        """The width that is exported."""
+        last = self.bits[-1][1] if self.bits else self.quantize.bits
+        assert last is not None  # noqa: S101  `__post_init__` refused it
+        return last
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the trained weights; two jobs with equal identity and data train the same."""
+        whole = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in whole.items() if name not in {"output", "saving", "trust_remote_code"}}
+
+    def digest(self) -> str:
+        """Return the identity as a sha256."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+
+def read_job(path: Path, *, trust_remote_code: bool = False) -> Job:
+    """Read a job file.
+
+    Raises:
+        UsageError: it cannot be read, is no YAML mapping, lacks a key or has an unknown one, or a value makes no sense.
+    """
+    content = read_mapping(path, _LIMIT)
+    try:
+        job = job_from(content)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    return replace(job, trust_remote_code=trust_remote_code)
+
+
+def job_from(content: Mapping[Any, Any]) -> Job:
+    """Make a job of what a YAML or JSON file holds.
+
+    Raises:
+        UsageError: see `read_job`.
+    """
+    content = dict(content)
+    if "trust_remote_code" in content:
+        raise UsageError("trust_remote_code is no key of a file; it is an option of the command line")
+    ramp: tuple[tuple[int, int | None], ...] = ()
+    quantize = content.get("quantize")
+    if isinstance(quantize, Mapping) and isinstance(quantize.get("bits"), Mapping):
+        ramp = _ramp(quantize["bits"])
+        last = ramp[-1][1]
+        content["quantize"] = {**quantize, "bits": last}
+    elif "bits" in content:
+        if not isinstance(content["bits"], list):
+            raise UsageError("unknown key 'bits'; it belongs under `quantize`")
+        pairs = content.pop("bits")  # as `identity` has them
+        ramp = _ramp(dict(pairs)) if pairs else ()
+    return replace(_build(Job, content, ""), bits=ramp)
+
+
+def _ramp(content: Mapping[Any, Any]) -> tuple[tuple[int, int | None], ...]:
+    """Read widths by their first step."""
+    for step, bits in content.items():
+        _whole("quantize: bits: a step", step, 0)
+        if bits is not None and bits not in FAKE_BITS:
+            raise UsageError(f"quantize: bits: expected {', '.join(map(str, FAKE_BITS))} or null, found {bits!r:.50}")
+    if 0 not in content:
+        raise UsageError("quantize: bits: say what holds from step 0 on")
+    return tuple(sorted(content.items()))
+
+
+_Type = TypeVar("_Type")
+
+
+def _build(kind: type[_Type], content: object, where: str) -> _Type:
+    """Make a dataclass of a mapping, checking names and types."""
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{where or 'job'}: expected keys and values, found {type(content).__name__}")
+    known = {part.name: part for part in fields(kind)}  # type: ignore[arg-type]  # only dataclasses come here
+    hidden = {"trust_remote_code", "bits"} if kind is Job else set()
+    prefix = f"{where}: " if where else ""
+    for name in content:
+        if name not in known or name in hidden:
+            listed = ", ".join(sorted(known.keys() - hidden))
+            raise UsageError(f"{prefix}unknown key {str(name)!r:.100}; known are {listed}")
+    for name, part in known.items():
+        if name not in content and part.default is MISSING and part.default_factory is MISSING:
+            raise UsageError(f"{prefix}the key {name!r} is missing")
+    types_of = typing.get_type_hints(kind)
+    values = {name: _value(types_of[name], value, f"{prefix}{name}") for name, value in content.items()}
+    try:
+        return kind(**values)
+    except UsageError as error:
+        raise UsageError(f"{prefix}{error}") from error
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    """Return a value as a field of this type wants it."""
+    origin = get_origin(kind)
+    if origin in {types.UnionType, typing.Union}:
+        inner = next(one for one in get_args(kind) if one is not type(None))
+        return None if value is None else _value(inner, value, where)
+    if origin is Literal:
+        one_of(where, value, get_args(kind))
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UsageError(f"{where}: expected a list, found {value!r:.100}")
+        return tuple(_value(get_args(kind)[0], one, where) for one in value)
+    return _build(cast("type", kind), value, where) if is_dataclass(kind) else _plain(kind, value, where)
+
+
+def _plain(kind: type, value: Any, where: str) -> Any:
+    """Return text, a number or a truth value."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
+        with contextlib.suppress(ValueError):
+            return float(value)
+    if type(value) is not kind:
+        words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+        raise UsageError(f"{where}: expected {words.get(kind, kind)}, found {value!r:.100}")
+    return value
+
+
+def _whole(name: str, value: object, least: int, most: int = _MOST) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise UsageError(f"{name}: expected a whole number from {least} to {most}, found {value!r:.100}")
+
+
+def _number(
+    name: str, value: object, *, above: float | None = None, least: float | None = None, most: float = 1e6
+) -> None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool)
+    if not fits or not (above is None or value > above) or not (least is None or value >= least) or not value <= most:  # type: ignore[operator]
+        low = f"above {above:g}" if above is not None else f"from {least or 0:g}"
+        raise UsageError(f"{name}: expected a number {low} to {most:g}, found {value!r:.100}")

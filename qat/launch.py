@@ -1,0 +1,62 @@
+"""What each of several processes runs: a training, told about by the first of them on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+_EVERY = 5.0  # seconds between two lines
+
+
+def main(arguments: list[str]) -> int:
+    """Train the job whose file is named; return the exit code.
+
+    Args:
+        arguments: the job's file; `--restart` to throw away what an earlier run left; `--trust-remote-code` to let a
+            tokenizer run that is code.
+    """
+    from k2quant.errors import K2QuantError, UsageError
+    from k2quant.qat.job import read_job
+    from k2quant.qat.training import train
+
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    files = [argument for argument in arguments if argument not in flags]
+    show = _Lines(leads=os.environ.get("RANK", "0") == "0")
+    try:
+        if len(files) != 1 or flags - {"--restart", "--trust-remote-code"}:
+            raise UsageError("usage: accelerate launch -m k2quant.qat JOB.yaml [--restart] [--trust-remote-code]")
+        job = read_job(Path(files[0]), trust_remote_code="--trust-remote-code" in flags)
+        train(job, restart="--restart" in flags, progress=show.step, stage=show.say)
+    except K2QuantError as error:
+        print(f"k2quant: {error}", file=sys.stderr)  # noqa: T201  this is a command
+        return error.exit_code
+    show.say(f"{job.output}: trained; export it with k2quant qat export {job.output} DST")
+    return 0
+
+
+class _Lines:
+    """Says what is going on, a line now and then."""
+
+    def __init__(self, *, leads: bool) -> None:
+        self._leads = leads
+        self._begun = self._said = time.monotonic()
+        self._first: int | None = None
+
+    def say(self, text: str) -> None:
+        """Write a line, if this process is the first."""
+        if self._leads:
+            print(text, file=sys.stderr, flush=True)  # noqa: T201  this is a command
+
+    def step(self, done: int, total: int, loss: float) -> None:
+        """Say how far it is, but not too often."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._begun = done, now
+        if now - self._said < _EVERY and done < total:
+            return
+        self._said = now
+        rate = (done - self._first) / (now - self._begun) if now > self._begun else 0.0
+        left = f", {(total - done) / rate:.0f} s left" if rate else ""
+        self.say(f"step {done} of {total}, loss {loss:.4f}, {rate:.2f} steps/s{left}")

@@ -1,0 +1,103 @@
+"""The loss on held-out rows: of the model as it will be exported, of its weights in BF16, and of the start point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from k2quant.qat.history import Evaluation
+from k2quant.qat.packing import Rows, batch
+from k2quant.qat.prepared import Prepared
+from k2quant.qat.task import losses
+
+_AT_ONCE = 8  # rows of a forward pass
+
+
+class Measures:
+    """Measures one model on the same rows again and again."""
+
+    def __init__(
+        self, model: nn.Module, found: Prepared, rows: Rows, precision: torch.dtype, device: torch.device
+    ) -> None:
+        """Keep what is needed.
+
+        Args:
+            model: prepared.
+            found: what fake-quantises it.
+            rows: held out; there may be none.
+            precision: of products.
+            device: of the model.
+        """
+        self._model, self._prepared, self._rows = model, found, rows
+        self._precision, self._device = precision, device
+        self._start: dict[str, float | None] = {}
+
+    def begin(self) -> None:
+        """Measure the start point; the prepared model has the width of the export."""
+        if not len(self._rows.tokens):
+            return
+        with self._prepared.unquantised():
+            plain, counts = self._losses()
+        rounded, _ = self._losses()
+        self._start = {
+            "start": _mean(plain, counts),
+            "start_rounded": _mean(rounded, counts),
+            "gap_error": _error(rounded - plain, counts),
+        }
+
+    def evaluate(self, step: int) -> Evaluation:
+        """Measure the model as it is now; without held-out rows the loss is unknown and given as 0."""
+        if not len(self._rows.tokens):
+            return Evaluation(step=step, loss=0.0)
+        seen, counts = self._losses()
+        with self._prepared.unquantised():
+            plain, _ = self._losses()
+        return Evaluation(
+            step=step,
+            loss=_mean(seen, counts),
+            standard_error=_error(seen, counts),
+            unrounded=_mean(plain, counts),
+            **self._start,
+        )
+
+    def run(self) -> None:
+        """Run the model over the first rows, for whoever watches."""
+        for first in range(0, min(len(self._rows.tokens), _AT_ONCE), _AT_ONCE):
+            self._pass(first)
+
+    def state(self) -> dict[str, float | None]:
+        """Return what is known of the start point."""
+        return dict(self._start)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave."""
+        self._start = {
+            name: float(state[name]) for name in ("start", "start_rounded", "gap_error") if state.get(name) is not None
+        }
+
+    def _losses(self) -> tuple[Tensor, Tensor]:
+        """Return summed loss and learnt tokens of each row."""
+        found = [self._pass(first) for first in range(0, len(self._rows.tokens), _AT_ONCE)]
+        return torch.cat([loss for loss, _ in found]), torch.cat([count for _, count in found])
+
+    def _pass(self, first: int) -> tuple[Tensor, Tensor]:
+        indices = torch.arange(first, min(first + _AT_ONCE, len(self._rows.tokens)))
+        rows = {name: tensor.to(self._device) for name, tensor in batch(self._rows, indices).items()}
+        return losses(self._model, rows, self._precision)
+
+
+def _mean(sums: Tensor, counts: Tensor) -> float:
+    return float(sums.sum() / counts.sum().clamp(min=1))
+
+
+def _error(sums: Tensor, counts: Tensor) -> float | None:
+    """Return the standard error of a ratio of sums over rows (Cochran, Sampling Techniques, 1977, section 2.11)."""
+    rows = len(sums)
+    if rows < 2:
+        return None
+    residual = sums - _mean(sums, counts) * counts
+    return math.sqrt(float(residual.square().sum()) / (rows * (rows - 1))) / float(counts.double().mean().clamp(min=1))

@@ -1,0 +1,172 @@
+"""`plan`: what a job would train, what that takes, and whether its result can be saved; before a weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from k2quant import names
+from k2quant.checkpoint.panels import panel_rows
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.errors import CheckFailed
+from k2quant.formats.layouts import Int4
+from k2quant.kernels import ops
+from k2quant.model.decoding import decoded_rows
+from k2quant.model.generation import load_tokenizer
+from k2quant.plan import Plan, make_plan
+from k2quant.qat import adapters, scales
+from k2quant.qat.data import DataSource, load_rows
+from k2quant.qat.exporting import export_options
+from k2quant.qat.job import Job
+from k2quant.qat.loading import skeleton
+from k2quant.qat.packing import split
+from k2quant.qat.prepared import Prepared, coverage, prepare, prepared
+from k2quant.qat.rules import Rule, check_packed, plain_rule
+from k2quant.qat.targets import canonical
+from k2quant.qat.trained import Trained, key
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobPlan:
+    """What a job comes to."""
+
+    coverage: dict[str, tuple[int, int]]
+    """Weights that are fake-quantised and all weights, by tensor class."""
+    trained: int
+    """Numbers that the optimizer moves, adapters and learned scales among them."""
+    memory: dict[str, int]
+    """Bytes on each device, by what they are for; activations come on top."""
+    processes: int
+    """That these bytes are for."""
+    rows: int
+    """Of training data."""
+    examples: int
+    learnt: int
+    """Tokens that are learnt, over all rows."""
+    held_out: int
+    """Rows."""
+    epochs: float
+    """Times that the steps go through the rows."""
+    export_bytes: int
+    """Of the exported checkpoint."""
+    tried: tuple[str, ...]
+    """Weights of the base that were encoded, decoded and compared: one of each class that is fake-quantised."""
+
+    @property
+    def bytes_needed(self) -> int:
+        """All of `memory`."""
+        return sum(self.memory.values())
+
+
+def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
+    """Plan a job; of the model only headers and a few matrices are read.
+
+    Args:
+        job: from `read_job`.
+        processes: that will train.
+
+    Raises:
+        UsageError: no routed expert would be fake-quantised, or another setting makes no sense for this model.
+        CheckpointError: model or data cannot be used, or the result could not be saved.
+        CheckFailed: what would be stored of a weight is not what the forward pass would see.
+    """
+    source = open_checkpoint(Path(job.model))
+    model = skeleton(source)
+    prepare(model, job.quantize)
+    found = prepared(model)
+    if job.quantize.to == "int4":
+        check_packed(job.final_bits)
+    export = make_plan(source, export_options(job.quantize))
+    Trained(model, found, export)  # every weight has a place, or this says which has none
+    rows, held_out = _data(job, model)
+    return JobPlan(
+        coverage=coverage(model, found),
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        memory=_memory(job, model, found, processes),
+        processes=processes,
+        rows=len(rows.tokens),
+        examples=rows.documents,
+        learnt=rows.learnt,
+        held_out=len(held_out.tokens),
+        epochs=job.training.steps * job.training.batch / len(rows.tokens),
+        export_bytes=export.bytes_written,
+        tried=tuple(_tried(job, source, found, export)),
+    )
+
+
+def _data(job: Job, model: nn.Module) -> Any:
+    config: Any = model.config
+    tokenizer = load_tokenizer(Path(job.model), trust_remote_code=job.trust_remote_code)
+    source = DataSource(path=job.data.path, split=job.data.split, config=job.data.config)
+    return split(load_rows(source, tokenizer, length=job.data.length, vocabulary=config.vocab_size), job.data.held_out)
+
+
+def _memory(job: Job, model: nn.Module, found: Prepared, processes: int) -> dict[str, int]:
+    """Return bytes on each device by purpose."""
+    width = _BYTES[job.training.masters]
+    shares = processes if job.training.shard else 1
+    beside = {scales.CHILD, adapters.CHILD}
+    whole = [(name, parameter) for name, parameter in model.named_parameters()]
+    weights = sum(parameter.numel() for name, parameter in whole if not beside & set(name.split(".")))
+    extra = sum(parameter.numel() for name, parameter in whole if beside & set(name.split(".")))
+    trained = sum(parameter.numel() for name, parameter in whole if parameter.requires_grad) - extra
+    seen = 2 if job.training.precision == "bfloat16" else width
+    rounded = sum(target.master.numel() for target in found.targets)
+    rounded += sum(target.master.numel() for target in found.plain) if width == 4 else 0
+    if shares > 1:  # gathered and rounded layer by layer, the largest at a time
+        rounded = max(sum(p.numel() for p in layer.parameters()) for layer in _layers(model))
+    moments = 1 if job.optimizer.method == "muon" else 2
+    memory = {
+        "weights": weights * width // shares,
+        "gradients": trained * width // shares,
+        "optimizer": trained * width * moments // shares,
+        "rounded weights": rounded * seen,
+    }
+    if extra:
+        memory["adapters or scales"] = extra * 16 // shares
+    if job.distill is not None and job.distill.top_k is None:
+        memory["teacher"] = weights * seen
+    rows = job.training.micro_batch or job.training.batch // max(processes, 1)
+    config: Any = model.config
+    memory["logits"] = 3 * 4 * rows * job.data.length * config.vocab_size
+    return memory
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    causal: Any = model
+    yield from causal.model.layers
+
+
+def _tried(job: Job, source: Checkpoint, found: Prepared, export: Plan) -> Iterator[str]:
+    """Store and read one weight of each class as an export would; yield its name."""
+    rule = plain_rule(job.quantize, job.final_bits)
+    weights = {key(weight.weight): weight.weight for weight in export.jobs()}
+    seen: set[str] = set()
+    for target in found.targets:
+        kind = names.tensor_class(canonical(target.name))
+        if kind in seen:
+            continue
+        seen.add(kind)
+        base = target.parts[0].base
+        weight = weights[base]
+        start, stop = next(panel_rows(weight.shape))
+        values = decoded_rows(source, weight, start, stop)
+        if not torch.equal(_decoded(rule, values), rule.values(values)):
+            raise CheckFailed(
+                "what would be stored of it is not what the forward pass would see", tensor=base, file=source.folder
+            )
+        yield base
+
+
+def _decoded(rule: Rule, values: torch.Tensor) -> torch.Tensor:
+    stored = rule.stored(values)
+    if isinstance(rule.layout, Int4):
+        return ops.int4_to_bf16(stored["weight_packed"], stored["weight_scale"])
+    return ops.fp8_to_bf16(stored["weight"], stored["weight_scale_inv"])

@@ -1,0 +1,157 @@
+"""The folder of a training run: whose it is, and where its parts lie."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from k2quant.checkpoint.paths import locked_file, read_limited, write_whole
+from k2quant.checkpoint.strict_json import parse_object
+from k2quant.errors import CheckpointError, DestinationForeign, DestinationStale, MalformedFile, UsageError
+from k2quant.qat.job import Job, job_from
+from k2quant.version import __version__
+
+MANIFEST = "k2quant_qat.json"
+"""Says what is trained here; written before anything else."""
+_LOCK = "k2quant_qat.lock"
+_LIMIT = 2**24
+_OWN = (
+    "checkpoints",
+    "tensorboard",
+    "teacher.safetensors",
+    "teacher.json",
+    "history.jsonl",
+    "summary.json",
+    "report.html",
+)
+
+
+class Run:
+    """A run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Name it; nothing is touched."""
+        self.folder = folder
+        self.checkpoints = folder / "checkpoints"
+        self.history = folder / "history.jsonl"
+        self.teacher = folder / "teacher.safetensors"
+        self.board = folder / "tensorboard"
+
+    @contextlib.contextmanager
+    def held(self, *, restart: bool) -> Iterator[None]:
+        """Make the folder if need be and hold its lock.
+
+        Args:
+            restart: throw away what an earlier run left.
+
+        Raises:
+            DestinationForeign: it holds something that no run of ours wrote.
+            DestinationInUse: another process trains here.
+        """
+        if (self.folder.exists() or self.folder.is_symlink()) and not self.folder.is_dir():
+            raise DestinationForeign("not a folder", file=self.folder, remedy="name a new folder as `output`")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known = {MANIFEST, _LOCK}
+        if any(self.folder.iterdir()) and not any((self.folder / name).is_file() for name in known):
+            raise DestinationForeign(
+                "not empty, and no training of ours", file=self.folder, remedy="name a new folder as `output`"
+            )
+        with locked_file(self.folder / _LOCK):
+            if restart:
+                self._clear()
+            yield
+
+    def _clear(self) -> None:
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        for path in (self.folder / name for name in _OWN):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def begin(self, job: Job, facts: Mapping[str, Any]) -> None:
+        """Note what is trained here, or check that it is what was begun.
+
+        Args:
+            job: the job.
+            facts: digests of model and data.
+
+        Raises:
+            DestinationStale: another job, model or data was begun here.
+        """
+        wanted = {"identity": job.identity(), **facts}
+        manifest = {"k2quant": __version__, **wanted, "job": json.loads(json.dumps(asdict(job)))}
+        path = self.folder / MANIFEST
+        if not path.exists():
+            write_whole(path, json.dumps(manifest, indent=1).encode())
+            return
+        found = parse_object(read_limited(path, _LIMIT), file=path)
+        changed = [key for key, value in wanted.items() if found.get(key) != value]
+        if changed:
+            raise DestinationStale(
+                f"holds a training of another {_said(changed, found, wanted)}",
+                file=self.folder,
+                remedy="train anew with --restart, or name another `output`",
+            )
+
+    def check_model(self, fingerprint: Mapping[str, Any]) -> None:
+        """Refuse a base that is not the one that was trained.
+
+        Raises:
+            DestinationStale: it has changed.
+        """
+        if self._manifest().get("model") != fingerprint:
+            raise DestinationStale(
+                "was trained from another checkpoint than now lies at `model`",
+                file=self.folder,
+                remedy="put the checkpoint back as it was",
+            )
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            raise CheckpointError("no training of k2quant's", file=self.folder, expected=MANIFEST)
+        return parse_object(read_limited(path, _LIMIT), file=path)
+
+    def job(self) -> Job:
+        """Return the job that was trained here.
+
+        Raises:
+            CheckpointError: there is none.
+            MalformedFile: the manifest is damaged.
+        """
+        path = self.folder / MANIFEST
+        content = self._manifest().get("job")
+        if not isinstance(content, dict):
+            raise MalformedFile("lacks the job", file=path)
+        content.pop("trust_remote_code", None)
+        try:
+            return job_from(content)
+        except UsageError as error:
+            raise MalformedFile(f"holds a damaged job: {error}", file=path) from error
+
+
+def _said(changed: list[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Name what differs, of the job its keys."""
+    if "identity" not in changed or not isinstance(found.get("identity"), dict):
+        return " and ".join(changed)
+    ours, theirs = wanted["identity"], found["identity"]
+    keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    inner = (
+        [
+            f"{key}.{name}"
+            for key in keys
+            for name in sorted(ours[key])
+            if isinstance(ours.get(key), dict)
+            and isinstance(theirs.get(key), dict)
+            and ours[key][name] != theirs[key].get(name)
+        ]
+        if all(isinstance(ours.get(key), dict) for key in keys)
+        else keys
+    )
+    return f"job ({', '.join(inner or keys)})"

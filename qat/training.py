@@ -1,0 +1,342 @@
+"""`train`: from a job to a run whose last checkpoint can be exported.
+
+A step is a pure function of its number and of what the last one left: which rows it takes, the learning rate, the width
+of the codes. So a run that was killed goes on from its last checkpoint with the bits that it would have had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.errors import BadValue, OutputError, UsageError
+from k2quant.model.generation import load_tokenizer
+from k2quant.qat import checkpoints, fallback
+from k2quant.qat.data import DataSource, load_rows
+from k2quant.qat.exporting import plan_export
+from k2quant.qat.history import Evaluation, History, Record, StepRecord
+from k2quant.qat.job import Job
+from k2quant.qat.loading import MASTERS, load
+from k2quant.qat.measuring import Measures
+from k2quant.qat.monitors import Monitors
+from k2quant.qat.optimizers import Optimizers
+from k2quant.qat.packing import Rows, batch, order, share, split
+from k2quant.qat.prepared import Prepared, prepare, prepared
+from k2quant.qat.processes import Processes
+from k2quant.qat.run import Run
+from k2quant.qat.shards import whole
+from k2quant.qat.state import restore_weights, trained_tensors
+from k2quant.qat.task import NOT_LEARNT, Task
+from k2quant.qat.teacher import Teacher
+from k2quant.qat.tensorboard import Board
+
+Sink = Callable[[Record], None]
+Progress = Callable[[int, int, float], None]
+"""Called with the steps done, all steps and the last loss."""
+
+
+class Result(NamedTuple):
+    """What a training came to."""
+
+    folder: Path
+    steps: int
+    resumed: int
+    """The step of the checkpoint that it went on from; 0 for none."""
+    seconds: float
+    """Of this call."""
+    evaluation: Evaluation
+    """The last one."""
+    starved: int
+    """Experts that keep post-training rounding."""
+    notes: tuple[str, ...]
+    """What the user should know of the data."""
+
+
+def train(
+    job: Job,
+    *,
+    restart: bool = False,
+    progress: Progress | None = None,
+    stage: Callable[[str], None] | None = None,
+) -> Result:
+    """Train what a job says, or go on with it.
+
+    With several processes, each calls this; the first one writes.
+
+    Args:
+        job: from `read_job`.
+        restart: throw away what an earlier run left in the output folder.
+        progress: called after each step.
+        stage: called with what is being done before the first step.
+
+    Raises:
+        UsageError: the job cannot be done here.
+        CheckpointError: model or data cannot be used.
+        BadValue: the loss is not finite any more; the last checkpoint stands.
+        OutputError: the run's folder is not ours, in use, of another job, or the disk failed.
+    """
+    begun, say = time.monotonic(), stage or _quiet
+    processes = Processes(shard=job.training.shard)
+    run = Run(Path(job.output))
+    try:
+        with _reproducible(job), run.held(restart=restart) if processes.leads else contextlib.nullcontext():
+            processes.wait()
+            trainer = Trainer(job, run, processes, say)
+            resumed = trainer.resume()
+            say("training")
+            evaluation, starved = trainer.run(resumed, progress)
+    except OSError as error:
+        raise OutputError(
+            "cannot be written", file=error.filename or run.folder, found=error.strerror or str(error)
+        ) from error
+    notes = tuple(_notes(trainer.rows))
+    return Result(run.folder, job.training.steps, resumed, time.monotonic() - begun, evaluation, starved, notes)
+
+
+class Trainer:
+    """A training in one process."""
+
+    def __init__(self, job: Job, run: Run, processes: Processes, stage: Callable[[str], None]) -> None:
+        """Load everything and check all that can be checked before the first step."""
+        self.job, self.processes = job, processes
+        self._run = run
+        stage("loading the model")
+        self.model: nn.Module = self._load()
+        self.prepared: Prepared = prepared(self.model)
+        stage("reading the data")
+        self.rows, held_out = self._data()
+        source = open_checkpoint(Path(job.model))
+        if processes.leads:
+            run.begin(job, {"data": self.rows.digest, "held_out": held_out.digest, "model": source.fingerprint()})
+        plan_export(self.model, source)  # a result that cannot be saved is not worth a step
+        processes.wait()
+        self._teacher = Teacher.of(job, run, self.rows, processes, stage)
+        self._monitors = Monitors(self.model, self.prepared, sharded=processes.sharded)
+        processes.shard(self.model, self.prepared.targets)
+        self._optimizers = Optimizers(self.model, self.prepared, job.optimizer, sharded=processes.sharded)
+        task = Task(self.model, job.distill, MASTERS[job.training.precision])
+        self._wrapped = processes.wrap(task)
+        self._measures = Measures(
+            self.model, self.prepared, held_out, MASTERS[job.training.precision], processes.device
+        )
+
+    def _load(self) -> nn.Module:
+        job, settings = self.job, self.job.training
+        model = load(job.model, dtype=MASTERS[settings.masters], device=self.processes.device)
+        if settings.experts is not None:
+            model.set_experts_implementation(settings.experts)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        first = next(bits for bits in (job.bits_at(step) for step in range(settings.steps + 1)) if bits is not None)
+        prepare(model, dataclasses.replace(job.quantize, bits=first))
+        return model
+
+    def _data(self) -> tuple[Rows, Rows]:
+        data, model = self.job.data, Path(self.job.model)
+        tokenizer = load_tokenizer(model, trust_remote_code=self.job.trust_remote_code)
+        source = DataSource(path=data.path, split=data.split, config=data.config)
+        config: Any = self.model.config
+        rows = load_rows(source, tokenizer, length=data.length, vocabulary=config.vocab_size)
+        longest = config.max_position_embeddings
+        if data.length > longest:
+            raise UsageError(f"data: length {data.length} is more than the {longest} tokens that the model reads")
+        return split(rows, data.held_out)
+
+    def resume(self) -> int:
+        """Go on from the last checkpoint, if there is one; return its step, or 0."""
+        found = checkpoints.found(self._run.checkpoints)
+        if not found:
+            return 0
+        path = found[-1]
+        state, step = checkpoints.read_state(path), checkpoints.step_of(path)
+        self._set_bits(step - 1)
+        restore_weights(self.model, path)
+        self._optimizers.restore(dict(checkpoints.read_tensors(path / "optimizer.safetensors")), file=path)
+        self._monitors.restore(dict(checkpoints.read_tensors(path / "watch.safetensors")), lead=self.processes.leads)
+        self._measures.restore(state.get("start", {}))
+        self.prepared.refresh()
+        return step
+
+    def run(self, first: int, progress: Progress | None) -> tuple[Evaluation, int]:
+        """Take all steps from `first` on; return the last evaluation and how many experts were starved."""
+        job, steps = self.job, self.job.training.steps
+        history = History(self._run.history) if self.processes.leads else None
+        if history is not None:
+            history.rewind(first)
+        board = Board(self._run.board, after=first or None) if job.saving.tensorboard and history is not None else None
+        with contextlib.closing(board) if board is not None else contextlib.nullcontext():
+            sinks = _sinks(history, board)
+            if first == 0:
+                self._begin()
+                _tell(sinks, self._evaluate(0))
+            for step in range(first, steps):
+                record = self._step(step)
+                _tell(sinks, record)
+                done = step + 1
+                if done % job.training.evaluate_every == 0 and done < steps:
+                    _tell(sinks, self._evaluate(done))
+                if done % job.saving.every == 0 and done < steps:
+                    self._save(done)
+                if progress:
+                    progress(done, steps, record.loss)
+            return self._finish(sinks, first)
+
+    def _begin(self) -> None:
+        """Measure the start point, in BF16 and as post-training rounding to the final width has it."""
+        with self._final_width():
+            self._measures.begin()
+        self._monitors.begin(self._measures.run)
+
+    @contextlib.contextmanager
+    def _final_width(self) -> Iterator[None]:
+        """Let the model have the codes of the export while the block runs; before the first step alone."""
+        before = self.prepared.bits
+        if self.job.quantize.to == "int4":
+            self.prepared.set_bits(self.job.final_bits)
+        yield
+        if self.job.quantize.to == "int4":
+            self.prepared.set_bits(before)
+
+    def _set_bits(self, step: int) -> int | None:
+        bits = self.job.bits_at(step)
+        self.prepared.enabled = bits is not None
+        if bits is not None and self.job.quantize.to == "int4" and bits != self.prepared.bits:
+            self.prepared.set_bits(bits)
+            self._monitors.rebase()
+        return bits
+
+    def _step(self, step: int) -> StepRecord:
+        """Take one step of the optimizer; the first is 0."""
+        begun, job = time.perf_counter(), self.job
+        bits = self._set_bits(step)
+        indices = order(step, len(self.rows.tokens), job.training.batch, job.training.seed)
+        total = int((self.rows.targets[indices] != NOT_LEARNT).sum())
+        entropy, gap = self._gradients(indices, max(total, 1))
+        weight = job.distill.weight if job.distill else 0.0
+        loss = (1 - weight) * entropy + weight * gap
+        trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = float(whole(nn.utils.clip_grad_norm_(trained, job.training.clip)))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise BadValue(
+                f"the loss or its gradient is not finite at step {step + 1}",
+                found=f"loss {loss}, gradient {norm}",
+                remedy="the last checkpoint stands; try a lower rate or a longer warm-up",
+            )
+        part = job.optimizer.share(step, job.training.steps)
+        self._optimizers.step(part)
+        self._optimizers.zero_grad()
+        self._monitors.observe()
+        return StepRecord(
+            step=step + 1,
+            loss=loss,
+            cross_entropy=entropy,
+            divergence=gap if job.distill else None,
+            rate=job.optimizer.rate * part,
+            norm=norm,
+            bits=bits if job.quantize.to == "int4" else None,
+            tokens=total,
+            seconds=time.perf_counter() - begun,
+        )
+
+    def _gradients(self, indices: Tensor, total: int) -> tuple[float, float]:
+        """Add up the gradients of a step's rows; return cross-entropy and divergence, nats a token."""
+        settings, device = self.job.training, self.processes.device
+        mine = share(indices, self.processes.rank, self.processes.world)
+        parts = mine.split(settings.micro_batch or len(mine))
+        weight = self.job.distill.weight if self.job.distill else 0.0
+        weights = torch.tensor([1 - weight, weight], device=device)
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for place, part in enumerate(parts):
+            rows = {name: tensor.to(device) for name, tensor in batch(self.rows, part).items()}
+            with (
+                self.processes.accumulating(self._wrapped, self.model, last=place == len(parts) - 1),
+                self._monitors.counting(rows),
+            ):
+                found = self._wrapped(rows, self._teacher.hints(rows, part))
+                # Data parallelism averages over processes what is a sum over all of them.
+                ((found * weights).sum() * (self.processes.world / total)).backward()
+            sums += found.detach().double()
+        entropy, gap = (self.processes.total(sums) / total).tolist()
+        return entropy, gap
+
+    def _evaluate(self, step: int) -> Evaluation:
+        return self._measures.evaluate(step)
+
+    def _save(self, step: int) -> None:
+        watched = self._monitors.state(self.processes.total)
+        checkpoints.save(
+            self._run.checkpoints,
+            step,
+            {"weights": trained_tensors(self.model), "optimizer": self._optimizers.state(), "watch": watched.items()},
+            {"step": step, "start": self._measures.state(), "processes": self.processes.world},
+            gather=whole,
+            writes=self.processes.leads,
+        )
+        self.processes.wait()
+        if self.processes.leads:
+            checkpoints.prune(self._run.checkpoints, self.job.saving.keep)
+
+    def _finish(self, sinks: list[Sink], first: int) -> tuple[Evaluation, int]:
+        """Let starved experts fall back, measure, save and report."""
+        steps = self.job.training.steps
+        self._set_bits(steps - 1)
+        starved = self._monitors.starved(self.job.training.least_tokens, self.processes.total)
+        if first < steps:
+            fallback.restore(self.prepared, [name for name, _ in starved], Path(self.job.model))
+        evaluation = self._evaluate(steps)
+        if first < steps:
+            _tell(sinks, evaluation)
+            self._save(steps)
+        if self.processes.leads or self.processes.world > 1:
+            summary = self._monitors.summary(self.job, starved, self._measures.run, self.processes.total)
+            if self.processes.leads:
+                self._monitors.report(self._run, summary)
+        self.processes.wait()
+        return evaluation, len(starved)
+
+
+def _sinks(history: History | None, board: Board | None) -> list[Sink]:
+    return [*([history.append] if history is not None else []), *([board.add] if board is not None else [])]
+
+
+def _tell(sinks: list[Sink], record: Record) -> None:
+    for sink in sinks:
+        sink(record)
+
+
+def _notes(rows: Rows) -> Iterator[str]:
+    if rows.cut:
+        yield f"{rows.cut} examples were longer than a row and were cut at its end"
+    if rows.dropped:
+        yield f"{rows.dropped} examples had nothing to learn within a row and were left out"
+    if rows.unread:
+        yield f"the tokenizer does not know these characters: {rows.unread[:50]!r}"
+
+
+def _quiet(_: str) -> None:
+    """Say nothing."""
+
+
+@contextlib.contextmanager
+def _reproducible(job: Job) -> Iterator[None]:
+    """Let torch choose algorithms that give the same bits again, and put its choice back."""
+    strict = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(job.training.seed)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn)
