@@ -36,8 +36,8 @@ def refuse_nested(source: Path, destination: Path) -> None:
 def identity(plan: Plan) -> dict[str, Any]:
     """Return what must be equal for a run to continue another: options, source, and the files beside the weights."""
     others = {name: (plan.source.folder / name).stat() for name in plan.copies}
-    values = {} if plan.values is None else {"values": plan.values}
-    return values | {
+    return {
+        "values": plan.values,
         "options": {**asdict(plan.options), "ignore": list(plan.options.ignore)},
         "source": plan.source.fingerprint()
         | {"other_files": {name: [status.st_size, status.st_mtime_ns] for name, status in others.items()}},

@@ -85,7 +85,7 @@ class Prepared:
         return self._bits
 
     def set_bits(self, bits: int) -> None:
-        """Change the width of the codes; learned scales begin anew.
+        """Set the width of the codes; learned scales begin anew from the weights as they are.
 
         Raises:
             UsageError: there is no such width.
@@ -93,8 +93,6 @@ class Prepared:
         if self.config.to != "int4":
             raise UsageError("bits: only INT4 has a width that changes")
         largest_code(self.config.grid, bits)
-        if bits == self._bits:
-            return
         self._bits = bits
         for target in self.targets:
             if (scale := learned_scale(target)) is not None:

@@ -196,6 +196,7 @@ class Trainer:
         """Measure the start point, in BF16 and as post-training rounding to the final width has it."""
         with self._final_width():
             self._measures.begin()
+        self._set_bits(0)
         self._monitors.begin(self._measures.run)
 
     @contextlib.contextmanager
@@ -209,9 +210,10 @@ class Trainer:
             self.prepared.set_bits(before)
 
     def _set_bits(self, step: int) -> int | None:
-        bits = self.job.bits_at(step)
+        """Give the codes the width of a step; a change of it begins anew with scales of the weights as they are."""
+        bits, before = self.job.bits_at(step), self.prepared.bits if self.prepared.enabled else None
         self.prepared.enabled = bits is not None
-        if bits is not None and self.job.quantize.to == "int4" and bits != self.prepared.bits:
+        if bits is not None and self.job.quantize.to == "int4" and bits != before:
             self.prepared.set_bits(bits)
             self._monitors.rebase()
         return bits
@@ -271,7 +273,14 @@ class Trainer:
         return entropy, gap
 
     def _evaluate(self, step: int) -> Evaluation:
-        return self._measures.evaluate(step)
+        """Measure the model as it is quantised now, or would be exported where it is not quantised yet."""
+        if self.prepared.enabled:
+            return self._measures.evaluate(step)
+        self.prepared.enabled = True
+        with self._final_width():
+            found = self._measures.evaluate(step)
+        self.prepared.enabled = False
+        return found
 
     def _save(self, step: int) -> None:
         watched = self._monitors.state(self.processes.total)
@@ -291,6 +300,10 @@ class Trainer:
         """Let starved experts fall back, measure, save and report."""
         steps = self.job.training.steps
         self._set_bits(steps - 1)
+        if not self.prepared.enabled:  # trained without fake quantisation throughout, as a control is
+            self.prepared.enabled = True
+            if self.job.quantize.to == "int4":
+                self.prepared.set_bits(self.job.final_bits)
         starved = self._monitors.starved(self.job.training.least_tokens, self.processes.total)
         if first < steps:
             fallback.restore(self.prepared, [name for name, _ in starved], Path(self.job.model))

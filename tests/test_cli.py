@@ -12,7 +12,7 @@ import pytest
 
 from k2quant.checkpoint.in_memory import Shard, write_checkpoint
 
-COMMANDS = ("convert", "inspect", "verify", "diff", "report", "generate", "tune", "nano", "demo")
+COMMANDS = ("convert", "merge", "inspect", "verify", "diff", "report", "generate", "tune", "nano", "demo")
 
 
 def k2quant(*arguments: object) -> subprocess.CompletedProcess[str]:
