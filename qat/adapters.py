@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from k2quant.qat.config import Adapter
-from k2quant.qat.fake_quantize import PIECE
+from k2quant.qat.rounding import PIECE
 from k2quant.qat.targets import Target
 
 CHILD = "adapter"

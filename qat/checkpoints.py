@@ -22,11 +22,13 @@ from k2quant.checkpoint.paths import PARTIAL, read_limited, sync_folder, write_w
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.strict_json import parse_object
 from k2quant.checkpoint.writer import ShardWriter
-from k2quant.errors import MalformedFile, OutputError
+from k2quant.errors import CheckpointError, MalformedFile, OutputError
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.model.memory import TORCH_DTYPES, as_memory
 
 STATE = "state.json"
+FILES = "files"
+"""Key of `state.json`: the files beside it; parts that had nothing to keep have none."""
 _STATE_LIMIT = 2**26
 _NAME = re.compile(r"step-(?P<step>[0-9]{8})")
 _DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -80,11 +82,14 @@ def save(
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+        files = []
         for name, tensors in parts.items():
             if held := dict(tensors):
                 _write(partial / f"{name}.safetensors", held, gather, writes=writes)
+                files.append(f"{name}.safetensors")
         if writes:
-            write_whole(partial / STATE, json.dumps(dict(state), indent=1, allow_nan=False).encode())
+            content = {**state, FILES: files}
+            write_whole(partial / STATE, json.dumps(content, indent=1, allow_nan=False).encode())
             _rename(partial, path_of(folder, step))
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -109,9 +114,24 @@ def read_state(path: Path) -> dict[str, Any]:
     """Return what a checkpoint's JSON holds.
 
     Raises:
-        MalformedFile: it is damaged.
+        MalformedFile: it is damaged, or a file beside it is gone.
     """
-    return parse_object(read_limited(path / STATE, _STATE_LIMIT), file=path / STATE)
+    try:
+        state = parse_object(read_limited(path / STATE, _STATE_LIMIT), file=path / STATE)
+        files = state.get(FILES)
+        if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+            raise MalformedFile("does not say which files lie beside it", file=path / STATE)
+        for name in files:
+            if not (path / Path(name).name).is_file():
+                raise MalformedFile("is gone", file=path / Path(name).name)
+    except CheckpointError as error:
+        raise damaged(path, error) from error
+    return state
+
+
+def damaged(path: Path, error: CheckpointError) -> MalformedFile:
+    """Return what to say of a checkpoint of which a file is damaged."""
+    return MalformedFile(str(error), remedy=f"delete {path} to go on from the checkpoint before it, or use --restart")
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -124,6 +144,8 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         return
     shard = read_header(path)
     for entry in shard.tensors.values():
+        if entry.dtype not in TORCH_DTYPES:
+            raise MalformedFile(f"a dtype that no checkpoint has, {entry.dtype}", tensor=entry.name, file=path)
         value = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
         read_into(shard, entry.start, as_memory(value))
         yield entry.name, value

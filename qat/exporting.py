@@ -21,7 +21,7 @@ from k2quant.plan import Options, Plan, make_plan
 from k2quant.qat import checkpoints
 from k2quant.qat.config import QATConfig
 from k2quant.qat.gate import check_export
-from k2quant.qat.job import Job
+from k2quant.qat.job import Job, read_job
 from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.prepared import prepare, prepared
 from k2quant.qat.rules import check_packed
@@ -80,10 +80,10 @@ def export_run(
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write the last checkpoint of a training; see `export`.
+    """Write the last checkpoint of a training, or what post-training rounding makes of a job's model; see `export`.
 
     Args:
-        folder: of the run.
+        folder: of the run; or a job's file: its model is written rounded as it is, to compare with what training gives.
         destination: folder to write.
         to: the format; None for the one that was trained for, and no other is possible.
         shard_size: as in `export`, like the others.
@@ -95,11 +95,18 @@ def export_run(
         UsageError: another format than was trained for.
         CheckpointError: there is no finished checkpoint, or it is damaged.
     """
-    job = Run(folder).job()
+    untrained = folder.is_file()
+    job = read_job(folder) if untrained else Run(folder).job()
     if to not in {None, job.quantize.to}:
         raise UsageError(f"{folder} was trained for {job.quantize.to}, not for {to}; use `k2quant convert` for that")
-    model = load_run(folder, job)
+    model = load_start(job) if untrained else load_run(folder, job)
     return export(model, destination, shard_size=shard_size, workers=workers, restart=restart, progress=progress)
+
+
+def load_start(job: Job) -> nn.Module:
+    """Return a job's model before its first step, prepared for the width of the export."""
+    model = load(Path(job.model), dtype=MASTERS[job.training.masters])
+    return prepare(model, dataclasses.replace(job.quantize, bits=job.final_bits))
 
 
 def load_run(folder: Path, job: Job) -> nn.Module:

@@ -24,6 +24,7 @@ from k2quant.units import one_of
 
 _LIMIT = 2**20  # bytes of a job file
 _MOST = 2**31
+_MOST_STEPS = 10**8 - 1  # the names of checkpoints have eight digits
 
 Precision = Literal["float32", "bfloat16"]
 Method = Literal["adamw", "muon"]
@@ -81,7 +82,8 @@ class Training:
     """Whether parameters are sharded over the processes, with torch's `fully_shard`."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "evaluate_every"):
+        _whole("steps", self.steps, 1, _MOST_STEPS)
+        for name in ("batch", "evaluate_every"):
             _whole(name, getattr(self, name), 1)
         for name in ("seed", "least_tokens"):
             _whole(name, getattr(self, name), 0)
@@ -117,8 +119,9 @@ class Optimizer:
             _number("scale_rate", self.scale_rate, above=0)
         _whole("warmup", self.warmup, 0)
         _number("weight_decay", self.weight_decay, least=0)
-        for name in ("beta1", "beta2", "floor"):
-            _number(name, getattr(self, name), least=0, most=1)
+        _number("floor", self.floor, least=0, most=1)
+        for name in ("beta1", "beta2"):
+            _number(name, getattr(self, name), least=0, most=1 - 2**-24)  # of 1, a mean would never move
 
     def share(self, step: int, steps: int) -> float:
         """Return the share of the highest rate that a step takes; the first is 0."""
@@ -186,15 +189,25 @@ class Job:
     """Whether a tokenizer that is code may run; the command line's own option, never a key of a file."""
 
     def __post_init__(self) -> None:
-        if self.bits and self.quantize.to != "int4":
-            raise UsageError("quantize: bits that change with the steps are for int4")
-        if self.bits and self.bits[-1][1] is None:
-            raise UsageError("quantize: bits: the last width must be a number")
+        if self.bits:
+            self._check_bits()
         micro = self.training.micro_batch or self.training.batch
         if self.training.batch % micro:
             raise UsageError(f"training: batch {self.training.batch} is no multiple of micro_batch {micro}")
         if self.training.shard and self.optimizer.method == "muon":
             raise UsageError("optimizer: muon works on whole matrices, which `shard: true` takes apart; use adamw")
+
+    def _check_bits(self) -> None:
+        """Refuse widths that change and cannot."""
+        last, steps = self.bits[-1], self.training.steps
+        if self.quantize.to != "int4":
+            raise UsageError("quantize: bits that change with the steps are for int4")
+        if last[1] is None:
+            raise UsageError("quantize: bits: the last width must be a number")
+        if last[0] >= steps:
+            raise UsageError(f"quantize: bits: the width from step {last[0]} on never comes: there are {steps} steps")
+        if self.quantize.estimator == "learned" and self.training.shard and len(self.bits) > 1:
+            raise UsageError("quantize: learned scales begin anew at another width, which `shard: true` takes apart")
 
     def bits_at(self, step: int) -> int | None:
         """Return the width of the codes in a step, the first is 0; None: no fake quantisation yet."""
@@ -228,6 +241,8 @@ def read_job(path: Path, *, trust_remote_code: bool = False) -> Job:
     """
     content = read_mapping(path, _LIMIT)
     try:
+        if "bits" in content:
+            raise UsageError("unknown key 'bits'; it belongs under `quantize`")
         job = job_from(content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
@@ -250,18 +265,24 @@ def job_from(content: Mapping[Any, Any]) -> Job:
         last = ramp[-1][1]
         content["quantize"] = {**quantize, "bits": last}
     elif "bits" in content:
-        if not isinstance(content["bits"], list):
-            raise UsageError("unknown key 'bits'; it belongs under `quantize`")
         pairs = content.pop("bits")  # as `identity` has them
-        ramp = _ramp(dict(pairs)) if pairs else ()
+        ramp = _ramp(_pairs(pairs)) if pairs else ()
     return replace(_build(Job, content, ""), bits=ramp)
+
+
+def _pairs(content: object) -> dict[Any, Any]:
+    if not isinstance(content, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in content):
+        raise UsageError(f"bits: expected pairs of step and width, found {content!r:.100}")
+    if any(isinstance(step, list | dict) for step, _ in content):
+        raise UsageError(f"bits: expected pairs of step and width, found {content!r:.100}")
+    return {step: bits for step, bits in content}
 
 
 def _ramp(content: Mapping[Any, Any]) -> tuple[tuple[int, int | None], ...]:
     """Read widths by their first step."""
     for step, bits in content.items():
         _whole("quantize: bits: a step", step, 0)
-        if bits is not None and bits not in FAKE_BITS:
+        if bits is not None and (type(bits) is not int or bits not in FAKE_BITS):
             raise UsageError(f"quantize: bits: expected {', '.join(map(str, FAKE_BITS))} or null, found {bits!r:.50}")
     if 0 not in content:
         raise UsageError("quantize: bits: say what holds from step 0 on")
@@ -311,10 +332,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
 
 def _plain(kind: type, value: Any, where: str) -> Any:
     """Return text, a number or a truth value."""
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
-        with contextlib.suppress(ValueError):
+    if kind is float and (type(value) is int or isinstance(value, str)):  # YAML 1.1 reads 1e-4 as text
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     if type(value) is not kind:
         words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}

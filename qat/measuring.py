@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from k2quant.qat.history import Evaluation
 from k2quant.qat.packing import Rows, batch
 from k2quant.qat.prepared import Prepared
-from k2quant.qat.task import losses
+from k2quant.qat.task import Task, losses
 
 _AT_ONCE = 8  # rows of a forward pass
 
@@ -20,20 +20,16 @@ _AT_ONCE = 8  # rows of a forward pass
 class Measures:
     """Measures one model on the same rows again and again."""
 
-    def __init__(
-        self, model: nn.Module, found: Prepared, rows: Rows, precision: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, task: Task, found: Prepared, rows: Rows, device: torch.device) -> None:
         """Keep what is needed.
 
         Args:
-            model: prepared.
-            found: what fake-quantises it.
+            task: the model with its loss; shards are gathered when it is called, and not when a part of it is.
+            found: what fake-quantises the model.
             rows: held out; there may be none.
-            precision: of products.
             device: of the model.
         """
-        self._model, self._prepared, self._rows = model, found, rows
-        self._precision, self._device = precision, device
+        self._task, self._prepared, self._rows, self._device = task, found, rows, device
         self._start: dict[str, float | None] = {}
 
     def begin(self) -> None:
@@ -87,7 +83,7 @@ class Measures:
     def _pass(self, first: int) -> tuple[Tensor, Tensor]:
         indices = torch.arange(first, min(first + _AT_ONCE, len(self._rows.tokens)))
         rows = {name: tensor.to(self._device) for name, tensor in batch(self._rows, indices).items()}
-        return losses(self._model, rows, self._precision)
+        return losses(self._task, rows)
 
 
 def _mean(sums: Tensor, counts: Tensor) -> float:

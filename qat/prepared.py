@@ -24,16 +24,17 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from k2quant import names
-from k2quant.errors import UsageError
-from k2quant.kernels import reference
+from k2quant.errors import BadValue, UsageError
+from k2quant.kernels import ops, reference
 from k2quant.kernels.grids import largest_code
+from k2quant.kernels.values import ValueAt
 from k2quant.qat import adapters, scales
 from k2quant.qat.adapters import LowRank, low_rank
 from k2quant.qat.config import QATConfig
-from k2quant.qat.fake_quantize import clipped, learned, learned_into, round_into, straight
+from k2quant.qat.rounding import clipped, learned, learned_into, round_into, straight
 from k2quant.qat.rules import Rounded, Rule, as_bf16, check_packed, plain_rule
 from k2quant.qat.scales import LearnedScale, learned_scale
-from k2quant.qat.targets import Part, Target, canonical, find_targets
+from k2quant.qat.targets import STACKS, Part, Target, canonical, find_targets, is_fused, stack
 
 ATTRIBUTE = "k2quant_qat"
 """Where a prepared model keeps its `Prepared`."""
@@ -65,6 +66,7 @@ class Prepared:
     def __init__(self, model: nn.Module, config: QATConfig) -> None:
         """Find the targets, add what trains beside the weights, and hook into their modules. See `prepare`."""
         self.config = config
+        self._model = model
         self.targets: tuple[Target, ...] = tuple(find_targets(model, config))
         """What is fake-quantised, in the model's order."""
         self._quantised = frozenset(self.targets)
@@ -77,7 +79,7 @@ class Prepared:
         self.plain: tuple[Target, ...] = tuple(_others(model, self.targets))
         """What is only rounded to BF16, since the export keeps no more of it."""
         self._objects = {target.name: target.master for target in self.targets + self.plain}
-        self._handles = [handle for group in _by_module(self.targets + self.plain) for handle in self._hook(group)]
+        self._shadowed = [Shadowed(self, group) for group in _by_module(self.targets + self.plain)]
 
     @property
     def bits(self) -> int:
@@ -100,7 +102,10 @@ class Prepared:
         self.refresh()
 
     def refresh(self) -> None:
-        """Forget rounded values. Needed after writing into a parameter's `.data` on a GPU, and nowhere else."""
+        """Forget rounded values. Needed after writing into a parameter's `.data`, and nowhere else.
+
+        Such a write leaves no trace. On a CPU one of a whole tensor is noticed all the same, by a sample of its values.
+        """
         self._kept.clear()
 
     @contextlib.contextmanager
@@ -122,10 +127,18 @@ class Prepared:
         self._enabled = value
 
     def remove(self) -> None:
-        """Take the hooks away: the model runs on its master weights again."""
-        for handle in self._handles:
-            handle.remove()
+        """Undo `prepare`: the model runs on its master weights; learned scales and adapters are gone."""
+        for shadowed in self._shadowed:
+            shadowed.remove()
+        for target in self.targets:
+            for child in (scales.CHILD, adapters.CHILD):
+                target.module._modules.pop(child, None)  # noqa: SLF001  added by `prepare`
         self._kept.clear()
+        self._model.__dict__.pop(ATTRIBUTE, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave rounded values out of copies: they are made anew."""
+        return {**self.__dict__, "_kept": {}}
 
     def quantises(self, target: Target) -> bool:
         """Tell whether a target is fake-quantised, not only rounded to BF16."""
@@ -140,10 +153,13 @@ class Prepared:
         master, scale, update = target.master.detach(), learned_scale(target), low_rank(target)
         if update is not None:
             master = update.merged(master)
-        if scale is not None and self._enabled:
-            learned_into(out, master, as_bf16(scale.scale().detach()), self._bits)
-        else:
-            round_into(out, master, self.rule(target))
+        with _naming(target.name):
+            if scale is not None and self._enabled:
+                learned_into(out, master, as_bf16(scale.scale().detach()), self._bits)
+            else:
+                # Blocks of FP8 may not span the two matrices of a stack that lie one below the other.
+                height = target.height
+                round_into(_matrices(out, height), _matrices(master, height), self.rule(target))
 
     def stored(self, target: Target, part: Part, rows: slice) -> dict[str, Tensor]:
         """Return what a checkpoint holds of some rows of a matrix, by suffix, `weight_shape` left out.
@@ -162,6 +178,8 @@ class Prepared:
     def codes(self, target: Target, rows: slice) -> Tensor:
         """Return the codes of some rows of an INT4 target, int8 `[.., K]`; its stack counts as one matrix."""
         weights = as_bf16(self._rows(target, rows))
+        if self.config.grid == "compressed-tensors":
+            return reference.unpack_int4(ops.bf16_to_int4(weights, self.config.grid, recover=False)[0])
         if (scale := learned_scale(target)) is not None:
             factors = as_bf16(scale.scale().detach()).reshape(-1, weights.shape[-1] // reference.GROUP)[rows]
         else:
@@ -207,29 +225,7 @@ class Prepared:
             seed = zlib.crc32(canonical(target.name).encode())
             _child(target.module, adapters.CHILD)[target.parameter] = LowRank(target.master, adapter, seed)
 
-    def _hook(self, group: tuple[Target, ...]) -> Iterator[Any]:
-        """Have the targets of one module shadowed while it runs."""
-        module, owner = group[0].module, [0]
-
-        def enter(*_: Any) -> None:
-            here = threading.get_ident()
-            if owner[0] not in {0, here}:
-                raise UsageError("two threads run one prepared model at once; give each its own")
-            owner[0] = here
-            for target in group:
-                shadow = self._shadow(target)
-                if shadow is not None:
-                    module.__dict__[target.parameter] = shadow
-
-        def leave(*_: Any) -> None:
-            for target in group:
-                module.__dict__.pop(target.parameter, None)
-            owner[0] = 0
-
-        yield module.register_forward_pre_hook(enter)
-        yield module.register_forward_hook(leave, always_call=True)
-
-    def _shadow(self, target: Target) -> Tensor | None:
+    def shadow(self, target: Target) -> Tensor | None:
         """Return what stands in for a parameter, or None where it stands for itself."""
         master = target.master
         quantised = target in self._quantised
@@ -251,22 +247,25 @@ class Prepared:
 
     def _values(self, target: Target, dtype: torch.dtype) -> Tensor:
         """Return rounded values, made anew where they may have changed."""
-        sources = [target.master, *self._beside(target)]
+        sources = [target.master, *self.beside(target)]
         mark = (self._enabled, self._bits, dtype, _steps[0], *((x.data_ptr(), x._version) for x in sources))  # noqa: SLF001
         kept, lasting = self._kept.get(target.name), self._lasts(target)
         if kept is not None and lasting and kept.mark == mark and torch.equal(kept.sample, _sample(sources)):
             return kept.values
-        out = kept.values if kept is not None and _fits(kept.values, target.master, dtype) else None
-        if out is None:
-            self._kept.pop(target.name, None)
-            out = torch.empty_like(target.master, dtype=dtype, memory_format=torch.contiguous_format)
-        with torch.no_grad():
+        # Memory is used again only where the weights have moved: what still waits for its backward pass is void then.
+        # After a pass of another kind, such as a teacher's without quantisation, a student's values may be in use.
+        again = kept is not None and kept.mark[:2] == mark[:2] and _fits(kept.values, target.master, dtype)
+        out = kept.values if again and kept is not None else None
+        with torch.inference_mode(mode=False), torch.no_grad():  # a tensor of inference mode could not be trained with
+            if out is None:
+                self._kept.pop(target.name, None)
+                out = torch.empty_like(target.master, dtype=dtype, memory_format=torch.contiguous_format)
             self.fill(target, out)
         if lasting:
             self._kept[target.name] = _Kept(mark, _sample(sources), out)
         return out
 
-    def _beside(self, target: Target) -> list[Tensor]:
+    def beside(self, target: Target) -> list[Tensor]:
         """Return what is trained beside a target's weights."""
         update, scale = low_rank(target), learned_scale(target)
         return [*([update.a, update.b] if update else []), *([scale.ratio] if scale else [])]
@@ -278,6 +277,57 @@ class Prepared:
         as what sharding saves.
         """
         return self._objects[target.name] is target.master
+
+
+class Shadowed:
+    """The forward pass of a module, with rounded values in the place of its parameters while it runs.
+
+    It stands before the module's own `forward`, not in hooks: hooks after a forward pass do not run when that is
+    interrupted, and what wraps a module (sharding gathers its parameters in a hook) has then done its work.
+    """
+
+    def __init__(self, prepared: Prepared, group: tuple[Target, ...]) -> None:
+        """Stand before the forward pass of the targets' module."""
+        self._prepared, self._group, self._module = prepared, group, group[0].module
+        self._running: dict[str, int] = {}  # the thread within; a dict, for `setdefault` is atomic
+        self._inner = self._module.__dict__.get("forward")
+        self._module.__dict__["forward"] = self
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Run the module.
+
+        Raises:
+            UsageError: another thread runs it.
+        """
+        here = threading.get_ident()
+        if self._running.get("thread") == here:
+            return self._run(*args, **options)
+        try:
+            if self._running.setdefault("thread", here) != here:
+                raise UsageError("two threads run one prepared model at once; give each its own")
+            for target in self._group:
+                shadow = self._prepared.shadow(target)
+                if shadow is not None:
+                    self._module.__dict__[target.parameter] = shadow
+            return self._run(*args, **options)
+        finally:
+            if self._running.get("thread") == here:
+                for target in self._group:
+                    self._module.__dict__.pop(target.parameter, None)
+                self._running.clear()
+
+    def _run(self, *args: Any, **options: Any) -> Any:
+        if self._inner is not None:
+            return self._inner(*args, **options)
+        return type(self._module).forward(self._module, *args, **options)
+
+    def remove(self) -> None:
+        """Step aside."""
+        self._group = ()
+        if self._module.__dict__.get("forward") is self:
+            del self._module.__dict__["forward"]
+            if self._inner is not None:
+                self._module.__dict__["forward"] = self._inner
 
 
 def prepare(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
@@ -299,7 +349,10 @@ def prepare(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
         UnsupportedFormat: experts lie otherwise than transformers' DeepSeek-V3 has them.
         ShapeMismatch: a group does not divide a width.
     """
-    if getattr(model, ATTRIBUTE, None) is not None:
+    if any(
+        ATTRIBUTE in module.__dict__ or isinstance(module.__dict__.get("forward"), Shadowed)
+        for module in model.modules()
+    ):
         raise UsageError("the model is prepared already; `prepared(model).remove()` undoes that")
     setattr(model, ATTRIBUTE, Prepared(model, config or QATConfig()))
     return model
@@ -318,6 +371,15 @@ def prepared(model: nn.Module) -> Prepared:
             return found
         inner = getattr(inner, "_modules", {}).get("module")
     raise UsageError("the model is not prepared; call k2quant.qat.prepare first")
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Say in which weight a bad value is; rows of a stack count as those of one matrix."""
+    try:
+        yield
+    except ValueAt as error:
+        raise BadValue(str(error), tensor=name, remedy="has the training diverged?") from error
 
 
 def is_router(module: nn.Module) -> bool:
@@ -348,13 +410,22 @@ def _others(model: nn.Module, targets: tuple[Target, ...]) -> Iterator[Target]:
             full = f"{name}.{own}" if name else own
             if id(parameter) in taken or parameter.dtype != torch.float32:
                 continue
-            if parameter.requires_grad or not _exact(parameter.detach()):
+            if not parameter.requires_grad and _exact(parameter.detach()):
+                continue
+            if own in STACKS and is_fused(module):
+                yield stack(name, module, own)
+            else:
                 yield Target(full, module, own, (Part(canonical(full).removesuffix(".weight"), None, slice(None)),))
 
 
 def _exact(values: Tensor) -> bool:
     """Tell whether values are BF16 numbers; those that a plan does not have are taken to be."""
     return values.is_meta or torch.equal(as_bf16(values).float(), values)
+
+
+def _matrices(stack: Tensor, height: int | None) -> Tensor:
+    """See a stack `[E, N, K]` as one of matrices of a height, or a tensor that is no stack as it is."""
+    return stack if height is None else stack.reshape(-1, height, stack.shape[-1])
 
 
 def _by_module(targets: tuple[Target, ...]) -> list[tuple[Target, ...]]:

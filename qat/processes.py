@@ -16,6 +16,8 @@ from k2quant.errors import CheckFailed, UsageError
 from k2quant.qat.shards import is_sharded
 from k2quant.qat.targets import Target
 
+_KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+
 
 class Processes:
     """The processes that train one model."""
@@ -27,10 +29,11 @@ class Processes:
             shard: whether parameters are to be sharded with torch's `fully_shard`.
 
         Raises:
-            UsageError: accelerate's FSDP plugin on CPUs, which runs plain data parallelism and says nothing, or `shard`
-                beside it or with one process.
+            UsageError: accelerate's FSDP plugin on CPUs, which runs plain data parallelism and says nothing, or its
+                first version, or `shard` beside it or with one process; or another way to share the work.
         """
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        # The job alone says in which precision products are computed, whatever `accelerate config` does.
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self._shard = shard
         plugin = self.accelerator.distributed_type == DistributedType.FSDP or _asked_for_fsdp()
         if plugin and self.device.type == "cpu":
@@ -38,6 +41,14 @@ class Processes:
                 "accelerate's FSDP plugin has no effect on CPUs: it runs plain data parallelism there; leave it out, "
                 "and use `shard: true` to shard with torch's fully_shard"
             )
+        if self.accelerator.distributed_type not in _KINDS:
+            raise UsageError(
+                f"accelerate was started for {self.accelerator.distributed_type.value}; use data parallelism, FSDP2, or "
+                "`shard: true`"
+            )
+        if plugin and not self.accelerator.is_fsdp2:
+            raise UsageError("accelerate's FSDP plugin: only its second version keeps weights whole enough to round; "
+                             "set fsdp_version: 2")
         if plugin and shard:
             raise UsageError("shard: accelerate's FSDP plugin shards already; use one of the two")
         if shard and self.world == 1:
@@ -70,21 +81,47 @@ class Processes:
         """Whether parameters lie in shards."""
         return self._shard or self._plugin
 
-    def shard(self, model: nn.Module, targets: tuple[Target, ...]) -> None:
+    def shard(self, task: nn.Module, model: nn.Module, targets: tuple[Target, ...]) -> None:
         """Shard a model over the processes, a layer at a time, if that is asked for.
+
+        Args:
+            task: what is called, with the model in it: its call gathers what no layer holds.
+            model: a causal LM.
+            targets: what is fake-quantised.
 
         Raises:
             CheckFailed: a parameter was not sharded, or along the dimension that groups lie in.
         """
-        if not self._shard:
+        if not self.sharded:
             return
-        from torch.distributed.fsdp import fully_shard
+        if self._plugin:
+            self._shard_with_plugin(task, model)
+        else:
+            from torch.distributed.fsdp import fully_shard
 
-        causal: Any = model
-        for layer in causal.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+            causal: Any = model
+            for layer in causal.model.layers:
+                fully_shard(layer)
+            fully_shard(task)
+        sharded: Any = task
+        # Also after a pass without gradients: what is saved, restored and clipped between passes are the shards.
+        sharded.set_reshard_after_forward(True)
         check_sharded(model, targets, self.world)
+
+    def _shard_with_plugin(self, task: Any, model: Any) -> None:
+        """Shard as accelerate's FSDP2 plugin is set up.
+
+        `Accelerator.prepare` wants the optimizer too, to put the shards in the place of its parameters; ours is made
+        afterwards, of the shards.
+        """
+        from accelerate.utils import fsdp2_prepare_model
+
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.activation_checkpointing:
+            raise UsageError("accelerate's FSDP plugin: set `gradient_checkpointing` in the job, not in the plugin")
+        plugin.cpu_ram_efficient_loading = False  # every process has the weights, and hooks that know where they lie
+        task._no_split_modules = model._no_split_modules  # noqa: SLF001  where accelerate looks for a layer's class
+        fsdp2_prepare_model(self.accelerator, task)
 
     def wrap(self, task: nn.Module) -> nn.Module:
         """Return what is called: the task itself, or data parallelism around it."""
@@ -94,10 +131,10 @@ class Processes:
         return wrapped
 
     @contextlib.contextmanager
-    def accumulating(self, wrapped: nn.Module, model: nn.Module, *, last: bool) -> Iterator[None]:
+    def accumulating(self, wrapped: nn.Module, *, last: bool) -> Iterator[None]:
         """Keep gradients to oneself while the block runs, unless it is the step's last."""
-        if self._shard:
-            sharded: Any = model
+        if self.sharded:
+            sharded: Any = wrapped
             sharded.set_requires_gradient_sync(last)
             yield
             return
@@ -115,9 +152,6 @@ class Processes:
         """Wait for the others."""
         self.accelerator.wait_for_everyone()
 
-    def end(self) -> None:
-        """Leave the others."""
-        self.accelerator.end_training()
 
 
 def check_sharded(model: nn.Module, targets: tuple[Target, ...], world: int) -> None:
@@ -136,5 +170,4 @@ def check_sharded(model: nn.Module, targets: tuple[Target, ...], world: int) -> 
 
 
 def _asked_for_fsdp() -> bool:
-
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in {"1", "true", "yes"}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from k2quant.kernels import reference
-from k2quant.qat.fake_quantize import GROUP, as_matrix, pieces
+from k2quant.qat.rounding import GROUP, as_matrix, pieces
 from k2quant.qat.rules import as_bf16
 from k2quant.qat.targets import Target
 

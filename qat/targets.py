@@ -53,6 +53,12 @@ class Target:
     """The matrices that it holds, in the order of its rows."""
 
     @property
+    def height(self) -> int | None:
+        """Rows of each matrix of a stack; None: the parameter is no stack."""
+        rows = self.parts[0].rows
+        return None if self.parts[0].expert is None else rows.stop - rows.start
+
+    @property
     def master(self) -> nn.Parameter:
         """The weight that is trained."""
         found = self.module._parameters[self.parameter]  # noqa: SLF001  an attribute may shadow it

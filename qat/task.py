@@ -38,9 +38,17 @@ class Task(nn.Module):
         self.model = model
         self._distill, self._precision = distill, precision
 
-    def forward(self, batch: dict[str, Tensor], hints: Hints | None = None) -> Tensor:
-        """Return float32 `[2]`: cross-entropy and divergence, each summed over the learnt tokens, in nats."""
+    def forward(self, batch: dict[str, Tensor], hints: Hints | None = None, *, summed: bool = True) -> Tensor:
+        """Return float32 `[2]`: cross-entropy and divergence, each summed over the learnt tokens, in nats.
+
+        Args:
+            batch: rows.
+            hints: what the teacher says of them.
+            summed: False gives the cross-entropy of each learnt token, `[T]`.
+        """
         logits, targets = learnt_logits(self.model, batch, self._precision)
+        if not summed:
+            return functional.cross_entropy(logits, targets, reduction="none")
         entropy = functional.cross_entropy(logits, targets, reduction="sum")
         if hints is None or self._distill is None:
             return torch.stack([entropy, torch.zeros_like(entropy)])
@@ -68,10 +76,9 @@ def learnt_logits(model: nn.Module, batch: dict[str, Tensor], precision: torch.d
 
 
 @torch.no_grad()
-def losses(model: nn.Module, batch: dict[str, Tensor], precision: torch.dtype) -> tuple[Tensor, Tensor]:
+def losses(task: Task, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return for each row the summed loss of its learnt tokens, float64 `[B]`, and how many they are, int64 `[B]`."""
-    logits, targets = learnt_logits(model, batch, precision)
-    each = functional.cross_entropy(logits, targets, reduction="none").double().cpu()
+    each = task(batch, summed=False).double().cpu()
     counts = (batch["targets"] != NOT_LEARNT).sum(1).cpu()
     row = torch.repeat_interleave(torch.arange(len(counts)), counts)
     return torch.zeros(len(counts), dtype=torch.float64).index_add_(0, row, each), counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from k2quant import names
 from k2quant.checkpoint.weights import Weight
-from k2quant.errors import MissingTensor, ShapeMismatch, UsageError
+from k2quant.errors import MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
+from k2quant.formats.layouts import Format, Fp8, Int4
 from k2quant.formats.transcode import Parts
 from k2quant.model.memory import TORCH_DTYPES
 from k2quant.plan import Job, Plan
 from k2quant.qat import adapters, scales
 from k2quant.qat.prepared import Prepared
-from k2quant.qat.rules import as_bf16
-from k2quant.qat.targets import Part, Target, canonical, is_fused, stack
+from k2quant.qat.rules import as_bf16, plain_rule
+from k2quant.qat.targets import STACKS, Part, Target, canonical, is_fused, stack
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +37,8 @@ class Place(NamedTuple):
     part: Part | None
     tensor: Tensor
     """The weight itself, a view of the master."""
+    moves: bool
+    """Whether it is trained."""
 
 
 class Trained:
@@ -45,32 +48,42 @@ class Trained:
         """Find for each weight of the model its place in the plan.
 
         Raises:
-            UsageError: a parameter is sharded over processes.
-            MissingTensor: the base has no such weight.
+            UsageError: a parameter is sharded over processes, fake quantisation is off, or a weight that was trained
+                without it would have to be written quantised.
+            MissingTensor: the base has no such weight, or one that the model does not have.
             ShapeMismatch: the base has it in another shape.
+            UnsupportedFormat: the base is quantised in other groups or blocks than the model was trained for.
         """
+        if not found.enabled:
+            raise UsageError("fake quantisation is off: the model does not run on what would be exported")
         self.prepared = found
         self.places: dict[str, Place] = dict(_places(model, found))
         """By name in the language model, `.weight` left out."""
         self.jobs = {name: job for job in plan.jobs() if (name := key(job.weight)) in self.places}
         for name, place in self.places.items():
             _check(name, place, self.jobs.get(name), plan)
+            self._check_layout(name, place)
+        _check_complete(plan, self.places)
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this training's values from another's."""
         digest = 0
         for name, place in self.places.items():
             digest = zlib.crc32(_sampled(place.tensor), zlib.crc32(name.encode(), digest))
+        for target in self.prepared.targets:
+            for beside in self.prepared.beside(target):
+                digest = zlib.crc32(_sampled(beside), digest)
         config = self.prepared.config
         return {"trained": f"{digest:08x}", "bits": self.prepared.bits, "estimator": config.estimator}
 
     def replaces(self, weight: Weight) -> bool:
-        """Tell whether the model holds a weight."""
-        return key(weight) in self.places
+        """Tell whether the model holds a weight, other than the base's own that stays quantised as it was."""
+        name = key(weight)
+        return name in self.places and not self._stays(name)
 
     def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, Figures | None]:
         """Return rows of the tensors that are written, by suffix."""
-        target, part, tensor = self.places[key(job.weight)]
+        target, part, tensor, _ = self.places[key(job.weight)]
         if target is not None and part is not None and self.prepared.quantises(target):
             stored = self.prepared.stored(target, part, slice(start, stop))
             return {suffix: as_array(values) for suffix, values in stored.items()}, None
@@ -78,6 +91,32 @@ class Trained:
         rows = (tensor if tensor.ndim == 2 else tensor.reshape(-1, 1))[start:stop]
         seen = as_bf16(rows) if target is not None else rows
         return {suffix: as_array(seen.to(TORCH_DTYPES[job.output_main.dtype]))}, None
+
+    def _stays(self, name: str) -> bool:
+        """Tell whether a weight that is not fake-quantised is copied from the base, which holds it quantised."""
+        place, job = self.places[name], self.jobs[name]
+        quantised = place.target is not None and self.prepared.quantises(place.target)
+        return not quantised and isinstance(job.target or job.weight.format, Fp8 | Int4)
+
+    def _check_layout(self, name: str, place: Place) -> None:
+        """Refuse a weight that was trained as it cannot be written."""
+        job = self.jobs[name]
+        written, wanted = job.target or job.weight.format, plain_rule(self.prepared.config, self.prepared.bits).layout
+        if self._stays(name):
+            if place.moves:
+                raise UsageError(
+                    f"`{name}` was trained without fake quantisation, but the base holds it in {wanted.name} and out "
+                    "of scope it stays so: take it into the scope, freeze it, or train from the base in BF16"
+                )
+        elif isinstance(written, Fp8 | Int4) and _units(written) != _units(wanted):
+            raise UnsupportedFormat(
+                "the base is quantised in other units",
+                tensor=name,
+                file=job.weight.main.file,
+                expected=_units(wanted),
+                found=_units(written),
+                remedy="convert the base to bf16 and export with that",
+            )
 
 
 def key(weight: Weight) -> str:
@@ -105,7 +144,7 @@ def _places(model: nn.Module, found: Prepared) -> Iterator[tuple[str, Place]]:
                 raise UsageError(f"`{full}` is sharded over processes; save a checkpoint and export that with one")
             target = rounded.get(id(tensor))
             for part in target.parts if target else _parts(name, module, own):
-                yield part.base, Place(target, part, part.of(tensor.detach()))
+                yield part.base, Place(target, part, part.of(tensor.detach()), tensor.requires_grad)
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -115,10 +154,31 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parts(name: str, module: nn.Module, own: str) -> tuple[Part, ...]:
-    if is_fused(module) and module._parameters[own] is not None:  # noqa: SLF001  an attribute may shadow it
+    if own in STACKS and is_fused(module):
         return stack(name, module, own).parts
     full = canonical(f"{name}.{own}" if name else own)
     return (Part(full.removesuffix(".weight"), None, slice(None)),)
+
+
+def _units(layout: Format) -> object:
+    """Return what shares a scale, and the scale's dtype where there is a choice."""
+    return (layout.group, layout.scale_dtype) if isinstance(layout, Int4) else getattr(layout, "block", None)
+
+
+def _check_complete(plan: Plan, places: Mapping[str, Place]) -> None:
+    """Refuse a base with weights that the model should have, and has not."""
+    config = plan.source.config or {}
+    text = config.get("text_config", config)
+    layers = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    for weight in (job.weight for job in plan.jobs()):
+        name, layer = key(weight), names.layer(weight.main.name)
+        ahead = layer is not None and isinstance(layers, int) and layer >= layers  # predicts further tokens
+        stray = name.endswith(".rotary_emb.inv_freq")
+        if name in places or ahead or stray or names.in_language_model(weight.main.name) is None:
+            continue
+        raise MissingTensor(
+            "the model does not have it", tensor=name, file=plan.source.folder, remedy="is the base another model's?"
+        )
 
 
 def _check(name: str, place: Place, job: Job | None, plan: Plan) -> None:

@@ -117,17 +117,16 @@ class Trainer:
         source = open_checkpoint(Path(job.model))
         if processes.leads:
             run.begin(job, {"data": self.rows.digest, "held_out": held_out.digest, "model": source.fingerprint()})
-        plan_export(self.model, source)  # a result that cannot be saved is not worth a step
+        with self._final_width():
+            plan_export(self.model, source)  # a result that cannot be saved is not worth a step
         processes.wait()
         self._teacher = Teacher.of(job, run, self.rows, processes, stage)
         self._monitors = Monitors(self.model, self.prepared, sharded=processes.sharded)
-        processes.shard(self.model, self.prepared.targets)
-        self._optimizers = Optimizers(self.model, self.prepared, job.optimizer, sharded=processes.sharded)
         task = Task(self.model, job.distill, MASTERS[job.training.precision])
+        processes.shard(task, self.model, self.prepared.targets)
+        self._optimizers = Optimizers(self.model, self.prepared, job.optimizer, sharded=processes.sharded)
         self._wrapped = processes.wrap(task)
-        self._measures = Measures(
-            self.model, self.prepared, held_out, MASTERS[job.training.precision], processes.device
-        )
+        self._measures = Measures(task, self.prepared, held_out, processes.device)
 
     def _load(self) -> nn.Module:
         job, settings = self.job, self.job.training
@@ -138,7 +137,7 @@ class Trainer:
             model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        first = next(bits for bits in (job.bits_at(step) for step in range(settings.steps + 1)) if bits is not None)
+        first = next((bits for _, bits in job.bits if bits is not None), job.quantize.bits)
         prepare(model, dataclasses.replace(job.quantize, bits=first))
         return model
 
@@ -173,7 +172,7 @@ class Trainer:
         job, steps = self.job, self.job.training.steps
         history = History(self._run.history) if self.processes.leads else None
         if history is not None:
-            history.rewind(first)
+            history.rewind(first or -1)  # killed before its first checkpoint, a run begins anew
         board = Board(self._run.board, after=first or None) if job.saving.tensorboard and history is not None else None
         with contextlib.closing(board) if board is not None else contextlib.nullcontext():
             sinks = _sinks(history, board)
@@ -262,7 +261,7 @@ class Trainer:
         for place, part in enumerate(parts):
             rows = {name: tensor.to(device) for name, tensor in batch(self.rows, part).items()}
             with (
-                self.processes.accumulating(self._wrapped, self.model, last=place == len(parts) - 1),
+                self.processes.accumulating(self._wrapped, last=place == len(parts) - 1),
                 self._monitors.counting(rows),
             ):
                 found = self._wrapped(rows, self._teacher.hints(rows, part))

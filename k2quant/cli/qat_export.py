@@ -10,7 +10,7 @@ from k2quant.cli.screen import progress
 
 
 @click.command(name="export")
-@click.argument("run", metavar="RUN", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path, exists=True))
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(["fp8", "int4"]), help="Format; must be the one that was trained for.")
 @click.option("--shard-size", metavar="SIZE", help="Tensor bytes of a shard, such as 5GB; default: as the base.")
@@ -28,6 +28,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Write the last checkpoint of the training in RUN to DST, in the format that it was trained for.
+
+    RUN may also be a job's file: then its model is written as post-training rounding has it, to compare with.
 
     Each weight is read back from the disk and compared with what the training's forward pass uses. If one bit differs,
     DST is never finished.

@@ -6,6 +6,7 @@ pass saves nothing but references to what lives anyway, and computes masks anew,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.autograd import Function
 from k2quant.errors import UsageError
 from k2quant.kernels import reference
 from k2quant.kernels.grids import Grid, largest_code
+from k2quant.kernels.values import ValueAt
 from k2quant.qat.config import Estimator, QATConfig, Target
 from k2quant.qat.rules import Rule, as_bf16, plain_rule
 
@@ -46,6 +48,7 @@ def fake_quantize(
     config = QATConfig(to=to, bits=bits, grid=grid, estimator=estimator)
     if estimator == "learned":
         raise UsageError("estimator: learned scales are a tensor of their own; call fake_quantize_learned")
+    _check_weights(weights)
     values = torch.empty_like(weights, memory_format=torch.contiguous_format)
     round_into(values, weights.detach(), plain_rule(config, bits))
     if estimator == "clipped":
@@ -61,23 +64,34 @@ def fake_quantize_learned(weights: Tensor, scale: Tensor, *, bits: int = 4) -> T
 
     Args:
         weights: float32 or BF16, `[.., R, K]`.
-        scale: float32, `[.., R, K/32]`; above zero.
+        scale: float32, `[.., R, K/32]`; above zero when rounded to BF16.
         bits: width of the codes.
 
     Returns:
         the same shape and dtype as the weights.
 
     Raises:
-        UsageError: the shapes do not fit.
+        UsageError: the shapes do not fit, or a scale is not above zero.
         ValueAt: a weight is not finite.
     """
+    _check_weights(weights)
     if scale.shape != (*weights.shape[:-1], weights.shape[-1] // GROUP) or weights.shape[-1] % GROUP:
         raise UsageError(
             f"scale: expected a number for each {GROUP} of {list(weights.shape)}, found {list(scale.shape)}"
         )
+    factors = as_bf16(scale.detach())
+    if not ((factors > 0) & factors.isfinite()).all():
+        raise UsageError("scale: expected numbers above 0 that BF16 can hold")
     values = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    learned_into(values, weights.detach(), as_bf16(scale.detach()), bits)
+    learned_into(values, weights.detach(), factors, bits)
     return learned(weights, scale, values, bits)
+
+
+def _check_weights(weights: Tensor) -> None:
+    if weights.dtype not in {torch.float32, torch.bfloat16}:
+        raise UsageError(f"weights: expected float32 or bfloat16, found {weights.dtype}")
+    if weights.ndim < 2 or not weights.shape[-1]:
+        raise UsageError(f"weights: expected a matrix or a stack of matrices, found the shape {list(weights.shape)}")
 
 
 def pieces(shape: torch.Size, rows_together: int = 1) -> Iterator[slice]:
@@ -92,21 +106,32 @@ def round_into(out: Tensor, master: Tensor, rule: Rule) -> None:
     height = master.shape[-2] if master.ndim > 1 else 1
     block = getattr(rule, "block", (1, 1))[0]
     if height % block:  # blocks would span two matrices
-        for target, source in (
-            zip(out.flatten(0, -3), master.flatten(0, -3), strict=True) if master.ndim > 2 else [(out, master)]
-        ):
-            target.copy_(rule.values(as_bf16(source)))
+        matrices = zip(out.flatten(0, -3), master.flatten(0, -3), strict=True) if master.ndim > 2 else [(out, master)]
+        for number, (target, source) in enumerate(matrices):
+            with counted_from(number * height):
+                target.copy_(rule.values(as_bf16(source)))
         return
-    flat, source = as_matrix(out), as_matrix(master)
+    flat, source = as_matrix(out), as_matrix(master.contiguous())
     for rows in pieces(source.shape, block):
-        flat[rows].copy_(rule.values(as_bf16(source[rows])))
+        with counted_from(rows.start):
+            flat[rows].copy_(rule.values(as_bf16(source[rows])))
 
 
 def learned_into(out: Tensor, master: Tensor, scale: Tensor, bits: int) -> None:
     """Fill a tensor with what given BF16 scales `[.., R, K/32]` make of master weights `[.., R, K]`."""
-    flat, source, factors = as_matrix(out), as_matrix(master), as_matrix(scale)
+    flat, source, factors = as_matrix(out), as_matrix(master.contiguous()), as_matrix(scale.contiguous())
     for rows in pieces(source.shape):
-        flat[rows].copy_(reference.int4_at_scale(as_bf16(source[rows]), factors[rows], bits)[1])
+        with counted_from(rows.start):
+            flat[rows].copy_(reference.int4_at_scale(as_bf16(source[rows]), factors[rows], bits)[1])
+
+
+@contextlib.contextmanager
+def counted_from(first: int) -> Iterator[None]:
+    """Count the rows of a bad value from the first of the stack, not of the piece that is worked on."""
+    try:
+        yield
+    except ValueAt as error:
+        raise ValueAt(row=first + error.row, column=error.column, what=error.what, of=error.of) from error
 
 
 def as_matrix(stack: Tensor) -> Tensor:
@@ -142,8 +167,8 @@ class _Clipped(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (master,), (grid, bits) = ctx.saved_tensors, ctx.rule
-        out = torch.empty_like(master)
-        flat, source, grad = as_matrix(out), as_matrix(master), grads[0].reshape(-1, master.shape[-1])
+        out = torch.empty_like(master, memory_format=torch.contiguous_format)
+        flat, source, grad = as_matrix(out), as_matrix(master.contiguous()), grads[0].reshape(-1, master.shape[-1])
         for rows in pieces(source.shape):
             flat[rows] = grad[rows] * reference.int4_inside(as_bf16(source[rows]), grid, bits)
         return out, None, None, None
@@ -162,9 +187,12 @@ class _Learned(Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         master, scale = ctx.saved_tensors
         largest = largest_code("moonshot", ctx.bits)
-        of_master, of_scale = torch.empty_like(master), torch.empty_like(scale)
-        flat, source, grad = as_matrix(of_master), as_matrix(master), grads[0].reshape(-1, master.shape[-1])
-        factors, out = as_matrix(scale), as_matrix(of_scale)
+        contiguous = torch.contiguous_format
+        of_master = torch.empty_like(master, memory_format=contiguous)
+        of_scale = torch.empty_like(scale, memory_format=contiguous)
+        flat, source = as_matrix(of_master), as_matrix(master.contiguous())
+        grad = grads[0].reshape(-1, master.shape[-1])
+        factors, out = as_matrix(scale.contiguous()), as_matrix(of_scale)
         for rows in pieces(source.shape):
             groups = (-1, flat.shape[1] // GROUP, GROUP)
             quotient = as_bf16(source[rows]).float().view(groups) / as_bf16(factors[rows]).float().unsqueeze(-1)

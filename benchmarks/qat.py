@@ -1,0 +1,170 @@
+r"""Prove QAT on nano-K2: against its control, against torchao, through the gate, and what a step costs.
+
+Example:
+    python benchmarks/qat.py
+
+It trains five nano-K2s where there are none yet, then every arm of every seed, in two processes with a thread each;
+what is there already is taken. torchao takes part if it is installed. Exits 3 when a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import machine
+import qat_arms
+import qat_gates
+import qat_report
+import qat_statistics
+
+from k2quant.nano.benchmark import write_tasks
+from k2quant.nano.run import run
+
+HERE = Path(__file__).resolve().parent
+
+
+def tell(text: str) -> None:
+    """Say how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def worker(script: str, *arguments: object) -> str:
+    """Run a script of this folder with one thread and return what it prints."""
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def bases(workdir: Path, seeds: Sequence[int]) -> None:
+    """Train what is not there yet."""
+    for seed in seeds:
+        if not (workdir / f"base-{seed}" / "config.json").exists():
+            tell(f"nano-K2 of seed {seed}")
+            run(workdir / f"base-{seed}", seed=seed)
+    write_tasks(workdir / "tasks")
+
+
+def arms(workdir: Path, seeds: Sequence[int], at_once: int) -> qat_statistics.Results:
+    """Train and score every arm that has no result yet; return all."""
+    wanted = [(seed, kind, bits) for seed in seeds for bits in qat_arms.BITS for kind in qat_arms.KINDS]
+
+    def one(arm: tuple[int, str, int]) -> None:
+        seed, kind, bits = arm
+        if not (workdir / "results" / f"{seed}-{kind}-{bits}.json").exists():
+            worker("qat_worker.py", workdir, seed, kind, bits)
+            tell(f"seed {seed}, {kind}, INT{bits}")
+
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(one, wanted))
+    found = qat_statistics.read(workdir / "results")
+    return {arm: found[arm] for arm in wanted}
+
+
+def peers(workdir: Path, seeds: Sequence[int], at_once: int) -> dict[str, Any]:
+    """Train and score k2quant and torchao on linears; nothing where torchao is not installed."""
+    if importlib.util.find_spec("torchao") is None:
+        return {"version": None, "results": []}
+    wanted = [(seed, tool, bits) for seed in seeds for bits in (2, 4) for tool in ("k2quant", "torchao")]
+
+    def one(arm: tuple[int, str, int]) -> dict[str, Any]:
+        path = workdir / "peers" / f"{arm[0]}-{arm[1]}-{arm[2]}.json"
+        if not path.exists():
+            worker("qat_peer_worker.py", workdir, *arm)
+            tell(f"side by side: seed {arm[0]}, {arm[1]}, INT{arm[2]}")
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+    with ThreadPoolExecutor(at_once) as pool:
+        results = list(pool.map(one, wanted))
+    return {"version": metadata.version("torchao"), "results": results}
+
+
+def cost(workdir: Path, *, torchao: bool) -> dict[str, Any]:
+    """Measure what a step costs, with nothing beside it."""
+    found: dict[str, Any] = {}
+    for experts in ("fused", "separate"):
+        tell(f"cost, {experts} experts")
+        seconds = json.loads(
+            worker("qat_cost.py", workdir, experts, *(["times"] if not torchao else ["times", "torchao"]))
+        )
+        memory = {tool: json.loads(worker("qat_cost.py", workdir, experts, "memory", tool)) for tool in seconds}
+        found[experts] = {"seconds": seconds, "memory": memory}
+    return found
+
+
+def main() -> None:
+    """Run everything and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, default=Path("bench-run/qat"), help="where models and arms are kept")
+    parser.add_argument("--at-once", type=int, default=2, help="arms that train at a time, a thread each")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/qat.json"), help="where results go")
+    given = parser.parse_args()
+    workdir, seeds = given.workdir, qat_arms.SEEDS
+    bases(workdir, seeds)
+    results = arms(workdir, seeds, given.at_once)
+    side = peers(workdir, seeds, given.at_once)
+    facts: dict[str, Any] = {
+        "command": "python benchmarks/qat.py",
+        "machine": {
+            "cpu": machine.processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "versions": ", ".join(
+                f"{name} {version}"
+                for name, version in machine.versions(sys.executable, ["torch", "transformers", "numpy"]).items()
+            ),
+            "commit": machine.git("rev-parse", "--short", "HEAD") or "none",
+            "dirty": " with changes" if machine.git("status", "--porcelain", "--", "qat", "kernels", "k2quant") else "",
+        },
+        "seeds": len(seeds),
+        "steps": qat_arms.STEPS,
+        "batch": qat_arms.ROWS,
+        "warmup": qat_arms.WARMUP,
+        "rates": qat_arms.RATES,
+        "gates": qat_gates.measure(workdir, tell),
+        "peers": side,
+        "cost": cost(workdir, torchao=bool(side["results"])),
+    }
+    facts["bars"] = list(qat_report.bars(facts, results))
+    text = qat_report.page(facts, results)
+    kept = {"arms": [slim(one) for one in results.values()], **facts}
+    kept["peers"] = {**side, "results": [slim(one) for one in side["results"]]}
+    given.json.write_text(json.dumps(kept, indent=1) + "\n")
+    given.json.with_suffix(".md").write_text(text)
+    print(text)
+    if not all(bar["met"] for bar in facts["bars"]):
+        sys.exit(3)
+
+
+def slim(one: dict[str, Any]) -> dict[str, Any]:
+    """Return a result with the mean of its losses in their place."""
+    if "losses" in one:
+        loss, error = qat_statistics.mean(one["losses"])
+        seconds = one.get("seconds")
+        short = {"seconds_per_step": sum(seconds) / len(seconds)} if isinstance(seconds, list) else {}
+        return (
+            {key: value for key, value in one.items() if key not in {"losses", "seconds"}}
+            | short
+            | {
+                "loss": loss,
+                "standard_error": error,
+            }
+        )
+    return {key: slim(value) if isinstance(value, dict) else value for key, value in one.items()}
+
+
+if __name__ == "__main__":
+    main()
