@@ -37,10 +37,16 @@ def job(base: str, output: str, data: str, *, kind: str, bits: int, seed: int) -
         "quantize": {
             "to": "int4",
             "scope": "linear",
-            "bits": {0: None, STEPS: bits} if kind == "control" else bits,
+            "bits": bits,
             "estimator": how.get("estimator", "plain"),
         },
-        "training": {"steps": STEPS, "batch": ROWS, "seed": seed, "evaluate_every": STEPS},
+        "training": {
+            "steps": STEPS,
+            "batch": ROWS,
+            "seed": seed,
+            "evaluate_every": STEPS,
+            "fake_quantize": kind != "control",
+        },
         "optimizer": {"rate": RATES[bits], "scale_rate": RATES[bits], "warmup": WARMUP},
         "saving": {"every": STEPS},
     }

@@ -5,6 +5,7 @@ Importing this package loads neither torch nor numpy; each function loads what i
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from k2quant.convert import Conversion, convert
@@ -53,9 +54,7 @@ def __getattr__(name: str) -> Any:
         from k2quant import model
 
         return getattr(model, name)
-    if name == "eval":
-        import k2quant.eval as accuracy  # a room of its own; naming it is enough
-
-        return accuracy
+    if name in {"eval", "qat"}:  # rooms of their own; naming them is enough
+        return import_module(f"k2quant.{name}")
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

@@ -7,6 +7,7 @@ name and renamed when all of it is on the disk; only then are older ones deleted
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -116,22 +117,28 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         MalformedFile: it is damaged, or a file beside it is gone.
     """
-    try:
-        state = parse_object(read_limited(path / STATE, _STATE_LIMIT), file=path / STATE)
-        files = state.get(FILES)
-        if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
-            raise MalformedFile("does not say which files lie beside it", file=path / STATE)
-        for name in files:
-            if not (path / Path(name).name).is_file():
-                raise MalformedFile("is gone", file=path / Path(name).name)
-    except CheckpointError as error:
-        raise damaged(path, error) from error
+    state = parse_object(read_limited(path / STATE, _STATE_LIMIT), file=path / STATE)
+    files = state.get(FILES)
+    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+        raise MalformedFile("does not say which files lie beside it", file=path / STATE)
+    for name in files:
+        if not (path / Path(name).name).is_file():
+            raise MalformedFile("is gone", file=path / Path(name).name)
     return state
 
 
-def damaged(path: Path, error: CheckpointError) -> MalformedFile:
-    """Return what to say of a checkpoint of which a file is damaged."""
-    return MalformedFile(str(error), remedy=f"delete {path} to go on from the checkpoint before it, or use --restart")
+@contextlib.contextmanager
+def resuming(path: Path) -> Iterator[None]:
+    """Say what to do if a checkpoint turns out to be damaged while the block reads it.
+
+    Raises:
+        MalformedFile: it is.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        remedy = f"delete {path} to go on from the checkpoint before it, or begin anew with --restart"
+        raise MalformedFile(f"a damaged checkpoint: {error}", remedy=remedy) from error
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

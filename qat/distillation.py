@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from k2quant.checkpoint.paths import read_limited, write_whole
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.strict_json import parse_object
 from k2quant.checkpoint.writer import ShardWriter
-from k2quant.errors import OutputError, UsageError
+from k2quant.errors import MalformedFile, OutputError, UsageError
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.model.memory import as_memory
 
 IDS, LOGS = "ids", "log_probabilities"
 _NOTE_LIMIT = 2**16
+_ANEW = "delete it, and the teacher is asked again"
 
 Progress = Callable[[int, int], None]
 """Called with the rows that are done and all rows."""
@@ -67,23 +67,38 @@ def _rest(logs: Tensor) -> Tensor:
 class Cache:
     """A teacher's likeliest tokens for each token that is learnt, in one file, row after row."""
 
-    def __init__(self, path: Path, targets: Tensor) -> None:
+    def __init__(self, path: Path, targets: Tensor, vocabulary: int) -> None:
         """Open a finished file.
 
         Args:
             path: of the file.
             targets: of all rows, `[N, L]`, -100 where nothing is learnt.
+            vocabulary: tokens that there are.
 
         Raises:
             CheckpointError: the file is damaged.
         """
         self._shard = read_header(path)
         self._ends = (targets != -100).sum(1).cumsum(0).tolist()
+        self._vocabulary = vocabulary
+        ids, logs = (self._shard.tensors.get(name) for name in (IDS, LOGS))
+        fits = ids is not None and logs is not None and (ids.dtype, logs.dtype) == ("I32", "F32")
+        if not fits or ids.shape != logs.shape or len(ids.shape) != 2 or ids.shape[0] != self._ends[-1]:  # type: ignore[union-attr]  # `fits` saw them
+            raise MalformedFile(f"does not hold {IDS} and {LOGS} of {self._ends[-1]} tokens", file=path, remedy=_ANEW)
 
     def rows(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ids and log-probabilities `[T, k]` of the learnt tokens of some rows, in their order."""
+        """Return ids and log-probabilities `[T, k]` of the learnt tokens of some rows, in their order.
+
+        Raises:
+            MalformedFile: an id is none of a token.
+        """
         pieces = [self._row(int(index)) for index in indices]
-        return torch.cat([ids for ids, _ in pieces]), torch.cat([logs for _, logs in pieces])
+        ids, logs = torch.cat([ids for ids, _ in pieces]), torch.cat([logs for _, logs in pieces])
+        if not ((ids >= 0) & (ids < self._vocabulary)).all():
+            raise MalformedFile(
+                "the id of no token", tensor=IDS, file=self._shard.path, expected=f"0 to {self._vocabulary - 1}", remedy=_ANEW
+            )
+        return ids, logs
 
     def _row(self, index: int) -> tuple[Tensor, Tensor]:
         begin, end = self._ends[index - 1] if index else 0, self._ends[index]
@@ -106,7 +121,7 @@ def build_cache(
     temperature: float,
     identity: dict[str, Any],
     progress: Progress | None = None,
-) -> Cache:
+) -> None:
     """Compute a teacher's likeliest tokens of every row once, or take what an earlier run of the same identity kept.
 
     Args:
@@ -124,7 +139,7 @@ def build_cache(
     """
     note, wanted = path.with_suffix(".json"), {**identity, "top_k": top_k, "temperature": temperature}
     if path.exists() and note.exists() and parse_object(read_limited(note, _NOTE_LIMIT), file=note) == wanted:
-        return Cache(path, targets)
+        return
     try:
         note.unlink(missing_ok=True)
         _write(path, targets, logits, top_k, temperature, progress)
@@ -133,7 +148,6 @@ def build_cache(
         raise OutputError(
             "the teacher's tokens cannot be kept", file=error.filename or path, found=error.strerror or str(error)
         ) from error
-    return Cache(path, targets)
 
 
 def _write(
@@ -163,8 +177,3 @@ def _write(
         writer.finish()
     finally:
         writer.close()
-
-
-def fingerprint(files: dict[str, Any]) -> str:
-    """Return a short digest of a checkpoint's fingerprint."""
-    return f"{zlib.crc32(json.dumps(files, sort_keys=True).encode()):08x}"

@@ -78,6 +78,8 @@ class Training:
     """Steps between measurements on the held-out rows; there is one before the first step and after the last."""
     least_tokens: int = 100
     """An expert that saw fewer keeps its weights of the start, rounded: they would be noise."""
+    fake_quantize: bool = True
+    """Whether weights are fake-quantised while they train; false for a control: trained as long, rounded afterwards."""
     shard: bool = False
     """Whether parameters are sharded over the processes, with torch's `fully_shard`."""
 
@@ -211,6 +213,8 @@ class Job:
 
     def bits_at(self, step: int) -> int | None:
         """Return the width of the codes in a step, the first is 0; None: no fake quantisation yet."""
+        if not self.training.fake_quantize:
+            return None
         found: int | None = self.quantize.bits
         for begin, bits in self.bits:
             found = bits if begin <= step else found

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2quant.errors import MalformedFile
 from k2quant.qat.history import Evaluation
 from k2quant.qat.packing import Rows, batch
 from k2quant.qat.prepared import Prepared
 from k2quant.qat.task import Task, losses
 
 _AT_ONCE = 8  # rows of a forward pass
+_START = ("start", "start_rounded", "gap_error")
 
 
 class Measures:
@@ -69,11 +71,17 @@ class Measures:
         """Return what is known of the start point."""
         return dict(self._start)
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state` gave."""
-        self._start = {
-            name: float(state[name]) for name in ("start", "start_rounded", "gap_error") if state.get(name) is not None
-        }
+    def restore(self, state: Any, *, file: object) -> None:
+        """Take over what `state` gave.
+
+        Raises:
+            MalformedFile: it gave something else.
+        """
+        if not isinstance(state, Mapping) or not state.keys() <= set(_START):
+            raise MalformedFile("does not hold the losses of the start point", file=file, found=f"{state!r:.100}")
+        if not all(value is None or type(value) is float for value in state.values()):
+            raise MalformedFile("a loss of the start point is no number", file=file, found=f"{state!r:.100}")
+        self._start = dict(state)
 
     def _losses(self) -> tuple[Tensor, Tensor]:
         """Return summed loss and learnt tokens of each row."""

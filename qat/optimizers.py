@@ -18,6 +18,10 @@ from k2quant.qat.shards import like
 from k2quant.qat.targets import Part, canonical
 
 
+_REMEMBERED: dict[type[Optimizer], set[str]] = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
+"""What each remembers of a parameter that has moved."""
+
+
 class Named(NamedTuple):
     """A tensor that an optimizer moves."""
 
@@ -99,8 +103,13 @@ class Optimizers:
             name, _, quantity = full.rpartition("|")
             if name not in known:
                 raise MalformedFile("state of a parameter that is not trained", tensor=full, file=file)
-            parameter = known[name].tensor
-            self._optimizer_of(known[name]).state[parameter][quantity] = like(value, parameter, file=file, name=full)
+            parameter, optimizer = known[name].tensor, self._optimizer_of(known[name])
+            if quantity not in _REMEMBERED[type(optimizer)] or (quantity == "step") != (value.ndim == 0):
+                raise MalformedFile("nothing that the optimizer remembers", tensor=full, file=file)
+            optimizer.state[parameter][quantity] = like(value, parameter, file=file, name=full)
+        for named, remembered in self._states():
+            if remembered and remembered.keys() != _REMEMBERED[type(self._optimizer_of(named))]:
+                raise MalformedFile("a part of the optimizer's state is missing", tensor=named.name, file=file)
 
     def _states(self) -> Iterator[tuple[Named, dict[str, Any]]]:
         for named in self._named:
@@ -127,12 +136,13 @@ def _groups(trained: list[Named], settings: Settings) -> list[dict[str, Any]]:
 
 def _views(trained: list[Named], found: Prepared) -> Iterator[_View]:
     """Yield the matrices that Muon moves: every projection of the layers, of a stack each for itself."""
-    targets = {id(target.master): target for target in found.targets + found.plain}
+    targets = {id(target.master): target.parts for target in found.targets + found.plain}
     for name, parameter in trained:
         inner = {adapters.CHILD, scales.CHILD} & set(name.split("."))
-        target = targets.get(id(parameter))
-        if inner or target is None or not all(names.is_projection(part.base) for part in target.parts):
+        alone = (Part(canonical(name).removesuffix(".weight"), None, slice(None)),)  # a BF16 one is no target
+        parts = targets.get(id(parameter), alone)
+        if inner or not all(names.is_projection(part.base) for part in parts):
             continue
-        for part in target.parts:
+        for part in parts:
             view = nn.Parameter(part.of(parameter.detach()))
             yield _View(Named(f"{name}@{canonical(part.base)}", view), parameter, part)

@@ -13,7 +13,7 @@ from torch import nn
 from k2quant import names
 from k2quant.checkpoint.panels import panel_rows
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from k2quant.errors import CheckFailed
+from k2quant.errors import CheckFailed, UsageError
 from k2quant.formats.layouts import Int4
 from k2quant.kernels import ops
 from k2quant.model.decoding import decoded_rows
@@ -85,6 +85,8 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
         check_packed(job.final_bits)
     export = make_plan(source, export_options(job.quantize))
     Trained(model, found, export)  # every weight has a place, or this says which has none
+    if job.training.batch % processes:
+        raise UsageError(f"training: batch {job.training.batch} is no multiple of the {processes} processes")
     rows, held_out = _data(job, model)
     return JobPlan(
         coverage=coverage(model, found),
@@ -133,7 +135,7 @@ def _memory(job: Job, model: nn.Module, found: Prepared, processes: int) -> dict
         memory["adapters or scales"] = extra * 16 // shares
     if job.distill is not None and job.distill.top_k is None:
         memory["teacher"] = weights * seen
-    rows = job.training.micro_batch or job.training.batch // max(processes, 1)
+    rows = min(job.training.micro_batch or job.training.batch, job.training.batch // processes)
     config: Any = model.config
     memory["logits"] = 3 * 4 * rows * job.data.length * config.vocab_size
     return memory

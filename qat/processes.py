@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from k2quant.errors import CheckFailed, UsageError
 from k2quant.qat.shards import is_sharded
 from k2quant.qat.targets import Target
 
+_PATIENCE = datetime.timedelta(days=1)
+"""How long processes wait for the first, which asks a teacher about all rows; a dead one is the launcher's to notice."""
 _KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
 class Processes:
     """The processes that train one model."""
 
-    def __init__(self, *, shard: bool) -> None:
+    def __init__(self, *, shard: bool, unused: bool = False) -> None:
         """Join the others, if accelerate or torchrun started some.
 
         Args:
             shard: whether parameters are to be sharded with torch's `fully_shard`.
+            unused: whether some that are trained have no part in some steps, so that data parallelism has to look.
 
         Raises:
             UsageError: accelerate's FSDP plugin on CPUs, which runs plain data parallelism and says nothing, or its
                 first version, or `shard` beside it or with one process; or another way to share the work.
         """
         # The job alone says in which precision products are computed, whatever `accelerate config` does.
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=_PATIENCE),
+                DistributedDataParallelKwargs(find_unused_parameters=unused),
+            ],
+        )
         self._shard = shard
         plugin = self.accelerator.distributed_type == DistributedType.FSDP or _asked_for_fsdp()
         if plugin and self.device.type == "cpu":

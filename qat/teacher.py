@@ -73,13 +73,18 @@ class Teacher:
 def _frozen(folder: Path, job: Job, device: torch.device) -> nn.Module:
     """Load a teacher that never changes, in BF16 values."""
     model = load(folder, dtype=torch.bfloat16 if job.training.precision == "bfloat16" else torch.float32, device=device)
-    student: Any = open_checkpoint(Path(job.model)).config or {}
-    ours = student.get("text_config", student).get("vocab_size")
+    ours = _vocabulary(job)
     if model.config.vocab_size != ours:
         raise UsageError(f"distill: the teacher knows {model.config.vocab_size} tokens, the student {ours}")
     model.requires_grad_(False)
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def _vocabulary(job: Job) -> int:
+    """Return how many tokens the student knows."""
+    student: Any = open_checkpoint(Path(job.model)).config or {}
+    return int(student.get("text_config", student)["vocab_size"])  # the student was built from it
 
 
 def _cached(
@@ -112,7 +117,7 @@ def _cached(
             identity=identity,
         )
     processes.wait()
-    return Cache(run.teacher, rows.targets)
+    return Cache(run.teacher, rows.targets, _vocabulary(job))
 
 
 class _Lazy:

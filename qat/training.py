@@ -85,7 +85,9 @@ def train(
         OutputError: the run's folder is not ours, in use, of another job, or the disk failed.
     """
     begun, say = time.monotonic(), stage or _quiet
-    processes = Processes(shard=job.training.shard)
+    # Learned scales have no part in steps without fake quantisation.
+    unused = job.quantize.estimator == "learned" and any(bits is None for _, bits in job.bits)
+    processes = Processes(shard=job.training.shard, unused=unused)
     run = Run(Path(job.output))
     try:
         with _reproducible(job), run.held(restart=restart) if processes.leads else contextlib.nullcontext():
@@ -107,6 +109,8 @@ class Trainer:
 
     def __init__(self, job: Job, run: Run, processes: Processes, stage: Callable[[str], None]) -> None:
         """Load everything and check all that can be checked before the first step."""
+        if processes.sharded and job.optimizer.method == "muon":
+            raise UsageError("optimizer: muon works on whole matrices, which sharding takes apart; use adamw")
         self.job, self.processes = job, processes
         self._run = run
         stage("loading the model")
@@ -158,14 +162,19 @@ class Trainer:
         if not found:
             return 0
         path = found[-1]
-        state, step = checkpoints.read_state(path), checkpoints.step_of(path)
+        step = checkpoints.step_of(path)
+        with checkpoints.resuming(path):
+            self._restore(path, step)
+        return step
+
+    def _restore(self, path: Path, step: int) -> None:
+        state, optimizer = checkpoints.read_state(path), path / "optimizer.safetensors"
         self._set_bits(step - 1)
         restore_weights(self.model, path)
-        self._optimizers.restore(dict(checkpoints.read_tensors(path / "optimizer.safetensors")), file=path)
+        self._optimizers.restore(dict(checkpoints.read_tensors(optimizer)), file=optimizer)
         self._monitors.restore(dict(checkpoints.read_tensors(path / "watch.safetensors")), lead=self.processes.leads)
-        self._measures.restore(state.get("start", {}))
+        self._measures.restore(state.get("start"), file=path / checkpoints.STATE)
         self.prepared.refresh()
-        return step
 
     def run(self, first: int, progress: Progress | None) -> tuple[Evaluation, int]:
         """Take all steps from `first` on; return the last evaluation and how many experts were starved."""

@@ -113,7 +113,7 @@ def third_party(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import k2quant", "import k2quant.cli", "import k2quant.plan, k2quant.inspection", "import k2quant.eval"],
+    ["import k2quant", "import k2quant.cli", "import k2quant.plan, k2quant.inspection", "import k2quant.eval, k2quant.qat"],
 )
 def test_import_loads_nothing_heavy(statement: str) -> None:
     """Importing the package or the command line loads no torch, no numpy and no numba."""
@@ -123,10 +123,10 @@ def test_import_loads_nothing_heavy(statement: str) -> None:
 
 
 def test_rooms_are_reached_through_the_package() -> None:
-    """`import k2quant` is enough for `k2quant.eval.gate`, which needs no torch."""
-    code = "import sys, k2quant; print(k2quant.eval.gate.__name__, 'torch' in sys.modules)"
+    """`import k2quant` is enough for `k2quant.eval.gate` and `k2quant.qat.QATConfig`, which need no torch."""
+    code = "import sys, k2quant; print(k2quant.eval.gate.__name__, k2quant.qat.QATConfig().to, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["gate", "False"]
+    assert done.stdout.split() == ["gate", "int4", "False"]
 
 
 def test_conversion_on_the_cpu_imports_no_torch(k2_source: Path, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_conversion_on_the_cpu_imports_no_torch(k2_source: Path, tmp_path: Path)
 def test_links_lead_to_the_folders_at_the_root() -> None:
     """`k2quant/kernels` is the folder `kernels`; a checkout that made a text file of the link would ship no kernels."""
     rooms = [name for name in LINKED if (ROOT / name).is_dir()]
-    assert {"kernels", "eval"} <= set(rooms)
+    assert {"kernels", "eval", "qat"} <= set(rooms)
     for name in rooms:
         assert (ROOT / "k2quant" / name).is_symlink()
         assert (ROOT / "k2quant" / name).resolve() == ROOT / name
