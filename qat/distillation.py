@@ -96,7 +96,11 @@ class Cache:
         ids, logs = torch.cat([ids for ids, _ in pieces]), torch.cat([logs for _, logs in pieces])
         if not ((ids >= 0) & (ids < self._vocabulary)).all():
             raise MalformedFile(
-                "the id of no token", tensor=IDS, file=self._shard.path, expected=f"0 to {self._vocabulary - 1}", remedy=_ANEW
+                "the id of no token",
+                tensor=IDS,
+                file=self._shard.path,
+                expected=f"0 to {self._vocabulary - 1}",
+                remedy=_ANEW,
             )
         return ids, logs
 

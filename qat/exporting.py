@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.convert import Conversion, carry_out
-from k2quant.errors import CheckpointError, UsageError
+from k2quant.errors import CheckFailed, CheckpointError, DestinationStale, UsageError
 from k2quant.plan import Options, Plan, make_plan
 from k2quant.qat import checkpoints
 from k2quant.qat.config import QATConfig
@@ -58,7 +59,7 @@ def export(
         UsageError: the model is not prepared, or its codes have no place in a checkpoint.
         CheckpointError: the base does not have the model's weights.
         CheckFailed: what was written is not, bit for bit, what the forward pass sees; the folder is not finished.
-        OutputError: the destination is not ours, in use, or the disk failed.
+        OutputError: the destination is not ours, in use, holds another training, or the disk failed.
     """
     source, there = _base(model, base), Path(destination)
     refuse_nested(source.folder, there)
@@ -67,7 +68,10 @@ def export(
     def check(folder: Path) -> None:
         check_export(folder, plan, trained)
 
-    return carry_out(plan, there, workers=workers, restart=restart, substitute=trained, check=check, progress=progress)
+    done = carry_out(plan, there, workers=workers, restart=restart, substitute=trained, check=check, progress=progress)
+    if done.already_done:
+        _check_again(there, check)
+    return done
 
 
 def export_run(
@@ -150,6 +154,22 @@ def export_options(config: QATConfig, shard_size: int | None = None) -> Options:
     """Return what the converter is asked for: the same format, scope and grid."""
     grid = config.grid if config.to == "int4" else None
     return Options(config.to, config.resolved_scope, config.ignore, grid, shard_size)
+
+
+def _check_again(folder: Path, check: Callable[[Path], None]) -> None:
+    """Refuse a finished folder that is another training's: a plan tells trainings apart by a sample of their values.
+
+    Raises:
+        DestinationStale: so it is.
+    """
+    try:
+        check(folder)
+    except CheckFailed as error:
+        raise DestinationStale(
+            "holds a finished export of other values",
+            file=folder,
+            remedy="write it anew with --restart, or name another folder",
+        ) from error
 
 
 def _base(model: nn.Module, base: str | os.PathLike[str] | Checkpoint | None) -> Checkpoint:

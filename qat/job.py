@@ -230,6 +230,7 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """Return what decides the trained weights; two jobs with equal identity and data train the same."""
         whole = json.loads(json.dumps(asdict(self)))
+        whole["training"].pop("shard")  # no more than the number of processes, which may change too
         return {name: value for name, value in whole.items() if name not in {"output", "saving", "trust_remote_code"}}
 
     def digest(self) -> str:
@@ -244,9 +245,9 @@ def read_job(path: Path, *, trust_remote_code: bool = False) -> Job:
         UsageError: it cannot be read, is no YAML mapping, lacks a key or has an unknown one, or a value makes no sense.
     """
     content = read_mapping(path, _LIMIT)
+    if "bits" in content:
+        raise UsageError(f"{path}: unknown key 'bits'; it belongs under `quantize`")
     try:
-        if "bits" in content:
-            raise UsageError("unknown key 'bits'; it belongs under `quantize`")
         job = job_from(content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
@@ -279,7 +280,7 @@ def _pairs(content: object) -> dict[Any, Any]:
         raise UsageError(f"bits: expected pairs of step and width, found {content!r:.100}")
     if any(isinstance(step, list | dict) for step, _ in content):
         raise UsageError(f"bits: expected pairs of step and width, found {content!r:.100}")
-    return {step: bits for step, bits in content}
+    return dict(content)
 
 
 def _ramp(content: Mapping[Any, Any]) -> tuple[tuple[int, int | None], ...]:

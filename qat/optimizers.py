@@ -17,7 +17,6 @@ from k2quant.qat.prepared import Prepared
 from k2quant.qat.shards import like
 from k2quant.qat.targets import Part, canonical
 
-
 _REMEMBERED: dict[type[Optimizer], set[str]] = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 """What each remembers of a parameter that has moved."""
 

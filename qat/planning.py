@@ -24,7 +24,7 @@ from k2quant.qat.data import DataSource, load_rows
 from k2quant.qat.exporting import export_options
 from k2quant.qat.job import Job
 from k2quant.qat.loading import skeleton
-from k2quant.qat.packing import split
+from k2quant.qat.packing import Rows, split
 from k2quant.qat.prepared import Prepared, coverage, prepare, prepared
 from k2quant.qat.rules import Rule, check_packed, plain_rule
 from k2quant.qat.targets import canonical
@@ -87,7 +87,7 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
     Trained(model, found, export)  # every weight has a place, or this says which has none
     if job.training.batch % processes:
         raise UsageError(f"training: batch {job.training.batch} is no multiple of the {processes} processes")
-    rows, held_out = _data(job, model)
+    rows, held_out = read_data(job, model.config)
     return JobPlan(
         coverage=coverage(model, found),
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
@@ -103,8 +103,20 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
     )
 
 
-def _data(job: Job, model: nn.Module) -> Any:
-    config: Any = model.config
+def read_data(job: Job, config: Any) -> tuple[Rows, Rows]:
+    """Return the rows that a job trains on, and those that are held out.
+
+    Args:
+        job: a job.
+        config: of its model.
+
+    Raises:
+        UsageError: the model reads no rows so long, or there are fewer than are to be held out.
+        CheckpointError: the data or the tokenizer cannot be used.
+    """
+    longest = config.max_position_embeddings
+    if job.data.length > longest:
+        raise UsageError(f"data: length {job.data.length} is more than the {longest} tokens that the model reads")
     tokenizer = load_tokenizer(Path(job.model), trust_remote_code=job.trust_remote_code)
     source = DataSource(path=job.data.path, split=job.data.split, config=job.data.config)
     return split(load_rows(source, tokenizer, length=job.data.length, vocabulary=config.vocab_size), job.data.held_out)
@@ -124,11 +136,11 @@ def _memory(job: Job, model: nn.Module, found: Prepared, processes: int) -> dict
     rounded += sum(target.master.numel() for target in found.plain) if width == 4 else 0
     if shares > 1:  # gathered and rounded layer by layer, the largest at a time
         rounded = max(sum(p.numel() for p in layer.parameters()) for layer in _layers(model))
-    moments = 1 if job.optimizer.method == "muon" else 2
+    single = 0 if job.optimizer.method == "adamw" else sum(_moved_by_muon(whole, beside))  # one number each, not two
     memory = {
         "weights": weights * width // shares,
         "gradients": trained * width // shares,
-        "optimizer": trained * width * moments // shares,
+        "optimizer": (2 * trained - single) * width // shares,
         "rounded weights": rounded * seen,
     }
     if extra:
@@ -139,6 +151,18 @@ def _memory(job: Job, model: nn.Module, found: Prepared, processes: int) -> dict
     config: Any = model.config
     memory["logits"] = 3 * 4 * rows * job.data.length * config.vocab_size
     return memory
+
+
+def _moved_by_muon(whole: list[tuple[str, nn.Parameter]], beside: set[str]) -> Iterator[int]:
+    """Yield the sizes of the projections, which have one moment where others have two."""
+    for name, parameter in whole:
+        inner, fused = beside & set(name.split(".")), names.fused_experts(canonical(name))
+        if (
+            parameter.requires_grad
+            and not inner
+            and (fused or names.is_projection(canonical(name).removesuffix(".weight")))
+        ):
+            yield parameter.numel()
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:

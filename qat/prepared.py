@@ -31,7 +31,7 @@ from k2quant.kernels.values import ValueAt
 from k2quant.qat import adapters, scales
 from k2quant.qat.adapters import LowRank, low_rank
 from k2quant.qat.config import QATConfig
-from k2quant.qat.rounding import clipped, learned, learned_into, round_into, straight
+from k2quant.qat.rounding import clipped, counted_from, learned, learned_into, round_into, straight
 from k2quant.qat.rules import Rounded, Rule, as_bf16, check_packed, plain_rule
 from k2quant.qat.scales import LearnedScale, learned_scale
 from k2quant.qat.targets import STACKS, Part, Target, canonical, find_targets, is_fused, stack
@@ -168,12 +168,13 @@ class Prepared:
         """
         weights = as_bf16(self._matrix(target, part)[rows])
         scale = learned_scale(target)
-        if scale is None:
-            return self.rule(target).stored(weights.contiguous())
-        check_packed(self._bits)
-        factors = as_bf16(part.of(scale.scale().detach())[rows])
-        codes, _ = reference.int4_at_scale(weights, factors, self._bits)
-        return {"weight_packed": reference.pack_int4(codes), "weight_scale": factors}
+        with _naming(part.base), counted_from(rows.start):
+            if scale is None:
+                return self.rule(target).stored(weights.contiguous())
+            check_packed(self._bits)
+            factors = as_bf16(part.of(scale.scale().detach())[rows])
+            codes, _ = reference.int4_at_scale(weights, factors, self._bits)
+            return {"weight_packed": reference.pack_int4(codes), "weight_scale": factors}
 
     def codes(self, target: Target, rows: slice) -> Tensor:
         """Return the codes of some rows of an INT4 target, int8 `[.., K]`; its stack counts as one matrix."""

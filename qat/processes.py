@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -17,8 +17,8 @@ from k2quant.errors import CheckFailed, UsageError
 from k2quant.qat.shards import is_sharded
 from k2quant.qat.targets import Target
 
-_PATIENCE = datetime.timedelta(days=1)
-"""How long processes wait for the first, which asks a teacher about all rows; a dead one is the launcher's to notice."""
+_PATIENCE = dt.timedelta(days=1)
+"""How long processes wait for the first, which asks a teacher of all rows. A dead one is the launcher's to notice."""
 _KINDS = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
 
@@ -54,12 +54,14 @@ class Processes:
             )
         if self.accelerator.distributed_type not in _KINDS:
             raise UsageError(
-                f"accelerate was started for {self.accelerator.distributed_type.value}; use data parallelism, FSDP2, or "
+                f"accelerate was started for {self.accelerator.distributed_type.value}; use data parallelism, FSDP2 or "
                 "`shard: true`"
             )
         if plugin and not self.accelerator.is_fsdp2:
-            raise UsageError("accelerate's FSDP plugin: only its second version keeps weights whole enough to round; "
-                             "set fsdp_version: 2")
+            raise UsageError(
+                "accelerate's FSDP plugin: only its second version keeps weights whole enough to round; "
+                "set fsdp_version: 2"
+            )
         if plugin and shard:
             raise UsageError("shard: accelerate's FSDP plugin shards already; use one of the two")
         if shard and self.world == 1:
@@ -162,7 +164,6 @@ class Processes:
     def wait(self) -> None:
         """Wait for the others."""
         self.accelerator.wait_for_everyone()
-
 
 
 def check_sharded(model: nn.Module, targets: tuple[Target, ...], world: int) -> None:

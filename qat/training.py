@@ -12,16 +12,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import BadValue, OutputError, UsageError
-from k2quant.model.generation import load_tokenizer
 from k2quant.qat import checkpoints, fallback
-from k2quant.qat.data import DataSource, load_rows
 from k2quant.qat.exporting import plan_export
 from k2quant.qat.history import Evaluation, History, Record, StepRecord
 from k2quant.qat.job import Job
@@ -29,7 +27,8 @@ from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.measuring import Measures
 from k2quant.qat.monitors import Monitors
 from k2quant.qat.optimizers import Optimizers
-from k2quant.qat.packing import Rows, batch, order, share, split
+from k2quant.qat.packing import Rows, batch, order, share
+from k2quant.qat.planning import read_data
 from k2quant.qat.prepared import Prepared, prepare, prepared
 from k2quant.qat.processes import Processes
 from k2quant.qat.run import Run
@@ -86,7 +85,8 @@ def train(
     """
     begun, say = time.monotonic(), stage or _quiet
     # Learned scales have no part in steps without fake quantisation.
-    unused = job.quantize.estimator == "learned" and any(bits is None for _, bits in job.bits)
+    plain = not job.training.fake_quantize or any(bits is None for _, bits in job.bits)
+    unused = plain and job.quantize.estimator == "learned"
     processes = Processes(shard=job.training.shard, unused=unused)
     run = Run(Path(job.output))
     try:
@@ -117,7 +117,7 @@ class Trainer:
         self.model: nn.Module = self._load()
         self.prepared: Prepared = prepared(self.model)
         stage("reading the data")
-        self.rows, held_out = self._data()
+        self.rows, held_out = read_data(job, self.model.config)
         source = open_checkpoint(Path(job.model))
         if processes.leads:
             run.begin(job, {"data": self.rows.digest, "held_out": held_out.digest, "model": source.fingerprint()})
@@ -144,17 +144,6 @@ class Trainer:
         first = next((bits for _, bits in job.bits if bits is not None), job.quantize.bits)
         prepare(model, dataclasses.replace(job.quantize, bits=first))
         return model
-
-    def _data(self) -> tuple[Rows, Rows]:
-        data, model = self.job.data, Path(self.job.model)
-        tokenizer = load_tokenizer(model, trust_remote_code=self.job.trust_remote_code)
-        source = DataSource(path=data.path, split=data.split, config=data.config)
-        config: Any = self.model.config
-        rows = load_rows(source, tokenizer, length=data.length, vocabulary=config.vocab_size)
-        longest = config.max_position_embeddings
-        if data.length > longest:
-            raise UsageError(f"data: length {data.length} is more than the {longest} tokens that the model reads")
-        return split(rows, data.held_out)
 
     def resume(self) -> int:
         """Go on from the last checkpoint, if there is one; return its step, or 0."""

@@ -11,6 +11,7 @@ from k2quant.cli.options import trust_remote_code
 from k2quant.cli.screen import remark, training
 
 if TYPE_CHECKING:
+    from k2quant.qat.history import Evaluation
     from k2quant.qat.training import Result
 
 
@@ -64,7 +65,20 @@ def _show(result: Result) -> None:
     else:
         since = f" from step {result.resumed}" if result.resumed else ""
         click.echo(f"{result.folder}: {result.steps} steps{since} in {duration(result.seconds)}")
-    last = result.evaluation
+    if result.evaluation.unrounded is None:
+        click.echo("\nno rows were held out, so no loss was measured")
+    else:
+        _show_losses(result.evaluation)
+        click.echo(f"\n{headline(read_history(result.folder / HISTORY))}.")
+    if result.starved:
+        click.echo(
+            f"{result.starved} experts saw too few tokens and keep post-training rounding; the report lists them."
+        )
+    click.echo(f"Report:     {result.folder / 'report.html'}")
+    click.echo(f"Export it:  k2quant qat export {result.folder} DST")
+
+
+def _show_losses(last: Evaluation) -> None:
     rows = [
         ("start, in BF16", last.start),
         ("start, rounded", last.start_rounded),
@@ -75,10 +89,3 @@ def _show(result: Result) -> None:
     for name, loss in rows:
         if loss is not None:
             click.echo(f"  {name:<18} {loss:>9.4f}")
-    click.echo(f"\n{headline(read_history(result.folder / HISTORY))}.")
-    if result.starved:
-        click.echo(
-            f"{result.starved} experts saw too few tokens and keep post-training rounding; the report lists them."
-        )
-    click.echo(f"Report:     {result.folder / 'report.html'}")
-    click.echo(f"Export it:  k2quant qat export {result.folder} DST")
