@@ -100,8 +100,11 @@ def int4_inside(weights: Tensor, grid: Grid, bits: int = 4) -> Tensor:
     """Tell of BF16 `[R, K]` which codes, rounded plainly, were not clamped: bool `[R, K]`."""
     largest = largest_code(grid, bits)
     _, scale = _int4_codes(weights, grid, largest, recover=False)
-    rounded = _quotient(weights, scale.reshape(len(weights), -1)).round()
-    lowest, highest = (-8, 7) if grid == "compressed-tensors" else (-largest, largest)
+    quotient = _quotient(weights, scale)
+    lowest, highest = -largest, largest
+    if grid == "compressed-tensors":
+        quotient, lowest = quotient.to(torch.bfloat16).float(), -8
+    rounded = quotient.round()
     return ((rounded >= lowest) & (rounded <= highest)).reshape(weights.shape)
 
 

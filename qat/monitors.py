@@ -13,11 +13,12 @@ from k2quant import names
 from k2quant.qat.history import read_history
 from k2quant.qat.job import Job
 from k2quant.qat.oscillation import Oscillation
-from k2quant.qat.prepared import Prepared, coverage
+from k2quant.qat.prepared import Prepared
 from k2quant.qat.report import write_report
 from k2quant.qat.routers import RouterWatch, agreement
 from k2quant.qat.run import Run
 from k2quant.qat.summary import Coverage, Oscillations, RouterSummary, Summary, write_summary
+from k2quant.qat.survey import coverage
 from k2quant.qat.targets import Target, canonical
 from k2quant.qat.task import NOT_LEARNT
 
@@ -41,7 +42,7 @@ class Monitors:
         """
         self._model, self._prepared = model, found
         self._routers = RouterWatch(model)
-        self._coverage = coverage(model, found)
+        self._coverage = coverage(model, found.targets)
         self._start: dict[str, Tensor] = {}
         watched = found.targets if found.config.to == "int4" and not sharded else ()
         each = max(_SAMPLE // max(len(watched), 1), 1)

@@ -25,8 +25,9 @@ from k2quant.qat.exporting import export_options
 from k2quant.qat.job import Job
 from k2quant.qat.loading import skeleton
 from k2quant.qat.packing import Rows, split
-from k2quant.qat.prepared import Prepared, coverage, prepare, prepared
+from k2quant.qat.prepared import Prepared, prepare, prepared
 from k2quant.qat.rules import Rule, check_packed, plain_rule
+from k2quant.qat.survey import coverage
 from k2quant.qat.targets import canonical
 from k2quant.qat.trained import Trained, key
 
@@ -89,7 +90,7 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
         raise UsageError(f"training: batch {job.training.batch} is no multiple of the {processes} processes")
     rows, held_out = read_data(job, model.config)
     return JobPlan(
-        coverage=coverage(model, found),
+        coverage=coverage(model, found.targets),
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         memory=_memory(job, model, found, processes),
         processes=processes,

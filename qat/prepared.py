@@ -13,7 +13,6 @@ fused optimizers do not count versions, and a copy into `.data` is no step.
 from __future__ import annotations
 
 import contextlib
-import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from k2quant import names
 from k2quant.errors import BadValue, UsageError
 from k2quant.kernels import ops, reference
 from k2quant.kernels.grids import largest_code
@@ -34,7 +32,9 @@ from k2quant.qat.config import QATConfig
 from k2quant.qat.rounding import clipped, counted_from, learned, learned_into, round_into, straight
 from k2quant.qat.rules import Rounded, Rule, as_bf16, check_packed, plain_rule
 from k2quant.qat.scales import LearnedScale, learned_scale
-from k2quant.qat.targets import STACKS, Part, Target, canonical, find_targets, is_fused, stack
+from k2quant.qat.shadows import Shadowed, by_module
+from k2quant.qat.survey import is_router, rounded_only
+from k2quant.qat.targets import Part, Target, canonical, find_targets
 
 ATTRIBUTE = "k2quant_qat"
 """Where a prepared model keeps its `Prepared`."""
@@ -76,10 +76,10 @@ class Prepared:
         self._set_trained(model)
         for target in self.targets:
             self._add_trained(target)
-        self.plain: tuple[Target, ...] = tuple(_others(model, self.targets))
+        self.plain: tuple[Target, ...] = tuple(rounded_only(model, self.targets))
         """What is only rounded to BF16, since the export keeps no more of it."""
         self._objects = {target.name: target.master for target in self.targets + self.plain}
-        self._shadowed = [Shadowed(self, group) for group in _by_module(self.targets + self.plain)]
+        self._shadowed = [Shadowed(self.shadow, group) for group in by_module(self.targets + self.plain)]
 
     @property
     def bits(self) -> int:
@@ -280,57 +280,6 @@ class Prepared:
         return self._objects[target.name] is target.master
 
 
-class Shadowed:
-    """The forward pass of a module, with rounded values in the place of its parameters while it runs.
-
-    It stands before the module's own `forward`, not in hooks: hooks after a forward pass do not run when that is
-    interrupted, and what wraps a module (sharding gathers its parameters in a hook) has then done its work.
-    """
-
-    def __init__(self, prepared: Prepared, group: tuple[Target, ...]) -> None:
-        """Stand before the forward pass of the targets' module."""
-        self._prepared, self._group, self._module = prepared, group, group[0].module
-        self._running: dict[str, int] = {}  # the thread within; a dict, for `setdefault` is atomic
-        self._inner = self._module.__dict__.get("forward")
-        self._module.__dict__["forward"] = self
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """Run the module.
-
-        Raises:
-            UsageError: another thread runs it.
-        """
-        here = threading.get_ident()
-        if self._running.get("thread") == here:
-            return self._run(*args, **options)
-        try:
-            if self._running.setdefault("thread", here) != here:
-                raise UsageError("two threads run one prepared model at once; give each its own")
-            for target in self._group:
-                shadow = self._prepared.shadow(target)
-                if shadow is not None:
-                    self._module.__dict__[target.parameter] = shadow
-            return self._run(*args, **options)
-        finally:
-            if self._running.get("thread") == here:
-                for target in self._group:
-                    self._module.__dict__.pop(target.parameter, None)
-                self._running.clear()
-
-    def _run(self, *args: Any, **options: Any) -> Any:
-        if self._inner is not None:
-            return self._inner(*args, **options)
-        return type(self._module).forward(self._module, *args, **options)
-
-    def remove(self) -> None:
-        """Step aside."""
-        self._group = ()
-        if self._module.__dict__.get("forward") is self:
-            del self._module.__dict__["forward"]
-            if self._inner is not None:
-                self._module.__dict__["forward"] = self._inner
-
-
 def prepare(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
     """Have a model's forward pass see its weights as an export will hold them, and its gradients pass straight through.
 
@@ -383,57 +332,9 @@ def _naming(name: str) -> Iterator[None]:
         raise BadValue(str(error), tensor=name, remedy="has the training diverged?") from error
 
 
-def is_router(module: nn.Module) -> bool:
-    """Tell whether a module chooses experts: it has a correction bias beside its weight."""
-    return hasattr(module, "e_score_correction_bias") and "weight" in module._parameters  # noqa: SLF001
-
-
-def coverage(model: nn.Module, found: Prepared) -> dict[str, tuple[int, int]]:
-    """Return, by tensor class, how many weights are fake-quantised and how many there are."""
-    quantised = {id(target.master) for target in found.targets}
-    table: dict[str, list[int]] = {}
-    for name, parameter in model.named_parameters():
-        if scales.CHILD in name.split(".") or adapters.CHILD in name.split("."):
-            continue
-        row = table.setdefault(names.tensor_class(canonical(name)), [0, 0])
-        row[0] += parameter.numel() if id(parameter) in quantised else 0
-        row[1] += parameter.numel()
-    return {kind: (table[kind][0], table[kind][1]) for kind in names.TENSOR_CLASSES if kind in table}
-
-
-def _others(model: nn.Module, targets: tuple[Target, ...]) -> Iterator[Target]:
-    """Yield the parameters that are not fake-quantised but that an export rounds: float32, trained or not exact."""
-    taken = {id(target.master) for target in targets}
-    for name, module in model.named_modules():
-        if isinstance(module, LowRank | LearnedScale):
-            continue
-        for own, parameter in module.named_parameters(recurse=False):
-            full = f"{name}.{own}" if name else own
-            if id(parameter) in taken or parameter.dtype != torch.float32:
-                continue
-            if not parameter.requires_grad and _exact(parameter.detach()):
-                continue
-            if own in STACKS and is_fused(module):
-                yield stack(name, module, own)
-            else:
-                yield Target(full, module, own, (Part(canonical(full).removesuffix(".weight"), None, slice(None)),))
-
-
-def _exact(values: Tensor) -> bool:
-    """Tell whether values are BF16 numbers; those that a plan does not have are taken to be."""
-    return values.is_meta or torch.equal(as_bf16(values).float(), values)
-
-
 def _matrices(stack: Tensor, height: int | None) -> Tensor:
     """See a stack `[E, N, K]` as one of matrices of a height, or a tensor that is no stack as it is."""
     return stack if height is None else stack.reshape(-1, height, stack.shape[-1])
-
-
-def _by_module(targets: tuple[Target, ...]) -> list[tuple[Target, ...]]:
-    groups: dict[int, list[Target]] = {}
-    for target in targets:
-        groups.setdefault(id(target.module), []).append(target)
-    return [tuple(group) for group in groups.values()]
 
 
 def _child(module: nn.Module, name: str) -> nn.ModuleDict:

@@ -113,7 +113,12 @@ def third_party(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import k2quant", "import k2quant.cli", "import k2quant.plan, k2quant.inspection", "import k2quant.eval, k2quant.qat"],
+    [
+        "import k2quant",
+        "import k2quant.cli",
+        "import k2quant.plan, k2quant.inspection",
+        "import k2quant.eval, k2quant.qat",
+    ],
 )
 def test_import_loads_nothing_heavy(statement: str) -> None:
     """Importing the package or the command line loads no torch, no numpy and no numba."""

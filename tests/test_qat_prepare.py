@@ -24,9 +24,10 @@ from k2quant.qat import prepared as prepared_module
 from k2quant.qat.fallback import restore
 from k2quant.qat.job import Optimizer as OptimizerSettings
 from k2quant.qat.optimizers import Optimizers
-from k2quant.qat.prepared import Prepared, coverage, prepared
+from k2quant.qat.prepared import Prepared, prepared
 from k2quant.qat.rounding import fake_quantize, fake_quantize_learned
 from k2quant.qat.scales import LearnedScale
+from k2quant.qat.survey import coverage
 
 TRANSFORMERS: Any = import_module("transformers")  # its types are not for us
 
@@ -187,7 +188,7 @@ def test_coverage_counts_weights() -> None:
     """The table says how much of each class is fake-quantised; nothing that was added is counted."""
     for config in (QATConfig(), QATConfig(estimator="learned")):
         model = prepare(build(), config)
-        table = coverage(model, prepared(model))
+        table = coverage(model, prepared(model).targets)
         assert table["routed experts"] == (4 * 3 * 64 * 32, 4 * 3 * 64 * 32)
         assert table["router"] == (0, 4 * 64)
         assert table["attention"][0] == 0

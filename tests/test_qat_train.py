@@ -43,7 +43,6 @@ from k2quant.qat.history import read_history
 from k2quant.qat.job import Job, job_from
 from k2quant.qat.run import Run
 from k2quant.qat.summary import read_summary
-from k2quant.qat.training import Result as Trained
 from k2quant.qat.training import train
 
 CONFIG: dict[str, Any] = architecture.CONFIG | {
@@ -276,7 +275,7 @@ LEARN: dict[str, Any] = {"training": {"steps": 40, "batch": 8}, "optimizer": {"r
 
 
 def test_learns(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trained experts alone bring the loss of their rounded model down; with a zero gradient for the STE they do not."""
+    """Trained experts alone bring the rounded model's loss down; with a zero gradient for the STE they do not."""
     job = make_job(home, **LEARN, quantize={"train": "experts", "bits": 2})
     learnt = train(job).evaluation
     assert learnt.start_rounded is not None
@@ -317,7 +316,7 @@ def test_starved_experts_fall_back(home: Path) -> None:
 
 
 def test_loss_that_is_not_finite(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss of NaN ends the training with an error that names the step; the checkpoint before it stands and resumes."""
+    """A loss of NaN ends the training with an error that names the step; the last checkpoint stands and resumes."""
     job = make_job(home)
     step = training.Trainer._gradients  # noqa: SLF001  the trainer's own
 
@@ -328,7 +327,7 @@ def test_loss_that_is_not_finite(home: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "_gradients", broken)
-        with pytest.raises(BadValue, match="not finite at step 3.*last checkpoint stands"):
+        with pytest.raises(BadValue, match=r"not finite at step 3.*last checkpoint stands"):
             train(job)
     assert [checkpoints.step_of(path) for path in checkpoints.found(home / "run" / "checkpoints")] == [1, 2]
     assert train(job).resumed == 2
@@ -391,7 +390,7 @@ def test_other_data_or_model(home: Path) -> None:
     job = make_job(home)
     train(job)
     write_data(home / "data.jsonl", 41)
-    with pytest.raises(DestinationStale, match="data.*--restart"):
+    with pytest.raises(DestinationStale, match=r"data.*--restart"):
         train(job)
     write_data(home / "data.jsonl")
     os.utime(home / "model" / "model-1-of-2.safetensors")

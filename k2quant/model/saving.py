@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from k2quant import names
 from k2quant.checkpoint.header import ShardHeader, TensorEntry
@@ -20,7 +20,7 @@ from k2quant.checkpoint.paths import copy_file, read_limited, write_whole
 from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writer import ShardWriter
-from k2quant.errors import DestinationForeign, OutputError, UsageError
+from k2quant.errors import DestinationForeign, MissingTensor, OutputError, UsageError
 from k2quant.model.filling import WINDOW
 from k2quant.model.matrices import Matrix
 from k2quant.model.memory import TORCH_DTYPES, as_memory
@@ -100,7 +100,7 @@ class _Tensors:
             raise UsageError(f"state: expected a map from names to tensors, found {type(state).__name__}")
         rest = dict(state or {})
         for name, module in model.named_modules():
-            for placed in model.assembly.placed(name, module):
+            for placed in _placed(model, name, module):
                 self._places |= {entry.name: (placed.matrix, suffix) for suffix, entry in placed.source.parts.items()}
                 self._take(placed, rest)
         if rest:
@@ -130,6 +130,27 @@ class _Tensors:
         matrix, suffix = self._places[entry.name]
         value = matrix.parts()[suffix]
         return None if value.is_meta else value.detach()
+
+
+def _placed(model: K2ForCausalLM, name: str, module: nn.Module) -> Iterator[Placed]:
+    """Yield a module's weights, if they are as the checkpoint has them.
+
+    Raises:
+        UsageError: the model was made dense or prepared for training.
+    """
+    try:
+        found = list(model.assembly.placed(name, module))
+    except MissingTensor as error:
+        raise UsageError(
+            f"`{name}` is none of the checkpoint's; a model in training is saved by k2quant.qat.export"
+        ) from error
+    for placed in found:
+        if set(placed.matrix.parts()) != set(placed.source.parts):
+            raise UsageError(
+                f"`{placed.source.base}` is dense here and packed in the checkpoint; k2quant.qat.export writes a model "
+                "in training, and `state_dict` gives its weights"
+            )
+    yield from found
 
 
 def _check_given(suffix: str, value: object, entry: TensorEntry) -> None:
