@@ -262,7 +262,7 @@ def clamped_by_the_book(weights: Tensor, grid: Grid, bits: int) -> Tensor:
     scale = bf16(groups.abs().amax(-1, keepdim=True).numpy() / np.float32(7.5 if low == -8 else largest))
     scale = torch.where(scale == 0, 2.0**-7, scale)
     quotient = weights.view(-1, 32) / scale
-    whole = (bf16(quotient.detach()) if low == -8 else quotient.detach()).round()
+    whole = (bf16(groups / scale) if low == -8 else groups / scale).round()
     rounded = whole + (quotient - quotient.detach())  # exactly whole, where whole less quotient plus quotient is not
     return (rounded.clamp(low, high) * scale).view_as(weights)
 
