@@ -7,7 +7,7 @@ import re
 import subprocess
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,16 @@ class Story:
         (self._bin / "k2quant").write_text(STUB)
         (self._bin / "k2quant").chmod(0o755)
 
-    def run(self, *, gate: int = 0, train: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *, gate: int = 0, train: int = 0, variables: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run it; the stub's gate and training end with these codes."""
         environment = {
             "PATH": f"{self._bin}:/usr/bin:/bin",
             "STUB_CALLS": str(self._calls),
             "STUB_GATE": str(gate),
             "STUB_TRAIN": str(train),
-            **variables,
+            **(variables or {}),
         }
         command = ["sh", str(EXAMPLE / "run.sh"), str(self.place)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=60)
@@ -128,7 +130,7 @@ def test_the_short_story_runs(
     story: Story, command_line: CliRunner, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The commands of run.sh, shortened by its variables, do what they say; a gate finds nothing in two steps' nano."""
-    assert story.run(**SHORT).returncode == 0
+    assert story.run(variables=SHORT).returncode == 0
     monkeypatch.chdir(story.place)
     assert read_job(Path("int2.yaml")).training.steps == 2
     for call in story.calls:

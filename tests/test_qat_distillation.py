@@ -171,7 +171,7 @@ class TestCache:
         build(path, teacher)
         assert teacher.rows == [0, 1, 2]
         for change in ({"top_k": 3}, {"temperature": 2.0}):
-            build(path, teacher, **change)  # type: ignore[arg-type]  # one of the two
+            build(path, teacher, **change)
         build_cache(path, TARGETS, teacher, top_k=3, temperature=2.0, identity={"teacher": {"a": 2}})
         assert len(teacher.rows) == 12
 
