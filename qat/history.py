@@ -53,7 +53,7 @@ class Evaluation:
     step: int
     """After so many steps; 0 before the first."""
     loss: float
-    """Of the model as it will be exported: fake-quantised."""
+    """Of the model as it is quantised now, or, where it is not yet, as it would be exported."""
     standard_error: float | None = None
     """Of `loss`, over rows."""
     unrounded: float | None = None

@@ -47,10 +47,10 @@ class Measures:
             "gap_error": _error(rounded - plain, counts),
         }
 
-    def evaluate(self, step: int) -> Evaluation:
-        """Measure the model as it is now; without held-out rows the loss is unknown and given as 0."""
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Measure the model as it is now; None without held-out rows."""
         if not len(self._rows.tokens):
-            return Evaluation(step=step, loss=0.0)
+            return None
         seen, counts = self._losses()
         with self._prepared.unquantised():
             plain, _ = self._losses()

@@ -52,8 +52,8 @@ class Result(NamedTuple):
     """The step of the checkpoint that it went on from; 0 for none."""
     seconds: float
     """Of this call."""
-    evaluation: Evaluation
-    """The last one."""
+    evaluation: Evaluation | None
+    """The last one; None without held-out rows."""
     starved: int
     """Experts that keep post-training rounding."""
     notes: tuple[str, ...]
@@ -165,7 +165,7 @@ class Trainer:
         self._measures.restore(state.get("start"), file=path / checkpoints.STATE)
         self.prepared.refresh()
 
-    def run(self, first: int, progress: Progress | None) -> tuple[Evaluation, int]:
+    def run(self, first: int, progress: Progress | None) -> tuple[Evaluation | None, int]:
         """Take all steps from `first` on; return the last evaluation and how many experts were starved."""
         job, steps = self.job, self.job.training.steps
         history = History(self._run.history) if self.processes.leads else None
@@ -269,7 +269,7 @@ class Trainer:
         entropy, gap = (self.processes.total(sums) / total).tolist()
         return entropy, gap
 
-    def _evaluate(self, step: int) -> Evaluation:
+    def _evaluate(self, step: int) -> Evaluation | None:
         """Measure the model as it is quantised now, or would be exported where it is not quantised yet."""
         if self.prepared.enabled:
             return self._measures.evaluate(step)
@@ -293,7 +293,7 @@ class Trainer:
         if self.processes.leads:
             checkpoints.prune(self._run.checkpoints, self.job.saving.keep)
 
-    def _finish(self, sinks: list[Sink], first: int) -> tuple[Evaluation, int]:
+    def _finish(self, sinks: list[Sink], first: int) -> tuple[Evaluation | None, int]:
         """Let starved experts fall back, measure, save and report."""
         steps = self.job.training.steps
         self._set_bits(steps - 1)
@@ -320,9 +320,10 @@ def _sinks(history: History | None, board: Board | None) -> list[Sink]:
     return [*([history.append] if history is not None else []), *([board.add] if board is not None else [])]
 
 
-def _tell(sinks: list[Sink], record: Record) -> None:
-    for sink in sinks:
-        sink(record)
+def _tell(sinks: list[Sink], record: Record | None) -> None:
+    if record is not None:
+        for sink in sinks:
+            sink(record)
 
 
 def _notes(rows: Rows) -> Iterator[str]:

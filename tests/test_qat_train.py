@@ -278,6 +278,7 @@ def test_learns(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained experts alone bring the rounded model's loss down; with a zero gradient for the STE they do not."""
     job = make_job(home, **LEARN, quantize={"train": "experts", "bits": 2})
     learnt = train(job).evaluation
+    assert learnt is not None
     assert learnt.start_rounded is not None
     assert learnt.loss < learnt.start_rounded - 0.3
 
@@ -287,6 +288,7 @@ def test_learns(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hasattr(prepared, "straight")
     monkeypatch.setattr(prepared, "straight", nothing)
     control = train(make_job(home, "control", **LEARN, quantize={"train": "experts", "bits": 2})).evaluation
+    assert control is not None
     assert control.loss == control.start_rounded
 
 

@@ -30,7 +30,7 @@ class _Commands(LazyGroup):
             click.echo(f"k2quant: {place}{error.strerror or error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            resumes = "; the same command resumes" if ctx.invoked_subcommand in {"convert", "merge"} else ""
+            resumes = "; the same command resumes" if ctx.invoked_subcommand in {"convert", "merge", "qat"} else ""
             click.echo(f"k2quant: stopped{resumes}", err=True)
             ctx.exit(130)
 

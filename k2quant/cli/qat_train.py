@@ -52,7 +52,7 @@ def _facts(result: Result) -> dict[str, Any]:
     from dataclasses import asdict
 
     whole = result._asdict() | {"folder": str(result.folder), "notes": list(result.notes)}
-    return whole | {"evaluation": asdict(result.evaluation)}
+    return whole | {"evaluation": asdict(result.evaluation) if result.evaluation else None}
 
 
 def _show(result: Result) -> None:
@@ -65,7 +65,7 @@ def _show(result: Result) -> None:
     else:
         since = f" from step {result.resumed}" if result.resumed else ""
         click.echo(f"{result.folder}: {result.steps} steps{since} in {duration(result.seconds)}")
-    if result.evaluation.unrounded is None:
+    if result.evaluation is None:
         click.echo("\nno rows were held out, so no loss was measured")
     else:
         _show_losses(result.evaluation)
