@@ -60,7 +60,7 @@ def bases(workdir: Path, seeds: Sequence[int]) -> None:
 
 def arms(workdir: Path, seeds: Sequence[int], at_once: int) -> qat_statistics.Results:
     """Train and score every arm that has no result yet; return all."""
-    wanted = [(seed, kind, bits) for seed in seeds for bits in qat_arms.BITS for kind in qat_arms.KINDS]
+    wanted = [(seed, kind, bits) for seed in seeds for kind, widths in qat_arms.WIDTHS.items() for bits in widths]
 
     def one(arm: tuple[int, str, int]) -> None:
         seed, kind, bits = arm
@@ -78,7 +78,7 @@ def peers(workdir: Path, seeds: Sequence[int], at_once: int) -> dict[str, Any]:
     """Train and score k2quant and torchao on linears; nothing where torchao is not installed."""
     if importlib.util.find_spec("torchao") is None:
         return {"version": None, "results": []}
-    wanted = [(seed, tool, bits) for seed in seeds for bits in (2, 4) for tool in ("k2quant", "torchao")]
+    wanted = [(seed, tool, qat_arms.PEER_BITS) for seed in seeds for tool in ("k2quant", "torchao")]
 
     def one(arm: tuple[int, str, int]) -> dict[str, Any]:
         path = workdir / "peers" / f"{arm[0]}-{arm[1]}-{arm[2]}.json"

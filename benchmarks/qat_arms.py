@@ -26,6 +26,12 @@ KINDS: dict[str, dict[str, Any]] = {
 """`control`: no fake quantisation; `plain`: identity STE; `learned`: LSQ; `distilled`: plain, half of the loss is the
 divergence from the base in BF16."""
 
+WIDTHS: dict[str, tuple[int, ...]] = {"control": BITS, "plain": BITS, "learned": (2, 3), "distilled": (2, 3)}
+"""At which widths each kind is trained."""
+
+PEER_BITS = 4
+"""The width of the side-by-side with torchao, the one that both ship."""
+
 
 def job(base: str, output: str, data: str, *, kind: str, bits: int, seed: int) -> dict[str, Any]:
     """Return the job of one arm, as a job file holds it."""

@@ -1,6 +1,7 @@
 #!/bin/sh
 # The story of README.md in one go: run.sh [FOLDER]. Everything lands in FOLDER (default: qat-run), which must be new.
-# To shorten it: NANO_STEPS and STEPS (of the two trainings), ITEMS (of each task), JOBS ("int2" alone).
+# To shorten it: NANO_STEPS and STEPS (of the two trainings), ITEMS (of each task), JOBS ("int2" alone). Of a nano of a
+# few steps the gate says that it has nothing to lose, and the story ends there.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
