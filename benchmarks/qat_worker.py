@@ -23,7 +23,7 @@ from k2quant.nano.scoring import Score, score
 from k2quant.qat import export, load
 from k2quant.qat.exporting import load_run
 from k2quant.qat.job import Job, job_from
-from k2quant.qat.prepared import prepared
+from k2quant.qat.preparing import prepared
 from k2quant.qat.training import train
 
 EXAM = 100

@@ -18,18 +18,29 @@ from k2quant.qat.config import Adapter, QATConfig
 if TYPE_CHECKING:
     from k2quant.qat.exporting import export
     from k2quant.qat.loading import load
-    from k2quant.qat.prepared import Prepared, prepare
+    from k2quant.qat.preparing import Prepared, prepare, prepared
     from k2quant.qat.rounding import fake_quantize, fake_quantize_learned
 
-__all__ = ["Adapter", "Prepared", "QATConfig", "export", "fake_quantize", "fake_quantize_learned", "load", "prepare"]
+__all__ = [
+    "Adapter",
+    "Prepared",
+    "QATConfig",
+    "export",
+    "fake_quantize",
+    "fake_quantize_learned",
+    "load",
+    "prepare",
+    "prepared",
+]
 
 _HOMES = {
     "export": "exporting",
     "fake_quantize": "rounding",
     "fake_quantize_learned": "rounding",
     "load": "loading",
-    "prepare": "prepared",
-    "Prepared": "prepared",
+    "prepare": "preparing",
+    "prepared": "preparing",
+    "Prepared": "preparing",
 }
 
 

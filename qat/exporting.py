@@ -22,9 +22,9 @@ from k2quant.plan import Options, Plan, make_plan
 from k2quant.qat import checkpoints
 from k2quant.qat.config import QATConfig
 from k2quant.qat.gate import check_export
-from k2quant.qat.job import Job, read_job
+from k2quant.qat.job import Job, check_folders, read_job
 from k2quant.qat.loading import MASTERS, load
-from k2quant.qat.prepared import prepare, prepared
+from k2quant.qat.preparing import prepare, prepared
 from k2quant.qat.rules import check_packed
 from k2quant.qat.run import Run
 from k2quant.qat.state import restore_weights
@@ -103,6 +103,7 @@ def export_run(
     job = read_job(folder) if untrained else Run(folder).job()
     if to not in {None, job.quantize.to}:
         raise UsageError(f"{folder} was trained for {job.quantize.to}, not for {to}; use `k2quant convert` for that")
+    check_folders(job)
     model = load_start(job) if untrained else load_run(folder, job)
     return export(model, destination, shard_size=shard_size, workers=workers, restart=restart, progress=progress)
 

@@ -14,7 +14,7 @@ from k2quant.checkpoint.weights import Weight, group_tensors
 from k2quant.kernels import reference
 from k2quant.model.decoding import decoded_rows
 from k2quant.qat.adapters import low_rank
-from k2quant.qat.prepared import Prepared
+from k2quant.qat.preparing import Prepared
 from k2quant.qat.scales import learned_scale
 from k2quant.qat.shards import is_sharded, like, whole
 from k2quant.qat.targets import Part, Target

@@ -18,7 +18,7 @@ from k2quant.formats.layouts import Fp8, Int4
 from k2quant.model.decoding import decoded_rows
 from k2quant.model.memory import TORCH_DTYPES
 from k2quant.plan import Plan
-from k2quant.qat.prepared import Prepared
+from k2quant.qat.preparing import Prepared
 from k2quant.qat.targets import Target
 from k2quant.qat.trained import Place, Trained
 

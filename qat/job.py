@@ -6,7 +6,6 @@ A key that is not known is an error, since a setting that is silently passed ove
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import types
@@ -20,7 +19,6 @@ from k2quant.checkpoint.strict_yaml import read_mapping
 from k2quant.errors import UsageError
 from k2quant.kernels.grids import FAKE_BITS
 from k2quant.qat.config import QATConfig
-from k2quant.units import one_of
 
 _LIMIT = 2**20  # bytes of a job file
 _MOST = 2**31
@@ -233,10 +231,6 @@ class Job:
         whole["training"].pop("shard")  # no more than the number of processes, which may change too
         return {name: value for name, value in whole.items() if name not in {"output", "saving", "trust_remote_code"}}
 
-    def digest(self) -> str:
-        """Return the identity as a sha256."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
-
 
 def read_job(path: Path, *, trust_remote_code: bool = False) -> Job:
     """Read a job file.
@@ -251,7 +245,31 @@ def read_job(path: Path, *, trust_remote_code: bool = False) -> Job:
         job = job_from(content)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
-    return replace(job, trust_remote_code=trust_remote_code)
+    return replace(_located(job), trust_remote_code=trust_remote_code)
+
+
+def _located(job: Job) -> Job:
+    """Write out where files lie that are named as seen from here, so that the run can be exported from anywhere."""
+    data = replace(job.data, path=_absolute(job.data.path)) if Path(job.data.path).exists() else job.data
+    distill = job.distill
+    if distill is not None and distill.teacher is not None:
+        distill = replace(distill, teacher=_absolute(distill.teacher))
+    return replace(job, model=_absolute(job.model), output=_absolute(job.output), data=data, distill=distill)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute())
+
+
+def check_folders(job: Job) -> None:
+    """Refuse a job whose model or teacher is not there.
+
+    Raises:
+        UsageError: so it is; the message names the key.
+    """
+    for name, folder in (("model", job.model), ("distill: teacher", job.distill.teacher if job.distill else None)):
+        if folder is not None and not Path(folder).is_dir():
+            raise UsageError(f"{name}: no such folder: {folder}")
 
 
 def job_from(content: Mapping[Any, Any]) -> Job:
@@ -326,7 +344,8 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         inner = next(one for one in get_args(kind) if one is not type(None))
         return None if value is None else _value(inner, value, where)
     if origin is Literal:
-        one_of(where, value, get_args(kind))
+        if value not in get_args(kind):
+            raise UsageError(f"{where}: expected {', '.join(get_args(kind))}, found {value!r:.100}")
         return value
     if origin is tuple:
         if not isinstance(value, list):

@@ -12,7 +12,7 @@ from torch import Tensor
 from k2quant.errors import MalformedFile
 from k2quant.qat.history import Evaluation
 from k2quant.qat.packing import Rows, batch
-from k2quant.qat.prepared import Prepared
+from k2quant.qat.preparing import Prepared
 from k2quant.qat.task import Task, losses
 
 _AT_ONCE = 8  # rows of a forward pass

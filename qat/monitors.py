@@ -13,7 +13,7 @@ from k2quant import names
 from k2quant.qat.history import read_history
 from k2quant.qat.job import Job
 from k2quant.qat.oscillation import Oscillation
-from k2quant.qat.prepared import Prepared
+from k2quant.qat.preparing import Prepared
 from k2quant.qat.report import write_report
 from k2quant.qat.routers import RouterWatch, agreement
 from k2quant.qat.run import Run
@@ -111,6 +111,7 @@ class Monitors:
         )
         return Summary(
             job=_facts(job),
+            control=not job.training.fake_quantize,
             coverage=tuple(
                 Coverage(kind=kind, quantised=quantised, parameters=count)
                 for kind, (quantised, count) in self._coverage.items()

@@ -13,7 +13,7 @@ from k2quant import names
 from k2quant.errors import MalformedFile
 from k2quant.qat import adapters, scales
 from k2quant.qat.job import Optimizer as Settings
-from k2quant.qat.prepared import Prepared
+from k2quant.qat.preparing import Prepared
 from k2quant.qat.shards import like
 from k2quant.qat.targets import Part, canonical
 

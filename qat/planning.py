@@ -22,10 +22,10 @@ from k2quant.plan import Plan, make_plan
 from k2quant.qat import adapters, scales
 from k2quant.qat.data import DataSource, load_rows
 from k2quant.qat.exporting import export_options
-from k2quant.qat.job import Job
+from k2quant.qat.job import Job, check_folders
 from k2quant.qat.loading import skeleton
 from k2quant.qat.packing import Rows, split
-from k2quant.qat.prepared import Prepared, prepare, prepared
+from k2quant.qat.preparing import Prepared, prepare, prepared
 from k2quant.qat.rules import Rule, check_packed, plain_rule
 from k2quant.qat.survey import coverage
 from k2quant.qat.targets import canonical
@@ -78,6 +78,7 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
         CheckpointError: model or data cannot be used, or the result could not be saved.
         CheckFailed: what would be stored of a weight is not what the forward pass would see.
     """
+    check_folders(job)
     source = open_checkpoint(Path(job.model))
     model = skeleton(source)
     prepare(model, job.quantize)
@@ -146,7 +147,9 @@ def _memory(job: Job, model: nn.Module, found: Prepared, processes: int) -> dict
     }
     if extra:
         memory["adapters or scales"] = extra * 16 // shares
-    if job.distill is not None and job.distill.top_k is None:
+    if shares > 1:
+        memory["gathered layer"] = rounded * width
+    if job.distill is not None:  # beside the student, or, for likeliest tokens, before the first step
         memory["teacher"] = weights * seen
     rows = min(job.training.micro_batch or job.training.batch, job.training.batch // processes)
     config: Any = model.config

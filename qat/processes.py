@@ -65,7 +65,9 @@ class Processes:
         if plugin and shard:
             raise UsageError("shard: accelerate's FSDP plugin shards already; use one of the two")
         if shard and self.world == 1:
-            raise UsageError("shard: there is one process, with nobody to share; start more with accelerate launch")
+            raise UsageError(
+                "shard: there is one process, with nobody to share; start more with torchrun or accelerate launch"
+            )
         self._plugin = plugin
 
     @property

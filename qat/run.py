@@ -115,7 +115,12 @@ class Run:
     def _manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         if not path.is_file():
-            raise CheckpointError("no training of k2quant's", file=self.folder, expected=MANIFEST)
+            raise CheckpointError(
+                "no training of k2quant's",
+                file=self.folder,
+                expected=MANIFEST,
+                remedy="name the `output` folder of a job that was trained",
+            )
         return parse_object(read_limited(path, _LIMIT), file=path)
 
     def job(self) -> Job:

@@ -17,7 +17,7 @@ from k2quant.formats.transcode import Parts
 from k2quant.model.memory import TORCH_DTYPES
 from k2quant.plan import Job, Plan
 from k2quant.qat import adapters, scales
-from k2quant.qat.prepared import Prepared
+from k2quant.qat.preparing import Prepared
 from k2quant.qat.rules import as_bf16, plain_rule
 from k2quant.qat.targets import STACKS, Part, Target, canonical, is_fused, stack
 

@@ -22,14 +22,14 @@ from k2quant.errors import BadValue, OutputError, UsageError
 from k2quant.qat import checkpoints, fallback
 from k2quant.qat.exporting import plan_export
 from k2quant.qat.history import Evaluation, History, Record, StepRecord
-from k2quant.qat.job import Job
+from k2quant.qat.job import Job, check_folders
 from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.measuring import Measures
 from k2quant.qat.monitors import Monitors
 from k2quant.qat.optimizers import Optimizers
 from k2quant.qat.packing import Rows, batch, order, share
 from k2quant.qat.planning import read_data
-from k2quant.qat.prepared import Prepared, prepare, prepared
+from k2quant.qat.preparing import Prepared, prepare, prepared
 from k2quant.qat.processes import Processes
 from k2quant.qat.run import Run
 from k2quant.qat.shards import whole
@@ -84,6 +84,7 @@ def train(
         OutputError: the run's folder is not ours, in use, of another job, or the disk failed.
     """
     begun, say = time.monotonic(), stage or _quiet
+    check_folders(job)
     # Learned scales have no part in steps without fake quantisation.
     plain = not job.training.fake_quantize or any(bits is None for _, bits in job.bits)
     unused = plain and job.quantize.estimator == "learned"

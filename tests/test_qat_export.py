@@ -33,7 +33,7 @@ from k2quant.plan import INCOMPLETE, REPORT
 from k2quant.qat import Adapter, QATConfig, exporting, prepare
 from k2quant.qat.config import Target
 from k2quant.qat.gate import check_export
-from k2quant.qat.prepared import prepared
+from k2quant.qat.preparing import prepared
 from k2quant.qat.trained import Trained
 from k2quant.verify import verify_checksums
 

@@ -324,7 +324,7 @@ class TestIdentity:
     )
     def test_same(self, change: dict[str, Any]) -> None:
         """Where it lies, how often it is saved and over how many it is shared does not make another training."""
-        assert job_from({**LEAST, **change}).digest() == job_from(LEAST).digest()
+        assert job_from({**LEAST, **change}).identity() == job_from(LEAST).identity()
 
     @pytest.mark.parametrize(
         "change",
@@ -340,7 +340,7 @@ class TestIdentity:
     )
     def test_other(self, change: dict[str, Any]) -> None:
         """Whatever moves a weight does."""
-        assert job_from({**LEAST, **change}).digest() != job_from(LEAST).digest()
+        assert job_from({**LEAST, **change}).identity() != job_from(LEAST).identity()
 
     @pytest.mark.parametrize("content", [LEAST, WHOLE, with_("quantize.bits", {0: None, 5: 3, 6: 4})])
     def test_manifest_round_trip(self, tmp_path: Path, content: dict[str, Any]) -> None:

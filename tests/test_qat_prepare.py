@@ -20,11 +20,11 @@ from k2quant.kernels import reference
 from k2quant.model import load_model
 from k2quant.model.modules import SeparateExperts
 from k2quant.qat import Adapter, QATConfig, prepare
-from k2quant.qat import prepared as prepared_module
+from k2quant.qat import preparing as prepared_module
 from k2quant.qat.fallback import restore
 from k2quant.qat.job import Optimizer as OptimizerSettings
 from k2quant.qat.optimizers import Optimizers
-from k2quant.qat.prepared import Prepared, prepared
+from k2quant.qat.preparing import Prepared, prepared
 from k2quant.qat.rounding import fake_quantize, fake_quantize_learned
 from k2quant.qat.scales import LearnedScale
 from k2quant.qat.survey import coverage

@@ -31,7 +31,7 @@ from k2quant.qat.exporting import export_run
 from k2quant.qat.history import read_history
 from k2quant.qat.job import Job, job_from
 from k2quant.qat.loading import load
-from k2quant.qat.prepared import prepare, prepared
+from k2quant.qat.preparing import prepare, prepared
 from k2quant.qat.processes import Processes, check_sharded
 from k2quant.qat.run import Run
 from k2quant.qat.training import train

@@ -37,7 +37,7 @@ from k2quant.errors import (
     UsageError,
 )
 from k2quant.nano import architecture, vocabulary, writing
-from k2quant.qat import checkpoints, prepared, training
+from k2quant.qat import checkpoints, preparing, training
 from k2quant.qat.exporting import export_run
 from k2quant.qat.history import read_history
 from k2quant.qat.job import Job, job_from
@@ -254,13 +254,13 @@ def test_another_way_to_the_same(home: Path, plain: list[float], way: str) -> No
 def test_rounds_once_a_step(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are rounded once for each step of the optimizer, not once for each of its micro-batches."""
     rounded: list[str] = []
-    values = prepared.Prepared.fill
+    values = preparing.Prepared.fill
 
-    def noted(self: prepared.Prepared, target: Any, *rest: Any, **options: Any) -> None:
+    def noted(self: preparing.Prepared, target: Any, *rest: Any, **options: Any) -> None:
         rounded.append(target.name)
         values(self, target, *rest, **options)
 
-    monkeypatch.setattr(prepared.Prepared, "fill", noted)
+    monkeypatch.setattr(preparing.Prepared, "fill", noted)
     seen: list[int] = []
 
     def progress(*_: object) -> None:
@@ -285,8 +285,8 @@ def test_learns(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(master: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return values + 0 * master
 
-    assert hasattr(prepared, "straight")
-    monkeypatch.setattr(prepared, "straight", nothing)
+    assert hasattr(preparing, "straight")
+    monkeypatch.setattr(preparing, "straight", nothing)
     control = train(make_job(home, "control", **LEARN, quantize={"train": "experts", "bits": 2})).evaluation
     assert control is not None
     assert control.loss == control.start_rounded

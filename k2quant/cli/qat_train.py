@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def command(job: Path, *, restart: bool, trust_remote_code: bool, as_json: bool) -> None:
     """Train what JOB.yaml says, in one process; the same command after a kill goes on from the last checkpoint.
 
-    On several devices: accelerate launch -m k2quant.qat JOB.yaml
+    On several devices: accelerate launch -m k2quant.qat JOB.yaml, or torchrun in the place of accelerate.
 
     \b
     Example:
@@ -45,7 +45,7 @@ def command(job: Path, *, restart: bool, trust_remote_code: bool, as_json: bool)
 
         click.echo(json.dumps(_facts(result), indent=1))
         return
-    _show(result)
+    _show(result, control=not read.training.fake_quantize)
 
 
 def _facts(result: Result) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def _facts(result: Result) -> dict[str, Any]:
     return whole | {"evaluation": asdict(result.evaluation) if result.evaluation else None}
 
 
-def _show(result: Result) -> None:
+def _show(result: Result, *, control: bool) -> None:
     from k2quant.qat.history import HISTORY, read_history
     from k2quant.qat.report.recovery import headline
     from k2quant.units import duration
@@ -69,7 +69,9 @@ def _show(result: Result) -> None:
         click.echo("\nno rows were held out, so no loss was measured")
     else:
         _show_losses(result.evaluation)
-        click.echo(f"\n{headline(read_history(result.folder / HISTORY))}.")
+        click.echo(f"\n{headline(read_history(result.folder / HISTORY), control=control)}.")
+        if not control:
+            click.echo("Training alone may account for some of it: `training: {fake_quantize: false}` is the control.")
     if result.starved:
         click.echo(
             f"{result.starved} experts saw too few tokens and keep post-training rounding; the report lists them."

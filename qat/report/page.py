@@ -36,7 +36,7 @@ def page(history: Records, summary: Summary, folder: str) -> str:
         summary: the rest.
         folder: name of the run's folder.
     """
-    title = text(headline(history))
+    title = text(headline(history, control=summary.control))
     sections = "\n".join(section for section in _sections(history, summary) if section)
     return document(
         f"{title} - k2quant QAT", f"{_header(history, folder, title)}\n<main>\n{sections}\n</main>\n", css=_CSS

@@ -40,8 +40,14 @@ def recovery(evaluation: Evaluation) -> Recovery | None:
     return Recovery(rounded - start, error, rounded - evaluation.loss)
 
 
-def headline(history: Records) -> str:
-    """Return a run's result in one sentence of plain text, without a full stop."""
+def headline(history: Records, *, control: bool = False) -> str:
+    """Return a run's result in one sentence of plain text, without a full stop.
+
+    Args:
+        history: of the run.
+        control: whether nothing was fake-quantised while it trained.
+    """
+    who = "Training without fake quantisation" if control else "QAT"
     if not history.evaluations:
         return f"{steps(len(history.steps))} trained; nothing was evaluated"
     last = history.evaluations[-1]
@@ -52,8 +58,8 @@ def headline(history: Records) -> str:
     if not found.told:
         return f"What {cost} here is too small a gap to speak of"
     if found.share <= 0:
-        return f"QAT recovers nothing of what {cost}"
-    return f"QAT recovers {whole_percent(found.share) if found.share <= 1 else 'more than all'} of what {cost}"
+        return f"{who} recovers nothing of what {cost}"
+    return f"{who} recovers {whole_percent(found.share) if found.share <= 1 else 'more than all'} of what {cost}"
 
 
 def target(history: Records) -> str:
