@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import qat_gates
 import qat_report
 import qat_statistics
 
+from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.nano.benchmark import write_tasks
 from k2quant.nano.run import run
 
@@ -90,7 +92,14 @@ def peers(workdir: Path, seeds: Sequence[int], at_once: int) -> dict[str, Any]:
 
     with ThreadPoolExecutor(at_once) as pool:
         results = list(pool.map(one, wanted))
-    return {"version": metadata.version("torchao"), "results": results}
+    return {"version": metadata.version("torchao"), "results": results, "experts": routed(workdir / "base-0")}
+
+
+def routed(model: Path) -> float:
+    """Return the share of a model's weights that lies in routed experts."""
+    checkpoint = open_checkpoint(model)
+    sizes = {entry.name: math.prod(entry.shape) for entry in checkpoint.tensors.values()}
+    return sum(size for name, size in sizes.items() if ".mlp.experts." in name) / sum(sizes.values())
 
 
 def cost(workdir: Path, *, torchao: bool) -> dict[str, Any]:

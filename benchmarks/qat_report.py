@@ -21,7 +21,8 @@ Written by `benchmarks/qat.py`; do not edit. `{command}`
 
 {seeds} seeds, each a nano-K2 of its own, trained from nothing (`k2quant nano --seed`). Every projection is rounded in
 groups of 32 by Moonshot's rule with codes to ±7, ±3, ±1. {steps} steps of {batch} rows of 64 tokens, AdamW, {warmup}
-warm-up steps, cosine to a tenth; highest rate {rates}; the router frozen. {items:,} held-out items, the same for all;
+warm-up steps, cosine to a tenth; highest rate {rates} (the better of two for the plain arm on seed 0, by rows that are
+neither trained on nor among these items); the router frozen. {items:,} held-out items, the same for all;
 losses in nats a token of an answer, mean over items.
 
 The control is trained as long, on the same rows in the same order with the same rates, without fake quantisation, and
@@ -40,6 +41,8 @@ is given where every seed's gap is above three standard errors.
 Seed by seed, recovered:
 
 {seeds_table}
+
+Plain STE without seed 0, on which the rates were tried: {without}.
 
 Learned scales and distillation against plain STE: how far their loss lies below it, nats a token.
 
@@ -87,6 +90,7 @@ def page(facts: dict[str, Any], results: Results) -> str:
         ),
         recovery=_recovery(found),
         seeds_table=_seeds(found),
+        without=_without(results),
         variants=_variants(results),
         exports=f"{same} of {len(results)} scored the same to the last bit",
         commits=", ".join(sorted({one["commit"] for one in results.values()})),
@@ -147,6 +151,12 @@ def _seeds(found: list[Row]) -> str:
     )
 
 
+def _without(results: Results) -> str:
+    rest = {arm: found for arm, found in results.items() if arm[0] != 0}
+    found = rows(rest, ["plain"], BITS)
+    return ", ".join(f"INT{row.bits} {'-' if row.share is None else _percent(row.share)}" for row in found)
+
+
 def _variants(results: Results) -> str:
     lines = []
     for bits in BITS:
@@ -187,7 +197,7 @@ def _peers(facts: dict[str, Any]) -> str:
         f"projection rounded. torchao {facts['version']}: `QATConfig(IntxWeightOnlyConfig(intN, PerGroup(32)))`, its "
         "loss that of its own `convert`; k2quant's that of the checkpoint on the disk. Below: how far k2quant's loss "
         "lies below, over seeds. In nano-K2 as transformers has it, torchao's QAT leaves the fused experts untouched, "
-        "73% of all weights.\n\n"
+        f"{facts['experts']:.0%} of all weights.\n\n"
     )
     by_key = {(one["seed"], one["tool"], one["bits"]): one for one in facts["results"]}
     lines = []

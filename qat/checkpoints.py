@@ -23,7 +23,7 @@ from k2quant.checkpoint.paths import PARTIAL, read_limited, sync_folder, write_w
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.strict_json import parse_object
 from k2quant.checkpoint.writer import ShardWriter
-from k2quant.errors import CheckpointError, MalformedFile, OutputError
+from k2quant.errors import BadValue, CheckpointError, MalformedFile, OutputError
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.model.memory import TORCH_DTYPES, as_memory
 
@@ -174,7 +174,9 @@ def _write(path: Path, tensors: Tensors, gather: Callable[[Tensor], Tensor], *, 
             value = gather(tensors[name])
             if writer is not None:
                 if not value.isfinite().all():
-                    raise MalformedFile("not finite, so nothing is saved", tensor=name, file=path)
+                    raise BadValue(
+                        "not finite, so nothing is saved", tensor=name, file=path, remedy="the last checkpoint stands"
+                    )
                 writer.write(start, as_memory(value.cpu().contiguous()))
         if writer is not None:
             writer.finish()

@@ -19,6 +19,7 @@ from k2quant.checkpoint.writer import ShardWriter
 from k2quant.errors import MalformedFile, OutputError, UsageError
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.model.memory import as_memory
+from k2quant.qat.packing import NO_TARGET
 
 IDS, LOGS = "ids", "log_probabilities"
 _NOTE_LIMIT = 2**16
@@ -79,7 +80,7 @@ class Cache:
             CheckpointError: the file is damaged.
         """
         self._shard = read_header(path)
-        self._ends = (targets != -100).sum(1).cumsum(0).tolist()
+        self._ends = (targets != NO_TARGET).sum(1).cumsum(0).tolist()
         self._vocabulary = vocabulary
         ids, logs = (self._shard.tensors.get(name) for name in (IDS, LOGS))
         fits = ids is not None and logs is not None and (ids.dtype, logs.dtype) == ("I32", "F32")
@@ -162,7 +163,7 @@ def _write(
     temperature: float,
     progress: Progress | None,
 ) -> None:
-    count = int((targets != -100).sum())
+    count = int((targets != NO_TARGET).sum())
     header, spans = build_header({IDS: TensorSpec("I32", (count, top_k)), LOGS: TensorSpec("F32", (count, top_k))})
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = ShardWriter(path, header, max(spans[IDS][1], spans[LOGS][1]))

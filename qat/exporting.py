@@ -131,8 +131,15 @@ def load_run(folder: Path, job: Job) -> nn.Module:
     model = load(source, dtype=MASTERS[job.training.masters])
     step = checkpoints.step_of(found[-1])
     bits = job.bits_at(step - 1)
-    prepare(model, dataclasses.replace(job.quantize, bits=bits or job.final_bits))
+    if bits not in {None, job.final_bits}:
+        raise UsageError(
+            f"{folder}: its last checkpoint, of step {step}, has codes of {bits} bits, the end has {job.final_bits}; "
+            "train on"
+        )
+    prepare(model, dataclasses.replace(job.quantize, bits=job.final_bits))
     restore_weights(model, found[-1])
+    if bits is None and job.quantize.to == "int4":
+        prepared(model).set_bits(job.final_bits)  # learned scales have not begun: they are those of the weights now
     return model
 
 

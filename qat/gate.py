@@ -99,5 +99,6 @@ def _refuse(weight: Weight, start: int, found: Tensor, expected: Tensor) -> None
         file=weight.main.file,
         expected=float(expected[row, column]),
         found=float(found[row, column]),
-        remedy="the folder was not finished; export on the machine that trained, and report this",
+        remedy="the folder was not finished: write it anew with --restart; if that ends so too, the disk is failing, "
+        "or this machine computes otherwise than the one that trained",
     )

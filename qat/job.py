@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 from k2quant.checkpoint.strict_yaml import read_mapping
 from k2quant.errors import UsageError
-from k2quant.kernels.grids import FAKE_BITS
+from k2quant.kernels.grids import FAKE_BITS, PACKED_BITS, largest_code
 from k2quant.qat.config import QATConfig
 
 _LIMIT = 2**20  # bytes of a job file
@@ -194,6 +194,14 @@ class Job:
         micro = self.training.micro_batch or self.training.batch
         if self.training.batch % micro:
             raise UsageError(f"training: batch {self.training.batch} is no multiple of micro_batch {micro}")
+        if self.quantize.to == "int4" and self.final_bits not in PACKED_BITS:
+            raise UsageError(
+                f"quantize: {self.final_bits}-bit codes have no place in a checkpoint; end with 4 bits or fewer"
+            )
+        if self.quantize.estimator == "learned" and not self.training.fake_quantize:
+            raise UsageError("training: a control (`fake_quantize: false`) learns no scales; use `estimator: plain`")
+        if self.optimizer.scale_rate is not None and self.quantize.estimator != "learned":
+            raise UsageError("optimizer: scale_rate has a meaning with `estimator: learned` alone")
         if self.training.shard and self.optimizer.method == "muon":
             raise UsageError("optimizer: muon works on whole matrices, which `shard: true` takes apart; use adamw")
 
@@ -206,6 +214,8 @@ class Job:
             raise UsageError("quantize: bits: the last width must be a number")
         if last[0] >= steps:
             raise UsageError(f"quantize: bits: the width from step {last[0]} on never comes: there are {steps} steps")
+        for bits in {bits for _, bits in self.bits if bits is not None}:
+            largest_code(self.quantize.grid, bits)
         if self.quantize.estimator == "learned" and self.training.shard and len(self.bits) > 1:
             raise UsageError("quantize: learned scales begin anew at another width, which `shard: true` takes apart")
 
@@ -306,7 +316,7 @@ def _ramp(content: Mapping[Any, Any]) -> tuple[tuple[int, int | None], ...]:
     for step, bits in content.items():
         _whole("quantize: bits: a step", step, 0)
         if bits is not None and (type(bits) is not int or bits not in FAKE_BITS):
-            raise UsageError(f"quantize: bits: expected {', '.join(map(str, FAKE_BITS))} or null, found {bits!r:.50}")
+            raise UsageError(f"quantize: bits: expected {', '.join(map(str, FAKE_BITS))} or null, found {shown(bits)}")
     if 0 not in content:
         raise UsageError("quantize: bits: say what holds from step 0 on")
     return tuple(sorted(content.items()))
@@ -345,11 +355,11 @@ def _value(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else _value(inner, value, where)
     if origin is Literal:
         if value not in get_args(kind):
-            raise UsageError(f"{where}: expected {', '.join(get_args(kind))}, found {value!r:.100}")
+            raise UsageError(f"{where}: expected {', '.join(get_args(kind))}, found {shown(value)}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise UsageError(f"{where}: expected a list, found {value!r:.100}")
+            raise UsageError(f"{where}: expected a list, found {shown(value)}")
         return tuple(_value(get_args(kind)[0], one, where) for one in value)
     return _build(cast("type", kind), value, where) if is_dataclass(kind) else _plain(kind, value, where)
 
@@ -361,13 +371,21 @@ def _plain(kind: type, value: Any, where: str) -> Any:
             return float(value)
     if type(value) is not kind:
         words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-        raise UsageError(f"{where}: expected {words.get(kind, kind)}, found {value!r:.100}")
+        raise UsageError(f"{where}: expected {words.get(kind, kind)}, found {shown(value)}")
     return value
+
+
+def shown(value: object) -> str:
+    """Return the beginning of a value for a message; Python writes no whole number of thousands of digits."""
+    try:
+        return f"{value!r:.100}"
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _whole(name: str, value: object, least: int, most: int = _MOST) -> None:
     if type(value) is not int or not least <= value <= most:
-        raise UsageError(f"{name}: expected a whole number from {least} to {most}, found {value!r:.100}")
+        raise UsageError(f"{name}: expected a whole number from {least} to {most}, found {shown(value)}")
 
 
 def _number(
@@ -376,4 +394,4 @@ def _number(
     fits = isinstance(value, int | float) and not isinstance(value, bool)
     if not fits or not (above is None or value > above) or not (least is None or value >= least) or not value <= most:  # type: ignore[operator]
         low = f"above {above:g}" if above is not None else f"from {least or 0:g}"
-        raise UsageError(f"{name}: expected a number {low} to {most:g}, found {value!r:.100}")
+        raise UsageError(f"{name}: expected a number {low} to {most:g}, found {shown(value)}")

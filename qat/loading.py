@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from k2quant.errors import UsageError
+from k2quant.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
+from k2quant.errors import UnsupportedFormat, UsageError
 from k2quant.model.assembly import Assembly, K2ForCausalLM
 from k2quant.model.filling import Progress, fill
 from k2quant.model.loading import assemble
@@ -39,7 +39,8 @@ def load(
         progress: called with the bytes read and all bytes.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, contradicts its config, or is no model of this family.
+        CheckpointError: the checkpoint is incomplete, contradicts its config, or is no model of this family; or its
+            config asks for dropout, which K2 has none of.
         UsageError: an option makes no sense.
     """
     if dtype not in MASTERS.values():
@@ -47,6 +48,13 @@ def load(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path))
     place = checked_device(device)
     assembly = assemble(checkpoint, device=place, dtype=dtype, backend="auto")
+    if assembly.config.attention_dropout:  # a step would be no pure function of its number
+        raise UnsupportedFormat(
+            "attention_dropout",
+            file=checkpoint.folder / CONFIG,
+            expected="0.0, as K2 has it",
+            found=assembly.config.attention_dropout,
+        )
     _make_dense(assembly)
     fill(assembly, [(name, module, place) for name, module in assembly.model.named_modules()], progress=progress)
     assembly.model.model.rotary_emb.to(place)

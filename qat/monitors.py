@@ -13,6 +13,7 @@ from k2quant import names
 from k2quant.qat.history import read_history
 from k2quant.qat.job import Job
 from k2quant.qat.oscillation import Oscillation
+from k2quant.qat.packing import NO_TARGET
 from k2quant.qat.preparing import Prepared
 from k2quant.qat.report import write_report
 from k2quant.qat.routers import RouterWatch, agreement
@@ -20,7 +21,6 @@ from k2quant.qat.run import Run
 from k2quant.qat.summary import Coverage, Oscillations, RouterSummary, Summary, write_summary
 from k2quant.qat.survey import coverage
 from k2quant.qat.targets import Target, canonical
-from k2quant.qat.task import NOT_LEARNT
 
 _SAMPLE = 2**16  # weights whose codes are watched, over all targets
 _ROUTERS, _CHOICES, _CODES = "load:", "choices:", "codes:"
@@ -89,12 +89,13 @@ class Monitors:
         self._codes.restore(_under(_CODES, state))
 
     def starved(self, least: int, total: Total) -> list[tuple[str, int]]:
-        """Return the experts that saw fewer tokens than `least`, with how many."""
+        """Return the fake-quantised experts that saw fewer tokens than `least`, with how many."""
         found = []
         for name, load in self._loads(total).items():
             prefix = canonical(name).removesuffix("gate") + "experts"
             found += [(f"{prefix}.{expert}", int(count)) for expert, count in enumerate(load) if count < least]
-        return found
+        quantised = {part.base.rpartition(".")[0] for target in self._prepared.targets for part in target.parts}
+        return [(name, count) for name, count in found if name in quantised]
 
     def summary(self, job: Job, starved: list[tuple[str, int]], run: Callable[[], object], total: Total) -> Summary:
         """Return what the finished run says; every process has to ask."""
@@ -157,7 +158,7 @@ def _real(rows: Mapping[str, Tensor]) -> Tensor:
     places = torch.arange(rows["position_ids"].shape[1], device=rows["position_ids"].device)
     last = ((rows["position_ids"] == 0) * places).amax(1, keepdim=True)  # where the last document begins
     ending = places >= last
-    learnt = ((rows["targets"] != NOT_LEARNT) & ending).any(1, keepdim=True)
+    learnt = ((rows["targets"] != NO_TARGET) & ending).any(1, keepdim=True)
     same = (rows["input_ids"] == rows["input_ids"][:, -1:]) | ~ending
     return ~ending | learnt | ~same.all(1, keepdim=True)
 

@@ -101,7 +101,7 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
         held_out=len(held_out.tokens),
         epochs=job.training.steps * job.training.batch / len(rows.tokens),
         export_bytes=export.bytes_written,
-        tried=tuple(_tried(job, source, found, export)),
+        tried=tuple(tried(job, source, found, export)),
     )
 
 
@@ -136,8 +136,9 @@ def _memory(job: Job, model: nn.Module, found: Prepared, processes: int) -> dict
     seen = 2 if job.training.precision == "bfloat16" else width
     rounded = sum(target.master.numel() for target in found.targets)
     rounded += sum(target.master.numel() for target in found.plain) if width == 4 else 0
-    if shares > 1:  # gathered and rounded layer by layer, the largest at a time
-        rounded = max(sum(p.numel() for p in layer.parameters()) for layer in _layers(model))
+    gathered = max(sum(p.numel() for p in layer.parameters()) for layer in _layers(model))
+    if shares > 1 and job.training.gradient_checkpointing:  # else they wait for the backward pass, all of them
+        rounded = gathered
     single = 0 if job.optimizer.method == "adamw" else sum(_moved_by_muon(whole, beside))  # one number each, not two
     memory = {
         "weights": weights * width // shares,
@@ -148,7 +149,9 @@ def _memory(job: Job, model: nn.Module, found: Prepared, processes: int) -> dict
     if extra:
         memory["adapters or scales"] = extra * 16 // shares
     if shares > 1:
-        memory["gathered layer"] = rounded * width
+        memory["gathered layer"] = 2 * gathered * width  # weights and gradients
+    elif processes > 1:
+        memory["gradients in buckets"] = trained * width  # of data parallelism
     if job.distill is not None:  # beside the student, or, for likeliest tokens, before the first step
         memory["teacher"] = weights * seen
     rows = min(job.training.micro_batch or job.training.batch, job.training.batch // processes)
@@ -174,8 +177,12 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
     yield from causal.model.layers
 
 
-def _tried(job: Job, source: Checkpoint, found: Prepared, export: Plan) -> Iterator[str]:
-    """Store and read one weight of each class as an export would; yield its name."""
+def tried(job: Job, source: Checkpoint, found: Prepared, export: Plan) -> Iterator[str]:
+    """Store and read one weight of each class as an export would; yield its name.
+
+    Raises:
+        CheckFailed: what would be stored is not what the forward pass would see.
+    """
     rule = plain_rule(job.quantize, job.final_bits)
     weights = {key(weight.weight): weight.weight for weight in export.jobs()}
     seen: set[str] = set()

@@ -166,7 +166,7 @@ class Prepared:
 
         The first row is a multiple of the rows that share a scale.
         """
-        weights = as_bf16(self._matrix(target, part)[rows])
+        weights = as_bf16(self._matrix(target, part, rows))
         scale = learned_scale(target)
         with _naming(part.base), counted_from(rows.start):
             if scale is None:
@@ -198,12 +198,12 @@ class Prepared:
         high = update.b.detach().reshape(-1, update.b.shape[-1])[rows].double()
         return as_bf16(as_bf16(found).double() + update.scaling * torch.einsum("nr,nrk->nk", high, low))
 
-    def _matrix(self, target: Target, part: Part) -> Tensor:
-        master, update = part.of(target.master.detach()), low_rank(target)
+    def _matrix(self, target: Target, part: Part, rows: slice) -> Tensor:
+        master, update = part.of(target.master.detach())[rows], low_rank(target)
         if update is None:
             return master
         a = update.a.detach() if part.expert is None else update.a.detach()[part.expert]
-        return adapters.merged(master, a, part.of(update.b.detach()), update.scaling)
+        return adapters.merged(master, a, part.of(update.b.detach())[rows], update.scaling)
 
     def _set_trained(self, model: nn.Module) -> None:
         """Say which parameters have a gradient."""

@@ -43,11 +43,8 @@ class Run:
         self.board = folder / "tensorboard"
 
     @contextlib.contextmanager
-    def held(self, *, restart: bool) -> Iterator[None]:
+    def held(self) -> Iterator[None]:
         """Make the folder if need be and hold its lock.
-
-        Args:
-            restart: throw away what an earlier run left.
 
         Raises:
             DestinationForeign: it holds something that no run of ours wrote.
@@ -62,24 +59,23 @@ class Run:
                 "not empty, and no training of ours", file=self.folder, remedy="name a new folder as `output`"
             )
         with locked_file(self.folder / _LOCK):
-            if restart:
-                self._clear()
             yield
 
     def _clear(self) -> None:
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        """Delete all but the manifest: as long as it stands, no other job goes on from half of what was here."""
         for path in (self.folder / name for name in _OWN):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
 
-    def begin(self, job: Job, facts: Mapping[str, Any]) -> None:
+    def begin(self, job: Job, facts: Mapping[str, Any], *, restart: bool = False) -> None:
         """Note what is trained here, or check that it is what was begun.
 
         Args:
-            job: the job.
+            job: the job; whatever can be checked of it has been.
             facts: digests of model and data.
+            restart: throw away what an earlier run left.
 
         Raises:
             DestinationStale: another job, model or data was begun here.
@@ -87,7 +83,9 @@ class Run:
         wanted = {"identity": job.identity(), **facts}
         manifest = {"k2quant": __version__, **wanted, "job": json.loads(json.dumps(asdict(job)))}
         path = self.folder / MANIFEST
-        if not path.exists():
+        if restart:
+            self._clear()
+        if restart or not path.exists():
             write_whole(path, json.dumps(manifest, indent=1).encode())
             return
         found = parse_object(read_limited(path, _LIMIT), file=path)
@@ -143,20 +141,17 @@ class Run:
 
 def _said(changed: list[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Name what differs, of the job its keys."""
-    if "identity" not in changed or not isinstance(found.get("identity"), dict):
+    theirs = found.get("identity")
+    if "identity" not in changed or not isinstance(theirs, dict):
         return " and ".join(changed)
-    ours, theirs = wanted["identity"], found["identity"]
-    keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    inner = (
-        [
-            f"{key}.{name}"
-            for key in keys
-            for name in sorted(ours[key])
-            if isinstance(ours.get(key), dict)
-            and isinstance(theirs.get(key), dict)
-            and ours[key][name] != theirs[key].get(name)
-        ]
-        if all(isinstance(ours.get(key), dict) for key in keys)
-        else keys
-    )
-    return f"job ({', '.join(inner or keys)})"
+    return f"job ({', '.join(_keys(wanted['identity'], theirs))})"
+
+
+def _keys(ours: Mapping[str, Any], theirs: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """Yield the keys in which two jobs differ, `training.steps` and the like."""
+    for key in sorted(ours.keys() | theirs.keys()):
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            yield from _keys(mine, other, f"{above}{key}.")
+        elif mine != other:
+            yield f"{above}{key}"

@@ -10,9 +10,7 @@ from torch.nn import functional
 
 from k2quant.qat.distillation import divergence, divergence_of_likeliest
 from k2quant.qat.job import Distillation
-
-NOT_LEARNT = -100
-"""Target of a token after which nothing is learnt."""
+from k2quant.qat.packing import NO_TARGET
 
 
 class Hints(NamedTuple):
@@ -70,7 +68,7 @@ def learnt_logits(model: nn.Module, batch: dict[str, Tensor], precision: torch.d
         hidden = causal.model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         ).last_hidden_state
-        learnt = batch["targets"] != NOT_LEARNT
+        learnt = batch["targets"] != NO_TARGET
         logits: Tensor = causal.lm_head(hidden[learnt])
     return logits.float(), batch["targets"][learnt]
 
@@ -79,6 +77,6 @@ def learnt_logits(model: nn.Module, batch: dict[str, Tensor], precision: torch.d
 def losses(task: Task, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return for each row the summed loss of its learnt tokens, float64 `[B]`, and how many they are, int64 `[B]`."""
     each = task(batch, summed=False).double().cpu()
-    counts = (batch["targets"] != NOT_LEARNT).sum(1).cpu()
+    counts = (batch["targets"] != NO_TARGET).sum(1).cpu()
     row = torch.repeat_interleave(torch.arange(len(counts)), counts)
     return torch.zeros(len(counts), dtype=torch.float64).index_add_(0, row, each), counts

@@ -27,14 +27,14 @@ from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.measuring import Measures
 from k2quant.qat.monitors import Monitors
 from k2quant.qat.optimizers import Optimizers
-from k2quant.qat.packing import Rows, batch, order, share
-from k2quant.qat.planning import read_data
+from k2quant.qat.packing import NO_TARGET, Rows, batch, order, share
+from k2quant.qat.planning import read_data, tried
 from k2quant.qat.preparing import Prepared, prepare, prepared
 from k2quant.qat.processes import Processes
 from k2quant.qat.run import Run
 from k2quant.qat.shards import whole
 from k2quant.qat.state import restore_weights, trained_tensors
-from k2quant.qat.task import NOT_LEARNT, Task
+from k2quant.qat.task import Task
 from k2quant.qat.teacher import Teacher
 from k2quant.qat.tensorboard import Board
 
@@ -91,9 +91,9 @@ def train(
     processes = Processes(shard=job.training.shard, unused=unused)
     run = Run(Path(job.output))
     try:
-        with _reproducible(job), run.held(restart=restart) if processes.leads else contextlib.nullcontext():
+        with _reproducible(job), run.held() if processes.leads else contextlib.nullcontext():
             processes.wait()
-            trainer = Trainer(job, run, processes, say)
+            trainer = Trainer(job, run, processes, say, restart=restart)
             resumed = trainer.resume()
             say("training")
             evaluation, starved = trainer.run(resumed, progress)
@@ -108,8 +108,12 @@ def train(
 class Trainer:
     """A training in one process."""
 
-    def __init__(self, job: Job, run: Run, processes: Processes, stage: Callable[[str], None]) -> None:
+    def __init__(
+        self, job: Job, run: Run, processes: Processes, stage: Callable[[str], None], *, restart: bool
+    ) -> None:
         """Load everything and check all that can be checked before the first step."""
+        if job.training.batch % processes.world:
+            raise UsageError(f"training: batch {job.training.batch} is no multiple of the {processes.world} processes")
         if processes.sharded and job.optimizer.method == "muon":
             raise UsageError("optimizer: muon works on whole matrices, which sharding takes apart; use adamw")
         self.job, self.processes = job, processes
@@ -120,10 +124,12 @@ class Trainer:
         stage("reading the data")
         self.rows, held_out = read_data(job, self.model.config)
         source = open_checkpoint(Path(job.model))
-        if processes.leads:
-            run.begin(job, {"data": self.rows.digest, "held_out": held_out.digest, "model": source.fingerprint()})
         with self._final_width():
-            plan_export(self.model, source)  # a result that cannot be saved is not worth a step
+            export, _ = plan_export(self.model, source)  # a result that cannot be saved is not worth a step
+        if processes.leads:
+            list(tried(job, source, self.prepared, export))
+            facts = {"data": self.rows.digest, "held_out": held_out.digest, "model": source.fingerprint()}
+            run.begin(job, facts, restart=restart)
         processes.wait()
         self._teacher = Teacher.of(job, run, self.rows, processes, stage)
         self._monitors = Monitors(self.model, self.prepared, sharded=processes.sharded)
@@ -199,12 +205,15 @@ class Trainer:
 
     @contextlib.contextmanager
     def _final_width(self) -> Iterator[None]:
-        """Let the model have the codes of the export while the block runs; before the first step alone."""
-        before = self.prepared.bits
-        if self.job.quantize.to == "int4":
-            self.prepared.set_bits(self.job.final_bits)
-        yield
-        if self.job.quantize.to == "int4":
+        """Let the model have the codes of the export while the block runs; not while learned scales are trained."""
+        before, final = self.prepared.bits, self.job.final_bits
+        if self.job.quantize.to != "int4" or before == final:
+            yield
+            return
+        self.prepared.set_bits(final)
+        try:
+            yield
+        finally:
             self.prepared.set_bits(before)
 
     def _set_bits(self, step: int) -> int | None:
@@ -221,7 +230,7 @@ class Trainer:
         begun, job = time.perf_counter(), self.job
         bits = self._set_bits(step)
         indices = order(step, len(self.rows.tokens), job.training.batch, job.training.seed)
-        total = int((self.rows.targets[indices] != NOT_LEARNT).sum())
+        total = int((self.rows.targets[indices] != NO_TARGET).sum())
         entropy, gap = self._gradients(indices, max(total, 1))
         weight = job.distill.weight if job.distill else 0.0
         loss = (1 - weight) * entropy + weight * gap
@@ -300,7 +309,7 @@ class Trainer:
         self._set_bits(steps - 1)
         if not self.prepared.enabled:  # trained without fake quantisation throughout, as a control is
             self.prepared.enabled = True
-            if self.job.quantize.to == "int4":
+            if self.job.quantize.to == "int4" and self.prepared.bits != self.job.final_bits:
                 self.prepared.set_bits(self.job.final_bits)
         starved = self._monitors.starved(self.job.training.least_tokens, self.processes.total)
         if first < steps:

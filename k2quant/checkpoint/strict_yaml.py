@@ -22,10 +22,10 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  PyYAML's own
         """Construct a mapping whose keys differ."""
-        keys = [key.value for key, _ in node.value]
-        if len(set(map(str, keys))) != len(keys):
+        found = dict(super().construct_mapping(node, deep=deep))
+        if len(found) != len(node.value):
             raise yaml.YAMLError("a key stands twice")
-        return dict(super().construct_mapping(node, deep=deep))
+        return found
 
 
 def read_mapping(path: Path, limit: int) -> dict[Any, Any]:
