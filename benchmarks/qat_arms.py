@@ -54,7 +54,7 @@ def job(base: str, output: str, data: str, *, kind: str, bits: int, seed: int) -
             "evaluate_every": STEPS,
             "fake_quantize": kind != "control",
         },
-        "optimizer": {"rate": RATES[bits], "scale_rate": RATES[bits], "warmup": WARMUP},
+        "optimizer": {"rate": RATES[bits], "warmup": WARMUP},
         "saving": {"every": STEPS},
     }
     return whole | ({"distill": how["distill"]} if "distill" in how else {})

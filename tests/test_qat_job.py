@@ -49,7 +49,7 @@ WHOLE: dict[str, Any] = {
     "optimizer": {
         "method": "adamw",
         "rate": 1e-4,
-        "scale_rate": 1e-3,
+        "scale_rate": None,
         "beta1": 0.8,
         "beta2": 0.9,
         "weight_decay": 0.1,
