@@ -60,7 +60,7 @@ CONFIG: dict[str, Any] = architecture.CONFIG | {
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
 }
-KILLS = int(os.environ.get("K2QUANT_KILLS", "8"))
+KILLS = int(os.environ.get("K2QUANT_KILLS", "4"))
 SEED = int(os.environ.get("K2QUANT_SEED", "20"))
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
