@@ -90,6 +90,20 @@ def make_policy(
     return policy
 
 
+_QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
+MOST_QUANTIFIERS = 3
+"""A few more in one pattern can keep the matcher busy for years."""
+
+
+def may_take_for_ever(pattern: str) -> bool:
+    """Tell of a regular expression that comes from a file whether matching it might never end."""
+    return (
+        len(pattern) > 500
+        or re.search(r"\)[*+{]", pattern) is not None
+        or len(_QUANTIFIER.findall(pattern)) > MOST_QUANTIFIERS
+    )
+
+
 def _compile(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)

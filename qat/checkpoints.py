@@ -8,7 +8,9 @@ name and renamed when all of it is on the disk; only then are older ones deleted
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from k2quant.checkpoint.header import build_header, read_header
-from k2quant.checkpoint.paths import PARTIAL, read_limited, sync_folder, write_whole
+from k2quant.checkpoint.paths import PARTIAL, open_regular, read_limited, sync_folder, write_whole
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.strict_json import parse_object
 from k2quant.checkpoint.writer import ShardWriter
@@ -29,7 +31,10 @@ from k2quant.model.memory import TORCH_DTYPES, as_memory
 
 STATE = "state.json"
 FILES = "files"
-"""Key of `state.json`: the files beside it; parts that had nothing to keep have none."""
+"""Key of `state.json`: the files beside it with the sha256 of each; parts that had nothing to keep have none."""
+STEP = "step"
+TRAINING = "training"
+"""Key of `state.json`: the digest of what is trained."""
 _STATE_LIMIT = 2**26
 _NAME = re.compile(r"step-(?P<step>[0-9]{8})")
 _DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -83,13 +88,13 @@ def save(
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        files = []
+        files = {}
         for name, tensors in parts.items():
             if held := dict(tensors):
-                _write(partial / f"{name}.safetensors", held, gather, writes=writes)
-                files.append(f"{name}.safetensors")
+                digest = _write(partial / f"{name}.safetensors", held, gather, writes=writes)
+                files[f"{name}.safetensors"] = digest
         if writes:
-            content = {**state, FILES: files}
+            content = {**state, STEP: step, FILES: files}
             write_whole(partial / STATE, json.dumps(content, indent=1, allow_nan=False).encode())
             _rename(partial, path_of(folder, step))
     except OSError as error:
@@ -98,7 +103,7 @@ def save(
             "a checkpoint cannot be saved",
             file=error.filename or partial,
             found=error.strerror or str(error),
-            remedy="the last one stands; make room and run the same command again: it resumes from there",
+            remedy="what was saved before stands; when that is mended, run the same command again: it resumes",
         ) from error
 
 
@@ -111,20 +116,34 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint's JSON holds.
+def read_state(path: Path, training: str | None = None) -> dict[str, Any]:
+    """Return what a checkpoint's JSON holds, after comparing every file beside it with its digest.
+
+    Args:
+        path: of the checkpoint.
+        training: digest of the training that it must be of; None: of whichever.
 
     Raises:
-        MalformedFile: it is damaged, or a file beside it is gone.
+        MalformedFile: it is damaged, or a file beside it is, or it is of another step or training.
     """
     state = parse_object(read_limited(path / STATE, _STATE_LIMIT), file=path / STATE)
+    for key, wanted in ((STEP, step_of(path)), (TRAINING, training or state.get(TRAINING))):
+        if state.get(key) != wanted:
+            raise MalformedFile(f"is of another {key}", file=path / STATE, expected=wanted)
     files = state.get(FILES)
-    if not isinstance(files, list) or not all(isinstance(name, str) for name in files):
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files):
         raise MalformedFile("does not say which files lie beside it", file=path / STATE)
-    for name in files:
-        if not (path / Path(name).name).is_file():
-            raise MalformedFile("is gone", file=path / Path(name).name)
+    for name, digest in files.items():
+        _check_digest(path / Path(name).name, digest)
     return state
+
+
+def _check_digest(path: Path, digest: object) -> None:
+    if not path.is_file():
+        raise MalformedFile("is gone", file=path)
+    with os.fdopen(open_regular(path), "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            raise MalformedFile("its bytes are not those that were saved", file=path)
 
 
 @contextlib.contextmanager
@@ -165,7 +184,8 @@ def _rename(partial: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def _write(path: Path, tensors: Tensors, gather: Callable[[Tensor], Tensor], *, writes: bool) -> None:
+def _write(path: Path, tensors: Tensors, gather: Callable[[Tensor], Tensor], *, writes: bool) -> str:
+    """Write a file; return its sha256."""
     specs = {name: TensorSpec(_DTYPES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
     header, spans = build_header(specs)
     writer = ShardWriter(path, header, len(header) + sum(spec.nbytes for spec in specs.values())) if writes else None
@@ -178,8 +198,10 @@ def _write(path: Path, tensors: Tensors, gather: Callable[[Tensor], Tensor], *, 
                         "not finite, so nothing is saved", tensor=name, file=path, remedy="the last checkpoint stands"
                     )
                 writer.write(start, as_memory(value.cpu().contiguous()))
+        digest = writer.sha256() if writer is not None else ""
         if writer is not None:
             writer.finish()
+        return digest
     finally:
         if writer is not None:
             writer.close()

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from k2quant.errors import UsageError
 from k2quant.formats.layouts import FP8_BLOCK
 from k2quant.kernels.grids import Grid, largest_code
-from k2quant.policy import DEFAULT_SCOPE, Scope
+from k2quant.policy import DEFAULT_SCOPE, MOST_QUANTIFIERS, Scope, may_take_for_ever
 from k2quant.units import one_of
 
 Target = Literal["int4", "fp8"]
@@ -124,6 +124,11 @@ class QATConfig:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
+    if may_take_for_ever(pattern):
+        raise UsageError(
+            f"ignore: {pattern!r:.200} might take for ever to match; use at most {MOST_QUANTIFIERS} repetitions, and "
+            "none of a group"
+        )
     try:
         return re.compile(pattern)
     except re.error as error:

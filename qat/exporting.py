@@ -137,7 +137,9 @@ def load_run(folder: Path, job: Job) -> nn.Module:
             "train on"
         )
     prepare(model, dataclasses.replace(job.quantize, bits=job.final_bits))
-    restore_weights(model, found[-1])
+    with checkpoints.resuming(found[-1]):
+        checkpoints.read_state(found[-1], run.digest())
+        restore_weights(model, found[-1])
     if bits is None and job.quantize.to == "int4":
         prepared(model).set_bits(job.final_bits)  # learned scales have not begun: they are those of the weights now
     return model

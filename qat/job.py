@@ -19,6 +19,7 @@ from k2quant.checkpoint.strict_yaml import read_mapping
 from k2quant.errors import UsageError
 from k2quant.kernels.grids import FAKE_BITS, PACKED_BITS, largest_code
 from k2quant.qat.config import QATConfig
+from k2quant.resume import refuse_nested
 
 _LIMIT = 2**20  # bytes of a job file
 _MOST = 2**31
@@ -189,8 +190,15 @@ class Job:
     """Whether a tokenizer that is code may run; the command line's own option, never a key of a file."""
 
     def __post_init__(self) -> None:
+        for name, path in (("model", self.model), ("output", self.output), ("data: path", self.data.path)):
+            if not path:
+                raise UsageError(f"{name}: expected a path, found nothing")
         if self.bits:
             self._check_bits()
+        if self.optimizer.warmup >= self.training.steps:
+            raise UsageError(
+                f"optimizer: warmup takes {self.optimizer.warmup} steps, and there are {self.training.steps}"
+            )
         micro = self.training.micro_batch or self.training.batch
         if self.training.batch % micro:
             raise UsageError(f"training: batch {self.training.batch} is no multiple of micro_batch {micro}")
@@ -272,7 +280,7 @@ def _absolute(path: str) -> str:
 
 
 def check_folders(job: Job) -> None:
-    """Refuse a job whose model or teacher is not there.
+    """Refuse a job whose model or teacher is not there, or whose output would lie in the model or hold it.
 
     Raises:
         UsageError: so it is; the message names the key.
@@ -280,6 +288,7 @@ def check_folders(job: Job) -> None:
     for name, folder in (("model", job.model), ("distill: teacher", job.distill.teacher if job.distill else None)):
         if folder is not None and not Path(folder).is_dir():
             raise UsageError(f"{name}: no such folder: {folder}")
+    refuse_nested(Path(job.model), Path(job.output))
 
 
 def job_from(content: Mapping[Any, Any]) -> Job:
@@ -328,7 +337,8 @@ _Type = TypeVar("_Type")
 def _build(kind: type[_Type], content: object, where: str) -> _Type:
     """Make a dataclass of a mapping, checking names and types."""
     if not isinstance(content, Mapping):
-        raise UsageError(f"{where or 'job'}: expected keys and values, found {type(content).__name__}")
+        found = "nothing" if content is None else type(content).__name__
+        raise UsageError(f"{where or 'job'}: expected keys and values, found {found}")
     known = {part.name: part for part in fields(kind)}  # type: ignore[arg-type]  # only dataclasses come here
     hidden = {"trust_remote_code", "bits"} if kind is Job else set()
     prefix = f"{where}: " if where else ""

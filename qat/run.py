@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -96,6 +97,16 @@ class Run:
                 file=self.folder,
                 remedy="train anew with --restart, or name another `output`",
             )
+
+    def digest(self) -> str:
+        """Return what tells this training from another: a sha256 of job, data and model.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        manifest = self._manifest()
+        decisive = {key: manifest.get(key) for key in ("identity", "data", "held_out", "model")}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def check_model(self, fingerprint: Mapping[str, Any]) -> None:
         """Refuse a base that is not the one that was trained.

@@ -164,7 +164,7 @@ class Trainer:
         return step
 
     def _restore(self, path: Path, step: int) -> None:
-        state, optimizer = checkpoints.read_state(path), path / "optimizer.safetensors"
+        state, optimizer = checkpoints.read_state(path, self._run.digest()), path / "optimizer.safetensors"
         self._set_bits(step - 1)
         restore_weights(self.model, path)
         self._optimizers.restore(dict(checkpoints.read_tensors(optimizer)), file=optimizer)
@@ -295,7 +295,11 @@ class Trainer:
             self._run.checkpoints,
             step,
             {"weights": trained_tensors(self.model), "optimizer": self._optimizers.state(), "watch": watched.items()},
-            {"step": step, "start": self._measures.state(), "processes": self.processes.world},
+            {
+                checkpoints.TRAINING: self._run.digest(),
+                "start": self._measures.state(),
+                "processes": self.processes.world,
+            },
             gather=whole,
             writes=self.processes.leads,
         )

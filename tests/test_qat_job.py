@@ -369,3 +369,23 @@ class TestIdentity:
         path.write_text(damage(text))
         with pytest.raises(MalformedFile, match=MANIFEST):
             Run(tmp_path).job()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"quantize": {"bits": 8}}, "8-bit codes have no place"),
+        ({"quantize": {"bits": {0: 4, 2: 8}}}, "8-bit codes have no place"),
+        ({"quantize": {"bits": {0: 4, 2: 3, 4: 4}, "grid": "compressed-tensors"}}, "only moonshot has other widths"),
+        ({"quantize": {"estimator": "learned"}, "training": {"steps": 10, "fake_quantize": False}}, "learns no scales"),
+        ({"optimizer": {"scale_rate": 1e-3}}, "scale_rate has a meaning"),
+        ({"optimizer": {"warmup": 10}, "training": {"steps": 10}}, "warmup takes 10 steps"),
+        ({"quantize": {"ignore": ["(a+)+$"]}}, "take for ever"),
+        ({"training": {"steps": 16**5000}}, "thousands of digits"),
+        ({"output": ""}, "output: expected a path"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused(change: dict[str, Any], said: str) -> None:
+    """Settings that could only be found wanting in the middle of a training are refused when the job is read."""
+    with pytest.raises(UsageError, match=said):
+        job_from({**LEAST, "training": {"steps": 10}, **change})

@@ -446,10 +446,32 @@ def thinned(path: Path) -> None:
     save_file(tensors, path)
 
 
+def flipped(path: Path) -> None:
+    """Change a bit of the last value."""
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def of_another_step(path: Path) -> None:
+    """Say that it was saved after another step."""
+    path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
+
+
+def of_another_training(path: Path) -> None:
+    """Say that it is of another job."""
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"training": "0" * 64}))
+
+
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
         ("state.json", cut),
+        ("state.json", of_another_step),
+        ("state.json", of_another_training),
+        ("weights.safetensors", flipped),
+        ("optimizer.safetensors", flipped),
         ("weights.safetensors", cut),
         ("optimizer.safetensors", cut),
         ("watch.safetensors", cut),
@@ -478,6 +500,8 @@ def test_damaged_checkpoint(sources: Path, ram: Path, name: str, damage: Callabl
         train(job)
     assert name in str(caught.value)
     assert f"delete {last}" in str(caught.value)
+    with pytest.raises(CheckpointError, match=name):
+        export_run(ram / "run", ram / "export")
     if damage is cut:
         shutil.rmtree(last)
         assert train(job).resumed == 1
@@ -558,8 +582,6 @@ def test_damaged_data(home: Path, line: str, code: int) -> None:
         ({"data": {"held_out": 1000}}, 2, "held_out"),
         ({"data": {"length": 10**6}}, 2, "length"),
         ({"quantize": {"ignore": ["experts"]}}, 2, "no routed expert"),
-        ({"quantize": {"bits": 8}}, 2, "8-bit"),
-        ({"quantize": {"bits": {0: 4, 2: 8}}}, 2, "8-bit"),
         ({"distill": {"top_k": 129}}, 2, "top_k 129"),
     ],
 )

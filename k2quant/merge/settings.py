@@ -16,6 +16,7 @@ from k2quant.checkpoint import json_kinds as kinds
 from k2quant.checkpoint.paths import read_limited
 from k2quant.checkpoint.strict_json import parse_object
 from k2quant.errors import MalformedFile, UnsupportedFormat
+from k2quant.policy import MOST_QUANTIFIERS, may_take_for_ever
 
 _LIMIT = 16_000_000  # bytes; patterns may name each of a model's modules
 
@@ -73,9 +74,6 @@ _NO_MATTER = frozenset(
     }
 )
 """Fields that are read here, or that say how the adapter came to be and not what it is."""
-
-_QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
-_MOST_QUANTIFIERS = 3  # a few of them in one pattern can keep the matcher busy for years
 
 
 class _Patterns:
@@ -174,11 +172,11 @@ _MERGE_ELSEWHERE = "merge it with PEFT, where it was trained, and convert the re
 
 def _compiled(pattern: str, file: Path) -> re.Pattern[str]:
     """Compile a pattern as PEFT matches it: it ends where the name ends and begins at the start or behind a dot."""
-    if len(pattern) > 500 or re.search(r"\)[*+{]", pattern) or len(_QUANTIFIER.findall(pattern)) > _MOST_QUANTIFIERS:
+    if may_take_for_ever(pattern):
         raise UnsupportedFormat(
             "a pattern that might take for ever to match",
             file=file,
-            expected=f"a module's name, or at most {_MOST_QUANTIFIERS} repetitions and none of a group",
+            expected=f"a module's name, or at most {MOST_QUANTIFIERS} repetitions and none of a group",
             found=repr(pattern)[:200],
         )
     try:
