@@ -18,7 +18,7 @@ import qat_peers
 import torch
 from torch import nn
 
-from k2quant.qat import load
+from k2quant.qat import fake_quantize, load
 
 WARM, TURNS = 5, 40
 _BITS = 4
@@ -52,8 +52,9 @@ def times(base: Path, data: Path, experts: str, tools: list[str]) -> dict[str, l
 def memory(base: Path, data: Path, experts: str, tool: str) -> dict[str, int]:
     """Return bytes of this process: with its libraries and data, and at the peak of ten steps."""
     rows = qat_peers.rows_of(base, data)
+    fake_quantize(torch.zeros(1, 32))  # compiled code is loaded at its first use; a library is no cost of a step
     if tool == "torchao":
-        import torchao.quantization.qat  # noqa: F401  a library is no cost of a step
+        import torchao.quantization.qat  # noqa: F401  the same
     before = _resident()
     model = contestant(base, experts, tool)
     optimizer = qat_peers.optimizer_of(model, _BITS)
