@@ -66,8 +66,8 @@ BF16. Rounded: the base, rounded to nearest, no training. The margin is {margin}
 nano-K2, INT4 codes, plain STE, {rows} rows of 64 tokens, one thread, router frozen in all. Fused: the experts as
 transformers has them. Separate: each a linear of its own, the only kind that torchao takes. Times: {turns} steps each,
 in turns. Memory, MiB: the peak of a process of ten steps, whole, and less what it held with libraries and data before
-the model ("own"). Of the latter a QAT step takes more than 1.15x: the rounded float32 copy of the weights is a large part of so
-small a model and so short a batch.
+the model ("own"). Of the latter a QAT step takes more than 1.15x: the rounded float32 copy of the weights is a large
+part of so small a model and so short a batch.
 
 {cost}
 """

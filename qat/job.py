@@ -195,10 +195,6 @@ class Job:
                 raise UsageError(f"{name}: expected a path, found nothing")
         if self.bits:
             self._check_bits()
-        if self.optimizer.warmup >= self.training.steps:
-            raise UsageError(
-                f"optimizer: warmup takes {self.optimizer.warmup} steps, and there are {self.training.steps}"
-            )
         micro = self.training.micro_batch or self.training.batch
         if self.training.batch % micro:
             raise UsageError(f"training: batch {self.training.batch} is no multiple of micro_batch {micro}")

@@ -89,7 +89,7 @@ def test_the_job_files_are_jobs(name: str, bits: int) -> None:
     """Each is read, and is what its name says: codes of that width in every projection, in a folder of that name."""
     job = read_job(EXAMPLE / f"{name}.yaml")
     assert (job.quantize.to, job.final_bits, job.quantize.resolved_scope) == ("int4", bits, "linear")
-    assert job.output == f"runs/{name}"
+    assert job.output == str(Path.cwd() / "runs" / name)
 
 
 def test_the_readme_shows_what_the_script_does(story: Story) -> None:

@@ -379,7 +379,6 @@ class TestIdentity:
         ({"quantize": {"bits": {0: 4, 2: 3, 4: 4}, "grid": "compressed-tensors"}}, "only moonshot has other widths"),
         ({"quantize": {"estimator": "learned"}, "training": {"steps": 10, "fake_quantize": False}}, "learns no scales"),
         ({"optimizer": {"scale_rate": 1e-3}}, "scale_rate has a meaning"),
-        ({"optimizer": {"warmup": 10}, "training": {"steps": 10}}, "warmup takes 10 steps"),
         ({"quantize": {"ignore": ["(a+)+$"]}}, "take for ever"),
         ({"training": {"steps": 16**5000}}, "thousands of digits"),
         ({"output": ""}, "output: expected a path"),

@@ -670,6 +670,7 @@ def forked(act: Callable[[], object], at: Callable[[int], None] | None = None) -
     child = os.fork()
     if child == 0:
         try:
+            torch.set_num_threads(1)  # after a fork torch makes its threads anew, which two readers at once break
             act()
         except BaseException as error:  # noqa: BLE001  the child must not go on with the parent's work
             sys.stdout.write(f"{type(error).__name__}: {error}\n")
