@@ -130,7 +130,7 @@ def main() -> None:
     workdir, seeds = given.workdir, qat_arms.SEEDS
     bases(workdir, seeds)
     results = arms(workdir, seeds, given.at_once)
-    side = peers(workdir, seeds, given.at_once)
+    side = peers(workdir, qat_arms.PEER_SEEDS, given.at_once)
     facts: dict[str, Any] = {
         "command": "python benchmarks/qat.py",
         "machine": {

@@ -33,6 +33,9 @@ WIDTHS: dict[str, tuple[int, ...]] = {"control": BITS, "plain": BITS, "learned":
 PEER_BITS = 4
 """The width of the side-by-side with torchao, the one that both ship."""
 
+PEER_SEEDS = (0, 1, 2)
+"""Seeds of the side-by-side."""
+
 
 def job(base: str, output: str, data: str, *, kind: str, bits: int, seed: int) -> dict[str, Any]:
     """Return the job of one arm, as a job file holds it."""
