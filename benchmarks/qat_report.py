@@ -21,8 +21,8 @@ Written by `benchmarks/qat.py`; do not edit. `{command}`
 
 {seeds} seeds, each a nano-K2 of its own, trained from nothing (`k2quant nano --seed`). Every projection is rounded in
 groups of 32 by Moonshot's rule with codes to ±7, ±3, ±1. {steps} steps of {batch} rows of 64 tokens, AdamW, {warmup}
-warm-up steps, cosine to a tenth; highest rate {rates} (the better of two for the plain arm on seed 0, by rows that are
-neither trained on nor among these items); the router frozen. {items:,} held-out items, the same for all;
+warm-up steps, cosine to a tenth; the router frozen; highest rate {rates} (the better of two for the plain
+arm on seed 0, by rows that are neither trained on nor among these items). {items:,} held-out items, the same for all;
 losses in nats a token of an answer, mean over items.
 
 The control is trained as long, on the same rows in the same order with the same rates, without fake quantisation, and
