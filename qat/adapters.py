@@ -59,8 +59,13 @@ def merged(master: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             update = high[rows].double() @ low.double()
-            target[rows] = (weight[rows].to(torch.bfloat16).double() + scaling * update).to(torch.bfloat16)
+            target[rows] = updated(weight[rows], update, scaling)
     return out
+
+
+def updated(weights: Tensor, update: Tensor, scaling: float) -> Tensor:
+    """Return bf16(W + scaling * D) for weights and a float64 update D of the same shape; W is rounded to BF16 first."""
+    return (weights.to(torch.bfloat16).double() + scaling * update).to(torch.bfloat16)
 
 
 class _Adapted(Function):

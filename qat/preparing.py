@@ -196,7 +196,7 @@ class Prepared:
         experts = torch.arange(master.shape[:-1].numel(), device=master.device)[rows] // height
         low = update.a.detach().reshape(-1, *update.a.shape[-2:])[experts].double()
         high = update.b.detach().reshape(-1, update.b.shape[-1])[rows].double()
-        return as_bf16(as_bf16(found).double() + update.scaling * torch.einsum("nr,nrk->nk", high, low))
+        return adapters.updated(found, torch.einsum("nr,nrk->nk", high, low), update.scaling)
 
     def _matrix(self, target: Target, part: Part, rows: slice) -> Tensor:
         master, update = part.of(target.master.detach())[rows], low_rank(target)
