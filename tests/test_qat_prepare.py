@@ -57,6 +57,14 @@ IDS = torch.tensor([[1, 7, 30, 2, 5, 63, 9, 11], [3, 4, 8, 60, 21, 22, 23, 24]])
 EXPERTS = "model.layers.1.mlp.experts"
 
 
+@pytest.fixture(autouse=True)
+def _one_order_of_sums() -> Iterator[None]:
+    """Compare bits of gradients: `batched_mm` sums them in the order of whichever thread comes first, unless told."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def build(**options: Any) -> Any:
     """Return a tiny DeepSeek-V3 of float32 weights that are no BF16 numbers, always the same."""
     torch.manual_seed(0)
