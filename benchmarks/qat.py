@@ -33,6 +33,10 @@ from k2quant.nano.benchmark import write_tasks
 from k2quant.nano.run import run
 
 HERE = Path(__file__).resolve().parent
+MEMORY_ROUNDS = 5
+"""Processes of each kind whose memory is measured."""
+ALLOCATORS = {"usual": {}, "returned": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
+"""glibc keeps freed blocks in pieces by default, how many is chance; with a threshold it gives each back at once."""
 
 
 def tell(text: str) -> None:
@@ -40,12 +44,11 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def worker(script: str, *arguments: object) -> str:
-    """Run a script of this folder with one thread and return what it prints."""
+def worker(script: str, *arguments: object, **settings: str) -> str:
+    """Run a script of this folder with one thread, and settings of its environment, and return what it prints."""
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | settings
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     return done.stdout
@@ -114,9 +117,19 @@ def cost(workdir: Path, *, torchao: bool) -> dict[str, Any]:
         seconds = json.loads(
             worker("qat_cost.py", workdir, experts, *(["times"] if not torchao else ["times", "torchao"]))
         )
-        memory = {tool: json.loads(worker("qat_cost.py", workdir, experts, "memory", tool)) for tool in seconds}
-        found[experts] = {"seconds": seconds, "memory": memory}
+        found[experts] = {"seconds": seconds, "memory": memory(workdir, experts, list(seconds))}
     kept.write_text(json.dumps(found))
+    return found
+
+
+def memory(workdir: Path, experts: str, tools: Sequence[str]) -> dict[str, dict[str, list[dict[str, int]]]]:
+    """Return what processes of each tool held, in turns, by tool and by how the C library handles freed blocks."""
+    found: dict[str, dict[str, list[dict[str, int]]]] = {tool: {kind: [] for kind in ALLOCATORS} for tool in tools}
+    for _ in range(MEMORY_ROUNDS):
+        for kind, settings in ALLOCATORS.items():
+            for tool in tools:
+                held = json.loads(worker("qat_cost.py", workdir, experts, "memory", tool, **settings))
+                found[tool][kind].append(held)
     return found
 
 

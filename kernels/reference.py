@@ -29,6 +29,17 @@ def float_to_bf16(values: Tensor) -> Tensor:
     return weights
 
 
+def double_to_bf16(values: Tensor) -> Tensor:
+    """Round float64 to BF16, half to even, once; what exceeds BF16 becomes infinity.
+
+    torch's own cast leads over float32 and rounds twice: `values.double_to_bf16` says what that does to ties.
+    """
+    narrow = values.float()
+    bits, side = narrow.view(torch.int32), (values.abs() - narrow.abs().double()).sign().to(torch.int32)
+    ties = (bits & 0xFFFF) == 0x8000
+    return torch.where(ties, bits + side, bits).view(torch.float32).to(torch.bfloat16)
+
+
 def fp8_to_bf16(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """Multiply each block of e4m3 codes `[R, K]` by its float32 scale `[ceil(R/block), ceil(K/block)]`."""
     spread = scale.repeat_interleave(block[0], 0)[: codes.shape[0]].repeat_interleave(block[1], 1)[:, : codes.shape[1]]

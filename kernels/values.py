@@ -19,6 +19,7 @@ U8 = NDArray[np.uint8]
 U16 = NDArray[np.uint16]
 I32 = NDArray[np.int32]
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 
 INFINITY = 0x7F80
 """BF16 bits of infinity; larger magnitudes are NaN."""
@@ -45,6 +46,25 @@ def float_to_bf16(values: F32) -> U16:
     """Round float32 to BF16 bits, half to even; too large becomes infinity. For finite values only."""
     bits = np.asarray(values, np.float32).view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def double_to_bf16(values: F64) -> U16:
+    """Round float64 to BF16 bits, half to even, once; what exceeds BF16 becomes infinity.
+
+    The way leads over float32, which rounds too. That moves a value to the other side of a BF16 tie never, but it may
+    move one onto a tie, which then goes to the even neighbour whichever side it came from. So float32 values that are
+    ties are first put back, by one float32 step, on the side where the float64 value lies.
+    """
+    with np.errstate(over="ignore"):
+        narrow = values.astype(np.float32)
+    bits = narrow.reshape(-1).view(np.uint32)
+    ties = np.flatnonzero((bits & np.uint32(0xFFFF)) == np.uint32(0x8000))
+    exact, rounded = np.abs(values.reshape(-1)[ties]), np.abs(narrow.reshape(-1)[ties])
+    bits[ties] += (exact > rounded).astype(np.uint32) - (exact < rounded).astype(np.uint32)
+    infinite = np.isinf(narrow)
+    result = float_to_bf16(narrow)
+    result[infinite] = np.where(values[infinite] > 0, 0x7F80, 0xFF80)
+    return result
 
 
 def bf16_to_float(bits: U16) -> F32:

@@ -1,8 +1,8 @@
 """Low-rank updates within the rounding: W + scaling * B A, summed so that the order of sums does not matter.
 
-The products are summed in float64, added to the weight there, and rounded to float32 and BF16: what the forward pass
-sees is what is exported, on whatever device and in whatever pieces, for sums in another order differ in their last bits
-of 53 and BF16 keeps 8. The gate of `exporting` compares the result all the same.
+The products are summed in float64, added to the weight there, and rounded to BF16 once, as `k2quant merge` does: what
+the forward pass sees is what is exported, on whatever device and in whatever pieces, for sums in another order differ
+in their last bits of 53 and BF16 keeps 8. The gate of `exporting` compares the result all the same.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from k2quant.kernels import reference
 from k2quant.qat.config import Adapter
 from k2quant.qat.rounding import PIECE
 from k2quant.qat.targets import Target
@@ -65,7 +66,7 @@ def merged(master: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 def updated(weights: Tensor, update: Tensor, scaling: float) -> Tensor:
     """Return bf16(W + scaling * D) for weights and a float64 update D of the same shape; W is rounded to BF16 first."""
-    return (weights.to(torch.bfloat16).double() + scaling * update).to(torch.bfloat16)
+    return reference.double_to_bf16(weights.to(torch.bfloat16).double() + scaling * update)
 
 
 class _Adapted(Function):

@@ -21,21 +21,14 @@ WINDOW = 16
 way, short enough that a weight which wandered off and came back in the course of training is not one."""
 
 
-class Share(NamedTuple):
-    """Of the weights of a sample, 0 to 1."""
-
-    flipped: float
-    """Whose code ever changed."""
-    oscillating: float
-    """Whose code changed back."""
-
-
 class Counts(NamedTuple):
     """Weights of a sample."""
 
     weights: int
     flipped: int
+    """Whose code ever changed."""
     oscillating: int
+    """Whose code changed back."""
 
 
 @dataclass(slots=True)
@@ -116,14 +109,6 @@ class Oscillation:
         return {
             name: Counts(track.codes.numel(), int(track.flipped.sum()), int(track.oscillating.sum()))
             for name, track in self._tracks.items()
-        }
-
-    def shares(self) -> dict[str, Share]:
-        """Return the same as shares, 0 to 1; an empty sample is left out."""
-        return {
-            name: Share(found.flipped / found.weights, found.oscillating / found.weights)
-            for name, found in self.counts().items()
-            if found.weights
         }
 
     def state(self) -> dict[str, Tensor]:

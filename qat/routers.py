@@ -47,11 +47,6 @@ class RouterWatch:
         """Return the tokens counted of each expert, int64 `[E]` on the CPU, by the router's name."""
         return {name: load.to("cpu", copy=True) for name, load in self._loads.items()}
 
-    def reset(self) -> None:
-        """Begin to count anew."""
-        for load in self._loads.values():
-            load.zero_()
-
     def state(self) -> dict[str, Tensor]:
         """Return what `restore` needs to go on counting: plain tensors, the same as `load`."""
         return self.load()

@@ -44,9 +44,8 @@ from k2quant.errors import (
 )
 from k2quant.formats.transcode import Scratch, to_bf16
 from k2quant.kernels.seam import codecs
-from k2quant.kernels.values import bf16_to_float
+from k2quant.kernels.values import bf16_to_float, double_to_bf16
 from k2quant.merge.adapter import CONFIG, WEIGHTS
-from k2quant.merge.arithmetic import round_to_bf16
 from k2quant.plan import REPORT
 
 ATTENTION = "model.layers.1.self_attn.q_a_proj"
@@ -204,8 +203,8 @@ def bf16_fraction(bits: int) -> Fraction:
 )
 def test_float64_becomes_bf16_with_one_rounding(value: float) -> None:
     """The bits are those of the exact value rounded half to even, also next to ties, tiny or too large."""
-    assert int(round_to_bf16(np.array([value]))[0]) & 0x7FFF == to_nearest_bf16(Fraction(value)) & 0x7FFF
-    assert int(round_to_bf16(np.array([value]))[0]) >> 15 == int(math.copysign(1, value) < 0)
+    assert int(double_to_bf16(np.array([value]))[0]) & 0x7FFF == to_nearest_bf16(Fraction(value)) & 0x7FFF
+    assert int(double_to_bf16(np.array([value]))[0]) >> 15 == int(math.copysign(1, value) < 0)
 
 
 def test_the_sum_is_exact_but_for_one_rounding(k2_bf16: Path, tmp_path: Path) -> None:

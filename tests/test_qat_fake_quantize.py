@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 from torch import Tensor
 
 import k2quant
@@ -22,10 +24,10 @@ from k2quant.convert import convert
 from k2quant.errors import UsageError
 from k2quant.kernels import reference
 from k2quant.kernels.grids import Grid
-from k2quant.kernels.values import ValueAt
+from k2quant.kernels.values import ValueAt, bf16_to_float, double_to_bf16
 from k2quant.model.decoding import decoded_rows
 from k2quant.qat import rounding
-from k2quant.qat.adapters import LowRank, adapted, merged
+from k2quant.qat.adapters import LowRank, adapted, merged, updated
 from k2quant.qat.config import Adapter, Target
 from k2quant.qat.rounding import fake_quantize, fake_quantize_learned
 
@@ -358,12 +360,30 @@ def adapter(master: Tensor, rank: int = 4) -> LowRank:
 
 @pytest.mark.parametrize("shape", [(48, 64), (3, 48, 64)])
 def test_an_adapter_is_merged_before_rounding(shape: tuple[int, ...]) -> None:
-    """The merged weight is bf16(bf16(W) + s B A), summed in float64; with B = 0 it is W."""
+    """The merged weight is bf16(bf16(W) + s B A), summed in float64, rounded as `merge` rounds; with B = 0 it is W."""
     master = torch.randn(shape)
     update = adapter(master)
     product = update.b.detach().double() @ update.a.detach().double()
-    assert torch.equal(update.merged(master), bf16((bf16(master).double() + 2 * product).float()).bfloat16())
+    bits = double_to_bf16((bf16(master).double() + 2 * product).numpy())
+    assert np.array_equal(update.merged(master).view(torch.uint16).numpy(), bits)
     assert torch.equal(LowRank(master, Adapter(), seed=1).merged(master), master.bfloat16())
+
+
+def test_a_sum_next_to_a_tie_is_rounded_once() -> None:
+    """1 + 2**-8 + 2**-30 lies above the middle of two BF16 numbers; torch's cast of a float64 goes to the one below."""
+    update = torch.tensor([2.0**-8 + 2.0**-30, 2.0**-8, 3 * 2.0**-8 - 2.0**-30], dtype=torch.float64)
+    assert updated(torch.ones(3), update, 1.0).tolist() == [1 + 2.0**-7, 1.0, 1 + 2.0**-7]
+    assert (1 + update).to(torch.bfloat16).tolist() == [1.0, 1.0, 1 + 2.0**-6], "torch rounds once: drop our own"
+
+
+@given(hnp.arrays(np.uint16, 64), hnp.arrays(np.int64, 64, elements=st.integers(-3, 3)))
+def test_both_roundings_of_float64_are_one(bits: NDArray[np.uint16], off: NDArray[np.int64]) -> None:
+    """Torch's and numpy's give the same BF16 bits, for numbers near ties, tiny ones and ones that are too large."""
+    low = bf16_to_float(bits & np.uint16(0xFF7F)).astype(np.float64)  # an exponent less than infinity's
+    high = bf16_to_float((bits & np.uint16(0xFF7F)) + np.uint16(1)).astype(np.float64)
+    values = (low + high) / 2 * (1 + off * 2.0**-50)
+    found = reference.double_to_bf16(torch.from_numpy(values))
+    assert np.array_equal(found.view(torch.uint16).numpy(), double_to_bf16(values))
 
 
 def test_merging_in_pieces_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:

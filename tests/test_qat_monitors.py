@@ -78,8 +78,9 @@ def chosen(model: nn.Module, tokens: Tensor = TOKENS) -> dict[str, Tensor]:
 
 def test_loads_are_the_tokens_that_each_expert_was_sent(model: nn.Module, watch: RouterWatch) -> None:
     """Counts of two passes are those of a direct count, for every router and no other module."""
+    watch.counting = False
     passes = [chosen(model), chosen(model, TOKENS[:1])]
-    watch.reset()
+    watch.counting = True
     run(model)
     run(model, TOKENS[:1])
     assert watch.names == GATES
@@ -121,8 +122,9 @@ def test_nothing_counts_while_counting_is_off(model: nn.Module, watch: RouterWat
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_passes_count_once(model: nn.Module, watch: RouterWatch, *, reentrant: bool) -> None:
     """The backward pass of gradient checkpointing runs the routers again; the loads stay those of one pass."""
+    watch.counting = False
     experts = chosen(model)
-    watch.reset()
+    watch.counting = True
     runs = []
     gate = model.get_submodule(GATES[0])
     gate.register_forward_hook(lambda *_: runs.append(1))
@@ -265,7 +267,6 @@ def test_back_and_forth_is_told_from_one_way() -> None:
     """Weight 0 rests, 1 climbs, 2 jumps there and back, 3 climbs twice and then falls."""
     watched = oscillation_of([[3, 0, 1, 0], [3, 1, 2, 1], [3, 2, 1, 2], [3, 3, 1, 1]])
     assert watched.counts() == {"w": Counts(weights=4, flipped=3, oscillating=2)}
-    assert watched.shares() == {"w": (0.75, 0.5)}
 
 
 @pytest.mark.parametrize(("rest", "oscillating"), [(WINDOW, 1), (WINDOW + 1, 0)])
@@ -324,9 +325,9 @@ def test_oscillation_is_what_a_plain_loop_counts(rows: list[list[int]], data: st
 
 
 def test_nothing_seen_is_nothing_said() -> None:
-    """Without an observation there are no shares, and a state that says so can be restored."""
+    """Without an observation nothing is counted, and a state that says so can be restored."""
     watched = Oscillation({"w": lambda: torch.zeros(2, dtype=torch.int8)})
-    assert watched.shares() == {}
+    assert watched.counts() == {}
     watched.restore(watched.state())
     assert watched.counts() == {}
 

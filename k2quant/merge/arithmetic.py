@@ -1,4 +1,4 @@
-"""The arithmetic of a merge on one band of rows, in float64, and its one rounding to BF16.
+"""The arithmetic of a merge on one band of rows, in float64.
 
 Arrays are numpy arrays `[R, K]`; BF16 is uint16 bits.
 """
@@ -13,29 +13,8 @@ from numpy.typing import NDArray
 from k2quant.formats.layouts import Format, Fp8, Int4
 from k2quant.formats.transcode import Parts, widened
 from k2quant.kernels.figures import Figures
-from k2quant.kernels.values import U16, bf16_to_float, float_to_bf16
+from k2quant.kernels.values import F64, U16, bf16_to_float
 from k2quant.merge.figures import MergeFigures
-
-F64 = NDArray[np.float64]
-
-
-def round_to_bf16(values: F64) -> U16:
-    """Round float64 to BF16 bits, half to even, once; what exceeds BF16 becomes infinity.
-
-    The way leads over float32, which rounds too. That moves a value to the other side of a BF16 tie never, but it may
-    move one onto a tie, which then goes to the even neighbour whichever side it came from. So float32 values that are
-    ties are first put back, by one float32 step, on the side where the float64 value lies.
-    """
-    with np.errstate(over="ignore"):
-        narrow = values.astype(np.float32)
-    bits = narrow.reshape(-1).view(np.uint32)
-    ties = np.flatnonzero((bits & np.uint32(0xFFFF)) == np.uint32(0x8000))
-    exact, rounded = np.abs(values.reshape(-1)[ties]), np.abs(narrow.reshape(-1)[ties])
-    bits[ties] += (exact > rounded).astype(np.uint32) - (exact < rounded).astype(np.uint32)
-    infinite = np.isinf(narrow)
-    result = float_to_bf16(narrow)
-    result[infinite] = np.where(values[infinite] > 0, 0x7F80, 0xFF80)
-    return result
 
 
 def as_float64(bits: U16) -> F64:

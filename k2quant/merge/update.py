@@ -20,10 +20,19 @@ from k2quant.checkpoint.weights import Weight
 from k2quant.formats.dtypes import ITEM_BYTES, TensorSpec
 from k2quant.formats.layouts import Bf16, Format, Int4
 from k2quant.formats.transcode import Parts, Scratch, located, to_bf16, transcode
-from k2quant.kernels.values import INFINITY, U16, ValueAt, bad_weight, bf16_to_float, float_to_bf16
+from k2quant.kernels.values import (
+    F64,
+    INFINITY,
+    U16,
+    ValueAt,
+    bad_weight,
+    bf16_to_float,
+    double_to_bf16,
+    float_to_bf16,
+)
 from k2quant.merge import factors
 from k2quant.merge.adapter import Adapter
-from k2quant.merge.arithmetic import F64, Stored, as_float64, band_of, effect, round_to_bf16
+from k2quant.merge.arithmetic import Stored, as_float64, band_of, effect
 from k2quant.merge.figures import MergeFigures, total
 from k2quant.merge.targets import Change, LowRank, Whole
 from k2quant.plan import Job, Plan
@@ -99,7 +108,7 @@ class Merger:
         """Fill a band of the outputs."""
         base = self._base(job.weight, *rows)
         exact, update = self._sum(job.weight, shared, rows, as_float64(base.values))
-        updated = round_to_bf16(exact)
+        updated = double_to_bf16(exact)
         if (updated & 0x7FFF >= INFINITY).any():
             row, column = divmod(int((updated & 0x7FFF >= INFINITY).argmax()), updated.shape[1])
             error = ValueAt(row=row, column=column, what="the update makes this weight exceed bfloat16")
