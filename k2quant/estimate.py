@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checkpoint.panels import panel_state
+from k2quant.checkpoint.paths import nearest_folder
 from k2quant.checkpoint.reading import read_into
 from k2quant.errors import OutputError
 from k2quant.formats.dtypes import TensorSpec
@@ -59,7 +60,7 @@ def estimate(plan: Plan, destination: Path, *, done: Mapping[str, object], worke
     Raises:
         OutputError: nothing can be written there.
     """
-    where = next(folder for folder in (destination, *destination.absolute().parents) if os.path.isdir(folder))  # noqa: PTH112
+    where = nearest_folder(destination)
     todo = [shard for shard in plan.shards if shard.file not in done]
     read, written = sum(shard.bytes_read for shard in todo), sum(shard.size for shard in todo)
     try:

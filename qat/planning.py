@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from k2quant import names
 from k2quant.checkpoint.panels import panel_rows
+from k2quant.checkpoint.paths import nearest_folder
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.errors import CheckFailed, UsageError
 from k2quant.formats.layouts import Int4
@@ -27,6 +29,7 @@ from k2quant.qat.loading import skeleton
 from k2quant.qat.packing import Rows, split
 from k2quant.qat.preparing import Prepared, prepare, prepared
 from k2quant.qat.rules import Rule, check_packed, plain_rule
+from k2quant.qat.run import Run
 from k2quant.qat.survey import coverage
 from k2quant.qat.targets import canonical
 from k2quant.qat.trained import Trained, key
@@ -55,6 +58,12 @@ class JobPlan:
     """Rows."""
     epochs: float
     """Times that the steps go through the rows."""
+    checkpoint_bytes: int
+    """Of one checkpoint of the training, but for a few numbers that monitors have counted."""
+    checkpoints: int
+    """That lie on the disk at a time, the one being written among them."""
+    disk_free: int
+    """Bytes, where the job's output will lie."""
     export_bytes: int
     """Of the exported checkpoint."""
     tried: tuple[str, ...]
@@ -64,6 +73,11 @@ class JobPlan:
     def bytes_needed(self) -> int:
         """All of `memory`."""
         return sum(self.memory.values())
+
+    @property
+    def disk_needed(self) -> int:
+        """Bytes of all checkpoints that lie on the disk at a time."""
+        return self.checkpoint_bytes * self.checkpoints
 
 
 def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
@@ -75,10 +89,11 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
 
     Raises:
         UsageError: no routed expert would be fake-quantised, or another setting makes no sense for this model.
-        CheckpointError: model or data cannot be used, or the result could not be saved.
+        CheckpointError: model, data or output cannot be used, or the result could not be saved.
         CheckFailed: what would be stored of a weight is not what the forward pass would see.
     """
     check_folders(job)
+    Run(Path(job.output)).check_folder()
     source = open_checkpoint(Path(job.model))
     model = skeleton(source)
     prepare(model, job.quantize)
@@ -90,16 +105,20 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
     if job.training.batch % processes:
         raise UsageError(f"training: batch {job.training.batch} is no multiple of the {processes} processes")
     rows, held_out = read_data(job, model.config)
+    sizes = _Sizes.of(job, model)
     return JobPlan(
         coverage=coverage(model, found.targets),
-        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        memory=_memory(job, model, found, processes),
+        trained=sizes.trained + sizes.extra,
+        memory=_memory(job, model, found, processes, sizes),
         processes=processes,
         rows=len(rows.tokens),
         examples=rows.documents,
         learnt=rows.learnt,
         held_out=len(held_out.tokens),
         epochs=job.training.steps * job.training.batch / len(rows.tokens),
+        checkpoint_bytes=sizes.checkpoint_bytes(_BYTES[job.training.masters]),
+        checkpoints=job.saving.keep + 1,
+        disk_free=shutil.disk_usage(nearest_folder(Path(job.output))).free,
         export_bytes=export.bytes_written,
         tried=tuple(tried(job, source, found, export)),
     )
@@ -124,26 +143,48 @@ def read_data(job: Job, config: Any) -> tuple[Rows, Rows]:
     return split(load_rows(source, tokenizer, length=job.data.length, vocabulary=config.vocab_size), job.data.held_out)
 
 
-def _memory(job: Job, model: nn.Module, found: Prepared, processes: int) -> dict[str, int]:
+class _Sizes(NamedTuple):
+    """How many numbers a job's model has."""
+
+    weights: int
+    extra: int
+    """Of adapters and learned scales, which are float32 and all trained."""
+    trained: int
+    """Weights that the optimizer moves."""
+    single: int
+    """Of these, those with one moment where others have two."""
+
+    @classmethod
+    def of(cls, job: Job, model: nn.Module) -> _Sizes:
+        """Count."""
+        beside = {scales.CHILD, adapters.CHILD}
+        whole = list(model.named_parameters())
+        extra = sum(parameter.numel() for name, parameter in whole if beside & set(name.split(".")))
+        weights = sum(parameter.numel() for _, parameter in whole) - extra
+        trained = sum(parameter.numel() for _, parameter in whole if parameter.requires_grad) - extra
+        single = 0 if job.optimizer.method == "adamw" else sum(_moved_by_muon(whole, beside))
+        return cls(weights, extra, trained, single)
+
+    def checkpoint_bytes(self, width: int) -> int:
+        """Return the bytes of what is trained and of its moments, for weights of a width in bytes."""
+        return (3 * self.trained - self.single) * width + self.extra * 12
+
+
+def _memory(job: Job, model: nn.Module, found: Prepared, processes: int, sizes: _Sizes) -> dict[str, int]:
     """Return bytes on each device by purpose."""
     width = _BYTES[job.training.masters]
     shares = processes if job.training.shard else 1
-    beside = {scales.CHILD, adapters.CHILD}
-    whole = [(name, parameter) for name, parameter in model.named_parameters()]
-    weights = sum(parameter.numel() for name, parameter in whole if not beside & set(name.split(".")))
-    extra = sum(parameter.numel() for name, parameter in whole if beside & set(name.split(".")))
-    trained = sum(parameter.numel() for name, parameter in whole if parameter.requires_grad) - extra
+    weights, extra, trained = sizes.weights, sizes.extra, sizes.trained
     seen = 2 if job.training.precision == "bfloat16" else width
     rounded = sum(target.master.numel() for target in found.targets)
     rounded += sum(target.master.numel() for target in found.plain) if width == 4 else 0
     gathered = max(sum(p.numel() for p in layer.parameters()) for layer in _layers(model))
     if shares > 1 and job.training.gradient_checkpointing:  # else they wait for the backward pass, all of them
         rounded = gathered
-    single = 0 if job.optimizer.method == "adamw" else sum(_moved_by_muon(whole, beside))  # one number each, not two
     memory = {
         "weights": weights * width // shares,
         "gradients": trained * width // shares,
-        "optimizer": (2 * trained - single) * width // shares,
+        "optimizer": (2 * trained - sizes.single) * width // shares,
         "rounded weights": rounded * seen,
     }
     if extra:

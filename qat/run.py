@@ -43,6 +43,20 @@ class Run:
         self.teacher = folder / "teacher.safetensors"
         self.board = folder / "tensorboard"
 
+    def check_folder(self) -> None:
+        """Refuse a folder that is not there for this.
+
+        Raises:
+            DestinationForeign: it holds something that no run of ours wrote.
+        """
+        if (self.folder.exists() or self.folder.is_symlink()) and not self.folder.is_dir():
+            raise DestinationForeign("not a folder", file=self.folder, remedy="name a new folder as `output`")
+        filled = self.folder.is_dir() and any(self.folder.iterdir())
+        if filled and not any((self.folder / name).is_file() for name in (MANIFEST, _LOCK)):
+            raise DestinationForeign(
+                "not empty, and no training of ours", file=self.folder, remedy="name a new folder as `output`"
+            )
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Make the folder if need be and hold its lock.
@@ -51,14 +65,8 @@ class Run:
             DestinationForeign: it holds something that no run of ours wrote.
             DestinationInUse: another process trains here.
         """
-        if (self.folder.exists() or self.folder.is_symlink()) and not self.folder.is_dir():
-            raise DestinationForeign("not a folder", file=self.folder, remedy="name a new folder as `output`")
+        self.check_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
-        known = {MANIFEST, _LOCK}
-        if any(self.folder.iterdir()) and not any((self.folder / name).is_file() for name in known):
-            raise DestinationForeign(
-                "not empty, and no training of ours", file=self.folder, remedy="name a new folder as `output`"
-            )
         with locked_file(self.folder / _LOCK):
             yield
 

@@ -15,29 +15,19 @@ from safetensors import safe_open
 
 import k2quant
 from k2quant.errors import K2QuantError
+from tiny import DEEPSEEK
 
 TRANSFORMERS: Any = import_module("transformers")  # its types are not for us
 
-TINY = {
-    "vocab_size": 64,
+SIZES = DEEPSEEK | {
     "hidden_size": 128,
     "intermediate_size": 256,
     "moe_intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
     "q_lora_rank": 64,
     "kv_lora_rank": 64,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 32,
     "v_head_dim": 32,
-    "max_position_embeddings": 64,
 }
 PROMPT = torch.tensor([[1, 7, 30, 2, 5, 63]])
 
@@ -55,7 +45,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny DeepseekV3 of random weights, saved by transformers itself."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny") / "model"
-    TRANSFORMERS.DeepseekV3ForCausalLM(TRANSFORMERS.DeepseekV3Config(**TINY)).to(torch.bfloat16).save_pretrained(folder)
+    TRANSFORMERS.DeepseekV3ForCausalLM(TRANSFORMERS.DeepseekV3Config(**SIZES)).to(torch.bfloat16).save_pretrained(
+        folder
+    )
     return folder
 
 

@@ -36,31 +36,10 @@ from k2quant.qat.gate import check_export
 from k2quant.qat.preparing import prepared
 from k2quant.qat.trained import Trained
 from k2quant.verify import verify_checksums
+from tiny import DEEPSEEK
 
 TRANSFORMERS: Any = import_module("transformers")  # its types are not for us
 
-TINY = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.08,
-}
 IDS = torch.tensor([[1, 7, 30, 2, 5, 63, 9, 11], [3, 4, 8, 60, 21, 22, 23, 24]])
 EXPERTS = "model.layers.1.mlp.experts"
 
@@ -68,7 +47,7 @@ EXPERTS = "model.layers.1.mlp.experts"
 def build(**options: Any) -> Any:
     """Return a tiny DeepSeek-V3, always the same, whose norms are not all ones."""
     torch.manual_seed(0)
-    model = TRANSFORMERS.DeepseekV3ForCausalLM(TRANSFORMERS.DeepseekV3Config(**TINY | options))
+    model = TRANSFORMERS.DeepseekV3ForCausalLM(TRANSFORMERS.DeepseekV3Config(**DEEPSEEK | options))
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.08)
     bias = model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias") if not options else None

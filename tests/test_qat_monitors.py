@@ -21,21 +21,8 @@ from k2quant.qat.history import Evaluation, StepRecord
 from k2quant.qat.oscillation import WINDOW, Counts, Oscillation
 from k2quant.qat.routers import RouterWatch, agreement
 from k2quant.qat.tensorboard import Board
+from tiny import NANO
 
-TINY: dict[str, Any] = architecture.CONFIG | {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "kv_lora_rank": 32,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "q_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-}
 TOKENS = torch.randint(0, 90, (2, 12), generator=torch.Generator().manual_seed(3))
 GATES = ("model.layers.1.mlp.gate", "model.layers.2.mlp.gate")
 
@@ -44,7 +31,7 @@ GATES = ("model.layers.1.mlp.gate", "model.layers.2.mlp.gate")
 def model() -> nn.Module:
     """A DeepSeek-V3 of three layers, the first dense, with 8 experts of which each token takes 2."""
     torch.manual_seed(0)
-    return architecture.build(TINY)
+    return architecture.build(NANO)
 
 
 @pytest.fixture

@@ -35,22 +35,9 @@ from k2quant.qat.preparing import prepare, prepared
 from k2quant.qat.processes import Processes, check_sharded
 from k2quant.qat.run import Run
 from k2quant.qat.training import train
+from tiny import NANO
 
-CONFIG: dict[str, Any] = architecture.CONFIG | {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "kv_lora_rank": 32,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 8,
-    "num_attention_heads": 2,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "q_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-}
+CONFIG = NANO | {"num_hidden_layers": 2}
 CLOSE = 2e-5
 """Relative difference of losses. Two processes add float32 gradients up in another order, some 1e-7 of each, and Adam
 divides small ones by their own size, so that a difference grows from step to step."""

@@ -44,22 +44,9 @@ from k2quant.qat.job import Job, job_from
 from k2quant.qat.run import Run
 from k2quant.qat.summary import read_summary
 from k2quant.qat.training import train
+from tiny import NANO
 
-CONFIG: dict[str, Any] = architecture.CONFIG | {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "kv_lora_rank": 32,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 8,
-    "num_attention_heads": 2,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "q_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-}
+CONFIG = NANO | {"num_hidden_layers": 2}
 KILLS = int(os.environ.get("K2QUANT_KILLS", "4"))
 SEED = int(os.environ.get("K2QUANT_SEED", "20"))
 MODES: dict[str, dict[str, Any]] = {
@@ -620,9 +607,25 @@ def test_plan(home: Path) -> None:
         if not name.endswith("|step")
     )
     assert facts["memory"]["optimizer"] == moments
+    assert facts["checkpoint_bytes"] == moments + sum(tensor.nbytes for tensor in weights(job).values())
+    assert (facts["checkpoints"], facts["disk_needed"]) == (3, 3 * facts["checkpoint_bytes"])
+    assert 0 < facts["disk_free"] <= shutil.disk_usage(home).total
     assert facts["memory"]["gradients"] == sum(tensor.nbytes for tensor in weights(job).values())
     assert facts["trained"] == sum(tensor.numel() for tensor in weights(job).values())
     assert facts["export_bytes"] == export_run(home / "run", home / "export").report["bytes_written"]
+
+
+def test_plan_looks_at_the_output(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that `train` would refuse is refused by `plan`; a disk too small for the checkpoints is said to be."""
+    path = as_yaml(make_job(home), home / "job.yaml")
+    usage = shutil.disk_usage(home)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert "TOO LITTLE" in command("plan", path).stdout
+    (home / "run").mkdir()
+    (home / "run" / "thesis.txt").write_text("mine")
+    for name in ("plan", "train"):
+        shown = command(name, path)
+        assert (shown.exit_code, "no training of ours" in shown.stderr) == (1, True), shown.output
 
 
 def test_plan_for_processes(home: Path) -> None:

@@ -61,6 +61,11 @@ def check_inside(folder: Path, path: Path) -> None:
         raise UnsafePath("a link that leaves the folder", file=path, found=real, remedy="copy the file into the folder")
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return a folder, or the nearest above it that is there: the disk on which it will lie."""
+    return next(folder for folder in (path, *path.absolute().parents) if os.path.isdir(folder))  # noqa: PTH112  it never raises
+
+
 def open_regular(path: Path) -> int:
     """Open a regular file for reading and return its descriptor.
 

@@ -45,7 +45,7 @@ def _facts(plan: JobPlan) -> dict[str, Any]:
     from dataclasses import asdict
 
     covered = {kind: {"quantised": some, "weights": all_} for kind, (some, all_) in plan.coverage.items()}
-    return asdict(plan) | {"coverage": covered, "bytes_needed": plan.bytes_needed}
+    return asdict(plan) | {"coverage": covered, "bytes_needed": plan.bytes_needed, "disk_needed": plan.disk_needed}
 
 
 def _lines(plan: JobPlan) -> list[str]:
@@ -59,6 +59,9 @@ def _lines(plan: JobPlan) -> list[str]:
     each = "" if plan.processes == 1 else f", on each of {plan.processes} devices"
     lines += [f"{name:<20} {size(count):>16}" for name, count in plan.memory.items()]
     lines += [f"{'memory':<20} {size(plan.bytes_needed):>16}{each}; activations come on top", ""]
+    short = "" if plan.disk_needed <= plan.disk_free else ": TOO LITTLE"
+    disk = f"for {plan.checkpoints} checkpoints at a time; {size(plan.disk_free)} free{short}"
+    lines += [f"{'disk':<20} {size(plan.disk_needed):>16} {disk}", ""]
     learnt = f"{plan.learnt:,} tokens to learn; {plan.held_out:,} rows held out"
     lines += [
         f"{'data':<20} {plan.examples:,} examples in {plan.rows:,} rows, {learnt}",
