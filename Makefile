@@ -10,7 +10,7 @@ demo: $(READY)  ## write a small K2, take it through every format and back, chec
 	$(BIN)/k2quant demo demo-run
 
 test: $(READY)  ## the tests, as CI runs them
-	$(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile  # threads that wait leave the core to the other process
 
 lint: $(READY)  ## style
 	$(BIN)/ruff check .

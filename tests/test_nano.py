@@ -28,6 +28,7 @@ from k2quant.errors import CheckpointError, DestinationForeign, DestinationInUse
 from k2quant.formats.layouts import FormatName
 from k2quant.nano import architecture, batches, rounding, scoring, tasks, training, vocabulary, writing
 from k2quant.nano.run import run
+from k2quant.nano.tour import tour
 
 SEEDS = st.integers(0, 2**32)
 KINDS = [(family, level) for family in tasks.FAMILIES for level in tasks.LEVELS]
@@ -450,6 +451,18 @@ def test_the_table_compares_on_the_same_items(nano: Path) -> None:
     for row in rows[1:]:
         gaps = [after - before for after, before in zip(row.score.losses, rows[0].score.losses, strict=True)]
         assert row.gap == pytest.approx(scoring.mean(gaps))
+
+
+def test_a_tour_goes_over_an_earlier_one(tmp_path: Path) -> None:
+    """Conversions of another nano-K2 of the same name are replaced, and each format is that of the model at hand."""
+    items, kept = tasks.exam(1)[:2], []
+    for seed in (1, 2):
+        run(tmp_path / "k2", steps=1, seed=seed, exam=1)
+        stops = list(tour(tmp_path / "k2", items))
+        assert [stop.format for stop in stops] == ["bf16", "fp8", "int4"]
+        assert stops[0].gap == (0.0, 0.0)
+        kept.append([float(stop.score.loss[0]) for stop in stops])
+    assert all(first != second for first, second in zip(*kept, strict=True))
 
 
 def test_the_command_prints_its_table_and_nothing_else(tmp_path: Path) -> None:
