@@ -35,6 +35,10 @@ class K2QuantError(Exception):
 
     exit_code: ClassVar[int] = 1
 
+    def __str__(self) -> str:
+        """Return the message as one line that a terminal can show, whatever was found in a file or a command."""
+        return printable(super().__str__())
+
 
 class UsageError(K2QuantError):
     """The request itself makes no sense, whatever the files hold."""
@@ -79,7 +83,7 @@ class _Finding(K2QuantError):
         if self.found is not None:
             facts.append(f"found {self.found}")
         sentence = ": ".join(part for part in (where, ", ".join(facts)) if part)
-        return printable(f"{sentence}; {self.remedy}" if self.remedy else sentence)
+        return f"{sentence}; {self.remedy}" if self.remedy else sentence
 
 
 def _shortened(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from k2quant.errors import UsageError
 from k2quant.formats.layouts import FP8_BLOCK
-from k2quant.kernels.grids import Grid, largest_code
+from k2quant.kernels.grids import FAKE_BITS, Grid, largest_code
 from k2quant.policy import DEFAULT_SCOPE, MOST_QUANTIFIERS, Scope, may_take_for_ever
 from k2quant.units import one_of
 
@@ -34,9 +34,9 @@ class Adapter:
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or not 1 <= self.rank <= 2**16:
-            raise UsageError(f"rank: expected a whole number from 1 to {2**16}, found {self.rank!r}")
+            raise UsageError(f"rank: expected a whole number from 1 to {2**16}, found {shown(self.rank)}")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < 1e6:
-            raise UsageError(f"alpha: expected a number above 0, found {self.alpha!r}")
+            raise UsageError(f"alpha: expected a number above 0, below 1000000, found {shown(self.alpha)}")
 
     @property
     def scaling(self) -> float:
@@ -86,9 +86,12 @@ class QATConfig:
         self._check_trained()
 
     def _check_rule(self) -> None:
+        whole = type(self.bits) is int  # 4.0 equals 4, and would fail where codes are made
         if self.to == "int4":
+            if not whole or self.bits not in FAKE_BITS:
+                raise UsageError(f"bits: expected {' or '.join(map(str, FAKE_BITS))}, found {shown(self.bits)}")
             largest_code(self.grid, self.bits)
-        elif (self.bits, self.grid) != (4, "moonshot"):
+        elif not whole or (self.bits, self.grid) != (4, "moonshot"):
             raise UsageError("bits and grid have a meaning with INT4 alone; leave them out for fp8")
         if self.to == "fp8" and self.estimator != "plain":
             raise UsageError("estimator: fp8 has a scale from each block's largest weight: only `plain` has a meaning")
@@ -121,6 +124,14 @@ class QATConfig:
     def ignores(self, base: str) -> bool:
         """Tell whether one of the patterns is found in a weight's name."""
         return any(_compiled(pattern).search(base) for pattern in self.ignore)
+
+
+def shown(value: object) -> str:
+    """Return the beginning of a value for a message; Python writes no whole number of thousands of digits."""
+    try:
+        return f"{value!r:.100}"
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:

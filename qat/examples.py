@@ -56,13 +56,23 @@ def example_of(row: Mapping[str, Any], where: str, tokenizer: Any) -> Example:
     if found == ("messages",):
         return Example(where=where, segments=tuple(_chat(row["messages"], where, tokenizer)))
     if found not in {("text",), ("prompt", "completion")}:
-        keys = ", ".join(found or map(str, row))[:100] or "no keys"
-        raise MalformedFile("not one example", file=where, expected=_SHAPES, found=keys)
+        raise _no_example(row, where)
     # An empty completion is one, as an empty answer is: the model is to end at once.
     texts = [_text(row[key], key, where, empty=key == "completion") for key in found]
     learnt = [True] if len(texts) == 1 else [False, True]
     segments = tuple(zip(texts, learnt, strict=True))
     return Example(where=where, segments=segments, framed=True, divisible=len(texts) == 1)
+
+
+def _no_example(row: Mapping[str, Any], where: str) -> MalformedFile:
+    """Return what is wrong with a row that holds none of the shapes, or more than one."""
+    if [key for key in KEYS if key in row] == ["text"]:  # so it is null
+        return MalformedFile("text is no text", file=where, expected="a string", found="null")
+    names = [f"{key} (null)" if key in KEYS and row[key] is None else str(key) for key in row]
+    shapes = [name for key, name in zip(row, names, strict=True) if key in KEYS]
+    return MalformedFile(
+        "not one example", file=where, expected=_SHAPES, found=", ".join(shapes or names)[:100] or "no keys"
+    )
 
 
 def _text(value: object, name: str, where: str, *, empty: bool = False) -> str:

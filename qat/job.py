@@ -1,6 +1,7 @@
 """The job file: everything that a training is made of, read from YAML and checked before anything is loaded.
 
-A key that is not known is an error, since a setting that is silently passed over is a silently different model.
+A key that is not known is an error, since a setting that is silently passed over is a silently different model. So is
+a setting without effect, and a section with nothing under it is there, with its defaults.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -18,11 +20,12 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 from k2quant.checkpoint.strict_yaml import read_mapping
 from k2quant.errors import UsageError
 from k2quant.kernels.grids import FAKE_BITS, PACKED_BITS, largest_code
-from k2quant.qat.config import QATConfig
+from k2quant.qat.config import QATConfig, shown
 from k2quant.resume import refuse_nested
 
 _LIMIT = 2**20  # bytes of a job file
 _MOST = 2**31
+_MOST_BETA = 0.9999999  # of what float32 rounds to 1, a mean would never move
 _MOST_STEPS = 10**8 - 1  # the names of checkpoints have eight digits
 
 Precision = Literal["float32", "bfloat16"]
@@ -122,7 +125,7 @@ class Optimizer:
         _number("weight_decay", self.weight_decay, least=0)
         _number("floor", self.floor, least=0, most=1)
         for name in ("beta1", "beta2"):
-            _number(name, getattr(self, name), least=0, most=1 - 2**-24)  # of 1, a mean would never move
+            _number(name, getattr(self, name), least=0, most=_MOST_BETA)
 
     def share(self, step: int, steps: int) -> float:
         """Return the share of the highest rate that a step takes; the first is 0."""
@@ -215,7 +218,7 @@ class Job:
         if self.quantize.to != "int4":
             raise UsageError("quantize: bits that change with the steps are for int4")
         if last[1] is None:
-            raise UsageError("quantize: bits: the last width must be a number")
+            raise UsageError("quantize: bits: the last width must be a number, for it is exported; found null")
         if last[0] >= steps:
             raise UsageError(f"quantize: bits: the width from step {last[0]} on never comes: there are {steps} steps")
         for bits in {bits for _, bits in self.bits if bits is not None}:
@@ -250,16 +253,52 @@ def read_job(path: Path, *, trust_remote_code: bool = False) -> Job:
     """Read a job file.
 
     Raises:
-        UsageError: it cannot be read, is no YAML mapping, lacks a key or has an unknown one, or a value makes no sense.
+        UsageError: it cannot be read, is no YAML mapping, lacks a key or has an unknown one, or a value makes no sense
+            or has no effect.
     """
     content = read_mapping(path, _LIMIT)
     if "bits" in content:
         raise UsageError(f"{path}: unknown key 'bits'; it belongs under `quantize`")
     try:
-        job = job_from(content)
+        job = job_from(_filled(Job, content))
+        _check_effect(job)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     return replace(_located(job), trust_remote_code=trust_remote_code)
+
+
+def _filled(kind: type, content: dict[Any, Any]) -> dict[Any, Any]:
+    """Return what a file holds, each section with nothing under it as `{}`, if it can do with its defaults.
+
+    YAML reads it as null, which would be no section at all. That is what null means in the manifest of a run.
+    """
+    found = dict(content)
+    for name, hint in typing.get_type_hints(kind).items():
+        section = next((one for one in (hint, *get_args(hint)) if is_dataclass(one)), None)
+        if section is None:
+            continue
+        if name in found and found[name] is None and not _needed(cast("type", section)):
+            found[name] = {}
+        elif isinstance(found.get(name), dict):
+            found[name] = _filled(cast("type", section), found[name])
+    return found
+
+
+def _check_effect(job: Job) -> None:
+    """Refuse what would change nothing. A run that was begun with it goes on, so a `Job` may hold it."""
+    warmup, steps = job.optimizer.warmup, job.training.steps
+    if warmup > steps:
+        raise UsageError(
+            f"optimizer: warmup: expected at most the {steps} steps of `training`, found {warmup}; "
+            "the rate would never reach its highest"
+        )
+    local = os.path.lexists(job.data.path)
+    for part in fields(Data):
+        if local and part.name in {"split", "config"} and getattr(job.data, part.name) != part.default:
+            raise UsageError(
+                f"data: {part.name}: has a meaning for a dataset of a hub alone, and {job.data.path} is a file or "
+                "folder here; leave it out"
+            )
 
 
 def _located(job: Job) -> Job:
@@ -300,8 +339,9 @@ def job_from(content: Mapping[Any, Any]) -> Job:
     quantize = content.get("quantize")
     if isinstance(quantize, Mapping) and isinstance(quantize.get("bits"), Mapping):
         ramp = _ramp(quantize["bits"])
-        last = ramp[-1][1]
-        content["quantize"] = {**quantize, "bits": last}
+        content["quantize"] = {name: value for name, value in quantize.items() if name != "bits"}
+        if ramp[-1][1] is not None:  # else the job says that it must be a number
+            content["quantize"]["bits"] = ramp[-1][1]
     elif "bits" in content:
         pairs = content.pop("bits")  # as `identity` has them
         ramp = _ramp(_pairs(pairs)) if pairs else ()
@@ -341,9 +381,9 @@ def _build(kind: type[_Type], content: object, where: str) -> _Type:
     for name in content:
         if name not in known or name in hidden:
             listed = ", ".join(sorted(known.keys() - hidden))
-            raise UsageError(f"{prefix}unknown key {str(name)!r:.100}; known are {listed}")
-    for name, part in known.items():
-        if name not in content and part.default is MISSING and part.default_factory is MISSING:
+            raise UsageError(f"{prefix}unknown key {shown(name)}; known are {listed}")
+    for name in _needed(kind):
+        if name not in content:
             raise UsageError(f"{prefix}the key {name!r} is missing")
     types_of = typing.get_type_hints(kind)
     values = {name: _value(types_of[name], value, f"{prefix}{name}") for name, value in content.items()}
@@ -351,6 +391,12 @@ def _build(kind: type[_Type], content: object, where: str) -> _Type:
         return kind(**values)
     except UsageError as error:
         raise UsageError(f"{prefix}{error}") from error
+
+
+def _needed(kind: type) -> list[str]:
+    """Return the names of a dataclass's fields that have no default."""
+    parts = fields(kind)
+    return [part.name for part in parts if part.default is MISSING and part.default_factory is MISSING]
 
 
 def _value(kind: Any, value: Any, where: str) -> Any:
@@ -381,14 +427,6 @@ def _plain(kind: type, value: Any, where: str) -> Any:
     return value
 
 
-def shown(value: object) -> str:
-    """Return the beginning of a value for a message; Python writes no whole number of thousands of digits."""
-    try:
-        return f"{value!r:.100}"
-    except ValueError:
-        return "a number of thousands of digits"
-
-
 def _whole(name: str, value: object, least: int, most: int = _MOST) -> None:
     if type(value) is not int or not least <= value <= most:
         raise UsageError(f"{name}: expected a whole number from {least} to {most}, found {shown(value)}")
@@ -399,5 +437,5 @@ def _number(
 ) -> None:
     fits = isinstance(value, int | float) and not isinstance(value, bool)
     if not fits or not (above is None or value > above) or not (least is None or value >= least) or not value <= most:  # type: ignore[operator]
-        low = f"above {above:g}" if above is not None else f"from {least or 0:g}"
-        raise UsageError(f"{name}: expected a number {low} to {most:g}, found {shown(value)}")
+        span = f"above {above:g}, at most" if above is not None else f"from {least or 0:g} to"
+        raise UsageError(f"{name}: expected a number {span} {most:.15g}, found {shown(value)}")

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from k2quant.checkpoint.in_memory import Shard, write_checkpoint
+from k2quant.cli import main
+from k2quant.errors import OutputError, UsageError
 
 COMMANDS = ("convert", "merge", "inspect", "verify", "diff", "report", "generate", "tune", "nano", "demo")
 
@@ -71,6 +74,18 @@ def test_errors_are_one_line_without_a_traceback(tmp_path: Path) -> None:
         done = k2quant(*wrong)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("error", [UsageError, OutputError, OSError])
+def test_errors_carry_nothing_to_the_terminal(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Line breaks and escape codes in a name arrive as text, on one line, whoever raised the error."""
+
+    def refuse(_source: Path) -> None:
+        raise error("x\n\x1b[31mRED\u202e")
+
+    monkeypatch.setattr("k2quant.inspection.open_checkpoint", refuse)
+    result = CliRunner().invoke(main, ["inspect", "anything"])
+    assert (result.exit_code, result.stderr) == (getattr(error, "exit_code", 1), "k2quant: x\\n\\x1b[31mRED\\u202e\n")
 
 
 def test_dry_run_writes_nothing_and_says_what_it_would(k2_source: Path, tmp_path: Path) -> None:

@@ -593,10 +593,11 @@ def without(name: str) -> Tensors:
 def test_tensors_that_do_not_fit_are_refused(
     tensors: Tensors, error: type[CheckpointError], words: str, k2_source: Path, tmp_path: Path
 ) -> None:
-    """A tensor without a weight or partner, of a wrong shape or value is named, and nothing is written."""
+    """A tensor without a weight or partner, of a wrong shape or value is named with its path; nothing is written."""
     update = adapter(tmp_path / "adapter", tensors)
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as caught:
         k2quant.merge(k2_source, update, tmp_path / "out", to="int4")
+    assert str(update / WEIGHTS) in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -628,11 +629,13 @@ def test_folders_that_hold_no_adapter_are_refused(k2_source: Path, tmp_path: Pat
 
 
 def test_an_update_that_overflows_is_named(k2_source: Path, tmp_path: Path) -> None:
-    """A finite adapter whose product exceeds BF16 ends in an error with the weight's name and place."""
+    """A finite adapter whose product exceeds BF16: the error names weight, place and adapter, and says what to do."""
     tensors = {name: value * 1e30 for name, value in pair(ATTENTION, 256, 512).items()}
     update = adapter(tmp_path / "adapter", tensors)
-    with pytest.raises(BadValue, match=r"q_a_proj.weight.*exceed bfloat16 at row 0, column \d+"):
+    said = r"q_a_proj.weight` in .*row 0, column \d+ exceeds bfloat16; is .*lora_alpha"
+    with pytest.raises(BadValue, match=said) as caught:
         k2quant.merge(k2_source, update, tmp_path / "out", to="int4")
+    assert all(str(folder) in str(caught.value) for folder in (update, k2_source))
 
 
 def test_a_weight_that_stays_float32_is_not_updated(k2_bf16: Path, tmp_path: Path) -> None:
@@ -667,7 +670,7 @@ def test_int4_scales_of_another_dtype_are_not_rewritten(k2_thinking: Path, tmp_p
 def test_a_rank_that_is_no_low_rank_is_refused(k2_source: Path, tmp_path: Path) -> None:
     """Memory is bounded by a limit on the rank, whatever the config says."""
     update = adapter(tmp_path / "adapter", pair(ATTENTION, 256, 512, 5000), r=5000)
-    with pytest.raises(UnsupportedFormat, match="expected at most 4096"):
+    with pytest.raises(UnsupportedFormat, match=rf"{WEIGHTS}: the rank, expected at most 4096"):
         k2quant.merge(k2_source, update, tmp_path / "out", to="int4")
 
 

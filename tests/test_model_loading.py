@@ -564,6 +564,28 @@ def test_a_tokenizer_that_panics_is_an_error_of_ours(
     assert isinstance(shown.exception, SystemExit)
 
 
+@pytest.mark.parametrize(("name", "content"), [("tokenizer.json", "{}"), ("tokenizer_config.json", "[1]")])
+def test_a_tokenizer_of_broken_files_is_named_with_a_remedy(
+    name: str, content: str, k2_thinking: Path, tokenizer_files: Path, tmp_path: Path
+) -> None:
+    """The error says in which folder, of what kind the trouble is, and which files to replace."""
+    path = with_tokenizer(k2_thinking, tokenizer_files, tmp_path / "model")
+    (path / name).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"found \w+Error: .*; are its files whole\? .*{name}") as caught:
+        load_tokenizer(path)
+    assert str(caught.value).startswith(f"{path}: its tokenizer cannot be loaded")
+
+
+def test_the_reason_of_transformers_is_told_whole(k2_thinking: Path, tmp_path: Path) -> None:
+    """The reason that transformers gives stands in its second line; the error has it, in one."""
+    folder = edited(k2_thinking, tmp_path / "bad", lambda *_: None)
+    config = json.loads((folder / "config.json").read_text())
+    config.get("text_config", config)["qk_rope_head_dim"] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MalformedFile, match="RoPE requires an even rotary dimension, but got `head_dim`=7"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("prompt", ["", "Aé0478+3=", "日本", "A" * 200_000])
 def test_prompts_that_cannot_be_answered_are_refused(prompt: str, k2_thinking: Path, tmp_path: Path) -> None:
     """Nothing, characters that the tokenizer passes over, and more tokens than there is room for."""

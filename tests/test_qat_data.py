@@ -206,7 +206,8 @@ class TestShapes:
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "none of the shapes": (b'{"txt": "a"}', "line 1: not one example, expected text.*found txt"),
     "no keys": (b"{}", "line 1: not one example.*found no keys"),
-    "null": (b'{"text": null}', "line 1: not one example"),
+    "null": (b'{"text": null}', "line 1: text is no text, expected a string, found null"),
+    "half of it null": (b'{"prompt": "b", "completion": null}', r"line 1: not.*found prompt, completion \(null\)$"),
     "two shapes": (b'{"text": "a", "prompt": "b", "completion": "c"}', "line 1: not one example.*text, prompt, compl"),
     "half a shape": (b'{"prompt": "b"}', "line 1: not one example"),
     "a number": (b'{"text": 3}', "line 1: text is no text, expected a string, found int"),

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from k2quant.errors import MalformedFile, UsageError
-from k2quant.qat.job import Job, job_from, read_job
+from k2quant.qat import Adapter, QATConfig, fake_quantize
+from k2quant.qat.job import Distillation, Job, Optimizer, Saving, job_from, read_job
 from k2quant.qat.run import MANIFEST, Run
 
 LEAST: dict[str, Any] = {"model": "m", "output": "o", "data": {"path": "d.jsonl"}, "training": {"steps": 40}}
@@ -60,6 +62,7 @@ WHOLE: dict[str, Any] = {
     "distill": {"teacher": "t", "weight": 1.0, "temperature": 2.0, "top_k": 16},
     "saving": {"every": 5, "keep": 3, "tensorboard": True},
 }
+HUGE = 16**5000  # Python does not write so many digits
 
 
 def with_(place: str, value: Any, base: dict[str, Any] = LEAST) -> dict[str, Any]:
@@ -145,6 +148,29 @@ class TestKeys:
         """Whether code may run is said on the command line, never in a file."""
         with pytest.raises(UsageError, match="option of the command line"):
             job_from({**LEAST, "trust_remote_code": True})
+
+    def test_empty_section(self, tmp_path: Path) -> None:
+        """A section with nothing under it is there, with its defaults: `distill:` alone distils."""
+        text = yaml.safe_dump({name: value for name, value in LEAST.items() if name != "quantize"})
+        job = read(tmp_path, text + "distill:\noptimizer:\nsaving:\nquantize:\n  train: adapters\n  adapter:\n")
+        assert (job.distill, job.optimizer, job.saving) == (Distillation(), Optimizer(), Saving())
+        assert job.quantize == QATConfig(train="adapters", adapter=Adapter())
+        assert read(tmp_path, text + "quantize:\n").quantize == QATConfig()
+
+    def test_empty_section_that_cannot_be(self, tmp_path: Path) -> None:
+        """An empty section is refused where a key of it is needed, or where what it stands for has no meaning."""
+        with pytest.raises(UsageError, match="training: expected keys and values, found nothing"):
+            read(tmp_path, yaml.safe_dump({**LEAST, "training": None}))
+        with pytest.raises(UsageError, match="adapter: has a meaning with `train: adapters` alone"):
+            read(tmp_path, yaml.safe_dump({**LEAST, "quantize": {"adapter": None}}))
+
+    def test_null_in_a_manifest(self, tmp_path: Path) -> None:
+        """What a run keeps says null where there is no distillation, and no adapter; it goes on without."""
+        job = read(tmp_path, yaml.safe_dump(LEAST))
+        Run(tmp_path).begin(job, {})
+        assert '"distill": null' in (tmp_path / MANIFEST).read_text()
+        assert job.distill is None
+        assert Run(tmp_path).job() == job
 
     def test_bits_beside_quantize(self, tmp_path: Path) -> None:
         """`bits` at the top is refused, although a run's manifest keeps them there: it would beat `quantize.bits`."""
@@ -236,6 +262,44 @@ class TestValues:
             job_from(with_(place, value))
         assert place.rpartition(".")[2] in str(caught.value)
 
+    @pytest.mark.parametrize(
+        ("place", "value", "said"),
+        [
+            ("optimizer.beta1", 1, "a number from 0 to 0.9999999, found 1.0"),
+            ("optimizer.rate", 0, "a number above 0, at most 1000000, found 0.0"),
+            ("optimizer.floor", 1.5, "a number from 0 to 1, found 1.5"),
+            ("quantize.adapter.alpha", 1e6, "a number above 0, below 1000000, found 1000000.0"),
+            ("quantize.adapter.rank", HUGE, "a whole number from 1 to 65536, found a number of thousands of digits"),
+            ("quantize.bits", HUGE, "8 or 4 or 3 or 2, found a number of thousands of digits"),
+        ],
+        ids=["beta1", "rate", "floor", "alpha", "rank", "bits"],
+    )
+    def test_what_was_expected(self, place: str, value: object, said: str) -> None:
+        """The message gives the very limits that hold: the value at a limit that it names is taken."""
+        with pytest.raises(UsageError) as caught:
+            job_from(with_(place, value))
+        assert str(caught.value) == f"{place.replace('.', ': ')}: expected {said}"
+        assert job_from(with_("optimizer", {"beta1": 0.9999999, "rate": 1e6, "floor": 1})).optimizer.floor == 1.0
+
+    def test_a_ramp_that_ends_with_nothing(self) -> None:
+        """`{0: null}` has no width to export; the message speaks of the last one."""
+        with pytest.raises(UsageError, match=r"quantize: bits: the last width must be a number, .* found null"):
+            job_from(with_("quantize.bits", {0: None}))
+
+    def test_a_key_of_thousands_of_digits(self) -> None:
+        """Python does not write such a number; the error is still one of ours."""
+        with pytest.raises(UsageError, match="unknown key a number of thousands of digits"):
+            job_from({**LEAST, HUGE: 1})
+
+    @pytest.mark.parametrize("to", ["int4", "fp8"])
+    @pytest.mark.parametrize("bits", [4.0, True, "4", None])
+    def test_bits_from_python(self, bits: Any, to: Any) -> None:
+        """A width that is no whole number is refused by the config and by `fake_quantize`, even if it equals one."""
+        with pytest.raises(UsageError, match="bits"):
+            QATConfig(to=to, bits=bits)
+        with pytest.raises(UsageError, match="bits"):
+            fake_quantize(torch.ones(128, 128), to=to, bits=bits)
+
     @pytest.mark.parametrize(("text", "rate"), [("1e-4", 1e-4), ("1.0e-4", 1e-4), ("1", 1.0), ("5E-6", 5e-6)])
     def test_rate_as_people_write_it(self, tmp_path: Path, text: str, rate: float) -> None:
         """1e-4 is a number although YAML 1.1 reads it as text."""
@@ -247,6 +311,13 @@ class TestValues:
         [
             ({"quantize": {"to": "fp8", "bits": {0: 8, 2: 4}}}, "for int4"),
             ({"training": {"steps": 4, "shard": True}, "optimizer": {"method": "muon"}}, "muon works on whole"),
+            (
+                {
+                    "training": {"steps": 4, "shard": True, "masters": "bfloat16"},
+                    "quantize": {"estimator": "learned"},
+                },
+                "one dtype of all that trains",
+            ),
             (
                 {
                     "training": {"steps": 4, "shard": True},
@@ -278,6 +349,32 @@ class TestValues:
         except UsageError:
             return
         assert isinstance(job, Job)
+
+
+class TestEffect:
+    """What would change nothing."""
+
+    def test_warmup_beyond_the_last_step(self, tmp_path: Path) -> None:
+        """A warm-up longer than the training is refused; one as long reaches the highest rate in the last step."""
+        job = read(tmp_path, yaml.safe_dump(with_("optimizer.warmup", 40)))
+        assert job.optimizer.share(39, 40) == 1.0
+        with pytest.raises(UsageError, match=r"job\.yaml: optimizer: warmup: expected at most the 40 steps.* found 41"):
+            read(tmp_path, yaml.safe_dump(with_("optimizer.warmup", 41)))
+
+    @pytest.mark.parametrize("key", ["split", "config"])
+    def test_keys_of_a_dataset_beside_a_file(self, tmp_path: Path, key: str) -> None:
+        """`split` and `config` are refused where the path is a file or a folder, and taken for a dataset's name."""
+        for place in (tmp_path, tmp_path / "job.yaml"):
+            content = with_("data", {"path": str(place), key: "test"})
+            with pytest.raises(UsageError, match=f"data: {key}: has a meaning for a dataset of a hub alone"):
+                read(tmp_path, yaml.safe_dump(content))
+        assert read(tmp_path, yaml.safe_dump(with_("data", {"path": "org/name", key: "test"}))).data.path == "org/name"
+
+    def test_a_run_that_has_begun_goes_on(self, tmp_path: Path) -> None:
+        """A run of a job that would be refused today is read back as it is."""
+        job = job_from({**with_("optimizer.warmup", 41), "data": {"path": str(tmp_path), "split": "test"}})
+        Run(tmp_path).begin(job, {})
+        assert Run(tmp_path).job() == job
 
 
 class TestBits:
@@ -380,7 +477,7 @@ class TestIdentity:
         ({"quantize": {"estimator": "learned"}, "training": {"steps": 10, "fake_quantize": False}}, "learns no scales"),
         ({"optimizer": {"scale_rate": 1e-3}}, "scale_rate has a meaning"),
         ({"quantize": {"ignore": ["(a+)+$"]}}, "take for ever"),
-        ({"training": {"steps": 16**5000}}, "thousands of digits"),
+        ({"training": {"steps": HUGE}}, "thousands of digits"),
         ({"output": ""}, "output: expected a path"),
     ],
 )

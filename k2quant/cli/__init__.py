@@ -15,7 +15,7 @@ class _Commands(LazyGroup):
     """Turns our errors into one line and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        from k2quant.errors import K2QuantError
+        from k2quant.errors import K2QuantError, printable
 
         # The headers of 140,000 tensors are no garbage, but the collector would walk them again and again: a third of
         # the time of `inspect`. A command makes no cycles worth collecting before it ends.
@@ -27,7 +27,7 @@ class _Commands(LazyGroup):
             ctx.exit(error.exit_code)
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
-            click.echo(f"k2quant: {place}{error.strerror or error}", err=True)
+            click.echo(f"k2quant: {printable(f'{place}{error.strerror or error}')}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             resumes = "; the same command resumes" if ctx.invoked_subcommand in {"convert", "merge", "qat"} else ""

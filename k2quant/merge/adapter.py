@@ -85,7 +85,7 @@ def _open(folder: Path) -> Adapter:
         if not inside(folder, name).exists():
             raise _missing(folder, name)
     settings = read_settings(inside(folder, CONFIG))
-    shard = read_header(inside(folder, WEIGHTS))
+    shard = _by_path(read_header(inside(folder, WEIGHTS)))
     factors: dict[str, dict[str, TensorEntry]] = {}
     whole: dict[str, TensorEntry] = {}
     for entry in shard.tensors.values():
@@ -98,6 +98,12 @@ def _open(folder: Path) -> Adapter:
     adapter = Adapter(folder, settings, shard, {module: _pair(sides) for module, sides in factors.items()}, whole)
     _check_saved(adapter)
     return adapter
+
+
+def _by_path(shard: ShardHeader) -> ShardHeader:
+    """Name the file of each tensor by its path: every adapter's has the same name, and errors say which is meant."""
+    path = str(shard.path)
+    return shard._replace(tensors={name: entry._replace(file=path) for name, entry in shard.tensors.items()})
 
 
 def _missing(folder: Path, name: str) -> CheckpointError:

@@ -128,7 +128,9 @@ def _rank(adapter: Adapter, pair: Pair, name: str, experts: int) -> int:
             found=f"lora_A of {pair.a.shape} and lora_B of {pair.b.shape}",
         )
     if rank > LARGEST_RANK:
-        raise UnsupportedFormat("the rank", tensor=pair.a.name, expected=f"at most {LARGEST_RANK}", found=rank)
+        raise UnsupportedFormat(
+            "the rank", tensor=pair.a.name, file=pair.a.file, expected=f"at most {LARGEST_RANK}", found=rank
+        )
     return rank
 
 

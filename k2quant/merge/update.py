@@ -17,6 +17,7 @@ import numpy as np
 from k2quant.checkpoint.panels import ROW_STEP, panel_shape, panel_state, read_panel
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.weights import Weight
+from k2quant.errors import BadValue
 from k2quant.formats.dtypes import ITEM_BYTES, TensorSpec
 from k2quant.formats.layouts import Bf16, Format, Int4
 from k2quant.formats.transcode import Parts, Scratch, located, to_bf16, transcode
@@ -40,7 +41,6 @@ from k2quant.plan import Job, Plan
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from k2quant.errors import BadValue
     from k2quant.kernels.figures import Figures
     from k2quant.kernels.seam import Codecs
 
@@ -111,11 +111,18 @@ class Merger:
         updated = double_to_bf16(exact)
         if (updated & 0x7FFF >= INFINITY).any():
             row, column = divmod(int((updated & 0x7FFF >= INFINITY).argmax()), updated.shape[1])
-            error = ValueAt(row=row, column=column, what="the update makes this weight exceed bfloat16")
-            raise _blamed(error, job.weight, rows[0])
+            raise self._too_large(job.weight, rows[0] + row, column)
         figures, after = self._stored(job.weight, layout, updated, rows[0], outputs, self._buffers.after)
         without = self._without(job, layout, base, rows[0])
         return effect(figures, update, after, without, layout)
+
+    def _too_large(self, weight: Weight, row: int, column: int) -> BadValue:
+        return BadValue(
+            f"with the update of {self._adapter.folder}, the weight at row {row}, column {column} exceeds bfloat16",
+            tensor=weight.main.name,
+            file=self._plan.source.folder / weight.main.file,
+            remedy="is it the base that the adapter was trained on, and lora_alpha right? or did the training diverge?",
+        )
 
     def _base(self, weight: Weight, start: int, stop: int) -> Stored:
         """Read a band of the base."""

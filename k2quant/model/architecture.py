@@ -119,7 +119,7 @@ def architecture(checkpoint: Checkpoint) -> DeepseekV3Config:
     try:
         return DeepseekV3Config.from_dict(keys)
     except Exception as error:  # whatever transformers stumbles over, the file is to blame
-        raise MalformedFile("transformers refuses it", file=file, found=first_line(error)) from error
+        raise MalformedFile("transformers refuses it", file=file, found=in_one_line(error)) from error
 
 
 def _checked(text: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -197,6 +197,6 @@ def checked_ids(value: Any, vocabulary: int, key: str, file: Path) -> Any:
     return value
 
 
-def first_line(error: Exception) -> str:
-    """Return the beginning of an error's text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def in_one_line(error: Exception) -> str:
+    """Return the beginning of an error's text; transformers puts the reason into the second line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

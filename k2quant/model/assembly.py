@@ -22,7 +22,7 @@ from k2quant.config import check_source
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.formats.layouts import INT4_GROUP, Fp8, Int4
 from k2quant.kernels.weights import Weight, best_layout, empty_fp8, empty_int4
-from k2quant.model.architecture import architecture, first_line
+from k2quant.model.architecture import architecture, in_one_line
 from k2quant.model.matrices import Dense, Matrix, joined
 from k2quant.model.modules import (
     IMPLEMENTATION,
@@ -244,7 +244,7 @@ def _skeleton(config: DeepseekV3Config) -> K2ForCausalLM:
         with torch.device("meta"):
             model = K2ForCausalLM(config)
     except Exception as error:  # whatever transformers stumbles over, the file is to blame
-        raise MalformedFile("transformers cannot build its model", file=CONFIG, found=first_line(error)) from error
+        raise MalformedFile("transformers cannot build its model", file=CONFIG, found=in_one_line(error)) from error
     model.set_experts_implementation(IMPLEMENTATION)
     model.eval()  # type: ignore[no-untyped-call]
     return model

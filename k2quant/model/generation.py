@@ -54,14 +54,15 @@ def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = Fa
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tiktoken.model")):
         raise CheckpointError("has no tokenizer", file=folder, remedy="take its files from the model's release")
     _check_files(folder)
-    with _blamed(folder, "its tokenizer cannot be loaded"):
+    remedy = "are its files whole? take tokenizer.json and tokenizer_config.json from the model's release"
+    with _blamed(folder, "its tokenizer cannot be loaded", remedy):
         return AutoTokenizer.from_pretrained(
             str(folder), config=config, trust_remote_code=trust_remote_code, local_files_only=True
         )
 
 
 @contextlib.contextmanager
-def _blamed(folder: Path, what: str) -> Iterator[None]:
+def _blamed(folder: Path, what: str, remedy: str | None = None) -> Iterator[None]:
     """Blame the checkpoint's files for whatever its tokenizer stumbles over, a panic of compiled code included."""
     try:
         yield
@@ -69,10 +70,11 @@ def _blamed(folder: Path, what: str) -> Iterator[None]:
         raise
     except BaseException as error:
         if "trust_remote_code" in str(error):
-            remedy = "if you trust that code, say --trust-remote-code"
-            raise CheckpointError("its tokenizer is code of the checkpoint", file=folder, remedy=remedy) from error
-        found = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(what, file=folder, found=found) from error
+            trust = "if you trust that code, say --trust-remote-code"
+            raise CheckpointError("its tokenizer is code of the checkpoint", file=folder, remedy=trust) from error
+        said = " ".join(str(error).split())[:300]
+        found = ": ".join(part for part in (type(error).__name__, said) if part)  # of a KeyError the text is but a key
+        raise CheckpointError(what, file=folder, found=found, remedy=remedy) from error
 
 
 def _check_files(folder: Path) -> None:
