@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ HISTORY = "history.jsonl"
 
 _LIMIT = 2**30  # bytes of a history: four million steps
 _LARGEST = 1e100  # of any number here; a picture can still be drawn of it
+_REMEDY = "put the file back, or begin anew with --restart; k2quant qat export works without it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +198,43 @@ def read_history(path: Path) -> Records:
         tuple(record for record in records if isinstance(record, StepRecord)),
         tuple(record for record in records if isinstance(record, Evaluation)),
     )
+
+
+def kept_history(path: Path, step: int, evaluated: Sequence[int]) -> Records:
+    """Return what a run recorded up to a checkpoint; nothing is written.
+
+    Args:
+        path: of the history.
+        step: the checkpoint's, from 1.
+        evaluated: steps after which held-out rows were measured, up to this one.
+
+    Raises:
+        MalformedFile: it is damaged, or lacks a step or an evaluation, which nothing would ever bring back.
+    """
+    try:
+        whole = read_history(path)
+    except MalformedFile as error:
+        raise MalformedFile(f"a damaged history: {error}", remedy=_REMEDY) from error
+    steps = tuple(record for record in whole.steps if record.step <= step)
+    evaluations = tuple(record for record in whole.evaluations if record.step <= step)
+    lacking = [
+        *(f"step {number}" for number in _lacking(range(1, step + 1), steps)),
+        *(f"the evaluation after step {number}" for number in _lacking(evaluated, evaluations)),
+    ]
+    if lacking:
+        raise MalformedFile(
+            f"lacks what was recorded before the checkpoint of step {step}",
+            file=path,
+            expected=lacking[0],
+            found=f"{len(steps)} of {step} steps and {len(evaluations)} of {len(evaluated)} evaluations",
+            remedy=_REMEDY,
+        )
+    return Records(steps, evaluations)
+
+
+def _lacking(wanted: Iterable[int], records: Iterable[Record]) -> Iterator[int]:
+    held = {record.step for record in records}
+    return (number for number in wanted if number not in held)
 
 
 def _read(path: Path) -> tuple[list[Record], int]:

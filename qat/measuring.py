@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from k2quant.errors import MalformedFile
+from k2quant.errors import BadValue, MalformedFile
 from k2quant.qat.history import Evaluation
 from k2quant.qat.packing import Rows, batch
 from k2quant.qat.preparing import Prepared
@@ -34,38 +34,64 @@ class Measures:
         self._task, self._prepared, self._rows, self._device = task, found, rows, device
         self._start: dict[str, float | None] = {}
 
-    def begin(self) -> None:
-        """Measure the start point; the prepared model has the width of the export."""
+    def begin(self, *, file: object) -> None:
+        """Measure the start point; the prepared model has the width of the export.
+
+        Args:
+            file: the model's folder, for messages.
+
+        Raises:
+            BadValue: a loss is not finite.
+        """
         if not len(self._rows.tokens):
             return
         with self._prepared.unquantised():
             plain, counts = self._losses()
         rounded, _ = self._losses()
+        start, start_rounded = _mean(plain, counts), _mean(rounded, counts)
+        if not (math.isfinite(start) and math.isfinite(start_rounded)):
+            raise BadValue(
+                "the held-out loss of the start point is not finite",
+                file=file,
+                found=f"{start} in BF16, {start_rounded} rounded",
+                remedy="look for weights that are NaN, infinite or far too large",
+            )
         self._start = {
-            "start": _mean(plain, counts),
-            "start_rounded": _mean(rounded, counts),
+            "start": start,
+            "start_rounded": start_rounded,
             "gap_error": _error(rounded - plain, counts),
         }
 
     def evaluate(self, step: int) -> Evaluation | None:
-        """Measure the model as it is now; None without held-out rows."""
+        """Measure the model as it is now; None without held-out rows.
+
+        Raises:
+            BadValue: a loss is not finite.
+        """
         if not len(self._rows.tokens):
             return None
         seen, counts = self._losses()
         with self._prepared.unquantised():
             plain, _ = self._losses()
-        return Evaluation(
-            step=step,
-            loss=_mean(seen, counts),
-            standard_error=_error(seen, counts),
-            unrounded=_mean(plain, counts),
-            **self._start,
-        )
+        loss, unrounded = _mean(seen, counts), _mean(plain, counts)
+        if not (math.isfinite(loss) and math.isfinite(unrounded)):
+            raise BadValue(
+                f"the held-out loss after step {step} is not finite",
+                found=f"{loss} rounded, {unrounded} in BF16",
+                remedy="the last checkpoint stands; try a lower rate or a longer warm-up",
+            )
+        return Evaluation(step=step, loss=loss, standard_error=_error(seen, counts), unrounded=unrounded, **self._start)
 
-    def run(self) -> None:
-        """Run the model over the first rows, for whoever watches."""
+    def run(self, before: Callable[[Mapping[str, Tensor]], object]) -> None:
+        """Run the model over the first rows, for whoever watches.
+
+        Args:
+            before: called with the rows of each pass, as `batch` gives them, before it is made.
+        """
         for first in range(0, min(len(self._rows.tokens), _AT_ONCE), _AT_ONCE):
-            self._pass(first)
+            rows = self._batch(first)
+            before(rows)
+            losses(self._task, rows)
 
     def state(self) -> dict[str, float | None]:
         """Return what is known of the start point."""
@@ -85,13 +111,12 @@ class Measures:
 
     def _losses(self) -> tuple[Tensor, Tensor]:
         """Return summed loss and learnt tokens of each row."""
-        found = [self._pass(first) for first in range(0, len(self._rows.tokens), _AT_ONCE)]
+        found = [losses(self._task, self._batch(first)) for first in range(0, len(self._rows.tokens), _AT_ONCE)]
         return torch.cat([loss for loss, _ in found]), torch.cat([count for _, count in found])
 
-    def _pass(self, first: int) -> tuple[Tensor, Tensor]:
+    def _batch(self, first: int) -> dict[str, Tensor]:
         indices = torch.arange(first, min(first + _AT_ONCE, len(self._rows.tokens)))
-        rows = {name: tensor.to(self._device) for name, tensor in batch(self._rows, indices).items()}
-        return losses(self._task, rows)
+        return {name: tensor.to(self._device) for name, tensor in batch(self._rows, indices).items()}
 
 
 def _mean(sums: Tensor, counts: Tensor) -> float:

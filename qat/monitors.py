@@ -15,10 +15,10 @@ from k2quant.qat.job import Job
 from k2quant.qat.oscillation import Oscillation
 from k2quant.qat.packing import NO_TARGET
 from k2quant.qat.preparing import Prepared
-from k2quant.qat.report import write_report
+from k2quant.qat.report import PAGE, write_report
 from k2quant.qat.routers import RouterWatch, agreement
 from k2quant.qat.run import Run
-from k2quant.qat.summary import Coverage, Oscillations, RouterSummary, Summary, write_summary
+from k2quant.qat.summary import SUMMARY, Coverage, Oscillations, RouterSummary, Summary, write_summary
 from k2quant.qat.survey import coverage
 from k2quant.qat.targets import Target, canonical
 
@@ -27,6 +27,8 @@ _ROUTERS, _CHOICES, _CODES = "load:", "choices:", "codes:"
 
 Total = Callable[[Tensor], Tensor]
 """Adds a tensor up over all processes."""
+Passes = Callable[[Callable[[Mapping[str, Tensor]], object]], object]
+"""Makes some forward passes; what it is given is called with the rows of each, before it."""
 
 
 class Monitors:
@@ -48,10 +50,10 @@ class Monitors:
         each = max(_SAMPLE // max(len(watched), 1), 1)
         self._codes = Oscillation({target.name: _sampler(found, target, each) for target in watched})
 
-    def begin(self, run: Callable[[], object]) -> None:
+    def begin(self, run: Passes) -> None:
         """Note what the start point does, and its codes."""
         with self._prepared.unquantised():
-            self._start = self._routers.choices(run)
+            self._start = self._choices(run)
         if self._prepared.enabled:
             self._codes.observe()
 
@@ -97,15 +99,16 @@ class Monitors:
         quantised = {part.base.rpartition(".")[0] for target in self._prepared.targets for part in target.parts}
         return [(name, count) for name, count in found if name in quantised]
 
-    def summary(self, job: Job, starved: list[tuple[str, int]], run: Callable[[], object], total: Total) -> Summary:
+    def summary(self, job: Job, starved: list[tuple[str, int]], run: Passes, total: Total) -> Summary:
         """Return what the finished run says; every process has to ask."""
-        same = agreement(self._start, self._routers.choices(run)) if self._start else {}
+        same = agreement(self._start, self._choices(run)) if self._start else {}
         routers = tuple(
             RouterSummary(
                 name=name,
                 layer=names.layer(canonical(name) + ".weight"),
                 experts=len(load),
                 load=tuple(load.tolist()),
+                start_load=self._start_load(name, len(load)),
                 agreement=same.get(name),
             )
             for name, load in self._loads(total).items()
@@ -128,6 +131,22 @@ class Monitors:
         write_summary(run.folder, summary)
         write_report(run.folder, read_history(run.history), summary)
 
+    def _choices(self, run: Passes) -> dict[str, Tensor]:
+        """Return what the routers choose for the real tokens of some passes."""
+
+        def before(rows: Mapping[str, Tensor]) -> None:
+            self._routers.mask = _real(rows).flatten()
+
+        try:
+            return self._routers.choices(lambda: run(before))
+        finally:
+            self._routers.mask = None
+
+    def _start_load(self, name: str, experts: int) -> tuple[int, ...] | None:
+        if name not in self._start:
+            return None
+        return tuple(self._start[name].flatten().bincount(minlength=experts).tolist())
+
     def _loads(self, total: Total) -> dict[str, Tensor]:
         # The sum is taken on each router's own device, where the processes can talk.
         loads = self._routers.load()
@@ -143,6 +162,11 @@ class Monitors:
         return tuple(
             Oscillations(kind=kind, weights=row[0], flipped=row[1], oscillating=row[2]) for kind, row in by_kind.items()
         )
+
+
+def reported(run: Run) -> bool:
+    """Tell whether summary and page of a run are there."""
+    return all((run.folder / name).is_file() for name in (SUMMARY, PAGE))
 
 
 def _sampler(found: Prepared, target: Target, weights: int) -> Callable[[], Tensor]:

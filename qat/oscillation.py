@@ -73,7 +73,10 @@ class _Track:
 
 
 class Oscillation:
-    """Watches the codes of a fixed sample of each of some tensors, on their device and without waiting for it."""
+    """Watches the codes of a fixed sample of each of some tensors, on their device.
+
+    Nothing here waits for the device but what gives the codes may: a rounding that refuses NaN has to look for it.
+    """
 
     def __init__(self, sample: Mapping[str, Callable[[], Tensor]]) -> None:
         """Name what is watched; the first `observe` is what the second compares with.

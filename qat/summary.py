@@ -44,9 +44,9 @@ class RouterSummary:
     load: tuple[int, ...]
     """Tokens that it sent to each expert during training, `[experts]`."""
     start_load: tuple[int, ...] | None = None
-    """Tokens of the text of `agreement` that the start model's router sends to each expert, `[experts]`."""
+    """Held-out tokens, those of `agreement`, that the start model's router sends to each expert, `[experts]`."""
     agreement: float | None = None
-    """Share of the (token, slot) choices that the start model makes too, for the same tokens, 0 to 1."""
+    """Share of the (token, slot) choices that the start model makes too, for the same held-out tokens, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 class Board:
     """A folder of TensorBoard's, for `tensorboard --logdir FOLDER`."""
 
-    def __init__(self, folder: Path, *, after: int | None = None) -> None:
+    def __init__(self, folder: Path, *, after: int = -1) -> None:
         """Begin to write.
 
         Args:
             folder: of the event files; a resumed run names the same again.
-            after: the last step that a resumed run keeps: TensorBoard hides what was written of later ones. None for
-                a new run.
+            after: the last step that a resumed run keeps: TensorBoard hides what was written of later ones. -1 for
+                a run that begins, perhaps anew: it keeps none, nor the evaluation before the first step.
 
         Raises:
             MissingExtra: tensorboard is not installed.
         """
-        self._writer = _writer(folder, None if after is None else after + 1)
+        self._writer = _writer(folder, after + 1)
 
     def add(self, record: Record) -> None:
         """Write a step or an evaluation; what was not measured is left out."""
@@ -42,7 +42,7 @@ class Board:
         self._writer.close()
 
 
-def _writer(folder: Path, purge_step: int | None) -> SummaryWriter:
+def _writer(folder: Path, purge_step: int) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -21,11 +21,11 @@ from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import BadValue, OutputError, UsageError
 from k2quant.qat import checkpoints, fallback
 from k2quant.qat.exporting import plan_export
-from k2quant.qat.history import Evaluation, History, Record, StepRecord
+from k2quant.qat.history import Evaluation, History, Record, Records, StepRecord, kept_history
 from k2quant.qat.job import Job, check_folders
 from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.measuring import Measures
-from k2quant.qat.monitors import Monitors
+from k2quant.qat.monitors import Monitors, reported
 from k2quant.qat.optimizers import Optimizers
 from k2quant.qat.packing import NO_TARGET, Rows, batch, order, share
 from k2quant.qat.planning import read_data, tried
@@ -173,12 +173,15 @@ class Trainer:
         self.prepared.refresh()
 
     def run(self, first: int, progress: Progress | None) -> tuple[Evaluation | None, int]:
-        """Take all steps from `first` on; return the last evaluation and how many experts were starved."""
+        """Take all steps from `first` on; return the last evaluation and how many experts were starved.
+
+        Raises:
+            MalformedFile: the history lacks a record of what was done before `first`.
+        """
         job, steps = self.job, self.job.training.steps
-        history = History(self._run.history) if self.processes.leads else None
-        if history is not None:
-            history.rewind(first or -1)  # killed before its first checkpoint, a run begins anew
-        board = Board(self._run.board, after=first or None) if job.saving.tensorboard and history is not None else None
+        kept = kept_history(self._run.history, first, self._evaluated(first)) if first else Records((), ())
+        history = self._history(first) if self.processes.leads else None
+        board = Board(self._run.board, after=first or -1) if job.saving.tensorboard and history is not None else None
         with contextlib.closing(board) if board is not None else contextlib.nullcontext():
             sinks = _sinks(history, board)
             if first == 0:
@@ -194,12 +197,29 @@ class Trainer:
                     self._save(done)
                 if progress:
                     progress(done, steps, record.loss)
-            return self._finish(sinks, first)
+            last = kept.evaluations[-1] if kept.evaluations else None
+            return self._finish(sinks, last, trained=first < steps)
+
+    def _evaluated(self, step: int) -> list[int]:
+        """Return the steps, up to one that is done, after which held-out rows were measured."""
+        settings = self.job.training
+        if not self.job.data.held_out:
+            return []
+        last = [step] if step == settings.steps and step % settings.evaluate_every else []
+        return [*range(0, step + 1, settings.evaluate_every), *last]
+
+    def _history(self, first: int) -> History:
+        """Take the history up without what lies behind a checkpoint; without one, the run begins anew."""
+        if first == 0:
+            self._run.history.unlink(missing_ok=True)
+        history = History(self._run.history)
+        history.rewind(first or -1)
+        return history
 
     def _begin(self) -> None:
         """Measure the start point, in BF16 and as post-training rounding to the final width has it."""
         with self._final_width():
-            self._measures.begin()
+            self._measures.begin(file=self.job.model)
         self._set_bits(0)
         self._monitors.begin(self._measures.run)
 
@@ -307,8 +327,14 @@ class Trainer:
         if self.processes.leads:
             checkpoints.prune(self._run.checkpoints, self.job.saving.keep)
 
-    def _finish(self, sinks: list[Sink], first: int) -> tuple[Evaluation | None, int]:
-        """Let starved experts fall back, measure, save and report."""
+    def _finish(self, sinks: list[Sink], last: Evaluation | None, *, trained: bool) -> tuple[Evaluation | None, int]:
+        """Let starved experts fall back, measure, save and report.
+
+        Args:
+            sinks: take the last evaluation.
+            last: the one before, which is the last of a run that was finished already.
+            trained: whether there was a step; else nothing is measured anew, and a report that is there stays.
+        """
         steps = self.job.training.steps
         self._set_bits(steps - 1)
         if not self.prepared.enabled:  # trained without fake quantisation throughout, as a control is
@@ -316,18 +342,17 @@ class Trainer:
             if self.job.quantize.to == "int4" and self.prepared.bits != self.job.final_bits:
                 self.prepared.set_bits(self.job.final_bits)
         starved = self._monitors.starved(self.job.training.least_tokens, self.processes.total)
-        if first < steps:
+        if trained:
             fallback.restore(self.prepared, [name for name, _ in starved], Path(self.job.model))
-        evaluation = self._evaluate(steps)
-        if first < steps:
-            _tell(sinks, evaluation)
+            last = self._evaluate(steps)
+            _tell(sinks, last)
             self._save(steps)
         if self.processes.leads or self.processes.world > 1:
             summary = self._monitors.summary(self.job, starved, self._measures.run, self.processes.total)
-            if self.processes.leads:
+            if self.processes.leads and (trained or not reported(self._run)):
                 self._monitors.report(self._run, summary)
         self.processes.wait()
-        return evaluation, len(starved)
+        return last, len(starved)
 
 
 def _sinks(history: History | None, board: Board | None) -> list[Sink]:

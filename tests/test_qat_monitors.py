@@ -377,6 +377,17 @@ def test_resumed_boards_hide_what_is_done_again(tmp_path: Path) -> None:
     assert scalars(tmp_path)["held_out/fake_quantised"] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
+def test_boards_that_begin_anew_show_nothing_of_before(tmp_path: Path) -> None:
+    """What a run wrote that was killed before its first checkpoint is hidden, the evaluation of step 0 too."""
+    pytest.importorskip("tensorboard")
+    for loss, steps in ((1.0, (0, 1, 2)), (30.0, (0, 1))):
+        board = Board(tmp_path)
+        for step in steps:
+            board.add(Evaluation(step=step, loss=loss))
+        board.close()
+    assert scalars(tmp_path)["held_out/fake_quantised"] == [(0, 30.0), (1, 30.0)]
+
+
 def test_missing_tensorboard_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package, an error names what to install, and nothing is written."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)

@@ -82,7 +82,8 @@ def _busiest(routers: Sequence[RouterSummary], loads: list[list[float]]) -> str:
 
 
 def _load_table(routers: Sequence[RouterSummary], loads: list[list[float]]) -> str:
-    heads = ["router", "experts", "tokens &times; slots", "no token", "least", "median", "most", "most at the start"]
+    spread = ["least", "median", "most", "most at the start, held out"]
+    heads = ["router", "experts", "tokens &times; slots", "no token", *spread]
     rows = [
         [
             code(router.name),
