@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
+from k2quant.checkpoint.contents import contents
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.convert import Conversion, carry_out
 from k2quant.errors import CheckFailed, CheckpointError, DestinationStale, UsageError
@@ -22,7 +23,7 @@ from k2quant.plan import Options, Plan, make_plan
 from k2quant.qat import checkpoints
 from k2quant.qat.config import QATConfig
 from k2quant.qat.gate import check_export
-from k2quant.qat.job import Job, check_folders, read_job
+from k2quant.qat.job import Job, read_job
 from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.preparing import prepare, prepared
 from k2quant.qat.rules import check_packed
@@ -79,6 +80,7 @@ def export_run(
     destination: str | os.PathLike[str],
     *,
     to: str | None = None,
+    base: str | os.PathLike[str] | None = None,
     shard_size: int | None = None,
     workers: int | None = None,
     restart: bool = False,
@@ -90,6 +92,7 @@ def export_run(
         folder: of the run; or a job's file: its model is written rounded as it is, to compare with what training gives.
         destination: folder to write.
         to: the format; None for the one that was trained for, and no other is possible.
+        base: where the model lies that the training began with; None: where it lay then.
         shard_size: as in `export`, like the others.
         workers: threads.
         restart: throw away what an earlier export left.
@@ -103,7 +106,10 @@ def export_run(
     job = read_job(folder) if untrained else Run(folder).job()
     if to not in {None, job.quantize.to}:
         raise UsageError(f"{folder} was trained for {job.quantize.to}, not for {to}; use `k2quant convert` for that")
-    check_folders(job)
+    if base is not None:
+        job = dataclasses.replace(job, model=str(base))
+    if not Path(job.model).is_dir():
+        raise UsageError(f"model: no such folder: {job.model}; if it was moved, name its place with --model")
     model = load_start(job) if untrained else load_run(folder, job)
     return export(model, destination, shard_size=shard_size, workers=workers, restart=restart, progress=progress)
 
@@ -127,7 +133,7 @@ def load_run(folder: Path, job: Job) -> nn.Module:
             "no checkpoint", file=run.checkpoints, remedy="train first: k2quant qat train with the same job"
         )
     source = open_checkpoint(Path(job.model))
-    run.check_model(source.fingerprint())
+    run.check_model(contents(source))
     model = load(source, dtype=MASTERS[job.training.masters])
     step = checkpoints.step_of(found[-1])
     bits = job.bits_at(step - 1)
@@ -156,7 +162,7 @@ def plan_export(model: nn.Module, base: Checkpoint, *, shard_size: int | None = 
     if found.config.to == "int4":
         check_packed(found.bits)
     plan = make_plan(base, export_options(found.config, shard_size))
-    trained = Trained(model, found, plan)
+    trained = Trained(found.model, found, plan)
     return dataclasses.replace(plan, values=trained.identity()), trained
 
 

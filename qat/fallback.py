@@ -48,7 +48,8 @@ def restore(found: Prepared, experts: Sequence[str], base: Path) -> None:
 def _restore(found: Prepared, target: Target, values: list[tuple[Part, Tensor]]) -> None:
     _assign(target.master, values)
     if (update := low_rank(target)) is not None:
-        _assign(update.b, [(part, torch.zeros_like(part.of(whole(update.b)))) for part, _ in values])
+        high = whole(update.b)
+        _assign(update.b, [(part, torch.zeros_like(part.of(high))) for part, _ in values])
     if (scale := learned_scale(target)) is not None:
         plain = [(part, reference.plain_int4_scale(value, "moonshot", found.bits)) for part, value in values]
         _assign(scale.start, plain)

@@ -30,7 +30,7 @@ def check_export(folder: Path, plan: Plan, trained: Trained) -> int:
     the function that fills the forward pass's weights.
 
     Raises:
-        CheckFailed: a value differs in a bit; the message says which.
+        CheckFailed: a value differs in a bit, and the message says which; or the model runs on values of older weights.
     """
     written = _written(folder, plan)
     for target, places in _by_target(trained).items():
@@ -59,6 +59,13 @@ def _seen(prepared: Prepared, target: Target) -> Tensor:
     out = torch.empty_like(target.master, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
     with torch.no_grad():
         prepared.fill(target, out)
+    kept = prepared.kept(target)
+    if kept is not None and not torch.equal(_bits(kept), _bits(out)):
+        raise CheckFailed(
+            "the forward pass runs on rounded values of older weights",
+            tensor=target.name,
+            remedy="after writing into a parameter's `.data`, call `prepared(model).refresh()`, and measure again",
+        )
     return out
 
 

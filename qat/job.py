@@ -24,6 +24,7 @@ from k2quant.qat.config import QATConfig, shown
 from k2quant.resume import refuse_nested
 
 _LIMIT = 2**20  # bytes of a job file
+_NO_PART = {"model", "output", "saving", "trust_remote_code"}  # in what decides the trained weights
 _MOST = 2**31
 _MOST_BETA = 0.9999999  # of what float32 rounds to 1, a mean would never move
 _MOST_STEPS = 10**8 - 1  # the names of checkpoints have eight digits
@@ -209,8 +210,8 @@ class Job:
             raise UsageError("training: a control (`fake_quantize: false`) learns no scales; use `estimator: plain`")
         if self.optimizer.scale_rate is not None and self.quantize.estimator != "learned":
             raise UsageError("optimizer: scale_rate has a meaning with `estimator: learned` alone")
-        if self.training.shard and self.optimizer.method == "muon":
-            raise UsageError("optimizer: muon works on whole matrices, which `shard: true` takes apart; use adamw")
+        if self.training.shard:
+            refuse_sharded(self)
 
     def _check_bits(self) -> None:
         """Refuse widths that change and cannot."""
@@ -223,8 +224,6 @@ class Job:
             raise UsageError(f"quantize: bits: the width from step {last[0]} on never comes: there are {steps} steps")
         for bits in {bits for _, bits in self.bits if bits is not None}:
             largest_code(self.quantize.grid, bits)
-        if self.quantize.estimator == "learned" and self.training.shard and len(self.bits) > 1:
-            raise UsageError("quantize: learned scales begin anew at another width, which `shard: true` takes apart")
 
     def bits_at(self, step: int) -> int | None:
         """Return the width of the codes in a step, the first is 0; None: no fake quantisation yet."""
@@ -243,10 +242,32 @@ class Job:
         return last
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the trained weights; two jobs with equal identity and data train the same."""
+        """Return what decides the trained weights, but for the files that it names, whose contents are compared."""
         whole = json.loads(json.dumps(asdict(self)))
         whole["training"].pop("shard")  # no more than the number of processes, which may change too
-        return {name: value for name, value in whole.items() if name not in {"output", "saving", "trust_remote_code"}}
+        whole["data"].pop("path")
+        if whole["distill"]:
+            whole["distill"].pop("teacher")
+        return {name: value for name, value in whole.items() if name not in _NO_PART}
+
+
+def refuse_sharded(job: Job) -> None:
+    """Refuse a job that cannot be trained with its parameters in shards.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if job.optimizer.method == "muon":
+        raise UsageError("optimizer: muon works on whole matrices, which sharding takes apart; use adamw")
+    if job.quantize.estimator != "learned":
+        return
+    if len(job.bits) > 1:
+        raise UsageError("quantize: learned scales begin anew at another width, which sharding takes apart")
+    if job.training.masters == "bfloat16":
+        raise UsageError(
+            "training: learned scales are float32, and fully_shard wants one dtype of all that trains; "
+            "use `masters: float32`, or do not shard"
+        )
 
 
 def read_job(path: Path, *, trust_remote_code: bool = False) -> Job:

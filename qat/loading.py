@@ -47,15 +47,7 @@ def load(
         raise UsageError(f"dtype: expected float32 or bfloat16 to train, found {dtype}")
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path))
     place = checked_device(device)
-    assembly = assemble(checkpoint, device=place, dtype=dtype, backend="auto")
-    if assembly.config.attention_dropout:  # a step would be no pure function of its number
-        raise UnsupportedFormat(
-            "attention_dropout",
-            file=checkpoint.folder / CONFIG,
-            expected="0.0, as K2 has it",
-            found=assembly.config.attention_dropout,
-        )
-    _make_dense(assembly)
+    assembly = _assembled(checkpoint, place, dtype)
     fill(assembly, [(name, module, place) for name, module in assembly.model.named_modules()], progress=progress)
     assembly.model.model.rotary_emb.to(place)
     assembly.model.train()
@@ -68,9 +60,25 @@ def skeleton(checkpoint: Checkpoint) -> K2ForCausalLM:
     Raises:
         CheckpointError: as in `load`.
     """
-    assembly = assemble(checkpoint, device=torch.device("cpu"), dtype=torch.float32, backend="auto")
+    return _assembled(checkpoint, torch.device("cpu"), torch.float32).model
+
+
+def _assembled(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Assembly:
+    """Return the model with dense modules, on the meta device.
+
+    Raises:
+        CheckpointError: as in `load`.
+    """
+    assembly = assemble(checkpoint, device=device, dtype=dtype, backend="auto")
+    if assembly.config.attention_dropout:  # a step would be no pure function of its number
+        raise UnsupportedFormat(
+            "attention_dropout",
+            file=checkpoint.folder / CONFIG,
+            expected="0.0, as K2 has it",
+            found=assembly.config.attention_dropout,
+        )
     _make_dense(assembly)
-    return assembly.model
+    return assembly
 
 
 def _make_dense(assembly: Assembly) -> None:

@@ -54,9 +54,9 @@ class Optimizers:
         stacks = {id(view.stack) for view in self._views}
         rest = [named for named in trained if id(named.tensor) not in stacks]
         self._named = rest + [view.named for view in self._views]
-        fused = None if sharded else True
+        self._fused = not sharded
         self.optimizers: list[Optimizer] = [
-            AdamW(_groups(rest, settings), betas=(settings.beta1, settings.beta2), fused=fused)
+            AdamW(_groups(rest, settings), betas=(settings.beta1, settings.beta2), fused=self._fused or None)
         ]
         if self._views:
             matrices = [{"params": [view.named.tensor for view in self._views], "rate": settings.rate}]
@@ -105,7 +105,12 @@ class Optimizers:
             parameter, optimizer = known[name].tensor, self._optimizer_of(known[name])
             if quantity not in _REMEMBERED[type(optimizer)] or (quantity == "step") != (value.ndim == 0):
                 raise MalformedFile("nothing that the optimizer remembers", tensor=full, file=file)
-            optimizer.state[parameter][quantity] = like(value, parameter, file=file, name=full)
+            if (
+                quantity == "step"
+            ):  # beside the parameter for a fused optimizer, else on the CPU, where none has to wait
+                optimizer.state[parameter][quantity] = value.to(parameter.device if self._fused else "cpu").clone()
+            else:
+                optimizer.state[parameter][quantity] = like(value, parameter, file=file, name=full)
         for named, remembered in self._states():
             if remembered and remembered.keys() != _REMEMBERED[type(self._optimizer_of(named))]:
                 raise MalformedFile("a part of the optimizer's state is missing", tensor=named.name, file=file)

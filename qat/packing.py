@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +57,15 @@ class Rows:
     """Characters of the examples that the tokenizer passes over or does not know, each once."""
     digest: str
     """SHA-256 of the three tensors and their shape."""
+
+    def notes(self) -> Iterator[str]:
+        """Yield what the user should know of the data."""
+        if self.cut:
+            yield f"{self.cut} examples were longer than a row and were cut at its end"
+        if self.dropped:
+            yield f"{self.dropped} examples had nothing to learn within a row and were left out"
+        if self.unread:
+            yield f"the tokenizer does not know these characters: {self.unread[:50]!r}"
 
 
 def pack(documents: Iterable[Document], *, length: int, padding: int) -> Rows:

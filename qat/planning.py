@@ -51,7 +51,8 @@ class JobPlan:
     """That these bytes are for."""
     rows: int
     """Of training data."""
-    examples: int
+    pieces: int
+    """Of texts, in the rows: a whole one, or a part of one that is longer than a row."""
     learnt: int
     """Tokens that are learnt, over all rows."""
     held_out: int
@@ -62,10 +63,14 @@ class JobPlan:
     """Of one checkpoint of the training, but for a few numbers that monitors have counted."""
     checkpoints: int
     """That lie on the disk at a time, the one being written among them."""
+    teacher_bytes: int
+    """Of what a teacher said, where that is kept on the disk."""
     disk_free: int
     """Bytes, where the job's output will lie."""
     export_bytes: int
     """Of the exported checkpoint."""
+    notes: tuple[str, ...]
+    """What the user should know of the data."""
     tried: tuple[str, ...]
     """Weights of the base that were encoded, decoded and compared: one of each class that is fake-quantised."""
 
@@ -76,8 +81,8 @@ class JobPlan:
 
     @property
     def disk_needed(self) -> int:
-        """Bytes of all checkpoints that lie on the disk at a time."""
-        return self.checkpoint_bytes * self.checkpoints
+        """Bytes of all checkpoints that lie on the disk at a time, and of what the teacher said."""
+        return self.checkpoint_bytes * self.checkpoints + self.teacher_bytes
 
 
 def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
@@ -93,7 +98,8 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
         CheckFailed: what would be stored of a weight is not what the forward pass would see.
     """
     check_folders(job)
-    Run(Path(job.output)).check_folder()
+    run = Run(Path(job.output))
+    run.check_folder()
     source = open_checkpoint(Path(job.model))
     model = skeleton(source)
     prepare(model, job.quantize)
@@ -105,21 +111,24 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
     if job.training.batch % processes:
         raise UsageError(f"training: batch {job.training.batch} is no multiple of the {processes} processes")
     rows, held_out = read_data(job, model.config)
-    sizes = _Sizes.of(job, model)
+    run.compare(job, {"data": rows.digest, "held_out": held_out.digest})
+    sizes, top_k = _Sizes.of(job, model), (job.distill.top_k if job.distill else None) or 0
     return JobPlan(
         coverage=coverage(model, found.targets),
         trained=sizes.trained + sizes.extra,
         memory=_memory(job, model, found, processes, sizes),
         processes=processes,
         rows=len(rows.tokens),
-        examples=rows.documents,
+        pieces=rows.documents,
         learnt=rows.learnt,
         held_out=len(held_out.tokens),
         epochs=job.training.steps * job.training.batch / len(rows.tokens),
         checkpoint_bytes=sizes.checkpoint_bytes(_BYTES[job.training.masters]),
         checkpoints=job.saving.keep + 1,
+        teacher_bytes=8 * top_k * rows.learnt,  # an id and a logarithm each
         disk_free=shutil.disk_usage(nearest_folder(Path(job.output))).free,
         export_bytes=export.bytes_written,
+        notes=tuple(rows.notes()),
         tried=tuple(tried(job, source, found, export)),
     )
 
@@ -153,6 +162,8 @@ class _Sizes(NamedTuple):
     """Weights that the optimizer moves."""
     single: int
     """Of these, those with one moment where others have two."""
+    starts: int
+    """Scales that learned ones began with."""
 
     @classmethod
     def of(cls, job: Job, model: nn.Module) -> _Sizes:
@@ -163,11 +174,12 @@ class _Sizes(NamedTuple):
         weights = sum(parameter.numel() for _, parameter in whole) - extra
         trained = sum(parameter.numel() for _, parameter in whole if parameter.requires_grad) - extra
         single = 0 if job.optimizer.method == "adamw" else sum(_moved_by_muon(whole, beside))
-        return cls(weights, extra, trained, single)
+        starts = sum(module.start.numel() for module in model.modules() if isinstance(module, scales.LearnedScale))
+        return cls(weights, extra, trained, single, starts)
 
     def checkpoint_bytes(self, width: int) -> int:
         """Return the bytes of what is trained and of its moments, for weights of a width in bytes."""
-        return (3 * self.trained - self.single) * width + self.extra * 12
+        return (3 * self.trained - self.single) * width + self.extra * 12 + self.starts * 4
 
 
 def _memory(job: Job, model: nn.Module, found: Prepared, processes: int, sizes: _Sizes) -> dict[str, int]:

@@ -13,6 +13,7 @@ fused optimizers do not count versions, and a copy into `.data` is no step.
 from __future__ import annotations
 
 import contextlib
+import weakref
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from k2quant.kernels.grids import largest_code
 from k2quant.kernels.values import ValueAt
 from k2quant.qat import adapters, scales
 from k2quant.qat.adapters import LowRank, low_rank
+from k2quant.qat.autocast import keep_out_of_autocast
 from k2quant.qat.config import QATConfig
 from k2quant.qat.rounding import clipped, counted_from, learned, learned_into, round_into, straight
 from k2quant.qat.rules import Rounded, Rule, as_bf16, check_packed, plain_rule
@@ -66,7 +68,8 @@ class Prepared:
     def __init__(self, model: nn.Module, config: QATConfig) -> None:
         """Find the targets, add what trains beside the weights, and hook into their modules. See `prepare`."""
         self.config = config
-        self._model = model
+        self.model = model
+        """The model itself, whatever wraps it."""
         self.targets: tuple[Target, ...] = tuple(find_targets(model, config))
         """What is fake-quantised, in the model's order."""
         self._quantised = frozenset(self.targets)
@@ -78,7 +81,9 @@ class Prepared:
             self._add_trained(target)
         self.plain: tuple[Target, ...] = tuple(rounded_only(model, self.targets))
         """What is only rounded to BF16, since the export keeps no more of it."""
-        self._objects = {target.name: target.master for target in self.targets + self.plain}
+        # Weakly: where sharding puts its own parameters in their place, nothing here may keep the whole ones alive.
+        self._objects = {target.name: weakref.ref(target.master) for target in self.targets + self.plain}
+        self._routers = keep_out_of_autocast(model)
         self._shadowed = [Shadowed(self.shadow, group) for group in by_module(self.targets + self.plain)]
 
     @property
@@ -133,12 +138,20 @@ class Prepared:
         for target in self.targets:
             for child in (scales.CHILD, adapters.CHILD):
                 target.module._modules.pop(child, None)  # noqa: SLF001  added by `prepare`
+        for router in self._routers:
+            router.remove()
         self._kept.clear()
-        self._model.__dict__.pop(ATTRIBUTE, None)
+        self.model.__dict__.pop(ATTRIBUTE, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave rounded values out of copies: they are made anew."""
-        return {**self.__dict__, "_kept": {}}
+        """Leave rounded values out of copies: they are made anew. A copy has its own parameters to know."""
+        known = {name: parameter for name, known in self._objects.items() if (parameter := known()) is not None}
+        return {**self.__dict__, "_kept": {}, "_objects": known}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Know the parameters of the copy."""
+        self.__dict__.update(state)
+        self._objects = {name: weakref.ref(parameter) for name, parameter in state["_objects"].items()}
 
     def quantises(self, target: Target) -> bool:
         """Tell whether a target is fake-quantised, not only rounded to BF16."""
@@ -153,7 +166,7 @@ class Prepared:
         master, scale, update = target.master.detach(), learned_scale(target), low_rank(target)
         if update is not None:
             master = update.merged(master)
-        with _naming(target.name):
+        with _naming(target):
             if scale is not None and self._enabled:
                 learned_into(out, master, as_bf16(scale.scale().detach()), self._bits)
             else:
@@ -168,7 +181,7 @@ class Prepared:
         """
         weights = as_bf16(self._matrix(target, part, rows))
         scale = learned_scale(target)
-        with _naming(part.base), counted_from(rows.start):
+        with _naming(target, part), counted_from(rows.start):
             if scale is None:
                 return self.rule(target).stored(weights.contiguous())
             check_packed(self._bits)
@@ -226,6 +239,7 @@ class Prepared:
             seed = zlib.crc32(canonical(target.name).encode())
             _child(target.module, adapters.CHILD)[target.parameter] = LowRank(target.master, adapter, seed)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # rounding is no part of a compiled graph
     def shadow(self, target: Target) -> Tensor | None:
         """Return what stands in for a parameter, or None where it stands for itself."""
         master = target.master
@@ -248,11 +262,9 @@ class Prepared:
 
     def _values(self, target: Target, dtype: torch.dtype) -> Tensor:
         """Return rounded values, made anew where they may have changed."""
-        sources = [target.master, *self.beside(target)]
-        mark = (self._enabled, self._bits, dtype, _steps[0], *((x.data_ptr(), x._version) for x in sources))  # noqa: SLF001
-        kept, lasting = self._kept.get(target.name), self._lasts(target)
-        if kept is not None and lasting and kept.mark == mark and torch.equal(kept.sample, _sample(sources)):
-            return kept.values
+        mark, kept, lasting = self._mark(target, dtype), self._kept.get(target.name), self._lasts(target)
+        if (current := self._current(target, dtype)) is not None:
+            return current
         # Memory is used again only where the weights have moved: what still waits for its backward pass is void then.
         # After a pass of another kind, such as a teacher's without quantisation, a student's values may be in use.
         again = kept is not None and kept.mark[:2] == mark[:2] and _fits(kept.values, target.master, dtype)
@@ -263,8 +275,26 @@ class Prepared:
                 out = torch.empty_like(target.master, dtype=dtype, memory_format=torch.contiguous_format)
             self.fill(target, out)
         if lasting:
-            self._kept[target.name] = _Kept(mark, _sample(sources), out)
+            self._kept[target.name] = _Kept(mark, _sample(self._sources(target)), out)
         return out
+
+    def kept(self, target: Target) -> Tensor | None:
+        """Return the rounded values that a forward pass now would use without making them anew, if there are any."""
+        kept = self._kept.get(target.name)
+        return None if kept is None else self._current(target, kept.values.dtype)
+
+    def _current(self, target: Target, dtype: torch.dtype) -> Tensor | None:
+        kept = self._kept.get(target.name)
+        if kept is None or not self._lasts(target) or kept.mark != self._mark(target, dtype):
+            return None
+        return kept.values if torch.equal(kept.sample, _sample(self._sources(target))) else None
+
+    def _mark(self, target: Target, dtype: torch.dtype) -> tuple[Any, ...]:
+        moved = ((x.data_ptr(), x._version) for x in self._sources(target))  # noqa: SLF001  torch has no other way
+        return (self._enabled, self._bits, dtype, _steps[0], *moved)
+
+    def _sources(self, target: Target) -> list[Tensor]:
+        return [target.master, *self.beside(target)]
 
     def beside(self, target: Target) -> list[Tensor]:
         """Return what is trained beside a target's weights."""
@@ -277,7 +307,7 @@ class Prepared:
         A gathered copy keeps version and memory of the last one whatever its values, and what is made of it is as large
         as what sharding saves.
         """
-        return self._objects[target.name] is target.master
+        return self._objects[target.name]() is target.master
 
 
 def prepare(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
@@ -309,7 +339,7 @@ def prepare(model: nn.Module, config: QATConfig | None = None) -> nn.Module:
 
 
 def prepared(model: nn.Module) -> Prepared:
-    """Return what fake-quantises a model, wrapped by DDP and the like or not.
+    """Return what fake-quantises a model, wrapped by DDP, torch.compile and the like or not.
 
     Raises:
         UsageError: nothing does.
@@ -319,17 +349,23 @@ def prepared(model: nn.Module) -> Prepared:
         found = inner.__dict__.get(ATTRIBUTE)
         if isinstance(found, Prepared):
             return found
-        inner = getattr(inner, "_modules", {}).get("module")
+        wrapped = getattr(inner, "_modules", {})
+        inner = wrapped.get("module", wrapped.get("_orig_mod"))  # of DDP, and of torch.compile
     raise UsageError("the model is not prepared; call k2quant.qat.prepare first")
 
 
 @contextlib.contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Say in which weight a bad value is; rows of a stack count as those of one matrix."""
+def _naming(target: Target, part: Part | None = None) -> Iterator[None]:
+    """Say in which weight a bad value is; without a part, rows are those of the target's stack as one matrix."""
     try:
         yield
     except ValueAt as error:
-        raise BadValue(str(error), tensor=name, remedy="has the training diverged?") from error
+        row, height = error.row, target.height
+        if part is None:
+            part, row = (target.parts[0], row) if height is None else (target.parts[row // height], row % height)
+        at = ValueAt(row=row, column=error.column, what=error.what, of=error.of)
+        remedy = "has the training diverged, or is the base damaged?"
+        raise BadValue(str(at), tensor=part.base, remedy=remedy) from error
 
 
 def _matrices(stack: Tensor, height: int | None) -> Tensor:

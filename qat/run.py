@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -13,12 +14,14 @@ from typing import Any
 
 from k2quant.checkpoint.paths import locked_file, read_limited, write_whole
 from k2quant.checkpoint.strict_json import parse_object
-from k2quant.errors import CheckpointError, DestinationForeign, DestinationStale, MalformedFile, UsageError
+from k2quant.errors import CheckpointError, DestinationForeign, DestinationStale, MalformedFile, OutputError, UsageError
 from k2quant.qat.job import Job, job_from
 from k2quant.version import __version__
 
 MANIFEST = "k2quant_qat.json"
 """Says what is trained here; written before anything else."""
+FACTS = ("data", "held_out", "model", "teacher")
+"""Keys of the manifest: digests of what a training is made of."""
 _LOCK = "k2quant_qat.lock"
 _LIMIT = 2**24
 _OWN = (
@@ -47,10 +50,15 @@ class Run:
         """Refuse a folder that is not there for this.
 
         Raises:
-            DestinationForeign: it holds something that no run of ours wrote.
+            DestinationForeign: it holds something that no run of ours wrote, or cannot become a folder.
+            OutputError: it, or what it would lie in, cannot be written.
         """
-        if (self.folder.exists() or self.folder.is_symlink()) and not self.folder.is_dir():
-            raise DestinationForeign("not a folder", file=self.folder, remedy="name a new folder as `output`")
+        places = (self.folder, *self.folder.absolute().parents)
+        there = next(place for place in places if os.path.lexists(place))
+        if not there.is_dir():
+            raise DestinationForeign("not a folder", file=there, remedy="name a new folder as `output`")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise OutputError("cannot be written", file=there, remedy="name a folder of yours as `output`")
         filled = self.folder.is_dir() and any(self.folder.iterdir())
         if filled and not any((self.folder / name).is_file() for name in (MANIFEST, _LOCK)):
             raise DestinationForeign(
@@ -89,15 +97,29 @@ class Run:
         Raises:
             DestinationStale: another job, model or data was begun here.
         """
-        wanted = {"identity": job.identity(), **facts}
-        manifest = {"k2quant": __version__, **wanted, "job": json.loads(json.dumps(asdict(job)))}
-        path = self.folder / MANIFEST
+        manifest = {"k2quant": __version__, "identity": job.identity(), **facts, "job": _plain(job)}
         if restart:
             self._clear()
-        if restart or not path.exists():
+        else:
+            self.compare(job, facts)
+        path = self.folder / MANIFEST
+        moved = path.exists() and self._manifest().get("job") != manifest["job"]  # the same files at other places
+        if restart or moved or not path.exists():
             write_whole(path, json.dumps(manifest, indent=1).encode())
+
+    def compare(self, job: Job, facts: Mapping[str, Any]) -> None:
+        """Refuse a folder in which another training was begun; one without a training is fine.
+
+        Args:
+            job: the job.
+            facts: digests of what it needs, or of some of it.
+
+        Raises:
+            DestinationStale: another job, model or data was begun here.
+        """
+        if not (self.folder / MANIFEST).exists():
             return
-        found = parse_object(read_limited(path, _LIMIT), file=path)
+        wanted, found = {"identity": job.identity(), **facts}, self._manifest()
         changed = [key for key, value in wanted.items() if found.get(key) != value]
         if changed:
             raise DestinationStale(
@@ -113,20 +135,26 @@ class Run:
             CheckpointError: there is none.
         """
         manifest = self._manifest()
-        decisive = {key: manifest.get(key) for key in ("identity", "data", "held_out", "model")}
+        decisive = {key: manifest.get(key) for key in ("identity", *FACTS)}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
-    def check_model(self, fingerprint: Mapping[str, Any]) -> None:
+    def check_model(self, files: Mapping[str, str]) -> None:
         """Refuse a base that is not the one that was trained.
 
+        Args:
+            files: what `contents` says of it.
+
         Raises:
-            DestinationStale: it has changed.
+            DestinationStale: it holds other bytes.
         """
-        if self._manifest().get("model") != fingerprint:
+        known = self._manifest().get("model")
+        if known != files:
+            before = known if isinstance(known, dict) else {}
+            other = sorted(name for name in files.keys() | before.keys() if files.get(name) != before.get(name))
             raise DestinationStale(
-                "was trained from another checkpoint than now lies at `model`",
+                f"was trained from another checkpoint than now lies at `model`: {', '.join(other[:3])} differ",
                 file=self.folder,
-                remedy="put the checkpoint back as it was",
+                remedy="put the checkpoint back as it was, or name a copy of it with --model",
             )
 
     def _manifest(self) -> dict[str, Any]:
@@ -156,6 +184,12 @@ class Run:
             return job_from(content)
         except UsageError as error:
             raise MalformedFile(f"holds a damaged job: {error}", file=path) from error
+
+
+def _plain(job: Job) -> dict[str, Any]:
+    """Return a job as JSON gives it back."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(job)))
+    return found
 
 
 def _said(changed: list[str], found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

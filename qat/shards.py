@@ -10,12 +10,12 @@ from k2quant.errors import MalformedFile
 
 
 def like(value: Tensor, parameter: Tensor, *, file: object, name: str) -> Tensor:
-    """Return a whole tensor as a parameter lies: on its device, and in its shards. A scalar stays whole.
+    """Return a whole tensor as a parameter lies: on its device, and in its shards.
 
     Raises:
         MalformedFile: the shapes differ.
     """
-    if value.ndim and value.shape != parameter.shape:
+    if value.shape != parameter.shape:
         raise MalformedFile(
             "another shape than the model's",
             tensor=name,
@@ -23,12 +23,11 @@ def like(value: Tensor, parameter: Tensor, *, file: object, name: str) -> Tensor
             expected=list(parameter.shape),
             found=list(value.shape),
         )
-    if value.ndim and is_sharded(parameter):
+    if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         sharded: Any = parameter
         return distribute_tensor(value.to(sharded.device), sharded.device_mesh, sharded.placements)
-    # Counters of fused AdamW lie beside the parameters; torch moves those of others itself.
     return value.to(parameter.device).clone()
 
 

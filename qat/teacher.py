@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import UsageError
+from k2quant.qat.autocast import keep_out_of_autocast
 from k2quant.qat.distillation import Cache, build_cache
 from k2quant.qat.job import Job
 from k2quant.qat.loading import load
@@ -36,8 +37,24 @@ class Teacher:
         self._model, self._cache, self._precision = model, cache, precision
 
     @classmethod
-    def of(cls, job: Job, run: Run, rows: Rows, processes: Processes, stage: Callable[[str], None]) -> Teacher:
+    def of(
+        cls,
+        job: Job,
+        run: Run,
+        rows: Rows,
+        processes: Processes,
+        files: Mapping[str, str] | None,
+        stage: Callable[[str], None],
+    ) -> Teacher:
         """Return the teacher of a job.
+
+        Args:
+            job: the job.
+            run: its folder.
+            rows: to train on.
+            processes: that train; each calls this.
+            files: what `contents` says of the teacher; the first process has to know.
+            stage: called with what is being done.
 
         Raises:
             CheckpointError: the teacher cannot be loaded.
@@ -51,7 +68,7 @@ class Teacher:
         if job.distill.top_k is None:
             stage("loading the teacher")
             return cls(model=_frozen(folder, job, processes.device), precision=precision)
-        return cls(cache=_cached(folder, job, run, rows, processes, precision, stage))
+        return cls(cache=_cached(folder, job, run, rows, processes, files, precision, stage))
 
     def hints(self, rows: dict[str, Tensor], indices: Tensor) -> Hints | None:
         """Return what it says of the learnt tokens of some rows.
@@ -76,6 +93,7 @@ def _frozen(folder: Path, job: Job, device: torch.device) -> nn.Module:
     ours = _vocabulary(job)
     if model.config.vocab_size != ours:
         raise UsageError(f"distill: the teacher knows {model.config.vocab_size} tokens, the student {ours}")
+    keep_out_of_autocast(model)
     model.requires_grad_(False)
     model.eval()  # type: ignore[no-untyped-call]
     return model
@@ -93,6 +111,7 @@ def _cached(
     run: Run,
     rows: Rows,
     processes: Processes,
+    files: Mapping[str, str] | None,
     precision: torch.dtype,
     stage: Callable[[str], None],
 ) -> Cache:
@@ -100,7 +119,7 @@ def _cached(
     assert job.distill is not None and job.distill.top_k is not None  # noqa: S101, PT018  asked before
     if processes.leads:
         stage("asking the teacher")
-        identity = {"teacher": open_checkpoint(folder).fingerprint(), "data": rows.digest}
+        identity = {"teacher": files, "data": rows.digest}
         model = _Lazy(folder, job, processes.device)
 
         def logits(row: int) -> Tensor:

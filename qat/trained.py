@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from k2quant import names
 from k2quant.checkpoint.weights import Weight
-from k2quant.errors import MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
+from k2quant.errors import BadValue, MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.formats.layouts import Format, Fp8, Int4
 from k2quant.formats.transcode import Parts
 from k2quant.model.memory import TORCH_DTYPES
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from k2quant.kernels.figures import Figures
 
+_REMEDY = "has the training diverged, or is the base damaged?"
 _SAMPLE = 4096  # values of each parameter that tell one training from another
 
 
@@ -82,7 +83,11 @@ class Trained:
         return name in self.places and not self._stays(name)
 
     def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, Figures | None]:
-        """Return rows of the tensors that are written, by suffix."""
+        """Return rows of the tensors that are written, by suffix.
+
+        Raises:
+            BadValue: a weight is not finite.
+        """
         target, part, tensor, _ = self.places[key(job.weight)]
         if target is not None and part is not None and self.prepared.quantises(target):
             stored = self.prepared.stored(target, part, slice(start, stop))
@@ -90,6 +95,8 @@ class Trained:
         suffix = next(suffix for suffix, entry in job.outputs.items() if entry.name == job.output_main.name)
         rows = (tensor if tensor.ndim == 2 else tensor.reshape(-1, 1))[start:stop]
         seen = as_bf16(rows) if target is not None else rows
+        if not seen.isfinite().all():
+            raise BadValue("not finite, so nothing is exported", tensor=job.weight.base, remedy=_REMEDY)
         return {suffix: as_array(seen.to(TORCH_DTYPES[job.output_main.dtype]))}, None
 
     def _stays(self, name: str) -> bool:

@@ -17,12 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from k2quant.checkpoint.contents import contents
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import BadValue, OutputError, UsageError
 from k2quant.qat import checkpoints, fallback
 from k2quant.qat.exporting import plan_export
 from k2quant.qat.history import Evaluation, History, Record, Records, StepRecord, kept_history
-from k2quant.qat.job import Job, check_folders
+from k2quant.qat.job import Job, check_folders, refuse_sharded
 from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.measuring import Measures
 from k2quant.qat.monitors import Monitors, reported
@@ -91,7 +92,7 @@ def train(
     processes = Processes(shard=job.training.shard, unused=unused)
     run = Run(Path(job.output))
     try:
-        with _reproducible(job), run.held() if processes.leads else contextlib.nullcontext():
+        with _reproducible(job, processes.device), run.held() if processes.leads else contextlib.nullcontext():
             processes.wait()
             trainer = Trainer(job, run, processes, say, restart=restart)
             resumed = trainer.resume()
@@ -101,7 +102,7 @@ def train(
         raise OutputError(
             "cannot be written", file=error.filename or run.folder, found=error.strerror or str(error)
         ) from error
-    notes = tuple(_notes(trainer.rows))
+    notes = tuple(trainer.rows.notes())
     return Result(run.folder, job.training.steps, resumed, time.monotonic() - begun, evaluation, starved, notes)
 
 
@@ -114,8 +115,8 @@ class Trainer:
         """Load everything and check all that can be checked before the first step."""
         if job.training.batch % processes.world:
             raise UsageError(f"training: batch {job.training.batch} is no multiple of the {processes.world} processes")
-        if processes.sharded and job.optimizer.method == "muon":
-            raise UsageError("optimizer: muon works on whole matrices, which sharding takes apart; use adamw")
+        if processes.sharded:  # by accelerate's plugin too, of which the job does not know
+            refuse_sharded(job)
         self.job, self.processes = job, processes
         self._run = run
         stage("loading the model")
@@ -123,21 +124,33 @@ class Trainer:
         self.prepared: Prepared = prepared(self.model)
         stage("reading the data")
         self.rows, held_out = read_data(job, self.model.config)
-        source = open_checkpoint(Path(job.model))
+        for note in self.rows.notes():
+            stage(f"note: {note}")
+        source, files = open_checkpoint(Path(job.model)), None
         with self._final_width():
             export, _ = plan_export(self.model, source)  # a result that cannot be saved is not worth a step
         if processes.leads:
             list(tried(job, source, self.prepared, export))
-            facts = {"data": self.rows.digest, "held_out": held_out.digest, "model": source.fingerprint()}
-            run.begin(job, facts, restart=restart)
+            files = self._begin_run(held_out, restart=restart, stage=stage)
         processes.wait()
-        self._teacher = Teacher.of(job, run, self.rows, processes, stage)
+        self._teacher = Teacher.of(job, run, self.rows, processes, files, stage)
         self._monitors = Monitors(self.model, self.prepared, sharded=processes.sharded)
         task = Task(self.model, job.distill, MASTERS[job.training.precision])
         processes.shard(task, self.model, self.prepared.targets)
         self._optimizers = Optimizers(self.model, self.prepared, job.optimizer, sharded=processes.sharded)
         self._wrapped = processes.wrap(task)
         self._measures = Measures(task, self.prepared, held_out, processes.device)
+
+    def _begin_run(self, held_out: Rows, *, restart: bool, stage: Callable[[str], None]) -> dict[str, str] | None:
+        """Note what is trained, or check that it is what was begun; return the digests of the teacher's files."""
+        stage("reading the digests of the model")
+        job = self.job
+        model = contents(open_checkpoint(Path(job.model)))
+        named = job.distill.teacher if job.distill else None
+        teacher = contents(open_checkpoint(Path(named))) if named else model if job.distill else None
+        facts = {"data": self.rows.digest, "held_out": held_out.digest, "model": model, "teacher": teacher}
+        self._run.begin(job, facts, restart=restart)
+        return teacher
 
     def _load(self) -> nn.Module:
         job, settings = self.job, self.job.training
@@ -224,10 +237,14 @@ class Trainer:
         self._monitors.begin(self._measures.run)
 
     @contextlib.contextmanager
-    def _final_width(self) -> Iterator[None]:
-        """Let the model have the codes of the export while the block runs; not while learned scales are trained."""
+    def _final_width(self, *, anew: bool = False) -> Iterator[None]:
+        """Let the model have the codes of the export while the block runs; not while learned scales are trained.
+
+        Args:
+            anew: whether learned scales, which have not begun, are those of the weights as they are now.
+        """
         before, final = self.prepared.bits, self.job.final_bits
-        if self.job.quantize.to != "int4" or before == final:
+        if self.job.quantize.to != "int4" or (before == final and not anew):
             yield
             return
         self.prepared.set_bits(final)
@@ -304,7 +321,7 @@ class Trainer:
         if self.prepared.enabled:
             return self._measures.evaluate(step)
         self.prepared.enabled = True
-        with self._final_width():
+        with self._final_width(anew=True):
             found = self._measures.evaluate(step)
         self.prepared.enabled = False
         return found
@@ -365,27 +382,18 @@ def _tell(sinks: list[Sink], record: Record | None) -> None:
             sink(record)
 
 
-def _notes(rows: Rows) -> Iterator[str]:
-    if rows.cut:
-        yield f"{rows.cut} examples were longer than a row and were cut at its end"
-    if rows.dropped:
-        yield f"{rows.dropped} examples had nothing to learn within a row and were left out"
-    if rows.unread:
-        yield f"the tokenizer does not know these characters: {rows.unread[:50]!r}"
-
-
 def _quiet(_: str) -> None:
     """Say nothing."""
 
 
 @contextlib.contextmanager
-def _reproducible(job: Job) -> Iterator[None]:
+def _reproducible(job: Job, device: torch.device) -> Iterator[None]:
     """Let torch choose algorithms that give the same bits again, and put its choice back."""
     strict = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(job.training.seed)
             yield
     finally:

@@ -391,6 +391,49 @@ def test_a_diverged_weight_is_named_and_nothing_looks_finished(base: Path, ram: 
     assert unfinished(ram / "out")
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.o_proj.weight", "lm_head.weight"])
+def test_a_diverged_weight_out_of_scope_is_named_too(name: str, base: Path, ram: Path) -> None:
+    """NaN in what is written as it is: nothing is finished, masters float32 or BF16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model = prepare(qat.load(base, dtype=dtype))
+        with torch.no_grad():
+            model.get_parameter(name).view(-1)[3] = torch.nan
+        with pytest.raises(BadValue, match=name.removesuffix(".weight").replace(".", r"\.")):
+            qat.export(model, ram / str(dtype))
+        assert unfinished(ram / str(dtype))
+
+
+def test_a_model_that_runs_on_older_weights_is_not_exported(base: Path, ram: Path) -> None:
+    """A write into `.data` that no pass has noticed: what is exported would not be what was measured."""
+    model = ready(base)
+    logits(model)
+    model.get_parameter(f"{EXPERTS}.down_proj").data[3, 5, 6] += 1
+    with pytest.raises(CheckFailed, match=r"down_proj.*refresh\(\)"):
+        qat.export(model, ram / "out")
+    assert unfinished(ram / "out")
+    prepared(model).refresh()
+    qat.export(model, ram / "out", restart=True)
+    assert torch.equal(logits(qat.load(ram / "out")), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_a_compiled_model_trains_and_exports(base: Path, ram: Path) -> None:
+    """`torch.compile` changes no bit where its backend computes as torch does, and its model can be exported."""
+    found = []
+    for compiled in (False, True):
+        model = prepare(qat.load(base))
+        run: Any = torch.compile(model, backend="eager") if compiled else model
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(2):
+            run(IDS, labels=IDS, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(logits(run))
+        qat.export(run, ram / str(compiled))
+        assert torch.equal(logits(qat.load(ram / str(compiled))), found[-1])
+    assert torch.equal(*found)
+
+
 # --- interrupted, and done again --------------------------------------------------------------------------------------
 
 

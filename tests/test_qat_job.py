@@ -416,18 +416,23 @@ class TestIdentity:
 
     @pytest.mark.parametrize(
         "change",
-        [{"output": "elsewhere"}, {"saving": {"every": 1}}, {"training": {"steps": 40, "shard": True}}],
-        ids=["output", "saving", "shard"],
+        [
+            {"output": "elsewhere"},
+            {"model": "elsewhere"},
+            {"data": {"path": "elsewhere"}},
+            {"saving": {"every": 1}},
+            {"training": {"steps": 40, "shard": True}},
+        ],
+        ids=["output", "model", "data", "saving", "shard"],
     )
     def test_same(self, change: dict[str, Any]) -> None:
-        """Where it lies, how often it is saved and over how many it is shared does not make another training."""
+        """Where files lie, how often it is saved and over how many it is shared does not make another training."""
         assert job_from({**LEAST, **change}).identity() == job_from(LEAST).identity()
 
     @pytest.mark.parametrize(
         "change",
         [
-            {"model": "n"},
-            {"data": {"path": "e"}},
+            {"data": {**LEAST["data"], "held_out": 1}},
             {"training": {"steps": 41}},
             {"quantize": {"bits": 3}},
             {"quantize": {"bits": {0: 8, 3: 4}}},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +23,7 @@ from k2quant.model import load_model
 from k2quant.model.modules import SeparateExperts
 from k2quant.qat import Adapter, QATConfig, prepare
 from k2quant.qat import preparing as prepared_module
+from k2quant.qat.autocast import keep_out_of_autocast
 from k2quant.qat.fallback import restore
 from k2quant.qat.job import Optimizer as OptimizerSettings
 from k2quant.qat.optimizers import Optimizers
@@ -281,6 +284,7 @@ def test_autocast_to_bf16_sees_the_values_that_are_served(name: str) -> None:
     model = moved(prepare(build(), CONFIGS[name]))
     model.set_experts_implementation("eager")  # whose products autocast knows, unlike those of grouped_mm
     twin = baked(model)
+    keep_out_of_autocast(twin)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(logits(model), logits(twin))
         gradients = outcome(model)[1]
@@ -607,12 +611,12 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
 
 
 def test_a_diverged_weight_is_named() -> None:
-    """NaN in a master weight ends in a sentence that names the weight and its place."""
+    """NaN in a master weight ends in a sentence that names the expert's weight and the place in it."""
     for name in ("int4", "learned", "fp8"):
         model = prepare(build(), CONFIGS[name])
         with torch.no_grad():
             stack(model)[3, 5, 7] = torch.nan
-        with pytest.raises(BadValue, match=rf"{EXPERTS}\.down_proj.*row {3 * 64 + 5}, column 7"):
+        with pytest.raises(BadValue, match=rf"{EXPERTS}\.3\.down_proj.*row 5, column 7"):
             model(IDS)
 
 
@@ -703,8 +707,39 @@ def test_a_copy_lives_by_itself(name: str) -> None:
     assert torch.equal(logits(model), expected)
     assert torch.equal(logits(twin), logits(baked(twin)))
     assert not torch.equal(logits(twin), expected)
+    assert all(prepared(twin).kept(target) is not None for target in prepared(twin).targets)
     prepared(twin).remove()
     assert torch.equal(logits(model), expected)
+
+
+def test_parameters_that_were_replaced_are_let_go() -> None:
+    """Sharding puts its own parameters in the place of the whole ones: nothing here keeps those alive."""
+    model = prepare(build(), CONFIGS["learned"])
+    logits(model)
+    known = [weakref.ref(parameter) for parameter in model.parameters()]
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module._parameters[name] = nn.Parameter(parameter.detach().clone())  # noqa: SLF001  as fully_shard does
+    del parameter
+    gc.collect()
+    assert not [found for reference in known if (found := reference()) is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_routers_stay_out_of_autocast(dtype: torch.dtype) -> None:
+    """Their logits are float32 under autocast too, as the served model computes them; `remove` leaves no trace."""
+    model = prepare(build().to(dtype))
+    gate = model.get_submodule("model.layers.1.mlp.gate")
+    inner, seen = type(gate).forward, []
+    hidden = torch.randn(6, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = [part for part in gate(hidden) if part.is_floating_point()]
+        cast = [part for part in inner(gate, hidden) if part.is_floating_point()]
+    expected = [part for part in gate(hidden) if part.is_floating_point()]
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(cast, expected, strict=True))
+    prepared(model).remove()
+    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["int4", "learned", "adapters"])

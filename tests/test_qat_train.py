@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from k2quant.errors import (
 from k2quant.nano import architecture, vocabulary, writing
 from k2quant.qat import checkpoints, preparing, training
 from k2quant.qat.exporting import export_run
-from k2quant.qat.history import read_history
+from k2quant.qat.history import HISTORY, read_history
 from k2quant.qat.job import Job, job_from
 from k2quant.qat.run import Run
 from k2quant.qat.summary import read_summary
@@ -159,9 +160,15 @@ def command(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["qat", *(str(argument) for argument in arguments)])
 
 
+def written(value: Any) -> Any:
+    """Return what a job's file says of a part of a job: nothing where there is nothing."""
+    return {name: written(one) for name, one in value.items() if one is not None} if isinstance(value, dict) else value
+
+
 def as_yaml(job: Job, path: Path) -> Path:
     """Write a job's file."""
-    content = job.identity() | {"output": job.output}
+    content = written(json.loads(json.dumps(asdict(job))))
+    content.pop("trust_remote_code")
     content.pop("bits")
     path.write_text(json.dumps({**content, "saving": {"every": job.saving.every}}))  # JSON is YAML
     return path
@@ -382,12 +389,56 @@ def test_other_data_or_model(home: Path) -> None:
     with pytest.raises(DestinationStale, match=r"data.*--restart"):
         train(job)
     write_data(home / "data.jsonl")
-    os.utime(home / "model" / "model-1-of-2.safetensors")
-    with pytest.raises(DestinationStale, match="model"):
+    shard = home / "model" / "model-1-of-2.safetensors"
+    data, times = bytearray(shard.read_bytes()), (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=times)  # sizes and times are as they were, as on a disk that fails
+    with pytest.raises(DestinationStale, match="another model"):
         train(job)
-    with pytest.raises(DestinationStale, match="another checkpoint"):
+    with pytest.raises(DestinationStale, match=r"model-1-of-2\.safetensors differ"):
         export_run(home / "run", home / "export")
+    assert not (home / "export").exists()
     assert train(job, restart=True).resumed == 0
+
+
+def test_a_run_goes_on_elsewhere(home: Path) -> None:
+    """Model, data and run can be moved: bytes count, not places and times; an export is told of the model."""
+    interrupted(make_job(home), 3)
+    train(make_job(home, "undisturbed"))
+    export_run(home / "undisturbed", home / "expected")
+    (home / "there").mkdir()
+    for name in ("model", "data.jsonl", "run"):
+        shutil.move(home / name, home / "there" / name)
+    for path in (home / "there" / "model").iterdir():
+        path.touch()
+    assert train(make_job(home / "there")).resumed == 3
+    moved, expected = contents(home / "there" / "run"), contents(home / "undisturbed")
+    assert moved.pop("summary") != expected.pop("summary")  # it names the model
+    assert moved == expected
+    shown = command("export", home / "undisturbed", home / "out")
+    assert (shown.exit_code, "--model" in shown.stderr.splitlines()[-1]) == (2, True)
+    shown = command("export", home / "undisturbed", home / "out", "--model", home / "there" / "model")
+    assert shown.exit_code == 0, shown.output
+    export_run(home / "there" / "run", home / "moved")  # the run knows the place from which it was resumed
+    for name in ("out", "moved"):
+        for shard in (home / "expected").glob("*.safetensors"):
+            assert (home / name / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_a_null_phase_is_measured_as_it_would_be_exported(home: Path) -> None:
+    """Learned scales that have not begun are those of the weights now, in the measurement as in the export."""
+    change: dict[str, Any] = {"quantize": {"estimator": "learned", "bits": {0: None, 3: 3}}, "saving": {"every": 2}}
+    job = make_job(home, optimizer={"rate": 1e-2}, **change)
+    interrupted(job, 3)
+    export_run(home / "run", home / "export")
+    said = next(record for record in read_history(home / "run" / HISTORY).evaluations if record.step == 2)
+    other = make_job(home, "other", training={"steps": 1, "evaluate_every": 1}, quantize={"bits": 3})
+    other = replace(other, model=str(home / "export"))
+    train(other)
+    (found,) = (record for record in read_history(home / "other" / HISTORY).evaluations if record.step == 0)
+    assert found.start_rounded == pytest.approx(said.loss, rel=1e-6)
+    assert said.loss != pytest.approx(said.start_rounded, rel=1e-4)
 
 
 def test_foreign_folder(home: Path) -> None:
@@ -576,7 +627,8 @@ def test_damaged_data(home: Path, line: str, code: int) -> None:
 def test_impossible_jobs(sources: Path, ram: Path, name: str, change: dict[str, Any], code: int, said: str) -> None:
     """A job that cannot be done ends in one line and its exit code before the first step, planned or trained."""
     job = make_job(sources, str(ram / "run"), **change)
-    content = job.identity() | {"output": job.output}
+    content = written(json.loads(json.dumps(asdict(job))))
+    content.pop("trust_remote_code")
     content["quantize"]["bits"] = dict(content.pop("bits")) or content["quantize"]["bits"]
     import yaml
 
@@ -623,9 +675,34 @@ def test_plan_looks_at_the_output(home: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "TOO LITTLE" in command("plan", path).stdout
     (home / "run").mkdir()
     (home / "run" / "thesis.txt").write_text("mine")
-    for name in ("plan", "train"):
-        shown = command(name, path)
-        assert (shown.exit_code, "no training of ours" in shown.stderr) == (1, True), shown.output
+    (home / "file").write_text("")
+    train(make_job(home, "taken"))
+    below = as_yaml(make_job(home, "file/run"), home / "below.yaml")
+    other = as_yaml(make_job(home, "taken", training={"steps": 3}), home / "other.yaml")
+    for job, said in ((path, "no training of ours"), (below, "not a folder"), (other, r"training.steps")):
+        for name in ("plan", "train"):
+            shown = command(name, job)
+            assert (shown.exit_code, said in shown.stderr) == (1, True), shown.output
+    assert command("plan", as_yaml(make_job(home, "taken"), home / "taken.yaml")).exit_code == 0
+
+
+def test_plan_counts_what_a_teacher_says(home: Path) -> None:
+    """Likeliest tokens that are kept on the disk are part of what it takes."""
+    path = as_yaml(make_job(home, distill={"top_k": 4}), home / "job.yaml")
+    facts = json.loads(command("plan", path, "--json").stdout)
+    train(make_job(home, distill={"top_k": 4}))
+    assert 0 <= (home / "run" / "teacher.safetensors").stat().st_size - facts["teacher_bytes"] < 1000
+    assert facts["disk_needed"] == facts["checkpoints"] * facts["checkpoint_bytes"] + facts["teacher_bytes"]
+
+
+def test_what_the_data_loses_is_told_before_the_first_step(home: Path) -> None:
+    """A plan says what the tokenizer does not know, and so does a training before it begins."""
+    (home / "data.jsonl").write_text('{"text": "abc\u2603"}\n' * 40)
+    job = make_job(home)
+    said: list[str] = []
+    assert "\u2603" in command("plan", as_yaml(job, home / "job.yaml")).stdout
+    train(job, stage=said.append)
+    assert next(place for place, text in enumerate(said) if "\u2603" in text) < said.index("training")
 
 
 def test_plan_for_processes(home: Path) -> None:

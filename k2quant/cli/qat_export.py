@@ -13,6 +13,7 @@ from k2quant.cli.screen import progress
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path, exists=True))
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(["fp8", "int4"]), help="Format; must be the one that was trained for.")
+@click.option("--model", type=click.Path(path_type=Path), help="Where the model lies now that the training began with.")
 @click.option("--shard-size", metavar="SIZE", help="Tensor bytes of a shard, such as 5GB; default: as the base.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one for each core.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left in DST.")
@@ -22,6 +23,7 @@ def command(
     destination: Path,
     *,
     to: str | None,
+    model: Path | None,
     shard_size: str | None,
     workers: int | None,
     restart: bool,
@@ -48,6 +50,7 @@ def command(
             run,
             destination,
             to=to,
+            base=model,
             shard_size=parse_size(shard_size) if shard_size else None,
             workers=workers,
             restart=restart,

@@ -60,12 +60,14 @@ def _lines(plan: JobPlan) -> list[str]:
     lines += [f"{name:<20} {size(count):>16}" for name, count in plan.memory.items()]
     lines += [f"{'memory':<20} {size(plan.bytes_needed):>16}{each}; activations come on top", ""]
     short = "" if plan.disk_needed <= plan.disk_free else ": TOO LITTLE"
-    disk = f"for {plan.checkpoints} checkpoints at a time; {size(plan.disk_free)} free{short}"
+    teacher = " and what the teacher says" if plan.teacher_bytes else ""
+    disk = f"for {plan.checkpoints} checkpoints at a time{teacher}; {size(plan.disk_free)} free{short}"
     lines += [f"{'disk':<20} {size(plan.disk_needed):>16} {disk}", ""]
     learnt = f"{plan.learnt:,} tokens to learn; {plan.held_out:,} rows held out"
     lines += [
-        f"{'data':<20} {plan.examples:,} examples in {plan.rows:,} rows, {learnt}",
+        f"{'data':<20} {plan.pieces:,} pieces of text in {plan.rows:,} rows, {learnt}",
         f"{'epochs':<20} {plan.epochs:.2f}",
         f"{'export':<20} {size(plan.export_bytes)}; tried on {', '.join(plan.tried)}: equal bits",
     ]
+    lines += [f"{'note':<20} {note}" for note in plan.notes]
     return lines
