@@ -277,7 +277,9 @@ class Trainer:
             raise BadValue(
                 f"the loss or its gradient is not finite at step {step + 1}",
                 found=f"loss {loss}, gradient {norm}",
-                remedy="the last checkpoint stands; try a lower rate or a longer warm-up",
+                remedy="the last checkpoint stands; try a lower rate or a longer warm-up"
+                if step
+                else "is the model damaged? compare its files with their published sha256",
             )
         part = job.optimizer.share(step, job.training.steps)
         self._optimizers.step(part)
