@@ -74,6 +74,7 @@ def fake_quantize_learned(weights: Tensor, scale: Tensor, *, bits: int = 4) -> T
         UsageError: the shapes do not fit, or a scale is not above zero.
         ValueAt: a weight is not finite.
     """
+    QATConfig(bits=bits, estimator="learned")  # refuses what is no width
     _check_weights(weights)
     if scale.shape != (*weights.shape[:-1], weights.shape[-1] // GROUP) or weights.shape[-1] % GROUP:
         raise UsageError(
