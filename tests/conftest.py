@@ -47,6 +47,15 @@ def k2_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Run a file's models on one thread: those that are small enough are faster so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def ram(tmp_path: Path) -> Iterator[Path]:
     """A folder for many small files: in memory where the machine has such a place, so that fsync costs nothing."""

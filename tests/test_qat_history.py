@@ -4,62 +4,36 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from k2quant.checkpoint.in_memory import write_checkpoint
 from k2quant.errors import BadValue, MalformedFile
-from k2quant.nano import architecture, vocabulary, writing
 from k2quant.qat import training
 from k2quant.qat.exporting import export_run
 from k2quant.qat.history import StepRecord, read_history
 from k2quant.qat.job import Job, job_from
 from k2quant.qat.summary import read_summary
 from k2quant.qat.training import train
-from tiny import NANO
+from tiny import job_content, write_data, write_model
 
-CONFIG = NANO | {"num_hidden_layers": 2}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_job(folder: Path, **changes: dict[str, Any]) -> Job:
     """Return a job of four steps; checkpoints after two and four."""
-    content: dict[str, Any] = {
-        "model": str(folder / "model"),
-        "output": str(folder / "run"),
-        "data": {"path": str(folder / "data.jsonl"), "length": 32, "held_out": 4},
-        "training": {"steps": 4, "batch": 4, "evaluate_every": 2, "least_tokens": 0},
-        "optimizer": {"rate": 1e-3},
-        "saving": {"every": 2, "keep": 2, "tensorboard": False},
-    }
-    for name, change in changes.items():
-        content[name] = {**content.get(name, {}), **change}
-    return job_from(content)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models so small are faster with one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    return job_from(job_content(folder, "run", **changes))
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model, data and a finished run. Not to be changed by a test."""
     folder = tmp_path_factory.mktemp("history")
-    torch.manual_seed(0)
-    write_checkpoint(folder / "model", writing._shards(architecture.build(CONFIG)), CONFIG)  # noqa: SLF001  nano's own
-    for name, content in vocabulary.files().items():
-        (folder / "model" / name).write_bytes(content)
-    texts = ["".join(chr(97 + (7 * i + j * (1 + i % 3)) % 26) for j in range(24)) for i in range(40)]
-    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_model(folder / "model")
+    write_data(folder / "data.jsonl")
     train(make_job(folder))
     return folder
 

@@ -6,7 +6,6 @@ is told. Each start takes seconds, so there are few.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -23,9 +22,7 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from torch import nn
 
-from k2quant.checkpoint.in_memory import write_checkpoint
 from k2quant.errors import CheckFailed, UsageError
-from k2quant.nano import architecture, vocabulary, writing
 from k2quant.qat import checkpoints
 from k2quant.qat.exporting import export_run
 from k2quant.qat.history import read_history
@@ -35,9 +32,8 @@ from k2quant.qat.preparing import prepare, prepared
 from k2quant.qat.processes import Processes, check_sharded
 from k2quant.qat.run import Run
 from k2quant.qat.training import train
-from tiny import NANO
+from tiny import job_content, write_data, write_model
 
-CONFIG = NANO | {"num_hidden_layers": 2}
 CLOSE = 2e-5
 """Relative difference of losses. Two processes add float32 gradients up in another order, some 1e-7 of each, and Adam
 divides small ones by their own size, so that a difference grows from step to step."""
@@ -49,12 +45,8 @@ PATIENCE = 120.0
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a K2 of 100,000 weights and data."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.manual_seed(0)
-    write_checkpoint(folder / "model", writing._shards(architecture.build(CONFIG)), CONFIG)  # noqa: SLF001  nano's own
-    for name, content in vocabulary.files().items():
-        (folder / "model" / name).write_bytes(content)
-    texts = ["".join(chr(97 + (7 * i + j * (1 + i % 3)) % 26) for j in range(24)) for i in range(40)]
-    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_model(folder / "model")
+    write_data(folder / "data.jsonl")
     return folder
 
 
@@ -69,16 +61,7 @@ def alone() -> Any:
 
 def make(home: Path, output: str, **changes: dict[str, Any]) -> tuple[Job, Path]:
     """Return a job of four steps, and its file."""
-    content: dict[str, Any] = {
-        "model": str(home / "model"),
-        "output": str(home / output),
-        "data": {"path": str(home / "data.jsonl"), "length": 32, "held_out": 4},
-        "training": {"steps": 4, "batch": 4, "evaluate_every": 2, "least_tokens": 0},
-        "optimizer": {"rate": 1e-3},
-        "saving": {"every": 2},
-    }
-    for name, change in changes.items():
-        content[name] = {**content.get(name, {}), **change}
+    content = job_content(home, output, **changes)
     path = home / f"{output}.yaml"
     path.write_text(yaml.safe_dump(content))
     return job_from(content), path

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from k2quant.checkpoint.in_memory import write_checkpoint
 from k2quant.cli import main
 from k2quant.errors import (
     BadValue,
@@ -37,7 +36,6 @@ from k2quant.errors import (
     OutputError,
     UsageError,
 )
-from k2quant.nano import architecture, vocabulary, writing
 from k2quant.qat import checkpoints, preparing, training
 from k2quant.qat.exporting import export_run
 from k2quant.qat.history import HISTORY, read_history
@@ -45,9 +43,10 @@ from k2quant.qat.job import Job, job_from
 from k2quant.qat.run import Run
 from k2quant.qat.summary import read_summary
 from k2quant.qat.training import train
-from tiny import NANO
+from tiny import job_content, write_data, write_model
 
-CONFIG = NANO | {"num_hidden_layers": 2}
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KILLS = int(os.environ.get("K2QUANT_KILLS", "4"))
 SEED = int(os.environ.get("K2QUANT_SEED", "20"))
 MODES: dict[str, dict[str, Any]] = {
@@ -62,33 +61,10 @@ MODES: dict[str, dict[str, Any]] = {
 """What is killed: each changes a job."""
 
 
-def write_model(folder: Path, seed: int = 0) -> None:
-    """Write a K2 of 100,000 weights in BF16, with nano's tokenizer."""
-    torch.manual_seed(seed)
-    write_checkpoint(folder, writing._shards(architecture.build(CONFIG)), CONFIG)  # noqa: SLF001  nano writes its own
-    for name, content in vocabulary.files().items():
-        (folder / name).write_bytes(content)
-
-
-def write_data(path: Path, count: int = 40) -> None:
-    """Write texts that follow a rule: each letter is one, two or three behind the last."""
-    texts = ["".join(chr(97 + (7 * i + j * (1 + i % 3)) % 26) for j in range(24)) for i in range(count)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
 def make_job(folder: Path, output: str = "run", **changes: dict[str, Any]) -> Job:
-    """Return a job of four steps on what lies in a folder."""
-    content: dict[str, Any] = {
-        "model": str(folder / "model"),
-        "output": str(folder / output),
-        "data": {"path": str(folder / "data.jsonl"), "length": 32, "held_out": 4},
-        "training": {"steps": 4, "batch": 4, "evaluate_every": 2, "least_tokens": 0},
-        "optimizer": {"rate": 1e-3},
-        "saving": {"every": 1},
-    }
-    for name, change in changes.items():
-        content[name] = {**content.get(name, {}), **change}
-    return job_from(content)
+    """Return a job of four steps on what lies in a folder, with a checkpoint after each."""
+    changes["saving"] = {"every": 1, **changes.get("saving", {})}
+    return job_from(job_content(folder, output, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -106,15 +82,6 @@ def home(sources: Path, ram: Path) -> Path:
     shutil.copytree(sources / "model", ram / "model")
     shutil.copy(sources / "data.jsonl", ram)
     return ram
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models so small are faster with one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Stopped(Exception):

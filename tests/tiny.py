@@ -1,10 +1,15 @@
-"""Sizes of the tiny models that tests of training build."""
+"""Tiny models, data and jobs that tests of training share."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from k2quant.nano import architecture
+import torch
+
+from k2quant.checkpoint.in_memory import write_checkpoint
+from k2quant.nano import architecture, vocabulary, writing
 
 DEEPSEEK = {
     "vocab_size": 64,
@@ -45,3 +50,33 @@ NANO: dict[str, Any] = architecture.CONFIG | {
     "v_head_dim": 16,
 }
 """The `config.json` of a nano-K2 with less of everything but layers."""
+
+
+def write_model(folder: Path, seed: int = 0) -> None:
+    """Write a K2 of 100,000 weights and two layers in BF16, with nano's tokenizer."""
+    torch.manual_seed(seed)
+    config = NANO | {"num_hidden_layers": 2}
+    write_checkpoint(folder, writing._shards(architecture.build(config)), config)  # noqa: SLF001  nano writes its own
+    for name, content in vocabulary.files().items():
+        (folder / name).write_bytes(content)
+
+
+def write_data(path: Path, count: int = 40) -> None:
+    """Write texts that follow a rule: each letter is one, two or three behind the last."""
+    texts = ["".join(chr(97 + (7 * i + j * (1 + i % 3)) % 26) for j in range(24)) for i in range(count)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def job_content(folder: Path, output: str = "run", **changes: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file says of a job of four steps on what lies in a folder, with changes to its sections."""
+    content: dict[str, Any] = {
+        "model": str(folder / "model"),
+        "output": str(folder / output),
+        "data": {"path": str(folder / "data.jsonl"), "length": 32, "held_out": 4},
+        "training": {"steps": 4, "batch": 4, "evaluate_every": 2, "least_tokens": 0},
+        "optimizer": {"rate": 1e-3},
+        "saving": {"every": 2},
+    }
+    for name, change in changes.items():
+        content[name] = {**content.get(name, {}), **change}
+    return content
