@@ -7,32 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from k2quant.qat.forward import InFront
 from k2quant.qat.survey import is_router
 
 
-class OutOfAutocast:
-    """Stands before a module's own `forward`, which then computes in the dtypes that it says itself."""
-
-    def __init__(self, module: nn.Module) -> None:
-        """Stand before it."""
-        self._module = module
-        self._inner = module.__dict__.get("forward")
-        module.__dict__["forward"] = self
+class OutOfAutocast(InFront):
+    """Has a module compute in the dtypes that it says itself."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Run the module."""
+        """Run the module without autocast."""
         kind = next(self._module.parameters()).device.type
         with torch.autocast(kind, enabled=False):
-            if self._inner is not None:
-                return self._inner(*args, **options)
-            return type(self._module).forward(self._module, *args, **options)
-
-    def remove(self) -> None:
-        """Step aside."""
-        if self._module.__dict__.get("forward") is self:
-            del self._module.__dict__["forward"]
-            if self._inner is not None:
-                self._module.__dict__["forward"] = self._inner
+            return self.run(*args, **options)
 
 
 def keep_out_of_autocast(model: nn.Module) -> list[OutOfAutocast]:

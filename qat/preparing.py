@@ -74,7 +74,8 @@ class Prepared:
         """What is fake-quantised, in the model's order."""
         self._quantised = frozenset(self.targets)
         self._bits = config.bits
-        self._enabled = True
+        self.enabled = True
+        """Whether weights are fake-quantised now, not only rounded to BF16."""
         self._kept: dict[str, _Kept] = {}
         self._set_trained(model)
         for target in self.targets:
@@ -116,20 +117,11 @@ class Prepared:
     @contextlib.contextmanager
     def unquantised(self) -> Iterator[None]:
         """Let the model run with its weights rounded to BF16 alone while the block runs."""
-        before, self._enabled = self._enabled, False
+        before, self.enabled = self.enabled, False
         try:
             yield
         finally:
-            self._enabled = before
-
-    @property
-    def enabled(self) -> bool:
-        """Whether weights are fake-quantised now."""
-        return self._enabled
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        self._enabled = value
+            self.enabled = before
 
     def remove(self) -> None:
         """Undo `prepare`: the model runs on its master weights; learned scales and adapters are gone."""
@@ -159,7 +151,7 @@ class Prepared:
 
     def rule(self, target: Target) -> Rule:
         """Return the rule of a target whose scales come from its weights."""
-        return plain_rule(self.config, self._bits) if target in self._quantised and self._enabled else Rounded()
+        return plain_rule(self.config, self._bits) if target in self._quantised and self.enabled else Rounded()
 
     def fill(self, target: Target, out: Tensor) -> None:
         """Write what the forward pass sees of a target into a tensor of its shape, of any float dtype."""
@@ -167,7 +159,7 @@ class Prepared:
         if update is not None:
             master = update.merged(master)
         with _naming(target):
-            if scale is not None and self._enabled:
+            if scale is not None and self.enabled:
                 learned_into(out, master, as_bf16(scale.scale().detach()), self._bits)
             else:
                 # Blocks of FP8 may not span the two matrices of a stack that lie one below the other.
@@ -254,17 +246,17 @@ class Prepared:
         master, update, scale = target.master, low_rank(target), learned_scale(target)
         if update is not None:
             return adapters.adapted(update, values)
-        if scale is not None and self._enabled:
+        if scale is not None and self.enabled:
             return learned(master, scale.scale(), values, self._bits)
-        if self.config.estimator == "clipped" and self._enabled and target in self._quantised:
+        if self.config.estimator == "clipped" and self.enabled and target in self._quantised:
             return clipped(master, values, self.config.grid, self._bits)
         return straight(master, values)
 
     def _values(self, target: Target, dtype: torch.dtype) -> Tensor:
         """Return rounded values, made anew where they may have changed."""
-        mark, kept, lasting = self._mark(target, dtype), self._kept.get(target.name), self._lasts(target)
         if (current := self._current(target, dtype)) is not None:
             return current
+        mark, kept = self._mark(target, dtype), self._kept.get(target.name)
         # Memory is used again only where the weights have moved: what still waits for its backward pass is void then.
         # After a pass of another kind, such as a teacher's without quantisation, a student's values may be in use.
         again = kept is not None and kept.mark[:2] == mark[:2] and _fits(kept.values, target.master, dtype)
@@ -274,7 +266,7 @@ class Prepared:
                 self._kept.pop(target.name, None)
                 out = torch.empty_like(target.master, dtype=dtype, memory_format=torch.contiguous_format)
             self.fill(target, out)
-        if lasting:
+        if self._lasts(target):
             self._kept[target.name] = _Kept(mark, _sample(self._sources(target)), out)
         return out
 
@@ -291,7 +283,7 @@ class Prepared:
 
     def _mark(self, target: Target, dtype: torch.dtype) -> tuple[Any, ...]:
         moved = ((x.data_ptr(), x._version) for x in self._sources(target))  # noqa: SLF001  torch has no other way
-        return (self._enabled, self._bits, dtype, _steps[0], *moved)
+        return (self.enabled, self._bits, dtype, _steps[0], *moved)
 
     def _sources(self, target: Target) -> list[Tensor]:
         return [target.master, *self.beside(target)]

@@ -9,25 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from k2quant.errors import UsageError
+from k2quant.qat.forward import InFront
 from k2quant.qat.targets import Target
 
 Shadow = Callable[[Target], Tensor | None]
 """Gives what stands in for a parameter, or None where it stands for itself."""
 
 
-class Shadowed:
-    """Stands before a module's own `forward`.
-
-    Not in hooks: hooks after a forward pass do not run when that is interrupted, and what wraps a module (sharding
-    gathers its parameters in a hook) has then done its work.
-    """
+class Shadowed(InFront):
+    """Gives a module rounded values for its parameters while it runs."""
 
     def __init__(self, shadow: Shadow, group: tuple[Target, ...]) -> None:
         """Stand before the forward pass of the targets' module."""
-        self._shadow, self._group, self._module = shadow, group, group[0].module
+        super().__init__(group[0].module)
+        self._shadow, self._group = shadow, group
         self._running: dict[str, int] = {}  # the thread within; a dict, for `setdefault` is atomic
-        self._inner = self._module.__dict__.get("forward")
-        self._module.__dict__["forward"] = self
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Run the module.
@@ -37,7 +33,7 @@ class Shadowed:
         """
         here = threading.get_ident()
         if self._running.get("thread") == here:
-            return self._run(*args, **options)
+            return self.run(*args, **options)
         try:
             if self._running.setdefault("thread", here) != here:
                 raise UsageError("two threads run one prepared model at once; give each its own")
@@ -45,25 +41,17 @@ class Shadowed:
                 shadow = self._shadow(target)
                 if shadow is not None:
                     self._module.__dict__[target.parameter] = shadow
-            return self._run(*args, **options)
+            return self.run(*args, **options)
         finally:
             if self._running.get("thread") == here:
                 for target in self._group:
                     self._module.__dict__.pop(target.parameter, None)
                 self._running.clear()
 
-    def _run(self, *args: Any, **options: Any) -> Any:
-        if self._inner is not None:
-            return self._inner(*args, **options)
-        return type(self._module).forward(self._module, *args, **options)
-
     def remove(self) -> None:
-        """Step aside."""
+        """Step aside, also where something else was put before this since."""
         self._group = ()
-        if self._module.__dict__.get("forward") is self:
-            del self._module.__dict__["forward"]
-            if self._inner is not None:
-                self._module.__dict__["forward"] = self._inner
+        super().remove()
 
 
 def by_module(targets: Iterable[Target]) -> list[tuple[Target, ...]]:
