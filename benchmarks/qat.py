@@ -106,11 +106,7 @@ def routed(model: Path) -> float:
 
 
 def cost(workdir: Path, *, torchao: bool) -> dict[str, Any]:
-    """Measure what a step costs, with nothing beside it, or take what was measured before."""
-    kept = workdir / "cost.json"
-    if kept.exists():
-        known: dict[str, Any] = json.loads(kept.read_text())
-        return known
+    """Measure what a step costs, with nothing beside it."""
     found: dict[str, Any] = {}
     for experts in ("fused", "separate"):
         tell(f"cost, {experts} experts")
@@ -118,7 +114,6 @@ def cost(workdir: Path, *, torchao: bool) -> dict[str, Any]:
             worker("qat_cost.py", workdir, experts, *(["times"] if not torchao else ["times", "torchao"]))
         )
         found[experts] = {"seconds": seconds, "memory": memory(workdir, experts, list(seconds))}
-    kept.write_text(json.dumps(found))
     return found
 
 

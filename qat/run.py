@@ -100,12 +100,11 @@ class Run:
         manifest = {"k2quant": __version__, "identity": job.identity(), **facts, "job": _plain(job)}
         if restart:
             self._clear()
-        else:
+        elif (self.folder / MANIFEST).exists():
             self.compare(job, facts)
-        path = self.folder / MANIFEST
-        moved = path.exists() and self._manifest().get("job") != manifest["job"]  # the same files at other places
-        if restart or moved or not path.exists():
-            write_whole(path, json.dumps(manifest, indent=1).encode())
+            if self._manifest().get("job") == manifest["job"]:
+                return  # else the same files at other places
+        write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
     def compare(self, job: Job, facts: Mapping[str, Any]) -> None:
         """Refuse a folder in which another training was begun; one without a training is fine.

@@ -33,6 +33,7 @@ from k2quant.errors import (
     DestinationForeign,
     DestinationInUse,
     DestinationStale,
+    MalformedFile,
     OutputError,
     UsageError,
 )
@@ -367,6 +368,17 @@ def test_other_data_or_model(home: Path) -> None:
         export_run(home / "run", home / "export")
     assert not (home / "export").exists()
     assert train(job, restart=True).resumed == 0
+
+
+def test_a_damaged_manifest_does_not_stop_a_restart(home: Path) -> None:
+    """Without it nobody can tell what was trained: refused, and thrown away when the user says so."""
+    job = make_job(home, training={"steps": 1})
+    train(job)
+    (home / "run" / "k2quant_qat.json").write_text("{")
+    with pytest.raises(MalformedFile, match=r"k2quant_qat\.json"):
+        train(job)
+    assert train(job, restart=True).resumed == 0
+    assert train(job).resumed == 1
 
 
 def test_a_run_goes_on_elsewhere(home: Path) -> None:
