@@ -20,7 +20,7 @@ types: $(READY)  ## strict types
 	$(BIN)/mypy
 
 torture: $(READY)  ## kill a conversion at 50 random points and compare what the resumed runs write
-	K2QUANT_KILLS=50 $(BIN)/pytest tests/test_kill.py
+	K2QUANT_KILLS=50 $(BIN)/pytest tests/k2quant/conversion/test_kill.py
 
 package: $(READY)  ## build wheel and sdist, install the wheel alone elsewhere and convert with it
 	$(BIN)/python scripts/check_package.py

@@ -24,19 +24,19 @@ from random import Random
 from typing import Any
 from unittest import mock
 
-import machine
 import torch
-from blame_plants import OTHERS, PLANTS, Planted, Tensors
 
-from k2quant import names
-from k2quant.convert import convert
-from k2quant.eval import blame
-from k2quant.eval.drift import Blame
+from k2quant.conversion.convert import convert
+from k2quant.eval.drift import blame
+from k2quant.eval.drift.findings import Blame
+from k2quant.ground import names
 from k2quant.model import LayerHooks, stream_forward
 from k2quant.model.generation import silence
 from k2quant.nano import tasks
 from k2quant.nano.run import run
 from k2quant.nano.scoring import Accuracy
+from suites.blame.plants import OTHERS, PLANTS, Planted, Tensors
+from suites.common import machine
 
 LETTERS = 16
 """Of question and answer together: with [BOS], each item is a chunk of its own."""
@@ -132,8 +132,8 @@ class _Visits(LayerHooks):
 
 def visited(model: Path, text: Path) -> dict[int, list[int]]:
     """Return the experts of each layer that get at least half of their fair share."""
-    from k2quant.eval.texts import read_text
     from k2quant.model.generation import load_tokenizer
+    from k2quant.model.passes.texts import read_text
 
     hooks = _Visits()
     read = read_text(text, load_tokenizer(model), context=LETTERS + 1, limit_tokens=ITEMS * LETTERS)
@@ -261,7 +261,7 @@ def null_runs(base: dict[str, Path], place: Path, count: int) -> Iterator[dict[s
         for seed in range(times):
             text = write_text(place, seed)
             forward = unsteady(seed) if "random" in name else stream_forward
-            with mock.patch("k2quant.eval.blame.stream_forward", forward):
+            with mock.patch("k2quant.eval.drift.blame.stream_forward", forward):
                 found, seconds = look(base[ours], written[theirs], text, dtype)
             anything = bool(found.classes or found.suspects)
             print(f"{name}, {seed}: {'NAMED' if anything else 'none'}", flush=True)

@@ -23,17 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
-import measure
-from bars import PEERS
-from projection import WEIGHTS, project, scaled
-from render import render
+from suites.common import machine, measure
+from suites.conversion.bars import PEERS
+from suites.conversion.projection import WEIGHTS, project, scaled
+from suites.conversion.render import render
 
 HERE = Path(__file__).resolve().parent
+SUITE = HERE / "suites" / "conversion"
 ROOT = HERE.parent
 PAGE = HERE / "README.md"
 PEER_OF = {task: "compressed-tensors" if task.endswith("bf16") else "llm-compressor" for task in PEERS}
-IMPORT_K2QUANT = "import k2quant.convert, k2quant.kernels.codecs_cpu"
+IMPORT_K2QUANT = "import k2quant.convert, k2quant.kernels.codecs.cpu"
 """What `k2quant convert` imports before it works."""
 IMPORTS, HELPS = 5, 10
 """Runs of the short commands."""
@@ -95,7 +95,7 @@ class Slice:
             return
         measure.remove(self.folder)
         arguments = [str(self.folder), str(self.experts), str(self.per_shard), *self.formats]
-        subprocess.run([python, str(HERE / "sources.py"), *arguments], check=True)
+        subprocess.run([python, str(SUITE / "sources.py"), *arguments], check=True)
         stamp.write_text(wanted)
         os.sync()
 
@@ -157,7 +157,7 @@ class Bench:
 
     def peer(self, task: str, threads: int, *paths: Path) -> measure.Run:
         """Convert a slice with the peer for this task; without paths, only import the peer."""
-        command = [self.settings.peers_python, str(HERE / "peers" / "run_peer.py"), task, *map(str, paths)]
+        command = [self.settings.peers_python, str(SUITE / "peers" / "run_peer.py"), task, *map(str, paths)]
         env = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         return measure.run(command, log=self.log, env=env)
 
@@ -244,7 +244,7 @@ class Bench:
         self.peer(task, threads, made.source(task), out / "peer")
         self.k2quant(task, made, out / "k2quant")
         folders = map(str, (made.folder / "bf16", out / "k2quant", out / "peer"))
-        command = [self.settings.peers_python, str(HERE / "check.py"), *folders]
+        command = [self.settings.peers_python, str(SUITE / "check.py"), *folders]
         found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
         measure.remove(out)
         return found
@@ -287,7 +287,7 @@ class Bench:
     def codecs(self) -> None:
         """Let `codec_rates.py` measure the codecs in memory."""
         file = self.settings.workdir / "codecs.json"
-        command = [self.settings.k2quant[0], str(HERE / "codec_rates.py"), "--json", str(file)]
+        command = [self.settings.k2quant[0], str(SUITE / "codec_rates.py"), "--json", str(file)]
         measure.run(command, log=self.log, env={"PYTHONPATH": str(ROOT)})
         self.save(codecs=json.loads(file.read_text()))
 

@@ -18,12 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gate_cells
-import gate_population
-import gate_report
-import machine
-
 from k2quant.nano.run import run
+from suites.common import machine
+from suites.gate import cells as gate_cells
+from suites.gate import population as gate_population
+from suites.gate import report as gate_report
 
 
 def tell(text: str) -> None:
@@ -81,7 +80,7 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
 
 def gate_files() -> list[str]:
     """Return the files of the repository that the statistics are in."""
-    return [f"eval/{name}.py" for name in ("binomial", "exact", "paired", "planning", "tango")]
+    return [f"eval/statistics/{name}.py" for name in ("binomial", "exact", "paired", "planning", "tango")]
 
 
 def main() -> None:

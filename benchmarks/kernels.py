@@ -50,9 +50,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def work(given: argparse.Namespace) -> None:
     """Measure, in the worker's process."""
-    import kernel_cases
-    import kernel_run
     import torch
+
+    from suites.products import cases as kernel_cases
+    from suites.products import run as kernel_run
 
     seconds = (1.0 if given.quick else 5.0) if given.device == "cpu" else 1.0
     if given.device == "cuda" and not torch.cuda.is_available():
@@ -128,7 +129,7 @@ def blame(file: Path, key: str, name: str, why: str) -> None:
 def render(file: Path) -> None:
     """Write page and plot, and the page of all benchmarks if the results are among the committed ones."""
     import convert
-    import kernel_report
+    from suites.products import report as kernel_report
 
     kernel_report.write(file)
     main_results = RESULTS / "convert.json"

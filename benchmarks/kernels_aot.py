@@ -26,9 +26,9 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
 
-from k2quant.kernels.compile_triton import FP8_ARCH, compile_launch, rehearse, rehearse_codecs
-from k2quant.kernels.configs import TABLES, Config, Product, Table, read_table
-from k2quant.kernels.launch_triton import Launch
+from k2quant.kernels.devices.launch import Launch
+from k2quant.kernels.products.tables.configs import TABLES, Config, Product, Table, read_table
+from k2quant.kernels.tuning.compiling import FP8_ARCH, compile_launch, rehearse, rehearse_codecs
 
 SHAPES = [(18432, 7168), (7168, 18432), (7168, 8192), (16384, 512), (576, 7168), (12288, 1536), (1536, 7168)]
 """N and K of K2's dense weights; the first is the one that CI compiles."""

@@ -55,8 +55,8 @@ def command(given: argparse.Namespace) -> str:
 
 def measure(given: argparse.Namespace) -> None:
     """Make the checkpoints and measure."""
-    import model_run
-    import model_sources
+    from suites.models import run as model_run
+    from suites.models import sources as model_sources
 
     given.work.mkdir(parents=True, exist_ok=True)
     quick = model_run.Workload(prefill=64, new_tokens=4, samples=1, seconds=1.0) if given.quick else None
@@ -72,7 +72,7 @@ def measure(given: argparse.Namespace) -> None:
 
 def main() -> None:
     """Measure and render."""
-    import model_report
+    from suites.models import report as model_report
 
     given = parse()
     if not given.render:

@@ -15,11 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import machine
-
 from k2quant.nano import tasks
 from k2quant.nano.rounding import Row, rounding_table
 from k2quant.nano.run import run
+from suites.common import machine
 
 PAGE = """# nano-K2: what rounding to nearest does to its answers
 

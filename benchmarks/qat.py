@@ -22,15 +22,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import machine
-import qat_arms
-import qat_gates
-import qat_report
-import qat_statistics
-
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.nano.benchmark import write_tasks
 from k2quant.nano.run import run
+from suites.common import machine
+from suites.qat import arms as qat_arms
+from suites.qat import gates as qat_gates
+from suites.qat import report as qat_report
+from suites.qat import summaries as qat_statistics
 
 HERE = Path(__file__).resolve().parent
 MEMORY_ROUNDS = 5
@@ -44,10 +43,11 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def worker(script: str, *arguments: object, **settings: str) -> str:
-    """Run a script of this folder with one thread, and settings of its environment, and return what it prints."""
-    command = [sys.executable, str(HERE / script), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | settings
+def worker(name: str, *arguments: object, **settings: str) -> str:
+    """Run a module of `suites.qat` with one thread, and settings of its environment, and return what it prints."""
+    command = [sys.executable, "-P", "-m", f"suites.qat.{name}", *map(str, arguments)]
+    path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | settings
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
@@ -70,7 +70,7 @@ def arms(workdir: Path, seeds: Sequence[int], at_once: int) -> qat_statistics.Re
     def one(arm: tuple[int, str, int]) -> None:
         seed, kind, bits = arm
         if not (workdir / "results" / f"{seed}-{kind}-{bits}.json").exists():
-            worker("qat_worker.py", workdir, seed, kind, bits)
+            worker("worker", workdir, seed, kind, bits)
             tell(f"seed {seed}, {kind}, INT{bits}")
 
     with ThreadPoolExecutor(at_once) as pool:
@@ -88,7 +88,7 @@ def peers(workdir: Path, seeds: Sequence[int], at_once: int) -> dict[str, Any]:
     def one(arm: tuple[int, str, int]) -> dict[str, Any]:
         path = workdir / "peers" / f"{arm[0]}-{arm[1]}-{arm[2]}.json"
         if not path.exists():
-            worker("qat_peer_worker.py", workdir, *arm)
+            worker("peer_worker", workdir, *arm)
             tell(f"side by side: seed {arm[0]}, {arm[1]}, INT{arm[2]}")
         found: dict[str, Any] = json.loads(path.read_text())
         return found
@@ -110,9 +110,7 @@ def cost(workdir: Path, *, torchao: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for experts in ("fused", "separate"):
         tell(f"cost, {experts} experts")
-        seconds = json.loads(
-            worker("qat_cost.py", workdir, experts, *(["times"] if not torchao else ["times", "torchao"]))
-        )
+        seconds = json.loads(worker("cost", workdir, experts, *(["times"] if not torchao else ["times", "torchao"])))
         found[experts] = {"seconds": seconds, "memory": memory(workdir, experts, list(seconds))}
     return found
 
@@ -123,7 +121,7 @@ def memory(workdir: Path, experts: str, tools: Sequence[str]) -> dict[str, dict[
     for _ in range(MEMORY_ROUNDS):
         for kind, settings in ALLOCATORS.items():
             for tool in tools:
-                held = json.loads(worker("qat_cost.py", workdir, experts, "memory", tool, **settings))
+                held = json.loads(worker("cost", workdir, experts, "memory", tool, **settings))
                 found[tool][kind].append(held)
     return found
 

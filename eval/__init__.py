@@ -9,24 +9,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from k2quant.eval.blame import find_blame
-    from k2quant.eval.fidelity import measure_fidelity
-    from k2quant.eval.gating import gate
-    from k2quant.eval.planning import plan
-    from k2quant.eval.policy import Policy
-    from k2quant.eval.reading import read_run
-    from k2quant.eval.running import run
-    from k2quant.eval.verdict import Verdict
+    from k2quant.eval.asking.running import run
+    from k2quant.eval.drift.blame import find_blame
+    from k2quant.eval.drift.fidelity import measure_fidelity
+    from k2quant.eval.gating.gate import gate
+    from k2quant.eval.gating.policy import Policy
+    from k2quant.eval.gating.verdict import Verdict
+    from k2quant.eval.runs.reading import read_run
+    from k2quant.eval.statistics.planning import plan
 
 _HOMES = {
-    "Policy": "policy",
-    "Verdict": "verdict",
-    "find_blame": "blame",
-    "gate": "gating",
-    "measure_fidelity": "fidelity",
-    "plan": "planning",
-    "read_run": "reading",
-    "run": "running",
+    "Policy": "gating.policy",
+    "Verdict": "gating.verdict",
+    "find_blame": "drift.blame",
+    "gate": "gating.gate",
+    "measure_fidelity": "drift.fidelity",
+    "plan": "statistics.planning",
+    "read_run": "runs.reading",
+    "run": "asking.running",
 }
 
 __all__ = ["Policy", "Verdict", "find_blame", "gate", "measure_fidelity", "plan", "read_run", "run"]

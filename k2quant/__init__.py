@@ -8,14 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from k2quant.convert import Conversion, convert
+from k2quant.checking.inspection import Inspection, inspect
+from k2quant.checking.verify import Verification, verify, verify_checksums
+from k2quant.conversion.convert import Conversion, convert
 from k2quant.errors import K2QuantError
 from k2quant.formats.layouts import FormatName
-from k2quant.inspection import Inspection, inspect
-from k2quant.kernels.grids import Grid
+from k2quant.ground.version import __version__
+from k2quant.kernels.codecs.grids import Grid
 from k2quant.merge import merge
-from k2quant.verify import Verification, verify, verify_checksums
-from k2quant.version import __version__
 
 if TYPE_CHECKING:
     from k2quant.formats.tensor import QuantizedTensor, dequantize, quantize

@@ -6,7 +6,7 @@ y = int4_linear(x, weight)
 
 from __future__ import annotations
 
-from k2quant.kernels.codec_ops import (
+from k2quant.kernels.codecs.ops import (
     bf16_to_fp8,
     bf16_to_int4,
     fake_quantize_fp8,
@@ -16,10 +16,10 @@ from k2quant.kernels.codec_ops import (
     int4_to_bf16,
     int4_to_fp8,
 )
-from k2quant.kernels.linear_ops import fp8_linear, fp8_linear_w8a8, int4_linear
-from k2quant.kernels.moe_ops import moe_fp8, moe_int4
-from k2quant.kernels.warmup import warmup
-from k2quant.kernels.weights import Fp8Weight, Int4Weight, prepare_fp8, prepare_int4
+from k2quant.kernels.products.linear import fp8_linear, fp8_linear_w8a8, int4_linear
+from k2quant.kernels.products.moe import moe_fp8, moe_int4
+from k2quant.kernels.products.warmup import warmup
+from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, prepare_fp8, prepare_int4
 
 __all__ = [
     "Fp8Weight",

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from k2quant.qat.config import Adapter, QATConfig
 
 if TYPE_CHECKING:
-    from k2quant.qat.exporting import export
+    from k2quant.qat.exporting.export import export
     from k2quant.qat.loading import load
     from k2quant.qat.preparing import Prepared, prepare, prepared
-    from k2quant.qat.rounding import fake_quantize, fake_quantize_learned
+    from k2quant.qat.rounding.estimators import fake_quantize, fake_quantize_learned
 
 __all__ = [
     "Adapter",
@@ -34,9 +34,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "export": "exporting",
-    "fake_quantize": "rounding",
-    "fake_quantize_learned": "rounding",
+    "export": "exporting.export",
+    "fake_quantize": "rounding.estimators",
+    "fake_quantize_learned": "rounding.estimators",
     "load": "loading",
     "prepare": "preparing",
     "prepared": "preparing",

@@ -6,11 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from k2quant.conversion.recipe import DEFAULT_SCOPE, MOST_QUANTIFIERS, Scope, may_take_for_ever
 from k2quant.errors import UsageError
 from k2quant.formats.layouts import FP8_BLOCK
-from k2quant.kernels.grids import FAKE_BITS, Grid, largest_code
-from k2quant.policy import DEFAULT_SCOPE, MOST_QUANTIFIERS, Scope, may_take_for_ever
-from k2quant.units import one_of
+from k2quant.ground.units import one_of
+from k2quant.kernels.codecs.grids import FAKE_BITS, Grid, largest_code
 
 Target = Literal["int4", "fp8"]
 Estimator = Literal["plain", "clipped", "learned"]

@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
     """
     from k2quant.errors import K2QuantError, UsageError
     from k2quant.qat.job import read_job
-    from k2quant.qat.training import train
+    from k2quant.qat.training.training import train
 
     flags = {argument for argument in arguments if argument.startswith("-")}
     files = [argument for argument in arguments if argument not in flags]

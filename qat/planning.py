@@ -11,28 +11,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from k2quant import names
+from k2quant.checkpoint.files.paths import nearest_folder
 from k2quant.checkpoint.panels import panel_rows
-from k2quant.checkpoint.paths import nearest_folder
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.conversion.plan import Plan, make_plan
 from k2quant.errors import CheckFailed, UsageError
 from k2quant.formats.layouts import Int4
+from k2quant.ground import names
 from k2quant.kernels import ops
 from k2quant.model.decoding import decoded_rows
 from k2quant.model.generation import load_tokenizer
-from k2quant.plan import Plan, make_plan
-from k2quant.qat import adapters, scales
-from k2quant.qat.data import DataSource, load_rows
-from k2quant.qat.exporting import export_options
+from k2quant.qat.data.packing import Rows, split
+from k2quant.qat.data.sources import DataSource, load_rows
+from k2quant.qat.exporting.export import export_options
+from k2quant.qat.exporting.trained import Trained, key
 from k2quant.qat.job import Job, check_folders
 from k2quant.qat.loading import skeleton
-from k2quant.qat.packing import Rows, split
 from k2quant.qat.preparing import Prepared, prepare, prepared
-from k2quant.qat.rules import Rule, check_packed, plain_rule
-from k2quant.qat.run import Run
-from k2quant.qat.survey import coverage
-from k2quant.qat.targets import canonical
-from k2quant.qat.trained import Trained, key
+from k2quant.qat.rounding import adapters, scales
+from k2quant.qat.rounding.rules import Rule, check_packed, plain_rule
+from k2quant.qat.rounding.survey import coverage
+from k2quant.qat.rounding.targets import canonical
+from k2quant.qat.run.folder import Run
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 

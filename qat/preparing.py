@@ -24,19 +24,20 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from k2quant.errors import BadValue, UsageError
-from k2quant.kernels import ops, reference
-from k2quant.kernels.grids import largest_code
-from k2quant.kernels.values import ValueAt
-from k2quant.qat import adapters, scales
-from k2quant.qat.adapters import LowRank, low_rank
-from k2quant.qat.autocast import keep_out_of_autocast
+from k2quant.kernels import ops
+from k2quant.kernels.codecs import reference
+from k2quant.kernels.codecs.grids import largest_code
+from k2quant.kernels.codecs.values import ValueAt
 from k2quant.qat.config import QATConfig
-from k2quant.qat.rounding import clipped, counted_from, learned, learned_into, round_into, straight
-from k2quant.qat.rules import Rounded, Rule, as_bf16, check_packed, plain_rule
-from k2quant.qat.scales import LearnedScale, learned_scale
-from k2quant.qat.shadows import Shadowed, by_module
-from k2quant.qat.survey import is_router, rounded_only
-from k2quant.qat.targets import Part, Target, canonical, find_targets
+from k2quant.qat.rounding import adapters, scales
+from k2quant.qat.rounding.adapters import LowRank, low_rank
+from k2quant.qat.rounding.autocast import keep_out_of_autocast
+from k2quant.qat.rounding.estimators import clipped, counted_from, learned, learned_into, round_into, straight
+from k2quant.qat.rounding.rules import Rounded, Rule, as_bf16, check_packed, plain_rule
+from k2quant.qat.rounding.scales import LearnedScale, learned_scale
+from k2quant.qat.rounding.shadows import Shadowed, by_module
+from k2quant.qat.rounding.survey import is_router, rounded_only
+from k2quant.qat.rounding.targets import Part, Target, canonical, find_targets
 
 ATTRIBUTE = "k2quant_qat"
 """Where a prepared model keeps its `Prepared`."""

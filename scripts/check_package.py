@@ -13,13 +13,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = (
     "k2quant/py.typed",
-    "k2quant/kernels/codecs_cpu.py",
+    "k2quant/kernels/codecs/cpu/loops.py",
     "k2quant/cli/convert.py",
     "k2quant/formats/layouts.py",
     "k2quant/model/loading.py",
     "k2quant/nano/training.py",
     "k2quant/eval/report/page.py",
-    "k2quant/eval/sample_text.txt",
+    "k2quant/model/passes/sample_text.txt",
 )
 
 

@@ -14,8 +14,8 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
+from k2quant.kernels.codecs.reference import pack_int4
 from k2quant.kernels.ops import prepare_int4
-from k2quant.kernels.reference import pack_int4
 
 DOCS = Path(__file__).parent.parent / "docs"
 COLORS = ("#4477aa", "#66ccee", "#228833", "#ccbb44")

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from k2quant.checkpoint.header import TensorEntry
-from k2quant.checkpoint.in_memory import Shard, write_checkpoint
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
-from k2quant.convert import convert
-from k2quant.demo import K2_CONFIG, write_k2
+from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
+from k2quant.conversion.convert import convert
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.transcode import as_array
+from k2quant.nano.demo import K2_CONFIG, write_k2
 
 
 def pytest_configure() -> None:
@@ -27,15 +27,20 @@ def pytest_configure() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-ON_ANY_DEVICE = ("test_linear_triton", "test_w8a8_triton", "test_moe_triton", "test_codecs_triton")
-"""Files whose tests run on a GPU where there is one."""
+ON_ANY_DEVICE = (
+    "products/test_linear_triton",
+    "products/test_w8a8_triton",
+    "products/test_moe_triton",
+    "codecs/test_triton",
+)
+"""Files of tests/arithmetic whose tests run on a GPU where there is one."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Count tests that would run on a GPU among those that `-m gpu` asks for."""
     if torch.cuda.is_available():
         for item in items:
-            if item.path.stem in ON_ANY_DEVICE:
+            if str(item.path.with_suffix("")).endswith(ON_ANY_DEVICE):
                 item.add_marker("gpu")
 
 

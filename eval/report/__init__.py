@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2quant.checkpoint.paths import open_regular, write_whole
+from k2quant.checkpoint.files.paths import open_regular, write_whole
 from k2quant.errors import DestinationForeign, MalformedFile, OutputError
-from k2quant.eval.drift import Blame, Fidelity
+from k2quant.eval.drift.findings import Blame, Fidelity
+from k2quant.eval.gating.verdict import Verdict
 from k2quant.eval.report.github import github_annotations, job_summary, publish_to_github
 from k2quant.eval.report.junit import junit
 from k2quant.eval.report.markdown import markdown
 from k2quant.eval.report.page import page
 from k2quant.eval.report.wording import TOOL
-from k2quant.eval.verdict import Verdict
 
 __all__ = ["Reports", "github_annotations", "job_summary", "publish_to_github", "write_reports"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from k2quant.eval.drift import Blame, Estimate, Fidelity, LayerFidelity, Suspect
+from k2quant.eval.drift.findings import Blame, Fidelity, LayerFidelity, Suspect
 from k2quant.eval.report.chart_rows import Row, draw_interval, heights, lay_rows, room
 from k2quant.eval.report.wording import percent, perplexity
+from k2quant.ground.intervals import Estimate
 from k2quant.report.drawing import WIDE, Canvas, colour, figure, legend
 from k2quant.report.words import DASH, table
 

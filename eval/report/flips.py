@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from k2quant.eval.verdict import Flip, Verdict
+from k2quant.eval.gating.verdict import Flip, Verdict
 from k2quant.report.words import code, text
 
 SHOWN = 200

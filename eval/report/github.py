@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from k2quant.errors import OutputError
-from k2quant.eval.drift import Blame, Fidelity
+from k2quant.eval.drift.findings import Blame, Fidelity
+from k2quant.eval.gating.verdict import Verdict
 from k2quant.eval.report.markdown import markdown
 from k2quant.eval.report.wording import drop, headline, items, margin
-from k2quant.eval.verdict import Verdict
 from k2quant.report.words import plain
 
 SUMMARY = "GITHUB_STEP_SUMMARY"

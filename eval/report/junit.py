@@ -8,8 +8,8 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 
+from k2quant.eval.gating.verdict import Comparison, Decision, Verdict
 from k2quant.eval.report.wording import NOISE, TOOL, drop, items, margin, title
-from k2quant.eval.verdict import Comparison, Decision, Verdict
 from k2quant.report.words import plain
 
 _LONGEST = 2000  # letters of a message

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from k2quant.eval.drift import Blame, Fidelity, Suspect
+from k2quant.eval.drift.findings import Blame, Fidelity, Suspect
+from k2quant.eval.gating.verdict import Comparison, Flip, Side, Verdict
 from k2quant.eval.report.wording import (
     LEFT_OUT,
     TOOL,
@@ -26,9 +27,8 @@ from k2quant.eval.report.wording import (
     short,
     title,
 )
-from k2quant.eval.verdict import Comparison, Flip, Side, Verdict
+from k2quant.ground.version import __version__
 from k2quant.report.words import plain
-from k2quant.version import __version__
 
 _SENTENCE, _NAME, _PASSAGE = 1000, 100, 160  # letters shown
 _WARNINGS, _SUSPECTS = 20, 10

@@ -6,10 +6,10 @@ import math
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
+from k2quant.eval.gating.verdict import Comparison, Verdict
 from k2quant.eval.report.chart_rows import Row, draw_interval, heights, lay_rows, room
 from k2quant.eval.report.wording import confidence, interval, margin, percent, rows, signed, title
-from k2quant.eval.verdict import Comparison, Verdict
-from k2quant.intervals import wilson
+from k2quant.ground.intervals import wilson
 from k2quant.report.drawing import WIDE, Canvas, colour, figure, legend
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _curve(pooled: Comparison, alpha: float) -> list[tuple[int, float]]:
 
 
 def _power(n: int, pooled: Comparison, alpha: float) -> float:
-    from k2quant.eval.paired import power, score  # numpy is loaded here
+    from k2quant.eval.statistics.paired import power, score  # numpy is loaded here
 
     wanted, flips = pooled.margin, pooled.flips
     if n == pooled.n:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from k2quant.eval.policy import Policy
-from k2quant.eval.verdict import Comparison, Verdict
+from k2quant.eval.gating.policy import Policy
+from k2quant.eval.gating.verdict import Comparison, Verdict
 from k2quant.report.words import plain
 
 TOOL = "k2quant eval gate"

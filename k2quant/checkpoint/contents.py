@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 
-from k2quant import pool
-from k2quant.checkpoint.paths import open_regular
+from k2quant.checkpoint.files.paths import open_regular
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.errors import CheckpointError
+from k2quant.ground import pool
 
 
 def contents(checkpoint: Checkpoint) -> dict[str, str]:

@@ -16,8 +16,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from k2quant.checkpoint.paths import open_regular
-from k2quant.checkpoint.strict_json import parse_object
+from k2quant.checkpoint.files.paths import open_regular
+from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import MalformedFile, UnsupportedFormat
 from k2quant.formats.dtypes import ITEM_BYTES, TensorSpec
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2quant import names
+from k2quant.checkpoint.files.paths import inside, read_limited
+from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.header import ShardHeader, TensorEntry, read_header
-from k2quant.checkpoint.paths import inside, read_limited
-from k2quant.checkpoint.strict_json import parse_object
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
 from k2quant.formats.dtypes import FLOATS
+from k2quant.ground import names
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

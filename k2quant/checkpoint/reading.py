@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from k2quant.checkpoint.files.paths import open_regular
 from k2quant.checkpoint.header import ShardHeader, TensorEntry
-from k2quant.checkpoint.paths import open_regular
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.weights import Weight
 from k2quant.errors import CheckpointError, ShapeMismatch

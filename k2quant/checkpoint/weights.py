@@ -1,6 +1,7 @@
 """Which tensors of a checkpoint make one weight, and in which format it is stored.
 
-The tensors' names, dtypes and shapes decide; the config may only confirm them (`k2quant.config.check_source`).
+The tensors' names, dtypes and shapes decide; the config may only confirm them
+(`k2quant.conversion.config.check_source`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from k2quant import names
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.errors import (
     CheckpointError,
@@ -20,6 +20,7 @@ from k2quant.errors import (
 )
 from k2quant.formats.dtypes import FLOATS
 from k2quant.formats.layouts import FP8_BLOCK, PARTNER_SUFFIXES, Bf16, Format, Fp8, Int4
+from k2quant.ground import names
 
 _FOREIGN = frozenset({"qweight", "qzeros", "weight_global_scale", "weight_scale_2", "weight_blocks", "weight_scales"})
 """Suffixes of GPTQ, AWQ, NVFP4 and MXFP4 checkpoints."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from k2quant.cli.lazy import LazyGroup
-from k2quant.version import __version__
+from k2quant.cli.parts.lazy import LazyGroup
+from k2quant.ground.version import __version__
 
 
 class _Commands(LazyGroup):
@@ -37,21 +37,20 @@ class _Commands(LazyGroup):
 
 @click.command(
     cls=_Commands,
-    home="k2quant.cli.",
-    names=(
-        "convert",
-        "merge",
-        "inspect",
-        "verify",
-        "diff",
-        "report",
-        "generate",
-        "qat",
-        "eval",
-        "tune",
-        "demo",
-        "nano",
-    ),
+    homes={
+        "convert": "k2quant.cli.convert",
+        "merge": "k2quant.cli.merge",
+        "inspect": "k2quant.cli.checking.inspect",
+        "verify": "k2quant.cli.checking.verify",
+        "diff": "k2quant.cli.checking.diff",
+        "report": "k2quant.cli.checking.report",
+        "generate": "k2quant.cli.generate",
+        "qat": "k2quant.cli.qat",
+        "eval": "k2quant.cli.eval",
+        "tune": "k2quant.cli.tune",
+        "demo": "k2quant.cli.demo",
+        "nano": "k2quant.cli.nano",
+    },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(__version__, prog_name="k2quant")

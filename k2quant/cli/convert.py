@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from k2quant.cli import conversion
+from k2quant.cli.parts import conversion
 
 
 @click.command(name="convert")
@@ -27,7 +27,7 @@ def command(
     Example:
         k2quant convert --to int4 Kimi-K2-Instruct Kimi-K2-Instruct-INT4
     """
-    from k2quant.units import parse_size
+    from k2quant.ground.units import parse_size
 
     options["shard_size"] = parse_size(shard_size) if shard_size else None
     if dry_run:
@@ -39,8 +39,8 @@ def command(
 def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
     import json
 
-    from k2quant.cli.screen import progress
-    from k2quant.convert import convert
+    from k2quant.cli.parts.screen import progress
+    from k2quant.conversion.convert import convert
 
     with progress(f"{source.name} to {options['to']}") as show:
         done = convert(source, destination, progress=show, **options)
@@ -52,9 +52,9 @@ def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) 
 
 def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
     from k2quant.checkpoint.reader import open_checkpoint
-    from k2quant.convert import checked_workers, codecs_of
-    from k2quant.plan import Options, make_plan
-    from k2quant.resume import refuse_nested
+    from k2quant.conversion.convert import checked_workers, codecs_of
+    from k2quant.conversion.plan import Options, make_plan
+    from k2quant.conversion.resume import refuse_nested
 
     refuse_nested(source, destination)
     choice = Options(options["to"], options["scope"], options["ignore"], options["grid"], options["shard_size"])

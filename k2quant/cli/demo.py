@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from k2quant.cli.screen import questions, training
+from k2quant.cli.parts.screen import questions, training
 
 
 @click.command(name="demo")
@@ -27,7 +27,7 @@ def command(folder: Path, *, steps: int | None) -> None:
     Example:
         k2quant demo demo-run
     """
-    from k2quant.demo import run
+    from k2quant.nano.demo import run
 
     run(folder)
     if steps != 0:
@@ -50,8 +50,8 @@ def _nano(folder: Path, steps: int | None) -> None:
 
 def _table(folder: Path) -> None:
     """Run the model in every format and print what each costs."""
+    from k2quant.ground.units import size
     from k2quant.nano.tour import tour
-    from k2quant.units import size
 
     click.echo("\nThe same 1800 held-out items answered from packed weights:")
     click.echo(f"{'':<5}{'shards':>9}{'right':>8}{'95%':>14}{'loss, nats':>12}{'more than BF16':>19}{'tokens/s':>10}")
@@ -66,10 +66,10 @@ def _table(folder: Path) -> None:
 
 def _gate(folder: Path) -> None:
     """Have lm-eval ask nano-K2 as trained and as INT4, and the gate say whether INT4 is good enough."""
-    from k2quant.cli.eval_gate import show
+    from k2quant.cli.eval.gate import show
     from k2quant.errors import HarnessFault, Incomparable, MissingExtra
-    from k2quant.eval.fidelity import measure_fidelity
-    from k2quant.eval.gating import gate
+    from k2quant.eval.drift.fidelity import measure_fidelity
+    from k2quant.eval.gating.gate import gate
     from k2quant.eval.report import write_reports
     from k2quant.nano.benchmark import GROUP, TEXT, write_tasks
 
@@ -95,7 +95,7 @@ _ITEMS = 100  # of each of six families and three levels
 def _evaluated(folder: Path, name: str, task: str) -> Path:
     import shutil
 
-    from k2quant.eval.running import Request, run
+    from k2quant.eval.asking.running import Request, run
 
     place = folder / "runs" / name
     shutil.rmtree(place, ignore_errors=True)  # of an earlier demo, whose nano-K2 was another

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from k2quant.cli import options
-from k2quant.cli.screen import progress, remark
+from k2quant.cli.parts import options
+from k2quant.cli.parts.screen import progress, remark
 
 
 @click.command(name="generate")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli import conversion
+from k2quant.cli.parts import conversion
 
 if TYPE_CHECKING:
     from k2quant.merge.figures import ClassSum
@@ -40,7 +40,7 @@ def command(
     Example:
         k2quant merge Kimi-K2-Thinking my-adapter Kimi-K2-Mine --to int4
     """
-    from k2quant.units import parse_size
+    from k2quant.ground.units import parse_size
 
     options["shard_size"] = parse_size(shard_size) if shard_size else None
     if dry_run:
@@ -52,7 +52,7 @@ def command(
 def _merge(base: Path, adapter: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
     import json
 
-    from k2quant.cli.screen import progress, remark
+    from k2quant.cli.parts.screen import progress, remark
     from k2quant.merge import merge
     from k2quant.merge.figures import by_class
 
@@ -94,10 +94,10 @@ def table(rows: list[ClassSum]) -> str:
 
 
 def _dry_run(base: Path, adapter: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
-    from k2quant.convert import checked_workers
+    from k2quant.conversion.convert import checked_workers
+    from k2quant.conversion.plan import Options
+    from k2quant.conversion.resume import refuse_nested
     from k2quant.merge import make_merge_plan
-    from k2quant.plan import Options
-    from k2quant.resume import refuse_nested
 
     refuse_nested(base, destination)
     refuse_nested(adapter, destination)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from k2quant.cli.screen import training
+from k2quant.cli.parts.screen import training
 
 if TYPE_CHECKING:
     from k2quant.nano.run import Result

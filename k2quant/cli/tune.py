@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from k2quant.kernels.tuning import Cell, Trial
+    from k2quant.kernels.tuning.choosing import Cell, Trial
 
 _PRODUCTS = ("linear", "w8a8", "gate_up", "down")
 
@@ -36,12 +36,12 @@ def command(device: str, minutes: float, products: tuple[str, ...], *, out: Path
     Example:
         k2quant tune --minutes 10
     """
-    from k2quant.cli.screen import remark
-    from k2quant.kernels.configs import Product, file_name, user_tables, write_table
-    from k2quant.kernels.dispatch import require_gpu
+    from k2quant.cli.parts.screen import remark
+    from k2quant.kernels.products.dispatch import require_gpu
+    from k2quant.kernels.products.tables.configs import Product, file_name, user_tables, write_table
 
     gpu = require_gpu(device)
-    from k2quant.kernels.tuner_cuda import tune  # only now: it loads Triton
+    from k2quant.kernels.tuning.on_gpu import tune  # only now: it loads Triton
 
     chosen: tuple[Product, ...] = products or _PRODUCTS  # type: ignore[assignment]
     path = None
@@ -56,7 +56,7 @@ def command(device: str, minutes: float, products: tuple[str, ...], *, out: Path
 
 
 def _show(cell: Cell, trials: list[Trial], *, as_json: bool) -> None:
-    from k2quant.cli.screen import remark
+    from k2quant.cli.parts.screen import remark
 
     for trial in trials:
         if trial.refusal:

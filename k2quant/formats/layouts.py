@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from k2quant.errors import ShapeMismatch
 from k2quant.formats.dtypes import TensorSpec
-from k2quant.kernels.grids import Grid
+from k2quant.kernels.codecs.grids import Grid
 
 FormatName = Literal["bf16", "fp8", "int4"]
 

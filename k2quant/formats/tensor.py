@@ -16,10 +16,10 @@ from k2quant.errors import DtypeMismatch, ShapeMismatch
 from k2quant.formats.dtypes import FLOATS, TensorSpec
 from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Int4
 from k2quant.formats.transcode import Parts, Scratch, located, transcode
-from k2quant.kernels.grids import Grid
-from k2quant.kernels.seam import codecs
-from k2quant.kernels.values import ValueAt
-from k2quant.units import one_of
+from k2quant.ground.units import one_of
+from k2quant.kernels.codecs.grids import Grid
+from k2quant.kernels.codecs.seam import codecs
+from k2quant.kernels.codecs.values import ValueAt
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,13 +14,13 @@ import numpy as np
 from k2quant.errors import BadValue
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.layouts import Bf16, Format, Fp8, Int4
-from k2quant.kernels.values import ValueAt, bf16_to_float
+from k2quant.kernels.codecs.values import ValueAt, bf16_to_float
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from k2quant.kernels.figures import Figures
-    from k2quant.kernels.seam import Codecs
+    from k2quant.kernels.codecs.figures import Figures
+    from k2quant.kernels.codecs.seam import Codecs
 
 Parts = dict[str, "NDArray[Any]"]
 

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checkpoint.panels import ROW_STEP
 from k2quant.checkpoint.reader import open_checkpoint
-from k2quant.convert import Conversion, carry_out, codecs_of
+from k2quant.conversion.convert import Conversion, carry_out, codecs_of
+from k2quant.conversion.plan import Job, Options, Plan, make_plan
+from k2quant.conversion.recipe import Scope
+from k2quant.conversion.resume import refuse_nested
+from k2quant.conversion.stream import Progress
 from k2quant.errors import DtypeMismatch
 from k2quant.formats.layouts import Bf16, FormatName, Int4
-from k2quant.kernels.grids import Grid
+from k2quant.kernels.codecs.grids import Grid
 from k2quant.merge.adapter import Adapter, check_values, open_adapter
 from k2quant.merge.targets import Change, LowRank, Whole, resolve
-from k2quant.plan import Job, Options, Plan, make_plan
-from k2quant.policy import Scope
-from k2quant.resume import refuse_nested
-from k2quant.stream import Progress
 
 if TYPE_CHECKING:
-    from k2quant.stream import Substitute
+    from k2quant.conversion.stream import Substitute
 
 __all__ = ["MergePlan", "make_merge_plan", "merge"]
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from k2quant.checkpoint.files.paths import inside, open_regular
 from k2quant.checkpoint.header import ShardHeader, TensorEntry, read_header
 from k2quant.checkpoint.panels import PIECE_BYTES
-from k2quant.checkpoint.paths import inside, open_regular
 from k2quant.checkpoint.reading import read_into
 from k2quant.errors import BadValue, CheckpointError, DtypeMismatch, MalformedFile, MissingTensor, UnsupportedFormat
 from k2quant.formats.dtypes import FLOATS, ITEM_BYTES, TensorSpec

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from k2quant.formats.layouts import Format, Fp8, Int4
 from k2quant.formats.transcode import Parts, widened
-from k2quant.kernels.figures import Figures
-from k2quant.kernels.values import F64, U16, bf16_to_float
+from k2quant.kernels.codecs.figures import Figures
+from k2quant.kernels.codecs.values import F64, U16, bf16_to_float
 from k2quant.merge.figures import MergeFigures
 
 

@@ -9,7 +9,7 @@ from k2quant.checkpoint.panels import PIECE_BYTES
 from k2quant.checkpoint.reading import read_into
 from k2quant.formats.dtypes import ITEM_BYTES, TensorSpec
 from k2quant.formats.transcode import Scratch
-from k2quant.kernels.values import F64, bf16_to_float
+from k2quant.kernels.codecs.values import F64, bf16_to_float
 from k2quant.merge.targets import LowRank
 
 

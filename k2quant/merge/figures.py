@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from k2quant.kernels.figures import Figures
-from k2quant.names import TENSOR_CLASSES
+from k2quant.ground.names import TENSOR_CLASSES
+from k2quant.kernels.codecs.figures import Figures
 
 
 @dataclass(frozen=True, slots=True)

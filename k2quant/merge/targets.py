@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from k2quant import names
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.weights import Weight
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
+from k2quant.ground import names
 from k2quant.merge.adapter import Adapter, Pair
 
 LARGEST_RANK = 4096

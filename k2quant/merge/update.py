@@ -17,11 +17,12 @@ import numpy as np
 from k2quant.checkpoint.panels import ROW_STEP, panel_shape, panel_state, read_panel
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.weights import Weight
+from k2quant.conversion.plan import Job, Plan
 from k2quant.errors import BadValue
 from k2quant.formats.dtypes import ITEM_BYTES, TensorSpec
 from k2quant.formats.layouts import Bf16, Format, Int4
 from k2quant.formats.transcode import Parts, Scratch, located, to_bf16, transcode
-from k2quant.kernels.values import (
+from k2quant.kernels.codecs.values import (
     F64,
     INFINITY,
     U16,
@@ -36,13 +37,12 @@ from k2quant.merge.adapter import Adapter
 from k2quant.merge.arithmetic import Stored, as_float64, band_of, effect
 from k2quant.merge.figures import MergeFigures, total
 from k2quant.merge.targets import Change, LowRank, Whole
-from k2quant.plan import Job, Plan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from k2quant.kernels.figures import Figures
-    from k2quant.kernels.seam import Codecs
+    from k2quant.kernels.codecs.figures import Figures
+    from k2quant.kernels.codecs.seam import Codecs
 
 
 class _Buffers(threading.local):

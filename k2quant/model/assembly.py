@@ -13,15 +13,15 @@ from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts, DeepseekV3RotaryEmbedding
 
-from k2quant import names
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.reading import check_packed_shapes
 from k2quant.checkpoint.weights import Weight as Source
 from k2quant.checkpoint.weights import group_tensors
-from k2quant.config import check_source
+from k2quant.conversion.config import check_source
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.formats.layouts import INT4_GROUP, Fp8, Int4
-from k2quant.kernels.weights import Weight, best_layout, empty_fp8, empty_int4
+from k2quant.ground import names
+from k2quant.kernels.products.weights import Weight, best_layout, empty_fp8, empty_int4
 from k2quant.model.architecture import architecture, in_one_line
 from k2quant.model.matrices import Dense, Matrix, joined
 from k2quant.model.modules import (

@@ -9,8 +9,8 @@ from k2quant.checkpoint.panels import read_panel
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.weights import Weight
 from k2quant.formats.transcode import Scratch, located, to_bf16
-from k2quant.kernels.seam import codecs
-from k2quant.kernels.values import ValueAt
+from k2quant.kernels.codecs.seam import codecs
+from k2quant.kernels.codecs.values import ValueAt
 
 
 def decoded_rows(checkpoint: Checkpoint, weight: Weight, start: int, stop: int) -> Tensor:

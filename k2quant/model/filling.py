@@ -13,15 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from k2quant import pool
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.panels import panel_rows
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.weights import Weight
-from k2quant.convert import available_cores
+from k2quant.conversion.convert import available_cores
 from k2quant.errors import BadValue, UsageError
 from k2quant.formats.layouts import Fp8, Int4
+from k2quant.ground import pool
 from k2quant.model.assembly import Assembly, Placed, own_tensors
 from k2quant.model.decoding import decoded_rows
 from k2quant.model.matrices import Dense, Parts, empty_like

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
-from k2quant.checkpoint.paths import inside, open_regular
+from k2quant.checkpoint.files.paths import inside, open_regular
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import CheckpointError, K2QuantError, UsageError
 from k2quant.model.architecture import architecture

@@ -10,16 +10,16 @@ from typing import get_args
 import torch
 from transformers import GenerationConfig
 
-from k2quant.checkpoint.paths import inside, read_limited
+from k2quant.checkpoint.files.paths import inside, read_limited
+from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from k2quant.checkpoint.strict_json import parse_object
 from k2quant.errors import UsageError
+from k2quant.ground.units import one_of
 from k2quant.model.architecture import TOKEN_IDS, checked_ids
 from k2quant.model.assembly import Assembly, K2ForCausalLM
 from k2quant.model.filling import Progress, fill
 from k2quant.model.modules import Backend
 from k2quant.model.placement import execution_device, place, resident, spread
-from k2quant.units import one_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

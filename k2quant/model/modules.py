@@ -18,9 +18,9 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 
 from k2quant.errors import UsageError
 from k2quant.formats.layouts import Fp8, Int4
-from k2quant.kernels import matmul_reference as reference
 from k2quant.kernels.ops import fp8_linear, int4_linear, moe_fp8, moe_int4
-from k2quant.kernels.weights import Fp8Weight, Int4Weight, Weight, prepare_int4, select
+from k2quant.kernels.products import reference
+from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, Weight, prepare_int4, select
 from k2quant.model.experts import sorted_experts
 from k2quant.model.matrices import Dense, Matrix, Packed, joined
 

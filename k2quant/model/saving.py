@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from k2quant import names
+from k2quant.checkpoint.files.paths import copy_file, read_limited, write_whole
 from k2quant.checkpoint.header import ShardHeader, TensorEntry
-from k2quant.checkpoint.paths import copy_file, read_limited, write_whole
 from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
 from k2quant.checkpoint.reading import read_into
-from k2quant.checkpoint.writer import ShardWriter
+from k2quant.checkpoint.writing.writer import ShardWriter
+from k2quant.conversion.plan import INCOMPLETE, other_files
 from k2quant.errors import DestinationForeign, MissingTensor, OutputError, UsageError
+from k2quant.ground import names
 from k2quant.model.filling import WINDOW
 from k2quant.model.matrices import Matrix
 from k2quant.model.memory import TORCH_DTYPES, as_memory
-from k2quant.plan import INCOMPLETE, other_files
 
 if TYPE_CHECKING:
     from k2quant.model.assembly import K2ForCausalLM, Placed

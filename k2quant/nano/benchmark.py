@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from k2quant.checkpoint.paths import write_whole
+from k2quant.checkpoint.files.paths import write_whole
 from k2quant.nano import tasks
 from k2quant.nano.batches import mixture
 from k2quant.nano.tasks import Item

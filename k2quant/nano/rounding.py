@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import DeepseekV3ForCausalLM
 
 from k2quant.errors import UsageError
+from k2quant.ground.names import is_projection
+from k2quant.ground.units import one_of
 from k2quant.kernels.ops import fake_quantize_int4
-from k2quant.names import is_projection
 from k2quant.nano import writing
 from k2quant.nano.scoring import Score, mean, score
 from k2quant.nano.tasks import Item
-from k2quant.units import one_of
 
 Which = Literal["routed", "all"]
 """The routed experts' projections, as Kimi K2's INT4 releases have it, or every projection that any release rounds."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from k2quant.intervals import wilson
+from k2quant.ground.intervals import wilson
 from k2quant.nano import vocabulary
 from k2quant.nano.batches import NO_TARGET, tokens_of
 from k2quant.nano.tasks import Item

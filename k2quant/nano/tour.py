@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from k2quant.convert import convert
+from k2quant.conversion.convert import convert
 from k2quant.formats.layouts import FormatName
 from k2quant.model import load_model
 from k2quant.nano import tasks, vocabulary

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
-from k2quant import names
-from k2quant.checkpoint.in_memory import Shard, write_checkpoint
-from k2quant.checkpoint.paths import locked_file, write_whole
+from k2quant.checkpoint.files.paths import locked_file, write_whole
 from k2quant.checkpoint.reader import CONFIG as CONFIG_FILE
 from k2quant.checkpoint.reader import INDEX, open_checkpoint
 from k2quant.checkpoint.weights import group_tensors
+from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.errors import CheckpointError, DestinationForeign
+from k2quant.ground import names
 from k2quant.model import load_model
 from k2quant.model.assembly import K2ForCausalLM
 from k2quant.nano import architecture, vocabulary

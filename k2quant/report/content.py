@@ -12,12 +12,12 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from k2quant.checkpoint import json_kinds as kinds
+from k2quant.checking.verify import read_report
+from k2quant.checkpoint.files import json_kinds as kinds
 from k2quant.errors import MalformedFile
 from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Int4
-from k2quant.kernels.figures import Figures
-from k2quant.names import TENSOR_CLASSES
-from k2quant.verify import read_report
+from k2quant.ground.names import TENSOR_CLASSES
+from k2quant.kernels.codecs.figures import Figures
 
 FORMATS: dict[str, Format] = {"bf16": Bf16(), "fp8": Fp8(), "int4": Int4()}
 

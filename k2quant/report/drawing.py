@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from io import StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from k2quant.names import TENSOR_CLASSES
+from k2quant.ground.names import TENSOR_CLASSES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

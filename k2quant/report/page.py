@@ -6,12 +6,12 @@ import math
 import shlex
 from collections.abc import Iterator
 
-from k2quant.policy import DEFAULT_SCOPE
+from k2quant.conversion.recipe import DEFAULT_SCOPE
+from k2quant.ground.units import duration, size
 from k2quant.report.content import NARROWED, Report, Sum, Way
 from k2quant.report.document import document
 from k2quant.report.pictures import by_class, by_format, by_layer
 from k2quant.report.words import DASH, amount, code, count, decibels, formats, outcome, share, table, tensors, text
-from k2quant.units import duration, size
 
 _WORST_SHOWN = 20
 _LIST_SHOWN = 200  # shards and patterns; K2 has 62 shards

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from k2quant.kernels.figures import Figures
-from k2quant.names import TENSOR_CLASSES
+from k2quant.ground.names import TENSOR_CLASSES
+from k2quant.ground.units import size
+from k2quant.kernels.codecs.figures import Figures
 from k2quant.report.content import Report, Sum, Way
 from k2quant.report.drawing import PARTS, WIDE, Canvas, colour, figure, legend
 from k2quant.report.words import DASH, decibels, outcome, table
-from k2quant.units import size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

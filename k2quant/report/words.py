@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from k2quant.kernels.figures import Figures
+from k2quant.kernels.codecs.figures import Figures
 from k2quant.report.content import NARROWED, Way
 
 _NAME_SHOWN = 200  # characters of a name; K2's longest has 63

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from k2quant.checkpoint.paths import write_whole
+from k2quant.checkpoint.files.paths import write_whole
 from k2quant.errors import OutputError
-from k2quant.qat.history import Records
 from k2quant.qat.report.page import page
-from k2quant.qat.summary import Summary
+from k2quant.qat.run.history import Records
+from k2quant.qat.run.summary import Summary
 
 PAGE = "report.html"
 """The page's name in the folder of a run."""

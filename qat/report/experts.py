@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from k2quant.qat.summary import RouterSummary, Summary
+from k2quant.qat.run.summary import RouterSummary, Summary
 from k2quant.report.drawing import WIDE, Canvas, colour, figure, legend
 from k2quant.report.words import DASH, code, count, table, text
 

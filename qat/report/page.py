@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from k2quant.qat.history import Evaluation, Records
+from k2quant.ground.units import duration
+from k2quant.ground.version import __version__
 from k2quant.qat.report.experts import expert_load, oscillation, router_agreement, starved
 from k2quant.qat.report.pictures import divergence, held_out, schedule, training, width
 from k2quant.qat.report.recovery import Recovery, headline, nats, recovery, steps, target
-from k2quant.qat.summary import Summary
+from k2quant.qat.run.history import Evaluation, Records
+from k2quant.qat.run.summary import Summary
 from k2quant.report.document import document
 from k2quant.report.words import code, count, share, table, text
-from k2quant.units import duration
-from k2quant.version import __version__
 
 _SENTENCE = 1000  # letters of a fact
 _FACTS, _CLASSES = 100, 50

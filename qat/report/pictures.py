@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from k2quant.qat.history import Evaluation, StepRecord
 from k2quant.qat.report.recovery import nats
+from k2quant.qat.run.history import Evaluation, StepRecord
 from k2quant.report.drawing import WIDE, Canvas, colour, figure, legend
 from k2quant.report.words import DASH, table
 

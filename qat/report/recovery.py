@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from k2quant.qat.history import Evaluation, Records
+from k2quant.qat.run.history import Evaluation, Records
 
 LEAST = 3.0
 """Standard errors below which a gap is noise: no share of it is given."""

@@ -1,0 +1,1 @@
+"""Of blame.py: damage of known place."""

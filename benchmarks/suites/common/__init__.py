@@ -1,0 +1,1 @@
+"""What all benchmarks say of themselves: machine, versions, cost of a command."""

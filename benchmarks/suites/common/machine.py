@@ -1,0 +1,69 @@
+"""Say on what machine, with which versions and at which commit a benchmark ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+PACKAGES = {
+    "k2quant": ["numpy", "numba", "torch"],
+    "peers": ["torch", "transformers", "compressed-tensors", "llmcompressor"],
+}
+"""Whose versions matter, in each environment."""
+ASK = """
+import importlib.metadata as metadata, json, platform, sys
+found = {"Python": platform.python_version()}
+found |= {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"] in sys.argv[1:]}
+print(json.dumps(found))
+"""
+
+
+def versions(python: str, packages: list[str]) -> dict[str, str]:
+    """Return the versions that an environment has of some packages."""
+    answer = subprocess.run([python, "-c", ASK, *packages], check=True, capture_output=True).stdout
+    found: dict[str, str] = json.loads(answer)
+    return found
+
+
+def git(*arguments: str) -> str:
+    """Return what git says in this repository, or nothing where it fails."""
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
+
+
+def disk(folder: Path) -> str:
+    """Say on what kind of disk a folder lies, such as `ext4 on nvme0n1`."""
+    mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    device, _, kind = max((item for item in mounts if folder.is_relative_to(item[1])), key=lambda item: len(item[1]))
+    name = Path(device).name
+    return f"{kind} on {name}" + (", a virtual disk" if name.startswith(("vd", "xvd")) else "")
+
+
+def processor() -> str:
+    """Return the processor's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def describe(workdir: Path, python: str, peers_python: str) -> dict[str, Any]:
+    """Return the entries of a result that say where it comes from."""
+    return {
+        "machine": {
+            "cpu": processor(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "disk": disk(workdir),
+            "load": os.getloadavg()[0],
+        },
+        "versions": {
+            "k2quant": versions(python, PACKAGES["k2quant"]),
+            "peers": versions(peers_python, PACKAGES["peers"]),
+        },
+        "commit": git("rev-parse", "--short", "HEAD") or "none",
+        "dirty": bool(git("status", "--porcelain", "--", "k2quant", "kernels")),
+    }

@@ -1,0 +1,1 @@
+"""Of convert.py: sources, peers, bars, and the page of all benchmarks."""

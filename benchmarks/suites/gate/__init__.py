@@ -1,0 +1,1 @@
+"""Of gate.py: a population of answers, cells, rules and their page."""

@@ -1,0 +1,1 @@
+"""Of model.py: checkpoints, contestants and their page."""

@@ -1,0 +1,1 @@
+"""Of kernels.py: cells, contestants, goals and their page."""

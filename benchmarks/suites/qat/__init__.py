@@ -1,0 +1,1 @@
+"""Of qat.py: arms, workers, peers, costs and their page."""

@@ -1,0 +1,1 @@
+"""Asking a model the questions of lm-eval, and keeping every answer."""

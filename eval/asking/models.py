@@ -1,0 +1,217 @@
+"""Models to be asked: who they are before they are loaded, and loaded as one of lm-eval's own kinds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from k2quant.checkpoint.files.paths import inside, read_limited
+from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.errors import CheckpointError, HarnessFault, K2QuantError, MissingExtra, UsageError
+from k2quant.eval.asking.server import Server
+from k2quant.eval.runs.identity import model_hash, tokenizer_hash
+from k2quant.eval.runs.journal import Progress
+
+if TYPE_CHECKING:
+    from k2quant.eval.asking.harness import Tasks
+    from k2quant.eval.asking.running import Request
+
+_CONFIG_LIMIT = 2**24  # bytes of config.json
+_LONGEST = 131_072  # tokens of a text where no config says: that of Kimi K2; a server says itself when that is too long
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model that is not loaded yet."""
+
+    folder: Path | None
+    """Where its files lie; None for a server of which nobody said."""
+    model_hash: str | None
+    """SHA-256 over config and weights; None for such a server."""
+    tokenizer_hash: str | None
+    """SHA-256 over the tokenizer's files; None where there are none."""
+    max_length: int
+    """The most tokens of prompt and answer."""
+
+
+def describe(request: Request, progress: Progress | None) -> Model:
+    """Find a model's files and hash them.
+
+    Raises:
+        UsageError: there is no such folder.
+        CheckpointError: the folder holds no model in safetensors.
+    """
+    folder = request.served_from if request.backend == "api" else _folder(request)
+    if folder is None:
+        tokens = tokenizer_hash(request.tokenizer) if request.tokenizer and request.tokenizer.is_dir() else None
+        return Model(folder=None, model_hash=None, tokenizer_hash=tokens, max_length=request.max_length or _LONGEST)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    if request.backend == "k2quant":
+        from k2quant.model.generation import load_tokenizer
+
+        # One that is code, or is none, is refused before terabytes are hashed.
+        load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
+    return Model(
+        folder=folder,
+        model_hash=model_hash(folder, progress=progress),
+        tokenizer_hash=tokenizer_hash(request.tokenizer or folder),
+        max_length=request.max_length or _positions(folder),
+    )
+
+
+def _folder(request: Request) -> Path:
+    folder = Path(request.model)
+    if folder.is_dir() or request.backend == "k2quant":
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(request.model, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UsageError(f"{request.model}: no such folder, and not on the hub: {said}"[:300]) from error
+
+
+def _positions(folder: Path) -> int:
+    """Return how many tokens a model's config has room for."""
+    path = inside(folder, "config.json")
+    if not path.exists():
+        return _LONGEST
+    config = parse_object(read_limited(path, _CONFIG_LIMIT), file=path)
+    text = config.get("text_config")
+    found = (text if isinstance(text, dict) else config).get("max_position_embeddings")
+    return found if type(found) is int and found > 1 else _LONGEST
+
+
+def load(model: Model, request: Request, tasks: Tasks, progress: Progress | None = None) -> Any:
+    """Return a model of lm-eval's with its `settings`, a dictionary of what was found out while it was loaded.
+
+    Raises:
+        HarnessFault: a server cannot do what a task needs, or prompts would not be what they should.
+        CheckpointError: the model cannot be loaded.
+        UsageError: options that make no sense, or do not go with the tasks.
+    """
+    if request.backend == "api":
+        return _served(model, request, tasks)
+    if request.backend == "vllm":
+        return _vllm(model, request)
+    return _local(model, request, progress)
+
+
+def _local(model: Model, request: Request, progress: Progress | None) -> Any:
+    from k2quant.eval.asking.harness import transformers_model
+    from k2quant.model.generation import silence
+
+    silence()
+    packed = request.backend == "k2quant"
+    loaded, tokenizer = _packed(model, request, progress) if packed else _transformers(model, request)
+    begins = _added_tokens(tokenizer)
+    lm = transformers_model(loaded, tokenizer, batch_size=request.batch_size, max_length=model.max_length)
+    lm.settings = {"prompts_begin_with": begins}
+    return lm
+
+
+def _packed(model: Model, request: Request, progress: Progress | None) -> tuple[Any, Any]:
+    from k2quant.model.generation import load_tokenizer
+    from k2quant.model.loading import load_model
+
+    assert model.folder  # noqa: S101  a local model has one
+    tokenizer = load_tokenizer(model.folder, trust_remote_code=request.trust_remote_code)
+    return load_model(model.folder, device=request.device, dtype=request.dtype, progress=progress), tokenizer
+
+
+def _transformers(model: Model, request: Request) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(model.folder),
+            dtype=request.dtype,
+            device_map=request.device,
+            local_files_only=True,
+            trust_remote_code=request.trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        found = " ".join(str(error).split())[:300]
+        raise CheckpointError("transformers cannot load it", file=model.folder, found=found) from error
+    return loaded.eval(), _tokenizer(model.folder, request, loaded.config)
+
+
+def _tokenizer(folder: Path | None, request: Request, config: Any = None) -> Any:
+    from transformers import AutoTokenizer
+
+    from k2quant.model.generation import load_tokenizer
+
+    assert folder  # noqa: S101  callers have one
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), config=config, local_files_only=True, trust_remote_code=request.trust_remote_code
+        )
+    except K2QuantError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError):  # such as a config of Kimi K2's
+        return load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
+
+
+def _added_tokens(tokenizer: Any) -> list[int]:
+    """Return the tokens that a tokenizer puts before a text of its own accord.
+
+    Raises:
+        HarnessFault: it puts some behind it, so that every prompt would look finished.
+    """
+    plain, full = tokenizer.encode("1", add_special_tokens=False), tokenizer.encode("1")
+    if full[len(full) - len(plain) :] != plain:
+        raise HarnessFault(
+            "the tokenizer ends every prompt",
+            found=f"tokens {full[-1:]} behind it",
+            remedy="its post-processor should add tokens before a text only",
+        )
+    return [int(token) for token in full[: len(full) - len(plain)]]
+
+
+def _served(model: Model, request: Request, tasks: Tasks) -> Any:
+    from k2quant.eval.asking.harness import served_model
+
+    assert request.base_url  # noqa: S101  `run` checked it
+    server = Server(url=_endpoint(request.base_url, chat=request.chat), model=request.model, chat=request.chat)
+    if tasks.scored and request.chat:
+        raise UsageError(f"chat messages cannot be scored, and {', '.join(tasks.scored)} need it; leave out --chat")
+    server.check_writes()
+    tokenizer = None
+    if tasks.scored:
+        folder = request.tokenizer or request.served_from
+        if folder is None:
+            raise UsageError(f"{', '.join(tasks.scored)} need --tokenizer or --served-from: text is scored by tokens")
+        tokenizer = _tokenizer(folder, request)
+        server.check_scores(tokenizer.encode("1 2 3 4 5"), tasks.scored)
+    lm = served_model(server, tokenizer, at_once=request.batch_size, max_length=model.max_length)
+    lm.settings = {"url": server.url, "prompts_begin_with": _added_tokens(tokenizer) if tokenizer else None}
+    return lm
+
+
+def _endpoint(base: str, *, chat: bool) -> str:
+    end = "/chat/completions" if chat else "/completions"
+    base = base.rstrip("/")
+    return base if base.endswith(end) else base + end
+
+
+def _vllm(model: Model, request: Request) -> Any:
+    from k2quant.eval.asking.harness import vllm_model
+
+    settings = {
+        "pretrained": str(model.folder),
+        "dtype": request.dtype,
+        "max_model_len": model.max_length,
+        "batch_size": "auto",
+        "trust_remote_code": request.trust_remote_code,
+        "seed": 1234,
+    }
+    try:
+        lm = vllm_model(settings)
+    except ImportError as error:
+        raise MissingExtra("vLLM is not installed", found=str(error)[:200], remedy="pip install vllm") from error
+    lm.settings = {}
+    return lm

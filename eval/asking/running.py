@@ -1,0 +1,239 @@
+"""`run`: lm-eval's benchmarks on one model, every answer kept with hashes of all that it depends on.
+
+While it runs, the folder holds a lock, the request and a journal of finished chunks; in the end, lm-eval's own files
+(`samples_<task>.jsonl`, `results.json`) and the manifest that vouches for them, `k2quant_eval.json`, written last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from k2quant.errors import MissingExtra, UsageError
+from k2quant.eval.asking.presets import expand
+from k2quant.eval.asking.recording import write
+from k2quant.eval.runs.folder import JOURNAL, MANIFEST, begin, finished, held, tidy
+from k2quant.eval.runs.identity import digest, task_hash
+from k2quant.eval.runs.journal import Journal, Progress, Resuming
+from k2quant.ground.units import one_of
+from k2quant.ground.version import __version__
+
+if TYPE_CHECKING:
+    from k2quant.eval.asking.harness import Tasks
+    from k2quant.eval.asking.models import Model
+
+Backend = Literal["k2quant", "hf", "vllm", "api"]
+BACKENDS: tuple[Backend, ...] = ("k2quant", "hf", "vllm", "api")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be asked of which model, and how."""
+
+    model: str
+    """Folder of a checkpoint; for `hf` and `vllm` also a name on the hub; for `api` what the server calls it."""
+    tasks: tuple[str, ...]
+    """Tasks, groups or tags of lm-eval, or presets of ours."""
+    backend: Backend = "k2quant"
+    """`k2quant`: packed weights on our kernels; `hf`: what transformers loads; `vllm`; or `api`: a server."""
+    limit: int | None = None
+    """How many documents of each task; None for all."""
+    shots: int | None = None
+    """Examples before each question; None for each task's own number."""
+    batch_size: int = 8
+    """Texts that the model is given at once; for `api`, requests under way at the same time."""
+    max_new_tokens: int | None = None
+    """The most tokens of an answer; None for each task's own number, or 1,024."""
+    max_length: int | None = None
+    """The most tokens of prompt and answer; None for what the model's config allows."""
+    device: str = "cpu"
+    """As torch calls it; `auto` to spread the model."""
+    dtype: str = "bfloat16"
+    """Of activations and of what is not quantised."""
+    include: tuple[Path, ...] = ()
+    """Folders with task YAML of your own, or of somebody you trust: such a file can run any code."""
+    data: Mapping[str, Path] = field(default_factory=dict)
+    """By task or group, local files instead of the hub's."""
+    base_url: str | None = None
+    """Of a server, such as `http://localhost:8000/v1`."""
+    chat: bool = False
+    """Whether a server is asked by chat messages."""
+    tokenizer: Path | None = None
+    """Of a served model, for tasks that score text; None for that of `served_from`."""
+    served_from: Path | None = None
+    """The checkpoint that a server serves, so that the run has a model hash."""
+    chat_template: bool = False
+    """Whether prompts go through the tokenizer's chat template."""
+    trust_remote_code: bool = False
+    """Whether the checkpoint's own code may run: its tokenizer's, and for `hf` and `vllm` its model's."""
+    unsafe_code: bool = False
+    """Whether tasks may run the code that the model writes."""
+
+
+def run(
+    request: Request,
+    folder: Path,
+    *,
+    reading: Progress | None = None,
+    progress: Progress | None = None,
+    remark: Callable[[str], None] | None = None,
+) -> Path:
+    """Ask a model all questions of some tasks and keep each answer; resume where an earlier call was stopped.
+
+    Args:
+        request: what to ask whom.
+        folder: for the results; made if need be.
+        reading: called with the bytes of the model that are read and all bytes, first to hash, then to load them.
+        progress: called with the requests that are answered and all requests.
+        remark: called with what is worth knowing on the way.
+
+    Returns:
+        the manifest's path.
+
+    Raises:
+        MissingExtra: lm-eval is not installed.
+        UsageError: there is no such task, or options do not go together.
+        EvaluationError: the evaluation broke; the message says over what.
+        OutputError: the folder holds something else, or another run.
+    """
+    _check(request)
+    harness = _harness()
+    if request.backend == "k2quant" and not Path(request.model).is_dir():  # before data are fetched for it
+        raise UsageError(f"{request.model}: no such folder")
+    harness.quiet()
+    with held(folder):
+        tasks = harness.load_tasks(
+            expand(request.tasks),
+            include=request.include,
+            data=request.data,
+            shots=request.shots,
+            limit=request.limit,
+            new_tokens=request.max_new_tokens,
+            unsafe_code=request.unsafe_code,
+        )
+        from k2quant.eval.asking.models import describe, load
+
+        model = describe(request, reading)
+        identity = _identity(request, model, tasks)
+        if finished(folder, identity):
+            tidy(folder)  # a kill may have come between the manifest and this
+            if remark:
+                remark(f"{folder}: this run is already finished")
+            return folder / MANIFEST
+        begun = begin(folder, identity)
+        journal = Journal(folder / JOURNAL)
+        if remark and len(journal):
+            remark(f"{folder}: resumes after {len(journal)} chunks")
+        lm = Resuming(load(model, request, tasks, reading), journal, batch_size=request.batch_size, progress=progress)
+        lm.expect(_count(tasks))
+        results = harness.ask(
+            lm, tasks, chat_template=request.chat_template or request.chat, unsafe_code=request.unsafe_code
+        )
+        return write(folder, identity, results, lm.cut, begun, lm.settings)
+
+
+def _check(request: Request) -> None:
+    one_of("backend", request.backend, BACKENDS)
+    for name in ("limit", "batch_size", "max_new_tokens", "max_length"):
+        value = getattr(request, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UsageError(f"{name}: expected at least 1, found {value!r}")
+    if not request.tasks:
+        raise UsageError("no tasks were named")
+    served = {"base_url": request.base_url, "tokenizer": request.tokenizer, "served_from": request.served_from}
+    if request.backend == "api":
+        if not request.base_url:
+            raise UsageError("the api backend needs the server's URL, such as --base-url http://localhost:8000/v1")
+        _check_url(request.base_url)
+        if request.chat_template:
+            raise UsageError("a server applies its own chat template; ask for it with --chat")
+    elif request.chat or any(served.values()):
+        raise UsageError("a server's options (--base-url, --chat, --tokenizer, --served-from) go with --backend api")
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise UsageError(f"base_url: expected such as http://localhost:8000/v1, found {url!r}")
+    if parts.username or parts.password:
+        raise UsageError("base_url: a name or password in it would stand in the results; give a key in OPENAI_API_KEY")
+
+
+def _harness() -> Any:
+    """Import what imports lm-eval.
+
+    Raises:
+        MissingExtra: it is not installed.
+    """
+    try:
+        from k2quant.eval.asking import harness
+    except (ImportError, NameError) as error:  # lm-eval without its extra `api` ends in a NameError
+        if (getattr(error, "name", None) or "").startswith("k2quant"):
+            raise
+        raise MissingExtra(
+            "lm-eval is not installed, or not whole", found=str(error)[:200], remedy='pip install "k2quant[eval]"'
+        ) from error
+    return harness
+
+
+def _identity(request: Request, model: Model, tasks: Tasks) -> dict[str, Any]:
+    """Return all that the answers depend on; two requests with one identity have the same answers."""
+    import torch
+    import transformers
+
+    from k2quant.eval.asking.harness import VERSION
+
+    return {
+        "k2quant": __version__,
+        "model": request.model,
+        "model_hash": model.model_hash,
+        "tokenizer_hash": model.tokenizer_hash,
+        "settings": {
+            "backend": request.backend,
+            "batch_size": request.batch_size,
+            "device": None if request.backend == "api" else request.device,
+            "dtype": None if request.backend == "api" else request.dtype,
+            "max_length": model.max_length,
+            "max_new_tokens": request.max_new_tokens,
+            "limit": request.limit,
+            "shots": request.shots,
+            "chat": request.chat,
+            "chat_template": request.chat_template,
+            "base_url": request.base_url,
+            "unsafe_code": request.unsafe_code,
+            "lm_eval": VERSION,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "tasks": {name: _task_identity(tasks, name) for name in sorted(tasks.by_name)},
+    }
+
+
+def _task_identity(tasks: Tasks, name: str) -> dict[str, Any]:
+    config, docs = tasks.config(name), tasks.docs(name)
+    return {
+        "documents": len(docs),
+        "version": tasks.by_name[name].VERSION,
+        "shots": config.get("num_fewshot", 0),
+        "output_type": config.get("output_type"),
+        "generation": config.get("generation_kwargs") if config.get("output_type") == "generate_until" else None,
+        "task_hash": task_hash(config, docs),
+        "examples_hash": digest(tasks.examples(name)) if config.get("num_fewshot") else None,
+    }
+
+
+def _count(tasks: Tasks) -> int:
+    """Return about how many requests there will be: lm-eval builds them later."""
+    total = 0
+    for name in tasks.by_name:
+        docs = tasks.docs(name)
+        task = tasks.by_name[name]
+        choices = task.doc_to_choice(docs[0]) if task.OUTPUT_TYPE == "multiple_choice" and docs else None
+        total += len(docs) * (len(choices) if choices else 1)
+    return total

@@ -1,0 +1,112 @@
+"""What `fidelity` and `blame` find: how far a candidate's numbers drift from the baseline's, and where from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from k2quant.eval.gating.verdict import Side
+from k2quant.ground.intervals import Estimate
+
+SCHEMA = 1
+"""Version of the JSON of `Fidelity` and `Blame`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerFidelity:
+    """One decoder layer's output, candidate against baseline, both behind their own earlier layers."""
+
+    layer: int
+    relative_mse: float
+    """Squared error of the hidden states over their energy in the baseline, summed over all tokens."""
+    cosine: float
+    """Mean cosine between the hidden states of a token."""
+    kl: float
+    """Mean KL divergence, in nats, of what each model's norm and head would predict from this layer's output."""
+    same_experts: float | None
+    """Share of tokens whose set of routed experts is the same; None for a dense layer."""
+    overlap: float | None
+    """Mean share of a token's experts that both chose; None for a dense layer."""
+    load_shift: float | None
+    """Half the sum over experts of the change of their share of the load, 0 to 1; None for a dense layer."""
+    never: tuple[int, ...]
+    """Experts that no token of the text visited in the baseline."""
+    starved: tuple[int, ...]
+    """Experts that the baseline visited and the candidate never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fidelity:
+    """How far the candidate's predictions drift from the baseline's on one text. A tripwire, never a verdict."""
+
+    base: Side
+    candidate: Side
+    text: str
+    """The text's name."""
+    text_hash: str
+    """SHA-256 of its token ids."""
+    tokens: int
+    """Tokens whose prediction was compared."""
+    chunks: int
+    kl: Estimate
+    """KL divergence of the candidate from the baseline, nats a token."""
+    kl_median: float
+    kl_99: float
+    """99% of the tokens lie below."""
+    kl_max: float
+    reverse_kl: Estimate
+    same_top: Estimate
+    """Share of tokens whose likeliest next token is the same."""
+    base_perplexity: float
+    candidate_perplexity: float
+    log_ratio: Estimate
+    """ln(candidate's perplexity / baseline's), paired token by token."""
+    layers: tuple[LayerFidelity, ...]
+    unread: str = ""
+    """Characters of the text that the tokenizer passes over in silence, each once."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON holds it."""
+        return {"schema": SCHEMA, "kind": "fidelity"} | dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspect:
+    """A group of tensors whose return to the baseline takes damage away."""
+
+    name: str
+    """Such as `layer 3 routed experts`, or a tensor's base name."""
+    tensors: int
+    share: float
+    """Of the whole damage, what goes when this group alone is put back, 0 to 1; groups may overlap in effect."""
+    interval: tuple[float, float]
+    """95%, from resampled chunks of the text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blame:
+    """Where a candidate's damage comes from."""
+
+    base: Side
+    candidate: Side
+    text: str
+    text_hash: str
+    damage: Estimate
+    """KL divergence of the candidate from the baseline, nats a token: what is being explained."""
+    noise: Estimate
+    """The same of the baseline from itself when activations round otherwise: damage near it cannot be explained."""
+    changed: int
+    """Weights that are stored otherwise in the candidate; with none there is nothing to explain."""
+    passes: int
+    """Forward passes that it took."""
+    classes: tuple[Suspect, ...]
+    """Tensor classes, largest share first; only those whose interval lies above nothing."""
+    suspects: tuple[Suspect, ...]
+    """The finest groups that were found, largest share first; empty where no damage could be told from none."""
+    together: Suspect | None
+    """All suspects put back at once; None without suspects."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON holds it."""
+        return {"schema": SCHEMA, "kind": "blame"} | dataclasses.asdict(self)

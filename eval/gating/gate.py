@@ -1,0 +1,284 @@
+"""The gate: is a candidate good enough? A paired non-inferiority test with three answers.
+
+PASS: the items show that the drop in accuracy is below the margin. FAIL: they show that it is above. INCONCLUSIVE: they
+show neither, and how many would. Both tests are exact (`paired`), so each mistake has at most the chance alpha, however
+few items flip. The pool of all items carries PASS; FAIL also comes from any one task, by Holm's rule over the tasks.
+Pool and tasks each have alpha: with several tasks a wrong FAIL from either has at most the chance 2 alpha.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from statistics import NormalDist
+
+from k2quant.errors import Incomparable
+from k2quant.eval.gating.pairing import Pairs, check_outputs, pair
+from k2quant.eval.gating.policy import Policy
+from k2quant.eval.gating.verdict import Comparison, Decision, Side, Verdict
+from k2quant.eval.runs.items import Run, Task
+from k2quant.eval.runs.reading import read_run
+from k2quant.eval.statistics import paired
+from k2quant.eval.statistics.planning import chance_of_pass, plan
+from k2quant.ground.intervals import wilson
+
+POOL = "all"
+"""Name of the comparison of all items together."""
+
+_ENOUGH = 30  # items from which on a task at chance is refused, not only named
+
+
+def gate(
+    base: str | os.PathLike[str] | Run,
+    candidate: str | os.PathLike[str] | Run,
+    *,
+    policy: Policy | None = None,
+    same_model: bool = False,
+) -> Verdict:
+    """Decide whether a candidate is good enough, from the same items answered by it and by its baseline.
+
+    Args:
+        base: the baseline's run: a folder that `k2quant eval run` or `lm_eval --log_samples` wrote, or what `read_run`
+            gave.
+        candidate: the candidate's.
+        policy: margin, alpha, power and tasks; None for 1 pp, 5%, 80% and all tasks.
+        same_model: whether both are runs of one model, to measure the noise between runs. Never a PASS.
+
+    Raises:
+        MalformedResults: a run's files are truncated, mixed up or lie.
+        Incomparable: the runs asked different things, are the same one, or the baseline is at chance.
+        HarnessFault: a run's outputs say nothing.
+        UsageError: the policy names a task that there is not.
+    """
+    policy = policy or Policy()
+    base, candidate = (run if isinstance(run, Run) else read_run(run) for run in (base, candidate))
+    policy = _resolved(policy, base)
+    pairs = pair(base, candidate, policy.tasks)
+    check_outputs(pairs)
+    _check_models(base, candidate, pairs, same_model=same_model)
+    _check_chance([base.tasks[task.task] for task in pairs], policy)
+    tasks = _adjusted([_compared(task.task, [task], policy, policy.margin_of(task.task)) for task in pairs], policy)
+    pooled = _compared(POOL, pairs, policy, policy.margin)
+    decision, reason = _decided(pooled, tasks, policy)
+    if same_model:
+        decision, reason = "INCONCLUSIVE", _noise(pooled)
+    return Verdict(
+        decision=decision,
+        reason=reason,
+        warnings=(
+            *_warnings(pooled, tasks, policy, same_model=same_model),
+            *_doubts(base, candidate, pairs, same_model=same_model),
+        ),
+        pooled=pooled,
+        tasks=tuple(tasks),
+        flips=tuple(sorted((flip for task in pairs for flip in task.flips()), key=lambda flip: not flip.lost)),
+        base=_side(base),
+        candidate=_side(candidate),
+        policy=policy,
+        same_model=same_model,
+    )
+
+
+def _resolved(policy: Policy, run: Run) -> Policy:
+    """Return the policy with a group's tasks in its place; each has the group's margin where it has none of its own."""
+    tasks: dict[str, float | None] = {}
+    for name, margin in policy.tasks.items():
+        for part in run.parts(name) or (name,):
+            if part == name or part not in policy.tasks:
+                tasks[part] = margin
+    return replace(policy, tasks=tasks)
+
+
+def _side(run: Run) -> Side:
+    return Side(folder=str(run.folder), model=run.model, model_hash=run.model_hash, tokenizer_hash=run.tokenizer_hash)
+
+
+def _check_models(base: Run, candidate: Run, pairs: Iterable[Pairs], *, same_model: bool) -> None:
+    known = None not in {base.model_hash, candidate.model_hash}
+    same = base.model_hash == candidate.model_hash if known else None
+    if same_model and same is False:
+        raise Incomparable(
+            "two models, not one twice",
+            file=candidate.folder,
+            expected=f"{base.model_hash:.12}",
+            found=f"{candidate.model_hash:.12}",
+            remedy="leave --aa out",
+        )
+    if same and not same_model:
+        raise Incomparable(
+            "the same model twice",
+            file=candidate.folder,
+            found=f"{candidate.model_hash:.12} in both runs",
+            remedy="with --aa the noise between two runs is measured",
+        )
+    if same is None and not same_model and all(task.identical for task in pairs):
+        raise Incomparable(
+            "the same outputs to the last bit, and nobody recorded whose they are",
+            file=candidate.folder,
+            remedy="the same model twice, or a cache that answered for both? Run both with `k2quant eval run`; "
+            "with --aa the noise between two runs of one model is measured",
+        )
+
+
+def _check_chance(tasks: list[Task], policy: Policy) -> None:
+    """Refuse a baseline that has nothing to lose: no candidate could fail.
+
+    Raises:
+        Incomparable: see above.
+    """
+    items = sum(len(task.items) for task in tasks)
+    right = sum(task.right for task in tasks)
+    chance = sum(task.chance * len(task.items) for task in tasks) / items
+    for task in tasks:
+        floor = task.chance + policy.margin_of(task.name)
+        if len(tasks) > 1 and len(task.items) >= _ENOUGH and task.accuracy <= floor:
+            raise _at_chance(f"in {task.name} ", task.accuracy, task.chance, len(task.items))
+    if wilson(right, items, -NormalDist().inv_cdf(policy.alpha))[0] <= chance + policy.margin:
+        raise _at_chance("", right / items, chance, items)
+
+
+def _at_chance(where: str, accuracy: float, chance: float, items: int) -> Incomparable:
+    return Incomparable(
+        f"the baseline is {where}not clearly better than chance, so there is nothing to lose",
+        expected=f"well above {chance:.1%} and the margin",
+        found=f"{accuracy:.1%} of {items} items",
+        remedy="take tasks that the baseline can do (--tasks), or more items",
+    )
+
+
+def _compared(name: str, pairs: Iterable[Pairs], policy: Policy, margin: float) -> Comparison:
+    pairs = list(pairs)
+    n, lost, gained = (sum(counts) for counts in zip(*((len(p.base), p.lost, p.gained) for p in pairs), strict=True))
+    flips = (lost + gained) / n
+    p_good, p_bad = paired.p_good(lost, gained, n, margin), paired.p_bad(lost, gained, n, margin)
+    base_right = sum(item.right for task in pairs for item in task.base)
+    return Comparison(
+        name=name,
+        n=n,
+        base_right=base_right,
+        candidate_right=base_right - lost + gained,
+        lost=lost,
+        gained=gained,
+        margin=margin,
+        interval=paired.interval(lost, gained, n, policy.alpha),
+        p_good=p_good,
+        p_bad=p_bad,
+        p_worse=paired.p_worse(lost, gained),
+        power=chance_of_pass(n, margin, policy.alpha, flips),
+        needed=plan(margin=margin, alpha=policy.alpha, power=policy.power, flips=flips).items,
+        decision=_decision(p_good, p_bad, policy.alpha),
+    )
+
+
+def _decision(p_good: float, p_bad: float, alpha: float) -> Decision:
+    if p_bad <= alpha:
+        return "FAIL"
+    return "PASS" if p_good <= alpha else "INCONCLUSIVE"
+
+
+def _adjusted(tasks: list[Comparison], policy: Policy) -> list[Comparison]:
+    """Return tasks with their p-values of FAIL as Holm's rule has them, and what then is decided."""
+    order = sorted(tasks, key=lambda task: task.p_bad)
+    adjusted: dict[str, float] = {}
+    largest = 0.0
+    for place, task in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - place) * task.p_bad))
+        adjusted[task.name] = largest
+    return [
+        replace(
+            task,
+            p_bad=adjusted[task.name],
+            decision=_decision(task.p_good, adjusted[task.name], policy.alpha),
+        )
+        for task in tasks
+    ]
+
+
+def _decided(pooled: Comparison, tasks: list[Comparison], policy: Policy) -> tuple[Decision, str]:
+    worst = [task for task in tasks if task.decision == "FAIL"]
+    if pooled.decision == "FAIL":
+        return (
+            "FAIL",
+            f"accuracy {_fell(pooled)}, more than the margin of {_pp(pooled.margin)} (p = {pooled.p_bad:.2g})",
+        )
+    if worst:
+        named = ", ".join(f"{task.name}: {_fell(task)}" for task in worst[:3])
+        more = f" and {len(worst) - 3} more" if len(worst) > 3 else ""
+        return "FAIL", f"more than the margin was lost in {named}{more}"
+    if pooled.decision == "PASS":
+        return "PASS", (
+            f"accuracy {_fell(pooled)}, and the drop is below {_pp(pooled.margin)} "
+            f"with at least {100 * (1 - policy.alpha):.10g}% confidence (p = {pooled.p_good:.2g})"
+        )
+    return "INCONCLUSIVE", f"{pooled.n:,} items cannot tell: accuracy {_fell(pooled)}; {_more(pooled)}"
+
+
+def _more(pooled: Comparison) -> str:
+    if pooled.needed is not None and pooled.needed <= pooled.n:
+        return "they would mostly do for a candidate without any drop"
+    if pooled.needed is None:
+        return "no number of items would do at so many flips"
+    return f"about {pooled.needed:,} items would do for a candidate without any drop"
+
+
+def _noise(pooled: Comparison) -> str:
+    return (
+        f"A/A: two runs of one model differ in {pooled.lost + pooled.gained} of {pooled.n:,} items ({pooled.flips:.2%} "
+        f"flips), accuracy {_fell(pooled)}; this is the noise floor, not a verdict"
+    )
+
+
+def _fell(comparison: Comparison) -> str:
+    low, high = comparison.interval
+    verb = "fell by" if comparison.drop > 0 else "rose by" if comparison.drop < 0 else "stayed, a drop of"
+    return f"{verb} {_pp(abs(comparison.drop))} [drop {100 * low:+.2f} to {100 * high:+.2f}]"
+
+
+def _flipped(comparison: Comparison) -> str:
+    return f"{comparison.lost} lost against {comparison.gained} gained (McNemar p = {comparison.p_worse:.2g})"
+
+
+def _pp(share: float) -> str:
+    return f"{100 * share:.2f} pp".replace(".00 pp", " pp")
+
+
+def _warnings(pooled: Comparison, tasks: list[Comparison], policy: Policy, *, same_model: bool) -> Iterable[str]:
+    if same_model:
+        if 2 * min(pooled.p_worse, paired.p_worse(pooled.gained, pooled.lost)) <= policy.alpha:
+            yield "the two runs of one model differ by more than chance: find out what changed before gating anything"
+        return
+    smallest = math.ceil(math.log(policy.alpha) / math.log1p(-pooled.margin))
+    if pooled.n < smallest:
+        yield (
+            f"this gate can never pass: with a margin of {_pp(pooled.margin)} it takes {smallest:,} items even when "
+            f"none flips, and there are {pooled.n:,}"
+        )
+    elif pooled.power < policy.power and pooled.decision != "FAIL":
+        needed = "no number of items gives" if pooled.needed is None else f"about {pooled.needed:,} items give"
+        yield (
+            f"at {pooled.flips:.1%} flips, {pooled.n:,} items pass a candidate without any drop with a chance of "
+            f"{pooled.power:.0%}; {needed} the {policy.power:.0%} that the policy wants"
+        )
+    if pooled.decision == "PASS" and pooled.p_worse <= policy.alpha:
+        yield f"inside the margin, but damage: {_flipped(pooled)}"
+    for task in tasks:
+        if len(tasks) > 1 and task.decision != "FAIL" and task.p_worse <= policy.alpha / len(tasks):
+            yield f"{task.name}: {_flipped(task)}"
+
+
+def _doubts(base: Run, candidate: Run, pairs: Iterable[Pairs], *, same_model: bool) -> Iterable[str]:
+    """Say what makes it doubtful that two models answered these items well enough to lose something."""
+    if same_model:
+        return
+    if None in {base.model_hash, candidate.model_hash} and base.model and base.model == candidate.model:
+        yield f"both runs name the model {base.model}; no hash tells whether these are two models or the same one twice"
+    if all(task.identical for task in pairs):
+        yield "every output is the same to the last bit: either nothing was lost, or one cache answered for both"
+    else:
+        for name in (task.task for task in pairs if task.identical and task.base[0].choices):
+            yield f"{name}: every log-probability is the same to the last bit; did one cache answer for both?"
+    for task in (base.tasks[both.task] for both in pairs):
+        if len(task.items) < _ENOUGH and task.accuracy <= task.chance:
+            yield f"{task.name}: the baseline is at chance, {task.accuracy:.1%} of {len(task.items)} items"

@@ -1,0 +1,145 @@
+"""Who was asked what: hashes over the content of models, tokenizers, tasks and requests, wherever they lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from k2quant.checkpoint.files.paths import inside, open_regular, read_limited
+from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.errors import MalformedFile, MissingTensor
+from k2quant.ground import pool
+
+_BLOCK = 2**24  # bytes read at once
+_THREADS = 8
+_INDEX = "model.safetensors.index.json"
+_INDEX_LIMIT = 2**28  # bytes; that of Kimi K2 has 20 MB
+_TOKENIZER_NAMES = {
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tiktoken.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+}
+_WHERE_DATA_LIES = ("custom_dataset", "dataset_path", "dataset_kwargs", "metadata")
+
+
+def model_hash(folder: Path, *, progress: Callable[[int, int], None] | None = None) -> str:
+    """Return the SHA-256, in hex, of a model's config, generation config and shards: of their names and every byte.
+
+    Times, the folder's name and place, links and other files beside them play no part.
+
+    Args:
+        folder: of a checkpoint in safetensors.
+        progress: called with the bytes read and all bytes.
+
+    Raises:
+        MissingTensor: a shard that the index names is not there, or there is none at all.
+        CheckpointError: the index does not parse, or a name or link leaves the folder.
+    """
+    names = [name for name in ("config.json", "generation_config.json") if (folder / name).exists()]
+    return _content_hash(folder, [*names, *_shards(folder)], progress)
+
+
+def tokenizer_hash(folder: Path) -> str | None:
+    """Return the SHA-256, in hex, of a tokenizer's files, chat templates and code included; None where there are none.
+
+    Raises:
+        CheckpointError: a link leaves the folder.
+    """
+    names = [entry.name for entry in folder.iterdir() if _of_tokenizer(entry.name) and entry.is_file()]
+    return _content_hash(folder, names, None) if names else None
+
+
+def _of_tokenizer(name: str) -> bool:
+    code = name.startswith("tokenization") and name.endswith(".py")
+    return name in _TOKENIZER_NAMES or name.startswith("chat_template") or code
+
+
+def task_hash(config: Mapping[str, Any], docs: Iterable[Any]) -> str:
+    """Return the SHA-256, in hex, of a task: its settings, without where its data lie, and its documents in order.
+
+    Args:
+        config: as lm-eval dumps it.
+        docs: the documents that are asked.
+    """
+    metadata = config.get("metadata")
+    version = metadata.get("version") if isinstance(metadata, Mapping) else None
+    settings = {key: value for key, value in config.items() if key not in _WHERE_DATA_LIES}
+    digests = [digest(doc) for doc in docs]
+    return digest([settings, version, digests])
+
+
+def digest(value: Any) -> str:
+    """Return the SHA-256, in hex, of a JSON-like value; the order of keys plays no part, of lists it does."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), default=_name)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _name(value: object) -> str:
+    """Return what stays the same of a value that is no JSON: a function by its name, not by its address."""
+    return str(getattr(value, "__qualname__", value))
+
+
+def _shards(folder: Path) -> list[str]:
+    if (folder / _INDEX).exists():
+        path = inside(folder, _INDEX)
+        shards = parse_object(read_limited(path, _INDEX_LIMIT), file=path).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise MalformedFile("no map of weights", file=path, expected="weight_map: {tensor: shard}")
+        names = sorted(set(shards.values()))
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names:
+        raise MissingTensor("no safetensors", file=folder, remedy="is this the folder of a model?")
+    return names
+
+
+def _content_hash(folder: Path, names: list[str], progress: Callable[[int, int], None] | None) -> str:
+    counter = _Counter(progress)
+    digests: dict[str, str] = {}
+
+    def read(name: str) -> None:
+        digests[name] = _file_hash(inside(folder, name), counter)
+
+    try:
+        counter.total = sum((folder / name).stat().st_size for name in names)
+        pool.run(iter(names), read, workers=min(_THREADS, len(names), os.cpu_count() or 1), tick=counter.show)
+    except FileNotFoundError as error:
+        raise MissingTensor("a file of the model is not there", file=error.filename) from error
+    return digest(digests)
+
+
+def _file_hash(path: Path, counter: _Counter) -> str:
+    found = hashlib.sha256()
+    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+            counter.add(len(block))
+    return found.hexdigest()
+
+
+class _Counter:
+    """Bytes read by all threads; shown by one of them."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None) -> None:
+        self._progress, self._lock = progress, threading.Lock()
+        self._done = 0
+        self.total = 0
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done += count
+
+    def show(self) -> None:
+        if self._progress:
+            self._progress(self._done, self.total)

@@ -1,0 +1,271 @@
+"""Compare two checkpoints by what their tensors mean, whatever formats they are in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from k2quant.checkpoint.panels import PIECE_BYTES, panel_rows, panel_shape, read_panel
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.checkpoint.reading import check_packed_shapes, read_into
+from k2quant.checkpoint.weights import Weight, group_tensors
+from k2quant.formats.dtypes import TensorSpec
+from k2quant.ground import pool
+
+if TYPE_CHECKING:
+    from k2quant.formats.transcode import Scratch
+    from k2quant.kernels.codecs.figures import Figures
+
+Relation = Literal["bit-equal", "codes equal", "values equal", "differs", "missing", "extra"]
+"""`bit-equal`: the same bytes, or the same BF16 bits once both are BF16. `codes equal`: quantised, and all its tensors
+have the same bytes. `values equal`: as BF16 they differ in nothing but the sign of zeros."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes compared so far and in all."""
+
+
+class Finding(NamedTuple):
+    """How one weight of the second checkpoint relates to the same weight of the first."""
+
+    name: str
+    """The tensor that carries the values, as the first checkpoint names it."""
+    relation: Relation
+    formats: tuple[str | None, str | None]
+    """Its format in the first and in the second checkpoint; None for a tensor that is no weight."""
+    figures: Figures | None = None
+    """What changed, for a weight whose values were compared."""
+    outside: int = 0
+    """Weights that are further off than the rounding of the second checkpoint's format can explain."""
+    bytes_changed: int = 0
+    """Bytes that differ, for tensors that were compared as bytes."""
+
+    def how(self) -> str:
+        """Say in words how the weight differs."""
+        if self.relation in {"missing", "extra"}:
+            return "only in the first" if self.relation == "missing" else "only in the second"
+        facts = []
+        if self.formats[0] != self.formats[1]:
+            facts.append(f"{self.formats[0]} in the first, {self.formats[1]} in the second")
+        if self.bytes_changed:
+            facts.append(f"{self.bytes_changed:,} bytes differ")
+        if self.figures is not None:
+            figures = self.figures
+            facts.append(
+                f"{figures.changed:,} of {figures.count:,} values differ, SQNR {figures.sqnr_db:.2f} dB, "
+                f"worst {figures.worst:.3g}"
+                if figures.changed
+                else "same values"
+            )
+        return ", ".join(facts) or "another shape or kind"
+
+
+def unlike(finding: Finding) -> bool:
+    """Tell whether two checkpoints differ in a weight: in its format, its bytes or its being there."""
+    return finding.relation in {"differs", "missing", "extra"} or finding.formats[0] != finding.formats[1]
+
+
+@dataclass(slots=True)
+class _Pair:
+    """A weight of both checkpoints, being compared."""
+
+    first: Weight
+    second: Weight
+    figures: dict[int, Figures]
+    outside: int = 0
+    identical: bool = True
+    """Whether the BF16 bits are the same."""
+    bytes_changed: int = 0
+
+    @property
+    def same_layout(self) -> bool:
+        return self.first.format == self.second.format and {
+            suffix: (entry.dtype, entry.shape) for suffix, entry in self.first.parts.items()
+        } == {suffix: (entry.dtype, entry.shape) for suffix, entry in self.second.parts.items()}
+
+    @property
+    def comparable(self) -> bool:
+        """Whether both are weights of one shape."""
+        return None not in {self.first.format, self.second.format} and self.first.shape == self.second.shape
+
+    def finding(self) -> Finding:
+        first, second = self.first.format, self.second.format
+        formats = (first.name if first else None, second.name if second else None)
+        figures = sum((f for _, f in sorted(self.figures.items())), start=_no_figures()) if self.figures else None
+        return Finding(
+            self.first.main.name, self._relation(figures), formats, figures, self.outside, self.bytes_changed
+        )
+
+    def _relation(self, figures: Figures | None) -> Relation:
+        if self.same_layout:
+            if self.bytes_changed:
+                return "differs"
+            return "bit-equal" if self.first.format is None or self.first.format.name == "bf16" else "codes equal"
+        if figures is None:
+            return "bit-equal" if self.comparable else "differs"  # comparable without figures: there is no weight in it
+        if figures.changed:
+            return "differs"
+        return "bit-equal" if self.identical else "values equal"
+
+
+def _no_figures() -> Figures:
+    from k2quant.kernels.codecs.figures import Figures
+
+    return Figures()
+
+
+class _Task(NamedTuple):
+    pair: _Pair
+    suffix: str | None
+    """The tensor whose bytes are compared, or None to compare rows by value."""
+    start: int
+    stop: int
+    nbytes: int
+
+
+def _tasks_of(pair: _Pair) -> list[_Task]:
+    if pair.same_layout:
+        return [
+            _Task(pair, suffix, start, min(start + PIECE_BYTES, entry.nbytes), min(PIECE_BYTES, entry.nbytes - start))
+            for suffix, entry in pair.first.parts.items()
+            for start in range(0, entry.nbytes, PIECE_BYTES)
+        ]
+    return _value_tasks(pair) if pair.comparable else []
+
+
+def _value_tasks(pair: _Pair) -> list[_Task]:
+    rows, _ = panel_shape(pair.first.shape)
+    total = sum(entry.nbytes for entry in pair.first.parts.values())
+    return [
+        _Task(pair, None, start, stop, total * (stop - start) // max(rows, 1))
+        for start, stop in panel_rows(pair.first.shape)
+    ]
+
+
+def compare(first: Path, second: Path, *, workers: int, progress: Progress | None = None) -> list[Finding]:
+    """Compare every tensor of two checkpoints.
+
+    Args:
+        first: folder of the checkpoint that counts as the truth.
+        second: folder of the other.
+        workers: threads.
+        progress: called as the work goes on.
+
+    Returns:
+        a finding for each weight of the first, in its order, then one for each that only the second has.
+
+    Raises:
+        CheckpointError: one of the folders holds no sound checkpoint.
+    """
+    a, b = open_checkpoint(first), open_checkpoint(second)
+    ours, theirs = _weights(a), _weights(b)
+    pairs = {key: _Pair(weight, theirs[key], {}) for key, weight in ours.items() if key in theirs}
+    _Comparison(a, b, list(pairs.values()), progress).run(workers)
+    findings = [
+        pairs[key].finding() if key in pairs else Finding(weight.main.name, "missing", (_name(weight), None))
+        for key, weight in ours.items()
+    ]
+    extra = [Finding(w.main.name, "extra", (None, _name(w))) for key, w in theirs.items() if key not in ours]
+    return findings + extra
+
+
+def _name(weight: Weight) -> str | None:
+    return weight.format.name if weight.format else None
+
+
+def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:
+    """Return a checkpoint's weights by base; tensors that are no weights by their whole name."""
+    weights, problems = group_tensors(checkpoint.tensors)
+    if problems:
+        raise problems[0]
+    check_packed_shapes(checkpoint, weights)
+    return {weight.base if weight.format else weight.main.name: weight for weight in weights}
+
+
+class _Comparison:
+    def __init__(self, a: Checkpoint, b: Checkpoint, pairs: list[_Pair], progress: Progress | None) -> None:
+        self._a, self._b, self._pairs, self._progress = a, b, pairs, progress
+        self._done = 0
+        self._total = sum(task.nbytes for pair in pairs for task in _tasks_of(pair))
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def run(self, workers: int) -> None:
+        pool.run(self._tasks(), self._work, workers=workers, tick=self._tick)
+        again = [pair for pair in self._pairs if pair.same_layout and pair.bytes_changed and pair.comparable]
+        pool.run((task for pair in again for task in _value_tasks(pair)), self._work, workers=workers)
+        self._tick()
+
+    def _tasks(self) -> Iterator[_Task]:
+        return (task for pair in self._pairs for task in _tasks_of(pair))
+
+    def _tick(self) -> None:
+        if self._progress:
+            self._progress(min(self._done, self._total), self._total)
+
+    @property
+    def _scratch(self) -> tuple[Scratch, Scratch]:
+        from k2quant.formats.transcode import Scratch
+
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = (Scratch(), Scratch())
+        scratch: tuple[Scratch, Scratch] = self._local.scratch
+        return scratch
+
+    def _work(self, task: _Task) -> None:
+        if task.suffix is None:
+            self._compare_values(task)
+        else:
+            self._compare_bytes(task, task.suffix)
+        with self._lock:
+            self._done += task.nbytes
+
+    def _compare_bytes(self, task: _Task, suffix: str) -> None:
+        import numpy as np
+
+        arrays = []
+        for source, weight, scratch in zip(
+            (self._a, self._b), (task.pair.first, task.pair.second), self._scratch, strict=True
+        ):
+            entry = weight.parts[suffix]
+            array = scratch.take("bytes", TensorSpec("U8", (task.stop - task.start,)))
+            read_into(source.shards[entry.file], entry.start + task.start, array.data)
+            arrays.append(array)
+        changed = int(np.count_nonzero(arrays[0] != arrays[1]))
+        if changed:
+            with self._lock:
+                task.pair.bytes_changed += changed
+
+    def _compare_values(self, task: _Task) -> None:
+        import numpy as np
+
+        from k2quant.formats.budget import outside_budget
+        from k2quant.formats.transcode import located, to_bf16
+        from k2quant.kernels.codecs.seam import codecs
+        from k2quant.kernels.codecs.values import ValueAt
+
+        cpu = codecs("cpu")
+        bits = []
+        parts = []
+        for source, weight, scratch in zip(
+            (self._a, self._b), (task.pair.first, task.pair.second), self._scratch, strict=True
+        ):
+            if weight.format is None:
+                return
+            parts.append(read_panel(source, weight, task.start, task.stop, scratch, key="in"))
+            try:
+                bits.append(to_bf16(weight.format, parts[-1], codecs=cpu, scratch=scratch))
+            except ValueAt as error:
+                tensors = {suffix: entry.name for suffix, entry in weight.parts.items()}
+                raise located(error, weight.format, task.start, tensors, weight.main.file) from error
+        figures = cpu.compare(bits[0], bits[1])
+        identical = bool(np.array_equal(bits[0], bits[1]))
+        outside = 0
+        if figures.changed and task.pair.second.format is not None:
+            outside = outside_budget(task.pair.second.format, bits[0], bits[1], parts[1])
+        with self._lock:
+            task.pair.figures[task.start] = figures
+            task.pair.identical &= identical
+            task.pair.outside += outside

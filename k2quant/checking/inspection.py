@@ -1,0 +1,123 @@
+"""What is in a checkpoint, from its index, headers and config alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.checkpoint.weights import Weight, group_tensors
+from k2quant.conversion import config
+from k2quant.errors import CheckpointError
+from k2quant.formats.layouts import Bf16, Format, Fp8, Int4, weight_count
+from k2quant.ground import names
+
+
+class ClassRow(NamedTuple):
+    """The tensors of one class in one format."""
+
+    tensor_class: str
+    format: str
+    """Such as `bf16`, `fp8 128x128`, `int4 group 32`, or a dtype for tensors that are no weights."""
+    tensors: int
+    """Tensors, partners included."""
+    weights: int
+    """Elements, partners not included."""
+    nbytes: int
+
+
+class Inspection(NamedTuple):
+    """What a checkpoint holds."""
+
+    folder: str
+    rows: list[ClassRow]
+    shards: int
+    tensors: int
+    nbytes: int
+    """Bytes of tensor data."""
+    layers: int
+    """Decoder layers that have tensors."""
+    experts: int
+    """Routed experts of the layer that has most."""
+    model_type: str | None
+    quantization: dict[str, Any] | None
+    """The first quantization block of the config."""
+    unlisted: list[str]
+    """Tensors in the shards that the index does not name."""
+    problems: list[str]
+    """What would stop a conversion."""
+
+
+def inspect(folder: str | os.PathLike[str]) -> Inspection:
+    """Describe a checkpoint without reading a weight.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint, or its index or a header lies.
+    """
+    checkpoint = open_checkpoint(Path(folder))
+    weights, problems = group_tensors(checkpoint.tensors)
+    layers = {layer for weight in weights if (layer := names.layer(weight.main.name)) is not None}
+    experts: dict[int | None, set[int]] = {}
+    for weight in weights:
+        if (number := names.expert(weight.base)) is not None:
+            experts.setdefault(names.layer(weight.main.name), set()).add(number)
+    return Inspection(
+        folder=str(folder),
+        rows=_rows(weights),
+        shards=len(checkpoint.shards),
+        tensors=len(checkpoint.tensors),
+        nbytes=sum(entry.nbytes for entry in checkpoint.tensors.values()),
+        layers=len(layers),
+        experts=max(map(len, experts.values()), default=0),
+        model_type=_model_type(checkpoint),
+        quantization=_quantization(checkpoint),
+        unlisted=list(checkpoint.unlisted),
+        problems=[str(problem) for problem in problems + _config_problems(checkpoint, weights)],
+    )
+
+
+def _config_problems(checkpoint: Checkpoint, weights: list[Weight]) -> list[CheckpointError]:
+    try:
+        config.check_source(checkpoint.config, weights)
+    except CheckpointError as problem:
+        return [problem]
+    return []
+
+
+def _model_type(checkpoint: Checkpoint) -> str | None:
+    found = (checkpoint.config or {}).get("model_type")
+    return str(found) if found is not None else None
+
+
+def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    try:
+        blocks = config.quantization_blocks(checkpoint.config or {})
+    except CheckpointError:
+        return None
+    return blocks[0] if blocks else None
+
+
+def _label(weight: Weight) -> str:
+    layout: Format | None = weight.format
+    match layout:
+        case Fp8(block=block):
+            return f"fp8 {block[0]}x{block[1]}"
+        case Int4(group=group):
+            return f"int4 group {group}"
+        case Bf16(dtype=dtype):
+            return dtype.lower()
+    return weight.main.dtype.lower()
+
+
+def _rows(weights: list[Weight]) -> list[ClassRow]:
+    found: dict[tuple[str, str], ClassRow] = {}
+    for weight in weights:
+        key = (names.tensor_class(weight.main.name), _label(weight))
+        row = found.get(key, ClassRow(*key, 0, 0, 0))
+        found[key] = row._replace(
+            tensors=row.tensors + len(weight.parts),
+            weights=row.weights + weight_count(weight.shape),
+            nbytes=row.nbytes + sum(entry.nbytes for entry in weight.parts.values()),
+        )
+    return sorted(found.values(), key=lambda row: (names.TENSOR_CLASSES.index(row.tensor_class), row.format))

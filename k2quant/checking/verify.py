@@ -1,0 +1,233 @@
+"""Verify a conversion: read both checkpoints again and compare what they mean, or compare one with its checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from k2quant.checking.comparison import Finding, Progress, compare
+from k2quant.checkpoint.files.checksum import combine
+from k2quant.checkpoint.files.paths import check_inside, read_limited
+from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.checkpoint.header import TensorEntry
+from k2quant.checkpoint.panels import PIECE_BYTES
+from k2quant.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
+from k2quant.checkpoint.reading import read_into
+from k2quant.checkpoint.weights import group_tensors
+from k2quant.checkpoint.writing.destination import REPORT_LIMIT
+from k2quant.conversion.config import check_output
+from k2quant.conversion.convert import checked_workers
+from k2quant.conversion.plan import REPORT
+from k2quant.errors import CheckpointError, MalformedFile
+from k2quant.ground import names, pool
+
+_FIGURES = {"count", "changed", "energy", "error", "worst"}
+_SAME = 1e-6  # relative; two ways of summing the same squares
+
+
+class Verification(NamedTuple):
+    """What verifying came to."""
+
+    findings: list[Finding]
+    failures: dict[str, str]
+    """For each tensor or file that failed, why."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures
+
+
+def verify(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    against: str | os.PathLike[str] | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare a converted checkpoint with its source.
+
+    A weight in the same format must be byte-equal; one that became BF16 must be bit-equal to what its codes mean; one
+    that was rounded must lie within the rounding of its format (`k2quant.formats.budget`).
+
+    Args:
+        source: folder of the source.
+        destination: folder of the converted checkpoint, whoever converted it.
+        against: a k2quant_report.json; each weight's figures must be as good as it says.
+        workers: threads; None takes one for each core.
+        progress: called as the work goes on.
+
+    Raises:
+        CheckpointError: one of the folders holds no sound checkpoint.
+    """
+    findings = compare(Path(source), Path(destination), workers=checked_workers(workers), progress=progress)
+    stored = read_report(Path(against))["tensors"] if against is not None else None
+    failures = _config_failure(Path(destination))
+    for finding in findings:
+        why = _failure(finding) or (_worse(finding, stored) if stored is not None else None)
+        if why:
+            failures[finding.name] = why
+    return Verification(findings, failures)
+
+
+def _config_failure(folder: Path) -> dict[str, str]:
+    """Say why an engine could not load the tensors with the config beside them."""
+    checkpoint = open_checkpoint(folder)
+    try:
+        check_output(checkpoint.config, group_tensors(checkpoint.tensors).weights)
+    except CheckpointError as error:
+        return {CONFIG: str(error)}
+    return {}
+
+
+def _failure(finding: Finding) -> str | None:
+    """Say why a finding is not what a conversion may do, or None."""
+    match finding.relation:
+        case "missing":
+            return "is missing"
+        case "extra":
+            return "is not in the source"
+        case "differs" if finding.formats[0] == finding.formats[1]:
+            return f"was to be copied, but {finding.bytes_changed or 'all'} bytes differ"
+        case "differs" if finding.figures is None:
+            return "has another shape or kind"
+        case "differs" if finding.outside:
+            return f"{finding.outside} weights are further off than {finding.formats[1]} rounding explains"
+    return None
+
+
+def _worse(finding: Finding, stored: dict[str, Any]) -> str | None:
+    """Say in what a weight is worse than a report has it, or None."""
+    base, _ = names.split(finding.name)
+    facts = next(
+        (stored[name] for name in (finding.name, f"{base}.weight", f"{base}.weight_packed") if name in stored), None
+    )
+    if facts is None:
+        return "is not in the report"
+    figures = facts.get("figures")
+    if figures is None or finding.figures is None:
+        return None
+    if finding.figures.changed > figures["changed"] or finding.figures.error > figures["error"] * (1 + _SAME):
+        return f"squared error {finding.figures.error:.6g}, the report has {figures['error']:.6g}"
+    return None
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read a k2quant_report.json.
+
+    Raises:
+        MalformedFile: it is none.
+    """
+    if not os.path.isfile(path):  # noqa: PTH113  unlike Path.is_file, it never raises
+        raise MalformedFile("no such report", file=path, remedy="it lies in a folder that k2quant convert wrote")
+    report = parse_object(read_limited(path, REPORT_LIMIT), file=path)
+    tensors, files = report.get("tensors"), report.get("files")
+    sound = (
+        report.get("tool") == "k2quant"
+        and isinstance(tensors, dict)
+        and all(isinstance(facts, dict) and _sound_facts(facts) for facts in tensors.values())
+        and isinstance(files, dict)
+        and all(isinstance(facts, dict) for facts in files.values())
+    )
+    if not sound:
+        raise MalformedFile("not a report of k2quant", file=path)
+    return report
+
+
+def _sound_facts(facts: dict[str, Any]) -> bool:
+    """Tell whether a tensor's entry has the parts that are read here and in the picture of the report."""
+    checksums, figures = facts.get("crc32"), facts.get("figures")
+    return (
+        isinstance(checksums, dict)
+        and isinstance(facts.get("shape"), list)
+        and (figures is None or (isinstance(figures, dict) and figures.keys() >= _FIGURES and _numbers(figures)))
+    )
+
+
+def _numbers(figures: dict[str, Any]) -> bool:
+    return all(isinstance(value, int | float) for value in figures.values())
+
+
+def verify_checksums(
+    folder: str | os.PathLike[str], *, workers: int | None = None, progress: Progress | None = None
+) -> Verification:
+    """Compare a converted checkpoint with the checksums in its own report.
+
+    Raises:
+        CheckpointError: the folder holds no sound checkpoint, or no report.
+    """
+    here = Path(folder)
+    report = read_report(here / REPORT)
+    checkpoint = open_checkpoint(here)
+    expected = {
+        (f"{base}.{suffix}" if base else suffix): crc
+        for name, facts in report["tensors"].items()
+        for base in (names.split(name)[0],)
+        for suffix, crc in facts["crc32"].items()
+    }
+    failures = {name: "is missing" for name in expected if name not in checkpoint.tensors}
+    failures |= {name: "is not in the report" for name in checkpoint.tensors if name not in expected}
+    entries = [entry for name, entry in checkpoint.tensors.items() if name in expected]
+    found = _checksums(checkpoint, entries, workers=checked_workers(workers), progress=progress)
+    failures |= {
+        name: f"crc32 {crc}, the report has {expected[name]}" for name, crc in found.items() if crc != expected[name]
+    }
+    for name, facts in report.get("files", {}).items():
+        if why := _file_failure(here, name, facts):
+            failures[name] = why
+    return Verification([], failures)
+
+
+class _Piece(NamedTuple):
+    entry: TensorEntry
+    start: int
+    stop: int
+
+
+def _checksums(
+    checkpoint: Checkpoint, entries: list[TensorEntry], *, workers: int, progress: Progress | None
+) -> dict[str, str]:
+    """Return the crc32 of each tensor, in hexadecimal."""
+    total, done, lock = sum(entry.nbytes for entry in entries), 0, threading.Lock()
+    parts: dict[str, dict[int, tuple[int, int]]] = {entry.name: {} for entry in entries}
+
+    def work(piece: _Piece) -> None:
+        nonlocal done
+        data = memoryview(bytearray(piece.stop - piece.start))
+        read_into(checkpoint.shards[piece.entry.file], piece.entry.start + piece.start, data)
+        crc = zlib.crc32(data)
+        with lock:
+            parts[piece.entry.name][piece.start] = (crc, len(data))
+            done += len(data)
+
+    tick = (lambda: progress(done, total)) if progress else None
+    pool.run(_pieces(entries), work, workers=workers, tick=tick)
+    return {name: f"{combine(crc for _, crc in sorted(pieces.items())):08x}" for name, pieces in parts.items()}
+
+
+def _pieces(entries: list[TensorEntry]) -> Iterator[_Piece]:
+    for entry in entries:
+        for start in range(0, entry.nbytes, PIECE_BYTES):
+            yield _Piece(entry, start, min(start + PIECE_BYTES, entry.nbytes))
+
+
+def _file_failure(folder: Path, name: str, facts: dict[str, Any]) -> str | None:
+    path = folder / name
+    if ".." in Path(name).parts or Path(name).is_absolute():
+        return "leaves the folder"
+    check_inside(folder, path)
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != facts.get("size"):
+        return f"has {path.stat().st_size} bytes, the report has {facts.get('size')}"
+    if "sha256" in facts:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+                return "its sha256 is not the one in the report"
+    return None

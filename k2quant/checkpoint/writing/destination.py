@@ -1,0 +1,218 @@
+"""The folder that a conversion writes: whose it is, who works in it, and how far it has come.
+
+While a conversion runs, the folder holds `.k2quant/lock` (locked by the process, and free when it dies),
+`.k2quant/journal.jsonl` (one line that says what is being made, then one for each finished shard) and a file
+`INCOMPLETE`. All three go when the conversion is done; what remains is the checkpoint and its report.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from k2quant.checkpoint.files.paths import PARTIAL, read_limited, sync_folder, write_whole
+from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, MalformedFile, OutputError
+
+_WORK = ".k2quant"
+_LOCK = "lock"
+_JOURNAL = "journal.jsonl"
+REPORT_LIMIT = 2_000_000_000
+"""Largest report or journal in bytes, far above what a whole K2 needs: some 300 bytes for each of 140,000 tensors."""
+
+
+class Destination:
+    """An output folder, locked by this process."""
+
+    def __init__(self, folder: Path, *, report: str, incomplete: str) -> None:
+        """Take what `locked` prepared.
+
+        Args:
+            folder: the folder.
+            report: name of the report's file, which marks a finished folder as ours.
+            incomplete: name of the file that marks an unfinished one.
+        """
+        self.folder = folder
+        self._report = folder / report
+        self._incomplete = folder / incomplete
+        self._journal = folder / _WORK / _JOURNAL
+
+    def finished_report(self) -> dict[str, Any] | None:
+        """Return the report of a finished conversion, or None while there is none of ours."""
+        if self._journal.exists() or not self._report.is_file():
+            return None
+        try:
+            report = parse_object(read_limited(self._report, REPORT_LIMIT), file=self._report)
+        except MalformedFile:
+            return None
+        return report if report.get("tool") == "k2quant" else None
+
+    def journal(self) -> list[dict[str, Any]]:
+        """Return the journal's records, the first of which says what is being made; empty when nothing was begun.
+
+        A last line that a kill cut short is left out.
+        """
+        try:
+            data = read_limited(self._journal, REPORT_LIMIT)
+        except FileNotFoundError:  # nothing was begun, or another run has just finished
+            return []
+        records: list[dict[str, Any]] = []
+        for line in data.split(b"\n"):
+            if not line:
+                continue
+            try:
+                records.append(parse_object(line, file=self._journal))
+            except MalformedFile:
+                break
+        return records
+
+    def begin(self, records: list[dict[str, Any]]) -> None:
+        """Write the journal anew with these records and mark the folder as unfinished."""
+        write_whole(
+            self._incomplete,
+            b"k2quant is writing this checkpoint, or was stopped while it did. It cannot be used yet.\n"
+            b"Run the same `k2quant convert` again: it resumes where it stopped.\n",
+        )
+        write_whole(self._journal, b"".join(map(_line, records)))
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Append a record to the journal and flush it."""
+        with self._journal.open("ab") as file:
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Take away every mark of an unfinished conversion, the journal last."""
+        self._incomplete.unlink(missing_ok=True)
+        self._journal.unlink(missing_ok=True)
+        sync_folder(self.folder)
+
+    def clear(self, files: list[str]) -> None:
+        """Delete these files of an earlier conversion, finished or not.
+
+        The journal notes them first, so that a kill in between leaves a folder that is still ours. It stays.
+        """
+        self.begin([{"files": files}])
+        self.unlink(files)
+
+    def unlink(self, files: list[str]) -> None:
+        """Delete those of these files that are there; names that leave the folder are passed over."""
+        for name in files:
+            path = self.folder / name
+            if (
+                ".." in Path(name).parts
+                or Path(name).is_absolute()
+                or not path.parent.resolve().is_relative_to(self.folder.resolve())
+            ):
+                continue
+            for victim in (path, path.with_name(path.name + PARTIAL)):
+                if victim.is_file() or victim.is_symlink():
+                    victim.unlink()
+        sync_folder(self.folder)
+
+    def refuse_foreign(self, *, restart: bool = False) -> None:
+        """Refuse a folder that holds anything, unless it is ours.
+
+        Args:
+            restart: whether what is damaged may be thrown away.
+
+        Raises:
+            DestinationForeign: it holds files that no journal or report of ours explains.
+            DestinationStale: the journal is damaged, so that nobody knows what the folder holds.
+        """
+        own = {_WORK, self._incomplete.name, self._incomplete.name + PARTIAL}
+        foreign = sorted(path.name for path in self.folder.iterdir() if path.name not in own)
+        if not foreign or self.journal():
+            return
+        begun = self._journal.exists() or self._incomplete.exists()
+        if begun and not restart:
+            raise DestinationStale(
+                "the journal of an earlier run is damaged", file=self._journal, remedy="write it anew with --restart"
+            )
+        if not begun and self.finished_report() is None:
+            raise DestinationForeign(
+                "not empty, and not written by k2quant",
+                file=self.folder,
+                found=", ".join(foreign[:5]),
+                remedy="name another folder",
+            )
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, report: str, incomplete: str, restart: bool = False) -> Iterator[Destination]:
+    """Make the folder if need be and hold its lock.
+
+    Args:
+        folder: the destination.
+        report: name of the report's file, which marks a finished folder as ours.
+        incomplete: name of the file that marks an unfinished one.
+        restart: whether what an earlier run left may be thrown away, damaged or not.
+
+    Raises:
+        DestinationInUse: another process holds it.
+        DestinationForeign: the path is no folder, or the folder holds something that is not ours.
+    """
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise DestinationForeign("not a folder", file=folder, remedy="name another one")
+    destination = Destination(folder, report=report, incomplete=incomplete)
+    folder.mkdir(parents=True, exist_ok=True)
+    destination.refuse_foreign(restart=restart)
+    descriptor = _take_lock(folder)
+    try:
+        destination.refuse_foreign(restart=restart)
+        yield destination
+    finally:
+        with contextlib.suppress(OSError):
+            if not destination.journal():
+                shutil.rmtree(folder / _WORK)
+        os.close(descriptor)
+
+
+def _take_lock(folder: Path) -> int:
+    work = folder / _WORK
+    if work.is_symlink():
+        raise DestinationForeign("a link where k2quant keeps its journal", file=work)
+    while True:
+        try:
+            work.mkdir(exist_ok=True)
+            descriptor = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # the holder has just finished and removed the folder
+            continue
+        except FileExistsError:  # the same, between the two steps of mkdir; or a file stands there
+            if work.exists() and not work.is_dir():
+                raise
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise DestinationInUse(
+                "another k2quant writes here", file=folder, remedy="wait for it, or name another folder"
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise OutputError("cannot be locked", file=folder, found=error.strerror) from error
+        if _still_there(descriptor, work / _LOCK):
+            return descriptor
+        os.close(descriptor)
+
+
+def _still_there(descriptor: int, path: Path) -> bool:
+    """Tell whether the locked file is still the one at its path, and not one that a finished holder removed."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return False
+    held = os.fstat(descriptor)
+    return (status.st_ino, status.st_dev) == (held.st_ino, held.st_dev)

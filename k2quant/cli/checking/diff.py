@@ -1,0 +1,45 @@
+"""`k2quant diff`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_SHOWN = 50
+
+
+@click.command(name="diff")
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+@click.option("--workers", type=click.IntRange(min=1), help="Threads; default: one for each core.")
+@click.option("--json", "as_json", is_flag=True, help="Print every difference as JSON.")
+def command(first: Path, second: Path, *, workers: int | None, as_json: bool) -> None:
+    """List the tensors in which two checkpoints differ, and how. Exits 1 when some do.
+
+    \b
+    Example:
+        k2quant diff Kimi-K2.6 Kimi-K2.6-finetuned
+    """
+    import json
+
+    from k2quant.checking.comparison import compare, unlike
+    from k2quant.cli.checking.verify import finding_record, table
+    from k2quant.cli.parts.screen import progress
+    from k2quant.conversion.convert import checked_workers
+
+    with progress("comparing") as show:
+        findings = compare(first, second, workers=checked_workers(workers), progress=show)
+    differences = [finding for finding in findings if unlike(finding)]
+    if as_json:
+        click.echo(json.dumps([finding_record(finding) for finding in differences], indent=1))
+    elif differences:
+        for finding in differences[:_SHOWN]:
+            click.echo(f"{finding.name}: {finding.how()}")
+        if len(differences) > _SHOWN:
+            click.echo(f"... and {len(differences) - _SHOWN} more")
+        click.echo(table(differences))
+    else:
+        click.echo(f"no difference in {len(findings)} tensors")
+    if differences:
+        raise SystemExit(1)

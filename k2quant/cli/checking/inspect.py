@@ -1,0 +1,67 @@
+"""`k2quant inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from k2quant.checking.inspection import Inspection
+
+_SHOWN = 10  # problems that a person reads before looking for the cause
+
+
+@click.command(name="inspect")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def command(source: Path, *, as_json: bool) -> None:
+    """Describe the checkpoint in SOURCE: formats, counts, bytes, layers, experts, and what does not fit together.
+
+    Exits 1 when something would stop a conversion.
+
+    \b
+    Example:
+        k2quant inspect Kimi-K2-Instruct
+    """
+    import json
+
+    from k2quant.checking.inspection import inspect
+
+    found = inspect(source)
+    if as_json:
+        click.echo(json.dumps({**found._asdict(), "rows": [row._asdict() for row in found.rows]}, indent=1))
+    else:
+        _show(found)
+    if found.problems:
+        raise SystemExit(1)
+
+
+def _show(found: Inspection) -> None:
+    from k2quant.ground.units import size
+
+    click.echo(
+        f"{found.folder}: {found.model_type or 'no config'}, {size(found.nbytes)} in {found.tensors:,} tensors and "
+        f"{found.shards} shards, {found.layers} layers, {found.experts} experts a layer"
+    )
+    click.echo(f"\n{'class':<16} {'format':<16} {'tensors':>9} {'weights':>18} {'bytes':>10}")
+    for row in found.rows:
+        click.echo(
+            f"{row.tensor_class:<16} {row.format:<16} {row.tensors:>9,} {row.weights:>18,} {size(row.nbytes):>10}"
+        )
+    block = found.quantization
+    click.echo(f"\nquantization_config: {_summary(block) if block else 'none'}")
+    if found.unlisted:
+        click.echo(f"{len(found.unlisted)} tensors lie in shards but not in the index, such as {found.unlisted[0]}")
+    for problem in found.problems[:_SHOWN]:
+        click.echo(f"problem: {problem}")
+    if len(found.problems) > _SHOWN:
+        click.echo(f"... and {len(found.problems) - _SHOWN} more problems")
+
+
+def _summary(block: dict[str, object]) -> str:
+    parts = [str(block.get("quant_method"))]
+    parts += [f"{key} {block[key]}" for key in ("format", "weight_block_size") if key in block]
+    ignore = block.get("ignore")
+    return ", ".join(parts) + (f", {len(ignore)} ignored" if isinstance(ignore, list) else "")

@@ -1,0 +1,34 @@
+"""`k2quant eval`: a group; each of its commands has a file of its own, loaded when it is asked for."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Any
+
+import click
+
+from k2quant.cli.parts.lazy import LazyGroup
+
+
+class _Commands(LazyGroup):
+    def invoke(self, ctx: click.Context) -> Any:
+        # A cancelled job ends by SIGTERM; temporary files, gigabytes of them, then go as they do after Ctrl-C.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        return super().invoke(ctx)
+
+
+@click.command(
+    name="eval",
+    cls=_Commands,
+    homes={name: f"{__name__}.{name}" for name in ("run", "gate", "plan", "fidelity", "blame")},
+)
+def command() -> None:
+    """Measure what quantisation did to accuracy, decide whether that is good enough, find where it comes from.
+
+    \b
+    Example:
+        k2quant eval run K2-Instruct --tasks k2-quick -o runs/base
+        k2quant eval run K2-INT4 --tasks k2-quick -o runs/int4
+        k2quant eval gate runs/base runs/int4 --margin 1pp
+    """

@@ -1,0 +1,131 @@
+"""`k2quant eval blame`."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from k2quant.cli.parts import options
+from k2quant.cli.parts.screen import counting, remark
+
+if TYPE_CHECKING:
+    from k2quant.eval.drift.findings import Blame, Suspect
+
+_BEFORE_SEARCH = 3  # passes: the baseline, its noise, the damage
+
+
+@click.command(name="blame")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("candidate", metavar="CAND", type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Plain UTF-8; default: a short sample.")
+@click.option("--tokens", type=click.IntRange(min=3), default=8192, show_default=True, help="How much of it to read.")
+@click.option("--context", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens of a chunk.")
+@click.option("--lines", is_flag=True, help="Each line is a text of its own.")
+@click.option("--passes", type=click.IntRange(min=5), default=100, show_default=True, help="Forward passes at most.")
+@options.device()
+@options.dtype("float32", "; narrower ones are faster and hide small damage")
+@options.backend()
+@click.option("--trust-remote-code", is_flag=True, help="Run the tokenizer code of BASE.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON to a file too.")
+def command(
+    base: Path,
+    candidate: Path,
+    *,
+    text: Path | None,
+    tokens: int,
+    context: int,
+    lines: bool,
+    passes: int,
+    device: str,
+    dtype: str,
+    backend: str,
+    trust_remote_code: bool,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """Find the tensor classes, layers and weights of CAND that carry its damage against BASE.
+
+    Groups of weights are put back to BASE, and the KL divergence that is left says what they explain. The two may be in
+    different formats and larger than memory; nothing is copied. Finding nothing is no error.
+
+    \b
+    Example:
+        k2quant eval blame K2-Instruct K2-INT4 --text notes.txt -o blame.json
+    """
+    from k2quant.checkpoint.files.paths import write_whole
+    from k2quant.eval.drift.blame import find_blame
+    from k2quant.model.generation import silence
+
+    silence()
+    gc.enable()  # each pass leaves a model behind
+    with counting("passes, at most") as show:
+        found = find_blame(
+            base,
+            candidate,
+            text=text,
+            context=context,
+            tokens=tokens,
+            lines=lines,
+            device=device,
+            dtype=dtype,
+            backend=backend,  # type: ignore[arg-type]  # click checked it
+            passes=passes,
+            progress=show,
+            trust_remote_code=trust_remote_code,
+        )
+    data = json.dumps(found.as_dict(), indent=1)
+    if output is not None:
+        write_whole(output, data.encode() + b"\n")
+    if as_json:
+        click.echo(data)
+    else:
+        _show(found, dtype)
+    if output is not None:
+        remark(f"written to {output}")
+
+
+def _show(found: Blame, dtype: str) -> None:
+    click.echo(f"baseline   {found.base.model} ({found.base.folder})")
+    click.echo(f"candidate  {found.candidate.model} ({found.candidate.folder})")
+    if not found.changed:
+        click.echo("\nNothing to blame: both hold the same weights, byte for byte.")
+        return
+    click.echo(f"text       {found.text}; {found.passes} passes; {found.changed} weights are stored otherwise")
+    click.echo(f"damage     {found.damage.value:.3g} ± {found.damage.error:.1g} nats a token (KL divergence)")
+    click.echo(f"noise      {found.noise.value:.3g} ± {found.noise.error:.1g}, from rounding alone\n")
+    if not found.classes and not found.suspects:
+        click.echo(_nothing(found, dtype))
+        return
+    tables = [_table("tensor class", found.classes)] if found.classes else []
+    if found.together:
+        tables.append(_table("suspect", [*found.suspects, found.together]))
+    click.echo("\n\n".join("\n".join(lines) for lines in tables))
+    click.echo(
+        "\nA share is what goes of the damage when the group alone is put back, with its 95% interval. Groups overlap"
+        "\nin effect, so that shares may sum to more than 100%."
+    )
+
+
+def _nothing(found: Blame, dtype: str) -> str:
+    if found.passes > _BEFORE_SEARCH:
+        return (
+            "Nothing named: there is damage, but on this text no tensor class explains a part that chance\n"
+            "could not give. A longer text (--text, --tokens) may show where it comes from."
+        )
+    advice = "" if dtype == "float32" else "\n--dtype float32 has less noise and may show where it comes from."
+    return f"Nothing to blame: the damage cannot be told from the noise of rounding.{advice}"
+
+
+def _table(title: str, rows: Iterable[Suspect]) -> Iterable[str]:
+    rows = list(rows)
+    width = max(len(title), *(len(row.name) for row in rows))
+    yield f"{title:<{width}}  {'tensors':>8}  {'share':>7}  {'95%':>16}"
+    for row in rows:
+        low, high = (f"{100 * edge:.1f}" for edge in row.interval)
+        yield f"{row.name:<{width}}  {row.tensors:>8}  {100 * row.share:>6.1f}%  {f'{low} to {high}%':>16}"

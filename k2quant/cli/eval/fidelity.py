@@ -1,0 +1,161 @@
+"""`k2quant eval fidelity`."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from k2quant.cli.parts import options
+from k2quant.cli.parts.screen import counting, remark
+
+if TYPE_CHECKING:
+    from k2quant.eval.drift.findings import Fidelity, LayerFidelity
+from k2quant.ground.intervals import Estimate
+
+_NAMED = 16  # experts of a layer that are listed by number
+
+_COLUMNS = (
+    ("layer", 5),
+    ("rel. error", 11),
+    ("cosine", 10),
+    ("KL", 10),
+    ("same experts", 13),
+    ("overlap", 9),
+    ("load shift", 11),
+    ("never", 6),
+    ("starved", 8),
+)
+
+
+@click.command(name="fidelity")
+@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("candidate", metavar="CAND", type=click.Path(path_type=Path))
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Plain UTF-8; default: a short sample.")
+@click.option("--tokens", type=click.IntRange(min=3), default=4096, show_default=True, help="How much of it to read.")
+@click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a chunk.")
+@click.option("--lines", is_flag=True, help="Each line is a text of its own.")
+@options.device()
+@options.dtype()
+@options.backend()
+@click.option("--trust-remote-code", is_flag=True, help="Run the tokenizer code of BASE.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON to a file too.")
+def command(
+    base: Path,
+    candidate: Path,
+    *,
+    text: Path | None,
+    tokens: int,
+    context: int,
+    lines: bool,
+    device: str,
+    dtype: str,
+    backend: str,
+    trust_remote_code: bool,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """Measure how far the predictions of CAND drift from those of BASE, and in which layers.
+
+    Perplexity, KL divergence, and for each layer the error of its output and of its router's choices. Both models are
+    streamed layer by layer and may be larger than memory. A tripwire: only `eval gate` can tell whether accuracy was
+    lost.
+
+    \b
+    Example:
+        k2quant eval fidelity K2-Instruct K2-INT4 --text notes.txt -o fidelity.json
+    """
+    from k2quant.checkpoint.files.paths import write_whole
+    from k2quant.eval.drift.fidelity import measure_fidelity
+    from k2quant.model.generation import silence
+
+    silence()
+    gc.enable()  # two passes through two models make garbage
+    with counting("layers of both models") as show:
+        found = measure_fidelity(
+            base,
+            candidate,
+            text=text,
+            context=context,
+            tokens=tokens,
+            lines=lines,
+            device=device,
+            dtype=dtype,
+            backend=backend,  # type: ignore[arg-type]  # click checked it
+            trust_remote_code=trust_remote_code,
+            progress=show,
+        )
+    data = json.dumps(found.as_dict(), indent=1)
+    if output is not None:
+        write_whole(output, data.encode() + b"\n")
+    if found.unread:
+        remark(_about_unread(found.unread))
+    if as_json:
+        click.echo(data)
+    else:
+        _show(found)
+
+
+def _about_unread(characters: str) -> str:
+    """Say that a part of the text was not seen at all."""
+    some = ascii(characters[:8])
+    return f"note: the tokenizer passes over {len(characters)} kinds of characters in this text, such as {some}"
+
+
+def _show(found: Fidelity) -> None:
+    click.echo(f"baseline   {found.base.model} ({found.base.folder})")
+    click.echo(f"candidate  {found.candidate.model} ({found.candidate.folder})")
+    click.echo(f"text       {found.text}, {found.tokens} predictions in {found.chunks} chunks\n")
+    for name, value in _figures(found):
+        click.echo(f"{name:<28} {value}")
+    click.echo("\n" + " ".join(f"{name:>{width}}" for name, width in _COLUMNS))
+    for layer in found.layers:
+        click.echo(_row(layer))
+    click.echo("\nerror and cosine of each layer's output; KL of what norm and head would predict from it, nats")
+    for line in _starved(found):
+        click.echo(line)
+    click.echo(
+        "\nThis is a tripwire and no verdict: it says how much changed and where, not whether accuracy was lost.\n"
+        "Near the baseline it says nothing about accuracy; `k2quant eval gate` decides."
+    )
+
+
+def _figures(found: Fidelity) -> list[tuple[str, str]]:
+    """Return the figures of the whole text, each with its name."""
+    return [
+        ("perplexity of the baseline", f"{found.base_perplexity:.5g}"),
+        ("perplexity of the candidate", f"{found.candidate_perplexity:.5g}"),
+        ("ln of their ratio", _with_error(found.log_ratio)),
+        ("KL divergence, nats a token", _with_error(found.kl)),
+        ("  median, 99%, largest", f"{found.kl_median:.4g}, {found.kl_99:.4g}, {found.kl_max:.4g}"),
+        ("  the other way round", _with_error(found.reverse_kl)),
+        ("same likeliest token", f"{found.same_top.value:.2%} +- {found.same_top.error:.2%}"),
+    ]
+
+
+def _with_error(estimate: Estimate) -> str:
+    return f"{estimate.value:.4g} +- {estimate.error:.2g}"
+
+
+def _row(layer: LayerFidelity) -> str:
+    """Return a layer's line; a dense layer has no experts to compare."""
+    cells = [f"{layer.layer}", f"{layer.relative_mse:.3g}", f"{layer.cosine:.6f}", f"{layer.kl:.3g}"]
+    if layer.same_experts is not None and layer.overlap is not None and layer.load_shift is not None:
+        cells += [f"{share:.2%}" for share in (layer.same_experts, layer.overlap, layer.load_shift)]
+        cells += [str(len(layer.never)), str(len(layer.starved))]
+    return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=False))
+
+
+def _starved(found: Fidelity) -> list[str]:
+    """Name the experts that lost all their tokens."""
+    lines = []
+    for layer in found.layers:
+        if layer.starved:
+            names = ", ".join(map(str, layer.starved[:_NAMED]))
+            more = f" and {len(layer.starved) - _NAMED} more" if len(layer.starved) > _NAMED else ""
+            lines.append(f"layer {layer.layer}: experts that only the baseline visits: {names}{more}")
+    return lines

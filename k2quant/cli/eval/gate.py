@@ -1,0 +1,163 @@
+"""`k2quant eval gate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from k2quant.cli.parts.screen import remark
+from k2quant.errors import CheckFailed, Inconclusive, UsageError, printable
+
+if TYPE_CHECKING:
+    from k2quant.eval.gating.policy import Policy
+    from k2quant.eval.gating.verdict import Comparison, Verdict
+
+_FLIPS_SHOWN = 10
+
+
+@click.command(name="gate")
+@click.argument("base", metavar="BASELINE", type=click.Path(path_type=Path))
+@click.argument("candidate", type=click.Path(path_type=Path))
+@click.option("--policy", "policy_file", type=click.Path(path_type=Path), help="YAML with margin, alpha, power, tasks.")
+@click.option("--margin", metavar="SHARE", help="Largest drop that is good enough, such as 1pp.  [default: 1pp]")
+@click.option("--alpha", metavar="SHARE", help="Chance of each kind of mistake.  [default: 0.05]")
+@click.option("--tasks", metavar="A,B", help="Tasks to compare.  [default: all]")
+@click.option("--aa", "same_model", is_flag=True, help="Both runs are of one model: measure the noise. Never a PASS.")
+@click.option("--fidelity", type=click.Path(path_type=Path), metavar="FILE", help="Of `eval fidelity -o`, to draw.")
+@click.option("--blame", type=click.Path(path_type=Path), metavar="FILE", help="Of `eval blame -o`, to draw.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Write gate.html, .md, .xml (JUnit), .json."
+)
+@click.option("--github", is_flag=True, help="Write GitHub's job summary and annotations.")
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
+def command(
+    base: Path,
+    candidate: Path,
+    *,
+    policy_file: Path | None,
+    margin: str | None,
+    alpha: str | None,
+    tasks: str | None,
+    same_model: bool,
+    fidelity: Path | None,
+    blame: Path | None,
+    output: Path | None,
+    github: bool,
+    as_json: bool,
+) -> None:
+    """Decide whether the run CANDIDATE is as good as the run BASELINE: PASS, FAIL or INCONCLUSIVE.
+
+    Both answered the same items; the items that flipped decide, by an exact paired non-inferiority test. Runs are
+    folders of `k2quant eval run -o`, or of `lm_eval --log_samples`. Exits 0 on PASS, 3 on FAIL, 4 on INCONCLUSIVE.
+
+    \b
+    Example:
+        k2quant eval gate runs/base runs/int4 --margin 1pp -o gate
+    """
+    import os
+    import secrets
+
+    from k2quant.eval.drift.reading import read_blame, read_fidelity
+    from k2quant.eval.gating.gate import gate
+    from k2quant.eval.report import publish_to_github, write_reports
+
+    if output is None and (fidelity or blame):
+        raise UsageError("--fidelity and --blame are drawn into the report; name its folder with -o")
+    drift = read_fidelity(fidelity) if fidelity else None
+    causes = read_blame(blame) if blame else None
+    policy = _policy(policy_file, margin, alpha, tasks)
+    verdict = gate(base, candidate, policy=policy, same_model=same_model)
+    if output is not None:
+        page = write_reports(verdict, output, fidelity=drift, blame=causes).html
+    token = secrets.token_hex(16)
+    if github:
+        for line in publish_to_github(verdict, os.environ, fidelity=drift, blame=causes):
+            click.echo(line, err=as_json)
+        click.echo(f"::stop-commands::{token}", err=as_json)  # an answer may hold what GitHub takes for a command
+    if as_json:
+        click.echo(json.dumps(verdict.as_dict(), indent=1))
+    else:
+        show(verdict)
+    if github:
+        click.echo(f"::{token}::", err=as_json)
+    if output is not None:
+        remark(f"report: {page}")
+    _end(verdict)
+
+
+def _policy(file: Path | None, margin: str | None, alpha: str | None, tasks: str | None) -> Policy:
+    from k2quant.eval.gating.policy import Policy, read_policy, share
+
+    if file is not None:
+        if margin or alpha or tasks:
+            raise UsageError("--policy has margin, alpha and tasks; leave the options out")
+        return read_policy(file)
+    given = {key: share(text) for key, text in (("margin", margin), ("alpha", alpha)) if text is not None}
+    names = [] if tasks is None else [name.strip() for name in tasks.split(",")]
+    if not all(names):
+        raise UsageError(f"--tasks: expected names with commas between them, found {tasks!r}")
+    return Policy(**given, tasks=dict.fromkeys(names))
+
+
+def show(verdict: Verdict) -> None:
+    """Print a verdict for people: a table, the first flips, the reason."""
+    click.echo(printable(f"baseline   {verdict.base.model} ({verdict.base.folder})"))
+    click.echo(printable(f"candidate  {verdict.candidate.model} ({verdict.candidate.folder})") + "\n")
+    heads = ("items", "baseline", "candidate", "drop", "interval", "lost", "gained", "verdict")
+    rows = [*verdict.tasks, verdict.pooled] if len(verdict.tasks) > 1 else [verdict.pooled]
+    names = [printable(comparison.name) for comparison in rows]
+    width = max(len("task"), *map(len, names))
+    click.echo(f"{'task':<{width}} " + " ".join(f"{head:>{size}}" for head, size in zip(heads, _WIDTHS, strict=True)))
+    for name, comparison in zip(names, rows, strict=True):
+        click.echo(f"{name:<{width}} {_row(comparison)}")
+    click.echo("\ndrop and its interval in percentage points; lost and gained: items only one of them has right")
+    for flip in verdict.flips[:_FLIPS_SHOWN]:
+        click.echo(
+            printable(
+                f"  {_mark(lost=flip.lost)} {flip.task} {flip.doc_id}: {flip.prompt[-40:]!r} wants "
+                f"{flip.target[:30]!r}: {flip.base_answer[:30]!r} became {flip.candidate_answer[:30]!r}"
+            )
+        )
+    if len(verdict.flips) > _FLIPS_SHOWN:
+        click.echo(f"  and {len(verdict.flips) - _FLIPS_SHOWN} more; -o DIR writes a page with them")
+    for warning in verdict.warnings:
+        click.echo(f"\nnote: {printable(warning)}")
+    click.echo(f"\n{'NOISE FLOOR' if verdict.same_model else verdict.decision}: {printable(verdict.reason)}")
+
+
+_WIDTHS = (7, 9, 9, 7, 17, 6, 6, 13)
+
+
+def _row(comparison: Comparison) -> str:
+    low, high = comparison.interval
+    cells = (
+        f"{comparison.n:,}",
+        f"{comparison.base_accuracy:.2%}",
+        f"{comparison.candidate_accuracy:.2%}",
+        f"{100 * comparison.drop:+.2f}",
+        f"{100 * low:+.2f} to {100 * high:+.2f}",
+        str(comparison.lost),
+        str(comparison.gained),
+        comparison.decision,
+    )
+    return " ".join(f"{cell:>{size}}" for cell, size in zip(cells, _WIDTHS, strict=True))
+
+
+def _mark(*, lost: bool) -> str:
+    return "lost  " if lost else "gained"
+
+
+def _end(verdict: Verdict) -> None:
+    """Leave with the verdict's exit code.
+
+    Raises:
+        CheckFailed: FAIL.
+        Inconclusive: INCONCLUSIVE.
+    """
+    if verdict.decision == "FAIL":
+        raise CheckFailed("the gate says no")
+    if verdict.decision == "INCONCLUSIVE":
+        raise Inconclusive("no verdict" if verdict.same_model else "the gate cannot tell")

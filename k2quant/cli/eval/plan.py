@@ -1,0 +1,129 @@
+"""`k2quant eval plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from k2quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from k2quant.eval.statistics.planning import Plan
+
+_ASSUMED = (0.01, 0.02, 0.04, 0.06, 0.1)
+
+
+@click.command(name="plan")
+@click.option("--margin", metavar="SHARE", default="1pp", show_default=True, help="Largest drop that is good enough.")
+@click.option(
+    "--power",
+    metavar="SHARE",
+    default="0.8",
+    show_default=True,
+    help="Chance of PASS that a good candidate shall have.",
+)
+@click.option(
+    "--alpha",
+    metavar="SHARE",
+    default="0.05",
+    show_default=True,
+    help="Chance that one at the margin passes all the same.",
+)
+@click.option("--flips", metavar="SHARE", help="Share of items that flip between right and wrong, such as 4%.")
+@click.option(
+    "--pilot",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    metavar="BASELINE CANDIDATE",
+    help="Two runs to count flips in.",
+)
+@click.option(
+    "--drop", metavar="SHARE", default="0", show_default=True, help="The true drop of the candidate that shall pass."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plans as JSON.")
+def command(
+    *, margin: str, power: str, alpha: str, flips: str | None, pilot: tuple[Path, Path] | None, drop: str, as_json: bool
+) -> None:
+    """Say how many items a gate needs, before they are paid for.
+
+    The more items flip between right and wrong, in whichever direction, the more it takes to tell a drop below the
+    margin from one above it. Without --flips or --pilot it shows what some usual shares of flips would take.
+
+    \b
+    Example:
+        k2quant eval plan --margin 1pp --power 0.8 --flips 4%
+        k2quant eval plan --margin 1pp --pilot runs/base runs/int4
+    """
+    from k2quant.eval.gating.policy import share
+
+    if flips is not None and pilot:
+        raise UsageError("--flips and --pilot both name the share of flips; give one of them")
+    rules = {"margin": share(margin), "power": share(power), "alpha": share(alpha), "drop": share(drop)}
+    measured = _measured(*pilot) if pilot else None
+    if measured:
+        shares = list(dict.fromkeys((measured["flips"], measured["limit"])))
+    else:
+        shares = [share(flips)] if flips is not None else [each for each in _ASSUMED if each >= rules["drop"]]
+    plans = _plans(rules, shares)
+    if as_json:
+        import json
+
+        click.echo(json.dumps({"pilot": measured, "plans": [each.as_dict() for each in plans]}, indent=1))
+        return
+    for line in [*_head(rules, measured), *_table(plans), *_remarks(plans)]:
+        click.echo(line)
+
+
+def _plans(rules: dict[str, float], shares: list[float]) -> list[Plan]:
+    from k2quant.eval.statistics.planning import plan
+
+    if not shares:
+        raise UsageError(f"a drop of {rules['drop']:.2%} needs at least as many flips; name them with --flips")
+    return [plan(**rules, flips=each) for each in shares]
+
+
+def _measured(base: Path, candidate: Path) -> dict[str, Any]:
+    """Count the flips between two runs."""
+    from k2quant.eval.gating.pairing import pair
+    from k2quant.eval.runs.reading import read_run
+    from k2quant.eval.statistics.planning import flips_limit
+
+    pairs = pair(read_run(base), read_run(candidate))
+    n = sum(len(each.base) for each in pairs)
+    lost, gained = sum(each.lost for each in pairs), sum(each.gained for each in pairs)
+    limit = flips_limit(lost + gained, n)
+    return {"n": n, "lost": lost, "gained": gained, "flips": (lost + gained) / n, "limit": limit}
+
+
+def _head(rules: dict[str, float], measured: dict[str, Any] | None) -> list[str]:
+    """Say what is planned, and on what it rests."""
+    drop = f"a true drop of {100 * rules['drop']:g} pp" if rules["drop"] else "no true drop"
+    lines = [
+        f"Items that let a candidate with {drop} pass with a chance of {100 * rules['power']:g}%,",
+        f"and one whose drop is {100 * rules['margin']:g} pp with at most {100 * rules['alpha']:g}%:",
+        "",
+    ]
+    if measured:
+        counts = f"The pilot: {measured['n']:,} items, {measured['lost']:,} lost, {measured['gained']:,} gained; "
+        limit = f"{measured['flips']:.2%} flipped, at most {measured['limit']:.2%} with 95% confidence."
+        return [counts + limit, "", *lines]
+    return lines
+
+
+def _table(plans: list[Plan]) -> list[str]:
+    lines = [f"{'flips':>8} {'items':>12} {'chance of PASS':>16}"]
+    for each in plans:
+        items = f"over {10_000_000:,}" if each.items is None else f"{each.items:,}"
+        reached = "" if each.reached is None else f"{each.reached:.1%}"
+        lines.append(f"{each.flips:>8.2%} {items:>12} {reached:>16}".rstrip())
+    return lines
+
+
+def _remarks(plans: list[Plan]) -> list[str]:
+    """Say what bounds any plan for this margin."""
+    lines = ["", f"With fewer than {plans[0].without_flips:,} items not even a candidate without a single flip passes."]
+    if len(plans) > 1:
+        lines.append("Plan on the upper end of what the share of flips may be: too few items end as INCONCLUSIVE.")
+    return lines

@@ -1,0 +1,172 @@
+"""`k2quant eval run`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from k2quant.cli.parts import options
+from k2quant.cli.parts.screen import progress, questions, remark
+
+Progress = Callable[[int, int], None]
+
+
+def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001  click's signature
+    if not value or ctx.resilient_parsing:
+        return
+    from k2quant.eval.asking.presets import table
+
+    click.echo(table())
+    ctx.exit()
+
+
+@click.command(name="run")
+@click.argument("model")
+@click.option("--tasks", required=True, help="Tasks, groups or tags of lm-eval, or presets of ours, with commas.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, file_okay=False), help="RUN folder.")
+@click.option("--limit", type=click.IntRange(min=1), help="Documents of each task.  [default: all]")
+@click.option("--shots", type=click.IntRange(min=0), help="Examples before each question.  [default: the task's own]")
+@click.option(
+    "--backend",
+    type=click.Choice(["k2quant", "hf", "vllm", "api"]),
+    default="k2quant",
+    show_default=True,
+    help="Packed weights on our kernels, transformers, vLLM, or an OpenAI-style server.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Texts at once; of a server, requests under way.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Of an answer.  [default: the task's own, or 1024]")
+@click.option("--max-length", type=click.IntRange(min=2), help="Tokens of prompt and answer.  [default: the model's]")
+@options.device()
+@options.dtype()
+@click.option(
+    "--include",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with task YAML of your own; repeatable. Task YAML can run code: take none that you do not trust.",
+)
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="TASK=PATH",
+    help="Local JSON or JSON Lines for a task or group instead of the hub's data; repeatable.",
+)
+@click.option("--base-url", help="Of a server, such as http://localhost:8000/v1; its key is in OPENAI_API_KEY.")
+@click.option("--chat", is_flag=True, help="Ask the server by chat messages.")
+@click.option(
+    "--served-from",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The checkpoint that the server serves, so that the run knows its hash.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder of a served model's tokenizer, to score text.  [default: that of --served-from]",
+)
+@click.option("--chat-template", is_flag=True, help="Put prompts through the tokenizer's chat template.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run the checkpoint's own code: tokenizer, with hf and vllm model."
+)
+@click.option("--confirm-unsafe-code", is_flag=True, help="Let tasks run the code that the model writes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.option(
+    "--list-presets", is_flag=True, is_eager=True, expose_value=False, callback=_presets, help="What presets hold."
+)
+def command(output: Path, *, tasks: str, data: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Ask MODEL, a checkpoint in any format, the questions of lm-eval's benchmarks and keep every answer in RUN.
+
+    Needs `pip install "k2quant[eval]"`. With --backend api, MODEL is what the server calls it. The same command
+    resumes a run that was stopped, with the same numbers to the last bit.
+
+    Benchmarks on local files, without a network: --data names, for a task, a file with its questions, or a folder with
+    one file for each split (`test.jsonl`, `gsm8k_test.jsonl`), and for a group a folder with a file for each part
+    (`date_understanding.json`). The rest is lm-eval's own definition; shots come from the split that it names.
+
+    \b
+    Example:
+        k2quant eval run K2-INT4 --tasks k2-quick -o runs/int4
+        k2quant eval run K2-INT4 --tasks gsm8k --data gsm8k=data/ -o runs/gsm8k
+        k2quant eval run kimi-k2 --backend api --base-url http://localhost:8000/v1 --tasks gsm8k -o runs/served
+    """
+    import gc
+    import json
+
+    gc.enable()  # hours of tensors
+    from k2quant.eval.asking.running import Request, run
+
+    given["unsafe_code"] = given.pop("confirm_unsafe_code")
+    names = tuple(filter(None, map(str.strip, tasks.split(","))))
+    request = Request(tasks=names, data=_data(data), **given)
+    try:
+        with _bars() as (reading, answered):
+            manifest = run(request, output, reading=reading, progress=answered, remark=remark)
+    except KeyboardInterrupt:
+        remark(f"{output}: the same command resumes")
+        raise
+    found = json.loads(manifest.read_bytes())
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        _show(found, output)
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[tuple[Progress | None, Progress | None]]:
+    """Show one bar while the model is read, then another while it answers."""
+    with contextlib.ExitStack() as stack:
+        reading = stack.enter_context(progress("reading"))
+        shown: list[Progress | None] = []
+
+        def answered(done: int, total: int) -> None:
+            if not shown:
+                stack.close()
+                shown.append(stack.enter_context(questions("answers")))
+            if shown[0]:
+                shown[0](done, total)
+
+        yield reading, answered if reading else None
+
+
+def _data(pairs: tuple[str, ...]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for pair in pairs:
+        task, equals, path = pair.partition("=")
+        if not (task and equals and path):
+            raise click.UsageError(f"--data: expected TASK=PATH, found {pair!r}")
+        found[task] = Path(path)
+    return found
+
+
+def _show(manifest: dict[str, Any], folder: Path) -> None:
+    rows = [("task", "metric", "n", "value", "stderr")]
+    for name, task in manifest["tasks"].items():
+        rows += _rows(name, task["metrics"], str(task["documents"]))
+    for name, metrics in manifest["groups"].items():
+        rows += _rows(name, metrics, "")
+    widths = [max(len(row[place]) for row in rows) for place in range(5)]
+    for row in rows:
+        left = f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}"
+        click.echo(f"{left}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}  {row[4]:>{widths[4]}}".rstrip())
+    for name, task in manifest["tasks"].items():
+        if task["truncated"]:
+            remark(f"{name}: {task['truncated']} answers ended at the limit on new tokens; see --max-new-tokens")
+    remark(f"{folder}: {manifest['seconds']:.0f} s; compare with  k2quant eval gate BASELINE {folder}")
+
+
+def _rows(name: str, metrics: dict[str, Any], count: str) -> list[tuple[str, str, str, str, str]]:
+    return [
+        (name, metric, count, _number(found["value"]), _number(found["stderr"])) for metric, found in metrics.items()
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

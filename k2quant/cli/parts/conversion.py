@@ -1,0 +1,146 @@
+"""What the commands that write a whole checkpoint have in common: their options, the dry run, the last line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from k2quant.cli.parts.options import Option
+
+if TYPE_CHECKING:
+    from k2quant.conversion.convert import Conversion
+    from k2quant.conversion.plan import Plan
+
+_FORMAT = (
+    click.option("--to", type=click.Choice(["bf16", "fp8", "int4"]), required=True, help="Format to write."),
+    click.option(
+        "--scope",
+        type=click.Choice(["experts", "linear"]),
+        help="Which weights get it: the routed experts (default for int4) or every projection (default for fp8).",
+    ),
+    click.option(
+        "--ignore", multiple=True, metavar="REGEX", help="Keep weights in whose name this is found out of scope."
+    ),
+    click.option(
+        "--grid",
+        type=click.Choice(["moonshot", "compressed-tensors"]),
+        help="INT4 rounding rule: amax/7 on -7..7 (moonshot, default) or amax/7.5 on -8..7.",
+    ),
+    click.option(
+        "--shard-size",
+        metavar="SIZE",
+        help="Tensor bytes of a shard, such as 5GB (a larger weight gets its own); default: as the source.",
+    ),
+    click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one for each core."),
+)
+
+_RUN = (
+    click.option(
+        "--dry-run", is_flag=True, help="Print what it would cost, write nothing; exit 1 if the disk is too small."
+    ),
+    click.option("--restart", is_flag=True, help="Throw away what an earlier run left in DESTINATION."),
+    click.option("--sha256", is_flag=True, help="Also note a sha256 of each file in the report."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+)
+
+
+def format_options() -> Option[Any]:
+    """Which weights get which format, in which shards, by how many threads."""
+    return _all(_FORMAT)
+
+
+def run_options() -> Option[Any]:
+    """How a run begins and what it says."""
+    return _all(_RUN)
+
+
+def _all(options: tuple[Option[Any], ...]) -> Option[Any]:
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def announce(done: Conversion) -> None:
+    """Say on stderr what the user may not expect: that work was there already, that files were left out."""
+    from k2quant.cli.parts.screen import remark
+
+    if done.resumed:
+        remark(f"resumed: {done.resumed} shards were finished before")
+    if done.report["left_out"] and not done.already_done:
+        remark(f"left out, for the index does not name them: {', '.join(done.report['left_out'])}")
+
+
+def summary(done: Conversion, destination: Path) -> dict[str, Any]:
+    """Return what a run came to, as JSON has it."""
+    report = {key: value for key, value in done.report.items() if key not in {"tensors", "source"}}
+    return {"destination": str(destination), "already_done": done.already_done, **report}
+
+
+def last_line(done: Conversion, destination: Path) -> str:
+    """Return what a run came to, as people read it."""
+    from k2quant.ground.units import duration, size
+
+    report = done.report
+    if done.already_done:
+        return f"{destination}: already finished, nothing to do"
+    ratio = report["bytes_written"] / max(report["bytes_read"], 1)
+    rate = "" if done.resumed else f", {size(report['bytes_read'] / report['seconds'])}/s"
+    return (
+        f"{destination}: {size(report['bytes_read'])} -> {size(report['bytes_written'])} ({ratio:.2f}x) "
+        f"in {duration(report['seconds'])}{rate}"
+    )
+
+
+def dry_run(
+    plan: Plan,
+    destination: Path,
+    *,
+    restart: bool,
+    workers: int,
+    as_json: bool,
+    peak_memory: int | None = None,
+    more: dict[str, Any] | None = None,
+) -> None:
+    """Print what a plan would cost; exit 1 if the disk is too small.
+
+    Args:
+        plan: what would be written.
+        destination: where.
+        restart: whether what stands there would be thrown away.
+        workers: threads.
+        as_json: print JSON.
+        peak_memory: bytes, where they are not the plan's own estimate.
+        more: what else there is to say, by name.
+    """
+    import json
+
+    from k2quant.conversion.estimate import estimate
+    from k2quant.conversion.plan import describe
+    from k2quant.conversion.resume import standing_shards
+    from k2quant.ground.units import duration, size
+
+    done = standing_shards(plan, destination, restart=restart)
+    cost = estimate(plan, destination, done=done, workers=workers)
+    cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
+    if as_json:
+        work = {"shards": len(plan.shards), "shards_done": len(done), "work": describe(plan)}
+        click.echo(json.dumps({**cost._asdict(), "fits": cost.fits, **work, **(more or {})}))
+    else:
+        for kind, row in describe(plan).items():
+            click.echo(f"{kind:<16} " + ", ".join(f"{count} {what}" for what, count in row.items()))
+        for name, value in (more or {}).items():
+            click.echo(f"{name:<16} {value}")
+        click.echo(f"{'read':<16} {size(cost.bytes_read)}")
+        click.echo(f"{'written':<16} {size(cost.bytes_written)} in {len(plan.shards)} shards, {len(done)} of them done")
+        click.echo(f"{'disk needed':<16} {size(cost.disk_needed)}" + ("" if cost.fits else ", TOO SMALL"))
+        click.echo(f"{'disk free':<16} {size(cost.disk_free)}")
+        click.echo(f"{'peak memory':<16} {size(cost.peak_memory)}")
+        click.echo(f"{'time':<16} about {duration(cost.seconds)} on the CPU")
+    if not cost.fits:
+        raise SystemExit(1)

@@ -1,0 +1,73 @@
+"""`k2quant qat plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from k2quant.cli.parts.options import trust_remote_code
+
+if TYPE_CHECKING:
+    from k2quant.qat.planning import JobPlan
+
+
+@click.command(name="plan")
+@click.argument("job", metavar="JOB.yaml", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="That will train.")
+@trust_remote_code()
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+def command(job: Path, *, processes: int, trust_remote_code: bool, as_json: bool) -> None:
+    """Say what JOB.yaml would train, what memory that takes, and whether its result could be saved.
+
+    Nothing is trained, and of the model only headers and a few weights are read. Ends with an error if no routed expert
+    would be fake-quantised.
+
+    \b
+    Example:
+        k2quant qat plan job.yaml
+    """
+    from k2quant.qat.job import read_job
+    from k2quant.qat.planning import plan_job
+
+    plan = plan_job(read_job(job, trust_remote_code=trust_remote_code), processes=processes)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(_facts(plan), indent=1))
+        return
+    for line in _lines(plan):
+        click.echo(line)
+
+
+def _facts(plan: JobPlan) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    covered = {kind: {"quantised": some, "weights": all_} for kind, (some, all_) in plan.coverage.items()}
+    return asdict(plan) | {"coverage": covered, "bytes_needed": plan.bytes_needed, "disk_needed": plan.disk_needed}
+
+
+def _lines(plan: JobPlan) -> list[str]:
+    from k2quant.ground.units import size
+
+    some, whole = (sum(counts) for counts in zip(*plan.coverage.values(), strict=True))
+    lines = [f"{'weights':<20} {'fake-quantised':>16} {'of':>16} {'share':>7}"]
+    for kind, (part, count) in [*plan.coverage.items(), ("all", (some, whole))]:
+        lines.append(f"{kind:<20} {part:>16,} {count:>16,} {part / max(count, 1):>7.1%}")
+    lines += ["", f"{'trained':<20} {plan.trained:>16,} numbers", ""]
+    each = "" if plan.processes == 1 else f", on each of {plan.processes} devices"
+    lines += [f"{name:<20} {size(count):>16}" for name, count in plan.memory.items()]
+    lines += [f"{'memory':<20} {size(plan.bytes_needed):>16}{each}; activations come on top", ""]
+    short = "" if plan.disk_needed <= plan.disk_free else ": TOO LITTLE"
+    teacher = " and what the teacher says" if plan.teacher_bytes else ""
+    disk = f"for {plan.checkpoints} checkpoints at a time{teacher}; {size(plan.disk_free)} free{short}"
+    lines += [f"{'disk':<20} {size(plan.disk_needed):>16} {disk}", ""]
+    learnt = f"{plan.learnt:,} tokens to learn; {plan.held_out:,} rows held out"
+    lines += [
+        f"{'data':<20} {plan.pieces:,} pieces of text in {plan.rows:,} rows, {learnt}",
+        f"{'epochs':<20} {plan.epochs:.2f}",
+        f"{'export':<20} {size(plan.export_bytes)}; tried on {', '.join(plan.tried)}: equal bits",
+    ]
+    lines += [f"{'note':<20} {note}" for note in plan.notes]
+    return lines

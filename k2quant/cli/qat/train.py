@@ -1,0 +1,93 @@
+"""`k2quant qat train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from k2quant.cli.parts.options import trust_remote_code
+from k2quant.cli.parts.screen import remark, training
+
+if TYPE_CHECKING:
+    from k2quant.qat.run.history import Evaluation
+    from k2quant.qat.training.training import Result
+
+
+@click.command(name="train")
+@click.argument("job", metavar="JOB.yaml", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--restart", is_flag=True, help="Throw away what an earlier run left in the output folder.")
+@trust_remote_code()
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(job: Path, *, restart: bool, trust_remote_code: bool, as_json: bool) -> None:
+    """Train what JOB.yaml says, in one process; the same command after a kill goes on from the last checkpoint.
+
+    On several devices: accelerate launch -m k2quant.qat JOB.yaml, or torchrun in the place of accelerate.
+
+    \b
+    Example:
+        k2quant qat train job.yaml
+    """
+    import gc
+
+    gc.enable()  # the command line runs without; a training makes cycles at every step
+    from k2quant.qat.job import read_job
+    from k2quant.qat.training.training import train
+
+    read = read_job(job, trust_remote_code=trust_remote_code)
+    with training("training") as progress:
+        result = train(read, restart=restart, progress=progress, stage=None if as_json else remark)
+    for note in result.notes:
+        remark(f"note: {note}")
+    if as_json:
+        import json
+
+        click.echo(json.dumps(_facts(result), indent=1))
+        return
+    _show(result, control=not read.training.fake_quantize)
+
+
+def _facts(result: Result) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    whole = result._asdict() | {"folder": str(result.folder), "notes": list(result.notes)}
+    return whole | {"evaluation": asdict(result.evaluation) if result.evaluation else None}
+
+
+def _show(result: Result, *, control: bool) -> None:
+    from k2quant.ground.units import duration
+    from k2quant.qat.report.recovery import headline
+    from k2quant.qat.run.history import HISTORY, read_history
+
+    if result.resumed == result.steps:
+        click.echo(f"{result.folder}: trained before, nothing to do")
+    else:
+        since = f" from step {result.resumed}" if result.resumed else ""
+        click.echo(f"{result.folder}: {result.steps} steps{since} in {duration(result.seconds)}")
+    if result.evaluation is None:
+        click.echo("\nno rows were held out, so no loss was measured")
+    else:
+        _show_losses(result.evaluation)
+        click.echo(f"\n{headline(read_history(result.folder / HISTORY), control=control)}.")
+        if not control:
+            click.echo("Training alone may account for some of it: `training: {fake_quantize: false}` is the control.")
+    if result.starved:
+        click.echo(
+            f"{result.starved} experts saw too few tokens and keep post-training rounding; the report lists them."
+        )
+    click.echo(f"Report:     {result.folder / 'report.html'}")
+    click.echo(f"Export it:  k2quant qat export {result.folder} DST")
+
+
+def _show_losses(last: Evaluation) -> None:
+    rows = [
+        ("start, in BF16", last.start),
+        ("start, rounded", last.start_rounded),
+        ("trained, rounded", last.loss),
+        ("trained, in BF16", last.unrounded),
+    ]
+    click.echo("\nheld-out loss, nats a token")
+    for name, loss in rows:
+        if loss is not None:
+            click.echo(f"  {name:<18} {loss:>9.4f}")

@@ -1,0 +1,1 @@
+"""One checkpoint into another: which weight gets which format, the plan, and the stream that carries it out."""

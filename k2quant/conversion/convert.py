@@ -1,0 +1,232 @@
+"""Convert a checkpoint: plan, destination, stream of shards, then what makes the folder usable.
+
+The order on disk is the promise: shards first, each whole before it has its name, then other files, the report, the
+index, and config.json last. Until then the folder says that it is incomplete, and the same call resumes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from k2quant.checkpoint.files.paths import check_inside, copy_file, write_whole
+from k2quant.checkpoint.reader import CONFIG, INDEX, open_checkpoint
+from k2quant.checkpoint.reading import check_packed_shapes
+from k2quant.checkpoint.writing.destination import locked
+from k2quant.conversion.plan import INCOMPLETE, REPORT, Options, Plan, make_plan
+from k2quant.conversion.recipe import Scope
+from k2quant.conversion.resume import begin, check_finished, clear, identity, refuse_nested
+from k2quant.conversion.stream import Progress, Record, Stream, Substitute
+from k2quant.errors import OutputError, UsageError
+from k2quant.formats.layouts import FormatName
+from k2quant.ground import names
+from k2quant.ground.version import __version__
+from k2quant.kernels.codecs.grids import Grid
+
+if TYPE_CHECKING:
+    from k2quant.kernels.codecs.seam import Codecs
+
+MOST_WORKERS = 256
+"""More threads than this only fight over the interpreter's lock."""
+
+
+class Conversion(NamedTuple):
+    """What a conversion came to."""
+
+    folder: Path
+    report: dict[str, Any]
+    """The content of k2quant_report.json."""
+    resumed: int
+    """Shards that an earlier, interrupted run had finished."""
+    already_done: bool
+    """Whether the destination was finished before, so that nothing was written."""
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    to: FormatName,
+    scope: Scope | None = None,
+    ignore: tuple[str, ...] = (),
+    grid: Grid | None = None,
+    shard_size: int | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    restart: bool = False,
+    sha256: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert a checkpoint to BF16, block-FP8 or INT4.
+
+    The same call after a kill resumes; on a finished destination it does nothing.
+
+    Args:
+        source: folder of the checkpoint, in any of the formats, mixed too.
+        destination: folder to write; empty, new, or of an earlier run of the same call.
+        to: `bf16`, `fp8` or `int4`.
+        scope: `experts` (default for int4) or `linear` (default for fp8).
+        ignore: regular expressions; a weight in whose name one is found stays out of scope.
+        grid: INT4 rounding rule, `moonshot` (default) or `compressed-tensors`.
+        shard_size: largest output shard in bytes; None keeps the source's shards.
+        workers: threads; None takes one for each core that this process may use.
+        device: where the arithmetic runs, `cpu` or `cuda`.
+        restart: throw away what an earlier run of other options or another source left in the destination.
+        sha256: also note a sha256 of each file, as hubs list them.
+        progress: called as the work goes on.
+
+    Returns:
+        the destination with its report.
+
+    Raises:
+        CheckpointError: the source cannot be converted; nothing that looks finished was written.
+        OutputError: the destination is not ours, in use, or the disk failed; the same call resumes.
+        UsageError: the options make no sense.
+    """
+    here, there = Path(source), Path(destination)
+    refuse_nested(here, there)
+    plan = make_plan(open_checkpoint(here), Options(to, scope, ignore, grid, shard_size))
+    return carry_out(plan, there, workers=workers, device=device, restart=restart, sha256=sha256, progress=progress)
+
+
+def carry_out(
+    plan: Plan,
+    there: Path,
+    *,
+    workers: int | None = None,
+    device: str = "cpu",
+    restart: bool = False,
+    sha256: bool = False,
+    substitute: Substitute | None = None,
+    check: Callable[[Path], None] | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write what a plan says; see `convert`.
+
+    Args:
+        plan: what to write.
+        there: folder to write it to.
+        workers: as in `convert`, like the others.
+        device: where the converter's arithmetic runs.
+        restart: throw away what an earlier run left.
+        sha256: note digests.
+        substitute: whose values take the place of the source's; `plan.values` says which these are.
+        check: is given the folder when all shards stand there and nothing yet makes it look finished; what it raises
+            leaves it so.
+        progress: called as the work goes on.
+    """
+    begun = time.monotonic()
+    threads, arithmetic = checked_workers(workers), codecs_of(device)
+    try:
+        with locked(there, report=REPORT, incomplete=INCOMPLETE, restart=restart) as folder:
+            if not restart and (report := folder.finished_report()) is not None:
+                check_finished(folder, report, plan)
+                return Conversion(there, report, 0, already_done=True)
+            check_packed_shapes(plan.source, (job.weight for job in plan.jobs()))
+            if restart:
+                clear(folder)
+            done = begin(folder, plan, fresh=restart)
+            stream = Stream(
+                plan,
+                folder,
+                done=set(done),
+                codecs=arithmetic,
+                sha256=sha256,
+                progress=progress,
+                substitute=substitute,
+            )
+            shards = done | stream.run(threads)
+            if check is not None:
+                check(folder.folder)
+            report = _report(plan, shards, seconds=time.monotonic() - begun, resumed=len(done))
+            _complete(folder.folder, plan, report, sha256=sha256)
+            folder.finish()
+            return Conversion(there, report, len(done), already_done=False)
+    except OSError as error:
+        raise OutputError(
+            "cannot be written",
+            file=error.filename or there,
+            found=error.strerror or str(error),
+            remedy="when that is mended, run the same command again: it resumes",
+        ) from error
+
+
+def codecs_of(device: str) -> Codecs:
+    """Return the arithmetic of a device.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    from k2quant.kernels.codecs.seam import codecs
+
+    return codecs(device)
+
+
+def checked_workers(workers: int | None) -> int:
+    """Return how many threads to use.
+
+    Raises:
+        UsageError: the number makes no sense.
+    """
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise UsageError(f"{workers} workers; expected 1 to {MOST_WORKERS}")
+    return workers or min(available_cores(), MOST_WORKERS)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _report(plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: int) -> dict[str, Any]:
+    """Return the content of k2quant_report.json, the other files aside."""
+    records = [shards[shard.file] for shard in plan.shards]
+    return {
+        "tool": "k2quant",
+        "version": __version__,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "resumed_shards": resumed,
+        "source_name": plan.source.folder.resolve().name,
+        **identity(plan),
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "left_out": list(plan.left_out),
+        "files": {
+            record["shard"]: {key: record[key] for key in ("size", "sha256") if key in record} for record in records
+        },
+        "tensors": {
+            name: {"class": names.tensor_class(name), "layer": names.layer(name), **facts}
+            for record in records
+            for name, facts in record["tensors"].items()
+        },
+    }
+
+
+def _complete(folder: Path, plan: Plan, report: dict[str, Any], *, sha256: bool) -> None:
+    """Write everything but the shards, config.json last."""
+    for name in plan.copies:
+        check_inside(plan.source.folder, plan.source.folder / name)
+        copy_file(plan.source.folder / name, folder / name)
+        report["files"][name] = _file_facts(folder / name, sha256=sha256)
+    last = {INDEX: plan.index} | ({} if plan.config is None else {CONFIG: plan.config})
+    for name, data in last.items():
+        facts = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        report["files"][name] = facts  # small, and what engines read first: always with its digest
+    write_whole(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
+    for name, data in last.items():
+        write_whole(folder / name, data)
+
+
+def _file_facts(path: Path, *, sha256: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = {"size": path.stat().st_size}
+    if sha256:
+        with path.open("rb") as file:
+            facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return facts

@@ -1,0 +1,149 @@
+"""What a conversion will cost, from a few tenths of a second of measuring on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from k2quant.checkpoint.files.paths import nearest_folder
+from k2quant.checkpoint.panels import panel_state
+from k2quant.checkpoint.reading import read_into
+from k2quant.conversion.plan import Plan, ShardPlan
+from k2quant.conversion.resume import bytes_missing
+from k2quant.errors import OutputError
+from k2quant.formats.dtypes import TensorSpec
+from k2quant.formats.layouts import Format, weight_count
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+_PROBE_ROWS, _PROBE_WIDTH = 512, 2048
+_PROBE_BYTES = 2**26
+_PROBE_SECONDS = 0.1
+_COPY_RATE = 1e9  # bytes a second and core for a copy with its checksum: writing to memory took most of 1.5e9, measured
+
+
+class Estimate(NamedTuple):
+    """The cost of a conversion."""
+
+    bytes_read: int
+    bytes_written: int
+    peak_memory: int
+    """Bytes."""
+    disk_needed: int
+    """Bytes that must be free; less than is written where a run resumes or replaces."""
+    disk_free: int
+    """Bytes free where the destination will lie."""
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room for the output."""
+        return self.disk_needed <= self.disk_free
+
+
+def estimate(plan: Plan, destination: Path, *, done: Mapping[str, object], workers: int) -> Estimate:
+    """Estimate a conversion. Nothing is left behind at the destination.
+
+    Args:
+        plan: what will be written.
+        destination: where; it need not be there yet.
+        done: the shards that stand there already, by file name.
+        workers: threads.
+
+    Raises:
+        OutputError: nothing can be written there.
+    """
+    where = nearest_folder(destination)
+    todo = [shard for shard in plan.shards if shard.file not in done]
+    read, written = sum(shard.bytes_read for shard in todo), sum(shard.size for shard in todo)
+    try:
+        disk = read / _read_rate(plan) + written / _write_rate(where)
+    except OSError as error:
+        raise OutputError("cannot be written", file=where, found=error.strerror) from error
+    return Estimate(
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        peak_memory=plan.peak_memory(workers),
+        disk_needed=max(0, bytes_missing(where, plan, done)) if todo else 0,
+        disk_free=shutil.disk_usage(where).free,
+        seconds=max(_compute_seconds(todo) / workers, disk),
+    )
+
+
+def _compute_seconds(shards: list[ShardPlan]) -> float:
+    """Return the seconds that one core needs for the codecs and copies."""
+    pairs: dict[tuple[Format, Format], int] = {}
+    copied = 0
+    for job in (job for shard in shards for job in shard.jobs):
+        if job.target is not None and job.weight.format is not None:
+            pair = (job.weight.format, job.target)
+            pairs[pair] = pairs.get(pair, 0) + weight_count(job.weight.shape)
+        else:
+            copied += sum(entry.nbytes for entry in job.weight.parts.values())
+    return copied / _COPY_RATE + sum(count / codec_rate(*pair) for pair, count in pairs.items())
+
+
+def codec_rate(source: Format, target: Format) -> float:
+    """Return the weights a second that one core converts, on a panel of small random codes."""
+    import numpy as np
+
+    from k2quant.formats.transcode import Scratch, transcode
+    from k2quant.kernels.codecs.seam import codecs
+
+    shape, random, scratch = (_PROBE_ROWS, _PROBE_WIDTH), np.random.default_rng(0), Scratch()
+    inputs = panel_state(source, shape, 0, _PROBE_ROWS)
+    parts = {suffix: _probe_array(spec, random) for suffix, spec in inputs.items()}
+    outputs = {
+        suffix: scratch.take(suffix, spec) for suffix, spec in panel_state(target, shape, 0, _PROBE_ROWS).items()
+    }
+    cpu, rounds, seconds = codecs("cpu"), -1, 0.0
+    while rounds < 1 or seconds < _PROBE_SECONDS:  # the first round compiles or loads the codec and does not count
+        begun = time.perf_counter()
+        transcode(source, target, parts, outputs, codecs=cpu, scratch=scratch)
+        rounds += 1
+        seconds += (time.perf_counter() - begun) if rounds else 0.0
+    return rounds * weight_count(shape) / seconds
+
+
+def _probe_array(spec: TensorSpec, random: np.random.Generator) -> NDArray[Any]:
+    """Return positive normal values of a dtype, or random codes that are no NaN in any format."""
+    import numpy as np
+
+    from k2quant.formats.transcode import as_array
+
+    values = np.abs(random.standard_normal(spec.shape, np.float32))
+    match spec.dtype:
+        case "F32":
+            return values
+        case "F16":
+            return values.astype(np.float16)
+        case "BF16":
+            return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return as_array(random.integers(0, 0x7F, spec.nbytes, np.uint8), spec)
+
+
+def _read_rate(plan: Plan) -> float:
+    """Return the bytes a second at which the beginning of the source can be read."""
+    shard = next(iter(plan.source.shards.values()))
+    buffer = memoryview(bytearray(min(_PROBE_BYTES, shard.size)))
+    begun = time.perf_counter()
+    read_into(shard, 0, buffer)
+    return len(buffer) / max(time.perf_counter() - begun, 1e-6)
+
+
+def _write_rate(folder: Path) -> float:
+    """Return the bytes a second at which a file can be written and flushed there."""
+    size = min(_PROBE_BYTES, shutil.disk_usage(folder).free // 2)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        begun = time.perf_counter()
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
+        return max(size, 1) / max(time.perf_counter() - begun, 1e-6)

@@ -1,0 +1,202 @@
+"""Whose folder is it, and how far has it come: what lets a conversion start, go on, or be refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from k2quant.checkpoint.files.paths import PARTIAL
+from k2quant.checkpoint.reader import CONFIG, INDEX
+from k2quant.checkpoint.writing.destination import Destination
+from k2quant.conversion.plan import INCOMPLETE, REPORT, Plan
+from k2quant.conversion.stream import Record
+from k2quant.errors import DestinationStale, OutputError, UsageError
+from k2quant.ground.version import __version__
+
+_JOURNAL_VERSION = 1
+
+
+def refuse_nested(source: Path, destination: Path) -> None:
+    """Refuse a destination that is the source, lies in it, or holds it.
+
+    Raises:
+        UsageError: it is so, or a path cannot be resolved.
+    """
+    try:
+        here, there = source.resolve(), destination.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no file can have
+        raise UsageError(f"{source} or {destination} cannot be resolved: {error}") from error
+    if here == there or here.is_relative_to(there) or there.is_relative_to(here):
+        raise UsageError(f"{source} and {destination} must be two folders, neither inside the other")
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """Return what must be equal for a run to continue another: options, source, and the files beside the weights."""
+    others = {name: (plan.source.folder / name).stat() for name in plan.copies}
+    return {
+        "values": plan.values,
+        "options": {**asdict(plan.options), "ignore": list(plan.options.ignore)},
+        "source": plan.source.fingerprint()
+        | {"other_files": {name: [status.st_size, status.st_mtime_ns] for name, status in others.items()}},
+    }
+
+
+def output_files(plan: Plan) -> list[str]:
+    """Return every file of the finished folder; those that make it look finished come first."""
+    return [CONFIG, INDEX, REPORT, *(shard.file for shard in plan.shards), *plan.copies]
+
+
+def clear(folder: Destination) -> None:
+    """Delete what an earlier conversion of ours left."""
+    journal, report = folder.journal(), folder.finished_report()
+    files = journal[0].get("files") if journal else list(_sizes(report)) if report is not None else []
+    known = files if isinstance(files, list) else []
+    folder.clear([CONFIG, INDEX, REPORT, *(name for name in known if isinstance(name, str))])
+
+
+def _sizes(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes of the files that a report lists."""
+    files = report.get("files")
+    return {
+        name: facts.get("size") if isinstance(facts, dict) else None
+        for name, facts in (files.items() if isinstance(files, dict) else ())
+    }
+
+
+def check_finished(folder: Destination, report: dict[str, Any], plan: Plan) -> None:
+    """Refuse a finished folder that is not what this call would make, or is not whole any more.
+
+    Raises:
+        DestinationStale: so it is.
+    """
+    changed = [key for key, value in identity(plan).items() if report.get(key) != value]
+    if changed:
+        raise _stale(folder, "finished", changed)
+    last = {INDEX: len(plan.index)} | ({} if plan.config is None else {CONFIG: len(plan.config)})
+    for name, size in (_sizes(report) | last).items():
+        path = folder.folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise DestinationStale(
+                "was finished, but is not whole any more",
+                file=path,
+                expected=f"{size} bytes",
+                found=f"{path.stat().st_size} bytes" if path.is_file() else "nothing",
+                remedy="write it anew with --restart",
+            )
+
+
+def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationStale:
+    what = " and ".join(
+        {"options": "other options", "source": "another source", "values": "other values"}.get(key, f"another {key}")
+        for key in changed
+    )
+    return DestinationStale(
+        f"holds a {state} conversion of {what}",
+        file=folder.folder,
+        remedy="write it anew with --restart, or name another folder",
+    )
+
+
+def begin(folder: Destination, plan: Plan, *, fresh: bool) -> dict[str, Record]:
+    """Start or continue the journal; return the records of the shards that are finished.
+
+    Args:
+        folder: the destination.
+        plan: what will be written there.
+        fresh: whether the journal is only that of a clearing, which is over.
+
+    Raises:
+        DestinationStale: the journal is of other options, another source or another version.
+        OutputError: the disk is too small for what is missing.
+    """
+    done = {} if fresh else finished_shards(folder, plan)
+    _check_room(folder.folder, plan, done)
+    folder.begin([{**_head(plan), "files": output_files(plan)}, *done.values()])
+    if len(done) < len(plan.shards):
+        folder.unlink([CONFIG, INDEX, REPORT])  # a run that was stopped at its very end may have left them
+    return done
+
+
+def _head(plan: Plan) -> dict[str, Any]:
+    return {"journal": _JOURNAL_VERSION, "version": __version__, **identity(plan)}
+
+
+def finished_shards(folder: Destination, plan: Plan) -> dict[str, Record]:
+    """Return the journal's records of shards that stand there whole.
+
+    Raises:
+        DestinationStale: the journal is of other options, another source or another version, or is damaged.
+    """
+    journal = folder.journal()
+    if not journal:
+        return {}
+    if "options" not in journal[0]:
+        raise DestinationStale(
+            "was being emptied by --restart", file=folder.folder, remedy="run that again, or name another folder"
+        )
+    changed = [key for key, value in _head(plan).items() if journal[0].get(key) != value]
+    if changed:
+        raise _stale(folder, "half-finished", changed)
+    planned = {shard.file: (shard.size, {job.output_main.name for job in shard.jobs}) for shard in plan.shards}
+    return {record["shard"]: record for record in journal[1:] if _stands(folder.folder, record, planned)}
+
+
+def standing_shards(plan: Plan, folder: Path, *, restart: bool) -> dict[str, Record]:
+    """Return what `begin` would find finished in a folder, without touching it.
+
+    Raises:
+        OutputError: a conversion to this folder would be refused.
+    """
+    if not folder.is_dir():
+        return {}
+    destination = Destination(folder, report=REPORT, incomplete=INCOMPLETE)
+    destination.refuse_foreign(restart=restart)
+    if restart:
+        return {}
+    if (report := destination.finished_report()) is not None:
+        check_finished(destination, report, plan)
+        return {shard.file: {} for shard in plan.shards}
+    return finished_shards(destination, plan)
+
+
+def _stands(folder: Path, record: Record, planned: dict[str, tuple[int, set[str]]]) -> bool:
+    """Tell whether a record is that of one of the plan's shards, and the shard stands there whole."""
+    name, tensors = record.get("shard"), record.get("tensors")
+    if not isinstance(name, str) or name not in planned or not isinstance(tensors, dict):
+        return False
+    size, names = planned[name]
+    if tensors.keys() != names or not all(_sound(facts) for facts in tensors.values()):
+        return False
+    path = folder / name
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == record.get("size") == size
+
+
+def _sound(facts: object) -> bool:
+    """Tell whether what a record says of a tensor has the parts that the report needs."""
+    if not isinstance(facts, dict) or facts.keys() - {"figures"} != {"from", "to", "shape", "crc32"}:
+        return False
+    figures = facts.get("figures", {})
+    return isinstance(facts["crc32"], dict) and isinstance(facts["shape"], list) and isinstance(figures, dict)
+
+
+def bytes_missing(folder: Path, plan: Plan, done: Mapping[str, object]) -> int:
+    """Return how much more room the disk must have; negative where what will be replaced is larger."""
+    missing = [shard for shard in plan.shards if shard.file not in done]
+    replaced = [folder / name for shard in missing for name in (shard.file, shard.file + PARTIAL)]
+    present = sum(path.stat().st_size for path in replaced if path.is_file())
+    return plan.bytes_written - sum(shard.size for shard in plan.shards if shard.file in done) - present
+
+
+def _check_room(folder: Path, plan: Plan, done: dict[str, Record]) -> None:
+    needed, free = bytes_missing(folder, plan, done), shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            "the disk is too small",
+            file=folder,
+            expected=f"{needed} bytes free",
+            found=f"{free} bytes",
+            remedy="free some space, or name a folder on another disk",
+        )

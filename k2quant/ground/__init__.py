@@ -1,0 +1,1 @@
+"""What everything else stands on: names and sizes of Kimi K2, units, threads, intervals."""

@@ -1,0 +1,868 @@
+"""The codecs on the CPU: every jitted loop of k2quant, and thin wrappers that check shapes and explain bad values.
+
+All jitted code stands in this file, because numba's cache notices an edit only in the file that holds the function: a
+helper elsewhere would leave stale machine code behind. `reference.py` says the same in plain torch, and the tests hold
+the two equal bit for bit.
+
+How the loops are built. Each works on one-dimensional spans that fit the first-level cache: a row for INT4, a block for
+FP8. Spans are decoded to BF16 scratch, encoded, decoded again and compared with the scratch, so a fused pair such as
+`fp8_to_int4` gives the bits and the figures of the two steps by construction. Sums are kept in `LANES` float64 lanes,
+lane = position in the span modulo `LANES`, and added in order at the end: the figures do not depend on the machine's
+vector width. No fast-math anywhere; every division is a true one.
+
+Arrays are C-contiguous. Panels are calls on ranges of rows, multiples of the FP8 block's height.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from k2quant.kernels.codecs import values as explain
+from k2quant.kernels.codecs.figures import Figures
+from k2quant.kernels.codecs.grids import PACKED_BITS, Grid, largest_code
+from k2quant.kernels.codecs.recovery import DISTANCES, SMALLEST_AMAX, int4_table
+from k2quant.kernels.codecs.values import F32, I32, U8, U16
+
+Int = Any  # what numba makes of integers is no one Python type
+F64 = NDArray[np.float64]
+U32 = NDArray[np.uint32]
+Outcome = tuple[int, float, float, float]
+"""Changed weights (-1: a bad value), energy, error, worst."""
+
+INT4_GROUP = 32
+LANES = 128
+"""Accumulators of a sum; 128 float64 are 1 KiB, so both sums stay in the first-level cache."""
+
+_PROBE = 256  # weights after which an ordinary FP8 block has, almost surely, shown two magnitudes with one code
+_PLAIN, _RECOVER, _COMPRESSED_TENSORS = 0, 1, 2  # the INT4 rules, as the jitted code knows them
+
+_jit = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
+
+
+# --- scalars --------------------------------------------------------------------------------------------------------
+
+
+# Numba computes with 64-bit integers; each step is cut back to 32 bits, or the loops would fill half as many lanes.
+
+
+@_jit
+def _bits(value: np.float32) -> np.uint32:
+    """Return the bits of a float32 as uint32."""
+    return np.float32(value).view(np.uint32)
+
+
+@_jit
+def _float(bits: Int) -> np.float32:
+    """Return the float32 that has these bits."""
+    return np.uint32(bits).view(np.float32)
+
+
+@_jit
+def _widen(bits: Int) -> np.float32:
+    """Return the float32 value of BF16 bits."""
+    return _float(np.uint32(bits) << np.uint32(16))
+
+
+@_jit
+def _round(value: np.float32) -> np.uint32:
+    """Return the BF16 bits of a float32 that is not NaN, rounded half to even, as uint32."""
+    bits = _bits(value)
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint32(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
+
+
+@_jit
+def _e4m3(value: np.float32) -> np.uint32:
+    """Return the e4m3 code of a float32 that is not NaN, rounded half to even, saturated at +-448."""
+    bits = _bits(value)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    odd = np.uint32(np.uint32(magnitude >> np.uint32(20)) & np.uint32(1))
+    rounded = np.uint32(np.uint32(magnitude + np.uint32(np.uint32(0x7FFFF) + odd)) >> np.uint32(20))
+    normal = np.uint32(rounded - np.uint32(120 << 3))
+    # Below 2^-6 codes are multiples of 2^-9, one unit in the last place of 16384: the addition rounds.
+    subnormal = np.uint32(_bits(_float(magnitude) + np.float32(16384.0)) & np.uint32(0xF))
+    code = subnormal if magnitude < np.uint32(121 << 23) else normal
+    code = min(code, np.uint32(0x7E))
+    return np.uint32(code | np.uint32(np.uint32(bits >> np.uint32(24)) & np.uint32(0x80)))
+
+
+@_jit
+def _fp8_product(code: Int, scale: np.float32) -> np.uint32:
+    """Return the BF16 bits of code * scale, rounded to float32 first, as uint32."""
+    # An e4m3 magnitude moved to float32's exponent field is too small by 2^120; the product with 2^120 is exact.
+    moved = np.uint32(np.uint32(np.uint32(code) & np.uint32(0x7F)) << np.uint32(20))
+    sign = np.uint32(np.uint32(np.uint32(code) & np.uint32(0x80)) << np.uint32(8))
+    return np.uint32(_round(_float(moved) * np.float32(2.0**120) * scale) | sign)
+
+
+@_jit
+def _int4_product(nibble: Int, scale: np.float32) -> np.uint32:
+    """Return the BF16 bits of (nibble - 8) * scale, as uint32."""
+    return _round(np.float32(np.int32(np.int32(nibble) - np.int32(8))) * scale)
+
+
+# --- spans ----------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _largest(weights: U16) -> np.uint16:
+    """Return the largest magnitude among BF16 bits; NaN and infinity are the largest of all."""
+    largest = np.uint16(0)
+    for i in range(weights.size):
+        magnitude = np.uint16(weights[i] & np.uint16(0x7FFF))
+        largest = max(largest, magnitude)
+    return largest
+
+
+@_jit
+def _decode_fp8(codes: U8, scale: np.float32, out: U16) -> bool:
+    """Decode a span that has one scale; return whether it holds no NaN code."""
+    largest = np.uint8(0)
+    for i in range(out.size):
+        code = codes[i]
+        magnitude = np.uint8(code & np.uint8(0x7F))
+        largest = max(largest, magnitude)
+        out[i] = _fp8_product(code, scale)
+    return bool(largest < 0x7F)
+
+
+@_jit
+def _decode_int4(pairs: U8, scale: F32, out: U32) -> None:
+    """Decode groups of 32 codes, two in a byte, low nibble first, to words of two BF16."""
+    for group in range(scale.size):
+        step = scale[group]
+        for lane in range(INT4_GROUP // 2):
+            i = group * (INT4_GROUP // 2) + lane
+            pair = np.uint32(pairs[i])
+            low = _int4_product(np.uint32(pair & np.uint32(15)), step)
+            high = _int4_product(np.uint32(pair >> np.uint32(4)), step)
+            out[i] = np.uint32(low | np.uint32(high << np.uint32(16)))
+
+
+@_jit
+def _square(value: np.float32) -> np.float64:
+    return np.float64(value) * np.float64(value)
+
+
+@_jit
+def _difference(before: np.uint16, after: np.uint16) -> np.uint32:
+    """Return the bits of |before - after|: as integers they order like the numbers, and 0 means unchanged."""
+    return _bits(abs(_widen(before) - _widen(after)))
+
+
+@_jit
+def _tally(before: U16, after: U16, energy: F64, error: F64) -> tuple[Int, np.uint32]:
+    """Add a span's energy and squared errors to the lanes; return how many changed, and the bits of the worst error."""
+    changed, worst = np.uint32(0), np.uint32(0)
+    whole = before.size - before.size % (4 * LANES)
+    for start in range(0, whole, 4 * LANES):
+        a, b = before[start : start + 4 * LANES], after[start : start + 4 * LANES]
+        for lane in range(LANES):  # four weights for each visit to a lane: 1.6 times the speed of one
+            d0, d1 = _difference(a[lane], b[lane]), _difference(a[lane + LANES], b[lane + LANES])
+            d2 = _difference(a[lane + 2 * LANES], b[lane + 2 * LANES])
+            d3 = _difference(a[lane + 3 * LANES], b[lane + 3 * LANES])
+            energy[lane] += (_square(_widen(a[lane])) + _square(_widen(a[lane + LANES]))) + (
+                _square(_widen(a[lane + 2 * LANES])) + _square(_widen(a[lane + 3 * LANES]))
+            )
+            error[lane] += (_square(_float(d0)) + _square(_float(d1))) + (_square(_float(d2)) + _square(_float(d3)))
+            worst = max(worst, d0, d1, d2, d3)
+            changed = np.uint32(changed + (d0 != 0) + (d1 != 0) + (d2 != 0) + (d3 != 0))
+    for start in range(whole, before.size, LANES):
+        a, b = before[start : start + LANES], after[start : start + LANES]
+        for lane in range(a.size):
+            d0 = _difference(a[lane], b[lane])
+            energy[lane] += _square(_widen(a[lane]))
+            error[lane] += _square(_float(d0))
+            worst = max(worst, d0)
+            changed = np.uint32(changed + (d0 != 0))
+    return np.int64(changed), worst
+
+
+@_jit
+def _total(changed: int, worst: np.uint32, energy: F64, error: F64) -> Outcome:
+    """Return the outcome of a call; the lanes are added in order."""
+    energy_sum, error_sum = 0.0, 0.0
+    for lane in range(LANES):
+        energy_sum += energy[lane]
+        error_sum += error[lane]
+    return changed, energy_sum, error_sum, np.float64(_float(worst))
+
+
+# --- INT4 -----------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _fits(weights: U16, scale: np.float32) -> bool:
+    """Return whether every weight of a group is bf16(code * scale) for a code in +-7: the rule, read out plainly."""
+    for i in range(weights.size):
+        magnitude = np.uint32(weights[i]) & np.uint32(0x7FFF)
+        found = False
+        for code in range(8):
+            found = found or _round(np.float32(code) * scale) == magnitude
+        if not found:
+            return False
+    return True
+
+
+@_jit
+def _candidate(amax: np.uint16, candidate: Int) -> Int:
+    """Return the BF16 bits of a candidate scale, see `recovery.CANDIDATES`; 0 where there is none."""
+    step = candidate % 3
+    bits = np.int64(_round(_widen(amax) / np.float32(7 - candidate // 3))) + (
+        1 if step == 1 else -1 if step == 2 else 0
+    )
+    return bits if 0 < bits < explain.INFINITY else 0
+
+
+@_jit
+def _search_scale(weights: U16, amax: np.uint16) -> Int:
+    """Return the BF16 bits of the first candidate scale that gives every weight of the group; 0 if none does."""
+    for candidate in range(21):
+        bits = _candidate(amax, candidate)
+        if bits and _fits(weights, _widen(bits)):
+            return bits
+    return 0
+
+
+@_jit
+def _entry(weight: np.uint16, amax: np.uint16) -> Int:
+    """Return the index of a weight's word in the table of candidates."""
+    magnitude = np.int64(weight & np.uint16(0x7FFF))
+    distance = np.int64(amax) - magnitude if magnitude else 0  # zero fits wherever amax fits
+    return (np.int64(amax) & 0x7F) * DISTANCES + min(distance, DISTANCES - 1)  # the last column is empty
+
+
+@_jit
+def _fits_quickly(weights: U16, first: int, scale: np.float32) -> bool:
+    """Return whether `scale` gives every weight of the group at `first`: true for the nearest codes or for none."""
+    differences = np.uint32(0)
+    for lane in range(INT4_GROUP):
+        magnitude = np.uint32(weights[first + lane] & np.uint16(0x7FFF))
+        nibble = _nibble(min(_widen(magnitude) / scale, np.float32(7)))
+        differences |= np.uint32(_int4_product(nibble, scale) ^ magnitude)
+    return bool(differences == 0)
+
+
+@_jit
+def _recover_int4_scales(weights: U16, amax: U16, table: U32, scale: U16) -> None:
+    """Replace the scale of each group that lies on the grid by the one that the rule finds."""
+    for group in range(scale.size):
+        largest, first = amax[group], group * INT4_GROUP
+        if largest < SMALLEST_AMAX:
+            bits = _search_scale(weights[first : first + INT4_GROUP], largest) if largest else 0
+            scale[group] = bits or scale[group]
+            continue
+        # Two weights without a branch reject all but 3 of 1000 ordinary groups, where one leaves 131.
+        candidates = np.uint32(0xFFFFFFFF)
+        for lane in range(2):
+            candidates = np.uint32(candidates & table[_entry(weights[first + lane], largest)])
+        if candidates == 0 or (candidates & np.uint32(1) and _fits_quickly(weights, first, _widen(scale[group]))):
+            continue  # the first candidate is the scale that stands there
+        for lane in range(INT4_GROUP):
+            candidates = np.uint32(candidates & table[_entry(weights[first + lane], largest)])
+        if candidates == 0:
+            continue
+        candidate = 0
+        while not (candidates >> np.uint32(candidate)) & np.uint32(1):
+            candidate += 1
+        scale[group] = _candidate(largest, candidate)
+
+
+@_jit
+def _int4_scales(weights: U16, rule: int, largest: np.float32, amax: U16, scale: U16) -> bool:
+    """Compute the plain BF16 scale of each group of a row; return whether all weights are finite."""
+    for group in range(scale.size):
+        amax[group] = _largest(weights[group * INT4_GROUP : group * INT4_GROUP + INT4_GROUP])
+    if _largest(amax) >= explain.INFINITY:
+        return False
+    divisor = np.float32(7.5) if rule == _COMPRESSED_TENSORS else largest
+    for group in range(scale.size):
+        bits = _round(_widen(amax[group]) / divisor)
+        scale[group] = bits or np.uint32(0x3C00)  # 2^-7, as compressed-tensors writes for a scale of zero
+    return True
+
+
+@_jit
+def _moonshot_quotient(weight: Int, step: np.float32, largest: np.float32) -> np.float32:
+    """Return w/scale between -largest and largest; what is left is to round it to its code."""
+    return min(max(_widen(weight) / step, -largest), largest)
+
+
+@_jit
+def _compressed_quotient(weight: Int, step: np.float32) -> np.float32:
+    """Return w/scale between -8 and 7; it is rounded to BF16 before the clamp, as compressed-tensors does."""
+    return min(max(_widen(_round(_widen(weight) / step)), np.float32(-8)), np.float32(7))
+
+
+@_jit
+def _encode_moonshot(weights: U16, scale: U16, largest: np.float32, nibbles: U8, decoded: U16) -> None:
+    """Round a row to codes of at most `largest`: one nibble a byte, and the values that decoding will give."""
+    for group in range(scale.size):
+        step = _widen(scale[group])
+        for lane in range(INT4_GROUP):
+            i = group * INT4_GROUP + lane
+            nibble = _nibble(_moonshot_quotient(weights[i], step, largest))
+            nibbles[i] = nibble
+            decoded[i] = _int4_product(nibble, step)
+
+
+@_jit
+def _encode_compressed_tensors(weights: U16, scale: U16, nibbles: U8, decoded: U16) -> None:
+    """Round a row to codes -8..7, and the values that decoding will give."""
+    for group in range(scale.size):
+        step = _widen(scale[group])
+        for lane in range(INT4_GROUP):
+            i = group * INT4_GROUP + lane
+            nibble = _nibble(_compressed_quotient(weights[i], step))
+            nibbles[i] = nibble
+            decoded[i] = _int4_product(nibble, step)
+
+
+@_jit
+def _nibble(quotient: np.float32) -> np.uint32:
+    """Return code + 8: adding 1.5 * 2^23 + 8 rounds half to even and leaves it in the low four bits."""
+    return np.uint32(_bits(quotient + np.float32(12582920.0)) & np.uint32(15))
+
+
+@_jit
+def _whole(quotient: np.float32) -> np.float32:
+    """Return the code itself, of any width: adding 1.5 * 2^23 rounds half to even, taking it away leaves no -0."""
+    return np.float32(quotient + np.float32(12582912.0)) - np.float32(12582912.0)
+
+
+@_jit
+def _encode_int4_row(
+    weights: U16,
+    rule: int,
+    largest: np.float32,
+    table: U32,
+    packed: U8,
+    scale: U16,
+    amax: U16,
+    nibbles: U8,
+    decoded: U16,
+) -> bool:
+    """Encode one row; return whether all its weights are finite."""
+    if not _int4_scales(weights, rule, largest, amax, scale):
+        return False
+    if rule == _RECOVER:
+        _recover_int4_scales(weights, amax, table, scale)
+    if rule == _COMPRESSED_TENSORS:
+        _encode_compressed_tensors(weights, scale, nibbles, decoded)
+    else:
+        _encode_moonshot(weights, scale, largest, nibbles, decoded)
+    pairs = nibbles.view(np.uint16)
+    for i in range(packed.size):
+        packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+    return True
+
+
+@_jit
+def _bf16_to_int4(weights: U16, rule: int, largest_code: np.float32, table: U32, packed: U8, scale: U16) -> Outcome:
+    rows, columns = weights.shape
+    nibbles, decoded = np.empty(columns, np.uint8), np.empty(columns, np.uint16)
+    amax = np.empty(columns // INT4_GROUP, np.uint16)
+    energy, error = np.zeros(LANES), np.zeros(LANES)
+    changed, worst = 0, np.uint32(0)
+    for row in range(rows):
+        if not _encode_int4_row(
+            weights[row], rule, largest_code, table, packed[row], scale[row], amax, nibbles, decoded
+        ):
+            return -1, 0.0, 0.0, 0.0
+        count, largest = _tally(weights[row], decoded, energy, error)
+        changed, worst = changed + count, max(worst, largest)
+    return _total(changed, worst, energy, error)
+
+
+@_jit
+def _fake_quantize_int4(weights: U16, rule: int, largest: np.float32, out: U16) -> bool:
+    """Round to the grid and back; return whether all weights are finite, before and after."""
+    columns = weights.shape[1]
+    amax, scale = np.empty(columns // INT4_GROUP, np.uint16), np.empty(columns // INT4_GROUP, np.uint16)
+    for row in range(weights.shape[0]):
+        if not _int4_scales(weights[row], rule, largest, amax, scale):
+            return False
+        if rule == _COMPRESSED_TENSORS:
+            _fake_compressed_tensors(weights[row], scale, out[row])
+        else:
+            _fake_moonshot(weights[row], scale, largest, out[row])
+        if _largest(out[row]) >= explain.INFINITY:
+            return False
+    return True
+
+
+@_jit
+def _fake_moonshot(weights: U16, scale: U16, largest: np.float32, out: U16) -> None:
+    for group in range(scale.size):
+        step = _widen(scale[group])
+        for lane in range(INT4_GROUP):
+            i = group * INT4_GROUP + lane
+            out[i] = _round(_whole(_moonshot_quotient(weights[i], step, largest)) * step)
+
+
+@_jit
+def _fake_compressed_tensors(weights: U16, scale: U16, out: U16) -> None:
+    for group in range(scale.size):
+        step = _widen(scale[group])
+        for lane in range(INT4_GROUP):
+            i = group * INT4_GROUP + lane
+            out[i] = _round(_whole(_compressed_quotient(weights[i], step)) * step)
+
+
+@_jit
+def _decode_int4_row(packed: U8, scale: F32, group: int, first: int, out: U16) -> None:
+    """Decode columns of a row of packed bytes, from column `first` on."""
+    if group == INT4_GROUP and first % INT4_GROUP == 0 and out.size % INT4_GROUP == 0:
+        scales = scale[first // INT4_GROUP :][: out.size // INT4_GROUP]
+        _decode_int4(packed[first // 2 :], scales, out.view(np.uint32))
+    else:
+        for i in range(out.size):
+            column = first + i
+            nibble = np.uint8(packed[column >> 1] >> np.uint8(4 * (column & 1))) & np.uint8(15)
+            out[i] = _int4_product(nibble, scale[column // group])
+
+
+@_jit
+def _int4_to_bf16(packed: U8, scale: F32, group: int, out: U16) -> bool:
+    for row in range(packed.shape[0]):
+        _decode_int4_row(packed[row], scale[row], group, 0, out[row])
+        if _largest(out[row]) >= explain.INFINITY:
+            return False
+    return True
+
+
+# --- FP8 ------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _fp8_to_bf16(codes: U8, scale: F32, height: int, width: int, out: U16) -> bool:
+    valid = True
+    for row in range(codes.shape[0]):
+        valid &= _decode_fp8_row(codes[row], scale[row // height], width, out[row])
+    return valid
+
+
+@_jit
+def _decode_fp8_row(codes: U8, scale: F32, width: int, out: U16) -> bool:
+    """Decode a row; return whether it holds no NaN code and no product beyond BF16."""
+    valid = True
+    for block in range(scale.size):
+        start = block * width
+        stop = min(start + width, codes.size)
+        valid &= _decode_fp8(codes[start:stop], scale[block], out[start:stop])
+    return valid and bool(_largest(out) < explain.INFINITY)
+
+
+@_jit
+def _product_at(magnitude: Int, scale_bits: Int) -> Int:
+    """Return the BF16 bits of an e4m3 magnitude times the float32 scale with these bits."""
+    return np.int64(_fp8_product(np.uint32(magnitude), _float(scale_bits)))
+
+
+@_jit
+def _least_scale(magnitude: Int, target: Int, low: Int, high: Int) -> Int:
+    """Return the least scale, as float32 bits, whose product reaches `target`; `low` does not reach it, `high` does."""
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if _product_at(magnitude, middle) >= target:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@_jit
+def _recovered_fp8_scale(weights: U16, codes: U8, plain: np.float32, table: U16) -> np.float32:
+    """Return the scale nearest to `plain` whose products with the codes are the weights; `plain` if there is none.
+
+    `codes` are those of `plain`. Each code must stand for one magnitude only; then each pair of code and magnitude
+    allows an interval of scales, for a product grows with its scale, and the scale must lie in all of them. That each
+    code stands for one magnitude is tested on a few weights, which turns ordinary blocks away, and at the end on all.
+    """
+    table[:] = 0
+    for i in range(min(weights.size, _PROBE)):
+        used, value = np.uint8(codes[i] & np.uint8(0x7F)), np.uint16(weights[i] & np.uint16(0x7FFF))
+        known = table[used]
+        if known != value:
+            if known != 0 or used == 0:
+                return plain
+            table[used] = value
+    for i in range(weights.size):
+        table[codes[i] & np.uint8(0x7F)] = weights[i] & np.uint16(0x7FFF)
+    nearest = _nearest_scale(table, plain)
+    return nearest if _decodes_to(weights, codes, nearest) else plain
+
+
+@_jit
+def _nearest_scale(table: U16, plain: np.float32) -> np.float32:
+    """Return the scale nearest to `plain` that gives each code its magnitude in `table`; `plain` if there is none."""
+    # 2^17 steps move a normal float32 by 2^-7 or more, further than half a BF16 step of amax; amax has the code 448.
+    start = np.int64(_bits(plain))
+    amax = np.int64(table[0x7E])
+    below, above = max(start - (1 << 17), 0), start + (1 << 17)
+    low = _least_scale(0x7E, amax, below, above)
+    high = _least_scale(0x7E, amax + 1, below, above) - 1
+    for code in range(1, 0x7F):
+        magnitude = np.int64(table[code])
+        if magnitude == 0:
+            continue
+        if _product_at(code, low) < magnitude:
+            if _product_at(code, high) < magnitude:
+                return plain
+            low = _least_scale(code, magnitude, low, high)
+        if _product_at(code, low) != magnitude:
+            return plain
+        if _product_at(code, high) > magnitude:
+            high = _least_scale(code, magnitude + 1, low, high) - 1
+    return _float(min(max(start, low), high))
+
+
+@_jit
+def _decodes_to(weights: U16, codes: U8, scale: np.float32) -> bool:
+    """Return whether the codes give exactly these weights."""
+    differences = np.uint32(0)
+    for i in range(weights.size):
+        differences |= np.uint32(_fp8_product(codes[i], scale) ^ np.uint32(weights[i]))
+    return bool(differences == 0)
+
+
+@_jit
+def _encode_fp8_block(weights: U16, codes: U8, decoded: U16, table: U16) -> np.float32:
+    """Encode one block; return its scale, or -1 if a weight is not finite."""
+    amax = _largest(weights)
+    if amax >= explain.INFINITY:
+        return np.float32(-1)
+    scale = _widen(amax) / np.float32(448) if amax else np.float32(1)
+    for i in range(codes.size):
+        codes[i] = _e4m3(_widen(weights[i]) / scale)
+    if amax:
+        scale = _recovered_fp8_scale(weights, codes, scale, table)
+    for i in range(codes.size):
+        decoded[i] = _fp8_product(codes[i], scale)
+    return scale
+
+
+@_jit
+def _copy(source: NDArray[Any], target: NDArray[Any]) -> None:
+    for i in range(target.size):
+        target[i] = source[i]
+
+
+@_jit
+def _bf16_to_fp8(weights: U16, height: int, width: int, codes: U8, scale: F32) -> Outcome:
+    rows, columns = weights.shape
+    height, width = min(height, rows), min(width, columns)
+    block, decoded = np.empty(height * width, np.uint16), np.empty(height * width, np.uint16)
+    block_codes, table = np.empty(height * width, np.uint8), np.empty(127, np.uint16)
+    energy, error = np.zeros(LANES), np.zeros(LANES)
+    changed, worst = 0, np.uint32(0)
+    for top in range(0, rows, height):
+        h = min(height, rows - top)
+        for left in range(0, columns, width):
+            w = min(width, columns - left)
+            for i in range(h):
+                _copy(weights[top + i, left : left + w], block[i * w : (i + 1) * w])
+            chosen = _encode_fp8_block(block[: h * w], block_codes[: h * w], decoded[: h * w], table)
+            if chosen < 0:
+                return -1, 0.0, 0.0, 0.0
+            scale[top // height, left // width] = chosen
+            count, largest = _tally(block[: h * w], decoded[: h * w], energy, error)
+            changed, worst = changed + count, max(worst, largest)
+            for i in range(h):
+                _copy(block_codes[i * w : (i + 1) * w], codes[top + i, left : left + w])
+    return _total(changed, worst, energy, error)
+
+
+# --- fused pairs ----------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _fp8_to_int4(
+    codes: U8, scale_in: F32, height: int, width: int, rule: int, table: U32, packed: U8, scale: U16
+) -> Outcome:
+    rows, columns = codes.shape
+    weights, decoded = np.empty(columns, np.uint16), np.empty(columns, np.uint16)
+    nibbles, amax = np.empty(columns, np.uint8), np.empty(columns // INT4_GROUP, np.uint16)
+    energy, error = np.zeros(LANES), np.zeros(LANES)
+    changed, worst = 0, np.uint32(0)
+    for row in range(rows):
+        if not _decode_fp8_row(codes[row], scale_in[row // height], width, weights):
+            return -1, 0.0, 0.0, 0.0
+        if not _encode_int4_row(weights, rule, np.float32(7), table, packed[row], scale[row], amax, nibbles, decoded):
+            return -1, 0.0, 0.0, 0.0
+        count, largest = _tally(weights, decoded, energy, error)
+        changed, worst = changed + count, max(worst, largest)
+    return _total(changed, worst, energy, error)
+
+
+@_jit
+def _int4_to_fp8(packed: U8, scale_in: F32, group: int, height: int, width: int, codes: U8, scale: F32) -> Outcome:
+    rows, columns = codes.shape
+    height, width = min(height, rows), min(width, columns)
+    block, decoded = np.empty(height * width, np.uint16), np.empty(height * width, np.uint16)
+    block_codes, table = np.empty(height * width, np.uint8), np.empty(127, np.uint16)
+    energy, error = np.zeros(LANES), np.zeros(LANES)
+    changed, worst = 0, np.uint32(0)
+    for top in range(0, rows, height):
+        h = min(height, rows - top)
+        for left in range(0, columns, width):
+            w = min(width, columns - left)
+            for i in range(h):
+                span = block[i * w : (i + 1) * w]
+                _decode_int4_row(packed[top + i], scale_in[top + i], group, left, span)
+            chosen = _encode_fp8_block(block[: h * w], block_codes[: h * w], decoded[: h * w], table)
+            if chosen < 0:
+                return -1, 0.0, 0.0, 0.0
+            scale[top // height, left // width] = chosen
+            count, largest = _tally(block[: h * w], decoded[: h * w], energy, error)
+            changed, worst = changed + count, max(worst, largest)
+            for i in range(h):
+                _copy(block_codes[i * w : (i + 1) * w], codes[top + i, left : left + w])
+    return _total(changed, worst, energy, error)
+
+
+# --- others ---------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _float_to_bf16(values: F32, out: U16) -> bool:
+    for row in range(values.shape[0]):
+        largest = np.uint32(0)
+        for column in range(values.shape[1]):
+            value = values[row, column]
+            magnitude = np.uint32(_bits(value) & np.uint32(0x7FFFFFFF))
+            largest = max(largest, magnitude)
+            out[row, column] = _round(value)
+        if largest >= np.uint32(0x7F7F8000):  # the least float32 that rounds to infinity
+            return False
+    return True
+
+
+@_jit
+def _compare(before: U16, after: U16) -> Outcome:
+    energy, error = np.zeros(LANES), np.zeros(LANES)
+    changed, worst = 0, np.uint32(0)
+    for row in range(before.shape[0]):
+        if max(_largest(before[row]), _largest(after[row])) >= explain.INFINITY:
+            return -1, 0.0, 0.0, 0.0
+        count, largest = _tally(before[row], after[row], energy, error)
+        changed, worst = changed + count, max(worst, largest)
+    return _total(changed, worst, energy, error)
+
+
+@_jit
+def _outside(
+    before: U16,
+    after: U16,
+    scale: F32,
+    height: int,
+    width: int,
+    largest_code: np.float32,
+    steps: np.float32,
+    relative: np.float32,
+    floor: np.float32,
+) -> int:
+    count = 0
+    rows, columns = before.shape
+    for top in range(0, rows, height):
+        for left in range(0, columns, width):
+            amax = np.uint16(0)
+            for row in range(top, min(top + height, rows)):
+                amax = max(amax, _largest(before[row, left : min(left + width, columns)]))
+            step = min(scale[top // height, left // width], _widen(amax) / largest_code * np.float32(1.01))
+            for row in range(top, min(top + height, rows)):
+                for column in range(left, min(left + width, columns)):
+                    weight = _widen(before[row, column])
+                    room = steps * step + relative * abs(weight) + floor
+                    if not abs(weight - _widen(after[row, column])) <= room:
+                        count += 1
+    return count
+
+
+# --- the seam -------------------------------------------------------------------------------------------------------
+
+
+def float_to_bf16(values: F32 | NDArray[np.float16], out: U16) -> None:
+    """Round to BF16, half to even. See `seam.Codecs`."""
+    _same(values.shape, out.shape)
+    if not _float_to_bf16(_frozen(values.astype(np.float32, copy=False)), out):
+        raise explain.bad_float(values)
+
+
+def fp8_to_bf16(codes: U8, scale: F32, block: tuple[int, int], out: U16) -> None:
+    """Multiply each block of codes by its scale. See `seam.Codecs`."""
+    _same(codes.shape, out.shape)
+    _same(scale.shape, _blocks(codes.shape, block))
+    if not (_valid(scale) and _fp8_to_bf16(_frozen(codes), _frozen(scale), *block, out)):
+        raise explain.bad_fp8(codes, scale, block)
+
+
+def int4_to_bf16(packed: I32, scale: F32, group: int, out: U16) -> None:
+    """Multiply each group of codes by its scale. See `seam.Codecs`."""
+    rows, columns = out.shape
+    _same(packed.shape, (rows, columns // 8))
+    _same(scale.shape, (rows, columns // group))
+    if not (_valid(scale) and _int4_to_bf16(_frozen(packed.view(np.uint8)), _frozen(scale), group, out)):
+        raise explain.bad_int4(packed, scale, group)
+
+
+def bf16_to_fp8(weights: U16, block: tuple[int, int], codes: U8, scale: F32) -> Figures:
+    """Recover or compute each block's scale, then round to e4m3. See `seam.Codecs`."""
+    _same(weights.shape, codes.shape)
+    _same(scale.shape, _blocks(codes.shape, block))
+    figures = _figures(weights.size, _bf16_to_fp8(_frozen(weights), *block, codes, scale))
+    if figures is None:
+        raise explain.bad_weight(weights)
+    return figures
+
+
+def bf16_to_int4(weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True, bits: int = 4) -> Figures:
+    """Recover or compute each group's scale, then round to INT4. See `seam.Codecs`."""
+    _same_int4(weights.shape, packed, scale)
+    largest = np.float32(largest_code(grid, bits, PACKED_BITS))
+    rule = _rule(grid, recover=recover and bits == 4)
+    outcome = _bf16_to_int4(_frozen(weights), rule, largest, int4_table(), packed.view(np.uint8), scale)
+    figures = _figures(weights.size, outcome)
+    if figures is None:
+        raise explain.bad_group(weights, bits)
+    return figures
+
+
+def fake_quantize_int4(weights: U16, grid: Grid, out: U16, *, bits: int = 4) -> None:
+    """Write what `bf16_to_int4` without recovery and `int4_to_bf16` would give, in one pass; nothing is packed.
+
+    Args:
+        weights: BF16 bits `[R, K]`, K a multiple of 32.
+        grid: the rounding rule.
+        out: BF16 bits `[R, K]`.
+        bits: width of the codes, 8, 4, 3 or 2; other than 4 on the moonshot grid alone.
+
+    Raises:
+        UsageError: there is no such width on this grid.
+        ValueAt: a weight is not finite, or would not be after decoding.
+    """
+    _same(weights.shape, out.shape)
+    _whole_groups(weights.shape)
+    largest = np.float32(largest_code(grid, bits))
+    if not _fake_quantize_int4(_frozen(weights), _rule(grid, recover=False), largest, out):
+        raise explain.bad_group(weights, bits)
+
+
+def fp8_to_int4(codes: U8, scale_in: F32, block: tuple[int, int], grid: Grid, packed: I32, scale_out: U16) -> Figures:
+    """Do `fp8_to_bf16`, then `bf16_to_int4`, row by row. See `seam.Codecs`."""
+    _same(scale_in.shape, _blocks(codes.shape, block))
+    _same_int4(codes.shape, packed, scale_out)
+    rule = _rule(grid, recover=True)
+    figures = None
+    if _valid(scale_in):
+        frozen = _frozen(codes), _frozen(scale_in)
+        outcome = _fp8_to_int4(*frozen, *block, rule, int4_table(), packed.view(np.uint8), scale_out)
+        figures = _figures(codes.size, outcome)
+    if figures is None:
+        pivot = np.empty(codes.shape, np.uint16)
+        fp8_to_bf16(codes, scale_in, block, pivot)
+        raise explain.bad_group(pivot)
+    return figures
+
+
+def int4_to_fp8(packed: I32, scale_in: F32, group: int, block: tuple[int, int], codes: U8, scale_out: F32) -> Figures:
+    """Do `int4_to_bf16`, then `bf16_to_fp8`, block by block. See `seam.Codecs`."""
+    rows, columns = codes.shape
+    _same(packed.shape, (rows, columns // 8))
+    _same(scale_in.shape, (rows, columns // group))
+    _same(scale_out.shape, _blocks(codes.shape, block))
+    figures = None
+    if _valid(scale_in):
+        frozen = _frozen(packed.view(np.uint8)), _frozen(scale_in)
+        figures = _figures(codes.size, _int4_to_fp8(*frozen, group, *block, codes, scale_out))
+    if figures is None:
+        raise explain.bad_int4(packed, scale_in, group)
+    return figures
+
+
+def compare(before: U16, after: U16) -> Figures:
+    """Return the figures of `after` against the truth `before`. See `seam.Codecs`."""
+    _same(before.shape, after.shape)
+    figures = _figures(before.size, _compare(_frozen(before), _frozen(after)))
+    if figures is None:
+        raise explain.bad_weight(before if (before & 0x7FFF >= explain.INFINITY).any() else after)
+    return figures
+
+
+def outside(
+    before: U16,
+    after: U16,
+    scale: F32,
+    block: tuple[int, int],
+    *,
+    largest_code: float,
+    steps: float,
+    relative: float,
+    floor: float,
+) -> int:
+    """Count the weights for which |before - after| exceeds steps * step + relative * |before| + floor.
+
+    The step is the block's scale, but no more than its largest weight asks for: too large a scale excuses nothing.
+
+    Args:
+        before: BF16 bits `[R, K]`.
+        after: BF16 bits `[R, K]`.
+        scale: float32 `[ceil(R/block[0]), ceil(K/block[1])]`.
+        block: rows and columns that share a scale.
+        largest_code: what the block's largest weight is divided by to get the step it asks for.
+        steps: allowed error in steps.
+        relative: allowed error in units of the weight.
+        floor: allowed error in units of one.
+    """
+    _same(before.shape, after.shape)
+    _same(scale.shape, _blocks(before.shape, block))
+    bounds = np.float32(largest_code), np.float32(steps), np.float32(relative), np.float32(floor)
+    return int(_outside(_frozen(before), _frozen(after), _frozen(scale), *block, *bounds))
+
+
+def _frozen(array: NDArray[Any]) -> NDArray[Any]:
+    """Return a read-only view, so that numba compiles one signature for mapped files and for plain arrays."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _valid(scale: F32) -> bool:
+    """Return whether every scale is finite and has no sign: as bits, the others are larger."""
+    return scale.size == 0 or int(scale.view(np.uint32).max()) <= 0x7F7FFFFF
+
+
+def _rule(grid: Grid, *, recover: bool) -> int:
+    if grid == "compressed-tensors":
+        return _COMPRESSED_TENSORS
+    return _RECOVER if recover else _PLAIN
+
+
+def _blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+def _figures(count: int, outcome: Outcome) -> Figures | None:
+    """Return the figures; nothing if the codec met a bad value, or made one: an INT4 value beyond BF16."""
+    changed, energy, error, worst = outcome
+    return None if changed < 0 or worst == np.inf else Figures(count, changed, energy, error, worst)
+
+
+def _same(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise ValueError(f"expected shape {expected}, found {found}")
+
+
+def _whole_groups(shape: tuple[int, ...]) -> None:
+    if shape[1] % INT4_GROUP:
+        raise ValueError(f"expected a multiple of {INT4_GROUP} columns, found {shape[1]}")
+
+
+def _same_int4(shape: tuple[int, ...], packed: I32, scale: U16) -> None:
+    _whole_groups(shape)
+    _same(packed.shape, (shape[0], shape[1] // 8))
+    _same(scale.shape, (shape[0], shape[1] // INT4_GROUP))

@@ -1,0 +1,1 @@
+"""The codecs on a GPU, in Triton."""

@@ -1,0 +1,1 @@
+"""Matrix products on packed weights: linear layers and routed experts, on CPU and GPU."""

@@ -1,0 +1,1 @@
+"""Products on a CPU: straight from packed bytes, or by panels."""

@@ -1,0 +1,196 @@
+"""Which backend makes a product, by device, shape and table.
+
+CPU: `linear_cpu`. NVIDIA GPUs with Triton: the Triton kernels, or dequantised weights and cuBLAS where the table says
+that this is faster. Anything else: the reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from k2quant.errors import UsageError
+from k2quant.kernels.products import reference
+from k2quant.kernels.products.tables.configs import Config, Product, Table, table_for
+from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, Weight
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_TILE_DTYPES = (torch.bfloat16, torch.float16)
+"""Products in float32 have no matrix units to gain from: cuBLAS on dequantised weights is as good."""
+
+_FLOAT32_TILE = Config(rows=16, columns=32, depth=32, warps=4, stages=1)
+"""For experts in float32, which cuBLAS does not group: larger tiles overflow the registers."""
+
+EXPERTS, TOP = 384, 8
+"""Kimi K2's routed experts, and how many a token has."""
+
+
+def _in_given_dtypes(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep autocast out: an operator computes in the dtypes that it is given and says that it returns."""
+
+    @wraps(function)
+    def plain(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = cast("Tensor", args[0]).device.type
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return plain
+
+
+@_in_given_dtypes
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """Return x @ weight.T, `[.., N]`, for x `[.., K]`."""
+    if x.ndim == 2 and x.is_contiguous():
+        return _linear(x, weight)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    return _linear(rows, weight).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _linear(x: Tensor, weight: Weight) -> Tensor:
+    if on_triton(x):
+        config = _config("linear", weight, x.shape[0], x.device)
+        if config.form == "dequantize" or x.dtype not in _TILE_DTYPES:
+            return x @ dequantize(weight, x.dtype).T
+        from k2quant.kernels.products.gpu import linear as linear_triton
+
+        return linear_triton.linear(x, weight, config)
+    if x.device.type == "cpu":
+        from k2quant.kernels.products.cpu import linear as linear_cpu
+
+        return linear_cpu.linear(x, weight)
+    return reference.linear(x, weight)
+
+
+@_in_given_dtypes
+def linear_backward(grad: Tensor, weight: Weight) -> Tensor:
+    """Return grad @ weight, `[.., K]`, for grad `[.., N]`: the gradient of `linear` for x."""
+    rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).contiguous()
+    if grad.device.type == "cpu" and not on_triton(grad):
+        from k2quant.kernels.products.cpu import linear as linear_cpu
+
+        out = linear_cpu.linear_backward(rows, weight)
+    else:
+        out = rows @ dequantize(weight, grad.dtype)
+    return out.reshape(*grad.shape[:-1], weight.shape[1])
+
+
+@_in_given_dtypes
+def linear_w8a8(x: Tensor, weight: Fp8Weight) -> Tensor:
+    """Return x @ weight.T, `[.., N]`, with x rounded to FP8 in 1x128 blocks."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    if on_triton(x) and _capability(x) >= (8, 9) and weight.block[1] == 128:
+        from k2quant.kernels.products.gpu import w8a8 as w8a8_triton
+
+        out = w8a8_triton.linear_w8a8(rows, weight, _config("w8a8", weight, rows.shape[0], x.device))
+    else:
+        out = reference.fp8_linear_w8a8(rows, weight)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+@_in_given_dtypes
+def moe(x: Tensor, gate: Weight, up: Weight, down: Weight, ids: Tensor, weights: Tensor) -> Tensor:
+    """Return the experts' weighted sum, `[T, H]`; see `matmul_reference.moe`."""
+    if on_triton(x):
+        from k2quant.kernels.products.gpu import moe as moe_triton
+
+        configs = _moe_configs(x, gate, down, ids)
+        return moe_triton.moe(x.contiguous(), gate, up, down, ids.contiguous(), weights.contiguous(), *configs)
+    if x.device.type == "cpu":
+        from k2quant.kernels.products.cpu import moe as moe_cpu
+
+        return moe_cpu.moe(x, gate, up, down, ids, weights)
+    return reference.moe(x, gate, up, down, ids, weights)
+
+
+@_in_given_dtypes
+def moe_backward(
+    grad: Tensor, x: Tensor, gate: Weight, up: Weight, down: Weight, ids: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `moe` for x `[T, H]` and for the router's weights `[T, k]`."""
+    if on_triton(x):
+        from k2quant.kernels.products.gpu import moe as moe_triton
+
+        parts = grad.contiguous(), x.contiguous(), gate, up, down, ids.contiguous(), weights.contiguous()
+        return moe_triton.moe_backward(*parts, *_moe_configs(x, gate, down, ids))
+    if x.device.type == "cpu":
+        from k2quant.kernels.products.cpu import linear as linear_cpu
+
+        products = linear_cpu.linear, linear_cpu.linear_backward
+        return reference.moe_backward(grad, x, gate, up, down, ids, weights, products=products)
+    return reference.moe_backward(grad, x, gate, up, down, ids, weights)
+
+
+def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return the weights `[.., N, K]`, each rounded once to `dtype`."""
+    if on_triton(weight.codes) and not (isinstance(weight, Int4Weight) and weight.layout != "groups"):
+        from k2quant.kernels.products.gpu import dequantize as dequantize_triton
+
+        return dequantize_triton.dequantize(weight, dtype)
+    if weight.codes.device.type == "cpu" and len(weight.shape) == 2:
+        from k2quant.kernels.products.cpu import linear as linear_cpu
+
+        return linear_cpu.dequantize(weight, dtype)
+    return weight.dequantize(dtype)
+
+
+def on_triton(tensor: Tensor) -> bool:
+    """Return whether Triton kernels run where this tensor lies."""
+    return tensor.device.type == "cuda" and _has_triton()
+
+
+def require_gpu(device: str) -> torch.device:
+    """Return a CUDA device with its number.
+
+    Raises:
+        UsageError: there is no such GPU, or Triton is missing.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (":" in device and not index.isdecimal()):
+        raise UsageError(f"unknown device `{device}`: expected cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise UsageError(f"device `{device}` is not available: torch {torch.__version__} finds no CUDA")
+    if index and int(index) >= torch.cuda.device_count():
+        raise UsageError(f"device `{device}` is not available: there are {torch.cuda.device_count()} CUDA devices")
+    if not _has_triton():
+        raise UsageError("Triton is missing: pip install triton")
+    return torch.device("cuda", int(index) if index else torch.cuda.current_device())
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache(maxsize=16)
+def table_of(device: torch.device) -> Table:
+    """Return the table of a GPU."""
+    return table_for(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def _capability(tensor: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(tensor.device)
+
+
+def _config(product: Product, weight: Weight, rows: int, device: torch.device) -> Config:
+    kind = "int4" if isinstance(weight, Int4Weight) else "fp8"
+    return table_of(device).choose(product, kind, weight.shape, rows)
+
+
+def _moe_configs(x: Tensor, gate: Weight, down: Weight, ids: Tensor) -> tuple[Config, Config]:
+    """Return the configurations of both products of a layer of experts, with equal blocks of rows."""
+    if x.dtype not in _TILE_DTYPES:
+        return _FLOAT32_TILE, _FLOAT32_TILE
+    # Tables speak of Kimi K2's tokens: what counts is how many rows an expert gets.
+    tokens = -(-ids.numel() * EXPERTS // (TOP * max(1, gate.shape[0])))
+    inward = _config("gate_up", gate, tokens, x.device)
+    return inward, replace(_config("down", down, tokens, x.device), rows=inward.rows)

@@ -1,0 +1,81 @@
+"""Write quantised weights out on a GPU: for the products where cuBLAS on plain weights is faster, and for gradients."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from k2quant.kernels.devices.launch import launch
+from k2quant.kernels.products.gpu.tiles import weight_tile
+from k2quant.kernels.products.weights import Fp8Weight, Int4Weight
+
+_ROWS, _DEPTH = 64, 128
+
+
+@triton.jit
+def _dequantize(
+    codes_ptr,
+    scale_ptr,
+    out_ptr,
+    codes_stride,
+    scale_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Write one tile of one expert: program (tile of rows, tile of columns, expert)."""
+    expert = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1) * BLOCK_K
+    tile = weight_tile(
+        codes_ptr + expert * codes_stride,
+        scale_ptr + expert * scale_stride,
+        rows,
+        rows < N,
+        k,
+        N,
+        K,
+        FORMAT,
+        SCALE_ROWS,
+        SCALE_COLUMNS,
+        BLOCK_K,
+        out_ptr.dtype.element_ty,
+    )
+    place = (expert * N + rows)[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :]
+    tl.store(out_ptr + place, tile, mask=(rows < N)[:, None])
+
+
+def dequantize(weight: Int4Weight | Fp8Weight, dtype: torch.dtype) -> Tensor:
+    """Return the weights `[.., N, K]`, each rounded once to `dtype`. INT4 is in the layout `groups`."""
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
+    rows, columns = weight.shape[-2:]
+    int4 = isinstance(weight, Int4Weight)
+    block = (1, 32) if isinstance(weight, Int4Weight) else weight.block
+    depth = _DEPTH
+    while columns % depth or (not int4 and block[1] % depth):
+        depth //= 2
+    experts = weight.codes.shape[0] if weight.codes.ndim > (3 if int4 else 2) else 1
+    launch(
+        _dequantize,
+        (triton.cdiv(rows, _ROWS), columns // depth, experts),
+        weight.codes if int4 else weight.codes.view(torch.uint8),
+        weight.scale,
+        out,
+        weight.codes.numel() // experts,
+        weight.scale.numel() // experts,
+        N=rows,
+        K=columns,
+        FORMAT="int4" if int4 else "fp8",
+        SCALE_ROWS=block[0],
+        SCALE_COLUMNS=block[1],
+        BLOCK_N=_ROWS,
+        BLOCK_K=depth,
+        stages=1,
+    )
+    return out

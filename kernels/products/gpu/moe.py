@@ -1,0 +1,608 @@
+"""A mixture of experts on quantised weights: grouped products in Triton, forward and backward.
+
+Forward, three launches (five where pairs are brought together first, see `routing_triton`):
+    `_gate_up`  hidden[p] = silu(gate[e] x[t]) * up[e] x[t]     for every pair p = t * k + j with expert e = ids[t, j]
+    `_down`     y[p] = down[e] hidden[p]
+    `_combine`  out[t] = sum over j, in order, of weights[t, j] * y[t * k + j]
+
+What is computed for a pair is stored at the pair's number, so only the two products know of blocks and slots. A pair
+without an expert is never computed: its rows of hidden and y hold whatever the memory held, and are never read.
+
+Backward, for activations and router weights (quantised weights have no gradient), with g the gradient of out:
+    a[p] = down[e].T g[t];  weight gradient[p] = hidden[p] . a[p]
+    then through silu(gate) * up in float32, and back through gate[e].T and up[e].T; the pairs of a token are summed.
+
+Every sum has a fixed order: equal inputs give equal bits. Nothing waits for the GPU, and grids follow from shapes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from k2quant.errors import UsageError
+from k2quant.kernels.devices.launch import launch
+from k2quant.kernels.devices.rounding import round_to
+from k2quant.kernels.products.gpu.linear import codes_of, constants_of, fitted, swizzled, thin
+from k2quant.kernels.products.gpu.routing import Routing, plan
+from k2quant.kernels.products.gpu.tiles import (
+    dot,
+    fp8_codes,
+    fp8_scale,
+    int4_tile,
+    multiply,
+    multiply_thin,
+    thin_tiles,
+    thin_x,
+    weight_tile,
+)
+from k2quant.kernels.products.tables.configs import Config
+from k2quant.kernels.products.weights import Fp8Weight, Int4Weight
+
+COLUMNS = 1024
+"""Columns that a program of `_combine` or `_activation_back` handles at a time: 16 bytes of BF16 for each of its 128
+threads."""
+
+LYING = tl.constexpr(8)
+"""BLOCK_M at which a tile of the weight, not x, is the left factor: the matrix units take 16 rows on the left and 8
+columns on the right, so 8 rows of x on the left would be multiplied twice. Saves 10 to 20 % of a loop's instructions,
+of which there are nearly too many to keep up with the memory."""
+
+
+def moe(
+    x: Tensor,
+    gate: Int4Weight | Fp8Weight,
+    up: Int4Weight | Fp8Weight,
+    down: Int4Weight | Fp8Weight,
+    ids: Tensor,
+    weights: Tensor,
+    config_in: Config,
+    config_out: Config,
+) -> Tensor:
+    """Do `matmul_reference.moe`.
+
+    Args:
+        x: `[T, H]`, BF16, FP16 or float32.
+        gate: `[E, I, H]`; INT4 in the layout `groups`.
+        up: `[E, I, H]`, of the same kind.
+        down: `[E, H, I]`.
+        ids: `[T, k]`, int32 or int64; one outside 0..E-1, such as -1, is no expert.
+        weights: `[T, k]`, any float dtype.
+        config_in: tiles of gate and up; each program has two accumulators of `rows` x `columns`.
+        config_out: tiles of down, with the same `rows`.
+
+    Returns:
+        `[T, H]` in the dtype of x.
+    """
+    experts = gate.shape[0]
+    routing = plan(ids, experts, _rows(config_in, config_out))
+    hidden = _run_gate_up(x.contiguous(), gate, up, ids, routing, config_in, products=False)[0]
+    pairs = _run_down(hidden, down, routing, config_out)
+    return _run_combine(pairs, ids, weights, experts)
+
+
+def moe_backward(
+    grad: Tensor,
+    x: Tensor,
+    gate: Int4Weight | Fp8Weight,
+    up: Int4Weight | Fp8Weight,
+    down: Int4Weight | Fp8Weight,
+    ids: Tensor,
+    weights: Tensor,
+    config_in: Config,
+    config_out: Config,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x, `[T, H]` in its dtype, and of the router's weights, `[T, k]` in theirs.
+
+    Args:
+        grad: `[T, H]`, the gradient of what `moe` returns.
+        x: as given to `moe`, like the arguments that follow.
+        gate: `[E, I, H]`.
+        up: `[E, I, H]`.
+        down: `[E, H, I]`.
+        ids: `[T, k]`; a pair without an expert has the gradients zero.
+        weights: `[T, k]`.
+        config_in: tiles of gate and up, forward and backward.
+        config_out: tiles of down, backward, with the same `rows`.
+    """
+    experts = gate.shape[0]
+    routing = plan(ids, experts, _rows(config_in, config_out))
+    products = _run_gate_up(x.contiguous(), gate, up, ids, routing, config_in, products=True)
+    back = _run_back([grad.to(x.dtype).contiguous()], [down], ids, routing, config_out, torch.float32)
+    grad_weights = _run_activation_back(back, *products, ids, weights, experts)
+    pairs = _run_back(list(products), [gate, up], ids, routing, config_in, x.dtype)
+    return _run_combine(pairs, ids, None, experts), grad_weights
+
+
+def _rows(config_in: Config, config_out: Config) -> int:
+    if config_in.rows != config_out.rows:
+        raise UsageError(
+            f"the configs of one mixture of experts share their blocks of rows: found {config_in.rows} rows for gate "
+            f"and up, {config_out.rows} for down"
+        )
+    return config_in.rows
+
+
+def _depth(weight: Int4Weight | Fp8Weight, config: Config) -> int:
+    """Return BLOCK_K: a tile of INT4 may hold any number of groups, one of FP8 lies in one block."""
+    return config.depth_for(weight.shape[-1], weight.block[1] if isinstance(weight, Fp8Weight) else config.depth)
+
+
+def _blocks(routing: Routing) -> tuple[Tensor, Tensor, int]:
+    """Return the arguments by which a kernel finds its block: pairs, experts, number of blocks."""
+    return (routing.experts if routing.pairs is None else routing.pairs), routing.experts, routing.blocks
+
+
+def _run_gate_up(
+    x: Tensor,
+    gate: Int4Weight | Fp8Weight,
+    up: Int4Weight | Fp8Weight,
+    ids: Tensor,
+    routing: Routing,
+    config: Config,
+    *,
+    products: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return hidden `[P, I]` (twice), or, for the backward pass, the two products from which it is made."""
+    experts, inner, width = gate.shape
+    out = torch.empty(ids.numel(), inner, dtype=x.dtype, device=x.device)
+    other = torch.empty_like(out) if products else out
+    depth = _depth(gate, config)
+    tile, warps = fitted(config, depth)
+    launch(
+        _gate_up,
+        (routing.blocks * triton.cdiv(inner, tile),),
+        *(x, codes_of(gate), gate.scale, codes_of(up), up.scale, out, other, *_blocks(routing), experts),
+        **constants_of(gate),
+        N=inner,
+        K=width,
+        TOP=ids.shape[1],
+        BLOCK_M=routing.rows,
+        BLOCK_N=tile,
+        BLOCK_K=depth,
+        GROUP=config.group,
+        DIRECT=routing.pairs is None,
+        PRODUCTS=products,
+        THIN=thin(gate, x.dtype, routing.rows, depth),
+        warps=warps,
+        stages=config.stages,
+    )
+    return out, other
+
+
+def _run_down(hidden: Tensor, down: Int4Weight | Fp8Weight, routing: Routing, config: Config) -> Tensor:
+    """Return y `[P, H]`."""
+    experts, width, inner = down.shape
+    out = torch.empty(hidden.shape[0], width, dtype=hidden.dtype, device=hidden.device)
+    depth = _depth(down, config)
+    tile, warps = fitted(config, depth)
+    launch(
+        _down,
+        (routing.blocks * triton.cdiv(width, tile),),
+        *(hidden, codes_of(down), down.scale, out, *_blocks(routing), experts),
+        **constants_of(down),
+        N=width,
+        K=inner,
+        BLOCK_M=routing.rows,
+        BLOCK_N=tile,
+        BLOCK_K=depth,
+        GROUP=config.group,
+        DIRECT=routing.pairs is None,
+        THIN=thin(down, hidden.dtype, routing.rows, depth),
+        warps=warps,
+        stages=config.stages,
+    )
+    return out
+
+
+def _run_back(
+    grads: list[Tensor],
+    parts: list[Int4Weight | Fp8Weight],
+    ids: Tensor,
+    routing: Routing,
+    config: Config,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the sum of the gradients that reach the inputs of `parts`, `[P, K]`.
+
+    Args:
+        grads: the gradient of each part's output: `[P, N]`, or a single `[T, N]` for a part that all pairs of a token
+            share the gradient of.
+        parts: one or two weights `[E, N, K]`.
+        ids: `[T, k]`.
+        routing: the work.
+        config: `depth` columns of the result are made at a time, from `columns` rows of the weight at a time.
+        dtype: of the result.
+    """
+    experts, rows, columns = parts[0].shape
+    out = torch.empty(ids.numel(), columns, dtype=dtype, device=ids.device)
+    depth = _depth(parts[0], config)
+    tile, warps = fitted(config, depth)
+    launch(
+        _back,
+        (routing.blocks * (columns // depth),),
+        *(grads[0], codes_of(parts[0]), parts[0].scale, grads[-1], codes_of(parts[-1]), parts[-1].scale, out),
+        *(*_blocks(routing), experts),
+        **constants_of(parts[0]),
+        N=rows,
+        K=columns,
+        TOP=1 if len(parts) == 2 else ids.shape[1],
+        BLOCK_M=routing.rows,
+        BLOCK_N=tile,
+        BLOCK_K=depth,
+        GROUP=config.group,
+        DIRECT=routing.pairs is None,
+        TWO=len(parts) == 2,
+        warps=warps,
+        stages=config.stages,
+    )
+    return out
+
+
+def _run_activation_back(back: Tensor, gate: Tensor, up: Tensor, ids: Tensor, weights: Tensor, experts: int) -> Tensor:
+    """Turn the products gate and up `[P, I]` into their gradients, in place; return that of the router's weights."""
+    out = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
+    arguments = (back, gate, up, ids.contiguous(), weights.contiguous(), out, experts)
+    launch(_activation_back, (ids.numel(),), *arguments, N=gate.shape[1], BLOCK=COLUMNS)
+    return out
+
+
+def _run_combine(pairs: Tensor, ids: Tensor, weights: Tensor | None, experts: int) -> Tensor:
+    """Return for each token the sum of its rows of pairs `[P, H]`, weighted if weights are given."""
+    tokens, top = ids.shape
+    width = pairs.shape[1]
+    out = torch.empty(tokens, width, dtype=pairs.dtype, device=pairs.device)
+    ids = ids.contiguous()
+    launch(
+        _combine,
+        (tokens, triton.cdiv(width, COLUMNS)),
+        *(pairs, ids, ids if weights is None else weights.contiguous(), out, experts),
+        N=width,
+        TOP=top,
+        WEIGHTED=weights is not None,
+        BLOCK=COLUMNS,
+    )
+    return out
+
+
+@triton.jit
+def _slots(pairs_ptr, block, BLOCK_M: tl.constexpr, DIRECT: tl.constexpr):
+    """Return the pairs of a block, `[BLOCK_M]` int64, -1 for padding."""
+    slot = tl.arange(0, BLOCK_M)
+    pair = tl.where(slot == 0, block, -1) if DIRECT else tl.load(pairs_ptr + block * BLOCK_M + slot)
+    return pair.to(tl.int64)
+
+
+@triton.jit
+def _of_expert(
+    codes_ptr,
+    scale_ptr,
+    expert,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+):
+    """Return where one expert's codes and scales begin; `expert` is int64, for K2's stacks hold 5.6e9 codes."""
+    if FORMAT == "int4":
+        codes_ptr += expert * N * (K // 8)
+        scale_ptr += expert * N * (K // 32)
+    else:
+        codes_ptr += expert * N * K
+        scale_ptr += expert * tl.cdiv(N, SCALE_ROWS) * tl.cdiv(K, SCALE_COLUMNS)
+    return codes_ptr, scale_ptr
+
+
+@triton.jit
+def _nothing(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return an empty sum for `_multiply`."""
+    return tl.zeros((BLOCK_N, BLOCK_M) if BLOCK_M == LYING else (BLOCK_M, BLOCK_N), tl.float32)
+
+
+@triton.jit
+def _upright(acc, BLOCK_M: tl.constexpr):
+    """Return a sum of `_multiply` as `[BLOCK_M, BLOCK_N]`."""
+    return acc.T if BLOCK_M == LYING else acc
+
+
+@triton.jit
+def _multiply(
+    acc,
+    x,
+    codes_ptr,
+    scale_ptr,
+    rows,
+    k,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Do `tiles_triton.multiply`; for 8 rows of x, acc is `[BLOCK_N, 8]` and acc + tile @ x.T is returned."""
+    one: tl.constexpr = SCALE_ROWS % BLOCK_N == 0
+    ok = rows < N
+    if BLOCK_M != LYING:
+        acc = multiply(acc, x, codes_ptr, scale_ptr, rows, ok, k, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_K, one)
+    elif FORMAT == "int4":
+        acc = dot(int4_tile(codes_ptr, scale_ptr, rows, ok, k, N, BLOCK_K, x.dtype), x.T, acc)
+    else:
+        product = dot(fp8_codes(codes_ptr, rows, ok, k, K, BLOCK_K, x.dtype), x.T, tl.zeros_like(acc))
+        if one:
+            acc += product * fp8_scale(scale_ptr, tl.min(rows, 0), True, k, K, SCALE_ROWS, SCALE_COLUMNS)
+        else:
+            acc += product * fp8_scale(scale_ptr, rows, ok, k, K, SCALE_ROWS, SCALE_COLUMNS)[:, None]
+    return acc
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _gate_up(
+    x_ptr,
+    gate_ptr,
+    gate_scale_ptr,
+    up_ptr,
+    up_scale_ptr,
+    out_ptr,
+    other_ptr,
+    pairs_ptr,
+    experts_ptr,
+    blocks,
+    E,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIRECT: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    THIN: tl.constexpr,
+):
+    """Store silu(gate x) * (up x) of a block of pairs and a tile of columns; with PRODUCTS the two factors instead."""
+    block, tile = swizzled(tl.program_id(0), blocks, tl.cdiv(N, BLOCK_N), GROUP)
+    expert = tl.load(experts_ptr + block).to(tl.int64)
+    if (expert < 0) | (expert >= E):
+        return
+    pair = _slots(pairs_ptr, block, BLOCK_M, DIRECT)
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    gate_ptr, gate_scale_ptr = _of_expert(gate_ptr, gate_scale_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
+    up_ptr, up_scale_ptr = _of_expert(up_ptr, up_scale_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
+    x_rows = x_ptr + (pair // TOP) * K
+    gate = _nothing(BLOCK_M, BLOCK_N)
+    up = _nothing(BLOCK_M, BLOCK_N)
+    for k in range(0, K, BLOCK_K):
+        if THIN:
+            gates = thin_tiles(gate_ptr, gate_scale_ptr, rows, rows < N, k, N, BLOCK_K)
+            ups = thin_tiles(up_ptr, up_scale_ptr, rows, rows < N, k, N, BLOCK_K)
+            for part in tl.static_range(8):
+                x = thin_x(x_rows, pair >= 0, k, part, BLOCK_K)
+                gate = dot(x, gates[part].T, gate)
+                up = dot(x, ups[part].T, up)
+        else:
+            x = tl.load(x_rows[:, None] + (k + tl.arange(0, BLOCK_K))[None, :], mask=(pair >= 0)[:, None], other=0.0)
+            gate = _multiply(
+                gate,
+                x,
+                gate_ptr,
+                gate_scale_ptr,
+                rows,
+                k,
+                N,
+                K,
+                FORMAT,
+                SCALE_ROWS,
+                SCALE_COLUMNS,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+            up = _multiply(
+                up, x, up_ptr, up_scale_ptr, rows, k, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_M, BLOCK_N, BLOCK_K
+            )
+    # Each product is rounded once, as the two products of an unfused layer would be.
+    dtype = x_ptr.dtype.element_ty
+    gate = round_to(_upright(gate, BLOCK_M), dtype)
+    up = round_to(_upright(up, BLOCK_M), dtype)
+    place = pair[:, None] * N + rows[None, :]
+    wanted = (pair >= 0)[:, None] & (rows < N)[None, :]
+    if PRODUCTS:
+        tl.store(out_ptr + place, gate, mask=wanted)
+        tl.store(other_ptr + place, up, mask=wanted)
+    else:
+        factor = gate.to(tl.float32)
+        hidden = factor / (1.0 + tl.exp(-factor)) * up.to(tl.float32)
+        tl.store(out_ptr + place, round_to(hidden, dtype), mask=wanted)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _down(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    out_ptr,
+    pairs_ptr,
+    experts_ptr,
+    blocks,
+    E,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIRECT: tl.constexpr,
+    THIN: tl.constexpr,
+):
+    """Store the product of a block of pairs' rows of x `[P, K]` with a tile of their expert's weight."""
+    block, tile = swizzled(tl.program_id(0), blocks, tl.cdiv(N, BLOCK_N), GROUP)
+    expert = tl.load(experts_ptr + block).to(tl.int64)
+    if (expert < 0) | (expert >= E):
+        return
+    pair = _slots(pairs_ptr, block, BLOCK_M, DIRECT)
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    codes_ptr, scale_ptr = _of_expert(codes_ptr, scale_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
+    x_rows = x_ptr + pair * K
+    acc = _nothing(BLOCK_M, BLOCK_N)
+    for k in range(0, K, BLOCK_K):
+        if THIN:
+            acc = multiply_thin(acc, x_rows, pair >= 0, codes_ptr, scale_ptr, rows, rows < N, k, N, BLOCK_K)
+        else:
+            x = tl.load(x_rows[:, None] + (k + tl.arange(0, BLOCK_K))[None, :], mask=(pair >= 0)[:, None], other=0.0)
+            acc = _multiply(
+                acc,
+                x,
+                codes_ptr,
+                scale_ptr,
+                rows,
+                k,
+                N,
+                K,
+                FORMAT,
+                SCALE_ROWS,
+                SCALE_COLUMNS,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
+    out = round_to(_upright(acc, BLOCK_M), x_ptr.dtype.element_ty)
+    wanted = (pair >= 0)[:, None] & (rows < N)[None, :]
+    tl.store(out_ptr + pair[:, None] * N + rows[None, :], out, mask=wanted)
+
+
+@triton.jit
+def _combine(
+    pairs_ptr,
+    ids_ptr,
+    weights_ptr,
+    out_ptr,
+    E,
+    N: tl.constexpr,
+    TOP: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Store a token's sum of its pairs' rows `[P, N]`, in their order, in float32; the row of no expert is not read."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for j in tl.static_range(TOP):
+        pair = token * TOP + j
+        expert = tl.load(ids_ptr + pair)
+        known = (expert >= 0) & (expert < E)
+        row = tl.load(pairs_ptr + pair * N + column, mask=(column < N) & known, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            # No expert, no weight: a weight of inf or NaN there must not spread.
+            row *= tl.load(weights_ptr + pair, mask=known, other=0.0).to(tl.float32)
+        total += row
+    tl.store(out_ptr + token * N + column, round_to(total, out_ptr.dtype.element_ty), mask=column < N)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def _back(
+    grad_ptr,
+    codes_ptr,
+    scale_ptr,
+    grad2_ptr,
+    codes2_ptr,
+    scale2_ptr,
+    out_ptr,
+    pairs_ptr,
+    experts_ptr,
+    blocks,
+    E,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIRECT: tl.constexpr,
+    TWO: tl.constexpr,
+):
+    """Store grad @ weight for a block of pairs and BLOCK_K columns: a sum over the weight's rows, N of them.
+
+    Row pair // TOP of grad `[.., N]` belongs to a pair. With TWO, the product of a second pair of both is added.
+    """
+    block, tile = swizzled(tl.program_id(0), blocks, K // BLOCK_K, GROUP)
+    expert = tl.load(experts_ptr + block).to(tl.int64)
+    if (expert < 0) | (expert >= E):
+        return
+    pair = _slots(pairs_ptr, block, BLOCK_M, DIRECT)
+    codes_ptr, scale_ptr = _of_expert(codes_ptr, scale_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
+    codes2_ptr, scale2_ptr = _of_expert(codes2_ptr, scale2_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
+    k = tile * BLOCK_K
+    grad_place = (pair // TOP)[:, None] * N
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for n in range(0, N, BLOCK_N):
+        rows = n + tl.arange(0, BLOCK_N)
+        present = (pair >= 0)[:, None] & (rows < N)[None, :]
+        grad = tl.load(grad_ptr + grad_place + rows[None, :], mask=present, other=0.0)
+        weight = weight_tile(
+            codes_ptr, scale_ptr, rows, rows < N, k, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_K, grad.dtype
+        )
+        acc = dot(grad, weight, acc)
+        if TWO:
+            grad = tl.load(grad2_ptr + grad_place + rows[None, :], mask=present, other=0.0)
+            weight = weight_tile(
+                codes2_ptr, scale2_ptr, rows, rows < N, k, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_K, grad.dtype
+            )
+            acc = dot(grad, weight, acc)
+    place = pair[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :]
+    tl.store(out_ptr + place, round_to(acc, out_ptr.dtype.element_ty), mask=(pair >= 0)[:, None])
+
+
+@triton.jit
+def _activation_back(
+    back_ptr,
+    gate_ptr,
+    up_ptr,
+    ids_ptr,
+    weights_ptr,
+    grad_weights_ptr,
+    E,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Take one pair back through silu(gate) * up, in float32: gate and up `[P, N]` become their own gradients.
+
+    back is the unweighted gradient of hidden, float32 `[P, N]`; its product with hidden is the weight's gradient.
+    """
+    pair = tl.program_id(0).to(tl.int64)
+    expert = tl.load(ids_ptr + pair)
+    if (expert < 0) | (expert >= E):
+        tl.store(grad_weights_ptr + pair, 0.0)
+        return
+    weight = tl.load(weights_ptr + pair).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    dtype = gate_ptr.dtype.element_ty
+    for start in range(0, N, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        place = pair * N + column
+        back = tl.load(back_ptr + place, mask=column < N, other=0.0)
+        gate = tl.load(gate_ptr + place, mask=column < N, other=0.0).to(tl.float32)
+        up = tl.load(up_ptr + place, mask=column < N, other=0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        # hidden as the forward pass rounded it: that is what the weight multiplied.
+        total += back * round_to(gate * sigmoid * up, dtype).to(tl.float32)
+        back *= weight
+        tl.store(up_ptr + place, round_to(back * gate * sigmoid, dtype), mask=column < N)
+        slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+        tl.store(gate_ptr + place, round_to(back * up * slope, dtype), mask=column < N)
+    tl.store(grad_weights_ptr + pair, round_to(tl.sum(total), grad_weights_ptr.dtype.element_ty))

@@ -1,0 +1,365 @@
+"""Tiles of quantised weights for the Triton kernels: read packed, unpacked in registers, used, never written.
+
+A kernel is written once for every format: it takes pointers to codes and scales and the constants FORMAT, SCALE_ROWS
+and SCALE_COLUMNS, and calls `multiply` or `weight_tile`. To add a format, add its branch there and its loader beside
+the two that follow.
+
+Under the interpreter (no GPU, `TRITON_INTERPRET=1`) there is no inline assembly, no BF16 constant, and BF16 matrix
+products are garbage; so it takes the plain form of the same arithmetic, and products are made in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from k2quant.kernels.codecs.gpu.rules import fp8_value
+from k2quant.kernels.devices.rounding import INTERPRETED, round_to
+
+_UNPACK_INT4 = tl.constexpr("""
+{
+    .reg .b32 a1, a2, a3, b1, b2, b3, n0, n1, n2, n3, one, minus136;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 minus136, 0xC308C308;
+    shr.u32 a1, $8, 4;
+    shr.u32 a2, $8, 8;
+    shr.u32 a3, $8, 12;
+    lop3.b32 n0, $8, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 n1, a1, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 n2, a2, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 n3, a3, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $0, n0, one, minus136;
+    fma.rn.bf16x2 $1, n1, one, minus136;
+    fma.rn.bf16x2 $2, n2, one, minus136;
+    fma.rn.bf16x2 $3, n3, one, minus136;
+    shr.u32 b1, $9, 4;
+    shr.u32 b2, $9, 8;
+    shr.u32 b3, $9, 12;
+    lop3.b32 n0, $9, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 n1, b1, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 n2, b2, 0x000f000f, 0x43004300, 0xea;
+    lop3.b32 n3, b3, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 $4, n0, one, minus136;
+    fma.rn.bf16x2 $5, n1, one, minus136;
+    fma.rn.bf16x2 $6, n2, one, minus136;
+    fma.rn.bf16x2 $7, n3, one, minus136;
+}
+""")
+"""Two words to sixteen BF16 codes. `lop3` 0xEA is (a & b) | c: a nibble under the exponent of 128 reads as 128 + n, and
+adding -136 leaves n - 8, exactly. Each instruction works on the two halves of a word, that is on columns 8 apart.
+A plain sum of two BF16 numbers needs sm_90; the fused one with a factor of 1 needs sm_80 and costs the same."""
+
+_UNPACK_SCALED_INT4 = tl.constexpr("""
+{
+    .reg .b32 word, code, one, minus136, nothing;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 minus136, 0xC308C308;
+    mov.b32 nothing, 0x80008000;
+    lop3.b32 code, $8, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 code, code, one, minus136;
+    fma.rn.bf16x2 $0, code, $10, nothing;
+    shr.u32 word, $8, 4;
+    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 code, code, one, minus136;
+    fma.rn.bf16x2 $1, code, $10, nothing;
+    shr.u32 word, $8, 8;
+    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 code, code, one, minus136;
+    fma.rn.bf16x2 $2, code, $10, nothing;
+    shr.u32 word, $8, 12;
+    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 code, code, one, minus136;
+    fma.rn.bf16x2 $3, code, $10, nothing;
+    lop3.b32 code, $9, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 code, code, one, minus136;
+    fma.rn.bf16x2 $4, code, $10, nothing;
+    shr.u32 word, $9, 4;
+    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 code, code, one, minus136;
+    fma.rn.bf16x2 $5, code, $10, nothing;
+    shr.u32 word, $9, 8;
+    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 code, code, one, minus136;
+    fma.rn.bf16x2 $6, code, $10, nothing;
+    shr.u32 word, $9, 12;
+    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
+    fma.rn.bf16x2 code, code, one, minus136;
+    fma.rn.bf16x2 $7, code, $10, nothing;
+}
+""")
+"""The same, and each code times its scale, rounded once: $10 holds the scales of the two words. Left to itself, the
+compiler pairs the halves of the products anew, which costs as much as the products."""
+
+_UNPACK_FP8 = tl.constexpr("""
+{
+    .reg .b32 low, high, magnitude, up, nothing;
+    mov.b32 up, 0x7B807B80;
+    mov.b32 nothing, 0x80008000;
+    prmt.b32 low, $2, 0, 0x1404;
+    prmt.b32 high, $2, 0, 0x3424;
+    shr.u32 magnitude, low, 4;
+    and.b32 magnitude, magnitude, 0x07f007f0;
+    lop3.b32 low, low, 0x80008000, magnitude, 0xea;
+    fma.rn.bf16x2 $0, low, up, nothing;
+    shr.u32 magnitude, high, 4;
+    and.b32 magnitude, magnitude, 0x07f007f0;
+    lop3.b32 high, high, 0x80008000, magnitude, 0xea;
+    fma.rn.bf16x2 $1, high, up, nothing;
+}
+""")
+"""Four e4m3 codes to four BF16 numbers: each byte to the top of a half word, its seven low bits four bits further down,
+below the sign, where BF16's exponent is one bit longer, then times 2^120 (plus -0: no change), subnormals included."""
+
+
+@triton.jit
+def _unpack_words(words):
+    """Return the sixteen BF16 codes of each pair of words `[N, W]`, in column order: `[N, 8 * W]`."""
+    n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
+        _UNPACK_INT4,
+        "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
+        [words],
+        dtype=(tl.bfloat16,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+    even = tl.join(tl.join(n0, n4), tl.join(n2, n6))
+    odd = tl.join(tl.join(n1, n5), tl.join(n3, n7))
+    W: tl.constexpr = words.shape[1]
+    runs = tl.join(even, odd).reshape(words.shape[0], W // 4, 4, 8)
+    return tl.permute(runs, (0, 1, 3, 2)).reshape(words.shape[0], W * 8)
+
+
+@triton.jit
+def _unpack_words_plainly(words):
+    """Do `_unpack_words` in integers, on any device; returns int32 codes."""
+    W: tl.constexpr = words.shape[1]
+    pairs = tl.permute(words.reshape(words.shape[0], W // 4, 2, 2), (0, 1, 3, 2))  # q before p
+    pairs = pairs.reshape(words.shape[0], W // 4, 2, 1, 2, 1)
+    step = tl.arange(0, 4)[None, None, None, :, None, None]
+    half = tl.arange(0, 2)[None, None, None, None, None, :]
+    return (((pairs >> (4 * step + 16 * half)) & 15) - 8).reshape(words.shape[0], W * 8)
+
+
+@triton.jit
+def int4_codes(words):
+    """Return the codes of words `[N, W]` in column order, `[N, 8 * W]`: BF16, or int32 under the interpreter."""
+    return _unpack_words_plainly(words) if INTERPRETED else _unpack_words(words)
+
+
+@triton.jit
+def int4_tile(codes_ptr, scale_ptr, rows, rows_ok, k, N, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
+    """Return INT4 weights `[BN, BLOCK_K]` in the layout `groups` (see `weights`), each code * scale rounded once."""
+    word = tl.arange(0, BLOCK_K // 8)
+    column = (k // 32 + word // 4).to(tl.int64) * (N * 4) + word % 4
+    words = tl.load(codes_ptr + column[None, :] + (rows * 4)[:, None], mask=rows_ok[:, None], other=0)
+    group = (k // 32 + tl.arange(0, BLOCK_K // 32)).to(tl.int64) * N
+    scale = tl.load(scale_ptr + group[None, :] + rows[:, None], mask=rows_ok[:, None], other=0.0)
+    if tl.bfloat16 == DTYPE and not INTERPRETED:
+        codes = _unpack_words(words).reshape(words.shape[0], BLOCK_K // 32, 32)
+        tile = codes * scale[:, :, None]
+    else:
+        codes = _unpack_words_plainly(words).to(tl.float32).reshape(words.shape[0], BLOCK_K // 32, 32)
+        tile = round_to(codes * scale.to(tl.float32)[:, :, None], DTYPE)
+    return tile.reshape(words.shape[0], BLOCK_K)
+
+
+@triton.jit
+def fp8_codes(codes_ptr, rows, rows_ok, k, K, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
+    """Return e4m3 codes `[BN, BLOCK_K]` of a row-major matrix as numbers of DTYPE, exactly."""
+    place = rows.to(tl.int64)[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :]
+    return fp8_numbers(tl.load(codes_ptr + place, mask=rows_ok[:, None], other=0), DTYPE)
+
+
+@triton.jit
+def _fp8_to_bf16(bits):
+    """Return e4m3 codes as BF16 numbers, four at a time."""
+    return tl.inline_asm_elementwise(_UNPACK_FP8, "=r,=r,r", [bits], dtype=tl.bfloat16, is_pure=True, pack=4)
+
+
+@triton.jit
+def fp8_numbers(bits, DTYPE: tl.constexpr):
+    """Return e4m3 codes, given as bytes in a tensor of any shape, as numbers of DTYPE, exactly.
+
+    The assembly does for BF16 what `fp8_value` does for float32.
+    """
+    if tl.bfloat16 == DTYPE and not INTERPRETED:
+        return _fp8_to_bf16(bits)
+    return fp8_value(bits.to(tl.int32)).to(DTYPE)
+
+
+@triton.jit
+def fp8_scale(scale_ptr, rows, rows_ok, k, K, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
+    """Return the float32 scale `[BN]` of `rows` in the block of column k."""
+    place = (rows // SCALE_ROWS).to(tl.int64) * tl.cdiv(K, SCALE_COLUMNS) + k // SCALE_COLUMNS
+    return tl.load(scale_ptr + place, mask=rows_ok, other=0.0)
+
+
+@triton.jit
+def weight_tile(
+    codes_ptr,
+    scale_ptr,
+    rows,
+    rows_ok,
+    k,
+    N,
+    K,
+    FORMAT: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Return the weights of `rows` and of BLOCK_K columns from k on, each rounded once to DTYPE.
+
+    Args:
+        codes_ptr: the matrix `[N, K]`; of a stack, that of one expert.
+        scale_ptr: its scales.
+        rows: `[BN]`, row numbers; those that are not `rows_ok` give zeros.
+        rows_ok: `[BN]`.
+        k: first column, a multiple of BLOCK_K.
+        N: rows of the matrix.
+        K: columns of the matrix, a multiple of BLOCK_K.
+        FORMAT: "int4" or "fp8".
+        SCALE_ROWS: rows of a block of "fp8".
+        SCALE_COLUMNS: columns of a block of "fp8", a multiple of BLOCK_K.
+        BLOCK_K: columns of the tile: a power of two, 32 or more.
+        DTYPE: dtype of the result.
+
+    Returns:
+        `[BN, BLOCK_K]`.
+    """
+    if FORMAT == "int4":
+        tile = int4_tile(codes_ptr, scale_ptr, rows, rows_ok, k, N, BLOCK_K, DTYPE)
+    else:
+        codes = fp8_codes(codes_ptr, rows, rows_ok, k, K, BLOCK_K, DTYPE)
+        scale = fp8_scale(scale_ptr, rows, rows_ok, k, K, SCALE_ROWS, SCALE_COLUMNS)
+        tile = round_to(codes.to(tl.float32) * scale[:, None], DTYPE)
+    return tile
+
+
+@triton.jit
+def multiply(
+    acc,
+    x,
+    codes_ptr,
+    scale_ptr,
+    rows,
+    rows_ok,
+    k,
+    N,
+    K,
+    FORMAT: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ONE_BLOCK: tl.constexpr = False,  # noqa: FBT002  a compile-time constant
+):
+    """Return acc + x @ tile.T, float32 `[BM, BN]`, for x `[BM, BLOCK_K]` and the tile that `weight_tile` describes.
+
+    ONE_BLOCK says that all rows lie in one block of "fp8", whose scale is then one number.
+
+    FP8 codes are multiplied as they are, and each block's product by its scale in float32: nothing is rounded.
+    """
+    if FORMAT == "int4":
+        tile = int4_tile(codes_ptr, scale_ptr, rows, rows_ok, k, N, BLOCK_K, x.dtype)
+        acc = dot(x, tile.T, acc)
+    else:
+        tile = fp8_codes(codes_ptr, rows, rows_ok, k, K, BLOCK_K, x.dtype)
+        if ONE_BLOCK:
+            scale = fp8_scale(scale_ptr, tl.min(rows, 0), True, k, K, SCALE_ROWS, SCALE_COLUMNS)
+            acc += dot(x, tile.T, tl.zeros_like(acc)) * scale
+        else:
+            scale = fp8_scale(scale_ptr, rows, rows_ok, k, K, SCALE_ROWS, SCALE_COLUMNS)
+            acc += dot(x, tile.T, tl.zeros_like(acc)) * scale[None, :]
+    return acc
+
+
+@triton.jit
+def multiply_thin(acc, x_rows, x_ok, codes_ptr, scale_ptr, rows, rows_ok, k, N, BLOCK_K: tl.constexpr):
+    """Return acc + x @ tile.T like `multiply`, for INT4, BF16 and few rows of x: a tile never leaves the registers.
+
+    Each of the eight results of unpacking is a product's factor as it stands; x is read in the same order. For tiles
+    of less than 64 rows of x, whose products take both factors from registers.
+
+    Args:
+        acc: float32 `[BM, BN]`.
+        x_rows: pointers `[BM]` to the first column of rows of x.
+        x_ok: `[BM]`, rows to be read.
+        codes_ptr: the matrix, as for `weight_tile`.
+        scale_ptr: its scales.
+        rows: `[BN]`, row numbers.
+        rows_ok: `[BN]`.
+        k: first column, a multiple of BLOCK_K.
+        N: rows of the matrix.
+        BLOCK_K: columns of the tile: a power of two, 128 or more.
+    """
+    tiles = thin_tiles(codes_ptr, scale_ptr, rows, rows_ok, k, N, BLOCK_K)
+    for part in tl.static_range(8):
+        acc = dot(thin_x(x_rows, x_ok, k, part, BLOCK_K), tiles[part].T, acc)
+    return acc
+
+
+@triton.jit
+def thin_tiles(codes_ptr, scale_ptr, rows, rows_ok, k, N, BLOCK_K: tl.constexpr):
+    """Return eight BF16 tiles `[BN, BLOCK_K / 8]` of scaled weights, the columns of each in the order of `thin_x`."""
+    words: tl.constexpr = BLOCK_K // 8
+    word = tl.arange(0, words)
+    place = (k // 32 + word // 4).to(tl.int64) * (N * 4) + word % 4
+    packed = tl.load(codes_ptr + place[None, :] + (rows * 4)[:, None], mask=rows_ok[:, None], other=0)
+    group = (k // 32 + tl.arange(0, BLOCK_K // 32)).to(tl.int64) * N
+    scale = tl.load(scale_ptr + group[None, :] + rows[:, None], mask=rows_ok[:, None], other=0.0)
+    scale = tl.broadcast_to(scale[:, :, None], (rows.shape[0], BLOCK_K // 32, 4)).reshape(rows.shape[0], words)
+    return _scaled_words_plainly(packed, scale) if INTERPRETED else _scaled_words(packed, scale)
+
+
+@triton.jit
+def _scaled_words(words, scale):
+    """Return the `thin_tiles` of words `[N, W]` with the scale of each."""
+    return tl.inline_asm_elementwise(
+        _UNPACK_SCALED_INT4,
+        "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+        [words, scale],
+        dtype=(tl.bfloat16,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _scaled_words_plainly(words, scale):
+    """Do `_scaled_words` in integers, on any device."""
+    return (
+        _scaled_nibbles(words, scale, 0, 0),
+        _scaled_nibbles(words, scale, 0, 1),
+        _scaled_nibbles(words, scale, 0, 2),
+        _scaled_nibbles(words, scale, 0, 3),
+        _scaled_nibbles(words, scale, 1, 0),
+        _scaled_nibbles(words, scale, 1, 1),
+        _scaled_nibbles(words, scale, 1, 2),
+        _scaled_nibbles(words, scale, 1, 3),
+    )
+
+
+@triton.jit
+def _scaled_nibbles(words, scale, WORD: tl.constexpr, STEP: tl.constexpr):
+    """Return one of the `thin_tiles`: nibbles STEP and STEP + 4 of the first or second word of each pair, scaled."""
+    first, second = tl.split(words.reshape(words.shape[0], words.shape[1] // 2, 2))
+    word = second if WORD else first
+    nibbles = tl.join((word >> 4 * STEP) & 15, (word >> (4 * STEP + 16)) & 15).reshape(words.shape[0], words.shape[1])
+    return round_to((nibbles - 8).to(tl.float32) * scale.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def thin_x(x_rows, x_ok, k, part: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return the columns of x, `[BM, BLOCK_K / 8]`, that belong to one of the `thin_tiles`: runs of four."""
+    word = tl.arange(0, BLOCK_K // 8)
+    column = k + word // 4 * 32 + 4 * part + word % 4
+    return tl.load(x_rows[:, None] + column[None, :], mask=x_ok[:, None], other=0.0)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """Return acc + a @ b in float32; float32 inputs are multiplied as such, not as TF32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")

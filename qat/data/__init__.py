@@ -1,0 +1,1 @@
+"""What is learnt from: files of examples, as rows of tokens."""

@@ -1,0 +1,1 @@
+"""A trained model as a checkpoint, behind a gate of equal bits."""

@@ -1,0 +1,382 @@
+"""A served model answers as the local one does, item for item; servers that cannot are refused, not scored."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from k2quant.errors import HarnessFault, UsageError
+from k2quant.eval.asking.running import Request, run
+from k2quant.eval.runs.folder import JOURNAL, MANIFEST
+from k2quant.nano import architecture, writing
+from k2quant.nano.benchmark import write_tasks
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A nano-K2 with random weights, named after the architecture that transformers knows.
+
+    transformers does not know `kimi_k2`; everything else in the folder is as it was.
+    """
+    folder = tmp_path_factory.mktemp("model") / "nano"
+    torch.manual_seed(7)
+    with writing.claimed(folder):
+        writing.write(folder, architecture.build(), {})
+    config = json.loads((folder / "config.json").read_bytes())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "deepseek_v3"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nano-K2's own tasks, nine items each."""
+    folder = tmp_path_factory.mktemp("tasks")
+    write_tasks(folder, 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(nano: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where transformers' own server serves the model, on the loopback address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = "from transformers.cli.transformers import main; main()"
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as out:
+        server = subprocess.Popen([sys.executable, "-c", serve, "serve", str(nano), *options], stdout=out, stderr=out)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def served(nano: Path, tasks: Path, url: str) -> Request:
+    """Return nano's tasks, asked of a server."""
+    options: dict[str, Any] = {"backend": "api", "base_url": url, "served_from": nano}
+    return Request(model=str(nano), tasks=("nano",), include=(tasks,), batch_size=3, max_new_tokens=12, **options)
+
+
+def test_a_served_model_answers_as_the_local_one(nano: Path, tasks: Path, url: str, tmp_path: Path) -> None:
+    """Through lm-eval's API backend, transformers' own loading and our kernels: samples equal byte for byte."""
+    request = served(nano, tasks, url)
+    local = replace(request, backend="hf", base_url=None, served_from=None, dtype="float32")
+    run(request, tmp_path / "api")
+    run(local, tmp_path / "hf")
+    run(replace(local, backend="k2quant"), tmp_path / "k2quant")
+    manifests = {name: json.loads((tmp_path / name / MANIFEST).read_bytes()) for name in ("api", "hf", "k2quant")}
+    assert len({manifest["model_hash"] for manifest in manifests.values()}) == 1
+    assert len({manifest["tokenizer_hash"] for manifest in manifests.values()}) == 1
+    answers = set()
+    for name, task in manifests["api"]["tasks"].items():
+        assert task["documents"] == 9
+        data = {backend: (tmp_path / backend / task["file"]).read_bytes() for backend in manifests}
+        assert data["api"] == data["hf"] == data["k2quant"]
+        assert [manifest["tasks"][name]["metrics"] for manifest in manifests.values()] == [task["metrics"]] * 3
+        cut = {manifest["tasks"][name]["truncated"] for manifest in manifests.values()}
+        assert len(cut) == 1
+        answers |= {json.loads(line)["resps"][0][0] for line in data["api"].splitlines()}
+    assert len(answers) > 20  # the comparison is of something
+
+
+def test_a_server_without_echo_cannot_do_multiple_choice(nano: Path, tasks: Path, url: str, tmp_path: Path) -> None:
+    """A mixed list ends before anything is asked, with the names of the tasks that need scores."""
+    request = replace(served(nano, tasks, url), tasks=("nano", "nano_choice"))
+    with pytest.raises(HarnessFault, match=r"echo log-probabilities \(for nano_choice\)") as caught:
+        run(request, tmp_path / "run")
+    assert url in str(caught.value)
+    assert not (tmp_path / "run" / JOURNAL).exists()
+
+
+def test_chat_messages_cannot_be_scored(nano: Path, tasks: Path, url: str, tmp_path: Path) -> None:
+    """Said with the name of the task; without a tokenizer, scoring is refused as well."""
+    request = replace(served(nano, tasks, url), tasks=("nano_choice",))
+    with pytest.raises(UsageError, match="nano_choice"):
+        run(replace(request, chat=True), tmp_path / "chat")
+    with pytest.raises(UsageError, match="--tokenizer or --served-from"):
+        run(replace(request, served_from=None), tmp_path / "plain")
+
+
+Answer = Callable[[dict[str, Any]], tuple[int, bytes]]
+
+
+@pytest.fixture
+def stub() -> Iterator[Callable[[Answer], str]]:
+    """A server that answers each POST as it is told."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(answer: Answer) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                status, content = answer(body)
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                with contextlib.suppress(ConnectionError):  # the client may have given up on its other requests
+                    self.end_headers()
+                    self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                """Say nothing."""
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/v1"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def choices(*, text: str = "x", reason: str = "stop", logprobs: Any = None) -> bytes:
+    """Return the body of an answer."""
+    choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": logprobs}
+    return json.dumps({"choices": [choice]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "said"),
+    [
+        (404, b"no such page", "404"),
+        (500, b"", "500"),
+        (401, b'{"error": "bad key"}', "bad key"),
+        (200, b"<html>", "no usable answer"),
+        (200, b"[]", "OpenAI-style"),
+        (200, b'{"choices": []}', "OpenAI-style"),
+        (200, b'{"choices": [{"index": 0}]}', "KeyError"),
+    ],
+)
+def test_broken_servers_are_faults(
+    tasks: Path, stub: Callable[[Answer], str], tmp_path: Path, status: int, content: bytes, said: str
+) -> None:
+    """Whatever a server says instead of an answer ends the run with its address; nothing is scored."""
+    url = stub(lambda _: (status, content))
+    request = Request(model="m", tasks=("nano_add",), include=(tasks,), backend="api", base_url=url)
+    with pytest.raises(HarnessFault, match=said) as caught:
+        run(request, tmp_path / "run")
+    assert url in str(caught.value)
+    assert not (tmp_path / "run" / MANIFEST).exists()
+
+
+def test_no_server_is_a_fault(tasks: Path, tmp_path: Path) -> None:
+    """A refused connection names the address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    request = Request(model="m", tasks=("nano_add",), include=(tasks,), backend="api", base_url=url)
+    with pytest.raises(HarnessFault, match="ConnectionError"):
+        run(request, tmp_path / "run")
+
+
+def test_a_server_that_stops_does_not_lose_what_it_said(
+    tasks: Path, stub: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    """It answers some requests, then breaks; when it is back, only the rest is asked."""
+    state = {"left": 10, "asked": 0}
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        if body["max_tokens"] == 1:
+            return 200, choices()
+        if not state["left"]:
+            return 500, b"out of memory"
+        state["left"] -= 1
+        state["asked"] += 1
+        end = "\n and more" if body["prompt"].startswith("A") else ""
+        return 200, choices(text=body["prompt"] + end, reason="length")
+
+    url = stub(answer)
+    options: dict[str, Any] = {"backend": "api", "base_url": url, "max_new_tokens": 7, "batch_size": 3}
+    request = Request(model="m", tasks=("nano_add", "nano_sort"), include=(tasks,), **options)
+    with pytest.raises(HarnessFault, match="500"):
+        run(request, tmp_path / "run")
+    state["left"] = 100
+    run(request, tmp_path / "run")
+    assert state["asked"] <= 18 + 3  # the requests of the chunk that broke may have been answered before
+    manifest = json.loads((tmp_path / "run" / MANIFEST).read_bytes())
+    assert manifest["model_hash"] is None
+    assert manifest["tokenizer_hash"] is None
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples_nano_add.jsonl").read_bytes().splitlines()]
+    assert [row["resps"][0][0] for row in rows] == [row["doc"]["question"] for row in rows]  # stop strings go
+    assert [manifest["tasks"][name]["truncated"] for name in ("nano_add", "nano_sort")] == [0, 9]
+
+
+def test_chat_messages_carry_the_question(tasks: Path, stub: Callable[[Answer], str], tmp_path: Path) -> None:
+    """With `chat`, each question is one user message; the answer is the assistant's, and a cut one is counted."""
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        (message,) = body["messages"]
+        assert message["role"] == "user"
+        content = {"role": "assistant", "content": f"{message['content']} of {body['max_tokens']}"}
+        choice = {"index": 0, "message": content, "finish_reason": "length"}
+        return 200, json.dumps({"choices": [choice]}).encode()
+
+    options: dict[str, Any] = {"backend": "api", "base_url": stub(answer), "chat": True, "max_new_tokens": 7}
+    run(Request(model="m", tasks=("nano_add",), include=(tasks,), **options), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples_nano_add.jsonl").read_bytes().splitlines()]
+    assert [row["resps"][0][0] for row in rows] == [f"{row['doc']['question']} of 7" for row in rows]
+    assert json.loads((tmp_path / "run" / MANIFEST).read_bytes())["tasks"]["nano_add"]["truncated"] == 9
+
+
+def echoed(scores: Callable[[list[int]], Sequence[float]]) -> Answer:
+    """Return a server that echoes log-probabilities, as vLLM does."""
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        if not body.get("echo"):
+            return 200, choices()
+        tokens = body["prompt"] if isinstance(body["prompt"][0], int) else body["prompt"][0]
+        values = [None, *scores(tokens)[1:], -1.0]
+        top = [None, *({"x": value} for value in values[1:])]
+        return 200, choices(logprobs={"token_logprobs": values, "top_logprobs": top})
+
+    return answer
+
+
+def test_scores_of_a_server_are_those_of_the_tokens(
+    nano: Path, tasks: Path, stub: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    """A server that echoes is sent tokens with one BOS, and each choice gets the sum over its own tokens."""
+    seen: list[list[int]] = []
+
+    def scores(tokens: list[int]) -> list[float]:
+        seen.append(tokens)
+        return [-(2.0 ** -(token % 13)) for token in tokens]
+
+    request = replace(served(nano, tasks, stub(echoed(scores))), tasks=("nano_choice",), limit=4, batch_size=1)
+    run(request, tmp_path / "run")
+    from k2quant.model.generation import load_tokenizer
+
+    tokenizer = load_tokenizer(nano)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples_nano_choice.jsonl").read_bytes().splitlines()]
+    assert len(rows) == 4
+    for row in rows:
+        for asked, answer in zip(row["arguments"].values(), row["resps"], strict=True):
+            tokens = tokenizer.encode(asked["arg_0"] + asked["arg_1"])
+            own = tokens[len(tokenizer.encode(asked["arg_0"])) :]
+            assert tokens in seen
+            assert float(answer[0][0]) == sum(-(2.0 ** -(token % 13)) for token in own)
+    bos = tokenizer.bos_token_id
+    assert all(tokens[0] == bos and tokens.count(bos) == 1 for tokens in seen)
+
+
+def test_log_probabilities_that_are_all_zero_are_no_scores(
+    nano: Path, tasks: Path, stub: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    """A server that echoes zeros is found out before anything is scored."""
+    request = replace(served(nano, tasks, stub(echoed(lambda tokens: [0.0] * len(tokens)))), tasks=("nano_choice",))
+    with pytest.raises(HarnessFault, match="echo log-probabilities"):
+        run(request, tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_an_answer_without_text_may_be_a_cut_one(
+    tasks: Path, stub: Callable[[Answer], str], tmp_path: Path, content: str | None
+) -> None:
+    """A reasoning model that spends every token on reasoning says nothing; the server says that it was cut."""
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        message = {"role": "assistant", "content": content, "reasoning_content": "hm"}
+        reason = "stop" if body["max_tokens"] == 1 else "length"
+        return 200, json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": reason}]}).encode()
+
+    options: dict[str, Any] = {"backend": "api", "base_url": stub(answer), "chat": True, "max_new_tokens": 7}
+    run(Request(model="m", tasks=("nano_add",), include=(tasks,), **options), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / MANIFEST).read_bytes())["tasks"]["nano_add"]["truncated"] == 9
+
+
+def test_half_a_character_of_a_server_fits_in_a_file(
+    tasks: Path, stub: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    """JSON can hold half of a surrogate pair, UTF-8 cannot: such a half becomes U+FFFD."""
+    body = b'{"choices": [{"index": 0, "text": "\\ud83d x", "finish_reason": "stop"}]}'
+    url = stub(lambda _: (200, body))
+    run(Request(model="m", tasks=("nano_add",), include=(tasks,), backend="api", base_url=url), tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples_nano_add.jsonl").read_bytes().splitlines()]
+    assert {row["resps"][0][0] for row in rows} == {"\ufffd x"}
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_an_answer_that_is_no_text_is_a_fault(
+    tasks: Path, stub: Callable[[Answer], str], tmp_path: Path, reason: str
+) -> None:
+    """A number is not taken for one, cut or not; the server is named."""
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        text: Any = "x" if body["max_tokens"] == 1 else 5
+        return 200, choices(text=text, reason=reason)
+
+    url = stub(answer)
+    request = Request(model="m", tasks=("nano_add",), include=(tasks,), backend="api", base_url=url)
+    with pytest.raises(HarnessFault, match="no text") as caught:
+        run(request, tmp_path / "run")
+    assert url in str(caught.value)
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_scores_of_another_text_are_a_fault(
+    nano: Path, tasks: Path, stub: Callable[[Answer], str], tmp_path: Path, more: int
+) -> None:
+    """lm-eval adds up what lies behind the context: one log-probability more or less and it adds up others."""
+    echo = echoed(lambda tokens: [-(2.0 ** -(token % 13)) for token in tokens])
+    asked: list[bool] = []
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        status, content = echo(body)
+        asked.append(bool(body.get("echo")))
+        if sum(asked) < 2 or not body.get("echo"):  # the first is asked before the run, and is right
+            return status, content
+        found = json.loads(content)
+        scores = found["choices"][0]["logprobs"]
+        for key, filling in (("token_logprobs", -1.0), ("top_logprobs", {"x": -1.0})):
+            scores[key] = scores[key][:more] if more < 0 else [*scores[key], filling]
+        return status, json.dumps(found).encode()
+
+    url = stub(answer)
+    request = replace(served(nano, tasks, url), tasks=("nano_choice",), batch_size=1)
+    with pytest.raises(HarnessFault, match="another text") as caught:
+        run(request, tmp_path / "run")
+    assert url in str(caught.value)
+
+
+def test_log_probabilities_above_zero_are_a_fault(
+    nano: Path, tasks: Path, stub: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    """No event is likelier than certain; a server that says so gives something else."""
+    request = served(nano, tasks, stub(echoed(lambda tokens: [1.0 + token for token in tokens])))
+    with pytest.raises(HarnessFault, match="above 0"):
+        run(replace(request, tasks=("nano_choice",)), tmp_path / "run")
+
+
+def test_whole_numbers_are_log_probabilities_too(
+    nano: Path, tasks: Path, stub: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    """JSON of other languages writes -1.0 as -1."""
+    request = served(nano, tasks, stub(echoed(lambda tokens: [-1 - token % 7 for token in tokens])))
+    run(replace(request, tasks=("nano_choice",)), tmp_path / "run")
+    assert (tmp_path / "run" / MANIFEST).exists()
