@@ -69,6 +69,11 @@ def output_config(folder: Path) -> dict[str, Any]:
     return parsed
 
 
+def ignored(base: str, ignore: list[str]) -> bool:
+    """Tell whether an ignore list covers a module, read as compressed-tensors reads it."""
+    return any(re.match(entry[3:], base) if entry.startswith("re:") else entry == base for entry in ignore)
+
+
 def test_int4_quantises_the_routed_experts_alone(k2_source: Path, tmp_path: Path) -> None:
     """The INT4 default is what Moonshot ships: routed experts INT4, all other projections BF16."""
     k2quant.convert(k2_source, tmp_path / "out", to="int4")
@@ -274,13 +279,27 @@ def test_ignore_list_covers_what_is_kept_and_nothing_else(tmp_path: Path) -> Non
     k26(tmp_path / "src")
     k2quant.convert(tmp_path / "src", tmp_path / "int4", to="int4")
     ignore = output_config(tmp_path / "int4")["text_config"]["quantization_config"]["ignore"]
-
-    def ignored(base: str) -> bool:
-        return any(re.match(entry[3:], base) if entry.startswith("re:") else entry == base for entry in ignore)
-
     for base, weight in weights_of(tmp_path / "int4").items():
         if len(weight.shape) == 2 and not base.endswith("embed_tokens"):
-            assert ignored(base) == (not isinstance(weight.format, Int4)), base
+            assert ignored(base, ignore) == (not isinstance(weight.format, Int4)), base
+
+
+@pytest.mark.parametrize("part", ["q_a_proj", r"shared_experts\.up_proj", r"layers\.0\.mlp\.down_proj"])
+def test_ignore_list_spares_what_is_quantised_beside_what_is_kept(k2_source: Path, tmp_path: Path, part: str) -> None:
+    """Where --ignore keeps a part of attention or of an MLP, the list covers that part and no `weight_packed`."""
+    k2quant.convert(k2_source, tmp_path / "out", to="int4", scope="linear", ignore=(part,))
+    ignore = output_config(tmp_path / "out")["quantization_config"]["ignore"]
+    tensors = open_checkpoint(tmp_path / "out").tensors
+    packed = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    matrices_kept = [
+        name.removesuffix(".weight")
+        for name, entry in tensors.items()
+        if name.endswith(".weight") and len(entry.shape) == 2
+    ]
+    assert any(re.search(part, base) for base in matrices_kept)
+    assert packed
+    assert [base for base in packed if ignored(base, ignore)] == []
+    assert [base for base in matrices_kept if not ignored(base, ignore)] == ["model.embed_tokens"]
 
 
 def test_mtp_layer_of_deepseek_is_converted_like_any_other(tmp_path: Path) -> None:
