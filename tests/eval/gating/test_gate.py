@@ -191,6 +191,17 @@ class TestDecisions:
         assert worst.p_bad == pytest.approx(min(1, 10 * alone.p_bad))
         assert verdict.decision == "PASS"
 
+    def test_a_ruined_task_does_not_shield_the_next(self, decide: Decide) -> None:
+        """By Holm's rule, 5 lost of 100 (p = .029) fail beside a task that failed, not beside one just as doubtful."""
+        worn, ruined = answers(95, lost=5), answers(75, lost=25)
+        alone = decide({"worn": worn}).tasks[0].p_bad
+        assert alone < 0.05 < 2 * alone
+        beside_ruined = decide({"worn": worn, "ruined": ruined}).tasks
+        assert [task.decision for task in beside_ruined] == ["FAIL", "FAIL"]
+        assert beside_ruined[0].p_bad == pytest.approx(alone)
+        beside_its_like = decide({"worn": worn, "another": worn}).tasks
+        assert [task.decision for task in beside_its_like] == ["INCONCLUSIVE", "INCONCLUSIVE"]
+
     def test_a_task_may_have_a_margin_of_its_own(self, decide: Decide) -> None:
         """8 of 100 lost is more than 1 pp and not more than 20."""
         tasks = {"t": answers(92, lost=8), "u": answers(9_000)}
