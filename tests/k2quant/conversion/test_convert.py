@@ -19,6 +19,7 @@ from k2quant.checkpoint.weights import Weight, group_tensors
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.errors import CheckpointError, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.formats.layouts import Bf16, Format, Fp8, Int4
+from k2quant.conversion.plan import Options, make_plan
 from k2quant.nano.demo import K2_CONFIG, matrices
 
 RANDOM = np.random.default_rng(7)
@@ -156,6 +157,17 @@ def test_shard_size_is_kept(k2_source: Path, tmp_path: Path) -> None:
     for shard in checkpoint.shards.values():
         assert sum(entry.nbytes for entry in shard.tensors.values()) <= 3_000_000
     assert all(f.relation in {"bit-equal", "codes equal"} for f in compare_with_default(k2_source, tmp_path))
+
+
+def test_shards_are_filled_to_the_last_byte(tmp_path: Path) -> None:
+    """A weight that just fits into what is left of a shard goes there; with a byte less it begins the next."""
+    shard: Shard = {f"{EXPERT.format(number, 'up')}.weight": bf16(64, 128) for number in range(3)}
+    write_checkpoint(tmp_path / "src", {"model.safetensors": shard}, config())
+    source = open_checkpoint(tmp_path / "src")
+    nbytes = 64 * 128 // 2 + 64 * 4 * 2 + 2 * 4  # of each as INT4: codes, scales, shape
+    for shard_size, counts in ((2 * nbytes, [2, 1]), (2 * nbytes - 1, [1, 1, 1])):
+        plan = make_plan(source, Options(to="int4", shard_size=shard_size))
+        assert [len(shard.jobs) for shard in plan.shards] == counts
 
 
 def compare_with_default(source: Path, folder: Path) -> list[Any]:
