@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from k2quant.demo import K2_CONFIG
 from k2quant.errors import (
     CheckpointError,
     DestinationForeign,
@@ -48,6 +49,33 @@ def test_logits_equal_those_of_the_loaded_model(layout: str, budget: int, reques
     path = request.getfixturevalue(layout)
     found = list(stream_forward(path, BATCHES, budget=budget))
     assert all(torch.equal(a, b) for a, b in zip(found, loaded_logits(path), strict=True))
+
+
+class Files(LayerHooks):
+    """Counts the files of activations below a folder after each layer."""
+
+    def __init__(self, folder: Path) -> None:
+        """Look below a folder."""
+        self.folder = folder
+        self.counts: list[int] = []
+
+    def after(self, layer: int, module: nn.Module) -> bool:
+        """Count them."""
+        del layer, module
+        self.counts.append(len(list(self.folder.rglob("*.bin"))))
+        return False
+
+
+def test_memory_has_to_hold_the_activations_of_two_stages(
+    k2_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for what goes into a layer and what comes out of it there are no files; with a byte less there are."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    hidden = IDS.numel() * K2_CONFIG["hidden_size"] * 2  # bytes of a stage in BF16
+    for budget, counts in ((2 * hidden, [0, 0, 0]), (2 * hidden - 1, [1, 1, 1])):
+        files = Files(tmp_path)
+        list(stream_forward(k2_bf16, [IDS], files, budget=budget))
+        assert files.counts == counts
 
 
 class Watch(LayerHooks):
