@@ -23,6 +23,7 @@ from k2quant.model import load_model
 from k2quant.model.modules import SeparateExperts
 from k2quant.qat import Adapter, QATConfig, prepare
 from k2quant.qat import preparing as prepared_module
+from k2quant.qat.job import Method
 from k2quant.qat.job import Optimizer as OptimizerSettings
 from k2quant.qat.preparing import Prepared, prepared
 from k2quant.qat.rounding.autocast import keep_out_of_autocast
@@ -424,6 +425,22 @@ def test_after_a_step_values_are_new(method: str, name: str) -> None:
     move()
     assert torch.equal(logits(model), logits(baked(model)))
     assert not torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("method", ["adamw", "muon"])
+def test_weight_decay_is_for_matrices(method: Method) -> None:
+    """A step without gradients takes rate times decay off every matrix, and nothing off norms and learned scales."""
+    model = prepare(build(), CONFIGS["learned"])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in trained(model):
+        parameter.grad = torch.zeros_like(parameter)
+    settings = OptimizerSettings(method=method, rate=0.5, weight_decay=0.1)
+    Optimizers(model, prepared(model), settings).step(1.0)
+    scales = {id(part.ratio) for part in model.modules() if isinstance(part, LearnedScale)}
+    for name, parameter in model.named_parameters():
+        decays = parameter.requires_grad and parameter.ndim > 1 and id(parameter) not in scales
+        expected = before[name] * (1 - 0.5 * 0.1) if decays else before[name]
+        assert torch.allclose(parameter, expected, rtol=1e-6, atol=0), name
 
 
 def stack(model: Any) -> nn.Parameter:
