@@ -25,7 +25,7 @@ from k2quant.kernels.ops import (
 )
 from k2quant.kernels.products import dispatch
 from k2quant.kernels.products import reference as matmul_reference
-from k2quant.kernels.products.tables.configs import TABLES, read_table
+from k2quant.kernels.products.tables.configs import BUCKETS, TABLES, Config, Table, read_table
 
 pytest.importorskip("triton")
 
@@ -34,7 +34,7 @@ pytest.importorskip("triton")
 def like_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Send CPU tensors to the Triton kernels, which are interpreted, with the configurations of a GPU."""
     if torch.cuda.is_available():
-        pytest.skip("with a GPU, test_ops_cuda.py goes the same way for real")
+        pytest.skip("with a GPU, test_on_gpu.py goes the same way for real")
     table = read_table(TABLES / f"{request.param}.json")
     monkeypatch.setattr(dispatch, "on_triton", lambda _: True)
     monkeypatch.setattr(dispatch, "table_of", lambda _: table)
@@ -123,3 +123,26 @@ def test_both_products_of_experts_have_equal_rows(path: Path, tokens: int, monke
     x, ids = torch.empty(tokens, 64).bfloat16(), torch.empty(tokens, 2).int()
     inward, outward = dispatch._moe_configs(x, int4(8, 96, 64), int4(8, 64, 96), ids)  # noqa: SLF001
     assert inward.rows == outward.rows
+
+
+@pytest.mark.parametrize(
+    ("experts", "top", "tokens", "bucket"),
+    [
+        (384, 8, 256, 256),  # Kimi K2 itself
+        (384, 8, 257, 512),
+        (256, 8, 170, 256),  # DeepSeek-V3: 5.3 rows an expert are 255 of K2's tokens
+        (256, 8, 171, 512),  # 256.5 tokens, rounded up
+        (8, 2, 5, 64),  # 1.25 rows an expert are 60 of K2's tokens
+        (8, 2, 6, 128),
+    ],
+)
+def test_experts_are_looked_up_by_rows_an_expert(
+    experts: int, top: int, tokens: int, bucket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tables speak of K2's tokens: any layer of experts counts as one of K2's with as many rows an expert."""
+    by_bucket = {"*": {size: Config(columns=size) for size in BUCKETS}}  # each tells its name
+    table = Table("any", None, {"gate_up/int4": by_bucket, "down/int4": by_bucket})
+    monkeypatch.setattr(dispatch, "table_of", lambda _: table)
+    x, ids = torch.empty(tokens, 32).bfloat16(), torch.zeros(tokens, top).int()
+    chosen = dispatch._moe_configs(x, int4(experts, 32, 32), int4(experts, 32, 32), ids)  # noqa: SLF001
+    assert [config.columns for config in chosen] == [bucket, bucket]

@@ -17,9 +17,9 @@ from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
 from k2quant.checkpoint.weights import Weight, group_tensors
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
+from k2quant.conversion.plan import Options, make_plan
 from k2quant.errors import CheckpointError, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.formats.layouts import Bf16, Format, Fp8, Int4
-from k2quant.conversion.plan import Options, make_plan
 from k2quant.nano.demo import K2_CONFIG, matrices
 
 RANDOM = np.random.default_rng(7)

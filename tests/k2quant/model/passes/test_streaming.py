@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from k2quant.demo import K2_CONFIG
 from k2quant.errors import (
     CheckpointError,
     DestinationForeign,
@@ -28,6 +27,7 @@ from k2quant.model.assembly import Assembly, own_tensors
 from k2quant.model.loading import assemble
 from k2quant.model.matrices import Dense
 from k2quant.model.passes import activations, streaming
+from k2quant.nano.demo import K2_CONFIG
 
 IDS = torch.randint(0, 2048, (3, 10), generator=torch.Generator().manual_seed(5))
 MASK = torch.ones_like(IDS)
