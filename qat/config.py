@@ -6,17 +6,19 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from k2quant.conversion.recipe import DEFAULT_SCOPE, MOST_QUANTIFIERS, Scope, may_take_for_ever
+from k2quant.conversion.recipe import MOST_QUANTIFIERS, may_take_for_ever
 from k2quant.errors import UsageError
-from k2quant.formats.layouts import FP8_BLOCK
+from k2quant.formats.format import Format, Scope
+from k2quant.formats.known import FORMATS
 from k2quant.ground.units import one_of
-from k2quant.kernels.codecs.grids import FAKE_BITS, Grid, largest_code
+from k2quant.kernels.codecs.grids import Grid, largest_code
 
-Target = Literal["int4", "fp8"]
+ExportFormat = Literal["int4", "fp8"]
+"""The formats that QAT trains for, the default first."""
 Estimator = Literal["plain", "clipped", "learned"]
 """What takes the place of the gradient of rounding. `plain`: the gradient passes unchanged (Bengio et al., 2013).
 `clipped`: it stops at codes that were clamped. `learned`: the scales are trained too (LSQ, arXiv 1902.08153)."""
-Trained = Literal["all", "experts", "adapters"]
+TrainedPart = Literal["all", "experts", "adapters"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class QATConfig:
         UsageError: a value does not exist, or two of them make no sense together.
     """
 
-    to: Target = "int4"
+    to: ExportFormat = "int4"
     """Format of the export."""
     bits: int = 4
     """Width of the codes: 4, or 3 or 2, which sit in INT4 nibbles, or 8, which trains but has no export. INT4 alone."""
@@ -64,7 +66,7 @@ class QATConfig:
     """Regular expressions; a weight in whose name one is found stays out of scope."""
     estimator: Estimator = "plain"
     """The straight-through estimator."""
-    train: Trained = "all"
+    train: TrainedPart = "all"
     """`all` weights; `experts`: what is fake-quantised, alone; `adapters`: low-rank updates to what is."""
     adapter: Adapter | None = None
     """Of `train: adapters`; None for the default rank."""
@@ -72,7 +74,7 @@ class QATConfig:
     """Whether the router's weights train. Its correction bias never does."""
 
     def __post_init__(self) -> None:
-        for name, kinds in (("to", Target), ("grid", Grid), ("estimator", Estimator), ("train", Trained)):
+        for name, kinds in (("to", ExportFormat), ("grid", Grid), ("estimator", Estimator), ("train", TrainedPart)):
             one_of(name, getattr(self, name), get_args(kinds))
         if self.scope is not None:
             one_of("scope", self.scope, get_args(Scope))
@@ -87,14 +89,16 @@ class QATConfig:
 
     def _check_rule(self) -> None:
         whole = type(self.bits) is int  # 4.0 equals 4, and would fail where codes are made
-        if self.to == "int4":
-            if not whole or self.bits not in FAKE_BITS:
-                raise UsageError(f"bits: expected {' or '.join(map(str, FAKE_BITS))}, found {shown(self.bits)}")
+        if self.bit_widths:
+            if not whole or self.bits not in self.bit_widths:
+                raise UsageError(f"bits: expected {' or '.join(map(str, self.bit_widths))}, found {shown(self.bits)}")
             largest_code(self.grid, self.bits)
         elif not whole or (self.bits, self.grid) != (4, "moonshot"):
-            raise UsageError("bits and grid have a meaning with INT4 alone; leave them out for fp8")
-        if self.to == "fp8" and self.estimator != "plain":
-            raise UsageError("estimator: fp8 has a scale from each block's largest weight: only `plain` has a meaning")
+            raise UsageError(f"bits and grid have a meaning with INT4 alone; leave them out for {self.to}")
+        if not self.bit_widths and self.estimator != "plain":
+            raise UsageError(
+                f"estimator: {self.to} has a scale from each block's largest weight: only `plain` has a meaning"
+            )
         if self.estimator == "learned" and self.grid != "moonshot":
             raise UsageError("estimator: learned scales are for the grid moonshot")
 
@@ -109,12 +113,17 @@ class QATConfig:
     @property
     def resolved_scope(self) -> Scope:
         """The scope, the format's default where none was asked for."""
-        return self.scope or DEFAULT_SCOPE[self.to]
+        return self.scope or FORMATS[self.to].default_scope or "linear"
 
     @property
-    def block(self) -> tuple[int, int]:
-        """Rows and columns that share a scale of FP8."""
-        return FP8_BLOCK
+    def bit_widths(self) -> tuple[int, ...]:
+        """Widths of codes among which the format lets one choose; none where it has one width."""
+        return FORMATS[self.to].bit_widths
+
+    @property
+    def format(self) -> Format:
+        """The format of the export."""
+        return FORMATS[self.to].asked_for((), self.grid)
 
     @property
     def low_rank(self) -> Adapter | None:

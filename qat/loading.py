@@ -10,7 +10,8 @@ from torch import nn
 
 from k2quant.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
 from k2quant.errors import UnsupportedFormat, UsageError
-from k2quant.model.assembly import Assembly, K2ForCausalLM
+from k2quant.model.assembly import Assembly
+from k2quant.model.causal_lm import K2ForCausalLM
 from k2quant.model.filling import Progress, fill
 from k2quant.model.loading import assemble
 from k2quant.model.modules import FusedExperts, QuantizedExperts, QuantizedLinear, SeparateExperts
@@ -51,7 +52,7 @@ def load(
     fill(assembly, [(name, module, place) for name, module in assembly.model.named_modules()], progress=progress)
     assembly.model.model.rotary_emb.to(place)
     assembly.model.train()
-    return assembly.model
+    return cast("K2ForCausalLM", assembly.model)
 
 
 def skeleton(checkpoint: Checkpoint) -> K2ForCausalLM:
@@ -60,7 +61,7 @@ def skeleton(checkpoint: Checkpoint) -> K2ForCausalLM:
     Raises:
         CheckpointError: as in `load`.
     """
-    return _assembled(checkpoint, torch.device("cpu"), torch.float32).model
+    return cast("K2ForCausalLM", _assembled(checkpoint, torch.device("cpu"), torch.float32).model)
 
 
 def _assembled(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Assembly:

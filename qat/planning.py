@@ -16,9 +16,9 @@ from k2quant.checkpoint.panels import panel_rows
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.conversion.plan import Plan, make_plan
 from k2quant.errors import CheckFailed, UsageError
-from k2quant.formats.layouts import Int4
+from k2quant.formats.dtypes import as_bits
 from k2quant.ground import names
-from k2quant.kernels import ops
+from k2quant.kernels.codecs.seam import codecs
 from k2quant.model.decoding import decoded_rows
 from k2quant.model.generation import load_tokenizer
 from k2quant.qat.data.packing import Rows, split
@@ -104,7 +104,7 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
     model = skeleton(source)
     prepare(model, job.quantize)
     found = prepared(model)
-    if job.quantize.to == "int4":
+    if job.quantize.bit_widths:
         check_packed(job.final_bits)
     export = make_plan(source, export_options(job.quantize))
     Trained(model, found, export)  # every weight has a place, or this says which has none
@@ -256,7 +256,8 @@ def tried(job: Job, source: Checkpoint, found: Prepared, export: Plan) -> Iterat
 
 
 def _decoded(rule: Rule, values: torch.Tensor) -> torch.Tensor:
-    stored = rule.stored(values)
-    if isinstance(rule.layout, Int4):
-        return ops.int4_to_bf16(stored["weight_packed"], stored["weight_scale"])
-    return ops.fp8_to_bf16(stored["weight"], stored["weight_scale_inv"])
+    """Return what is stored of BF16 weights `[R, K]` on the CPU, decoded as a checkpoint is."""
+    out = torch.empty_like(values)
+    parts = {suffix: as_bits(tensor) for suffix, tensor in rule.stored(values).items()}
+    rule.format.decode(parts, as_bits(out), codecs("cpu"))
+    return out

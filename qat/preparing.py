@@ -33,7 +33,7 @@ from k2quant.qat.rounding import adapters, scales
 from k2quant.qat.rounding.adapters import LowRank, low_rank
 from k2quant.qat.rounding.autocast import keep_out_of_autocast
 from k2quant.qat.rounding.estimators import clipped, counted_from, learned, learned_into, round_into, straight
-from k2quant.qat.rounding.rules import Rounded, Rule, as_bf16, check_packed, plain_rule
+from k2quant.qat.rounding.rules import ROUNDED, Rule, as_bf16, check_packed, plain_rule
 from k2quant.qat.rounding.scales import LearnedScale, learned_scale
 from k2quant.qat.rounding.shadows import Shadowed, by_module
 from k2quant.qat.rounding.survey import is_router, rounded_only
@@ -99,7 +99,7 @@ class Prepared:
         Raises:
             UsageError: there is no such width.
         """
-        if self.config.to != "int4":
+        if not self.config.bit_widths:
             raise UsageError("bits: only INT4 has a width that changes")
         largest_code(self.config.grid, bits)
         self._bits = bits
@@ -152,7 +152,7 @@ class Prepared:
 
     def rule(self, target: Target) -> Rule:
         """Return the rule of a target whose scales come from its weights."""
-        return plain_rule(self.config, self._bits) if target in self._quantised and self.enabled else Rounded()
+        return plain_rule(self.config, self._bits) if target in self._quantised and self.enabled else ROUNDED
 
     def fill(self, target: Target, out: Tensor) -> None:
         """Write what the forward pass sees of a target into a tensor of its shape, of any float dtype."""

@@ -16,8 +16,7 @@ from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.conversion.convert import convert
-from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.transcode import as_array
+from k2quant.formats.dtypes import TensorSpec, as_array
 from k2quant.nano.demo import K2_CONFIG, write_k2
 
 

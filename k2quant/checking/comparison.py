@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from k2quant.checkpoint.panels import PIECE_BYTES, panel_rows, panel_shape, read_panel
+from k2quant.checkpoint.panels import PIECE_BYTES, format_of, panel_rows, panel_shape, read_values
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from k2quant.checkpoint.reading import check_packed_shapes, read_into
-from k2quant.checkpoint.weights import Weight, group_tensors
+from k2quant.checkpoint.reading import check_constants, read_into
+from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.ground import pool
 
@@ -71,8 +71,8 @@ def unlike(finding: Finding) -> bool:
 class _Pair:
     """A weight of both checkpoints, being compared."""
 
-    first: Weight
-    second: Weight
+    first: StoredWeight
+    second: StoredWeight
     figures: dict[int, Figures]
     outside: int = 0
     identical: bool = True
@@ -102,7 +102,7 @@ class _Pair:
         if self.same_layout:
             if self.bytes_changed:
                 return "differs"
-            return "bit-equal" if self.first.format is None or self.first.format.name == "bf16" else "codes equal"
+            return "codes equal" if self.first.format is not None and self.first.format.quantised else "bit-equal"
         if figures is None:
             return "bit-equal" if self.comparable else "differs"  # comparable without figures: there is no weight in it
         if figures.changed:
@@ -137,9 +137,8 @@ def _tasks_of(pair: _Pair) -> list[_Task]:
 
 def _value_tasks(pair: _Pair) -> list[_Task]:
     rows, _ = panel_shape(pair.first.shape)
-    total = sum(entry.nbytes for entry in pair.first.parts.values())
     return [
-        _Task(pair, None, start, stop, total * (stop - start) // max(rows, 1))
+        _Task(pair, None, start, stop, pair.first.nbytes * (stop - start) // max(rows, 1))
         for start, stop in panel_rows(pair.first.shape)
     ]
 
@@ -171,16 +170,16 @@ def compare(first: Path, second: Path, *, workers: int, progress: Progress | Non
     return findings + extra
 
 
-def _name(weight: Weight) -> str | None:
+def _name(weight: StoredWeight) -> str | None:
     return weight.format.name if weight.format else None
 
 
-def _weights(checkpoint: Checkpoint) -> dict[str, Weight]:
+def _weights(checkpoint: Checkpoint) -> dict[str, StoredWeight]:
     """Return a checkpoint's weights by base; tensors that are no weights by their whole name."""
     weights, problems = group_tensors(checkpoint.tensors)
     if problems:
         raise problems[0]
-    check_packed_shapes(checkpoint, weights)
+    check_constants(checkpoint, weights)
     return {weight.base if weight.format else weight.main.name: weight for weight in weights}
 
 
@@ -241,30 +240,18 @@ class _Comparison:
     def _compare_values(self, task: _Task) -> None:
         import numpy as np
 
-        from k2quant.formats.budget import outside_budget
-        from k2quant.formats.transcode import located, to_bf16
         from k2quant.kernels.codecs.seam import codecs
-        from k2quant.kernels.codecs.values import ValueAt
 
-        cpu = codecs("cpu")
-        bits = []
-        parts = []
-        for source, weight, scratch in zip(
-            (self._a, self._b), (task.pair.first, task.pair.second), self._scratch, strict=True
-        ):
-            if weight.format is None:
-                return
-            parts.append(read_panel(source, weight, task.start, task.stop, scratch, key="in"))
-            try:
-                bits.append(to_bf16(weight.format, parts[-1], codecs=cpu, scratch=scratch))
-            except ValueAt as error:
-                tensors = {suffix: entry.name for suffix, entry in weight.parts.items()}
-                raise located(error, weight.format, task.start, tensors, weight.main.file) from error
-        figures = cpu.compare(bits[0], bits[1])
-        identical = bool(np.array_equal(bits[0], bits[1]))
-        outside = 0
-        if figures.changed and task.pair.second.format is not None:
-            outside = outside_budget(task.pair.second.format, bits[0], bits[1], parts[1])
+        cpu, stored = codecs("cpu"), format_of(task.pair.second)
+        before, after = (
+            read_values(source, weight, task.start, task.stop, codecs=cpu, scratch=scratch)
+            for source, weight, scratch in zip(
+                (self._a, self._b), (task.pair.first, task.pair.second), self._scratch, strict=True
+            )
+        )
+        figures = cpu.floats.compare(before.values, after.values)
+        identical = bool(np.array_equal(before.values, after.values))
+        outside = stored.outside(before.values, after.values, after.parts) if figures.changed else 0
         with self._lock:
             task.pair.figures[task.start] = figures
             task.pair.identical &= identical

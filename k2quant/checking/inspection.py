@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from k2quant.checkpoint.weights import Weight, group_tensors
+from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion import config
 from k2quant.errors import CheckpointError
-from k2quant.formats.layouts import Bf16, Format, Fp8, Int4, weight_count
 from k2quant.ground import names
 
 
@@ -77,7 +77,7 @@ def inspect(folder: str | os.PathLike[str]) -> Inspection:
     )
 
 
-def _config_problems(checkpoint: Checkpoint, weights: list[Weight]) -> list[CheckpointError]:
+def _config_problems(checkpoint: Checkpoint, weights: list[StoredWeight]) -> list[CheckpointError]:
     try:
         config.check_source(checkpoint.config, weights)
     except CheckpointError as problem:
@@ -98,26 +98,17 @@ def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return blocks[0] if blocks else None
 
 
-def _label(weight: Weight) -> str:
-    layout: Format | None = weight.format
-    match layout:
-        case Fp8(block=block):
-            return f"fp8 {block[0]}x{block[1]}"
-        case Int4(group=group):
-            return f"int4 group {group}"
-        case Bf16(dtype=dtype):
-            return dtype.lower()
-    return weight.main.dtype.lower()
-
-
-def _rows(weights: list[Weight]) -> list[ClassRow]:
+def _rows(weights: list[StoredWeight]) -> list[ClassRow]:
     found: dict[tuple[str, str], ClassRow] = {}
     for weight in weights:
-        key = (names.tensor_class(weight.main.name), _label(weight))
+        key = (
+            names.tensor_class(weight.main.name),
+            weight.format.label if weight.format else weight.main.dtype.lower(),
+        )
         row = found.get(key, ClassRow(*key, 0, 0, 0))
         found[key] = row._replace(
             tensors=row.tensors + len(weight.parts),
-            weights=row.weights + weight_count(weight.shape),
-            nbytes=row.nbytes + sum(entry.nbytes for entry in weight.parts.values()),
+            weights=row.weights + prod(weight.shape),
+            nbytes=row.nbytes + weight.nbytes,
         )
     return sorted(found.values(), key=lambda row: (names.TENSOR_CLASSES.index(row.tensor_class), row.format))

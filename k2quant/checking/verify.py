@@ -16,15 +16,14 @@ from k2quant.checkpoint.files.paths import check_inside, read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.panels import PIECE_BYTES
-from k2quant.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
+from k2quant.checkpoint.reader import CONFIG, REPORT, Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.weights import group_tensors
 from k2quant.checkpoint.writing.destination import REPORT_LIMIT
 from k2quant.conversion.config import check_output
-from k2quant.conversion.convert import checked_workers
-from k2quant.conversion.plan import REPORT
 from k2quant.errors import CheckpointError, MalformedFile
 from k2quant.ground import names, pool
+from k2quant.ground.pool import checked_workers
 
 _FIGURES = {"count", "changed", "energy", "error", "worst"}
 _SAME = 1e-6  # relative; two ways of summing the same squares

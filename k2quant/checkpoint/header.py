@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from k2quant.checkpoint.files.paths import open_regular
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import MalformedFile, UnsupportedFormat
-from k2quant.formats.dtypes import ITEM_BYTES, TensorSpec
+from k2quant.formats.dtypes import DTYPES, TensorSpec
 
 HEADER_LIMIT = 100_000_000
 """Largest header in bytes; the limit of the safetensors library."""
@@ -111,13 +111,13 @@ def _entry(name: str, value: Any, *, path: Path, data_start: int) -> TensorEntry
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise MalformedFile("expected dtype, shape and data_offsets alone", tensor=name, file=path)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         _refuse_dtype(name, dtype, path)
     if not isinstance(shape, list) or len(shape) > DIMENSION_LIMIT or not all(map(_is_size, shape)):
         raise MalformedFile("the shape is no list of sizes", tensor=name, file=path, found=repr(shape)[:200])
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)) or offsets[0] > offsets[1]:
         raise MalformedFile("data_offsets are no pair of sizes", tensor=name, file=path, found=repr(offsets)[:200])
-    if ITEM_BYTES[dtype] * prod(shape) != offsets[1] - offsets[0]:
+    if DTYPES[dtype].nbytes * prod(shape) != offsets[1] - offsets[0]:
         raise MalformedFile(
             "the offsets do not fit the shape",
             tensor=name,
@@ -173,7 +173,7 @@ def build_header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, tupl
         the file's first bytes (length and padded JSON), and for each tensor its first byte and one past its last,
         counted from the beginning of the file.
     """
-    ordered = sorted(specs.items(), key=lambda item: -ITEM_BYTES[item[1].dtype])
+    ordered = sorted(specs.items(), key=lambda item: -DTYPES[item[1].dtype].nbytes)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, spec in ordered:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
-from math import prod
-from typing import TYPE_CHECKING
+from math import lcm, prod
+from typing import TYPE_CHECKING, NamedTuple
 
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
-from k2quant.checkpoint.weights import Weight
-from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.layouts import FP8_BLOCK, Format, row_bytes
+from k2quant.checkpoint.weights import StoredWeight
+from k2quant.formats.dtypes import TensorSpec, row_bytes
+from k2quant.formats.format import Format, Parts
+from k2quant.formats.known import FORMATS
 
 if TYPE_CHECKING:
-    from k2quant.formats.transcode import Parts, Scratch
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from k2quant.formats.transcode import Scratch
+    from k2quant.kernels.codecs.seam import Codecs
 
 PANEL_WEIGHTS = 2**22
 """Weights of one panel: 4 MB of FP8, which stays in the caches of a core while it is worked on."""
@@ -21,8 +27,8 @@ PANEL_WEIGHTS = 2**22
 PIECE_BYTES = 2**23
 """Bytes that one task copies, compares or sums."""
 
-ROW_STEP = FP8_BLOCK[0]
-"""Panels begin at multiples of this, so that no FP8 block spans two of them."""
+ROW_STEP = lcm(*(kind.asked_for((), None).row_step for kind in FORMATS.values()))
+"""Panels begin at multiples of this, so that no block of rows that share a scale spans two of them."""
 
 
 def panel_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -40,23 +46,35 @@ def panel_rows(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def panel_state(layout: Format, shape: tuple[int, ...], start: int, stop: int) -> dict[str, TensorSpec]:
-    """Return, by suffix, what rows `start` to `stop` of a weight hold of each tensor but `weight_shape`."""
+def panel_state(format: Format, shape: tuple[int, ...], start: int, stop: int) -> dict[str, TensorSpec]:
+    """Return, by suffix, what rows `start` to `stop` of a weight hold of each tensor that is streamed."""
     specs = {}
-    for suffix, spec in layout.state(panel_shape(shape)).items():
-        if suffix != "weight_shape":
-            first, last = layout.rows(suffix, start, stop)
-            specs[suffix] = TensorSpec(spec.dtype, (last - first, *spec.shape[1:]))
+    state = format.state(panel_shape(shape))
+    for suffix in format.streamed:
+        first, last = format.rows(suffix, start, stop)
+        specs[suffix] = TensorSpec(state[suffix].dtype, (last - first, *state[suffix].shape[1:]))
     return specs
 
 
-def panel_offset(layout: Format, shape: tuple[int, ...], suffix: str, start: int) -> int:
+def panel_offset(format: Format, shape: tuple[int, ...], suffix: str, start: int) -> int:
     """Return the byte of a tensor at which the panel that begins with row `start` begins."""
-    spec = layout.state(panel_shape(shape))[suffix]
-    return layout.rows(suffix, start, start)[0] * row_bytes(spec)
+    spec = format.state(panel_shape(shape))[suffix]
+    return format.rows(suffix, start, start)[0] * row_bytes(spec)
 
 
-def read_panel(source: Checkpoint, weight: Weight, start: int, stop: int, scratch: Scratch, *, key: str) -> Parts:
+def format_of(weight: StoredWeight) -> Format:
+    """Return the format of a weight that has one.
+
+    Raises:
+        TypeError: it is no weight; such a tensor has no panels.
+    """
+    if weight.format is None:
+        msg = f"{weight.base} is no weight"
+        raise TypeError(msg)
+    return weight.format
+
+
+def read_panel(source: Checkpoint, weight: StoredWeight, start: int, stop: int, scratch: Scratch) -> Parts:
     """Read rows `start` to `stop` of a weight.
 
     Args:
@@ -64,20 +82,57 @@ def read_panel(source: Checkpoint, weight: Weight, start: int, stop: int, scratc
         weight: a weight with a format.
         start: first row, a multiple of `ROW_STEP`.
         stop: one past the last row.
-        scratch: this thread's buffers; the arrays live there until the same key is asked for again.
-        key: name of the buffers.
+        scratch: this thread's buffers; the arrays live there until the next panel is read into them.
 
     Returns:
-        an array for each tensor but `weight_shape`, by suffix.
+        an array for each tensor that is streamed, by suffix.
     """
-    layout = weight.format
-    if layout is None:
-        msg = f"{weight.base} is no weight"
-        raise TypeError(msg)
+    stored = format_of(weight)
     parts: Parts = {}
-    for suffix, spec in panel_state(layout, weight.shape, start, stop).items():
+    for suffix, spec in panel_state(stored, weight.shape, start, stop).items():
         entry = weight.parts[suffix]
-        parts[suffix] = scratch.take(f"{key} {suffix}", spec)
-        offset = entry.start + panel_offset(layout, weight.shape, suffix, start)
+        parts[suffix] = scratch.take(f"in {suffix}", spec)
+        offset = entry.start + panel_offset(stored, weight.shape, suffix, start)
         read_into(source.shards[entry.file], offset, parts[suffix].data.cast("B"))
     return parts
+
+
+class Panel(NamedTuple):
+    """Rows of a weight, as they are stored and as what they mean."""
+
+    parts: Parts
+    """The arrays, by suffix."""
+    values: NDArray[np.uint16]
+    """BF16 bits `[R, K]`."""
+
+
+def read_values(
+    source: Checkpoint, weight: StoredWeight, start: int, stop: int, *, codecs: Codecs, scratch: Scratch
+) -> Panel:
+    """Read rows of a weight and decode them; see `read_panel`.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds values that no weight can hold.
+    """
+    from k2quant.formats.transcode import to_bf16
+
+    parts = read_panel(source, weight, start, stop, scratch)
+    with naming(weight, start):
+        return Panel(parts, to_bf16(format_of(weight), parts, codecs=codecs, scratch=scratch))
+
+
+@contextlib.contextmanager
+def naming(weight: StoredWeight, start: int) -> Iterator[None]:
+    """Turn a bad value in a panel that begins with row `start` into an error that names tensor, row and column.
+
+    Raises:
+        BadValue: there is one.
+    """
+    from k2quant.formats.transcode import located
+    from k2quant.kernels.codecs.values import ValueAt
+
+    try:
+        yield
+    except ValueAt as error:
+        tensors = {suffix: entry.name for suffix, entry in weight.parts.items()}
+        raise located(error, format_of(weight), start, tensors, weight.main.file) from error

@@ -21,6 +21,9 @@ from k2quant.ground import names
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
+REPORT = "k2quant_report.json"
+INCOMPLETE = "INCOMPLETE"
+"""A file that stands in the destination as long as it is not finished, and says so to whoever looks."""
 
 _INDEX_LIMIT = 512_000_000  # K2.5 has 208,550 tensors, some 100 bytes each
 _CONFIG_LIMIT = 16_000_000
@@ -72,7 +75,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _open(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError("not a folder", file=folder)
-    if (folder / "INCOMPLETE").exists():
+    if (folder / INCOMPLETE).exists():
         raise CheckpointError(
             "not finished: still being written, or its writer was stopped",
             file=folder,

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from k2quant.checkpoint.files.paths import open_regular
 from k2quant.checkpoint.header import ShardHeader, TensorEntry
 from k2quant.checkpoint.reader import Checkpoint
-from k2quant.checkpoint.weights import Weight
+from k2quant.checkpoint.weights import StoredWeight
 from k2quant.errors import CheckpointError, ShapeMismatch
 
 
@@ -56,20 +56,19 @@ def read_tensor(source: Checkpoint, entry: TensorEntry) -> bytes:
     return bytes(buffer)
 
 
-def check_packed_shapes(source: Checkpoint, weights: Iterable[Weight]) -> None:
-    """Compare what each `weight_shape` says with the packed words beside it.
+def check_constants(source: Checkpoint, weights: Iterable[StoredWeight]) -> None:
+    """Compare what tensors that are not streamed say, such as `weight_shape`, with the weights that they belong to.
 
     Raises:
         ShapeMismatch: they contradict each other.
     """
-    for weight in weights:
-        size = weight.parts.get("weight_shape")
-        if size is None:
+    for stored, weight in ((weight.format, weight) for weight in weights):
+        if stored is None:
             continue
-        data = read_tensor(source, size)
-        half = len(data) // 2
-        found = tuple(int.from_bytes(data[at : at + half], "little", signed=True) for at in (0, half))
-        if found != weight.shape:
-            raise ShapeMismatch(
-                "the value of weight_shape", tensor=size.name, file=size.file, expected=weight.shape, found=found
-            )
+        for suffix in stored.constant(weight.shape):
+            entry = weight.parts[suffix]
+            found = stored.misread(suffix, read_tensor(source, entry), weight.shape)
+            if found is not None:
+                raise ShapeMismatch(
+                    f"the value of {suffix}", tensor=entry.name, file=entry.file, expected=weight.shape, found=found
+                )

@@ -52,9 +52,10 @@ def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) 
 
 def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
     from k2quant.checkpoint.reader import open_checkpoint
-    from k2quant.conversion.convert import checked_workers, codecs_of
+    from k2quant.conversion.convert import codecs_of
     from k2quant.conversion.plan import Options, make_plan
     from k2quant.conversion.resume import refuse_nested
+    from k2quant.ground.pool import checked_workers
 
     refuse_nested(source, destination)
     choice = Options(options["to"], options["scope"], options["ignore"], options["grid"], options["shard_size"])

@@ -94,9 +94,9 @@ def table(rows: list[ClassSum]) -> str:
 
 
 def _dry_run(base: Path, adapter: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
-    from k2quant.conversion.convert import checked_workers
     from k2quant.conversion.plan import Options
     from k2quant.conversion.resume import refuse_nested
+    from k2quant.ground.pool import checked_workers
     from k2quant.merge import make_merge_plan
 
     refuse_nested(base, destination)

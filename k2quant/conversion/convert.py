@@ -16,24 +16,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checkpoint.files.paths import check_inside, copy_file, write_whole
-from k2quant.checkpoint.reader import CONFIG, INDEX, open_checkpoint
-from k2quant.checkpoint.reading import check_packed_shapes
+from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, open_checkpoint
+from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.writing.destination import locked
-from k2quant.conversion.plan import INCOMPLETE, REPORT, Options, Plan, make_plan
-from k2quant.conversion.recipe import Scope
+from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.resume import begin, check_finished, clear, identity, refuse_nested
 from k2quant.conversion.stream import Progress, Record, Stream, Substitute
-from k2quant.errors import OutputError, UsageError
-from k2quant.formats.layouts import FormatName
+from k2quant.errors import OutputError
+from k2quant.formats.format import Scope
+from k2quant.formats.known import FormatName
 from k2quant.ground import names
+from k2quant.ground.pool import checked_workers
 from k2quant.ground.version import __version__
 from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
     from k2quant.kernels.codecs.seam import Codecs
-
-MOST_WORKERS = 256
-"""More threads than this only fight over the interpreter's lock."""
 
 
 class Conversion(NamedTuple):
@@ -128,7 +126,7 @@ def carry_out(
             if not restart and (report := folder.finished_report()) is not None:
                 check_finished(folder, report, plan)
                 return Conversion(there, report, 0, already_done=True)
-            check_packed_shapes(plan.source, (job.weight for job in plan.jobs()))
+            check_constants(plan.source, (job.weight for job in plan.jobs()))
             if restart:
                 clear(folder)
             done = begin(folder, plan, fresh=restart)
@@ -166,22 +164,6 @@ def codecs_of(device: str) -> Codecs:
     from k2quant.kernels.codecs.seam import codecs
 
     return codecs(device)
-
-
-def checked_workers(workers: int | None) -> int:
-    """Return how many threads to use.
-
-    Raises:
-        UsageError: the number makes no sense.
-    """
-    if workers is not None and not 1 <= workers <= MOST_WORKERS:
-        raise UsageError(f"{workers} workers; expected 1 to {MOST_WORKERS}")
-    return workers or min(available_cores(), MOST_WORKERS)
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _report(plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: int) -> dict[str, Any]:

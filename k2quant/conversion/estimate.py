@@ -7,17 +7,19 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checkpoint.files.paths import nearest_folder
 from k2quant.checkpoint.panels import panel_state
 from k2quant.checkpoint.reading import read_into
-from k2quant.conversion.plan import Plan, ShardPlan
+from k2quant.conversion.placing import ShardPlan
+from k2quant.conversion.plan import Plan
 from k2quant.conversion.resume import bytes_missing
 from k2quant.errors import OutputError
 from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.layouts import Format, weight_count
+from k2quant.formats.format import Format
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,9 +86,9 @@ def _compute_seconds(shards: list[ShardPlan]) -> float:
     for job in (job for shard in shards for job in shard.jobs):
         if job.target is not None and job.weight.format is not None:
             pair = (job.weight.format, job.target)
-            pairs[pair] = pairs.get(pair, 0) + weight_count(job.weight.shape)
+            pairs[pair] = pairs.get(pair, 0) + prod(job.weight.shape)
         else:
-            copied += sum(entry.nbytes for entry in job.weight.parts.values())
+            copied += job.weight.nbytes
     return copied / _COPY_RATE + sum(count / codec_rate(*pair) for pair, count in pairs.items())
 
 
@@ -109,14 +111,14 @@ def codec_rate(source: Format, target: Format) -> float:
         transcode(source, target, parts, outputs, codecs=cpu, scratch=scratch)
         rounds += 1
         seconds += (time.perf_counter() - begun) if rounds else 0.0
-    return rounds * weight_count(shape) / seconds
+    return rounds * prod(shape) / seconds
 
 
 def _probe_array(spec: TensorSpec, random: np.random.Generator) -> NDArray[Any]:
     """Return positive normal values of a dtype, or random codes that are no NaN in any format."""
     import numpy as np
 
-    from k2quant.formats.transcode import as_array
+    from k2quant.formats.dtypes import as_array
 
     values = np.abs(random.standard_normal(spec.shape, np.float32))
     match spec.dtype:

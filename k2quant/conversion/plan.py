@@ -6,31 +6,23 @@ each to another machine.
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
-from k2quant.checkpoint.files.paths import check_inside
-from k2quant.checkpoint.header import TensorEntry, build_header
+from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, PIECE_BYTES, ROW_STEP
-from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
-from k2quant.checkpoint.weights import Weight, group_tensors
+from k2quant.checkpoint.reader import CONFIG, Checkpoint
+from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion import config
-from k2quant.conversion.recipe import Policy, Scope, make_policy
-from k2quant.errors import CheckpointError, ShapeMismatch, UnsafePath, UsageError
-from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.layouts import Format, FormatName, Int4
+from k2quant.conversion.placing import Job, ShardPlan, as_json, index_of, place
+from k2quant.conversion.recipe import Recipe, make_recipe
+from k2quant.errors import CheckpointError, UsageError
+from k2quant.formats.format import Scope
+from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
 from k2quant.ground.units import one_of
 from k2quant.kernels.codecs.grids import Grid
-
-REPORT = "k2quant_report.json"
-INCOMPLETE = "INCOMPLETE"
-"""A file that stands in the destination as long as it is not finished, and says so to whoever looks."""
 
 _BASE_MEMORY = 220_000_000  # interpreter, numpy, numba and its codecs: whole conversions peaked at 190 MB, measured
 _BYTES_PER_WEIGHT = 8  # of a panel in flight: at most 4 read (F32), 2 as BF16, 2 written
@@ -54,7 +46,7 @@ class Options:
     """Bytes of tensor data; None: the source's shards."""
 
     def __post_init__(self) -> None:
-        one_of("format", self.to, get_args(FormatName))
+        one_of("format", self.to, tuple(FORMATS))
         if self.scope is not None:
             one_of("scope", self.scope, get_args(Scope))
         if self.grid is not None:
@@ -65,44 +57,12 @@ class Options:
             raise UsageError(f"shard_size is {self.shard_size!r}; expected bytes, at least 1")
 
 
-class Job(NamedTuple):
-    """One weight on its way."""
-
-    weight: Weight
-    target: Format | None
-    """None: copied byte for byte."""
-    outputs: dict[str, TensorEntry]
-    """Where its tensors will lie in the output shard, by suffix."""
-
-    @property
-    def output_main(self) -> TensorEntry:
-        """The output tensor that carries the values."""
-        layout = self.target or self.weight.format
-        return self.outputs[layout.main] if layout else next(iter(self.outputs.values()))
-
-
-class ShardPlan(NamedTuple):
-    """One output shard."""
-
-    file: str
-    header: bytes
-    """The first bytes of the file."""
-    size: int
-    """Bytes of the whole file."""
-    jobs: tuple[Job, ...]
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of the source that its jobs read."""
-        return sum(entry.nbytes for job in self.jobs for entry in job.weight.parts.values())
-
-
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A whole conversion."""
 
     source: Checkpoint
-    policy: Policy
+    recipe: Recipe
     options: Options
     shards: tuple[ShardPlan, ...]
     index: bytes
@@ -150,160 +110,50 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
     if problems:
         raise problems[0]
     config.check_source(source.config, weights)
-    policy = make_policy(options.to, weights, scope=options.scope, ignore=options.ignore, grid=options.grid)
-    shards = tuple(_shard(file, jobs) for file, jobs in _placed(weights, policy, options.shard_size))
+    recipe = make_recipe(options.to, weights, scope=options.scope, ignore=options.ignore, grid=options.grid)
+    return plan_of(source, weights, recipe, options)
+
+
+def plan_of(source: Checkpoint, weights: list[StoredWeight], recipe: Recipe, options: Options) -> Plan:
+    """Plan what a recipe says of a source's weights.
+
+    Raises:
+        CheckpointError: a weight cannot be stored so, no config can describe it, or a file cannot be read.
+    """
+    shards = place(weights, recipe, options.shard_size)
     try:
-        edited, (copies, left_out) = _config(source, shards, policy), other_files(source)
+        edited, (copies, left_out) = _config(source, shards, recipe), other_files(source)
     except OSError as error:
         message = "cannot be read"
         raise CheckpointError(message, file=error.filename or source.folder, found=error.strerror) from error
-    return Plan(source, policy, options, shards, _index(shards), edited, copies, left_out)
+    return Plan(source, recipe, options, shards, index_of(shards), edited, copies, left_out)
 
 
-def output_specs(weight: Weight, target: Format | None) -> dict[str, TensorSpec]:
-    """Return the tensors that a weight becomes, by suffix."""
-    if target is None:
-        return {suffix: TensorSpec(entry.dtype, entry.shape) for suffix, entry in weight.parts.items()}
-    if target.name != "bf16" and (len(weight.shape) != 2 or not weight.main.nbytes):
-        raise ShapeMismatch(
-            "only a matrix can be quantised",
-            tensor=weight.main.name,
-            file=weight.main.file,
-            expected="[N, K]",
-            found=weight.shape,
-            remedy="keep it out of the conversion with --ignore",
-        )
-    if isinstance(target, Int4):
-        return target.state(weight.shape, name=weight.main.name)
-    return target.state(weight.shape)
-
-
-_Draft = list[tuple[Weight, Format | None, dict[str, TensorSpec]]]
-
-
-def _placed(weights: Iterable[Weight], policy: Policy, shard_size: int | None) -> list[tuple[str, _Draft]]:
-    """Return the output shards in order: the source's shards, or shards of at most `shard_size` bytes."""
-    drafts = [
-        (weight, target, output_specs(weight, target)) for weight in weights for target in (policy.target_of(weight),)
-    ]
-    if shard_size is None:
-        by_file: dict[str, _Draft] = {}
-        for draft in drafts:
-            by_file.setdefault(draft[0].main.file, []).append(draft)
-        return list(by_file.items())
-    groups: list[_Draft] = []
-    room = 0
-    for draft in drafts:
-        need = sum(spec.nbytes for spec in draft[2].values())
-        if not groups or need > room:
-            groups.append([])
-            room = shard_size
-        groups[-1].append(draft)
-        room -= need
-    return [(f"model-{number:05}-of-{len(groups):05}.safetensors", group) for number, group in enumerate(groups, 1)]
-
-
-def _shard(file: str, drafts: _Draft) -> ShardPlan:
-    def full_name(weight: Weight, suffix: str) -> str:
-        return f"{weight.base}.{suffix}" if weight.base else suffix
-
-    specs = {full_name(weight, suffix): spec for weight, _, state in drafts for suffix, spec in state.items()}
-    header, spans = build_header(specs)
-    jobs = tuple(
-        Job(
-            weight,
-            target,
-            {
-                suffix: TensorEntry(name, spec.dtype, spec.shape, file, *spans[name])
-                for suffix, spec in state.items()
-                for name in (full_name(weight, suffix),)
-            },
-        )
-        for weight, target, state in drafts
-    )
-    return ShardPlan(file, header, max((stop for _, stop in spans.values()), default=len(header)), jobs)
-
-
-def _index(shards: tuple[ShardPlan, ...]) -> bytes:
-    entries = [entry for shard in shards for job in shard.jobs for entry in job.outputs.values()]
-    index = {
-        "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
-        "weight_map": {entry.name: entry.file for entry in sorted(entries, key=lambda entry: entry.name)},
-    }
-    return _json(index)
-
-
-def _config(source: Checkpoint, shards: tuple[ShardPlan, ...], policy: Policy) -> bytes | None:
+def _config(source: Checkpoint, shards: tuple[ShardPlan, ...], recipe: Recipe) -> bytes | None:
     if source.config is None:
-        if policy.target.name != "bf16":
+        if recipe.quantises:
             raise CheckpointError(
                 "is not there, and a quantised checkpoint cannot be loaded without it",
                 file=source.folder / CONFIG,
                 remedy="take it from the model's release",
             )
         return None
-    quantised: set[str] = set()
+    quantised: dict[str, list[str]] = {}
     kept: list[str] = []
     rounded = False
     for job in (job for shard in shards for job in shard.jobs):
-        layout = job.target or job.weight.format
-        if layout is None:
+        if job.written is None:
             continue
         rounded |= job.target is not None and job.weight.format is not None and job.weight.main.dtype in {"F16", "F32"}
-        if layout.name == policy.target.name != "bf16":
-            quantised.add(job.weight.base)
+        if job.written.quantised:
+            quantised.setdefault(job.written.name, []).append(job.name)
         elif len(job.weight.shape) == 2 and job.weight.main.nbytes:
-            kept.append(job.weight.base)
-    block = config.quantization_block(policy.target, quantised, kept)
+            kept.append(job.name)
+    block = config.quantization_block({recipe.formats[name]: bases for name, bases in quantised.items()}, kept)
     if block is None and not rounded and not config.quantization_blocks(source.config):
         return (source.folder / CONFIG).read_bytes()
-    rounded &= policy.target.name == "bf16"  # else what is out of scope keeps its dtype
-    return _json(config.edited(source.config, block, rounded_to_bf16=rounded))
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
-_OWN = {CONFIG, REPORT, INCOMPLETE}  # written anew, or meant for the source alone
-_NOTES = re.compile(r"k2quant_\w+\.(json|html|txt|lock)")  # what commands of ours say of the source's own folder
-_WEIGHTS = re.compile(
-    r".*\.safetensors(\.index\.json)?|.*\.(pt|pth|ckpt|pkl|gguf|partial)"
-    r"|(pytorch_model|model|consolidated|adapter_model|tf_model|training_args|optimizer|scheduler).*\.bin(\.index\.json)?",
-)
-
-
-def other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the files beside the weights that are copied (tokenizer, code, licence), and the weights that are not.
-
-    Hidden files and folders, and what is no file, are passed over.
-
-    Raises:
-        UnsafePath: one is a link that leaves the folder, or has a name that is not printable.
-    """
-    copied: list[str] = []
-    left_out: list[str] = []
-    expected = {INDEX, *source.shards}
-    for folder, folders, files in os.walk(source.folder):
-        here = Path(folder)
-        taken = {name for name in folders if name in _OWN or _WEIGHTS.fullmatch(name)}  # a file of ours may go there
-        left_out += sorted(str((here / name).relative_to(source.folder)) for name in taken)
-        folders[:] = sorted(
-            name for name in set(folders) - taken if not name.startswith(".") and not (here / name).is_symlink()
-        )
-        for path in (here / name for name in sorted(files) if not name.startswith(".")):
-            below = str(path.relative_to(source.folder))
-            if below in _OWN or below in expected or _NOTES.fullmatch(below):
-                continue
-            if _WEIGHTS.fullmatch(path.name):
-                left_out.append(below)
-                continue
-            check_inside(source.folder, path)
-            if not below.isprintable():  # journal and report could not name it
-                raise UnsafePath("not a plain file name", file=repr(below), remedy="rename or remove it")
-            if path.is_file():
-                copied.append(below)
-    return tuple(copied), tuple(left_out)
+    rounded &= not recipe.quantises  # else what is out of scope keeps its dtype
+    return as_json(config.edited(source.config, block, rounded_to_bf16=rounded))
 
 
 def describe(plan: Plan) -> dict[str, dict[str, int]]:

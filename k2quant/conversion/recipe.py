@@ -7,87 +7,110 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
-from k2quant.checkpoint.weights import Weight
-from k2quant.errors import CheckpointError, UnsupportedFormat, UsageError
-from k2quant.formats.layouts import FP8_BLOCK, Bf16, Format, FormatName, Fp8, Int4
+from k2quant.checkpoint.weights import StoredWeight
+from k2quant.errors import CheckpointError, UsageError
+from k2quant.formats.bf16 import Bf16
+from k2quant.formats.format import Format, Scope
+from k2quant.formats.known import FORMATS
 from k2quant.ground import names
 from k2quant.kernels.codecs.grids import Grid
 
-Scope = Literal["experts", "linear"]
-
-DEFAULT_SCOPE: dict[FormatName, Scope] = {"int4": "experts", "fp8": "linear"}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
-    """Decides, weight by weight, what a conversion writes."""
+class Rule:
+    """A format, and the weights that get it."""
 
-    target: Format
-    """The format of the weights in scope."""
-    scope: Scope
-    """`experts`: the routed experts; `linear`: every projection of the decoder layers."""
+    format: Format
+    scope: Scope | None = None
+    """`experts`: the routed experts; `linear`: every projection of the decoder layers; None: every weight."""
     ignore: tuple[re.Pattern[str], ...] = ()
     """Weights in whose name one of these is found are out of scope."""
 
-    def in_scope(self, base: str) -> bool:
-        """Tell whether a weight is to be stored in the target format."""
-        wanted = names.is_routed_expert(base) if self.scope == "experts" else names.is_projection(base)
-        return wanted and not any(pattern.search(base) for pattern in self.ignore)
+    def takes(self, base: str) -> bool:
+        """Tell whether a weight is to be stored in the format."""
+        return in_scope(base, self.scope) and not any(pattern.search(base) for pattern in self.ignore)
 
-    def target_of(self, weight: Weight) -> Format | None:
+
+def in_scope(base: str, scope: Scope | None) -> bool:
+    """Tell whether a weight belongs to a scope."""
+    if scope is None:
+        return True
+    return names.is_routed_expert(base) if scope == "experts" else names.is_projection(base)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Decides, weight by weight, what a conversion writes; the first rule that takes a weight counts."""
+
+    rules: tuple[Rule, ...]
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """The formats that are asked for, by name."""
+        return {rule.format.name: rule.format for rule in reversed(self.rules)}
+
+    @property
+    def quantises(self) -> bool:
+        """Whether any weight is to be quantised."""
+        return any(rule.format.quantised for rule in self.rules)
+
+    def format_of(self, weight: StoredWeight) -> Format | None:
         """Return the format that a weight is converted to, or None where it is copied byte for byte.
 
-        A weight that is already in the target format is copied. Out of scope, one that is quantised in another format
-        comes out as BF16 and everything else is copied.
+        A weight that is already in the format of its rule is copied. One that no rule takes comes out as BF16 if it is
+        quantised in a format that nobody asked for; else it is copied.
         """
         if weight.format is None:
             return None
-        if self.target.name == "bf16":
-            return None if weight.format == self.target else self.target
-        if self.in_scope(weight.base):
-            return None if _same_layout(weight.format, self.target) else self.target
-        return Bf16() if weight.format.name not in {"bf16", self.target.name} else None
+        for rule in self.rules:
+            if rule.takes(weight.base):
+                return None if weight.format.same(rule.format) else rule.format
+        return Bf16() if weight.format.quantised and weight.format.name not in self.formats else None
+
+    def rounding(self, stored: Format) -> Format:
+        """Return a format with the rounding rule that was asked for it, to write new values in it."""
+        asked = self.formats.get(stored.name)
+        return stored.rounded_as(asked) if asked else stored
 
 
-def _same_layout(source: Format, target: Format) -> bool:
-    if isinstance(source, Fp8) and isinstance(target, Fp8):
-        return source.block == target.block
-    return isinstance(source, Int4) and isinstance(target, Int4) and source.group == target.group
-
-
-def make_policy(
-    to: FormatName,
-    weights: list[Weight],
+def make_recipe(
+    to: str,
+    weights: list[StoredWeight],
     *,
     scope: Scope | None = None,
     ignore: tuple[str, ...] = (),
     grid: Grid | None,
-) -> Policy:
-    """Make the policy of a conversion from what the user asked for and what the source holds.
+) -> Recipe:
+    """Make the recipe of a conversion from what the user asked for and what the source holds.
+
+    Args:
+        to: the name of a format.
+        weights: what the source holds.
+        scope: which weights get the format; None: as Moonshot ships it.
+        ignore: regular expressions of weights that do not.
+        grid: the rounding rule; None for the default.
 
     Raises:
         UsageError: an option that has no meaning for this format, or a broken regular expression.
         CheckpointError: nothing is in scope.
-        UnsupportedFormat: the source is INT4 of another group size and INT4 is asked for.
+        UnsupportedFormat: the source cannot be rewritten in this format.
     """
-    if to == "bf16" and (scope or ignore):
-        raise UsageError("--scope and --ignore have no meaning with --to bf16: everything becomes BF16")
-    if to != "int4" and grid:
-        raise UsageError(f"--grid has no meaning with --to {to}: it is the rounding rule of INT4")
-    policy = Policy(
-        target=_target(to, weights, grid or "moonshot"),
-        scope=scope or DEFAULT_SCOPE.get(to, "linear"),
-        ignore=tuple(_compile(pattern) for pattern in ignore),
-    )
-    if to != "bf16" and not any(policy.in_scope(weight.base) for weight in weights if weight.format):
+    kind = FORMATS[to]
+    if kind.default_scope is None and (scope or ignore):
+        raise UsageError(f"--scope and --ignore have no meaning with --to {to}: everything becomes {to.upper()}")
+    if grid and not kind.grids:
+        owners = " and ".join(name.upper() for name, other in FORMATS.items() if other.grids)
+        raise UsageError(f"--grid has no meaning with --to {to}: it is the rounding rule of {owners}")
+    target = kind.asked_for(((weight.format, weight.main) for weight in weights if weight.format), grid)
+    rule = Rule(format=target, scope=scope or kind.default_scope, ignore=tuple(_compile(pattern) for pattern in ignore))
+    if kind.quantised and not any(rule.takes(weight.base) for weight in weights if weight.format):
         raise CheckpointError(
             "no weight is in scope",
             expected="tensors such as model.layers.1.mlp.experts.0.gate_proj.weight",
             remedy="see `k2quant inspect`, and --scope and --ignore",
         )
-    return policy
+    return Recipe((rule,))
 
 
 _QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
@@ -109,24 +132,3 @@ def _compile(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise UsageError(f"--ignore {pattern!r} is no regular expression: {error}") from error
-
-
-def _target(to: FormatName, weights: list[Weight], grid: Grid) -> Format:
-    if to == "bf16":
-        return Bf16()
-    if to == "fp8":
-        blocks = {weight.format.block for weight in weights if isinstance(weight.format, Fp8)}
-        if len(blocks) > 1:
-            raise UnsupportedFormat("FP8 weights of several block sizes, which no config can describe", found=blocks)
-        return Fp8(block=blocks.pop() if blocks else FP8_BLOCK)
-    target = Int4(grid=grid)
-    other = next((w for w in weights if isinstance(w.format, Int4) and w.format.group != target.group), None)
-    if other is not None and isinstance(other.format, Int4):
-        raise UnsupportedFormat(
-            "INT4 of another group size is not rewritten as INT4",
-            tensor=other.main.name,
-            expected=f"groups of {target.group}",
-            found=f"groups of {other.format.group}",
-            remedy="convert to bf16 or fp8",
-        )
-    return target

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from k2quant.checkpoint.files.paths import PARTIAL
-from k2quant.checkpoint.reader import CONFIG, INDEX
+from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 from k2quant.checkpoint.writing.destination import Destination
-from k2quant.conversion.plan import INCOMPLETE, REPORT, Plan
+from k2quant.conversion.plan import Plan
 from k2quant.conversion.stream import Record
 from k2quant.errors import DestinationStale, OutputError, UsageError
 from k2quant.ground.version import __version__

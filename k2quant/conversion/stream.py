@@ -16,18 +16,29 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from k2quant.checkpoint.files.checksum import combine
-from k2quant.checkpoint.panels import PIECE_BYTES, panel_offset, panel_rows, panel_shape, panel_state, read_panel
+from k2quant.checkpoint.panels import (
+    PIECE_BYTES,
+    format_of,
+    naming,
+    panel_offset,
+    panel_rows,
+    panel_shape,
+    panel_state,
+    read_panel,
+    read_values,
+)
 from k2quant.checkpoint.reading import read_into
-from k2quant.checkpoint.weights import Weight
+from k2quant.checkpoint.weights import StoredWeight
 from k2quant.checkpoint.writing.destination import Destination
 from k2quant.checkpoint.writing.writer import ShardWriter
-from k2quant.conversion.plan import Job, Plan, ShardPlan
-from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.layouts import row_bytes
+from k2quant.conversion.placing import Job, ShardPlan
+from k2quant.conversion.plan import Plan
+from k2quant.formats.dtypes import TensorSpec, row_bytes
+from k2quant.formats.format import Format, Parts
 from k2quant.ground import pool
 
 if TYPE_CHECKING:
-    from k2quant.formats.transcode import Parts, Scratch
+    from k2quant.formats.transcode import Scratch
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.seam import Codecs
 
@@ -41,11 +52,11 @@ Record = dict[str, Any]
 class Substitute(Protocol):
     """Values that take the place of the source's: trained weights, or weights with an update added."""
 
-    def replaces(self, weight: Weight) -> bool:
+    def replaces(self, weight: StoredWeight) -> bool:
         """Tell whether a weight's values come from here."""
 
     def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, Figures | None]:
-        """Return rows `start` to `stop` of the tensors that are written, by suffix, `weight_shape` left out.
+        """Return rows `start` to `stop` of the tensors that are streamed, by suffix.
 
         A tensor that is no matrix counts as one column. Called from several threads at once.
         """
@@ -71,9 +82,9 @@ class _Log:
 
     def record(self, job: Job) -> Record:
         """Return what the report says of this job."""
-        layout = job.weight.format
+        source = job.weight.format
         record: Record = {
-            "from": layout.name if layout else None,
+            "from": source.name if source else None,
             "to": job.target.name if job.target else None,
             "shape": list(job.weight.shape),
             "crc32": {
@@ -97,6 +108,8 @@ class _Shard:
     pending: int = 0
     """Tasks that are not done yet."""
     lock: threading.Lock = field(default_factory=threading.Lock)
+    settled: dict[int, Future[Format]] = field(default_factory=dict)
+    """By job, the format that a weight is written in, where that takes a survey of the whole weight."""
 
 
 class _Task(NamedTuple):
@@ -242,53 +255,71 @@ class Stream:
 
     def _convert(self, task: _Task) -> int:
         """Convert a panel of a weight; return the bytes read."""
-        from k2quant.formats.transcode import located, transcode
-        from k2quant.kernels.codecs.values import ValueAt
+        from k2quant.formats.transcode import transcode
 
         job = task.shard.plan.jobs[task.job]
-        weight, target, source = job.weight, job.target, job.weight.format
-        if source is None or target is None:
-            msg = f"{weight.base} is copied, not converted"
-            raise TypeError(msg)
+        weight, source, target = job.weight, format_of(job.weight), self._settled(task.shard, task.job)
         scratch = self._scratch
-        parts = read_panel(self._plan.source, weight, task.start, task.stop, scratch, key="in")
+        parts = read_panel(self._plan.source, weight, task.start, task.stop, scratch)
         state = panel_state(target, weight.shape, task.start, task.stop)
         outputs = {suffix: scratch.take(f"out {suffix}", spec) for suffix, spec in state.items()}
-        try:
+        with naming(weight, task.start):
             figures = transcode(source, target, parts, outputs, codecs=self._codecs, scratch=scratch)
-        except ValueAt as error:
-            tensors = {suffix: entry.name for suffix, entry in weight.parts.items()}
-            raise located(error, source, task.start, tensors, weight.main.file) from error
-        checksums = self._write_panel(task, outputs)
+        checksums = self._write_panel(task, target, outputs)
         with task.shard.lock:
             task.shard.logs[task.job].add(task.start, checksums, figures)
         return sum(array.nbytes for array in parts.values())
+
+    def _settled(self, shard: _Shard, number: int) -> Format:
+        """Return the format that a weight is converted to; the first task of a weight that needs a survey makes it."""
+        job = shard.plan.jobs[number]
+        if job.target is None:
+            msg = f"{job.weight.base} is copied, not converted"
+            raise TypeError(msg)
+        if not job.target.surveyed:
+            return job.target
+        with shard.lock:
+            first = number not in shard.settled
+            future = shard.settled.setdefault(number, Future())
+        if first:
+            try:
+                future.set_result(self._survey(job.weight, job.target))
+            except BaseException as error:  # noqa: BLE001  raised below, in every thread that waits for it
+                future.set_exception(error)
+        return future.result()
+
+    def _survey(self, weight: StoredWeight, target: Format) -> Format:
+        """Look at all panels of a weight before the first is written."""
+        surveys = []
+        for start, stop in panel_rows(weight.shape):
+            panel = read_values(self._plan.source, weight, start, stop, codecs=self._codecs, scratch=self._scratch)
+            surveys.append(target.survey(panel.values, self._codecs))
+        return target.settled(surveys)
 
     def _replace(self, task: _Task, substitute: Substitute) -> int:
         """Write a panel of values that are not the source's; return the bytes of the source that it stands for."""
         job = task.shard.plan.jobs[task.job]
         outputs, figures = substitute.panel(job, task.start, task.stop)
-        checksums = self._write_panel(task, outputs)
+        checksums = self._write_panel(task, job.written, outputs)
         with task.shard.lock:
             task.shard.logs[task.job].add(task.start, checksums, figures)
         rows, _ = panel_shape(job.weight.shape)
-        return sum(entry.nbytes for entry in job.weight.parts.values()) * (task.stop - task.start) // max(rows, 1)
+        return job.weight.nbytes * (task.stop - task.start) // max(rows, 1)
 
-    def _write_panel(self, task: _Task, outputs: Parts) -> dict[str, tuple[int, int]]:
+    def _write_panel(self, task: _Task, written: Format | None, outputs: Parts) -> dict[str, tuple[int, int]]:
+        """Write rows of a weight in a format, and with the first of them what is not streamed."""
         job = task.shard.plan.jobs[task.job]
-        layout = job.target or job.weight.format
         checksums = {}
         for suffix, array in outputs.items():
-            if layout is not None:
-                offset = panel_offset(layout, job.weight.shape, suffix, task.start)
+            if written is not None:
+                offset = panel_offset(written, job.weight.shape, suffix, task.start)
             else:  # no weight: a column
                 offset = task.start * row_bytes(TensorSpec(job.outputs[suffix].dtype, (1,)))
             data = array.data.cast("B")
             checksums[suffix] = self._write(task.shard, job.outputs[suffix].start + offset, data)
-        if task.start == 0 and "weight_shape" in job.outputs:
-            width = job.outputs["weight_shape"].nbytes // 2  # I32, or I64 where a copy keeps it
-            size = b"".join(length.to_bytes(width, "little") for length in job.weight.shape)
-            checksums["weight_shape"] = self._write(task.shard, job.outputs["weight_shape"].start, memoryview(size))
+        if task.start == 0 and written is not None:
+            for suffix, content in written.constant(job.weight.shape).items():
+                checksums[suffix] = self._write(task.shard, job.outputs[suffix].start, memoryview(content))
         return checksums
 
     def _write(self, shard: _Shard, offset: int, data: memoryview) -> tuple[int, int]:

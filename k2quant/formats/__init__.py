@@ -1,1 +1,1 @@
-"""The three formats of a Kimi K2 weight: BF16, block-FP8 and INT4."""
+"""The formats of a Kimi K2 weight: each says in one file what it is on disk, in memory and in a config."""

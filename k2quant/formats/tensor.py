@@ -13,9 +13,11 @@ from typing import Any, get_args
 import numpy as np
 
 from k2quant.errors import DtypeMismatch, ShapeMismatch
-from k2quant.formats.dtypes import FLOATS, TensorSpec
-from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Int4
-from k2quant.formats.transcode import Parts, Scratch, located, transcode
+from k2quant.formats.bf16 import Bf16
+from k2quant.formats.dtypes import DTYPES, FLOATS, TensorSpec, as_array, as_bits, torch_dtype
+from k2quant.formats.format import Format, Parts
+from k2quant.formats.known import FORMATS, FormatName, names_of
+from k2quant.formats.transcode import Scratch, located, transcode
 from k2quant.ground.units import one_of
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.codecs.seam import codecs
@@ -36,18 +38,12 @@ class QuantizedTensor:
 
     def tensors(self, base: str) -> dict[str, Any]:
         """Return the tensors as a checkpoint names them, for the weight `base` (no suffix)."""
-        if isinstance(self.format, Fp8):
-            return {f"{base}.weight": self.codes, f"{base}.weight_scale_inv": self.scale}
-        size: Any = np.array(self.shape, np.int32)
-        if not isinstance(self.codes, np.ndarray):
-            import torch
-
-            size = torch.from_numpy(size)
-        return {
-            f"{base}.weight_packed": self.codes,
-            f"{base}.weight_scale": self.scale,
-            f"{base}.weight_shape": size,
-        }
+        parts = dict(zip(self.format.streamed, (self.codes, self.scale), strict=True))
+        state = self.format.state(self.shape)
+        for suffix, content in self.format.constant(self.shape).items():
+            array = as_array(np.frombuffer(bytearray(content), np.uint8), state[suffix])
+            parts[suffix] = _like(self.codes, array, state[suffix].dtype, on_cpu=True)
+        return {f"{base}.{suffix}": parts[suffix] for suffix in state}
 
 
 def quantize(weight: Any, to: FormatName, *, grid: Grid = "moonshot", name: str = "weight") -> QuantizedTensor:
@@ -67,25 +63,19 @@ def quantize(weight: Any, to: FormatName, *, grid: Grid = "moonshot", name: str 
         ShapeMismatch: no matrix, or a width that INT4 cannot have.
         BadValue: NaN or infinity in the weight.
     """
-    one_of("quantised format", to, ("fp8", "int4"))
+    one_of("quantised format", to, names_of(quantised=True))
     one_of("grid", grid, get_args(Grid))
-    target: Format = Fp8() if to == "fp8" else Int4(grid=grid)
+    target = FORMATS[to].asked_for((), grid)
     array, dtype = _as_numpy(weight, FLOATS, name)
     if array.ndim != 2 or not array.size:
         raise ShapeMismatch("a quantised weight is a matrix", tensor=name, expected="[N, K]", found=tuple(array.shape))
     shape = (int(array.shape[0]), int(array.shape[1]))
-    state = target.state(shape, name=name) if isinstance(target, Int4) else target.state(shape)
-    state.pop("weight_shape", None)
+    state = target.state(shape, name=name)
     scratch = Scratch()
-    outputs = {suffix: scratch.take(suffix, spec) for suffix, spec in state.items()}
+    outputs = {suffix: scratch.take(suffix, state[suffix]) for suffix in target.streamed}
     _guarded(Bf16(dtype=dtype), target, {"weight": array}, outputs, name, _device(weight))
-    codes, scale = outputs.values()
-    return QuantizedTensor(
-        target,
-        _like(weight, codes, "F8_E4M3" if to == "fp8" else "I32"),
-        _like(weight, scale, "F32" if to == "fp8" else "BF16"),
-        shape,
-    )
+    codes, scale = (_like(weight, part, state[suffix].dtype) for suffix, part in outputs.items())
+    return QuantizedTensor(target, codes, scale, shape)
 
 
 def dequantize(tensor: QuantizedTensor, *, name: str = "weight") -> Any:
@@ -96,9 +86,9 @@ def dequantize(tensor: QuantizedTensor, *, name: str = "weight") -> Any:
         BadValue: a NaN code, a scale that is negative or not finite, or an overflow.
     """
     parts: Parts = {}
-    for (suffix, spec), part in zip(
-        tensor.format.state(tensor.shape).items(), (tensor.codes, tensor.scale), strict=False
-    ):
+    state = tensor.format.state(tensor.shape)
+    for suffix, part in zip(tensor.format.streamed, (tensor.codes, tensor.scale), strict=True):
+        spec = state[suffix]
         parts[suffix], _ = _as_numpy(part, (spec.dtype,), f"{name} ({suffix})")
         if parts[suffix].shape != spec.shape:
             raise ShapeMismatch(tensor=f"{name} ({suffix})", expected=spec.shape, found=tuple(parts[suffix].shape))
@@ -111,15 +101,15 @@ def _guarded(source: Format, target: Format, parts: Parts, outputs: Parts, name:
     try:
         transcode(source, target, parts, outputs, codecs=codecs(device), scratch=Scratch())
     except ValueAt as error:
-        raise located(error, source, 0, dict.fromkeys([*parts, "weight_scale"], name), "memory") from error
+        raise located(error, source, 0, dict.fromkeys(parts, name), "memory") from error
 
 
 def _device(tensor: Any) -> str:
     return "cpu" if isinstance(tensor, np.ndarray) else str(tensor.device)
 
 
-_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float8_e4m3fn": "F8_E4M3", "int32": "I32"}
 _NUMPY_BITS = {"uint16": "BF16", "uint8": "F8_E4M3"}  # numpy has neither type, so their bits stand for them
+_DTYPES = {DTYPES[name].torch: name for name in ("BF16", "F16", "F32", "F8_E4M3", "I8", "I32")}
 
 
 def _as_numpy(tensor: Any, allowed: tuple[str, ...], name: str) -> tuple[np.ndarray[Any, Any], str]:
@@ -140,19 +130,14 @@ def _as_numpy(tensor: Any, allowed: tuple[str, ...], name: str) -> tuple[np.ndar
     if isinstance(tensor, np.ndarray):
         array = np.ascontiguousarray(tensor)
         return (array.view(np.uint16) if kind == "bfloat16" else array), dtype  # ml_dtypes has a bfloat16 for numpy
-    import torch
-
-    plain = tensor.detach().contiguous()
-    views = {"BF16": torch.uint16, "F8_E4M3": torch.uint8}
-    return (plain.view(views[dtype]) if dtype in views else plain).cpu().numpy(), dtype
+    return as_bits(tensor), dtype
 
 
-def _like(example: Any, array: np.ndarray[Any, Any], dtype: str) -> Any:
-    """Return an array as the library and device of the example have it."""
+def _like(example: Any, array: np.ndarray[Any, Any], dtype: str, *, on_cpu: bool = False) -> Any:
+    """Return an array as the library of the example has it, and on its device unless that shall be the CPU."""
     if isinstance(example, np.ndarray):
         return array
     import torch
 
-    views = {"BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
-    tensor = torch.from_numpy(array)
-    return (tensor.view(views[dtype]) if dtype in views else tensor).to(example.device)
+    tensor = torch.from_numpy(array).view(torch_dtype(dtype))
+    return tensor if on_cpu else tensor.to(example.device)

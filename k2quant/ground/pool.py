@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from k2quant.errors import UsageError
+
 Task = TypeVar("Task")
 
 _TICK_SECONDS = 0.1
+
+MOST_WORKERS = 256
+"""More threads than this only fight over the interpreter's lock."""
+
+
+def checked_workers(workers: int | None) -> int:
+    """Return how many threads to use.
+
+    Raises:
+        UsageError: the number makes no sense.
+    """
+    if workers is not None and not 1 <= workers <= MOST_WORKERS:
+        raise UsageError(f"{workers} workers; expected 1 to {MOST_WORKERS}")
+    return workers or min(available_cores(), MOST_WORKERS)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(

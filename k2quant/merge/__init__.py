@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from k2quant.checkpoint.panels import ROW_STEP
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.conversion.convert import Conversion, carry_out, codecs_of
-from k2quant.conversion.plan import Job, Options, Plan, make_plan
-from k2quant.conversion.recipe import Scope
+from k2quant.conversion.placing import Job
+from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.resume import refuse_nested
 from k2quant.conversion.stream import Progress
 from k2quant.errors import DtypeMismatch
-from k2quant.formats.layouts import Bf16, FormatName, Int4
+from k2quant.formats.format import Scope
+from k2quant.formats.known import FormatName
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.merge.adapter import Adapter, check_values, open_adapter
 from k2quant.merge.targets import Change, LowRank, Whole, resolve
@@ -136,10 +137,10 @@ def _check_writable(job: Job, change: Change | None) -> None:
     """Refuse a change of a tensor that stays in a dtype which would round a second time."""
     if change is None or job.target is not None:
         return
-    layout, main = job.weight.format, job.weight.main
-    dtype = layout.scale_dtype if isinstance(layout, Int4) else main.dtype
-    takes = {"BF16", "F8_E4M3"} if layout is not None else set()
-    if isinstance(change, Whole) and (layout is None or isinstance(layout, Bf16)):
+    stored, main = job.weight.format, job.weight.main
+    dtype = stored.unwritable if stored is not None else main.dtype
+    takes: set[str | None] = {None}
+    if isinstance(change, Whole) and (stored is None or not stored.quantised):
         takes |= {"BF16", "F32", change.entry.dtype}
     if dtype not in takes:
         raise DtypeMismatch(

@@ -18,7 +18,7 @@ from k2quant.checkpoint.header import ShardHeader, TensorEntry, read_header
 from k2quant.checkpoint.panels import PIECE_BYTES
 from k2quant.checkpoint.reading import read_into
 from k2quant.errors import BadValue, CheckpointError, DtypeMismatch, MalformedFile, MissingTensor, UnsupportedFormat
-from k2quant.formats.dtypes import FLOATS, ITEM_BYTES, TensorSpec
+from k2quant.formats.dtypes import DTYPES, FLOATS, TensorSpec
 from k2quant.merge.settings import Settings, read_settings
 
 CONFIG = "adapter_config.json"
@@ -187,11 +187,11 @@ def check_values(adapter: Adapter) -> None:
 
     scratch = Scratch()
     for entry in adapter.shard.tensors.values():
-        step = PIECE_BYTES // ITEM_BYTES[entry.dtype]
-        count = entry.nbytes // ITEM_BYTES[entry.dtype]
+        step = PIECE_BYTES // DTYPES[entry.dtype].nbytes
+        count = entry.nbytes // DTYPES[entry.dtype].nbytes
         for start in range(0, count, step):
             values = scratch.take("values", TensorSpec(entry.dtype, (min(step, count - start),)))
-            read_into(adapter.shard, entry.start + start * ITEM_BYTES[entry.dtype], values.data.cast("B"))
+            read_into(adapter.shard, entry.start + start * DTYPES[entry.dtype].nbytes, values.data.cast("B"))
             bad = values & 0x7F80 == 0x7F80 if entry.dtype == "BF16" else ~np.isfinite(values)
             if bad.any():
                 place = np.unravel_index(start + int(bad.argmax()), entry.shape)

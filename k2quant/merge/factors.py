@@ -7,7 +7,7 @@ import numpy as np
 from k2quant.checkpoint.header import ShardHeader, TensorEntry
 from k2quant.checkpoint.panels import PIECE_BYTES
 from k2quant.checkpoint.reading import read_into
-from k2quant.formats.dtypes import ITEM_BYTES, TensorSpec
+from k2quant.formats.dtypes import DTYPES, TensorSpec
 from k2quant.formats.transcode import Scratch
 from k2quant.kernels.codecs.values import F64, bf16_to_float
 from k2quant.merge.targets import LowRank
@@ -40,7 +40,7 @@ def read(shard: ShardHeader, entry: TensorEntry, rows: slice, columns: slice, sc
     height, width = entry.shape
     start, stop, _ = rows.indices(height)
     found = np.empty((stop - start, len(range(*columns.indices(width)))))
-    row_bytes = width * ITEM_BYTES[entry.dtype]
+    row_bytes = width * DTYPES[entry.dtype].nbytes
     step = max(PIECE_BYTES // row_bytes, 1)
     for row in range(start, stop, step):
         count = min(step, stop - row)

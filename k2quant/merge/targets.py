@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from k2quant.checkpoint.header import TensorEntry
-from k2quant.checkpoint.weights import Weight
+from k2quant.checkpoint.weights import StoredWeight
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
 from k2quant.ground import names
 from k2quant.merge.adapter import Adapter, Pair
@@ -48,7 +48,7 @@ class Whole(NamedTuple):
 Change = LowRank | Whole
 
 
-def resolve(adapter: Adapter, weights: Iterable[Weight]) -> dict[str, Change]:
+def resolve(adapter: Adapter, weights: Iterable[StoredWeight]) -> dict[str, Change]:
     """Return what changes, by the name of the main tensor of each weight.
 
     Raises:
@@ -75,7 +75,7 @@ def resolve(adapter: Adapter, weights: Iterable[Weight]) -> dict[str, Change]:
     return changes
 
 
-def _model_name(weight: Weight) -> str | None:
+def _model_name(weight: StoredWeight) -> str | None:
     """Return a weight's name as the unquantised language model has it, or None for one outside of it."""
     suffix = "weight" if weight.format else next(iter(weight.parts))
     return _canonical(f"{weight.base}.{suffix}" if weight.base else suffix)
@@ -85,7 +85,7 @@ def _canonical(name: str) -> str | None:
     return names.in_language_model(name)
 
 
-def _add_all(changes: dict[str, Change], found: Iterable[tuple[Weight, Change]], entry: TensorEntry) -> None:
+def _add_all(changes: dict[str, Change], found: Iterable[tuple[StoredWeight, Change]], entry: TensorEntry) -> None:
     for weight, change in found:
         if weight.main.name in changes:
             raise MalformedFile(f"changes `{weight.main.name}` a second time", tensor=entry.name, file=entry.file)
@@ -93,8 +93,8 @@ def _add_all(changes: dict[str, Change], found: Iterable[tuple[Weight, Change]],
 
 
 def _low_rank(
-    adapter: Adapter, module: str, pair: Pair, index: Mapping[str, Weight]
-) -> Iterator[tuple[Weight, LowRank]]:
+    adapter: Adapter, module: str, pair: Pair, index: Mapping[str, StoredWeight]
+) -> Iterator[tuple[StoredWeight, LowRank]]:
     """Yield what a pair of factors does to which weight; nothing where there is none."""
     for entry in pair:
         if len(entry.shape) != 2 or not entry.nbytes:
@@ -134,7 +134,7 @@ def _rank(adapter: Adapter, pair: Pair, name: str, experts: int) -> int:
     return rank
 
 
-def _check_matrix(weight: Weight, pair: Pair) -> None:
+def _check_matrix(weight: StoredWeight, pair: Pair) -> None:
     if (pair.b.shape[0], pair.a.shape[1]) != weight.shape:
         raise ShapeMismatch(
             f"does not fit `{weight.main.name}` of {weight.shape}",
@@ -151,14 +151,14 @@ class _Fused(NamedTuple):
     name: str
     rows: int
     """Of one projection."""
-    projections: tuple[list[Weight], ...]
+    projections: tuple[list[StoredWeight], ...]
     """For each projection in the parameter's rows, the weights of the experts."""
     transposed: bool
 
 
 def _experts(
-    adapter: Adapter, module: str, pair: Pair, index: Mapping[str, Weight]
-) -> Iterator[tuple[Weight, LowRank]]:
+    adapter: Adapter, module: str, pair: Pair, index: Mapping[str, StoredWeight]
+) -> Iterator[tuple[StoredWeight, LowRank]]:
     fused = _parameter(adapter, module, pair, index)
     if fused is None:
         return
@@ -169,7 +169,7 @@ def _experts(
             yield weight, LowRank(pair, rank, scaling, expert, experts, part * fused.rows, fused.transposed)
 
 
-def _parameter(adapter: Adapter, module: str, pair: Pair, index: Mapping[str, Weight]) -> _Fused | None:
+def _parameter(adapter: Adapter, module: str, pair: Pair, index: Mapping[str, StoredWeight]) -> _Fused | None:
     """Find out which fused parameter a pair belongs to, and which way round it is: the shapes tell."""
     found, width_of, possible = (pair.a.shape[1], pair.b.shape[0]), {}, []
     for parameter in ("gate_up_proj", "down_proj"):
@@ -207,7 +207,7 @@ def _old_layout(adapter: Adapter, pair: Pair) -> bool:
     return adapter.settings.version < (0, 19)
 
 
-def _projections(name: str, index: Mapping[str, Weight]) -> tuple[list[Weight], ...] | None:
+def _projections(name: str, index: Mapping[str, StoredWeight]) -> tuple[list[StoredWeight], ...] | None:
     """Return the weights that a fused parameter is made of, projection by projection, or None if it has none."""
     fused = names.fused_experts((_canonical(f"{name}.weight") or "").removesuffix(".weight"))
     if fused is None:
@@ -221,14 +221,14 @@ def _projections(name: str, index: Mapping[str, Weight]) -> tuple[list[Weight], 
     return projections
 
 
-def _of_experts(prefix: str, projection: str, index: Mapping[str, Weight]) -> Iterator[Weight]:
+def _of_experts(prefix: str, projection: str, index: Mapping[str, StoredWeight]) -> Iterator[StoredWeight]:
     expert = 0
     while (weight := index.get(f"{prefix}{expert}.{projection}.weight")) is not None:
         yield weight
         expert += 1
 
 
-def _whole(entry: TensorEntry, weight: Weight) -> Whole:
+def _whole(entry: TensorEntry, weight: StoredWeight) -> Whole:
     if entry.shape != weight.shape:
         raise ShapeMismatch(
             f"cannot replace `{weight.main.name}`",

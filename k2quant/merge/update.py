@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from k2quant.checkpoint.panels import ROW_STEP, panel_shape, panel_state, read_panel
+from k2quant.checkpoint.panels import ROW_STEP, Panel, naming, panel_shape, panel_state, read_values
 from k2quant.checkpoint.reading import read_into
-from k2quant.checkpoint.weights import Weight
-from k2quant.conversion.plan import Job, Plan
+from k2quant.checkpoint.weights import StoredWeight
+from k2quant.conversion.placing import Job
+from k2quant.conversion.plan import Plan
 from k2quant.errors import BadValue
-from k2quant.formats.dtypes import ITEM_BYTES, TensorSpec
-from k2quant.formats.layouts import Bf16, Format, Int4
-from k2quant.formats.transcode import Parts, Scratch, located, to_bf16, transcode
+from k2quant.formats.bf16 import Bf16
+from k2quant.formats.dtypes import DTYPES, TensorSpec
+from k2quant.formats.format import Format, Parts
+from k2quant.formats.transcode import Scratch, located, to_bf16, transcode
 from k2quant.kernels.codecs.values import (
     F64,
     INFINITY,
@@ -34,7 +35,7 @@ from k2quant.kernels.codecs.values import (
 )
 from k2quant.merge import factors
 from k2quant.merge.adapter import Adapter
-from k2quant.merge.arithmetic import Stored, as_float64, band_of, effect
+from k2quant.merge.arithmetic import as_float64, band_of, effect
 from k2quant.merge.figures import MergeFigures, total
 from k2quant.merge.targets import Change, LowRank, Whole
 
@@ -67,26 +68,26 @@ class Merger:
         self._plan, self._adapter, self._changes, self._codecs = plan, adapter, changes, codecs
         self._buffers = _Buffers()
 
-    def replaces(self, weight: Weight) -> bool:
+    def replaces(self, weight: StoredWeight) -> bool:
         """Tell whether a weight is changed."""
         return weight.main.name in self._changes
 
     def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, Figures | None]:
         """Return rows `start` to `stop` of the tensors that are written, and what became of the update."""
-        change, layout = self._changes[job.weight.main.name], self._layout(job)
-        if layout is None or (isinstance(layout, Bf16) and layout.dtype != "BF16"):
+        change, written = self._changes[job.weight.main.name], self._written(job)
+        if written is None or (written.unwritable is not None and not written.quantised):
             if not isinstance(change, Whole):
                 msg = f"{job.weight.base} has no BF16 values to add to"  # refused before
                 raise AssertionError(msg)
             return self._verbatim(job, change, start, stop), None
-        state = panel_state(layout, job.weight.shape, start, stop)
+        state = panel_state(written, job.weight.shape, start, stop)
         outputs = {suffix: self._buffers.after.take(f"out {suffix}", spec) for suffix, spec in state.items()}
         shared = self._shared(change)
         figures = []
         for row in range(start, stop, ROW_STEP):
             end = min(row + ROW_STEP, stop)
-            band = band_of(layout, outputs, row - start, end - start)
-            figures.append(self._band(job, layout, shared, (row, end), band))
+            band = band_of(written, outputs, row - start, end - start)
+            figures.append(self._band(job, written, shared, (row, end), band))
         return outputs, total(figures)
 
     def _shared(self, change: Change) -> F64 | None:
@@ -95,15 +96,12 @@ class Merger:
             return None
         return factors.right(self._adapter.shard, change, self._buffers.adapter)
 
-    def _layout(self, job: Job) -> Format | None:
-        """Return the format that is written; a weight that stays INT4 is rounded by the grid that was asked for."""
-        layout, asked = job.target or job.weight.format, self._plan.policy.target
-        if isinstance(layout, Int4) and isinstance(asked, Int4):
-            return replace(layout, grid=asked.grid)
-        return layout
+    def _written(self, job: Job) -> Format | None:
+        """Return the format that is written; one that stays as it is takes the rounding rule that was asked for."""
+        return self._plan.recipe.rounding(job.written) if job.written is not None else None
 
     def _band(
-        self, job: Job, layout: Format, shared: F64 | None, rows: tuple[int, int], outputs: Parts
+        self, job: Job, written: Format, shared: F64 | None, rows: tuple[int, int], outputs: Parts
     ) -> MergeFigures:
         """Fill a band of the outputs."""
         base = self._base(job.weight, *rows)
@@ -112,11 +110,11 @@ class Merger:
         if (updated & 0x7FFF >= INFINITY).any():
             row, column = divmod(int((updated & 0x7FFF >= INFINITY).argmax()), updated.shape[1])
             raise self._too_large(job.weight, rows[0] + row, column)
-        figures, after = self._stored(job.weight, layout, updated, rows[0], outputs, self._buffers.after)
-        without = self._without(job, layout, base, rows[0])
-        return effect(figures, update, after, without, layout)
+        figures, after = self._stored(job.weight, written, updated, rows[0], outputs, self._buffers.after)
+        without = self._without(job, written, base, rows[0])
+        return effect(figures, update, after, without, written)
 
-    def _too_large(self, weight: Weight, row: int, column: int) -> BadValue:
+    def _too_large(self, weight: StoredWeight, row: int, column: int) -> BadValue:
         return BadValue(
             f"with the update of {self._adapter.folder}, the weight at row {row}, column {column} exceeds bfloat16",
             tensor=weight.main.name,
@@ -124,23 +122,16 @@ class Merger:
             remedy="is it the base that the adapter was trained on, and lora_alpha right? or did the training diverge?",
         )
 
-    def _base(self, weight: Weight, start: int, stop: int) -> Stored:
+    def _base(self, weight: StoredWeight, start: int, stop: int) -> Panel:
         """Read a band of the base."""
-        layout = weight.format
-        if layout is None:
-            msg = f"{weight.base} is no weight"
-            raise TypeError(msg)
-        parts = read_panel(self._plan.source, weight, start, stop, self._buffers.base, key="in")
-        try:
-            values = to_bf16(layout, parts, codecs=self._codecs, scratch=self._buffers.base)
-            if (values & 0x7FFF >= INFINITY).any():
-                raise bad_weight(values)
-        except ValueAt as error:
-            tensors = {suffix: entry.name for suffix, entry in weight.parts.items()}
-            raise located(error, layout, start, tensors, weight.main.file) from error
-        return Stored(parts, values)
+        source, scratch = self._plan.source, self._buffers.base
+        panel = read_values(source, weight, start, stop, codecs=self._codecs, scratch=scratch)
+        if (panel.values & 0x7FFF >= INFINITY).any():
+            with naming(weight, start):
+                raise bad_weight(panel.values)
+        return panel
 
-    def _sum(self, weight: Weight, shared: F64 | None, rows: tuple[int, int], base: F64) -> tuple[F64, F64]:
+    def _sum(self, weight: StoredWeight, shared: F64 | None, rows: tuple[int, int], base: F64) -> tuple[F64, F64]:
         """Return a band of the new values and of the update, both exact but for float64's own rounding."""
         change, shard = self._changes[weight.main.name], self._adapter.shard
         if shared is not None and isinstance(change, LowRank):
@@ -151,39 +142,38 @@ class Merger:
         new = self._whole(weight, change, *rows).astype(np.float64)
         return new, new - base
 
-    def _whole(self, weight: Weight, change: Change, start: int, stop: int) -> NDArray[Any]:
+    def _whole(self, weight: StoredWeight, change: Change, start: int, stop: int) -> NDArray[Any]:
         """Return rows of a tensor that replaces the base's: BF16 as float32, F16 and F32 as they are."""
         if not isinstance(change, Whole):
             msg = f"{weight.base} is updated, not replaced"
             raise TypeError(msg)
         dtype, width = change.entry.dtype, panel_shape(weight.shape)[1]
         values = self._buffers.adapter.take("whole", TensorSpec(dtype, (stop - start, width)))
-        read_into(self._adapter.shard, change.entry.start + start * width * ITEM_BYTES[dtype], values.data.cast("B"))
+        read_into(self._adapter.shard, change.entry.start + start * width * DTYPES[dtype].nbytes, values.data.cast("B"))
         return bf16_to_float(values) if dtype == "BF16" else values
 
-    def _without(self, job: Job, layout: Format, base: Stored, start: int) -> Stored:
+    def _without(self, job: Job, written: Format, base: Panel, start: int) -> Panel:
         """Return the base as it would be stored without the update."""
-        if isinstance(layout, Bf16):
-            return Stored({"weight": base.values}, base.values)
+        if not written.quantised:
+            return Panel({written.main: base.values}, base.values)
         if job.target is None:
             return base
         scratch = self._buffers.without
-        state = panel_state(layout, base.values.shape, 0, len(base.values))
+        state = panel_state(written, base.values.shape, 0, len(base.values))
         outputs = {suffix: scratch.take(f"out {suffix}", spec) for suffix, spec in state.items()}
-        return self._stored(job.weight, layout, base.values, start, outputs, scratch)[1]
+        return self._stored(job.weight, written, base.values, start, outputs, scratch)[1]
 
     def _stored(
-        self, weight: Weight, layout: Format, values: U16, start: int, outputs: Parts, scratch: Scratch
-    ) -> tuple[Figures, Stored]:
+        self, weight: StoredWeight, written: Format, values: U16, start: int, outputs: Parts, scratch: Scratch
+    ) -> tuple[Figures, Panel]:
         """Write a band of BF16 weights in a format, as a conversion does; return its figures and what it means."""
         codecs = self._codecs
         try:
-            figures = transcode(Bf16(), layout, {"weight": values}, outputs, codecs=codecs, scratch=scratch)
+            figures = transcode(Bf16(), written, {"weight": values}, outputs, codecs=codecs, scratch=scratch)
         except ValueAt as error:
             raise _blamed(error, weight, start) from error
-        return figures or codecs.compare(values, values), Stored(
-            outputs, to_bf16(layout, outputs, codecs=codecs, scratch=scratch)
-        )
+        decoded = to_bf16(written, outputs, codecs=codecs, scratch=scratch)
+        return figures or codecs.floats.compare(values, values), Panel(outputs, decoded)
 
     def _verbatim(self, job: Job, change: Whole, start: int, stop: int) -> Parts:
         """Return rows of a tensor that replaces one of F32, or one of the same dtype."""
@@ -197,6 +187,6 @@ def _narrowed(values: NDArray[Any], dtype: str) -> NDArray[Any]:
     return float_to_bf16(values) if dtype == "BF16" else values.astype(np.float32)
 
 
-def _blamed(error: ValueAt, weight: Weight, start: int) -> BadValue:
+def _blamed(error: ValueAt, weight: StoredWeight, start: int) -> BadValue:
     """Name the place of a bad value that is not the base's own."""
     return located(error, Bf16(), start, {"weight": weight.main.name}, weight.main.file)

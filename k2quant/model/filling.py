@@ -17,15 +17,14 @@ from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.panels import panel_rows
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
-from k2quant.checkpoint.weights import Weight
-from k2quant.conversion.convert import available_cores
+from k2quant.checkpoint.weights import StoredWeight
 from k2quant.errors import BadValue, UsageError
-from k2quant.formats.layouts import Fp8, Int4
+from k2quant.formats.dtypes import as_memory, torch_dtype
 from k2quant.ground import pool
+from k2quant.ground.pool import available_cores
 from k2quant.model.assembly import Assembly, Placed, own_tensors
 from k2quant.model.decoding import decoded_rows
-from k2quant.model.matrices import Dense, Parts, empty_like
-from k2quant.model.memory import TORCH_DTYPES, as_memory
+from k2quant.model.matrices import Dense, Parts
 from k2quant.model.modules import Quantized
 
 Progress = Callable[[int, int], None]
@@ -48,7 +47,7 @@ class _Task(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes that it reads."""
-        total = sum(entry.nbytes for entry in self.placed.source.parts.values())
+        total = self.placed.source.nbytes
         if not isinstance(self.placed.matrix, Dense):
             return total
         return total * (self.stop - self.start) // max(_rows(self.placed.source), 1)
@@ -96,7 +95,7 @@ def allocate(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Non
     What is not quantised gets `dtype`, buffers such as the router's correction bias aside, which stay float32.
     """
     if isinstance(module, Quantized):
-        module.replace(lambda weight: empty_like(weight, device))
+        module.replace(lambda weight: weight.empty_like(device))
     for name, tensor in list(own_tensors(module)):
         if isinstance(tensor, nn.Parameter):
             value = torch.empty(tensor.shape, dtype=dtype, device=device)
@@ -124,12 +123,12 @@ def _tasks(placed: Placed) -> Iterator[_Task]:
         yield _Task(placed, start, min(start + step, rows))
 
 
-def _rows(source: Weight) -> int:
+def _rows(source: StoredWeight) -> int:
     return source.shape[0] if source.shape else 1
 
 
-def _is_packed(source: Weight) -> bool:
-    return isinstance(source.format, Fp8 | Int4)
+def _is_packed(source: StoredWeight) -> bool:
+    return source.format is not None and source.format.quantised
 
 
 def _read(checkpoint: Checkpoint, task: _Task) -> None:
@@ -156,14 +155,14 @@ def _on_cpu(parts: Parts) -> bool:
 
 
 def _empty(entry: TensorEntry) -> Tensor:
-    return torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+    return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
 
 
 def _read_rows(checkpoint: Checkpoint, entry: TensorEntry, tensor: Tensor, start: int, stop: int) -> None:
     """Read some rows of a tensor, in place where they lie as in the file."""
     rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
     target = rows[start:stop]
-    dtype = TORCH_DTYPES[entry.dtype]
+    dtype = torch_dtype(entry.dtype)
     step = prod(entry.shape[1:]) * dtype.itemsize
     part = entry._replace(start=entry.start + start * step, stop=entry.start + stop * step)
     if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():

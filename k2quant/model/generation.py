@@ -17,7 +17,7 @@ from k2quant.checkpoint.files.paths import inside, open_regular
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import CheckpointError, K2QuantError, UsageError
 from k2quant.model.architecture import architecture
-from k2quant.model.assembly import K2ForCausalLM
+from k2quant.model.causal_lm import K2ForCausalLM
 
 
 class Generation(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from transformers import GenerationConfig
@@ -16,7 +16,8 @@ from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.errors import UsageError
 from k2quant.ground.units import one_of
 from k2quant.model.architecture import TOKEN_IDS, checked_ids
-from k2quant.model.assembly import Assembly, K2ForCausalLM
+from k2quant.model.assembly import Assembly
+from k2quant.model.causal_lm import K2ForCausalLM
 from k2quant.model.filling import Progress, fill
 from k2quant.model.modules import Backend
 from k2quant.model.placement import execution_device, place, resident, spread
@@ -65,7 +66,7 @@ def load_model(
     fill(assembly, resident(assembly, mapping), progress=progress)
     place(assembly, mapping)
     _take_generation_config(assembly)
-    return assembly.model
+    return cast("K2ForCausalLM", assembly.model)
 
 
 def _take_generation_config(assembly: Assembly) -> None:
@@ -93,4 +94,4 @@ def assemble(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
         dtype = DTYPES[dtype]
     if dtype not in DTYPES.values():
         raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {dtype}")
-    return Assembly(checkpoint, dtype=dtype, backend=backend, device=device)
+    return Assembly(checkpoint, skeleton=K2ForCausalLM, dtype=dtype, backend=backend, device=device)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from k2quant.errors import UsageError
-from k2quant.formats.layouts import Fp8, Int4
-from k2quant.kernels.ops import prepare_fp8, prepare_int4
-from k2quant.kernels.products.weights import Fp8Weight, Weight, empty_fp8, empty_int4
-from k2quant.model.memory import TORCH_DTYPES
+from k2quant.formats.dtypes import torch_dtype
+from k2quant.formats.format import Format
+from k2quant.kernels.products.weights import PackedWeight
 
 Parts = dict[str, Tensor]
 """The tensors of one weight by suffix, as a checkpoint holds them."""
@@ -86,8 +85,8 @@ class Dense(NamedTuple):
 class Packed(NamedTuple):
     """A quantised matrix."""
 
-    weight: Weight
-    layout: Fp8 | Int4
+    weight: PackedWeight
+    format: Format
     """How a checkpoint holds it."""
 
     @property
@@ -98,15 +97,18 @@ class Packed(NamedTuple):
     @property
     def views(self) -> bool:
         """Whether memory has the checkpoint's own layout."""
-        return isinstance(self.weight, Fp8Weight) or self.weight.layout == "rows"
+        return self.weight.views
 
     def parts(self) -> Parts:
-        """Return codes and scales as the checkpoint holds them, bit for bit."""
-        codes, scale = self.weight.checkpoint()
-        if isinstance(self.layout, Fp8):
-            return {"weight": codes, "weight_scale_inv": scale}
-        size = torch.tensor(self.shape, dtype=TORCH_DTYPES[self.layout.shape_dtype])
-        return {"weight_packed": codes, "weight_scale": scale, "weight_shape": size}
+        """Return what the checkpoint holds, bit for bit."""
+        return dict(zip(self.format.streamed, self.weight.checkpoint(), strict=True)) | self._constants()
+
+    def _constants(self) -> Parts:
+        state = self.format.state(self.shape)
+        return {
+            suffix: torch.frombuffer(bytearray(content), dtype=torch_dtype(state[suffix].dtype))
+            for suffix, content in self.format.constant(self.shape).items()
+        }
 
     def check(self, parts: Mapping[str, Tensor]) -> None:
         """Refuse codes and scales of another shape or dtype, or with values that no weight can have."""
@@ -119,20 +121,17 @@ class Packed(NamedTuple):
             if own.data_ptr() != new.data_ptr():
                 own.copy_(new)
 
-    def _prepared(self, parts: Mapping[str, Tensor]) -> Weight:
+    def _prepared(self, parts: Mapping[str, Tensor]) -> PackedWeight:
         _check_tensors(parts)
         device = self.weight.codes.device
         if any(tensor.is_meta for tensor in parts.values()):
             raise UsageError("a part of it waits on disk; give all of its tensors, or load it whole")
         device = torch.device("cpu") if device.type == "meta" else device
-        if isinstance(self.weight, Fp8Weight):
-            codes, scale = parts["weight"].to(device), parts["weight_scale_inv"].to(device)
-            found: Weight = prepare_fp8(codes, scale, block=self.weight.block)
-        else:
-            packed, scale = parts["weight_packed"].to(device), parts["weight_scale"].to(device)
-            found = prepare_int4(packed, scale, layout=self.weight.layout)
-            if parts["weight_shape"].tolist() != list(self.shape):
-                raise UsageError(f"weight_shape: expected {list(self.shape)}, found {parts['weight_shape'].tolist()}")
+        codes, scale = (parts[suffix].to(device) for suffix in self.format.streamed)
+        found = self.weight.prepared(codes, scale)
+        for suffix, expected in self._constants().items():
+            if parts[suffix].tolist() != expected.tolist():
+                raise UsageError(f"{suffix}: expected {expected.tolist()}, found {parts[suffix].tolist()}")
         if found.shape != self.shape:
             raise UsageError(f"weight: expected {list(self.shape)}, found {list(found.shape)}")
         return found
@@ -142,13 +141,6 @@ def _check_tensors(parts: Mapping[str, object]) -> None:
     wrong = next((suffix for suffix, value in parts.items() if not isinstance(value, Tensor)), None)
     if wrong is not None:
         raise UsageError(f"{wrong}: expected a tensor, found {type(parts[wrong]).__name__}")
-
-
-def empty_like(weight: Weight, device: torch.device | str) -> Weight:
-    """Return a weight of the same shape and layout on a device, with whatever content."""
-    if isinstance(weight, Fp8Weight):
-        return empty_fp8(weight.shape, block=weight.block, device=device)
-    return empty_int4(weight.shape, layout=weight.layout, device=device)
 
 
 def joined(*names: str) -> str:

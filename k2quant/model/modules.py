@@ -17,10 +17,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 from k2quant.errors import UsageError
-from k2quant.formats.layouts import Fp8, Int4
-from k2quant.kernels.ops import fp8_linear, int4_linear, moe_fp8, moe_int4
+from k2quant.formats.format import Format
+from k2quant.kernels.ops import linear, moe
 from k2quant.kernels.products import reference
-from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, Weight, prepare_int4, select
+from k2quant.kernels.products.prepare import moved
+from k2quant.kernels.products.weights import PackedWeight
 from k2quant.model.experts import sorted_experts
 from k2quant.model.matrices import Dense, Matrix, Packed, joined
 
@@ -78,33 +79,30 @@ class Quantized(SpeaksCheckpoint):
     `to`, `half` and their like move them, with the layout that suits the new device, and never change their dtype.
     """
 
-    def __init__(self, weights: Mapping[str, Weight], layout: Fp8 | Int4, backend: Backend) -> None:
+    def __init__(self, weights: Mapping[str, PackedWeight], format: Format, backend: Backend) -> None:
         super().__init__()
-        self.layout, self.backend = layout, backend
-        self._names = tuple(weights)
+        self.format, self.backend = format, backend
+        self._like: dict[str, PackedWeight] = {}
         for name, weight in weights.items():
             self._hold(name, weight)
 
-    def _hold(self, name: str, weight: Weight) -> None:
+    def _hold(self, name: str, weight: PackedWeight) -> None:
         self.register_buffer(f"{name}_codes", weight.codes)
         self.register_buffer(f"{name}_scale", weight.scale)
-        self._order = weight.layout if isinstance(weight, Int4Weight) else "rows"
+        self._like[name] = weight.empty_like("meta")
 
-    def packed(self, name: str) -> Weight:
+    def packed(self, name: str) -> PackedWeight:
         """Return one of the weights, as the kernels take it."""
-        codes, scale = getattr(self, f"{name}_codes"), getattr(self, f"{name}_scale")
-        if isinstance(self.layout, Fp8):
-            return Fp8Weight(codes, scale, self.layout.block)
-        return Int4Weight(codes, scale, self._order)
+        return self._like[name].holding(getattr(self, f"{name}_codes"), getattr(self, f"{name}_scale"))
 
-    def replace(self, change: Callable[[Weight], Weight]) -> None:
+    def replace(self, change: Callable[[PackedWeight], PackedWeight]) -> None:
         """Put another weight in the place of each."""
-        changed = {name: change(self.packed(name)) for name in self._names}  # all, before the layout changes
+        changed = {name: change(self.packed(name)) for name in self._like}  # all, before the layout changes
         for name, weight in changed.items():
             self._hold(name, weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantized:  # noqa: FBT001, FBT002  torch's
-        before = self.packed(self._names[0]).codes.device
+        before = self.packed(next(iter(self._like))).codes.device
         after = fn(torch.empty(0, dtype=torch.uint8, device=before)).device
         if after != before:
             self.replace(lambda weight: moved(weight, after))
@@ -116,44 +114,31 @@ class Quantized(SpeaksCheckpoint):
         return self
 
 
-def moved(weight: Weight, device: torch.device) -> Weight:
-    """Return a weight on another device, in the layout that is best there."""
-    if isinstance(weight, Fp8Weight):
-        return Fp8Weight(weight.codes.to(device), weight.scale.to(device), weight.block)
-    if "meta" in {device.type, weight.codes.device.type}:
-        return Int4Weight(weight.codes.to(device), weight.scale.to(device), weight.layout)
-    packed, scale = weight.checkpoint()
-    return prepare_int4(packed.to(device), scale.to(device))
-
-
 class QuantizedLinear(Quantized):
     """x @ weight.T for a quantised weight, with a bias where the checkpoint has one."""
 
-    def __init__(self, weight: Weight, layout: Fp8 | Int4, backend: Backend, bias: nn.Parameter | None = None) -> None:
-        super().__init__({"weight": weight}, layout, backend)
+    def __init__(
+        self, weight: PackedWeight, format: Format, backend: Backend, bias: nn.Parameter | None = None
+    ) -> None:
+        super().__init__({"weight": weight}, format, backend)
         self.bias = bias
 
     def matrices(self) -> Iterator[tuple[str, Matrix]]:
         """Yield the weight and the bias."""
-        yield "", Packed(self.packed("weight"), self.layout)
+        yield "", Packed(self.packed("weight"), self.format)
         if self.bias is not None:
             yield "", Dense(self.bias, "bias")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight.T + bias, `[.., N]`, for x `[.., K]`."""
-        product = _linear(x, self.packed("weight"), self.backend)
+        multiply = reference.linear if self.backend == "reference" else linear
+        product = multiply(x, self.packed("weight"))
         return product if self.bias is None else product + self.bias
 
     def extra_repr(self) -> str:
         """Return what `print(model)` shows."""
         rows, columns = self.packed("weight").shape
-        return f"in_features={columns}, out_features={rows}, format={self.layout.name}"
-
-
-def _linear(x: Tensor, weight: Weight, backend: Backend) -> Tensor:
-    if backend == "reference":
-        return reference.linear(x, weight)
-    return int4_linear(x, weight) if isinstance(weight, Int4Weight) else fp8_linear(x, weight)
+        return f"in_features={columns}, out_features={rows}, format={self.format.name}"
 
 
 class Experts(nn.Module, ABC):
@@ -170,8 +155,8 @@ class Experts(nn.Module, ABC):
 class QuantizedExperts(Quantized, Experts):
     """All routed experts of a layer in one quantised format: stacks of gate and up `[E, I, H]` and down `[E, H, I]`."""
 
-    def __init__(self, weights: Mapping[str, Weight], layout: Fp8 | Int4, backend: Backend, config: Any) -> None:
-        super().__init__({name: weights[name] for name in PROJECTIONS}, layout, backend)
+    def __init__(self, weights: Mapping[str, PackedWeight], format: Format, backend: Backend, config: Any) -> None:
+        super().__init__({name: weights[name] for name in PROJECTIONS}, format, backend)
         self.config, self.num_experts = config, weights["gate_proj"].shape[0]
 
     def matrices(self) -> Iterator[tuple[str, Matrix]]:
@@ -179,16 +164,14 @@ class QuantizedExperts(Quantized, Experts):
         stacks = {name: self.packed(name) for name in PROJECTIONS}
         for expert in range(self.num_experts):
             for name, stack in stacks.items():
-                yield f"{expert}.{name}", Packed(select(stack, expert), self.layout)
+                yield f"{expert}.{name}", Packed(stack.expert(expert), self.format)
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See `Experts`."""
         gate, up, down = (self.packed(name) for name in PROJECTIONS)
         if self.backend == "reference":
             return reference.moe(x, gate, up, down, ids, weights)
-        if isinstance(self.layout, Int4):
-            return moe_int4(x, gate, up, down, ids, weights)  # type: ignore[arg-type]  # the layout says which
-        return moe_fp8(x, gate, up, down, ids, weights)  # type: ignore[arg-type]  # the same
+        return moe(x, gate, up, down, ids, weights)
 
     forward = compute
 

@@ -9,30 +9,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.files.paths import copy_file, read_limited, write_whole
 from k2quant.checkpoint.header import ShardHeader, TensorEntry
-from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
+from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, Checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writing.writer import ShardWriter
-from k2quant.conversion.plan import INCOMPLETE, other_files
 from k2quant.errors import DestinationForeign, MissingTensor, OutputError, UsageError
+from k2quant.formats.dtypes import as_memory, torch_dtype
 from k2quant.ground import names
+from k2quant.model.assembly import Assembled, Placed
 from k2quant.model.filling import WINDOW
 from k2quant.model.matrices import Matrix
-from k2quant.model.memory import TORCH_DTYPES, as_memory
-
-if TYPE_CHECKING:
-    from k2quant.model.assembly import K2ForCausalLM, Placed
 
 
-def save_model(
-    model: K2ForCausalLM, folder: str | os.PathLike[str], *, state: Mapping[str, Tensor] | None = None
-) -> None:
+def save_model(model: Assembled, folder: str | os.PathLike[str], *, state: Mapping[str, Tensor] | None = None) -> None:
     """Write a loaded model as a checkpoint with the shards, names and formats of the one it came from.
 
     Unchanged weights give the source's bytes, where loading did not round them (as it does F16 and F32 to BF16). A
@@ -66,7 +62,7 @@ def save_model(
 
 
 def save_pretrained(
-    model: K2ForCausalLM,
+    model: Assembled,
     folder: Any,
     is_main_process: bool = True,  # noqa: FBT001, FBT002  transformers' signature
     state_dict: Mapping[str, Tensor] | None = None,
@@ -88,7 +84,7 @@ def save_pretrained(
 class _Tensors:
     """Where the tensors of a checkpoint are in a model, by their names in the checkpoint."""
 
-    def __init__(self, model: K2ForCausalLM, state: Mapping[str, Tensor] | None) -> None:
+    def __init__(self, model: Assembled, state: Mapping[str, Tensor] | None) -> None:
         """Find them, and check what is given instead of some.
 
         Raises:
@@ -132,7 +128,7 @@ class _Tensors:
         return None if value.is_meta else value.detach()
 
 
-def _placed(model: K2ForCausalLM, name: str, module: nn.Module) -> Iterator[Placed]:
+def _placed(model: Assembled, name: str, module: nn.Module) -> Iterator[Placed]:
     """Yield a module's weights, if they are as the checkpoint has them.
 
     Raises:
@@ -157,7 +153,7 @@ def _check_given(suffix: str, value: object, entry: TensorEntry) -> None:
     """Refuse what is no ordinary tensor, or would become NaN or infinite in the file."""
     if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
         raise UsageError(f"{suffix}: expected a tensor with values, found {type(value).__name__}")
-    if value.is_floating_point() and not value.to(TORCH_DTYPES[entry.dtype]).float().isfinite().all():
+    if value.is_floating_point() and not value.to(torch_dtype(entry.dtype)).float().isfinite().all():
         raise UsageError(f"{suffix}: found NaN, infinity or a number beyond {entry.dtype}")
 
 
@@ -208,7 +204,7 @@ def _copied(shard: ShardHeader, entry: TensorEntry) -> Iterator[tuple[int, memor
 
 
 def _cut(entry: TensorEntry, value: Tensor) -> Iterator[tuple[int, memoryview]]:
-    dtype = TORCH_DTYPES[entry.dtype]
+    dtype = torch_dtype(entry.dtype)
     flat, step = value.reshape(-1), WINDOW // dtype.itemsize
     for start in range(0, flat.numel(), step):
         piece = flat[start : start + step].to("cpu", dtype).contiguous()

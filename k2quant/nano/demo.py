@@ -20,7 +20,7 @@ from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.conversion.convert import convert
 from k2quant.conversion.estimate import codec_rate
 from k2quant.errors import CheckFailed, DestinationForeign
-from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Int4
+from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
 from k2quant.ground.release import INSTRUCT_CONFIG
 from k2quant.ground.units import size
@@ -180,8 +180,7 @@ def run(folder: Path) -> None:
     write_k2(folder / "fp8")
     console.print(f"A Kimi K2 in everything but size: {folder / 'fp8'}")
     console.print("Compiling the codecs; later runs find them in a cache ...")
-    formats: tuple[Format, ...] = (Bf16(), Fp8(), Int4())
-    for source, target in permutations(formats, 2):
+    for source, target in permutations([kind.asked_for((), None) for kind in FORMATS.values()], 2):
         codec_rate(source, target)
     outcomes = [_take(folder, step) for step in _STEPS]
     _print(console, outcomes, folder / _STEPS[0].folder)

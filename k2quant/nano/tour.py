@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from k2quant.conversion.convert import convert
-from k2quant.formats.layouts import FormatName
+from k2quant.formats.known import FORMATS, FormatName
 from k2quant.model import load_model
 from k2quant.nano import tasks, vocabulary
 from k2quant.nano.scoring import Accuracy, Score, mean, score
@@ -27,8 +27,8 @@ class Stop(NamedTuple):
     nbytes: int
     """Of its shards."""
     score: Score
-    gap: tuple[float, float]
-    """How much more its answers cost than those of BF16, item by item: mean and standard error, in nats."""
+    gap: tuple[float, float] | None
+    """How much more its answers cost than those of BF16, item by item: mean and standard error, nats; None for BF16."""
     tokens_per_second: float
     """Greedy decoding of eight prompts at once, with the KV cache."""
 
@@ -51,15 +51,19 @@ def tour(folder: Path, items: Iterable[Item] | None = None) -> Iterator[Stop]:
     items = list(tasks.exam(100) if items is None else items)
     plain: Score | None = None
     for form in get_args(FormatName):
-        place = folder if form == "bf16" else folder.with_name(f"{folder.name}-{form}")
-        if form != "bf16":
+        place = folder
+        if FORMATS[form].quantised:
+            place = folder.with_name(f"{folder.name}-{form}")
             convert(folder, place, to=form, restart=True)
         model = load_model(place)
         found = score(model, items)
-        plain = plain or found
-        gaps = [after - before for after, before in zip(found.losses, plain.losses, strict=True)]
+        gap = None
+        if plain is None:
+            plain = found
+        else:
+            gap = mean([after - before for after, before in zip(found.losses, plain.losses, strict=True)])
         size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
-        yield Stop(form, place, size, found, mean(gaps), decoding_rate(model, items))
+        yield Stop(form, place, size, found, gap, decoding_rate(model, items))
 
 
 def decoding_rate(model: Any, items: list[Item]) -> float:

@@ -22,7 +22,7 @@ from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.errors import CheckpointError, DestinationForeign
 from k2quant.ground import names
 from k2quant.model import load_model
-from k2quant.model.assembly import K2ForCausalLM
+from k2quant.model.causal_lm import K2ForCausalLM
 from k2quant.nano import architecture, vocabulary
 
 MARK = "k2quant_nano.json"
@@ -115,7 +115,7 @@ def load(folder: Path) -> K2ForCausalLM:
     if checkpoint.config is None or checkpoint.config.get("vocab_size") != vocabulary.SIZE:
         raise CheckpointError("no nano-K2", file=folder / CONFIG_FILE, remedy="write one with `k2quant nano`")
     weights, _ = group_tensors(checkpoint.tensors)
-    rounded = next((weight for weight in weights if weight.format and weight.format.name != "bf16"), None)
+    rounded = next((weight for weight in weights if weight.format and weight.format.quantised), None)
     if rounded is not None:
         raise CheckpointError("is rounded already", tensor=rounded.main.name, file=folder, expected="a nano-K2 in BF16")
     return load_model(folder, dtype=torch.float32)

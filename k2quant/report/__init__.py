@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from k2quant.checkpoint.files.paths import write_whole
-from k2quant.conversion.plan import INCOMPLETE, REPORT
+from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.errors import MalformedFile, OutputError, UsageError
 from k2quant.report.content import read
 from k2quant.report.page import page

@@ -14,17 +14,16 @@ from typing import Any, NamedTuple, TypeVar
 
 from k2quant.checking.verify import read_report
 from k2quant.checkpoint.files import json_kinds as kinds
-from k2quant.errors import MalformedFile
-from k2quant.formats.layouts import Bf16, Format, FormatName, Fp8, Int4
+from k2quant.errors import MalformedFile, ShapeMismatch
+from k2quant.formats.bf16 import Bf16
+from k2quant.formats.known import FORMATS
 from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.kernels.codecs.figures import Figures
 
-FORMATS: dict[str, Format] = {"bf16": Bf16(), "fp8": Fp8(), "int4": Int4()}
-
-Way = tuple[FormatName | None, FormatName | None]
+Way = tuple[str | None, str | None]
 """Formats before and after. Before: None for a tensor that is no weight. After: None for one that was copied."""
 
-NARROWED: Way = ("bf16", "bf16")
+NARROWED: Way = (Bf16.name, Bf16.name)
 """The way of F16 and F32 weights that became BF16; a weight that is BF16 already is copied."""
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -169,8 +168,8 @@ class Report:
         for (way, shape), count in Counter((tensor.way, tensor.shape) for tensor in self.tensors).items():
             for where, name in ((before, way[0]), (after, way[1] or way[0])):
                 if name is not None:
-                    layout = FORMATS[name]
-                    where[name] += count * layout.state(shape)[layout.main].nbytes
+                    stored = FORMATS[name].asked_for((), None)
+                    where[name] += count * stored.state(shape)[stored.main].nbytes
         return before, after
 
 
@@ -204,9 +203,7 @@ def _tensor(name: str, facts: dict[str, Any]) -> Tensor:
     if kind not in TENSOR_CLASSES or source not in {*FORMATS, None} or target not in {*FORMATS, None}:
         raise ValueError(f"class {kind!r}, from {source!r} to {target!r} of {name!r}")
     shape = tuple(kinds.whole(length, limit=2**40) for length in facts["shape"])
-    quantised = source in {"fp8", "int4"} or target in {"fp8", "int4"}
-    packed = "int4" in {source, target}
-    if len(shape) > 8 or (quantised and len(shape) != 2) or (packed and shape[1] % 32):
+    if len(shape) > 8 or not all(_holds(form, shape) for form in (source, target) if form is not None):
         raise ValueError(f"shape {shape} of {name!r}")
     layer, figures = facts["layer"], facts.get("figures")
     if figures is not None:
@@ -215,6 +212,18 @@ def _tensor(name: str, facts: dict[str, Any]) -> Tensor:
     return Tensor(
         name, kind, None if layer is None else kinds.whole(layer, limit=10**6), (source, target), shape, figures
     )
+
+
+def _holds(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell whether a weight of this shape can be in a format."""
+    kind = FORMATS[name]
+    if kind.quantised and len(shape) != 2:
+        return False
+    try:
+        kind.asked_for((), None).state(shape)
+    except ShapeMismatch:
+        return False
+    return True
 
 
 def _options(value: object) -> dict[str, Any]:

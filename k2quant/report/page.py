@@ -6,7 +6,7 @@ import math
 import shlex
 from collections.abc import Iterator
 
-from k2quant.conversion.recipe import DEFAULT_SCOPE
+from k2quant.formats.known import FORMATS
 from k2quant.ground.units import duration, size
 from k2quant.report.content import NARROWED, Report, Sum, Way
 from k2quant.report.document import document
@@ -185,10 +185,11 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     options = report.options
     scope, grid, patterns, shard_size = (options[key] for key in ("scope", "grid", "ignore", "shard_size"))
     yield "format", report.to
-    if default := DEFAULT_SCOPE.get(options["to"]):
-        yield "scope", text(scope) if scope else f"{default} (default)"
-    if options["to"] == "int4":
-        yield "grid", text(grid) if grid else "moonshot (default)"
+    kind = FORMATS[options["to"]]
+    if kind.default_scope:
+        yield "scope", text(scope) if scope else f"{kind.default_scope} (default)"
+    if kind.grids:
+        yield "grid", text(grid) if grid else f"{kind.grids[0]} (default)"
     if patterns:
         more = f" and {len(patterns) - _LIST_SHOWN:,} more" if len(patterns) > _LIST_SHOWN else ""
         yield "ignored", ", ".join(map(code, patterns[:_LIST_SHOWN])) + more

@@ -146,7 +146,7 @@ def load_run(folder: Path, job: Job) -> nn.Module:
     with checkpoints.resuming(found[-1]):
         checkpoints.read_state(found[-1], run.digest())
         restore_weights(model, found[-1])
-    if bits is None and job.quantize.to == "int4":
+    if bits is None and job.quantize.bit_widths:
         prepared(model).set_bits(job.final_bits)  # learned scales have not begun: they are those of the weights now
     return model
 
@@ -159,7 +159,7 @@ def plan_export(model: nn.Module, base: Checkpoint, *, shard_size: int | None = 
         CheckpointError: the base does not have the model's weights.
     """
     found = prepared(model)
-    if found.config.to == "int4":
+    if found.config.bit_widths:
         check_packed(found.bits)
     plan = make_plan(base, export_options(found.config, shard_size))
     trained = Trained(found.model, found, plan)
@@ -168,7 +168,7 @@ def plan_export(model: nn.Module, base: Checkpoint, *, shard_size: int | None = 
 
 def export_options(config: QATConfig, shard_size: int | None = None) -> Options:
     """Return what the converter is asked for: the same format, scope and grid."""
-    grid = config.grid if config.to == "int4" else None
+    grid = config.grid if config.format.grids else None
     return Options(config.to, config.resolved_scope, config.ignore, grid, shard_size)
 
 

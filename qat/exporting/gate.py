@@ -12,12 +12,11 @@ from k2quant.checkpoint.header import read_header
 from k2quant.checkpoint.panels import panel_rows
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_tensor
-from k2quant.checkpoint.weights import Weight
+from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.plan import Plan
 from k2quant.errors import CheckFailed
-from k2quant.formats.layouts import Fp8, Int4
+from k2quant.formats.dtypes import torch_dtype
 from k2quant.model.decoding import decoded_rows
-from k2quant.model.memory import TORCH_DTYPES
 from k2quant.qat.exporting.trained import Place, Trained
 from k2quant.qat.preparing import Prepared
 from k2quant.qat.rounding.targets import Target
@@ -71,7 +70,7 @@ def _seen(prepared: Prepared, target: Target) -> Tensor:
 
 def _compare(written: Checkpoint, name: str, trained: Trained, seen: Tensor) -> None:
     job = trained.jobs[name]
-    weight = Weight(job.weight.base, job.target or job.weight.format, job.weight.shape, job.outputs)
+    weight = StoredWeight(job.weight.base, job.written, job.weight.shape, job.outputs)
     columns = seen.shape[1] if seen.ndim == 2 else 1
     for start, stop, stored in _stored(written, weight):
         expected = seen.reshape(-1, columns)[start:stop].to("cpu")
@@ -80,14 +79,14 @@ def _compare(written: Checkpoint, name: str, trained: Trained, seen: Tensor) -> 
             _refuse(weight, start, found, expected)
 
 
-def _stored(written: Checkpoint, weight: Weight) -> Iterator[tuple[int, int, Tensor]]:
+def _stored(written: Checkpoint, weight: StoredWeight) -> Iterator[tuple[int, int, Tensor]]:
     """Yield first row, one past the last, and the values on the disk: decoded, or of what is no weight, as they are."""
-    if isinstance(weight.format, Fp8 | Int4):
+    if weight.format is not None and weight.format.quantised:
         for start, stop in panel_rows(weight.shape):
             yield start, stop, decoded_rows(written, weight, start, stop)
         return
     data = bytearray(read_tensor(written, weight.main))
-    values = torch.frombuffer(data, dtype=TORCH_DTYPES[weight.main.dtype]) if data else torch.empty(0)
+    values = torch.frombuffer(data, dtype=torch_dtype(weight.main.dtype)) if data else torch.empty(0)
     yield 0, max(values.numel(), 1), values
 
 
@@ -96,7 +95,7 @@ def _bits(values: Tensor) -> Tensor:
     return (values.float() + 0.0).view(torch.int32)
 
 
-def _refuse(weight: Weight, start: int, found: Tensor, expected: Tensor) -> None:
+def _refuse(weight: StoredWeight, start: int, found: Tensor, expected: Tensor) -> None:
     differing = (_bits(found.to(expected.dtype)) != _bits(expected)).nonzero()
     row, column = (int(place) for place in differing[0])
     raise CheckFailed(

@@ -6,24 +6,21 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from k2quant.checkpoint.weights import Weight
-from k2quant.conversion.plan import Job, Plan
+from k2quant.checkpoint.weights import StoredWeight
+from k2quant.conversion.placing import Job
+from k2quant.conversion.plan import Plan
 from k2quant.errors import BadValue, MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
-from k2quant.formats.layouts import Format, Fp8, Int4
-from k2quant.formats.transcode import Parts
+from k2quant.formats.dtypes import as_bits, torch_dtype
+from k2quant.formats.format import Parts
 from k2quant.ground import names
-from k2quant.model.memory import TORCH_DTYPES
 from k2quant.qat.preparing import Prepared
 from k2quant.qat.rounding import adapters, scales
-from k2quant.qat.rounding.rules import as_bf16, plain_rule
+from k2quant.qat.rounding.rules import as_bf16
 from k2quant.qat.rounding.targets import STACKS, Part, Target, canonical, is_fused, stack
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from k2quant.kernels.codecs.figures import Figures
 
 _REMEDY = "has the training diverged, or is the base damaged?"
@@ -77,7 +74,7 @@ class Trained:
         config = self.prepared.config
         return {"trained": f"{digest:08x}", "bits": self.prepared.bits, "estimator": config.estimator}
 
-    def replaces(self, weight: Weight) -> bool:
+    def replaces(self, weight: StoredWeight) -> bool:
         """Tell whether the model holds a weight, other than the base's own that stays quantised as it was."""
         name = key(weight)
         return name in self.places and not self._stays(name)
@@ -91,52 +88,45 @@ class Trained:
         target, part, tensor, _ = self.places[key(job.weight)]
         if target is not None and part is not None and self.prepared.quantises(target):
             stored = self.prepared.stored(target, part, slice(start, stop))
-            return {suffix: as_array(values) for suffix, values in stored.items()}, None
+            return {suffix: as_bits(values) for suffix, values in stored.items()}, None
         suffix = next(suffix for suffix, entry in job.outputs.items() if entry.name == job.output_main.name)
         rows = (tensor if tensor.ndim == 2 else tensor.reshape(-1, 1))[start:stop]
         seen = as_bf16(rows) if target is not None else rows
         if not seen.isfinite().all():
             raise BadValue("not finite, so nothing is exported", tensor=job.weight.base, remedy=_REMEDY)
-        return {suffix: as_array(seen.to(TORCH_DTYPES[job.output_main.dtype]))}, None
+        return {suffix: as_bits(seen.to(torch_dtype(job.output_main.dtype)))}, None
 
     def _stays(self, name: str) -> bool:
         """Tell whether a weight that is not fake-quantised is copied from the base, which holds it quantised."""
         place, job = self.places[name], self.jobs[name]
         quantised = place.target is not None and self.prepared.quantises(place.target)
-        return not quantised and isinstance(job.target or job.weight.format, Fp8 | Int4)
+        return not quantised and job.written is not None and job.written.quantised
 
     def _check_layout(self, name: str, place: Place) -> None:
         """Refuse a weight that was trained as it cannot be written."""
         job = self.jobs[name]
-        written, wanted = job.target or job.weight.format, plain_rule(self.prepared.config, self.prepared.bits).layout
+        written, wanted = job.written, self.prepared.config.format
         if self._stays(name):
             if place.moves:
                 raise UsageError(
                     f"`{name}` was trained without fake quantisation, but the base holds it in {wanted.name} and out "
                     "of scope it stays so: take it into the scope, freeze it, or train from the base in BF16"
                 )
-        elif isinstance(written, Fp8 | Int4) and _units(written) != _units(wanted):
+        elif written is not None and written.quantised and written.scales != wanted.scales:
             raise UnsupportedFormat(
                 "the base is quantised in other units",
                 tensor=name,
                 file=job.weight.main.file,
-                expected=_units(wanted),
-                found=_units(written),
+                expected=wanted.scales,
+                found=written.scales,
                 remedy="convert the base to bf16 and export with that",
             )
 
 
-def key(weight: Weight) -> str:
+def key(weight: StoredWeight) -> str:
     """Return the name of a checkpoint's weight within the language model, or its own; `.weight` is left out."""
     name = f"{weight.base}.weight" if weight.format else weight.main.name
     return (names.in_language_model(name) or name).removesuffix(".weight")
-
-
-def as_array(tensor: Tensor) -> NDArray[Any]:
-    """Return a tensor's bytes as the converter takes them: BF16 and FP8 as bit patterns."""
-    plain = tensor.detach().to("cpu").contiguous()
-    bits = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}.get(plain.dtype, plain.dtype)
-    return plain.view(bits).numpy()
 
 
 def _places(model: nn.Module, found: Prepared) -> Iterator[tuple[str, Place]]:
@@ -165,11 +155,6 @@ def _parts(name: str, module: nn.Module, own: str) -> tuple[Part, ...]:
         return stack(name, module, own).parts
     full = canonical(f"{name}.{own}" if name else own)
     return (Part(full.removesuffix(".weight"), None, slice(None)),)
-
-
-def _units(layout: Format) -> object:
-    """Return what shares a scale, and the scale's dtype where there is a choice."""
-    return (layout.group, layout.scale_dtype) if isinstance(layout, Int4) else getattr(layout, "block", None)
 
 
 def _check_complete(plan: Plan, places: Mapping[str, Place]) -> None:

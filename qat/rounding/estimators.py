@@ -18,7 +18,7 @@ from k2quant.errors import UsageError
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.grids import Grid, largest_code
 from k2quant.kernels.codecs.values import ValueAt
-from k2quant.qat.config import Estimator, QATConfig, Target
+from k2quant.qat.config import Estimator, ExportFormat, QATConfig
 from k2quant.qat.rounding.rules import Rule, as_bf16, plain_rule
 
 GROUP = reference.GROUP
@@ -27,7 +27,12 @@ PIECE = 2**22
 
 
 def fake_quantize(
-    weights: Tensor, *, to: Target = "int4", bits: int = 4, grid: Grid = "moonshot", estimator: Estimator = "plain"
+    weights: Tensor,
+    *,
+    to: ExportFormat = "int4",
+    bits: int = 4,
+    grid: Grid = "moonshot",
+    estimator: Estimator = "plain",
 ) -> Tensor:
     """Round weights as an export would store them, with a straight-through gradient.
 
@@ -105,15 +110,14 @@ def pieces(shape: torch.Size, rows_together: int = 1) -> Iterator[slice]:
 def round_into(out: Tensor, master: Tensor, rule: Rule) -> None:
     """Fill a tensor with what a rule makes of master weights `[.., R, K]`, each matrix of a stack for itself."""
     height = master.shape[-2] if master.ndim > 1 else 1
-    block = getattr(rule, "block", (1, 1))[0]
-    if height % block:  # blocks would span two matrices
+    if height % rule.height:  # blocks would span two matrices
         matrices = zip(out.flatten(0, -3), master.flatten(0, -3), strict=True) if master.ndim > 2 else [(out, master)]
         for number, (target, source) in enumerate(matrices):
             with counted_from(number * height):
                 target.copy_(rule.values(as_bf16(source)))
         return
     flat, source = as_matrix(out), as_matrix(master.contiguous())
-    for rows in pieces(source.shape, block):
+    for rows in pieces(source.shape, rule.height):
         with counted_from(rows.start):
             flat[rows].copy_(rule.values(as_bf16(source[rows])))
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from k2quant.conversion.recipe import in_scope
 from k2quant.errors import ShapeMismatch, UnsupportedFormat, UsageError
-from k2quant.formats.layouts import INT4_GROUP
 from k2quant.ground import names
 from k2quant.qat.config import QATConfig
 
@@ -150,10 +150,7 @@ def _wanted(target: Target, config: QATConfig) -> bool:
     Raises:
         UsageError: a pattern takes some matrices of a stack out, which is rounded as one.
     """
-    scoped = [
-        (config.resolved_scope == "linear" or names.is_routed_expert(part.base)) and not config.ignores(part.base)
-        for part in target.parts
-    ]
+    scoped = [in_scope(part.base, config.resolved_scope) and not config.ignores(part.base) for part in target.parts]
     if any(scoped) and not all(scoped):
         out = target.parts[scoped.index(False)].base
         raise UsageError(
@@ -164,15 +161,17 @@ def _wanted(target: Target, config: QATConfig) -> bool:
 
 def _check(target: Target, config: QATConfig) -> None:
     """Refuse what the format cannot hold, and dtypes that are not trained."""
-    width = target.master.shape[-1]
-    if config.to == "int4" and width % INT4_GROUP:
+    shape = tuple(target.master.shape)
+    try:
+        config.format.state(shape[-2:], name=target.name)
+    except ShapeMismatch as error:
         raise ShapeMismatch(
-            "this width cannot be INT4",
+            error.message,
             tensor=target.name,
-            expected=f"a width that {INT4_GROUP} divides",
-            found=tuple(target.master.shape),
+            expected=error.expected,
+            found=shape,
             remedy="keep it out with `ignore`",
-        )
+        ) from error
     if target.master.dtype not in {torch.float32, torch.bfloat16}:
         raise UsageError(f"{target.name}: expected float32 or bfloat16 weights to train, found {target.master.dtype}")
 

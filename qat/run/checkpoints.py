@@ -26,8 +26,7 @@ from k2quant.checkpoint.header import build_header, read_header
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writing.writer import ShardWriter
 from k2quant.errors import BadValue, CheckpointError, MalformedFile, OutputError
-from k2quant.formats.dtypes import TensorSpec
-from k2quant.model.memory import TORCH_DTYPES, as_memory
+from k2quant.formats.dtypes import TensorSpec, as_memory, torch_dtype
 
 STATE = "state.json"
 FILES = "files"
@@ -37,7 +36,8 @@ TRAINING = "training"
 """Key of `state.json`: the digest of what is trained."""
 _STATE_LIMIT = 2**26
 _NAME = re.compile(r"step-(?P<step>[0-9]{8})")
-_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_DTYPES = {torch_dtype(name): name for name in ("BF16", "F16", "F32", "F8_E4M3", "BOOL", "I8", "U8", "I32", "I64")}
+"""What state is kept in, by torch's type."""
 
 Tensors = Mapping[str, Tensor]
 
@@ -170,9 +170,9 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         return
     shard = read_header(path)
     for entry in shard.tensors.values():
-        if entry.dtype not in TORCH_DTYPES:
+        if entry.dtype not in _DTYPES.values():
             raise MalformedFile(f"a dtype that no checkpoint has, {entry.dtype}", tensor=entry.name, file=path)
-        value = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+        value = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
         read_into(shard, entry.start, as_memory(value))
         yield entry.name, value
 

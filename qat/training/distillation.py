@@ -17,8 +17,7 @@ from k2quant.checkpoint.header import TensorEntry, build_header, read_header
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writing.writer import ShardWriter
 from k2quant.errors import MalformedFile, OutputError, UsageError
-from k2quant.formats.dtypes import TensorSpec
-from k2quant.model.memory import as_memory
+from k2quant.formats.dtypes import TensorSpec, as_memory
 from k2quant.qat.data.packing import NO_TARGET
 
 IDS, LOGS = "ids", "log_probabilities"

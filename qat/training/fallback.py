@@ -10,7 +10,7 @@ from torch import Tensor
 
 from k2quant.checkpoint.panels import panel_rows
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from k2quant.checkpoint.weights import Weight, group_tensors
+from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.kernels.codecs import reference
 from k2quant.model.decoding import decoded_rows
 from k2quant.qat.exporting.trained import key
@@ -65,9 +65,9 @@ def _assign(tensor: Tensor, values: list[tuple[Part, Tensor]]) -> None:
         tensor.copy_(like(full, tensor, file="", name=""))
 
 
-def _decoded(source: Checkpoint, weight: Weight) -> Tensor:
+def _decoded(source: Checkpoint, weight: StoredWeight) -> Tensor:
     return torch.cat(list(_rows(source, weight)))
 
 
-def _rows(source: Checkpoint, weight: Weight) -> Iterator[Tensor]:
+def _rows(source: Checkpoint, weight: StoredWeight) -> Iterator[Tensor]:
     yield from (decoded_rows(source, weight, start, stop) for start, stop in panel_rows(weight.shape))

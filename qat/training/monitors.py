@@ -46,7 +46,7 @@ class Monitors:
         self._routers = RouterWatch(model)
         self._coverage = coverage(model, found.targets)
         self._start: dict[str, Tensor] = {}
-        watched = found.targets if found.config.to == "int4" and not sharded else ()
+        watched = found.targets if found.config.bit_widths and not sharded else ()
         each = max(_SAMPLE // max(len(watched), 1), 1)
         self._codes = Oscillation({target.name: _sampler(found, target, each) for target in watched})
 
@@ -193,11 +193,10 @@ def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _facts(job: Job) -> dict[str, str]:
     """Return a job in words."""
-    rule = f"INT4 codes of {job.final_bits} bits, {job.quantize.grid}" if job.quantize.to == "int4" else "block FP8"
     facts: dict[str, Any] = {
         "model": job.model,
         "data": job.data.path,
-        "format": rule,
+        "format": job.quantize.format.in_words(job.final_bits),
         "scope": job.quantize.resolved_scope,
         "estimator": job.quantize.estimator,
         "trained": job.quantize.train,

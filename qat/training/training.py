@@ -245,7 +245,7 @@ class Trainer:
             anew: whether learned scales, which have not begun, are those of the weights as they are now.
         """
         before, final = self.prepared.bits, self.job.final_bits
-        if self.job.quantize.to != "int4" or (before == final and not anew):
+        if not self.job.quantize.bit_widths or (before == final and not anew):
             yield
             return
         self.prepared.set_bits(final)
@@ -258,7 +258,7 @@ class Trainer:
         """Give the codes the width of a step; a change of it begins anew with scales of the weights as they are."""
         bits, before = self.job.bits_at(step), self.prepared.bits if self.prepared.enabled else None
         self.prepared.enabled = bits is not None
-        if bits is not None and self.job.quantize.to == "int4" and bits != before:
+        if bits is not None and self.job.quantize.bit_widths and bits != before:
             self.prepared.set_bits(bits)
             self._monitors.rebase()
         return bits
@@ -293,7 +293,7 @@ class Trainer:
             divergence=gap if job.distill else None,
             rate=job.optimizer.rate * part,
             norm=norm,
-            bits=bits if job.quantize.to == "int4" else None,
+            bits=bits if job.quantize.bit_widths else None,
             tokens=total,
             seconds=time.perf_counter() - begun,
         )
@@ -359,7 +359,7 @@ class Trainer:
         self._set_bits(steps - 1)
         if not self.prepared.enabled:  # trained without fake quantisation throughout, as a control is
             self.prepared.enabled = True
-            if self.job.quantize.to == "int4" and self.prepared.bits != self.job.final_bits:
+            if self.job.quantize.bit_widths and self.prepared.bits != self.job.final_bits:
                 self.prepared.set_bits(self.job.final_bits)
         starved = self._monitors.starved(self.job.training.least_tokens, self.processes.total)
         if trained:

@@ -21,8 +21,7 @@ from typing import Any
 
 import k2quant
 import k2quant.conversion.stream
-from k2quant.checkpoint.reader import CONFIG, INDEX
-from k2quant.conversion.plan import INCOMPLETE, REPORT
+from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 
 OPERATIONS = ("open", "pwrite", "fsync", "fdatasync", "ftruncate", "rename", "unlink", "mkdir", "rmdir")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from k2quant.formats.layouts import FormatName
+from k2quant.formats.known import FormatName
 from suites.common import machine, measure
 from suites.models import sources as model_sources
 from suites.models.sources import FORMATS, Model

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from k2quant.conversion.convert import convert
-from k2quant.formats.layouts import FormatName
+from k2quant.formats.known import FormatName
 from suites.common import machine, measure
 from suites.conversion import sources
 from suites.conversion.sources import BASES, BLOCK, CONFIG, SHAPES, Entry, Part, around, part, store_bf16

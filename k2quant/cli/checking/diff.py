@@ -26,7 +26,7 @@ def command(first: Path, second: Path, *, workers: int | None, as_json: bool) ->
     from k2quant.checking.comparison import compare, unlike
     from k2quant.cli.checking.verify import finding_record, table
     from k2quant.cli.parts.screen import progress
-    from k2quant.conversion.convert import checked_workers
+    from k2quant.ground.pool import checked_workers
 
     with progress("comparing") as show:
         findings = compare(first, second, workers=checked_workers(workers), progress=show)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from k2quant.cli.parts.options import Option
+from k2quant.formats.format import Scope
+from k2quant.formats.known import FORMATS
+from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Plan
 
 _FORMAT = (
-    click.option("--to", type=click.Choice(["bf16", "fp8", "int4"]), required=True, help="Format to write."),
+    click.option("--to", type=click.Choice(list(FORMATS)), required=True, help="Format to write."),
     click.option(
         "--scope",
-        type=click.Choice(["experts", "linear"]),
+        type=click.Choice(get_args(Scope)),
         help="Which weights get it: the routed experts (default for int4) or every projection (default for fp8).",
     ),
     click.option(
@@ -26,7 +29,7 @@ _FORMAT = (
     ),
     click.option(
         "--grid",
-        type=click.Choice(["moonshot", "compressed-tensors"]),
+        type=click.Choice(get_args(Grid)),
         help="INT4 rounding rule: amax/7 on -7..7 (moonshot, default) or amax/7.5 on -8..7.",
     ),
     click.option(

@@ -7,12 +7,17 @@ from pathlib import Path
 import click
 
 from k2quant.cli.parts.screen import progress
+from k2quant.formats.known import FORMATS
 
 
 @click.command(name="export")
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path, exists=True))
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(["fp8", "int4"]), help="Format; must be the one that was trained for.")
+@click.option(
+    "--to",
+    type=click.Choice([name for name, kind in FORMATS.items() if kind.trained]),
+    help="Format; must be the one that was trained for.",
+)
 @click.option("--model", type=click.Path(path_type=Path), help="Where the model lies now that the training began with.")
 @click.option("--shard-size", metavar="SIZE", help="Tensor bytes of a shard, such as 5GB; default: as the base.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one for each core.")

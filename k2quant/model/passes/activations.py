@@ -29,7 +29,7 @@ from k2quant.checkpoint.files.paths import (
 )
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, OutputError
-from k2quant.model.memory import as_memory
+from k2quant.formats.dtypes import as_memory
 
 _STATE, _LOCK = "k2quant_stream.json", "k2quant_stream.lock"
 _STATE_LIMIT = 2**26

@@ -14,11 +14,11 @@ import torch
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
-from k2quant.checkpoint.weights import Weight
+from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.config import QUANTIZATION_KEYS
-from k2quant.conversion.convert import available_cores
 from k2quant.errors import Incomparable
 from k2quant.ground import names, pool
+from k2quant.ground.pool import available_cores
 from k2quant.model.architecture import architecture
 from k2quant.model.assembly import Assembly
 from k2quant.model.loading import assemble
@@ -37,8 +37,8 @@ class Part(NamedTuple):
 
     name: str
     """As a language model that stands alone has it, `.weight` left out."""
-    base: Weight
-    candidate: Weight
+    base: StoredWeight
+    candidate: StoredWeight
 
     @property
     def kind(self) -> str:
@@ -117,18 +117,18 @@ def _assembled(checkpoint: Checkpoint) -> Assembly:
     return assemble(checkpoint, device=torch.device("cpu"), dtype=torch.bfloat16, backend="reference")
 
 
-def _weights(assembly: Assembly) -> dict[str, Weight]:
+def _weights(assembly: Assembly) -> dict[str, StoredWeight]:
     """Return the weights that a model uses, by name; stray buffers and layers that only predict more are left out."""
     return {_name(source): source for source in _sources(assembly)}
 
 
-def _sources(assembly: Assembly) -> Iterator[Weight]:
+def _sources(assembly: Assembly) -> Iterator[StoredWeight]:
     for name, module in assembly.model.named_modules():
         for placed in assembly.placed(name, module):
             yield placed.source
 
 
-def _name(weight: Weight) -> str:
+def _name(weight: StoredWeight) -> str:
     name = names.in_language_model(f"{weight.base}.weight" if weight.format else weight.main.name)
     assert name is not None  # noqa: S101  what the model uses is a part of the language model
     return name.removesuffix(".weight") if weight.format else name

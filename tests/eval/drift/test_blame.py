@@ -23,8 +23,7 @@ from k2quant.eval import find_blame
 from k2quant.eval.drift import blame
 from k2quant.eval.drift.reading import read_blame
 from k2quant.eval.statistics.group_testing import Findings, Found
-from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.transcode import as_array
+from k2quant.formats.dtypes import TensorSpec, as_array
 from k2quant.ground import names
 from k2quant.model import load_model, stream_forward
 from k2quant.model.passes.mixture import Mixer

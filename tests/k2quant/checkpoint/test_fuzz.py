@@ -25,10 +25,9 @@ from numpy.typing import NDArray
 from safetensors import deserialize
 
 import k2quant
-from k2quant.checkpoint.reader import CONFIG, INDEX
-from k2quant.conversion.plan import INCOMPLETE, REPORT
-from k2quant.formats.dtypes import ITEM_BYTES
-from k2quant.formats.layouts import FormatName
+from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
+from k2quant.formats.dtypes import DTYPES
+from k2quant.formats.known import FormatName
 
 CASES = int(os.environ.get("K2QUANT_FUZZ", "4000"))
 SEED = int(os.environ.get("K2QUANT_SEED", "20"))
@@ -232,9 +231,9 @@ def add_tensor(dice: random.Random, model: Model) -> None:
     names = [name for entries in model.headers.values() for name, _ in entries]
     bases = [name.rpartition(".")[0] for name in names]
     name = dice.choice([*_NAMES, *(f"{base}.{suffix}" for base in bases for suffix in _SUFFIXES)])
-    dtype = dice.choice(["BF16", "F16", "F32", "F8_E4M3", "I32", *ITEM_BYTES])
+    dtype = dice.choice(["BF16", "F16", "F32", "F8_E4M3", "I32", *DTYPES])
     shape = dice.choice([(32, 64), (32, 8), (32, 2), (2, 64, 32), (1, 1), (2,), (64,), (), (0, 64), (64, 0), (2, 3, 4)])
-    size = ITEM_BYTES[dtype] * int(np.prod(shape))
+    size = DTYPES[dtype].nbytes * int(np.prod(shape))
     content = np.frombuffer(bytes(size) if dice.random() < 0.5 else dice.randbytes(size), np.uint8)
     file = dice.choice(list(model.headers))
     model.add(file, name, dtype, content)
@@ -248,7 +247,7 @@ def replace_tensor(dice: random.Random, model: Model) -> None:
     _remove(model, file, at)
     shape = dice.choice([(32, 64), (32, 8), (32, 4), (32, 2), (32, 1), (16, 64), (64,), (), (1, 64), (2, 2), (64, 48)])
     dtype = dice.choice([entry["dtype"], entry["dtype"], "BF16", "F32", "F8_E4M3", "I32", "I64"])
-    content = np.frombuffer(dice.randbytes(ITEM_BYTES[dtype] * int(np.prod(shape))), np.uint8)
+    content = np.frombuffer(dice.randbytes(DTYPES[dtype].nbytes * int(np.prod(shape))), np.uint8)
     model.add(file, name, dtype, content)
     model.headers[file][-1][1]["shape"] = list(shape)
 
@@ -330,12 +329,12 @@ def retype_entry(dice: random.Random, model: Model) -> None:
     """Claim another dtype, perhaps with a shape that fits it."""
     file, at = dice.choice(model.entries())
     entry = model.headers[file][at][1]
-    old, new = entry["dtype"], dice.choice([*ITEM_BYTES, "F4", "BF17", "", 3, None])
+    old, new = entry["dtype"], dice.choice([*DTYPES, "F4", "BF17", "", 3, None])
     entry["dtype"] = new
-    if dice.random() < 0.7 and old in ITEM_BYTES and new in ITEM_BYTES and entry["shape"]:
-        size = entry["shape"][-1] * ITEM_BYTES[old]
-        if size % ITEM_BYTES[new] == 0:
-            entry["shape"] = [*entry["shape"][:-1], size // ITEM_BYTES[new]]
+    if dice.random() < 0.7 and old in DTYPES and new in DTYPES and entry["shape"]:
+        size = entry["shape"][-1] * DTYPES[old].nbytes
+        if size % DTYPES[new].nbytes == 0:
+            entry["shape"] = [*entry["shape"][:-1], size // DTYPES[new].nbytes]
 
 
 def reshape_entry(dice: random.Random, model: Model) -> None:

@@ -29,7 +29,7 @@ from k2quant.errors import (
     UnsafePath,
     UnsupportedFormat,
 )
-from k2quant.formats.layouts import FormatName
+from k2quant.formats.known import FormatName
 
 BASE = "model.layers.1.mlp.experts.0.up_proj"
 SHARDS = ("model-1-of-2.safetensors", "model-2-of-2.safetensors")

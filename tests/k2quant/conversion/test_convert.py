@@ -15,11 +15,14 @@ import k2quant
 from k2quant.checking.comparison import compare
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
-from k2quant.checkpoint.weights import Weight, group_tensors
+from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.conversion.plan import Options, make_plan
 from k2quant.errors import CheckpointError, ShapeMismatch, UnsupportedFormat, UsageError
-from k2quant.formats.layouts import Bf16, Format, Fp8, Int4
+from k2quant.formats.bf16 import Bf16
+from k2quant.formats.format import Format
+from k2quant.formats.fp8 import Fp8
+from k2quant.formats.int4 import Int4
 from k2quant.nano.demo import K2_CONFIG, matrices
 
 RANDOM = np.random.default_rng(7)
@@ -54,7 +57,7 @@ def config(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in K2_CONFIG.items() if key != "quantization_config"} | changes
 
 
-def weights_of(folder: Path) -> dict[str, Weight]:
+def weights_of(folder: Path) -> dict[str, StoredWeight]:
     """Return a checkpoint's weights by base."""
     return {weight.base: weight for weight in group_tensors(open_checkpoint(folder).tensors).weights}
 

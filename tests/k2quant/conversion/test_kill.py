@@ -21,9 +21,8 @@ import numpy as np
 import pytest
 
 import k2quant
-from k2quant.checkpoint.reader import CONFIG, INDEX
+from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
-from k2quant.conversion.plan import INCOMPLETE, REPORT
 from places import SHARED
 
 KILLS = int(os.environ.get("K2QUANT_KILLS", "8"))

@@ -20,10 +20,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import k2quant
-from k2quant.checkpoint.reader import CONFIG, INDEX
+from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.cli import main
-from k2quant.conversion.plan import INCOMPLETE, REPORT
 from k2quant.errors import (
     CheckpointError,
     DestinationForeign,

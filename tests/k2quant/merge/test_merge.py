@@ -26,12 +26,11 @@ from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import k2quant
-from k2quant.checkpoint.panels import read_panel
-from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.panels import read_values
+from k2quant.checkpoint.reader import REPORT, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
 from k2quant.checkpoint.weights import group_tensors
 from k2quant.cli import main
-from k2quant.conversion.plan import REPORT
 from k2quant.errors import (
     BadValue,
     CheckpointError,
@@ -43,7 +42,7 @@ from k2quant.errors import (
     UnsupportedFormat,
     UsageError,
 )
-from k2quant.formats.transcode import Scratch, to_bf16
+from k2quant.formats.transcode import Scratch
 from k2quant.kernels.codecs.seam import codecs
 from k2quant.kernels.codecs.values import bf16_to_float, double_to_bf16
 from k2quant.merge.adapter import CONFIG, WEIGHTS
@@ -122,11 +121,8 @@ def bf16_tensors(folder: Path) -> dict[str, NDArray[np.uint16]]:
     source, found = open_checkpoint(folder), {}
     for weight in group_tensors(source.tensors).weights:
         if weight.format is not None:
-            scratch = Scratch()
-            rows = weight.shape[0]
-            parts = read_panel(source, weight, 0, rows, scratch, key="in")
-            bits = to_bf16(weight.format, parts, codecs=codecs("cpu"), scratch=scratch)
-            found[weight.base] = bits.reshape(weight.shape).copy()
+            panel = read_values(source, weight, 0, weight.shape[0], codecs=codecs("cpu"), scratch=Scratch())
+            found[weight.base] = panel.values.reshape(weight.shape).copy()
     return found
 
 

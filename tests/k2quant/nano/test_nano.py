@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.conversion.convert import convert
 from k2quant.errors import CheckpointError, DestinationForeign, DestinationInUse, UsageError
-from k2quant.formats.layouts import FormatName
+from k2quant.formats.known import FormatName
 from k2quant.nano import architecture, batches, rounding, scoring, tasks, training, vocabulary, writing
 from k2quant.nano.demo import K2_CONFIG
 from k2quant.nano.run import run

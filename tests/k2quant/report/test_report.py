@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.cli import main
 from k2quant.conversion.convert import convert
-from k2quant.conversion.plan import INCOMPLETE, REPORT
 from k2quant.errors import MalformedFile, OutputError, UsageError
 from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.kernels.codecs.figures import Figures

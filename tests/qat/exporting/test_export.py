@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from k2quant import qat
 from k2quant.checking.verify import verify_checksums
-from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.reader import INCOMPLETE, REPORT, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.conversion.convert import convert
-from k2quant.conversion.plan import INCOMPLETE, REPORT
 from k2quant.errors import (
     BadValue,
     CheckFailed,
@@ -29,10 +28,10 @@ from k2quant.errors import (
     UnsupportedFormat,
     UsageError,
 )
-from k2quant.formats.layouts import FP8_BLOCK
+from k2quant.formats.fp8 import FP8_BLOCK
 from k2quant.kernels import ops
 from k2quant.qat import Adapter, QATConfig, prepare
-from k2quant.qat.config import Target
+from k2quant.qat.config import ExportFormat
 from k2quant.qat.exporting import export as exporting
 from k2quant.qat.exporting.gate import check_export
 from k2quant.qat.exporting.trained import Trained
@@ -223,7 +222,7 @@ def test_files_hold_the_codes_of_plain_rounding(name: str, base: Path, ram: Path
 
 @pytest.mark.parametrize("source", ["bf16", "fp8", "k25"])
 @pytest.mark.parametrize("to", ["int4", "fp8"])
-def test_the_folder_is_that_of_a_conversion(to: Target, source: str, bases: dict[str, Path], ram: Path) -> None:
+def test_the_folder_is_that_of_a_conversion(to: ExportFormat, source: str, bases: dict[str, Path], ram: Path) -> None:
     """Config, index, names, dtypes and shapes are what `convert` writes of the base; the checksums fit."""
     qat.export(ready(bases[source], QATConfig(to=to)), ram / "trained")
     convert(bases[source], ram / "converted", to=to)
@@ -241,7 +240,7 @@ def test_the_folder_is_that_of_a_conversion(to: Target, source: str, bases: dict
 
 
 @pytest.mark.parametrize("to", ["int4", "fp8"])
-def test_without_training_fp8_and_fresh_int4_are_conversions(to: Target, base: Path, ram: Path) -> None:
+def test_without_training_fp8_and_fresh_int4_are_conversions(to: ExportFormat, base: Path, ram: Path) -> None:
     """An export of an untrained BF16 base has the bytes of a conversion: training begins there."""
     qat.export(prepare(qat.load(base), QATConfig(to=to)), ram / "trained")
     convert(base, ram / "converted", to=to)

@@ -19,14 +19,14 @@ from torch import Tensor
 import k2quant
 from k2quant import qat
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from k2quant.checkpoint.weights import Weight, group_tensors
+from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.convert import convert
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.codecs.values import ValueAt, bf16_to_float, double_to_bf16
 from k2quant.model.decoding import decoded_rows
-from k2quant.qat.config import Adapter, Target
+from k2quant.qat.config import Adapter, ExportFormat
 from k2quant.qat.rounding import estimators as rounding
 from k2quant.qat.rounding.adapters import LowRank, adapted, merged, updated
 from k2quant.qat.rounding.estimators import fake_quantize, fake_quantize_learned
@@ -122,7 +122,7 @@ def test_a_float32_amax_would_round_otherwise() -> None:
     assert 0 < int(otherwise.sum()) < 500
 
 
-def decoded(checkpoint: Checkpoint, weight: Weight) -> Tensor:
+def decoded(checkpoint: Checkpoint, weight: StoredWeight) -> Tensor:
     """Return a weight of a checkpoint in BF16."""
     return decoded_rows(checkpoint, weight, 0, weight.shape[0])
 
@@ -130,7 +130,7 @@ def decoded(checkpoint: Checkpoint, weight: Weight) -> Tensor:
 @pytest.mark.parametrize("to", ["int4", "fp8"])
 @pytest.mark.parametrize("grid", ["moonshot", "compressed-tensors", None])
 def test_files_of_a_conversion_hold_the_same_values(
-    to: Target, grid: Grid | None, k2_bf16: Path, tmp_path: Path
+    to: ExportFormat, grid: Grid | None, k2_bf16: Path, tmp_path: Path
 ) -> None:
     """What `convert` writes decodes to what fake quantisation makes of the source, for every quantised weight."""
     if (grid is None) != (to == "fp8"):

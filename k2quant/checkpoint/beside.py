@@ -1,0 +1,51 @@
+"""What lies beside the weights in a checkpoint's folder: tokenizer, code, licence, weights that nobody asked for."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from k2quant.checkpoint.files.paths import check_inside
+from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, Checkpoint
+from k2quant.errors import UnsafePath
+
+_OWN = {CONFIG, REPORT, INCOMPLETE}  # written anew, or meant for the source alone
+_NOTES = re.compile(r"k2quant_\w+\.(json|html|txt|lock)")  # what commands of ours say of the source's own folder
+_WEIGHTS = re.compile(
+    r".*\.safetensors(\.index\.json)?|.*\.(pt|pth|ckpt|pkl|gguf|partial)"
+    r"|(pytorch_model|model|consolidated|adapter_model|tf_model|training_args|optimizer|scheduler).*\.bin(\.index\.json)?",
+)
+
+
+def other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the files beside the weights that are copied (tokenizer, code, licence), and the weights that are not.
+
+    Hidden files and folders, and what is no file, are passed over.
+
+    Raises:
+        UnsafePath: one is a link that leaves the folder, or has a name that is not printable.
+    """
+    copied: list[str] = []
+    left_out: list[str] = []
+    expected = {INDEX, *source.shards}
+    for folder, folders, files in os.walk(source.folder):
+        here = Path(folder)
+        taken = {name for name in folders if name in _OWN or _WEIGHTS.fullmatch(name)}  # a file of ours may go there
+        left_out += sorted(str((here / name).relative_to(source.folder)) for name in taken)
+        folders[:] = sorted(
+            name for name in set(folders) - taken if not name.startswith(".") and not (here / name).is_symlink()
+        )
+        for path in (here / name for name in sorted(files) if not name.startswith(".")):
+            below = str(path.relative_to(source.folder))
+            if below in _OWN or below in expected or _NOTES.fullmatch(below):
+                continue
+            if _WEIGHTS.fullmatch(path.name):
+                left_out.append(below)
+                continue
+            check_inside(source.folder, path)
+            if not below.isprintable():  # journal and report could not name it
+                raise UnsafePath("not a plain file name", file=repr(below), remedy="rename or remove it")
+            if path.is_file():
+                copied.append(below)
+    return tuple(copied), tuple(left_out)

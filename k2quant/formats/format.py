@@ -1,0 +1,399 @@
+"""What a format has to say of itself: all that the rest of k2quant asks of one.
+
+A weight is one matrix `[N, K]`, N output rows by K input columns. A format stores it as one tensor that carries the
+values and, beside it, partners: scales, or the shape. Rows are worked on in panels, see `k2quant.checkpoint.panels`;
+within a panel every array has the rows that belong to it. BF16 is the pivot of meaning: whatever a format stores stands
+for BF16 values, and a format is written from them.
+
+A format is a frozen dataclass. Its fields are what differs between weights of that format (a block, a group, the dtype
+of a scale); class attributes hold for all of them. `k2quant.formats.known` lists the formats.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+
+from k2quant.errors import CheckpointError, MissingTensor, ShapeMismatch, UnsupportedFormat
+from k2quant.formats.dtypes import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from k2quant.kernels.codecs.figures import Figures
+    from k2quant.kernels.codecs.grids import Grid
+    from k2quant.kernels.codecs.seam import Codecs
+    from k2quant.kernels.codecs.values import U16
+    from k2quant.kernels.products.weights import PackedWeight
+
+Parts = dict[str, "NDArray[Any]"]
+"""The arrays of a panel, or of a whole weight, by suffix."""
+
+Scope = Literal["experts", "linear"]
+"""`experts`: the routed experts; `linear`: every projection of the decoder layers."""
+
+
+class Entry(Protocol):
+    """What is known of a tensor before it is read."""
+
+    @property
+    def name(self) -> str:
+        """In the checkpoint."""
+
+    @property
+    def dtype(self) -> str:
+        """A key of `dtypes.DTYPES`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor itself."""
+
+    @property
+    def file(self) -> str:
+        """The shard that holds it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+
+
+class Beside(NamedTuple):
+    """A checkpoint's tensors, seen from one weight: those that share its base."""
+
+    base: str
+    tensors: Mapping[str, Entry]
+    supported: str
+    """What k2quant reads, for messages."""
+
+    def get(self, suffix: str) -> Entry | None:
+        """Return the tensor with this suffix, or None."""
+        return self.tensors.get(f"{self.base}.{suffix}")
+
+    def partner(self, suffix: str, weight: Entry) -> Entry:
+        """Return a partner of a weight.
+
+        Raises:
+            MissingTensor: the index lacks it.
+        """
+        entry = self.get(suffix)
+        if entry is None:
+            raise MissingTensor(
+                f"the index lacks this partner of `{weight.name}`",
+                tensor=f"{self.base}.{suffix}",
+                remedy="the checkpoint is incomplete: download it again",
+            )
+        return entry
+
+    def foreign(self, entry: Entry, why: str = "belongs to a format that k2quant does not read") -> UnsupportedFormat:
+        """Return the error that refuses a tensor by name."""
+        found = f"{entry.dtype} {list(entry.shape)}"
+        return UnsupportedFormat(why, tensor=entry.name, file=entry.file, expected=self.supported, found=found)
+
+
+class Stored(NamedTuple):
+    """A weight that a format has recognised."""
+
+    format: Format
+    shape: tuple[int, ...]
+    """The logical shape; `[N, K]` for a quantised weight."""
+    suffixes: tuple[str, ...]
+    """Of the tensors that it is made of."""
+
+
+class Format(ABC):
+    """How a weight is stored."""
+
+    name: ClassVar[str]
+    """What the command line calls it."""
+    main: ClassVar[str]
+    """Suffix of the tensor that carries the values."""
+    streamed: ClassVar[tuple[str, ...]]
+    """Suffixes of the tensors that are read and written panel by panel, in the codec's order; `main` comes first."""
+    partners: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of tensors that mean nothing without the weight they belong to; those that are only refused, too."""
+    scale: ClassVar[str | None] = None
+    """Suffix of the tensor in which a bad scale stands."""
+    quantised: ClassVar[bool] = True
+    reads: ClassVar[str]
+    """What of this format can be read, in words."""
+    stands_for: ClassVar[str] = ""
+    """Weights that a config promises by speaking of this format, and where it does, in words."""
+    method: ClassVar[str | None] = None
+    """`quant_method` of a config that speaks of this format."""
+    default_scope: ClassVar[Scope | None] = None
+    """Which weights get it where nobody says; None: all of them."""
+    grids: ClassVar[tuple[str, ...]] = ()
+    """Rounding rules that can be asked for."""
+    trained: ClassVar[bool] = False
+    """Whether QAT can train for it."""
+    bit_widths: ClassVar[tuple[int, ...]] = ()
+    """Widths of its codes that QAT can train for; none where there is no choice."""
+    surveyed: ClassVar[bool] = False
+    """Whether a whole tensor must be seen before its first panel is written; see `survey`."""
+
+    # --- on disk ---
+
+    @abstractmethod
+    def state(self, shape: tuple[int, ...], *, name: str = "weight") -> dict[str, TensorSpec]:
+        """Return the tensors of a weight of this shape, by suffix.
+
+        Args:
+            shape: of the weight.
+            name: of its main tensor, for the message.
+
+        Raises:
+            ShapeMismatch: no weight of this shape can be stored so.
+        """
+
+    def rows(self, suffix: str, start: int, stop: int) -> tuple[int, int]:
+        """Return the rows of a tensor that belong to rows `start` to `stop` of the weight.
+
+        `start` is a multiple of `row_step`, and so is `stop` unless it is the last row.
+        """
+        return start, stop
+
+    @property
+    def row_step(self) -> int:
+        """Rows that share a scale: a panel begins at a multiple of them."""
+        return 1
+
+    def constant(self, shape: tuple[int, ...]) -> dict[str, bytes]:
+        """Return the tensors that are not streamed, by suffix: they follow from the weight's shape."""
+        return {}
+
+    def misread(self, suffix: str, content: bytes, shape: tuple[int, ...]) -> object | None:
+        """Return what a tensor that is not streamed says, where it contradicts the weight's shape; None: it agrees."""
+        return None
+
+    @property
+    @abstractmethod
+    def unit(self) -> object:
+        """What must agree for a weight to be copied byte for byte into this format: a block, a group, a dtype."""
+
+    @property
+    def scales(self) -> object:
+        """What shares a scale, and the scale's dtype where there is a choice."""
+        return self.unit
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Name and units, such as `int4 group 32`."""
+
+    def in_words(self, bits: int) -> str:
+        """Return what was trained for, as people read it; `bits` where the format has a choice."""
+        return self.label
+
+    @property
+    def unwritable(self) -> str | None:
+        """The dtype in which a source may be stored and nothing is ever written; None where all can be."""
+        return None
+
+    def same(self, other: Format) -> bool:
+        """Tell whether a weight in this format is copied where the other one is asked for."""
+        return self.name == other.name and self.unit == other.unit
+
+    def rounded_as(self, asked: Format) -> Format:
+        """Return this format with the rounding rule of the one that was asked for, to write new values in it."""
+        return self
+
+    # --- recognising it ---
+
+    @classmethod
+    @abstractmethod
+    def recognise(cls, suffix: str, entry: Entry, beside: Beside) -> Stored | None:
+        """Return the weight whose main tensor this is; None if it is none of this format's.
+
+        Raises:
+            CheckpointError: it is one, but a partner is missing or does not fit.
+        """
+
+    @classmethod
+    def owns(cls, suffix: str, beside: Beside) -> bool:
+        """Tell whether a partner has its weight."""
+        return suffix in cls.streamed and beside.get(cls.main) is not None
+
+    @classmethod
+    def refusal(cls, suffix: str, entry: Entry, beside: Beside) -> CheckpointError | None:
+        """Say why a tensor that no format takes is not read, where this format knows better than others."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def asked_for(cls, stored: Iterable[tuple[Format, Entry]], grid: Grid | None) -> Format:
+        """Return the format to write, when its name is asked for and a checkpoint holds these weights.
+
+        Args:
+            stored: format and main tensor of each weight of the source.
+            grid: the rounding rule that was asked for, if any; of `grids`.
+
+        Raises:
+            UnsupportedFormat: what the source holds cannot be written so.
+        """
+
+    # --- its values ---
+
+    def extent(self, parts: Parts) -> tuple[int, int]:
+        """Return rows and columns of the weights that a panel's arrays hold."""
+        rows, columns = parts[self.main].shape
+        return rows, columns
+
+    @abstractmethod
+    def reading(self, parts: Parts) -> tuple[Any, ...]:
+        """Return what a decoder takes of a panel: the arrays, and what they are in units of."""
+
+    @abstractmethod
+    def writing(self, parts: Parts) -> tuple[Any, ...]:
+        """Return what an encoder takes after the weights: the rule, and the arrays to fill."""
+
+    @abstractmethod
+    def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
+        """Write the BF16 bits `[R, K]` that a panel's arrays stand for.
+
+        Raises:
+            ValueAt: a value that no weight can have.
+        """
+
+    @abstractmethod
+    def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
+        """Fill a panel's arrays with BF16 weights `[R, K]`; the bits of `choose`, then `store`.
+
+        Raises:
+            ValueAt: a weight that cannot be stored.
+        """
+
+    @abstractmethod
+    def choose(self, weights: U16, codecs: Codecs) -> NDArray[Any]:
+        """Return the scales that the rule of this format takes for BF16 weights `[R, K]`, as they are stored."""
+
+    @abstractmethod
+    def store(self, weights: U16, scales: NDArray[Any], parts: Parts, codecs: Codecs) -> Figures:
+        """Fill a panel's arrays with BF16 weights `[R, K]` rounded at scales that are given, whoever chose them."""
+
+    def survey(self, weights: U16, codecs: Codecs) -> object:
+        """Return what must be known of a panel of BF16 weights before any panel of its weight is written."""
+        return None
+
+    def settled(self, surveys: list[object]) -> Format:
+        """Return the format in which a weight is written once all its panels, in their order, were surveyed."""
+        return self
+
+    @abstractmethod
+    def outside(self, before: U16, after: U16, parts: Parts) -> int:
+        """Count the weights of a panel that are further off than the rounding of this format explains.
+
+        It needs no knowledge of who rounded: scales that are too large excuse nothing.
+
+        Args:
+            before: BF16 bits `[R, K]`.
+            after: BF16 bits `[R, K]`, decoded from `parts`.
+            parts: the panel's arrays in this format.
+        """
+
+    def steps(self, parts: Parts) -> NDArray[Any] | None:
+        """Return the step of each group as float32 `[R, groups]`; None where codes do not lie at equal distances."""
+        return None
+
+    def codes_changed(self, after: Parts, before: Parts) -> int:
+        """Count the weights whose codes, or bits in BF16, differ between two panels."""
+        import numpy as np
+
+        return int(np.count_nonzero(after[self.main] != before[self.main]))
+
+    # --- the config beside it ---
+
+    def config(self, quantised: Iterable[str], kept: list[str]) -> dict[str, Any] | None:  # noqa: has none
+        """Return the `quantization_config` of a checkpoint in which this is the only quantised format.
+
+        Args:
+            quantised: the bases of the weights stored in it.
+            kept: the bases of all other matrices.
+        """
+        return None
+
+    def config_group(self) -> dict[str, Any] | None:
+        """Return what a config group of compressed-tensors says of the weights; None if it cannot describe them."""
+        return None
+
+    @classmethod
+    def claims(cls, scheme: Mapping[str, Any]) -> bool:
+        """Tell whether a config group of compressed-tensors, by what it says of its weights, means this format."""
+        return False
+
+    @classmethod
+    def check_config(cls, block: Mapping[str, Any], stored: list[tuple[Format, tuple[int, ...]]]) -> None:
+        """Refuse a config that contradicts the weights in this format.
+
+        Args:
+            block: the block of this format's `method`; of compressed-tensors, what a group says of its weights.
+            stored: format and shape of each weight of this format.
+
+        Raises:
+            CheckpointError: it does.
+        """
+
+    # --- in memory ---
+
+    def unrunnable(self, shape: tuple[int, ...]) -> tuple[str, object] | None:
+        """Return what the matrix products would need, and what is there; None where they can multiply by a weight."""
+        return "a format with matrix products", self.label
+
+    def packed(self, shape: tuple[int, ...], *, on: torch.device) -> PackedWeight:
+        """Return a weight `[N, K]`, or a stack of them, without memory, in the layout in which a device reads it best.
+
+        Only for what is not `unrunnable`.
+        """
+        raise AssertionError(f"{self.label} has no layout for {on} and {shape}")  # refused before
+
+    # --- in training ---
+
+    def fake_quantized(self, weights: torch.Tensor, bits: int) -> torch.Tensor:
+        """Return what BF16 `[R, K]` is rounded to by the plain rule, as BF16: what the forward pass of QAT sees.
+
+        Only for what is `trained`.
+
+        Args:
+            weights: the masters, rounded to BF16.
+            bits: width of the codes, where the format has a choice.
+        """
+        raise AssertionError(f"{self.label} is not trained for: {weights.shape}, {bits} bits")  # refused before
+
+    def quantized(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+        """Return the streamed tensors of the same values, by suffix: what an export of QAT stores. Likewise."""
+        raise AssertionError(f"{self.label} is not trained for: {weights.shape}, {bits} bits")  # refused before
+
+
+def matrix(entry: Entry) -> tuple[int, int]:
+    """Return the shape of a matrix.
+
+    Raises:
+        ShapeMismatch: it is none, or empty.
+    """
+    if len(entry.shape) != 2 or not entry.nbytes:
+        raise ShapeMismatch(
+            "a quantised weight is a matrix", tensor=entry.name, file=entry.file, expected="[N, K]", found=entry.shape
+        )
+    return entry.shape[0], entry.shape[1]
+
+
+def contradiction(claim: str, found: str) -> CheckpointError:
+    """Return the error of a config that says what the tensors do not hold."""
+    return CheckpointError(
+        "quantization_config contradicts the tensors",
+        file="config.json",
+        expected=claim,
+        found=found,
+        remedy="take the config that belongs to these files",
+    )
+
+
+def listed(values: Iterable[object]) -> str:
+    """Return values as one reads them."""
+    return ", ".join(map(str, values))
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Return how many pieces of `size` cover `count`."""
+    return -(-count // size)

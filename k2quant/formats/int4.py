@@ -1,0 +1,299 @@
+"""INT4: four-bit codes with a scale for each group of columns, as moonshotai/Kimi-K2.5 and K2-Thinking have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
+
+from k2quant.errors import CheckpointError, DtypeMismatch, ShapeMismatch, UnsupportedFormat
+from k2quant.formats import compressed_tensors
+from k2quant.formats.dtypes import DTYPES, FLOATS, TensorSpec
+from k2quant.formats.format import Beside, Entry, Format, Parts, Scope, Stored, contradiction, listed, matrix
+from k2quant.kernels.codecs.grids import FAKE_BITS, Grid
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+    from k2quant.kernels.codecs.figures import Figures
+    from k2quant.kernels.codecs.seam import Codecs
+    from k2quant.kernels.codecs.values import F32, U16
+    from k2quant.kernels.products.weights import PackedWeight
+
+INT4_GROUP = 32
+"""Columns that share one INT4 scale in every K2 release (`group_size`)."""
+
+_SCHEME: dict[str, Any] = {"num_bits": 4, "symmetric": True, "type": "int"}
+
+# Codes are whole numbers, so |w - w'| <= s/2; rounding code * s to BF16 adds at most 7s * 2^-9, and the
+# compressed-tensors grid clamps at 7.5 after a division in BF16: 0.55 s covers all of it. `s` is the scale that is
+# stored, but no more than 1.01 times amax/7 of the weights before; where it is subnormal it has few bits left, hence
+# 2^-130 on top.
+_BUDGET = {"largest_code": 7.0, "steps": 0.55, "relative": 0.0, "floor": 2.0**-130}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int4(Format):
+    """Four-bit codes, eight to an int32 with the lowest column in the lowest nibble, and a scale for each group."""
+
+    name: ClassVar[str] = "int4"
+    main: ClassVar[str] = "weight_packed"
+    streamed: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
+    partners: ClassVar[tuple[str, ...]] = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+    scale: ClassVar[str | None] = "weight_scale"
+    reads: ClassVar[str] = "symmetric INT4 pack-quantized weights"
+    stands_for: ClassVar[str] = "INT4 weights with weight_packed, as format pack-quantized says"
+    method: ClassVar[str | None] = compressed_tensors.METHOD
+    default_scope: ClassVar[Scope | None] = "experts"
+    grids: ClassVar[tuple[str, ...]] = get_args(Grid)
+    trained: ClassVar[bool] = True
+    bit_widths: ClassVar[tuple[int, ...]] = FAKE_BITS
+
+    group: int = INT4_GROUP
+    """Columns that share one scale."""
+    grid: Grid = "moonshot"
+    """How a weight is rounded when it is written. It does not matter for reading."""
+    scale_dtype: str = "BF16"
+    """BF16 as Moonshot writes it; sources of other tools may hold F16 or F32."""
+    shape_dtype: str = "I32"
+    """I32 as Moonshot writes it; compressed-tensors writes I64."""
+
+    def state(self, shape: tuple[int, ...], *, name: str = "weight") -> dict[str, TensorSpec]:
+        """Return packed words, scales and shape of a weight.
+
+        Raises:
+            ShapeMismatch: the group does not divide the width.
+        """
+        rows, width = shape
+        if width % self.group or width % 8:
+            raise ShapeMismatch(
+                "this width cannot be INT4",
+                tensor=name,
+                expected=f"a width that {self.group} divides",
+                found=shape,
+                remedy="keep it out of the conversion with --ignore",
+            )
+        return {
+            "weight_packed": TensorSpec("I32", (rows, width // 8)),
+            "weight_scale": TensorSpec(self.scale_dtype, (rows, width // self.group)),
+            "weight_shape": TensorSpec(self.shape_dtype, (2,)),
+        }
+
+    def constant(self, shape: tuple[int, ...]) -> dict[str, bytes]:
+        """Return rows and columns of the weight as `weight_shape` holds them."""
+        width = DTYPES[self.shape_dtype].nbytes
+        return {"weight_shape": b"".join(length.to_bytes(width, "little") for length in shape)}
+
+    def misread(self, suffix: str, content: bytes, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Return the shape that `weight_shape` holds, if it is another."""
+        half = len(content) // 2
+        found = tuple(int.from_bytes(content[at : at + half], "little", signed=True) for at in (0, half))
+        return None if found == shape else found
+
+    @property
+    def unit(self) -> int:
+        """The group; scales of another dtype are copied as they are."""
+        return self.group
+
+    @property
+    def scales(self) -> tuple[int, str]:
+        """The group, and the dtype of its scale."""
+        return self.group, self.scale_dtype
+
+    @property
+    def label(self) -> str:
+        """Such as `int4 group 32`."""
+        return f"int4 group {self.group}"
+
+    @property
+    def unwritable(self) -> str | None:
+        """Scales that are no BF16."""
+        return None if self.scale_dtype == "BF16" else self.scale_dtype
+
+    def rounded_as(self, asked: Format) -> Format:
+        """Take over the grid."""
+        return replace(self, grid=asked.grid) if isinstance(asked, Int4) else self
+
+    def in_words(self, bits: int) -> str:
+        """Name width and grid."""
+        return f"INT4 codes of {bits} bits, {self.grid}"
+
+    # --- recognising it ---
+
+    @classmethod
+    def recognise(cls, suffix: str, entry: Entry, beside: Beside) -> Stored | None:
+        """Take packed words with scales for groups of columns, and the shape that says the same."""
+        if suffix != cls.main or entry.dtype != "I32":
+            return None
+        rows, words = matrix(entry)
+        shape = (rows, words * 8)
+        scale, size = beside.partner("weight_scale", entry), beside.partner("weight_shape", entry)
+        _check_dtype(scale, FLOATS)
+        _check_dtype(size, ("I32", "I64"))
+        if len(scale.shape) != 2 or scale.shape[0] != rows or not scale.shape[1] or shape[1] % scale.shape[1]:
+            raise ShapeMismatch(
+                tensor=scale.name,
+                file=scale.file,
+                expected=f"({rows}, {shape[1]} / group) for packed words of {entry.shape}",
+                found=scale.shape,
+            )
+        if size.shape != (2,):
+            raise ShapeMismatch(tensor=size.name, file=size.file, expected="(2,)", found=size.shape)
+        found = cls(group=shape[1] // scale.shape[1], scale_dtype=scale.dtype, shape_dtype=size.dtype)
+        return Stored(found, shape, (*cls.streamed, "weight_shape"))
+
+    @classmethod
+    def owns(cls, suffix: str, beside: Beside) -> bool:
+        """Tell whether scales or a shape have packed words."""
+        return suffix in {"weight_scale", "weight_shape"} and beside.get("weight_packed") is not None
+
+    @classmethod
+    def refusal(cls, suffix: str, entry: Entry, beside: Beside) -> CheckpointError | None:
+        """Know INT4 of other tools, and what else packs weights."""
+        why = {
+            "weight_packed": f"packed weights of dtype {entry.dtype} are not supported (MXFP4 and NVFP4 pack bytes)",
+            "weight_zero_point": "asymmetric INT4 (weight_zero_point) is not supported",
+            "weight_g_idx": "INT4 with reordered columns (weight_g_idx) is not supported",
+        }.get(suffix)
+        return beside.foreign(entry, why) if why else None
+
+    @classmethod
+    def asked_for(cls, stored: Iterable[tuple[Format, Entry]], grid: Grid | None) -> Format:
+        """Return groups of 32 on a grid, and refuse a source in groups of another size."""
+        target = cls(grid=grid or "moonshot")
+        for found, entry in stored:
+            if isinstance(found, cls) and found.group != target.group:
+                raise UnsupportedFormat(
+                    "INT4 of another group size is not rewritten as INT4",
+                    tensor=entry.name,
+                    expected=f"groups of {target.group}",
+                    found=f"groups of {found.group}",
+                    remedy="convert to bf16 or fp8",
+                )
+        return target
+
+    # --- its values ---
+
+    def extent(self, parts: Parts) -> tuple[int, int]:
+        """Return rows, and eight columns for each word."""
+        rows, words = parts["weight_packed"].shape
+        return rows, words * 8
+
+    def reading(self, parts: Parts) -> tuple[Any, ...]:
+        """Return words, scales as float32, and the group."""
+        return parts["weight_packed"], _widened(parts["weight_scale"]), self.group
+
+    def writing(self, parts: Parts) -> tuple[Any, ...]:
+        """Return the grid, and words and scales to fill."""
+        return self.grid, parts["weight_packed"], parts["weight_scale"]
+
+    def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
+        """Multiply each group by its scale."""
+        codecs.int4.decode(*self.reading(parts), out)
+
+    def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
+        """Recover or compute each group's scale, and round."""
+        return codecs.int4.encode(weights, *self.writing(parts))
+
+    def choose(self, weights: U16, codecs: Codecs) -> NDArray[Any]:
+        """Return the BF16 bits of each group's scale."""
+        import numpy as np
+
+        scale = np.empty((weights.shape[0], weights.shape[1] // self.group), np.uint16)
+        codecs.int4.choose(weights, self.grid, scale)
+        return scale
+
+    def store(self, weights: U16, scales: NDArray[Any], parts: Parts, codecs: Codecs) -> Figures:
+        """Round at given scales, BF16 bits."""
+        parts["weight_scale"][...] = scales
+        return codecs.int4.store(weights, scales, self.grid, parts["weight_packed"])
+
+    def outside(self, before: U16, after: U16, parts: Parts) -> int:
+        """Allow half a step and what rounding to BF16 adds."""
+        from k2quant.kernels.codecs.cpu import outside
+
+        return outside(before, after, _widened(parts["weight_scale"]), (1, self.group), **_BUDGET)
+
+    def steps(self, parts: Parts) -> NDArray[Any]:
+        """Return the scales."""
+        return _widened(parts["weight_scale"])
+
+    def codes_changed(self, after: Parts, before: Parts) -> int:
+        """Count nibbles that differ."""
+        import numpy as np
+
+        pairs = np.bitwise_xor(after[self.main].view(np.uint8), before[self.main].view(np.uint8))
+        return int(np.count_nonzero(pairs & 15) + np.count_nonzero(pairs >> 4))
+
+    # --- the config beside it ---
+
+    def config(self, quantised: Iterable[str], kept: list[str]) -> dict[str, Any]:
+        """Return the block of Kimi-K2.6."""
+        return compressed_tensors.block([(self.config_group(), list(quantised))], kept)
+
+    def config_group(self) -> dict[str, Any]:
+        """Return the scheme of the weights."""
+        return compressed_tensors.scheme(group_size=self.group, **_SCHEME)
+
+    @classmethod
+    def claims(cls, scheme: Mapping[str, Any]) -> bool:
+        """Tell symmetric 4-bit integers from all else."""
+        return {key: scheme.get(key) for key in _SCHEME} == _SCHEME
+
+    @classmethod
+    def check_config(cls, block: Mapping[str, Any], stored: list[tuple[Format, tuple[int, ...]]]) -> None:
+        """Compare the scheme of a config group with the weights that are there."""
+        packed = {(each.group, shape[-1]) for each, shape in stored if isinstance(each, cls)}
+        order = block.get("actorder")
+        if order is not None and order is not False:
+            raise UnsupportedFormat("actorder", file="config.json", expected="none", found=repr(order))
+        size, strategy = block.get("group_size"), block.get("strategy", "group")
+        if strategy not in ("group", "channel"):
+            raise UnsupportedFormat("strategy", file="config.json", expected="group or channel", found=repr(strategy))
+        groups = {(group, width) for group, width in packed if group != (width if strategy == "channel" else size)}
+        if groups:
+            claim = "one group a row" if strategy == "channel" else f"group_size {size!r}"
+            raise contradiction(claim, f"scales for groups of {listed(sorted(group for group, _ in groups))}")
+
+    # --- in memory and in training ---
+
+    def unrunnable(self, shape: tuple[int, ...]) -> tuple[str, object] | None:
+        """The products read what Moonshot writes, in whole groups."""
+        if (self.group, self.scale_dtype) != (INT4_GROUP, "BF16"):
+            kimi = f"groups of {INT4_GROUP} with BF16 scales"
+            return kimi, f"groups of {self.group} with {self.scale_dtype} scales"
+        return (f"a multiple of {INT4_GROUP} columns", shape) if shape[-1] % INT4_GROUP else None
+
+    def packed(self, shape: tuple[int, ...], *, on: torch.device) -> PackedWeight:
+        """Return a weight in the layout of a device."""
+        from k2quant.kernels.products.prepare import best_layout, empty_int4
+
+        return empty_int4(shape, layout=best_layout(on, shape[-2]), device="meta")
+
+    def fake_quantized(self, weights: torch.Tensor, bits: int) -> torch.Tensor:
+        """Return codes times scales, the scales from each group's amax, without recovery (docs/formats.md)."""
+        from k2quant.kernels import ops
+
+        return ops.fake_quantize_int4(weights, self.grid, bits=bits)
+
+    def quantized(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+        """Return packed words and scales; narrower codes sit in the nibbles of INT4."""
+        from k2quant.kernels import ops
+
+        found = ops.bf16_to_int4(weights, self.grid, recover=False, bits=bits)
+        return dict(zip(self.streamed, found, strict=True))
+
+
+def _check_dtype(entry: Entry, allowed: tuple[str, ...]) -> None:
+    if entry.dtype not in allowed:
+        raise DtypeMismatch(tensor=entry.name, file=entry.file, expected=" or ".join(allowed), found=entry.dtype)
+
+
+def _widened(scale: NDArray[Any]) -> F32:
+    """Return scales as float32, exactly: BF16 bit patterns, F16 or F32."""
+    import numpy as np
+
+    from k2quant.kernels.codecs.values import bf16_to_float
+
+    return bf16_to_float(scale) if scale.dtype == np.uint16 else scale.astype(np.float32, copy=False)

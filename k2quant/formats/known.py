@@ -1,0 +1,26 @@
+"""The formats that k2quant knows, in the order in which people read of them. Whoever asks for all of them asks here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from k2quant.formats.bf16 import Bf16
+from k2quant.formats.format import Format
+from k2quant.formats.fp8 import Fp8
+from k2quant.formats.int4 import Int4
+
+FormatName = Literal["bf16", "fp8", "int4"]
+
+FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (Bf16, Fp8, Int4)}
+"""By name."""
+
+
+def supported() -> str:
+    """Return what can be read, in words."""
+    *first, last = (kind.reads for kind in FORMATS.values())
+    return f"{', '.join(first)}, or {last}"
+
+
+def names_of(*, quantised: bool) -> tuple[str, ...]:
+    """Return the names of the formats that are quantised, or that are not."""
+    return tuple(name for name, kind in FORMATS.items() if kind.quantised == quantised)

@@ -1,0 +1,249 @@
+"""A format that the product does not have: all that it takes to have one stands in the class below."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+import k2quant
+from k2quant.checking.comparison import compare, unlike
+from k2quant.checkpoint.reader import CONFIG, open_checkpoint
+from k2quant.checkpoint.weights import group_tensors
+from k2quant.conversion.convert import carry_out
+from k2quant.conversion.plan import Options, Plan, describe, make_plan, plan_of
+from k2quant.conversion.recipe import Recipe, Rule
+from k2quant.errors import CheckpointError, UnsupportedFormat, UsageError
+from k2quant.formats import compressed_tensors
+from k2quant.formats.dtypes import TensorSpec
+from k2quant.formats.format import Beside, Entry, Format, Parts, Scope, Stored, contradiction, matrix
+from k2quant.formats.fp8 import Fp8
+from k2quant.formats.int4 import Int4
+from k2quant.formats.known import FORMATS
+from k2quant.kernels.codecs.figures import Figures
+from k2quant.kernels.codecs.seam import Codecs
+from k2quant.kernels.codecs.values import U16, bf16_to_float, float_to_bf16
+from k2quant.report import write_html
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Int8(Format):
+    """Eight-bit codes with a float32 scale for each row."""
+
+    name: ClassVar[str] = "int8"
+    main: ClassVar[str] = "weight"
+    streamed: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
+    partners: ClassVar[tuple[str, ...]] = ("weight_scale",)
+    scale: ClassVar[str | None] = "weight_scale"
+    reads: ClassVar[str] = "INT8 with a scale a row"
+    stands_for: ClassVar[str] = "INT8 weights"
+    method: ClassVar[str | None] = "int8"
+    default_scope: ClassVar[Scope | None] = "linear"
+    unit: ClassVar[str] = "row"
+    label: ClassVar[str] = "int8 row"
+
+    def state(self, shape: tuple[int, ...], *, name: str = "weight") -> dict[str, TensorSpec]:
+        """Codes and scales."""
+        return {"weight": TensorSpec("I8", shape), "weight_scale": TensorSpec("F32", (shape[0], 1))}
+
+    @classmethod
+    def recognise(cls, suffix: str, entry: Entry, beside: Beside) -> Stored | None:
+        """The dtype tells."""
+        if suffix != cls.main or entry.dtype != "I8":
+            return None
+        beside.partner("weight_scale", entry)
+        return Stored(cls(), matrix(entry), cls.streamed)
+
+    @classmethod
+    def asked_for(cls, stored: Iterable[tuple[Format, Entry]], grid: object) -> Format:
+        """There is but one."""
+        return cls()
+
+    def reading(self, parts: Parts) -> tuple[Any, ...]:
+        """Codes and scales."""
+        return parts["weight"], parts["weight_scale"]
+
+    writing = reading
+
+    def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
+        """Codes times scales."""
+        out[...] = float_to_bf16(parts["weight"].astype(np.float32) * parts["weight_scale"])
+
+    def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
+        """Choose, then store."""
+        return self.store(weights, self.choose(weights, codecs), parts, codecs)
+
+    def choose(self, weights: U16, codecs: Codecs) -> Any:
+        """Amax / 127, or 1 for a row of zeros."""
+        amax = np.abs(bf16_to_float(weights)).max(axis=1, keepdims=True) / np.float32(127)
+        return np.where(amax > 0, amax, np.float32(1))
+
+    def store(self, weights: U16, scales: Any, parts: Parts, codecs: Codecs) -> Figures:
+        """Round to nearest."""
+        parts["weight_scale"][...] = scales
+        parts["weight"][...] = np.rint(bf16_to_float(weights) / scales).clip(-127, 127)
+        decoded = np.empty_like(weights)
+        self.decode(parts, decoded, codecs)
+        return codecs.floats.compare(weights, decoded)
+
+    def outside(self, before: U16, after: U16, parts: Parts) -> int:
+        """Half a step, and what rounding to BF16 adds."""
+        step = np.abs(bf16_to_float(before)).max(axis=1, keepdims=True) / np.float32(127)
+        return int((np.abs(bf16_to_float(before) - bf16_to_float(after)) > step).sum())
+
+    def config(self, quantised: Iterable[str], kept: list[str]) -> dict[str, Any]:
+        """A block of its own."""
+        return {"quant_method": self.method, "kept": len(kept)}
+
+    def config_group(self) -> dict[str, Any]:
+        """Beside others it is a group of compressed-tensors."""
+        return compressed_tensors.scheme(group_size=None, num_bits=8, symmetric=True, type="int")
+
+    @classmethod
+    def claims(cls, scheme: Mapping[str, Any]) -> bool:
+        """Eight bits."""
+        return scheme.get("num_bits") == 8
+
+    @classmethod
+    def check_config(cls, block: Mapping[str, Any], stored: list[tuple[Format, tuple[int, ...]]]) -> None:
+        """There must be some."""
+        if not stored:
+            raise contradiction(cls.stands_for, "none")
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the product know the format."""
+    monkeypatch.setitem(FORMATS, Int8.name, Int8)
+
+
+def convert(source: Path, folder: Path, to: str, **options: Any) -> Path:
+    """Convert; what a format is called is no longer one of three words."""
+    return k2quant.convert(source, folder, to=to, **options).folder  # type: ignore[arg-type]
+
+
+def test_it_is_planned_converted_inspected_verified_and_reported(k2_source: Path, tmp_path: Path) -> None:
+    """From FP8 to the made-up format: every job of the product works, and says its name."""
+    plan = make_plan(open_checkpoint(k2_source), Options("int8"))  # type: ignore[arg-type]
+    assert describe(plan)["routed experts"] == {"fp8 -> int8": 96}
+    made = convert(k2_source, tmp_path / "int8", "int8")
+    labels = {row.tensor_class: row.format for row in k2quant.inspect(made).rows}
+    assert labels["attention"] == labels["routed experts"] == "int8 row"
+    assert not k2quant.inspect(made).problems
+    assert json.loads((made / CONFIG).read_text())["quantization_config"]["quant_method"] == "int8"
+    assert k2quant.verify(k2_source, made).passed
+    assert k2quant.verify_checksums(made).passed
+    page = write_html(made).read_text()
+    assert "FP8 &rarr; INT8" in page
+    assert "INT8" in page.partition("<h1>")[2].partition("</h1>")[0]
+
+
+@pytest.mark.parametrize("to", ["bf16", "fp8", "int4"])
+def test_it_converts_to_every_format_and_back(k2_source: Path, tmp_path: Path, to: str) -> None:
+    """Pairs that no table names go through BF16: the same bytes as by way of a BF16 checkpoint."""
+    made = convert(k2_source, tmp_path / "int8", "int8")
+    direct = convert(made, tmp_path / "direct", to)
+    by_way = convert(convert(made, tmp_path / "bf16", "bf16"), tmp_path / "by way", to)
+    assert not [finding for finding in compare(direct, by_way, workers=1) if unlike(finding)]
+    again = convert(direct, tmp_path / "again", "int8")
+    assert k2quant.verify(direct, again).passed
+
+
+def test_verify_finds_what_its_rounding_does_not_explain(k2_source: Path, tmp_path: Path) -> None:
+    """A code that is off by many steps fails, whoever wrote it."""
+    made = convert(k2_source, tmp_path / "int8", "int8")
+    entry = next(e for e in open_checkpoint(made).tensors.values() if e.dtype == "I8")
+    with (made / entry.file).open("r+b") as file:
+        file.seek(entry.start)
+        first = file.read(1)
+        file.seek(entry.start)
+        file.write(bytes([first[0] ^ 0x40]))
+    assert list(k2quant.verify(k2_source, made).failures) == [entry.name]
+
+
+def test_its_options_are_checked(k2_source: Path, tmp_path: Path) -> None:
+    """A format without grids has no `--grid`; one that nobody knows is refused with the names of all."""
+    with pytest.raises(UsageError, match="--grid has no meaning with --to int8: it is the rounding rule of INT4"):
+        convert(k2_source, tmp_path / "out", "int8", grid="moonshot")
+    with pytest.raises(UsageError, match="unknown format 'int3'; expected bf16, fp8, int4, int8"):
+        convert(k2_source, tmp_path / "out", "int3")
+
+
+def test_a_config_that_promises_it_is_held_to_the_tensors(k2_bf16: Path, tmp_path: Path) -> None:
+    """A config that speaks of the format beside tensors that are none is refused."""
+    folder = tmp_path / "claims"
+    convert(k2_bf16, folder, "bf16")
+    config = json.loads((folder / CONFIG).read_text()) | {"quantization_config": {"quant_method": "int8"}}
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"expected INT8 weights, found none"):
+        convert(folder, tmp_path / "out", "bf16")
+
+
+def mixed(source: Path, *rules: Rule) -> Plan:
+    """Plan what several rules say."""
+    checkpoint = open_checkpoint(source)
+    return plan_of(checkpoint, group_tensors(checkpoint.tensors).weights, Recipe(rules), Options("int4"))
+
+
+def test_a_recipe_holds_several_formats(k2_bf16: Path, tmp_path: Path) -> None:
+    """INT4 experts beside INT8 elsewhere: one conversion, a config group for each, read back as it was meant."""
+    plan = mixed(k2_bf16, Rule(format=Int4(), scope="experts"), Rule(format=Int8(), scope="linear"))
+    done = carry_out(replace(plan, values={"recipe": "mixed"}), tmp_path / "out", workers=1)
+    labels = {row.tensor_class: row.format for row in k2quant.inspect(done.folder).rows}
+    assert (labels["routed experts"], labels["shared experts"]) == ("int4 group 32", "int8 row")
+    groups = json.loads((done.folder / CONFIG).read_text())["quantization_config"]["config_groups"]
+    assert [group["weights"]["num_bits"] for group in groups.values()] == [8, 4]
+    assert groups["group_1"]["targets"] == ["Linear"]
+    assert "model.layers.0.self_attn.q_a_proj" in groups["group_0"]["targets"]
+    assert not k2quant.inspect(done.folder).problems
+    assert k2quant.verify(k2_bf16, done.folder).passed
+
+
+def test_formats_that_no_config_can_name_together_are_refused(k2_bf16: Path) -> None:
+    """Block FP8 has a config of its own kind, which says nothing of other formats."""
+    with pytest.raises(UnsupportedFormat, match="no config describes this format beside others: expected fp8 128x128"):
+        mixed(k2_bf16, Rule(format=Int4(), scope="experts"), Rule(format=Fp8(), scope="linear"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surveyed(Int8):
+    """The same with one scale for a whole tensor, which no panel knows by itself."""
+
+    name: ClassVar[str] = "surveyed"
+    surveyed: ClassVar[bool] = True
+
+    amax: float = 0.0
+
+    def survey(self, weights: U16, codecs: Codecs) -> float:
+        """The largest magnitude of a panel."""
+        return float(np.abs(bf16_to_float(weights)).max())
+
+    def settled(self, surveys: list[Any]) -> Format:
+        """The largest of all."""
+        return replace(self, amax=max(surveys))
+
+    def choose(self, weights: U16, codecs: Codecs) -> Any:
+        """One for all rows."""
+        return np.full((len(weights), 1), self.amax / 127, np.float32)
+
+
+def test_a_survey_of_the_whole_tensor_comes_before_its_first_panel(
+    k2_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut into panels of 128 rows, each tensor still has the one scale that its largest weight asks for."""
+    monkeypatch.setitem(FORMATS, "surveyed", Surveyed)
+    monkeypatch.delitem(FORMATS, "int8")
+    monkeypatch.setattr("k2quant.checkpoint.panels.PANEL_WEIGHTS", 1)
+    made = convert(k2_source, tmp_path / "out", "surveyed", workers=3)
+    source, checkpoint = open_checkpoint(made), open_checkpoint(made)
+    for weight in group_tensors(source.tensors).weights:
+        if weight.format is not None and weight.format.quantised:
+            entry = weight.parts["weight_scale"]
+            data = (made / entry.file).read_bytes()[entry.start : entry.stop]
+            assert len(set(np.frombuffer(data, np.float32).tolist())) == 1
+    assert checkpoint.tensors
