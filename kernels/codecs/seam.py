@@ -17,7 +17,6 @@ from typing import Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from k2quant.errors import UsageError
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.codecs.values import F32, I32, U8, U16
@@ -84,23 +83,13 @@ def codecs(device: str) -> Codecs:
 
 
 def _cuda(device: str) -> Codecs:
-    import torch
+    from k2quant.kernels.devices.gpus import check_cuda, has_triton
 
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or (":" in device and not index.isdecimal()):
-        raise UsageError(f"unknown device `{device}`: expected cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
-        raise UsageError(
-            f"device `{device}` is not available: torch {torch.__version__} finds no CUDA; use --device cpu"
-        )
-    if index and int(index) >= torch.cuda.device_count():
-        raise UsageError(f"device `{device}` is not available: there are {torch.cuda.device_count()} CUDA devices")
-    try:
+    check_cuda(device, known="cpu, cuda or cuda:N", remedy="; use --device cpu")
+    if has_triton():
         from k2quant.kernels.codecs.gpu.seam import CudaCodecs
-    except ModuleNotFoundError as missing:
-        if missing.name != "triton":
-            raise
-        from k2quant.kernels.codecs.reference.seam import TorchCodecs
 
-        return TorchCodecs(device)  # the reference: torch alone, the same bits, more slowly
-    return CudaCodecs(device)
+        return CudaCodecs(device)
+    from k2quant.kernels.codecs.reference.seam import TorchCodecs
+
+    return TorchCodecs(device)  # the reference: torch alone, the same bits, more slowly
