@@ -260,7 +260,7 @@ class _Comparison:
             except ValueAt as error:
                 tensors = {suffix: entry.name for suffix, entry in weight.parts.items()}
                 raise located(error, weight.format, task.start, tensors, weight.main.file) from error
-        figures = cpu.compare(bits[0], bits[1])
+        figures = cpu.floats.compare(bits[0], bits[1])
         identical = bool(np.array_equal(bits[0], bits[1]))
         outside = 0
         if figures.changed and task.pair.second.format is not None:

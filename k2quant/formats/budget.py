@@ -19,7 +19,7 @@ import numpy as np
 
 from k2quant.formats.layouts import Format, Fp8, Int4
 from k2quant.formats.transcode import Parts, widened
-from k2quant.kernels.codecs.cpu import outside
+from k2quant.kernels.codecs.cpu.bf16 import outside
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -80,10 +80,10 @@ def transcode(
     if isinstance(source, Bf16):
         weights = to_bf16(source, parts, codecs=codecs, scratch=scratch)
         if isinstance(target, Fp8):
-            return codecs.bf16_to_fp8(weights, target.block, outputs["weight"], outputs["weight_scale_inv"])
-        return codecs.bf16_to_int4(weights, target.grid, outputs["weight_packed"], outputs["weight_scale"])
+            return codecs.fp8.encode(weights, target.block, outputs["weight"], outputs["weight_scale_inv"])
+        return codecs.int4.encode(weights, target.grid, outputs["weight_packed"], outputs["weight_scale"])
     if isinstance(source, Fp8) and isinstance(target, Int4):
-        return codecs.fp8_to_int4(
+        return codecs.fused["fp8", "int4"](
             parts["weight"],
             parts["weight_scale_inv"],
             source.block,
@@ -92,7 +92,7 @@ def transcode(
             outputs["weight_scale"],
         )
     if isinstance(source, Int4) and isinstance(target, Fp8):
-        return codecs.int4_to_fp8(
+        return codecs.fused["int4", "fp8"](
             parts["weight_packed"],
             widened(parts["weight_scale"]),
             source.group,
@@ -117,9 +117,9 @@ def to_bf16(layout: Format, parts: Parts, *, codecs: Codecs, scratch: Scratch) -
 
 def _to_bf16(source: Format, parts: Parts, out: NDArray[np.uint16], codecs: Codecs) -> None:
     if isinstance(source, Fp8):
-        codecs.fp8_to_bf16(parts["weight"], parts["weight_scale_inv"], source.block, out)
+        codecs.fp8.decode(parts["weight"], parts["weight_scale_inv"], source.block, out)
     elif isinstance(source, Int4):
-        codecs.int4_to_bf16(parts["weight_packed"], widened(parts["weight_scale"]), source.group, out)
+        codecs.int4.decode(parts["weight_packed"], widened(parts["weight_scale"]), source.group, out)
     elif source.dtype == "BF16":
         np.copyto(out, parts["weight"])
     else:
@@ -129,10 +129,10 @@ def _to_bf16(source: Format, parts: Parts, out: NDArray[np.uint16], codecs: Code
 def _round_floats(values: NDArray[Any], out: NDArray[np.uint16], codecs: Codecs) -> None:
     """Round F16 or F32; a single column, as tensors that are no matrices come, is worked on as one row."""
     if values.shape[1] != 1:
-        codecs.float_to_bf16(values, out)
+        codecs.floats.to_bf16(values, out)
         return
     try:
-        codecs.float_to_bf16(values.reshape(1, -1), out.reshape(1, -1))
+        codecs.floats.to_bf16(values.reshape(1, -1), out.reshape(1, -1))
     except ValueAt as error:
         raise ValueAt(row=error.column, column=0, what=error.what) from error
 

@@ -181,7 +181,7 @@ class Merger:
             figures = transcode(Bf16(), layout, {"weight": values}, outputs, codecs=codecs, scratch=scratch)
         except ValueAt as error:
             raise _blamed(error, weight, start) from error
-        return figures or codecs.compare(values, values), Stored(
+        return figures or codecs.floats.compare(values, values), Stored(
             outputs, to_bf16(layout, outputs, codecs=codecs, scratch=scratch)
         )
 
