@@ -1,4 +1,4 @@
-"""The two INT4 rounding rules, and how wide their codes may be."""
+"""The two INT4 rounding rules, how wide their codes may be, and how many of them share a scale."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from k2quant.errors import UsageError
 
 Grid = Literal["moonshot", "compressed-tensors"]
 """`moonshot`: scale = amax/7, codes -7..7. `compressed-tensors`: scale = amax/7.5, codes -8..7."""
+
+GROUP = 32
+"""Columns that share a scale in what is written; other groups are only read."""
 
 PACKED_BITS = (4, 3, 2)
 """Widths whose codes fit the nibbles of INT4. Checkpoints have 4; fewer stress calibration and training."""

@@ -1,41 +1,48 @@
-"""The seam between the arithmetic and everything above it: one set of codecs for each device, all with the same bits.
+"""The seam between the arithmetic and everything above it: a codec for each format, on each device, of the same bits.
 
 Arrays are C-contiguous numpy arrays; inputs may be read-only views of mapped files; outputs are written into arrays
 that the caller owns. R are rows, K columns. BF16 is uint16 bits `[R, K]`. FP8 is uint8 e4m3fn codes `[R, K]` with
 float32 scales `[ceil(R/block[0]), ceil(K/block[1])]`. INT4 is int32 words `[R, K/8]`, lowest column in the lowest
-nibble, nibble = code + 8. A scale of INT4 goes in as float32 `[R, K/group]`, and comes out as BF16 bits `[R, K/32]`.
+nibble, nibble = code + 8. `decode` takes a scale of INT4 as float32 `[R, K/group]`; all else has it as BF16 bits
+`[R, K/32]`.
 
 Work is cut into panels: ranges of rows, multiples of a block's height. Codecs release the GIL and start no threads.
 A bad value raises `values.ValueAt`, rows and columns counted within the arrays given; what was written by then is void.
 A scale is bad when it is NaN, infinite or has a sign bit, -0 included.
+
+`encode` is `choose`, then `store`, in one pass: who has better scales than `choose` gives them to `store`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from k2quant.errors import UsageError
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.codecs.values import F32, I32, U8, U16
 
 
-class Codecs(Protocol):
-    """The codecs of one device."""
+class FloatCodec(Protocol):
+    """Numbers that are no codes: rounding to BF16, and what became of BF16."""
 
-    def float_to_bf16(self, values: F32 | NDArray[np.float16], out: U16) -> None:
+    def to_bf16(self, values: F32 | NDArray[np.float16], out: U16) -> None:
         """Round to BF16, half to even; what is or would become NaN or infinite is an error."""
 
-    def fp8_to_bf16(self, codes: U8, scale: F32, block: tuple[int, int], out: U16) -> None:
+    def compare(self, before: U16, after: U16) -> Figures:
+        """Return the figures of `after` against the truth `before`."""
+
+
+class Fp8Codec(Protocol):
+    """Block FP8."""
+
+    def decode(self, codes: U8, scale: F32, block: tuple[int, int], out: U16) -> None:
         """Write bf16(fp32(code) * scale), the product rounded to float32 first; a scale of zero is valid."""
 
-    def int4_to_bf16(self, packed: I32, scale: F32, group: int, out: U16) -> None:
-        """Write bf16(code * scale) for codes -8..7; any `group` that divides K. Code 0 gives +0."""
-
-    def bf16_to_fp8(self, weights: U16, block: tuple[int, int], codes: U8, scale: F32) -> Figures:
+    def encode(self, weights: U16, block: tuple[int, int], codes: U8, scale: F32) -> Figures:
         """Encode each block; -0 keeps its sign.
 
         A block whose weights are all bf16(code * scale) for one scale gets the one of such scales that is nearest to
@@ -43,7 +50,27 @@ class Codecs(Protocol):
         half to even and saturated at +-448. A block of zeros gets the scale 1.
         """
 
-    def bf16_to_int4(
+    def choose(self, weights: U16, block: tuple[int, int], scale: F32) -> None:
+        """Write the scale of each block that `encode` would take, recovery included."""
+
+    def store(self, weights: U16, scale: F32, block: tuple[int, int], codes: U8) -> Figures:
+        """Write codes at scales that are given: w/scale in float32, rounded half to even, saturated at +-448.
+
+        At the scales of `choose` these are the codes, and always the figures, of `encode`. One corner aside: recovery
+        takes the codes of amax/448. In a block that has another scale, a weight of at most 15 * 2^-133 may be stood for
+        by two codes there; `encode` then keeps the one, and `store` finds the other. Both decode to the weight.
+
+        A scale that is bad or zero, and a product that exceeds BF16, are errors.
+        """
+
+
+class Int4Codec(Protocol):
+    """INT4 in groups of columns: of any size to be read, of 32 to be written."""
+
+    def decode(self, packed: I32, scale: F32, group: int, out: U16) -> None:
+        """Write bf16(code * scale) for codes -8..7; any `group` that divides K. Code 0 gives +0."""
+
+    def encode(
         self, weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True, bits: int = 4
     ) -> Figures:
         """Encode each group of 32 columns; K is a multiple of 32.
@@ -56,18 +83,34 @@ class Codecs(Protocol):
         are -3..3 or -1..1. `recover` has no effect; what the plain rule made comes back by the plain rule.
         """
 
-    def fp8_to_int4(
-        self, codes: U8, scale_in: F32, block: tuple[int, int], grid: Grid, packed: I32, scale_out: U16
-    ) -> Figures:
-        """Give the bits and figures of `fp8_to_bf16` and `bf16_to_int4`, with no more than a row as BF16."""
+    def choose(self, weights: U16, grid: Grid, scale: U16, *, recover: bool = True, bits: int = 4) -> None:
+        """Write the scale of each group that `encode` would take."""
 
-    def int4_to_fp8(
-        self, packed: I32, scale_in: F32, group: int, block: tuple[int, int], codes: U8, scale_out: F32
-    ) -> Figures:
-        """Give the bits and figures of `int4_to_bf16` and `bf16_to_fp8`, with no more than a block as BF16."""
+    def store(self, weights: U16, scale: U16, grid: Grid, packed: I32, *, bits: int = 4) -> Figures:
+        """Write codes at scales that are given, rounded by the grid's rule and clamped to its codes.
 
-    def compare(self, before: U16, after: U16) -> Figures:
-        """Return the figures of `after` against the truth `before`."""
+        At the scales of `choose` these are the words and the figures of `encode`. A scale that is bad or zero, and a
+        product that exceeds BF16, are errors.
+        """
+
+
+Fused = Callable[..., Figures]
+"""Two codecs in one pass: the bits and the figures of the one's `decode` and the other's `encode`.
+
+It takes what is read, how that is laid out, how what is written is to be laid out, and the arrays to write:
+("fp8", "int4") as (codes, scale_in, block, grid, packed, scale_out), where groups that lie on the moonshot grid are
+recovered, and ("int4", "fp8") as (packed, scale_in, group, block, codes, scale_out), with arrays as in the codecs.
+"""
+
+
+class Codecs(NamedTuple):
+    """The codecs of one device."""
+
+    floats: FloatCodec
+    fp8: Fp8Codec
+    int4: Int4Codec
+    fused: Mapping[tuple[str, str], Fused]
+    """By format read and format written; a pair that is missing goes through BF16."""
 
 
 def codecs(device: str) -> Codecs:
@@ -77,30 +120,16 @@ def codecs(device: str) -> Codecs:
         UsageError: there is no such device here.
     """
     if device == "cpu":
-        from k2quant.kernels.codecs import cpu as codecs_cpu
+        from k2quant.kernels.codecs.cpu import CODECS
 
-        return cast("Codecs", codecs_cpu)
-    return _cuda(device)
+        return CODECS
+    from k2quant.kernels.devices.gpus import check_cuda, has_triton
 
+    check_cuda(device, known="cpu, cuda or cuda:N", remedy="; use --device cpu")
+    if has_triton():
+        from k2quant.kernels.codecs.gpu.seam import cuda_codecs
 
-def _cuda(device: str) -> Codecs:
-    import torch
+        return cuda_codecs(device)
+    from k2quant.kernels.codecs.reference.seam import torch_codecs
 
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or (":" in device and not index.isdecimal()):
-        raise UsageError(f"unknown device `{device}`: expected cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
-        raise UsageError(
-            f"device `{device}` is not available: torch {torch.__version__} finds no CUDA; use --device cpu"
-        )
-    if index and int(index) >= torch.cuda.device_count():
-        raise UsageError(f"device `{device}` is not available: there are {torch.cuda.device_count()} CUDA devices")
-    try:
-        from k2quant.kernels.codecs.gpu.seam import CudaCodecs
-    except ModuleNotFoundError as missing:
-        if missing.name != "triton":
-            raise
-        from k2quant.kernels.codecs.reference.seam import TorchCodecs
-
-        return TorchCodecs(device)  # the reference: torch alone, the same bits, more slowly
-    return CudaCodecs(device)
+    return torch_codecs(device)  # the reference: torch alone, the same bits, more slowly

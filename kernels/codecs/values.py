@@ -114,11 +114,24 @@ def bad_int4(packed: I32, scale: F32, group: int) -> ValueAt:
 def bad_group(weights: U16, bits: int = 4) -> ValueAt:
     """Find the first NaN or infinity, else blame the largest weight: its group's products would exceed BF16."""
     magnitude = weights & 0x7FFF
-    if (magnitude >= INFINITY).any():
+    if has_infinity(weights):
         return bad_weight(weights)
     row, column = divmod(int(magnitude.argmax()), weights.shape[1])
     value = float(bf16_to_float(weights[row : row + 1, column])[0])
     return ValueAt(row=row, column=column, what=f"overflow: {value} rounds to an INT{bits} value that exceeds bfloat16")
+
+
+def bad_divisor(scale: F32) -> ValueAt | None:
+    """Find the first scale that is bad, or that is zero: codes at it would be w/0. Nothing if all are good."""
+    if (error := _bad_scale(scale)) is not None or scale.all():
+        return error
+    row, column = _first(scale == 0)
+    return ValueAt(row=row, column=column, what="a scale of zero", of="scale")
+
+
+def has_infinity(weights: U16) -> bool:
+    """Return whether any of these BF16 bits is NaN or infinite."""
+    return bool((weights & 0x7FFF >= INFINITY).any())
 
 
 def _bad_scale(scale: F32) -> ValueAt | None:

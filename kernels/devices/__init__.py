@@ -1,1 +1,1 @@
-"""How work gets onto a device: threads of a CPU, launches and rounding of Triton on a GPU."""
+"""How work gets onto a device: threads of a CPU, GPUs by name, launches and rounding of Triton."""

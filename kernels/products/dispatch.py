@@ -6,7 +6,6 @@ that this is faster. Anything else: the reference.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, wraps
@@ -15,7 +14,7 @@ from typing import ParamSpec, TypeVar, cast
 import torch
 from torch import Tensor
 
-from k2quant.errors import UsageError
+from k2quant.kernels.devices import gpus
 from k2quant.kernels.products import reference
 from k2quant.kernels.products.tables.configs import Config, Product, Table, table_for
 from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, Weight
@@ -31,6 +30,8 @@ _FLOAT32_TILE = Config(rows=16, columns=32, depth=32, warps=4, stages=1)
 
 EXPERTS, TOP = 384, 8
 """Kimi K2's routed experts, and how many a token has."""
+
+on_triton = gpus.on_triton
 
 
 def _in_given_dtypes(function: Callable[P, R]) -> Callable[P, R]:
@@ -141,34 +142,6 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
 
         return linear_cpu.dequantize(weight, dtype)
     return weight.dequantize(dtype)
-
-
-def on_triton(tensor: Tensor) -> bool:
-    """Return whether Triton kernels run where this tensor lies."""
-    return tensor.device.type == "cuda" and _has_triton()
-
-
-def require_gpu(device: str) -> torch.device:
-    """Return a CUDA device with its number.
-
-    Raises:
-        UsageError: there is no such GPU, or Triton is missing.
-    """
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or (":" in device and not index.isdecimal()):
-        raise UsageError(f"unknown device `{device}`: expected cuda or cuda:N")
-    if not torch.cuda.is_available():
-        raise UsageError(f"device `{device}` is not available: torch {torch.__version__} finds no CUDA")
-    if index and int(index) >= torch.cuda.device_count():
-        raise UsageError(f"device `{device}` is not available: there are {torch.cuda.device_count()} CUDA devices")
-    if not _has_triton():
-        raise UsageError("Triton is missing: pip install triton")
-    return torch.device("cuda", int(index) if index else torch.cuda.current_device())
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @lru_cache(maxsize=16)

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from k2quant.errors import UsageError
+from k2quant.kernels.codecs.views import as_bytes, as_codes
 from k2quant.kernels.products import dispatch
 from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, Layout
 
@@ -96,16 +97,6 @@ def check_weight(weight: object, kind: type[Int4Weight | Fp8Weight], name: str) 
         prepare = "prepare_int4" if kind is Int4Weight else "prepare_fp8"
         raise UsageError(f"{name}: expected an {kind.__name__} from {prepare}, found {type(weight).__name__}")
     weight.check()
-
-
-def as_bytes(codes: Tensor) -> Tensor:
-    """Return e4m3 codes as the operators take them: torch's own checks of operators do arithmetic that FP8 lacks."""
-    return codes.view(torch.uint8)
-
-
-def as_codes(codes: Tensor) -> Tensor:
-    """Undo `as_bytes`."""
-    return codes.view(torch.float8_e4m3fn)
 
 
 @custom_op("k2quant::int4_linear", mutates_args=())

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from k2quant.errors import UsageError
+from k2quant.kernels.codecs.views import as_bytes, as_codes
 from k2quant.kernels.products import dispatch
-from k2quant.kernels.products.linear import as_bytes, as_codes, check_weight, check_x
+from k2quant.kernels.products.linear import check_weight, check_x
 from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, Layout
 
 

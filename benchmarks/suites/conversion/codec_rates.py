@@ -1,7 +1,7 @@
 """Rates of the codecs in memory: two threads over panels of rows, outputs allocated before, files left out.
 
 Example:
-    python benchmarks/codec_rates.py --json benchmarks/results/codecs.json
+    python benchmarks/suites/conversion/codec_rates.py --json benchmarks/results/codecs.json
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from k2quant.kernels.codecs import cpu as codecs
+from k2quant.kernels.codecs import cpu
 from k2quant.kernels.codecs.values import U8, U16, float_to_bf16
 
 SHAPE = (2048, 7168)
@@ -45,13 +45,13 @@ def jobs() -> dict[str, Job]:
     rows, columns = bf16.shape
     codes: U8 = np.empty(bf16.shape, np.uint8)
     scale = np.empty((rows // 128, columns // 128), np.float32)
-    codecs.bf16_to_fp8(bf16, BLOCK, codes, scale)
+    cpu.fp8.encode(bf16, BLOCK, codes, scale)
     packed, scale4 = np.empty((rows, columns // 8), np.int32), np.empty((rows, columns // 32), np.uint16)
-    codecs.bf16_to_int4(bf16, "moonshot", packed, scale4)
+    cpu.int4.encode(bf16, "moonshot", packed, scale4)
     wide4 = (scale4.astype(np.uint32) << np.uint32(16)).view(np.float32)
     on_fp8, on_int4 = np.empty_like(bf16), np.empty_like(bf16)
-    codecs.fp8_to_bf16(codes, scale, BLOCK, on_fp8)
-    codecs.int4_to_bf16(packed, wide4, 32, on_int4)
+    cpu.fp8.decode(codes, scale, BLOCK, on_fp8)
+    cpu.int4.decode(packed, wide4, 32, on_int4)
     out, out8, outs8 = np.empty_like(bf16), np.empty_like(codes), np.empty_like(scale)
     out4, outs4 = np.empty_like(packed), np.empty_like(scale4)
     for array in (out, out8, outs8, out4, outs4):
@@ -61,28 +61,26 @@ def jobs() -> dict[str, Job]:
         return slice(r.start // 128, r.stop // 128)
 
     return {
-        "fp8 -> bf16": lambda r: codecs.fp8_to_bf16(codes[r], scale[blocks(r)], BLOCK, out[r]),
-        "int4 -> bf16": lambda r: codecs.int4_to_bf16(packed[r], wide4[r], 32, out[r]),
-        "bf16 -> int4": lambda r: codecs.bf16_to_int4(bf16[r], "moonshot", out4[r], outs4[r]),
-        "bf16 -> int4, on the grid": lambda r: codecs.bf16_to_int4(on_int4[r], "moonshot", out4[r], outs4[r]),
-        "bf16 -> int4, no recovery": lambda r: codecs.bf16_to_int4(
-            bf16[r], "moonshot", out4[r], outs4[r], recover=False
-        ),
-        "bf16 -> int4, compressed-tensors": lambda r: codecs.bf16_to_int4(
-            bf16[r], "compressed-tensors", out4[r], outs4[r]
-        ),
-        "bf16 -> fp8": lambda r: codecs.bf16_to_fp8(bf16[r], BLOCK, out8[r], outs8[blocks(r)]),
-        "bf16 -> fp8, on the grid": lambda r: codecs.bf16_to_fp8(on_fp8[r], BLOCK, out8[r], outs8[blocks(r)]),
+        "fp8 -> bf16": lambda r: cpu.fp8.decode(codes[r], scale[blocks(r)], BLOCK, out[r]),
+        "int4 -> bf16": lambda r: cpu.int4.decode(packed[r], wide4[r], 32, out[r]),
+        "bf16 -> int4": lambda r: cpu.int4.encode(bf16[r], "moonshot", out4[r], outs4[r]),
+        "bf16 -> int4, on the grid": lambda r: cpu.int4.encode(on_int4[r], "moonshot", out4[r], outs4[r]),
+        "bf16 -> int4, no recovery": lambda r: cpu.int4.encode(bf16[r], "moonshot", out4[r], outs4[r], recover=False),
+        "bf16 -> int4, compressed-tensors": lambda r: cpu.int4.encode(bf16[r], "compressed-tensors", out4[r], outs4[r]),
+        "bf16 -> fp8": lambda r: cpu.fp8.encode(bf16[r], BLOCK, out8[r], outs8[blocks(r)]),
+        "bf16 -> fp8, on the grid": lambda r: cpu.fp8.encode(on_fp8[r], BLOCK, out8[r], outs8[blocks(r)]),
         "bf16 -> fp8, blocks of 1x128": _rows_of_blocks(bf16, out8),
-        "fp8 -> int4": lambda r: codecs.fp8_to_int4(codes[r], scale[blocks(r)], BLOCK, "moonshot", out4[r], outs4[r]),
-        "int4 -> fp8": lambda r: codecs.int4_to_fp8(packed[r], wide4[r], 32, BLOCK, out8[r], outs8[blocks(r)]),
-        "compare": lambda r: codecs.compare(bf16[r], on_fp8[r]),
+        "fp8 -> int4": lambda r: cpu.fused.fp8_to_int4(
+            codes[r], scale[blocks(r)], BLOCK, "moonshot", out4[r], outs4[r]
+        ),
+        "int4 -> fp8": lambda r: cpu.fused.int4_to_fp8(packed[r], wide4[r], 32, BLOCK, out8[r], outs8[blocks(r)]),
+        "compare": lambda r: cpu.bf16.compare(bf16[r], on_fp8[r]),
     }
 
 
 def _rows_of_blocks(bf16: U16, codes: U8) -> Job:
     scale = np.zeros((bf16.shape[0], bf16.shape[1] // 128), np.float32)
-    return lambda r: codecs.bf16_to_fp8(bf16[r], (1, 128), codes[r], scale[r])
+    return lambda r: cpu.fp8.encode(bf16[r], (1, 128), codes[r], scale[r])
 
 
 def measure(job: Job, pool: ThreadPoolExecutor, runs: int) -> tuple[list[float], list[float]]:

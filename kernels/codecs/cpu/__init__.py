@@ -1,27 +1,13 @@
-"""The codecs on the CPU, compiled by numba: `seam.Codecs` as functions."""
+"""The codecs on the CPU, compiled by numba: a module for each format, whose functions are its codec."""
 
-from k2quant.kernels.codecs.cpu.loops import (
-    bf16_to_fp8,
-    bf16_to_int4,
-    compare,
-    fake_quantize_int4,
-    float_to_bf16,
-    fp8_to_bf16,
-    fp8_to_int4,
-    int4_to_bf16,
-    int4_to_fp8,
-    outside,
+from k2quant.kernels.codecs.cpu import bf16, fp8, fused, int4
+from k2quant.kernels.codecs.seam import Codecs
+
+__all__ = ["CODECS", "bf16", "fp8", "fused", "int4"]
+
+CODECS = Codecs(
+    floats=bf16,
+    fp8=fp8,
+    int4=int4,
+    fused={("fp8", "int4"): fused.fp8_to_int4, ("int4", "fp8"): fused.int4_to_fp8},
 )
-
-__all__ = [
-    "bf16_to_fp8",
-    "bf16_to_int4",
-    "compare",
-    "fake_quantize_int4",
-    "float_to_bf16",
-    "fp8_to_bf16",
-    "fp8_to_int4",
-    "int4_to_bf16",
-    "int4_to_fp8",
-    "outside",
-]

@@ -1,12 +1,13 @@
-"""The codecs on the CPU: every jitted loop of k2quant, and thin wrappers that check shapes and explain bad values.
+"""Every jitted loop of the codecs: what `bf16`, `fp8`, `int4` and `fused` call once they have checked their arrays.
 
-All jitted code stands in this file, because numba's cache notices an edit only in the file that holds the function: a
-helper elsewhere would leave stale machine code behind. `reference.py` says the same in plain torch, and the tests hold
-the two equal bit for bit.
+This file stays long on purpose. Numba's cache notices an edit only in the file that holds the function: a helper
+elsewhere would leave stale machine code behind, so the jitted code of one call graph is one file. `reference` says the
+same in plain torch, and the tests hold the two equal bit for bit.
 
 How the loops are built. Each works on one-dimensional spans that fit the first-level cache: a row for INT4, a block for
 FP8. Spans are decoded to BF16 scratch, encoded, decoded again and compared with the scratch, so a fused pair such as
-`fp8_to_int4` gives the bits and the figures of the two steps by construction. Sums are kept in `LANES` float64 lanes,
+`fp8_to_int4` gives the bits and the figures of the two steps by construction. Encoding a span is choosing its scales
+and storing codes at them; a `job` says which of the two a call is for. Sums are kept in `LANES` float64 lanes,
 lane = position in the span modulo `LANES`, and added in order at the end: the figures do not depend on the machine's
 vector width. No fast-math anywhere; every division is a true one.
 
@@ -22,23 +23,21 @@ from numba import njit
 from numpy.typing import NDArray
 
 from k2quant.kernels.codecs import values as explain
-from k2quant.kernels.codecs.figures import Figures
-from k2quant.kernels.codecs.grids import PACKED_BITS, Grid, largest_code
-from k2quant.kernels.codecs.recovery import DISTANCES, SMALLEST_AMAX, int4_table
-from k2quant.kernels.codecs.values import F32, I32, U8, U16
+from k2quant.kernels.codecs.grids import GROUP
+from k2quant.kernels.codecs.recovery import DISTANCES, SMALLEST_AMAX
+from k2quant.kernels.codecs.values import F32, F64, U8, U16
 
 Int = Any  # what numba makes of integers is no one Python type
-F64 = NDArray[np.float64]
 U32 = NDArray[np.uint32]
 Outcome = tuple[int, float, float, float]
 """Changed weights (-1: a bad value), energy, error, worst."""
 
-INT4_GROUP = 32
 LANES = 128
 """Accumulators of a sum; 128 float64 are 1 KiB, so both sums stay in the first-level cache."""
 
 _PROBE = 256  # weights after which an ordinary FP8 block has, almost surely, shown two magnitudes with one code
-_PLAIN, _RECOVER, _COMPRESSED_TENSORS = 0, 1, 2  # the INT4 rules, as the jitted code knows them
+PLAIN, RECOVER, COMPRESSED_TENSORS = 0, 1, 2  # the INT4 rules, as the jitted code knows them
+ENCODE, CHOOSE, STORE = 0, 1, 2  # what a call is for: scales and codes, scales alone, codes at scales that are there
 
 _jit = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
 
@@ -135,8 +134,8 @@ def _decode_int4(pairs: U8, scale: F32, out: U32) -> None:
     """Decode groups of 32 codes, two in a byte, low nibble first, to words of two BF16."""
     for group in range(scale.size):
         step = scale[group]
-        for lane in range(INT4_GROUP // 2):
-            i = group * (INT4_GROUP // 2) + lane
+        for lane in range(GROUP // 2):
+            i = group * (GROUP // 2) + lane
             pair = np.uint32(pairs[i])
             low = _int4_product(np.uint32(pair & np.uint32(15)), step)
             high = _int4_product(np.uint32(pair >> np.uint32(4)), step)
@@ -240,7 +239,7 @@ def _entry(weight: np.uint16, amax: np.uint16) -> Int:
 def _fits_quickly(weights: U16, first: int, scale: np.float32) -> bool:
     """Return whether `scale` gives every weight of the group at `first`: true for the nearest codes or for none."""
     differences = np.uint32(0)
-    for lane in range(INT4_GROUP):
+    for lane in range(GROUP):
         magnitude = np.uint32(weights[first + lane] & np.uint16(0x7FFF))
         nibble = _nibble(min(_widen(magnitude) / scale, np.float32(7)))
         differences |= np.uint32(_int4_product(nibble, scale) ^ magnitude)
@@ -251,9 +250,9 @@ def _fits_quickly(weights: U16, first: int, scale: np.float32) -> bool:
 def _recover_int4_scales(weights: U16, amax: U16, table: U32, scale: U16) -> None:
     """Replace the scale of each group that lies on the grid by the one that the rule finds."""
     for group in range(scale.size):
-        largest, first = amax[group], group * INT4_GROUP
+        largest, first = amax[group], group * GROUP
         if largest < SMALLEST_AMAX:
-            bits = _search_scale(weights[first : first + INT4_GROUP], largest) if largest else 0
+            bits = _search_scale(weights[first : first + GROUP], largest) if largest else 0
             scale[group] = bits or scale[group]
             continue
         # Two weights without a branch reject all but 3 of 1000 ordinary groups, where one leaves 131.
@@ -262,7 +261,7 @@ def _recover_int4_scales(weights: U16, amax: U16, table: U32, scale: U16) -> Non
             candidates = np.uint32(candidates & table[_entry(weights[first + lane], largest)])
         if candidates == 0 or (candidates & np.uint32(1) and _fits_quickly(weights, first, _widen(scale[group]))):
             continue  # the first candidate is the scale that stands there
-        for lane in range(INT4_GROUP):
+        for lane in range(GROUP):
             candidates = np.uint32(candidates & table[_entry(weights[first + lane], largest)])
         if candidates == 0:
             continue
@@ -276,10 +275,10 @@ def _recover_int4_scales(weights: U16, amax: U16, table: U32, scale: U16) -> Non
 def _int4_scales(weights: U16, rule: int, largest: np.float32, amax: U16, scale: U16) -> bool:
     """Compute the plain BF16 scale of each group of a row; return whether all weights are finite."""
     for group in range(scale.size):
-        amax[group] = _largest(weights[group * INT4_GROUP : group * INT4_GROUP + INT4_GROUP])
+        amax[group] = _largest(weights[group * GROUP : group * GROUP + GROUP])
     if _largest(amax) >= explain.INFINITY:
         return False
-    divisor = np.float32(7.5) if rule == _COMPRESSED_TENSORS else largest
+    divisor = np.float32(7.5) if rule == COMPRESSED_TENSORS else largest
     for group in range(scale.size):
         bits = _round(_widen(amax[group]) / divisor)
         scale[group] = bits or np.uint32(0x3C00)  # 2^-7, as compressed-tensors writes for a scale of zero
@@ -303,8 +302,8 @@ def _encode_moonshot(weights: U16, scale: U16, largest: np.float32, nibbles: U8,
     """Round a row to codes of at most `largest`: one nibble a byte, and the values that decoding will give."""
     for group in range(scale.size):
         step = _widen(scale[group])
-        for lane in range(INT4_GROUP):
-            i = group * INT4_GROUP + lane
+        for lane in range(GROUP):
+            i = group * GROUP + lane
             nibble = _nibble(_moonshot_quotient(weights[i], step, largest))
             nibbles[i] = nibble
             decoded[i] = _int4_product(nibble, step)
@@ -315,8 +314,8 @@ def _encode_compressed_tensors(weights: U16, scale: U16, nibbles: U8, decoded: U
     """Round a row to codes -8..7, and the values that decoding will give."""
     for group in range(scale.size):
         step = _widen(scale[group])
-        for lane in range(INT4_GROUP):
-            i = group * INT4_GROUP + lane
+        for lane in range(GROUP):
+            i = group * GROUP + lane
             nibble = _nibble(_compressed_quotient(weights[i], step))
             nibbles[i] = nibble
             decoded[i] = _int4_product(nibble, step)
@@ -335,58 +334,62 @@ def _whole(quotient: np.float32) -> np.float32:
 
 
 @_jit
-def _encode_int4_row(
-    weights: U16,
-    rule: int,
-    largest: np.float32,
-    table: U32,
-    packed: U8,
-    scale: U16,
-    amax: U16,
-    nibbles: U8,
-    decoded: U16,
-) -> bool:
-    """Encode one row; return whether all its weights are finite."""
+def _choose_int4_row(weights: U16, rule: int, largest: np.float32, table: U32, amax: U16, scale: U16) -> bool:
+    """Choose the scale of each group of a row; return whether all its weights are finite."""
     if not _int4_scales(weights, rule, largest, amax, scale):
         return False
-    if rule == _RECOVER:
+    if rule == RECOVER:
         _recover_int4_scales(weights, amax, table, scale)
-    if rule == _COMPRESSED_TENSORS:
+    return True
+
+
+@_jit
+def _store_int4_row(
+    weights: U16, rule: int, largest: np.float32, scale: U16, packed: U8, nibbles: U8, decoded: U16
+) -> None:
+    """Round a row to codes at its scales, and write what they decode to."""
+    if rule == COMPRESSED_TENSORS:
         _encode_compressed_tensors(weights, scale, nibbles, decoded)
     else:
         _encode_moonshot(weights, scale, largest, nibbles, decoded)
     pairs = nibbles.view(np.uint16)
     for i in range(packed.size):
         packed[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
-    return True
 
 
 @_jit
-def _bf16_to_int4(weights: U16, rule: int, largest_code: np.float32, table: U32, packed: U8, scale: U16) -> Outcome:
+def bf16_to_int4(
+    weights: U16, rule: int, largest_code: np.float32, job: int, table: U32, packed: U8, scale: U16
+) -> Outcome:
+    """Encode rows, or one half of it: CHOOSE leaves `packed` alone, STORE takes `scale` as it is."""
     rows, columns = weights.shape
     nibbles, decoded = np.empty(columns, np.uint8), np.empty(columns, np.uint16)
-    amax = np.empty(columns // INT4_GROUP, np.uint16)
+    amax = np.empty(columns // GROUP, np.uint16)
     energy, error = np.zeros(LANES), np.zeros(LANES)
     changed, worst = 0, np.uint32(0)
     for row in range(rows):
-        if not _encode_int4_row(
-            weights[row], rule, largest_code, table, packed[row], scale[row], amax, nibbles, decoded
-        ):
+        if job == STORE:
+            if _largest(weights[row]) >= explain.INFINITY:
+                return -1, 0.0, 0.0, 0.0
+        elif not _choose_int4_row(weights[row], rule, largest_code, table, amax, scale[row]):
             return -1, 0.0, 0.0, 0.0
+        if job == CHOOSE:
+            continue
+        _store_int4_row(weights[row], rule, largest_code, scale[row], packed[row], nibbles, decoded)
         count, largest = _tally(weights[row], decoded, energy, error)
         changed, worst = changed + count, max(worst, largest)
     return _total(changed, worst, energy, error)
 
 
 @_jit
-def _fake_quantize_int4(weights: U16, rule: int, largest: np.float32, out: U16) -> bool:
+def fake_quantize_int4(weights: U16, rule: int, largest: np.float32, out: U16) -> bool:
     """Round to the grid and back; return whether all weights are finite, before and after."""
     columns = weights.shape[1]
-    amax, scale = np.empty(columns // INT4_GROUP, np.uint16), np.empty(columns // INT4_GROUP, np.uint16)
+    amax, scale = np.empty(columns // GROUP, np.uint16), np.empty(columns // GROUP, np.uint16)
     for row in range(weights.shape[0]):
         if not _int4_scales(weights[row], rule, largest, amax, scale):
             return False
-        if rule == _COMPRESSED_TENSORS:
+        if rule == COMPRESSED_TENSORS:
             _fake_compressed_tensors(weights[row], scale, out[row])
         else:
             _fake_moonshot(weights[row], scale, largest, out[row])
@@ -399,8 +402,8 @@ def _fake_quantize_int4(weights: U16, rule: int, largest: np.float32, out: U16) 
 def _fake_moonshot(weights: U16, scale: U16, largest: np.float32, out: U16) -> None:
     for group in range(scale.size):
         step = _widen(scale[group])
-        for lane in range(INT4_GROUP):
-            i = group * INT4_GROUP + lane
+        for lane in range(GROUP):
+            i = group * GROUP + lane
             out[i] = _round(_whole(_moonshot_quotient(weights[i], step, largest)) * step)
 
 
@@ -408,16 +411,16 @@ def _fake_moonshot(weights: U16, scale: U16, largest: np.float32, out: U16) -> N
 def _fake_compressed_tensors(weights: U16, scale: U16, out: U16) -> None:
     for group in range(scale.size):
         step = _widen(scale[group])
-        for lane in range(INT4_GROUP):
-            i = group * INT4_GROUP + lane
+        for lane in range(GROUP):
+            i = group * GROUP + lane
             out[i] = _round(_whole(_compressed_quotient(weights[i], step)) * step)
 
 
 @_jit
 def _decode_int4_row(packed: U8, scale: F32, group: int, first: int, out: U16) -> None:
     """Decode columns of a row of packed bytes, from column `first` on."""
-    if group == INT4_GROUP and first % INT4_GROUP == 0 and out.size % INT4_GROUP == 0:
-        scales = scale[first // INT4_GROUP :][: out.size // INT4_GROUP]
+    if group == GROUP and first % GROUP == 0 and out.size % GROUP == 0:
+        scales = scale[first // GROUP :][: out.size // GROUP]
         _decode_int4(packed[first // 2 :], scales, out.view(np.uint32))
     else:
         for i in range(out.size):
@@ -427,7 +430,8 @@ def _decode_int4_row(packed: U8, scale: F32, group: int, first: int, out: U16) -
 
 
 @_jit
-def _int4_to_bf16(packed: U8, scale: F32, group: int, out: U16) -> bool:
+def int4_to_bf16(packed: U8, scale: F32, group: int, out: U16) -> bool:
+    """Decode rows; return whether no product exceeds BF16."""
     for row in range(packed.shape[0]):
         _decode_int4_row(packed[row], scale[row], group, 0, out[row])
         if _largest(out[row]) >= explain.INFINITY:
@@ -439,7 +443,8 @@ def _int4_to_bf16(packed: U8, scale: F32, group: int, out: U16) -> bool:
 
 
 @_jit
-def _fp8_to_bf16(codes: U8, scale: F32, height: int, width: int, out: U16) -> bool:
+def fp8_to_bf16(codes: U8, scale: F32, height: int, width: int, out: U16) -> bool:
+    """Decode rows; return whether no code is NaN and no product exceeds BF16."""
     valid = True
     for row in range(codes.shape[0]):
         valid &= _decode_fp8_row(codes[row], scale[row // height], width, out[row])
@@ -531,19 +536,28 @@ def _decodes_to(weights: U16, codes: U8, scale: np.float32) -> bool:
 
 
 @_jit
-def _encode_fp8_block(weights: U16, codes: U8, decoded: U16, table: U16) -> np.float32:
-    """Encode one block; return its scale, or -1 if a weight is not finite."""
+def _choose_fp8_block(weights: U16, codes: U8, table: U16) -> np.float32:
+    """Return the scale of one block, or -1 if a weight is not finite; leave the codes of its plain scale."""
     amax = _largest(weights)
     if amax >= explain.INFINITY:
         return np.float32(-1)
     scale = _widen(amax) / np.float32(448) if amax else np.float32(1)
+    _round_fp8(weights, scale, codes)
+    return _recovered_fp8_scale(weights, codes, scale, table) if amax else scale
+
+
+@_jit
+def _round_fp8(weights: U16, scale: np.float32, codes: U8) -> None:
+    """Write the codes of w/scale."""
     for i in range(codes.size):
         codes[i] = _e4m3(_widen(weights[i]) / scale)
-    if amax:
-        scale = _recovered_fp8_scale(weights, codes, scale, table)
+
+
+@_jit
+def _decode_again(codes: U8, scale: np.float32, decoded: U16) -> None:
+    """Write the values of codes that are not NaN."""
     for i in range(codes.size):
         decoded[i] = _fp8_product(codes[i], scale)
-    return scale
 
 
 @_jit
@@ -553,7 +567,8 @@ def _copy(source: NDArray[Any], target: NDArray[Any]) -> None:
 
 
 @_jit
-def _bf16_to_fp8(weights: U16, height: int, width: int, codes: U8, scale: F32) -> Outcome:
+def bf16_to_fp8(weights: U16, height: int, width: int, job: int, codes: U8, scale: F32) -> Outcome:
+    """Encode blocks, or one half of it: CHOOSE leaves `codes` alone, STORE takes `scale` as it is."""
     rows, columns = weights.shape
     height, width = min(height, rows), min(width, columns)
     block, decoded = np.empty(height * width, np.uint16), np.empty(height * width, np.uint16)
@@ -566,10 +581,19 @@ def _bf16_to_fp8(weights: U16, height: int, width: int, codes: U8, scale: F32) -
             w = min(width, columns - left)
             for i in range(h):
                 _copy(weights[top + i, left : left + w], block[i * w : (i + 1) * w])
-            chosen = _encode_fp8_block(block[: h * w], block_codes[: h * w], decoded[: h * w], table)
-            if chosen < 0:
-                return -1, 0.0, 0.0, 0.0
-            scale[top // height, left // width] = chosen
+            if job == STORE:
+                if _largest(block[: h * w]) >= explain.INFINITY:
+                    return -1, 0.0, 0.0, 0.0
+                chosen = scale[top // height, left // width]
+                _round_fp8(block[: h * w], chosen, block_codes[: h * w])
+            else:
+                chosen = _choose_fp8_block(block[: h * w], block_codes[: h * w], table)
+                if chosen < 0:
+                    return -1, 0.0, 0.0, 0.0
+                scale[top // height, left // width] = chosen
+                if job == CHOOSE:
+                    continue
+            _decode_again(block_codes[: h * w], chosen, decoded[: h * w])
             count, largest = _tally(block[: h * w], decoded[: h * w], energy, error)
             changed, worst = changed + count, max(worst, largest)
             for i in range(h):
@@ -581,26 +605,29 @@ def _bf16_to_fp8(weights: U16, height: int, width: int, codes: U8, scale: F32) -
 
 
 @_jit
-def _fp8_to_int4(
+def fp8_to_int4(
     codes: U8, scale_in: F32, height: int, width: int, rule: int, table: U32, packed: U8, scale: U16
 ) -> Outcome:
+    """Decode a row, choose the scales of its groups, and store codes at them; row by row."""
     rows, columns = codes.shape
     weights, decoded = np.empty(columns, np.uint16), np.empty(columns, np.uint16)
-    nibbles, amax = np.empty(columns, np.uint8), np.empty(columns // INT4_GROUP, np.uint16)
+    nibbles, amax = np.empty(columns, np.uint8), np.empty(columns // GROUP, np.uint16)
     energy, error = np.zeros(LANES), np.zeros(LANES)
     changed, worst = 0, np.uint32(0)
     for row in range(rows):
         if not _decode_fp8_row(codes[row], scale_in[row // height], width, weights):
             return -1, 0.0, 0.0, 0.0
-        if not _encode_int4_row(weights, rule, np.float32(7), table, packed[row], scale[row], amax, nibbles, decoded):
+        if not _choose_int4_row(weights, rule, np.float32(7), table, amax, scale[row]):
             return -1, 0.0, 0.0, 0.0
+        _store_int4_row(weights, rule, np.float32(7), scale[row], packed[row], nibbles, decoded)
         count, largest = _tally(weights, decoded, energy, error)
         changed, worst = changed + count, max(worst, largest)
     return _total(changed, worst, energy, error)
 
 
 @_jit
-def _int4_to_fp8(packed: U8, scale_in: F32, group: int, height: int, width: int, codes: U8, scale: F32) -> Outcome:
+def int4_to_fp8(packed: U8, scale_in: F32, group: int, height: int, width: int, codes: U8, scale: F32) -> Outcome:
+    """Decode a block, choose its scale, and write its codes; block by block."""
     rows, columns = codes.shape
     height, width = min(height, rows), min(width, columns)
     block, decoded = np.empty(height * width, np.uint16), np.empty(height * width, np.uint16)
@@ -614,10 +641,11 @@ def _int4_to_fp8(packed: U8, scale_in: F32, group: int, height: int, width: int,
             for i in range(h):
                 span = block[i * w : (i + 1) * w]
                 _decode_int4_row(packed[top + i], scale_in[top + i], group, left, span)
-            chosen = _encode_fp8_block(block[: h * w], block_codes[: h * w], decoded[: h * w], table)
+            chosen = _choose_fp8_block(block[: h * w], block_codes[: h * w], table)
             if chosen < 0:
                 return -1, 0.0, 0.0, 0.0
             scale[top // height, left // width] = chosen
+            _decode_again(block_codes[: h * w], chosen, decoded[: h * w])
             count, largest = _tally(block[: h * w], decoded[: h * w], energy, error)
             changed, worst = changed + count, max(worst, largest)
             for i in range(h):
@@ -629,7 +657,8 @@ def _int4_to_fp8(packed: U8, scale_in: F32, group: int, height: int, width: int,
 
 
 @_jit
-def _float_to_bf16(values: F32, out: U16) -> bool:
+def float_to_bf16(values: F32, out: U16) -> bool:
+    """Round to BF16; return whether all of it is finite."""
     for row in range(values.shape[0]):
         largest = np.uint32(0)
         for column in range(values.shape[1]):
@@ -643,7 +672,8 @@ def _float_to_bf16(values: F32, out: U16) -> bool:
 
 
 @_jit
-def _compare(before: U16, after: U16) -> Outcome:
+def compare(before: U16, after: U16) -> Outcome:
+    """Compare rows."""
     energy, error = np.zeros(LANES), np.zeros(LANES)
     changed, worst = 0, np.uint32(0)
     for row in range(before.shape[0]):
@@ -655,7 +685,7 @@ def _compare(before: U16, after: U16) -> Outcome:
 
 
 @_jit
-def _outside(
+def outside(
     before: U16,
     after: U16,
     scale: F32,
@@ -666,6 +696,7 @@ def _outside(
     relative: np.float32,
     floor: np.float32,
 ) -> int:
+    """Count the weights that `bf16.outside` is asked for."""
     count = 0
     rows, columns = before.shape
     for top in range(0, rows, height):
@@ -681,188 +712,3 @@ def _outside(
                     if not abs(weight - _widen(after[row, column])) <= room:
                         count += 1
     return count
-
-
-# --- the seam -------------------------------------------------------------------------------------------------------
-
-
-def float_to_bf16(values: F32 | NDArray[np.float16], out: U16) -> None:
-    """Round to BF16, half to even. See `seam.Codecs`."""
-    _same(values.shape, out.shape)
-    if not _float_to_bf16(_frozen(values.astype(np.float32, copy=False)), out):
-        raise explain.bad_float(values)
-
-
-def fp8_to_bf16(codes: U8, scale: F32, block: tuple[int, int], out: U16) -> None:
-    """Multiply each block of codes by its scale. See `seam.Codecs`."""
-    _same(codes.shape, out.shape)
-    _same(scale.shape, _blocks(codes.shape, block))
-    if not (_valid(scale) and _fp8_to_bf16(_frozen(codes), _frozen(scale), *block, out)):
-        raise explain.bad_fp8(codes, scale, block)
-
-
-def int4_to_bf16(packed: I32, scale: F32, group: int, out: U16) -> None:
-    """Multiply each group of codes by its scale. See `seam.Codecs`."""
-    rows, columns = out.shape
-    _same(packed.shape, (rows, columns // 8))
-    _same(scale.shape, (rows, columns // group))
-    if not (_valid(scale) and _int4_to_bf16(_frozen(packed.view(np.uint8)), _frozen(scale), group, out)):
-        raise explain.bad_int4(packed, scale, group)
-
-
-def bf16_to_fp8(weights: U16, block: tuple[int, int], codes: U8, scale: F32) -> Figures:
-    """Recover or compute each block's scale, then round to e4m3. See `seam.Codecs`."""
-    _same(weights.shape, codes.shape)
-    _same(scale.shape, _blocks(codes.shape, block))
-    figures = _figures(weights.size, _bf16_to_fp8(_frozen(weights), *block, codes, scale))
-    if figures is None:
-        raise explain.bad_weight(weights)
-    return figures
-
-
-def bf16_to_int4(weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True, bits: int = 4) -> Figures:
-    """Recover or compute each group's scale, then round to INT4. See `seam.Codecs`."""
-    _same_int4(weights.shape, packed, scale)
-    largest = np.float32(largest_code(grid, bits, PACKED_BITS))
-    rule = _rule(grid, recover=recover and bits == 4)
-    outcome = _bf16_to_int4(_frozen(weights), rule, largest, int4_table(), packed.view(np.uint8), scale)
-    figures = _figures(weights.size, outcome)
-    if figures is None:
-        raise explain.bad_group(weights, bits)
-    return figures
-
-
-def fake_quantize_int4(weights: U16, grid: Grid, out: U16, *, bits: int = 4) -> None:
-    """Write what `bf16_to_int4` without recovery and `int4_to_bf16` would give, in one pass; nothing is packed.
-
-    Args:
-        weights: BF16 bits `[R, K]`, K a multiple of 32.
-        grid: the rounding rule.
-        out: BF16 bits `[R, K]`.
-        bits: width of the codes, 8, 4, 3 or 2; other than 4 on the moonshot grid alone.
-
-    Raises:
-        UsageError: there is no such width on this grid.
-        ValueAt: a weight is not finite, or would not be after decoding.
-    """
-    _same(weights.shape, out.shape)
-    _whole_groups(weights.shape)
-    largest = np.float32(largest_code(grid, bits))
-    if not _fake_quantize_int4(_frozen(weights), _rule(grid, recover=False), largest, out):
-        raise explain.bad_group(weights, bits)
-
-
-def fp8_to_int4(codes: U8, scale_in: F32, block: tuple[int, int], grid: Grid, packed: I32, scale_out: U16) -> Figures:
-    """Do `fp8_to_bf16`, then `bf16_to_int4`, row by row. See `seam.Codecs`."""
-    _same(scale_in.shape, _blocks(codes.shape, block))
-    _same_int4(codes.shape, packed, scale_out)
-    rule = _rule(grid, recover=True)
-    figures = None
-    if _valid(scale_in):
-        frozen = _frozen(codes), _frozen(scale_in)
-        outcome = _fp8_to_int4(*frozen, *block, rule, int4_table(), packed.view(np.uint8), scale_out)
-        figures = _figures(codes.size, outcome)
-    if figures is None:
-        pivot = np.empty(codes.shape, np.uint16)
-        fp8_to_bf16(codes, scale_in, block, pivot)
-        raise explain.bad_group(pivot)
-    return figures
-
-
-def int4_to_fp8(packed: I32, scale_in: F32, group: int, block: tuple[int, int], codes: U8, scale_out: F32) -> Figures:
-    """Do `int4_to_bf16`, then `bf16_to_fp8`, block by block. See `seam.Codecs`."""
-    rows, columns = codes.shape
-    _same(packed.shape, (rows, columns // 8))
-    _same(scale_in.shape, (rows, columns // group))
-    _same(scale_out.shape, _blocks(codes.shape, block))
-    figures = None
-    if _valid(scale_in):
-        frozen = _frozen(packed.view(np.uint8)), _frozen(scale_in)
-        figures = _figures(codes.size, _int4_to_fp8(*frozen, group, *block, codes, scale_out))
-    if figures is None:
-        raise explain.bad_int4(packed, scale_in, group)
-    return figures
-
-
-def compare(before: U16, after: U16) -> Figures:
-    """Return the figures of `after` against the truth `before`. See `seam.Codecs`."""
-    _same(before.shape, after.shape)
-    figures = _figures(before.size, _compare(_frozen(before), _frozen(after)))
-    if figures is None:
-        raise explain.bad_weight(before if (before & 0x7FFF >= explain.INFINITY).any() else after)
-    return figures
-
-
-def outside(
-    before: U16,
-    after: U16,
-    scale: F32,
-    block: tuple[int, int],
-    *,
-    largest_code: float,
-    steps: float,
-    relative: float,
-    floor: float,
-) -> int:
-    """Count the weights for which |before - after| exceeds steps * step + relative * |before| + floor.
-
-    The step is the block's scale, but no more than its largest weight asks for: too large a scale excuses nothing.
-
-    Args:
-        before: BF16 bits `[R, K]`.
-        after: BF16 bits `[R, K]`.
-        scale: float32 `[ceil(R/block[0]), ceil(K/block[1])]`.
-        block: rows and columns that share a scale.
-        largest_code: what the block's largest weight is divided by to get the step it asks for.
-        steps: allowed error in steps.
-        relative: allowed error in units of the weight.
-        floor: allowed error in units of one.
-    """
-    _same(before.shape, after.shape)
-    _same(scale.shape, _blocks(before.shape, block))
-    bounds = np.float32(largest_code), np.float32(steps), np.float32(relative), np.float32(floor)
-    return int(_outside(_frozen(before), _frozen(after), _frozen(scale), *block, *bounds))
-
-
-def _frozen(array: NDArray[Any]) -> NDArray[Any]:
-    """Return a read-only view, so that numba compiles one signature for mapped files and for plain arrays."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
-def _valid(scale: F32) -> bool:
-    """Return whether every scale is finite and has no sign: as bits, the others are larger."""
-    return scale.size == 0 or int(scale.view(np.uint32).max()) <= 0x7F7FFFFF
-
-
-def _rule(grid: Grid, *, recover: bool) -> int:
-    if grid == "compressed-tensors":
-        return _COMPRESSED_TENSORS
-    return _RECOVER if recover else _PLAIN
-
-
-def _blocks(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
-
-
-def _figures(count: int, outcome: Outcome) -> Figures | None:
-    """Return the figures; nothing if the codec met a bad value, or made one: an INT4 value beyond BF16."""
-    changed, energy, error, worst = outcome
-    return None if changed < 0 or worst == np.inf else Figures(count, changed, energy, error, worst)
-
-
-def _same(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if found != expected:
-        raise ValueError(f"expected shape {expected}, found {found}")
-
-
-def _whole_groups(shape: tuple[int, ...]) -> None:
-    if shape[1] % INT4_GROUP:
-        raise ValueError(f"expected a multiple of {INT4_GROUP} columns, found {shape[1]}")
-
-
-def _same_int4(shape: tuple[int, ...], packed: I32, scale: U16) -> None:
-    _whole_groups(shape)
-    _same(packed.shape, (shape[0], shape[1] // 8))
-    _same(scale.shape, (shape[0], shape[1] // INT4_GROUP))

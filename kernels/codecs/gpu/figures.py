@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from k2quant.kernels.codecs.figures import Figures
-from k2quant.kernels.codecs.gpu.rules import INFINITY, magnitude_of, tally
+from k2quant.kernels.codecs.gpu.bf16 import INFINITY, magnitude_of, tally
 from k2quant.kernels.devices.launch import launch
 
 _BLOCK = 4096

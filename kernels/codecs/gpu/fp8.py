@@ -1,4 +1,4 @@
-"""Block-FP8 codecs on a GPU: one launch each, one read and one write of memory, the bits of `reference.py`.
+"""Block-FP8 codecs on a GPU: one launch each, one read and one write of memory, the bits of `reference`.
 
 Encoding works on whole blocks: a program takes one large block or several small ones. Blocks are numbered row by row,
 matrix by matrix; their edges may be ragged, and a matrix of experts is one of a stack.
@@ -16,20 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from k2quant.kernels.codecs.gpu.bf16 import INFINITY, LARGEST_FLOAT, any_of, magnitude_of, round_to_bf16, tally
 from k2quant.kernels.codecs.gpu.figures import bits_of, flag_for, sums_for, total
+from k2quant.kernels.codecs.gpu.fp8_rules import fp8_code, fp8_scale, fp8_scales_allowed, fp8_value
 from k2quant.kernels.codecs.gpu.loads import load_bf16, load_fp8, load_int4
-from k2quant.kernels.codecs.gpu.rules import (
-    INFINITY,
-    LARGEST_FLOAT,
-    any_of,
-    fp8_code,
-    fp8_scale,
-    fp8_scales_allowed,
-    fp8_value,
-    magnitude_of,
-    round_to_bf16,
-    tally,
-)
 from k2quant.kernels.devices.launch import launch
 
 _ROWS, _UNITS = 8, 16
@@ -234,7 +224,7 @@ def bf16_to_fp8(
 
     Returns:
         float8_e4m3fn codes of the weights' shape, float32 scales `[.., ceil(R/block[0]), ceil(K/block[1])]`, and the
-        figures as `figures_triton.figures_of` reads them.
+        figures as `figures.figures_of` reads them.
     """
     codes = torch.empty(weights.shape, dtype=torch.float8_e4m3fn, device=weights.device)
     return _encoded(weights, None, codes, block, bad, GROUP_SIZE=0, RECOVER=recover, FAKE=False, FIGURES=figures)

@@ -1,4 +1,4 @@
-"""INT4 codecs on a GPU: one launch each, one read and one write of memory, the bits of `reference.py`.
+"""INT4 codecs on a GPU: one launch each, one read and one write of memory, the bits of `reference`.
 
 A group of 32 weights is four words of eight, and everything is flat: group g has the words 4g.. and the weights 32g..
 of a contiguous tensor, whatever its shape. A thread holds eight weights, 16 bytes of BF16, and makes one word of them.
@@ -14,23 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from k2quant.kernels.codecs.gpu.bf16 import INFINITY, any_of, bad_scale, large_scale, magnitude_of, tally, widen
 from k2quant.kernels.codecs.gpu.figures import bits_of, flag_for, sums_for, total
+from k2quant.kernels.codecs.gpu.int4_rules import encode_int4, int4_product
 from k2quant.kernels.codecs.gpu.loads import load_bf16, load_fp8
-from k2quant.kernels.codecs.gpu.rules import (
-    INFINITY,
-    any_of,
-    bad_scale,
-    encode_int4,
-    int4_product,
-    large_scale,
-    magnitude_of,
-    tally,
-    widen,
-)
-from k2quant.kernels.codecs.grids import PACKED_BITS, Grid, largest_code
+from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, Grid, largest_code
 from k2quant.kernels.devices.launch import launch
-
-GROUP = 32
 
 _WORDS = 512
 """Words that a program decodes: 4 a thread, so that loads and stores have 16 bytes a thread."""
@@ -151,7 +140,7 @@ def bf16_to_int4(
 
     Args:
         weights: BF16 `[.., K]`, or float32, which is rounded to BF16 first; K is a multiple of 32.
-        grid: see `seam.Codecs.bf16_to_int4`.
+        grid: see `seam.Int4Codec.encode`.
         recover: whether a moonshot group that lies on the grid already gets the scale that gives all its weights; of
             4 bits alone.
         bits: width of the codes, 4, 3 or 2; other than 4 on the moonshot grid alone.
@@ -159,7 +148,7 @@ def bf16_to_int4(
         bad: int32 `[1]`, set to 1 if a weight is not finite, or decodes to more than BF16 holds.
 
     Returns:
-        int32 words `[.., K/8]`, BF16 scales `[.., K/32]`, and the figures as `figures_triton.figures_of` reads them.
+        int32 words `[.., K/8]`, BF16 scales `[.., K/32]`, and the figures as `figures.figures_of` reads them.
     """
     largest = largest_code(grid, bits, PACKED_BITS)
     device, lead = weights.device, weights.shape[:-1]
@@ -276,7 +265,7 @@ def fp8_to_int4(
         codes: float8_e4m3fn `[R, K]`, K a multiple of 32.
         scale: float32 `[ceil(R/block[0]), ceil(K/block[1])]`.
         block: rows and columns that share a scale; any.
-        grid: see `seam.Codecs.bf16_to_int4`.
+        grid: see `seam.Int4Codec.encode`.
         figures: whether to compute them.
         bad: int32 `[1]`, set to 1 if either of the two would set it.
 

@@ -5,17 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from k2quant.kernels.codecs.gpu.rules import (
-    INFINITY,
-    any_of,
-    bad_scale,
-    fp8_value,
-    int4_product,
-    large_scale,
-    magnitude_of,
-    round_to_bf16,
-    widen,
-)
+from k2quant.kernels.codecs.gpu.bf16 import INFINITY, any_of, bad_scale, large_scale, magnitude_of, round_to_bf16, widen
+from k2quant.kernels.codecs.gpu.fp8_rules import fp8_value
+from k2quant.kernels.codecs.gpu.int4_rules import int4_product
 
 
 @triton.jit

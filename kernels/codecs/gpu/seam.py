@@ -2,7 +2,8 @@
 
 A panel is copied to the device, one kernel makes of it what is asked for, and the outcome is copied back. The kernels
 report in a flag that they met a bad value; which one it was is then searched on the CPU, see `values`. Rounding from
-float32 and float16 is left to torch.
+float32 and float16 is left to torch, and so is what no conversion asks for: choosing scales without codes, and storing
+at scales that are given.
 """
 
 from __future__ import annotations
@@ -18,76 +19,101 @@ from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.gpu import fp8, int4
 from k2quant.kernels.codecs.gpu.figures import compare, figures_of
 from k2quant.kernels.codecs.grids import Grid
-from k2quant.kernels.codecs.reference.seam import TorchCodecs, store
+from k2quant.kernels.codecs.reference.seam import OnDevice, TorchFloats, TorchFp8, TorchInt4, copy_bits
+from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import F32, I32, U8, U16, ValueAt
 
 
-class CudaCodecs(TorchCodecs):
-    """`seam.Codecs` on one GPU; on the CPU, and slowly, if Triton interprets its kernels."""
+def cuda_codecs(device: str) -> Codecs:
+    """Return the codecs of a GPU; on the CPU, and slowly, if Triton interprets its kernels."""
+    pairs = CudaFused(device)
+    return Codecs(
+        floats=CudaFloats(device),
+        fp8=CudaFp8(device),
+        int4=CudaInt4(device),
+        fused={("fp8", "int4"): pairs.fp8_to_int4, ("int4", "fp8"): pairs.int4_to_fp8},
+    )
 
-    def fp8_to_bf16(self, codes: U8, scale: F32, block: tuple[int, int], out: U16) -> None:
+
+class CudaFloats(TorchFloats):
+    """`seam.FloatCodec`."""
+
+    def compare(self, before: U16, after: U16) -> Figures:
+        """Return the figures of `after` against the truth `before`."""
+        bad = _flag(self)
+        totals = compare(self.bf16(before), self.bf16(after), bad=bad)
+        _refuse(bad, lambda: explain.bad_weight(before if explain.has_infinity(before) else after))
+        return figures_of(before.size, totals)
+
+
+class CudaFp8(TorchFp8):
+    """`seam.Fp8Codec`; `choose` and `store` are those of the reference."""
+
+    def decode(self, codes: U8, scale: F32, block: tuple[int, int], out: U16) -> None:
         """Multiply each block of codes by its scale."""
-        bad = self._flag()
-        weights = fp8.fp8_to_bf16(self._fp8(codes), self._tensor(scale), block, bad=bad)
+        bad = _flag(self)
+        weights = fp8.fp8_to_bf16(self.e4m3(codes), self.tensor(scale), block, bad=bad)
         _refuse(bad, lambda: explain.bad_fp8(codes, scale, block))
-        store(weights, out)
+        copy_bits(weights, out)
 
-    def int4_to_bf16(self, packed: I32, scale: F32, group: int, out: U16) -> None:
-        """Multiply each group of codes by its scale."""
-        bad = self._flag()
-        weights = int4.int4_to_bf16(self._tensor(packed), self._tensor(scale), group, bad=bad)
-        _refuse(bad, lambda: explain.bad_int4(packed, scale, group))
-        store(weights, out)
-
-    def bf16_to_fp8(self, weights: U16, block: tuple[int, int], codes: U8, scale: F32) -> Figures:
+    def encode(self, weights: U16, block: tuple[int, int], codes: U8, scale: F32) -> Figures:
         """Recover or compute each block's scale, then round to e4m3."""
-        bad = self._flag()
-        found = fp8.bf16_to_fp8(self._bf16(weights), block, figures=True, bad=bad)
+        bad = _flag(self)
+        found = fp8.bf16_to_fp8(self.bf16(weights), block, figures=True, bad=bad)
         _refuse(bad, lambda: explain.bad_weight(weights))
-        return _store_all(found, codes, scale)
+        return _filled(found, codes, scale)
 
-    def bf16_to_int4(
+
+class CudaInt4(TorchInt4):
+    """`seam.Int4Codec`; `choose` and `store` are those of the reference."""
+
+    def decode(self, packed: I32, scale: F32, group: int, out: U16) -> None:
+        """Multiply each group of codes by its scale."""
+        bad = _flag(self)
+        weights = int4.int4_to_bf16(self.tensor(packed), self.tensor(scale), group, bad=bad)
+        _refuse(bad, lambda: explain.bad_int4(packed, scale, group))
+        copy_bits(weights, out)
+
+    def encode(
         self, weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True, bits: int = 4
     ) -> Figures:
         """Recover or compute each group's scale, then round to INT4."""
-        bad = self._flag()
-        found = int4.bf16_to_int4(self._bf16(weights), grid, recover=recover, bits=bits, figures=True, bad=bad)
+        bad = _flag(self)
+        found = int4.bf16_to_int4(self.bf16(weights), grid, recover=recover, bits=bits, figures=True, bad=bad)
         _refuse(bad, lambda: explain.bad_group(weights, bits))
-        return _store_all(found, packed, scale)
+        return _filled(found, packed, scale)
+
+
+class CudaFused(OnDevice):
+    """The `fused` pairs of `seam.Codecs`, each in one kernel."""
 
     def fp8_to_int4(
         self, codes: U8, scale_in: F32, block: tuple[int, int], grid: Grid, packed: I32, scale_out: U16
     ) -> Figures:
-        """Do `fp8_to_bf16`, then `bf16_to_int4`, in one kernel."""
-        bad = self._flag()
-        found = int4.fp8_to_int4(self._fp8(codes), self._tensor(scale_in), block, grid, figures=True, bad=bad)
+        """Decode FP8, then encode INT4."""
+        bad = _flag(self)
+        found = int4.fp8_to_int4(self.e4m3(codes), self.tensor(scale_in), block, grid, figures=True, bad=bad)
         _refuse(bad, lambda: self._bad_fp8_or_group(codes, scale_in, block))
-        return _store_all(found, packed, scale_out)
+        return _filled(found, packed, scale_out)
 
     def int4_to_fp8(
         self, packed: I32, scale_in: F32, group: int, block: tuple[int, int], codes: U8, scale_out: F32
     ) -> Figures:
-        """Do `int4_to_bf16`, then `bf16_to_fp8`, in one kernel."""
-        bad = self._flag()
-        found = fp8.int4_to_fp8(self._tensor(packed), self._tensor(scale_in), group, block, figures=True, bad=bad)
+        """Decode INT4, then encode FP8."""
+        bad = _flag(self)
+        found = fp8.int4_to_fp8(self.tensor(packed), self.tensor(scale_in), group, block, figures=True, bad=bad)
         _refuse(bad, lambda: explain.bad_int4(packed, scale_in, group))
-        return _store_all(found, codes, scale_out)
-
-    def compare(self, before: U16, after: U16) -> Figures:
-        """Return the figures of `after` against the truth `before`."""
-        bad = self._flag()
-        totals = compare(self._bf16(before), self._bf16(after), bad=bad)
-        _refuse(bad, lambda: explain.bad_weight(before if (before & 0x7FFF >= explain.INFINITY).any() else after))
-        return figures_of(before.size, totals)
-
-    def _flag(self) -> Tensor:
-        return torch.zeros(1, dtype=torch.int32, device=self.device)
+        return _filled(found, codes, scale_out)
 
     def _bad_fp8_or_group(self, codes: U8, scale: F32, block: tuple[int, int]) -> ValueAt:
         """Explain what the first of the two steps refused, else the second."""
         pivot = np.empty(codes.shape, np.uint16)
-        self.fp8_to_bf16(codes, scale, block, pivot)
+        CudaFp8(str(self.device)).decode(codes, scale, block, pivot)
         return explain.bad_group(pivot)
+
+
+def _flag(codec: OnDevice) -> Tensor:
+    return torch.zeros(1, dtype=torch.int32, device=codec.device)
 
 
 def _refuse(bad: Tensor, search: Callable[[], ValueAt]) -> None:
@@ -96,10 +122,10 @@ def _refuse(bad: Tensor, search: Callable[[], ValueAt]) -> None:
         raise search()
 
 
-def _store_all(found: tuple[Tensor, Tensor, Tensor | None], codes: I32 | U8, scale: U16 | F32) -> Figures:
+def _filled(found: tuple[Tensor, Tensor, Tensor | None], codes: I32 | U8, scale: U16 | F32) -> Figures:
     values, scales, totals = found
-    store(values, codes)
-    store(scales, scale)
+    copy_bits(values, codes)
+    copy_bits(scales, scale)
     assert totals is not None  # noqa: S101 - the callers ask for figures
     count = values.numel() * (8 if values.dtype == torch.int32 else 1)
     return figures_of(count, totals)

@@ -16,73 +16,124 @@ from torch import Tensor
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.grids import Grid
+from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import F32, I32, U8, U16
 
 
-class TorchCodecs:
-    """`seam.Codecs` on one torch device."""
+def torch_codecs(device: str) -> Codecs:
+    """Return the codecs of a torch device."""
+    pairs = TorchFused(device)
+    return Codecs(
+        floats=TorchFloats(device),
+        fp8=TorchFp8(device),
+        int4=TorchInt4(device),
+        fused={("fp8", "int4"): pairs.fp8_to_int4, ("int4", "fp8"): pairs.int4_to_fp8},
+    )
+
+
+class OnDevice:
+    """What the codecs of a device share: arrays of bits as tensors there."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
 
-    def float_to_bf16(self, values: F32 | NDArray[np.float16], out: U16) -> None:
+    def tensor(self, array: NDArray[Any]) -> Tensor:
+        """Copy an array of numbers."""
+        # torch warns about read-only memory, so the copy is made first.
+        return torch.from_numpy(array.copy()).to(self.device)
+
+    def bf16(self, bits: U16) -> Tensor:
+        """Copy BF16 bits."""
+        return self.tensor(bits.view(np.int16)).view(torch.bfloat16)
+
+    def e4m3(self, codes: U8) -> Tensor:
+        """Copy FP8 codes."""
+        return self.tensor(codes).view(torch.float8_e4m3fn)
+
+
+class TorchFloats(OnDevice):
+    """`seam.FloatCodec`."""
+
+    def to_bf16(self, values: F32 | NDArray[np.float16], out: U16) -> None:
         """Round to BF16, half to even."""
-        store(reference.float_to_bf16(self._tensor(values)), out)
+        copy_bits(reference.float_to_bf16(self.tensor(values)), out)
 
-    def fp8_to_bf16(self, codes: U8, scale: F32, block: tuple[int, int], out: U16) -> None:
+    def compare(self, before: U16, after: U16) -> Figures:
+        """Return the figures of `after` against the truth `before`."""
+        return reference.compare(self.bf16(before), self.bf16(after))
+
+
+class TorchFp8(OnDevice):
+    """`seam.Fp8Codec`."""
+
+    def decode(self, codes: U8, scale: F32, block: tuple[int, int], out: U16) -> None:
         """Multiply each block of codes by its scale."""
-        store(reference.fp8_to_bf16(self._fp8(codes), self._tensor(scale), block), out)
+        copy_bits(reference.fp8_to_bf16(self.e4m3(codes), self.tensor(scale), block), out)
 
-    def int4_to_bf16(self, packed: I32, scale: F32, group: int, out: U16) -> None:
-        """Multiply each group of codes by its scale."""
-        store(reference.int4_to_bf16(self._tensor(packed), self._tensor(scale), group), out)
-
-    def bf16_to_fp8(self, weights: U16, block: tuple[int, int], codes: U8, scale: F32) -> Figures:
+    def encode(self, weights: U16, block: tuple[int, int], codes: U8, scale: F32) -> Figures:
         """Recover or compute each block's scale, then round to e4m3."""
-        return _store_all(reference.bf16_to_fp8(self._bf16(weights), block), codes, scale)
+        return _filled(reference.bf16_to_fp8(self.bf16(weights), block), codes, scale)
 
-    def bf16_to_int4(
+    def choose(self, weights: U16, block: tuple[int, int], scale: F32) -> None:
+        """Recover or compute each block's scale."""
+        copy_bits(reference.fp8_scales(self.bf16(weights), block), scale)
+
+    def store(self, weights: U16, scale: F32, block: tuple[int, int], codes: U8) -> Figures:
+        """Round to e4m3 at the scales that are given."""
+        found, figures = reference.bf16_to_fp8_at(self.bf16(weights), self.tensor(scale), block)
+        copy_bits(found, codes)
+        return figures
+
+
+class TorchInt4(OnDevice):
+    """`seam.Int4Codec`."""
+
+    def decode(self, packed: I32, scale: F32, group: int, out: U16) -> None:
+        """Multiply each group of codes by its scale."""
+        copy_bits(reference.int4_to_bf16(self.tensor(packed), self.tensor(scale), group), out)
+
+    def encode(
         self, weights: U16, grid: Grid, packed: I32, scale: U16, *, recover: bool = True, bits: int = 4
     ) -> Figures:
         """Recover or compute each group's scale, then round to INT4."""
-        return _store_all(reference.bf16_to_int4(self._bf16(weights), grid, recover=recover, bits=bits), packed, scale)
+        return _filled(reference.bf16_to_int4(self.bf16(weights), grid, recover=recover, bits=bits), packed, scale)
+
+    def choose(self, weights: U16, grid: Grid, scale: U16, *, recover: bool = True, bits: int = 4) -> None:
+        """Recover or compute each group's scale."""
+        copy_bits(reference.int4_scales(self.bf16(weights), grid, recover=recover, bits=bits), scale)
+
+    def store(self, weights: U16, scale: U16, grid: Grid, packed: I32, *, bits: int = 4) -> Figures:
+        """Round to INT4 at the scales that are given."""
+        found, figures = reference.bf16_to_int4_at(self.bf16(weights), self.bf16(scale), grid, bits)
+        copy_bits(found, packed)
+        return figures
+
+
+class TorchFused(OnDevice):
+    """The `fused` pairs of `seam.Codecs`."""
 
     def fp8_to_int4(
         self, codes: U8, scale_in: F32, block: tuple[int, int], grid: Grid, packed: I32, scale_out: U16
     ) -> Figures:
-        """Do `fp8_to_bf16`, then `bf16_to_int4`."""
-        outcome = reference.fp8_to_int4(self._fp8(codes), self._tensor(scale_in), block, grid)
-        return _store_all(outcome, packed, scale_out)
+        """Decode FP8, then encode INT4."""
+        outcome = reference.fp8_to_int4(self.e4m3(codes), self.tensor(scale_in), block, grid)
+        return _filled(outcome, packed, scale_out)
 
     def int4_to_fp8(
         self, packed: I32, scale_in: F32, group: int, block: tuple[int, int], codes: U8, scale_out: F32
     ) -> Figures:
-        """Do `int4_to_bf16`, then `bf16_to_fp8`."""
-        outcome = reference.int4_to_fp8(self._tensor(packed), self._tensor(scale_in), group, block)
-        return _store_all(outcome, codes, scale_out)
-
-    def compare(self, before: U16, after: U16) -> Figures:
-        """Return the figures of `after` against the truth `before`."""
-        return reference.compare(self._bf16(before), self._bf16(after))
-
-    def _tensor(self, array: NDArray[Any]) -> Tensor:
-        # torch warns about read-only memory, so the copy is made first.
-        return torch.from_numpy(array.copy()).to(self.device)
-
-    def _bf16(self, bits: U16) -> Tensor:
-        return self._tensor(bits.view(np.int16)).view(torch.bfloat16)
-
-    def _fp8(self, codes: U8) -> Tensor:
-        return self._tensor(codes).view(torch.float8_e4m3fn)
+        """Decode INT4, then encode FP8."""
+        outcome = reference.int4_to_fp8(self.tensor(packed), self.tensor(scale_in), group, block)
+        return _filled(outcome, codes, scale_out)
 
 
-def store(tensor: Tensor, out: NDArray[Any]) -> None:
+def copy_bits(tensor: Tensor, out: NDArray[Any]) -> None:
     """Copy a tensor's bits to an array of the same item size."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
     out.view(f"i{out.itemsize}" if out.itemsize > 1 else "u1")[...] = tensor.contiguous().view(bits).cpu().numpy()
 
 
-def _store_all(outcome: tuple[Tensor, Tensor, Figures], codes: NDArray[Any], scale: NDArray[Any]) -> Figures:
-    store(outcome[0], codes)
-    store(outcome[1], scale)
+def _filled(outcome: tuple[Tensor, Tensor, Figures], codes: NDArray[Any], scale: NDArray[Any]) -> Figures:
+    copy_bits(outcome[0], codes)
+    copy_bits(outcome[1], scale)
     return outcome[2]

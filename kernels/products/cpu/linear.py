@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from k2quant.kernels.codecs import cpu as codecs_cpu
+from k2quant.kernels.codecs.cpu import int4 as codec
 from k2quant.kernels.devices.threads import over_rows, without_lock
 from k2quant.kernels.products.cpu import dot as dot_cpu
 from k2quant.kernels.products.cpu import panels as panels_cpu
@@ -200,7 +200,7 @@ def _panel(weight: Int4Weight | Fp8Weight, first: int, last: int, dtype: torch.d
     panel = torch.empty(last - first, weight.shape[1], dtype=dtype)
     if dtype == torch.bfloat16:
         words, wide, bits = packed.numpy(), scale.float().numpy(), _bits(panel)
-        over_rows(last - first, 16, lambda a, b: codecs_cpu.int4_to_bf16(words[a:b], wide[a:b], GROUP, bits[a:b]))
+        over_rows(last - first, 16, lambda a, b: codec.decode(words[a:b], wide[a:b], GROUP, bits[a:b]))
     else:
         pairs, narrow, floats = packed.view(torch.uint8).numpy(), _bits(scale), panel.numpy()
         over_rows(last - first, 16, lambda a, b: panels_cpu.int4_to_float(pairs[a:b], narrow[a:b], floats[a:b]))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from k2quant.kernels.codecs.gpu.rules import fp8_value
+from k2quant.kernels.codecs.gpu.fp8_rules import fp8_value
 from k2quant.kernels.devices.rounding import INTERPRETED, round_to
 
 _UNPACK_INT4 = tl.constexpr("""

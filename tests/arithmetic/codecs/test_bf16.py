@@ -19,7 +19,7 @@ from k2quant.kernels.codecs.values import ValueAt, bf16_to_float
 def rounded(values: NDArray[np.float32] | NDArray[np.float16]) -> NDArray[np.uint16]:
     """Return what the codec writes for a row of values."""
     out = np.empty(values.size, np.uint16)
-    codecs.float_to_bf16(values.reshape(1, -1), out.reshape(1, -1))
+    codecs.bf16.to_bf16(values.reshape(1, -1), out.reshape(1, -1))
     return out
 
 
@@ -59,7 +59,7 @@ def test_what_bfloat16_cannot_hold_is_refused_where_it_stands(value: float, what
     values = np.zeros((3, 5), np.float32)
     values[1, 4] = value
     with pytest.raises(ValueAt, match=f"{what} at row 1, column 4") as caught:
-        codecs.float_to_bf16(values, np.empty((3, 5), np.uint16))
+        codecs.bf16.to_bf16(values, np.empty((3, 5), np.uint16))
     assert (caught.value.row, caught.value.column, caught.value.of) == (1, 4, "weight")
 
 
@@ -73,14 +73,14 @@ def test_figures_count_values_and_not_bits() -> None:
     """Rule 1: -0 equals 0; energy, error and worst are those of the float values."""
     before = np.array([[0x8000, 0x3F80, 0x4000, 0xC040]], np.uint16)  # -0, 1, 2, -3
     after = np.array([[0x0000, 0x3F80, 0x3F80, 0xC080]], np.uint16)  # 0, 1, 1, -4
-    assert codecs.compare(before, after) == Figures(count=4, changed=2, energy=14.0, error=2.0, worst=1.0)
+    assert codecs.bf16.compare(before, after) == Figures(count=4, changed=2, energy=14.0, error=2.0, worst=1.0)
 
 
 def test_figures_of_extreme_values_do_not_overflow_or_vanish() -> None:
     """Rule 1: squares are float64, so the largest and the least BF16 values count."""
     least, largest = np.full((1, 3), 1, np.uint16), np.full((1, 3), 0x7F7F, np.uint16)
-    assert codecs.compare(least, least).energy == 3 * 2.0**-266
-    assert codecs.compare(largest, largest).energy == pytest.approx(3 * float(bf16_to_float(largest)[0, 0]) ** 2)
+    assert codecs.bf16.compare(least, least).energy == 3 * 2.0**-266
+    assert codecs.bf16.compare(largest, largest).energy == pytest.approx(3 * float(bf16_to_float(largest)[0, 0]) ** 2)
 
 
 @settings(max_examples=30, deadline=None)
@@ -90,7 +90,7 @@ def test_figures_equal_plain_float64_sums(rows: int, columns: int, seed: int) ->
     generator = np.random.default_rng(seed)
     before, after = (generator.integers(0, 0x4200, (rows, columns), np.uint16) for _ in range(2))
     a, b = bf16_to_float(before), bf16_to_float(after)
-    figures = codecs.compare(before, after)
+    figures = codecs.bf16.compare(before, after)
     assert (figures.count, figures.changed, figures.worst) == (a.size, (a != b).sum(), abs(a - b).max())
     assert figures.energy == pytest.approx((a.astype(np.float64) ** 2).sum(), rel=1e-12)
     assert figures.error == pytest.approx((abs(a - b).astype(np.float64) ** 2).sum(), rel=1e-12)
@@ -110,4 +110,4 @@ def test_a_nan_in_a_comparison_is_refused() -> None:
     before, after = np.zeros((2, 3), np.uint16), np.zeros((2, 3), np.uint16)
     after[1, 2] = 0x7FC0
     with pytest.raises(ValueAt, match=r"non-finite weight 0x7fc0 \(NaN\) at row 1, column 2"):
-        codecs.compare(before, after)
+        codecs.bf16.compare(before, after)

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.grids import Grid
-from k2quant.kernels.codecs.reference.seam import TorchCodecs
+from k2quant.kernels.codecs.reference.seam import TorchFp8, torch_codecs
 from k2quant.kernels.codecs.seam import Codecs, codecs
 from k2quant.kernels.codecs.values import U16, ValueAt, bf16_to_float, float_to_bf16
+from k2quant.kernels.devices import gpus
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 BLOCKS = pytest.mark.parametrize("block", [(128, 128), (1, 128), (24, 40)], ids=str)
@@ -27,7 +28,7 @@ KINDS = ["gaussian", "subnormal", "any", "few", "fp8", "int4"]
 def other(device: str) -> Codecs:
     """Return the reference's codecs on the CPU, or what a conversion uses on a GPU."""
     if device == "cpu":
-        return TorchCodecs(device)
+        return torch_codecs(device)
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     return codecs(device)
@@ -43,12 +44,12 @@ def weights(kind: str, shape: tuple[int, int] = (192, 352)) -> U16:
         codes = generator.integers(0, 0x7F, shape, np.uint8)
         scale = generator.random((shape[0], -(-shape[1] // 128)), np.float32)
         out = np.empty(shape, np.uint16)
-        codecs("cpu").fp8_to_bf16(codes, scale, (1, 128), out)
+        codecs("cpu").fp8.decode(codes, scale, (1, 128), out)
         return out | sign
     if kind == "int4":
         packed = generator.integers(-(2**31), 2**31, (shape[0], shape[1] // 8)).astype(np.int32)
         out = np.empty(shape, np.uint16)
-        codecs("cpu").int4_to_bf16(packed, generator.random((shape[0], shape[1] // 32), np.float32), 32, out)
+        codecs("cpu").int4.decode(packed, generator.random((shape[0], shape[1] // 32), np.float32), 32, out)
         return out
     sign |= generator.integers(0, {"subnormal": 0x300, "any": 0x7E00, "few": 4}[kind], shape, np.uint16)
     return sign
@@ -79,12 +80,12 @@ def test_fp8_codecs_agree_with_the_reference(other: Codecs, block: tuple[int, in
     bits, cpu = weights(kind), codecs("cpu")
     scale = np.empty((-(-bits.shape[0] // block[0]), -(-bits.shape[1] // block[1])), np.float32)
     codes = np.empty(bits.shape, np.uint8)
-    codes, scale = agree(cpu, other, lambda c, q, s: c.bf16_to_fp8(bits, block, q, s), codes, scale)
-    (pivot,) = agree(cpu, other, lambda c, out: c.fp8_to_bf16(codes, scale, block, out), bits)
-    agree(cpu, other, lambda c, q, s: c.bf16_to_fp8(pivot, block, q, s), codes, scale)
-    agree(cpu, other, lambda c: c.compare(bits, pivot))
+    codes, scale = agree(cpu, other, lambda c, q, s: c.fp8.encode(bits, block, q, s), codes, scale)
+    (pivot,) = agree(cpu, other, lambda c, out: c.fp8.decode(codes, scale, block, out), bits)
+    agree(cpu, other, lambda c, q, s: c.fp8.encode(pivot, block, q, s), codes, scale)
+    agree(cpu, other, lambda c: c.floats.compare(bits, pivot))
     packed, scales = np.empty((bits.shape[0], bits.shape[1] // 8), np.int32), bits[:, ::32].copy()
-    agree(cpu, other, lambda c, q, s: c.fp8_to_int4(codes, scale, block, "moonshot", q, s), packed, scales)
+    agree(cpu, other, lambda c, q, s: c.fused["fp8", "int4"](codes, scale, block, "moonshot", q, s), packed, scales)
 
 
 @DEVICES
@@ -96,11 +97,11 @@ def test_int4_codecs_agree_with_the_reference(other: Codecs, kind: str, grid: Gr
     """Rule 5: encoding to INT4, decoding, and going on to FP8 give the reference's bits."""
     bits, cpu = weights(kind), codecs("cpu")
     packed, scale = np.empty((bits.shape[0], bits.shape[1] // 8), np.int32), bits[:, ::32].copy()
-    packed, scale = agree(cpu, other, lambda c, q, s: c.bf16_to_int4(bits, grid, q, s, recover=recover), packed, scale)
+    packed, scale = agree(cpu, other, lambda c, q, s: c.int4.encode(bits, grid, q, s, recover=recover), packed, scale)
     wide = bf16_to_float(scale)
-    agree(cpu, other, lambda c, out: c.int4_to_bf16(packed, wide, 32, out), bits)
+    agree(cpu, other, lambda c, out: c.int4.decode(packed, wide, 32, out), bits)
     scale8, codes = np.empty((2, 3), np.float32), np.empty(bits.shape, np.uint8)
-    agree(cpu, other, lambda c, q, s: c.int4_to_fp8(packed, wide, 32, (128, 128), q, s), codes, scale8)
+    agree(cpu, other, lambda c, q, s: c.fused["int4", "fp8"](packed, wide, 32, (128, 128), q, s), codes, scale8)
 
 
 @DEVICES
@@ -108,7 +109,7 @@ def test_int4_codecs_agree_with_the_reference(other: Codecs, kind: str, grid: Gr
 def test_rounding_to_bfloat16_agrees_with_the_reference(other: Codecs, dtype: type[np.float32 | np.float16]) -> None:
     """Rule 1: float32 and float16 values give the reference's bits."""
     values = np.random.default_rng(0).standard_normal((64, 100)).astype(dtype)
-    agree(codecs("cpu"), other, lambda c, out: c.float_to_bf16(values, out), np.empty(values.shape, np.uint16))
+    agree(codecs("cpu"), other, lambda c, out: c.floats.to_bf16(values, out), np.empty(values.shape, np.uint16))
 
 
 @DEVICES
@@ -123,15 +124,15 @@ def test_bad_values_read_the_same_everywhere(other: Codecs) -> None:
     largest[:, 0] = 1
     words = np.zeros((2, 4), np.int32)
     jobs: list[Callable[[Codecs], object]] = [
-        lambda c: c.fp8_to_bf16(codes, np.ones((1, 1), np.float32), (128, 128), out),
-        lambda c: c.fp8_to_bf16(codes, np.full((1, 1), -1, np.float32), (128, 128), out),
-        lambda c: c.int4_to_bf16(words, np.full((2, 1), 1e38, np.float32), 32, out),
-        lambda c: c.int4_to_bf16(words, np.full((2, 1), np.nan, np.float32), 32, out),
-        lambda c: c.bf16_to_int4(bits, "moonshot", packed, scale),
-        lambda c: c.bf16_to_int4(largest, "moonshot", packed, scale),
-        lambda c: c.bf16_to_fp8(bits, (128, 128), codes, np.empty((1, 1), np.float32)),
-        lambda c: c.float_to_bf16(np.full((1, 32), np.inf, np.float32), out[:1]),
-        lambda c: c.compare(bits, bits),
+        lambda c: c.fp8.decode(codes, np.ones((1, 1), np.float32), (128, 128), out),
+        lambda c: c.fp8.decode(codes, np.full((1, 1), -1, np.float32), (128, 128), out),
+        lambda c: c.int4.decode(words, np.full((2, 1), 1e38, np.float32), 32, out),
+        lambda c: c.int4.decode(words, np.full((2, 1), np.nan, np.float32), 32, out),
+        lambda c: c.int4.encode(bits, "moonshot", packed, scale),
+        lambda c: c.int4.encode(largest, "moonshot", packed, scale),
+        lambda c: c.fp8.encode(bits, (128, 128), codes, np.empty((1, 1), np.float32)),
+        lambda c: c.floats.to_bf16(np.full((1, 32), np.inf, np.float32), out[:1]),
+        lambda c: c.floats.compare(bits, bits),
     ]
     for job in jobs:
         sentences = []
@@ -146,9 +147,8 @@ def test_without_triton_a_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch
     """Rule 5: where Triton is not installed, `--device cuda` still works, with the codecs that need torch alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "triton", None)
-    for name in [name for name in sys.modules if name.endswith(("_triton", "codecs_cuda"))]:
-        monkeypatch.delitem(sys.modules, name)
-    assert type(codecs("cuda")) is TorchCodecs
+    monkeypatch.setattr(gpus, "has_triton", gpus.has_triton.__wrapped__)  # not what it remembers
+    assert type(codecs("cuda").fp8) is TorchFp8
 
 
 def test_an_unknown_or_missing_device_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ BLOCKS = [(128, 128), (1, 128), (3, 5), (1000, 1000)]
 def decode(codes: U8, scale: F32, block: tuple[int, int]) -> U16:
     """Return the BF16 bits that the codec writes."""
     out = np.empty(codes.shape, np.uint16)
-    codecs.fp8_to_bf16(codes, scale, block, out)
+    codecs.fp8.decode(codes, scale, block, out)
     return out
 
 
@@ -27,7 +27,7 @@ def encode(weights: U16, block: tuple[int, int]) -> tuple[U8, F32, Figures]:
     """Return codes, scale and figures of the codec."""
     codes = np.empty(weights.shape, np.uint8)
     scale = np.empty((-(-weights.shape[0] // block[0]), -(-weights.shape[1] // block[1])), np.float32)
-    return codes, scale, codecs.bf16_to_fp8(weights, block, codes, scale)
+    return codes, scale, codecs.fp8.encode(weights, block, codes, scale)
 
 
 def values(codes: U8) -> F32:
@@ -152,7 +152,7 @@ def test_an_ordinary_block_is_divided_by_amax_over_448(shape: tuple[int, int], b
     quotient = torch.from_numpy(wide / spread(amax / np.float32(448), block, shape))
     expected = quotient.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     np.testing.assert_array_equal(codes, expected)
-    assert figures == codecs.compare(weights, decode(codes, scale, block)) or figures.changed > 0
+    assert figures == codecs.bf16.compare(weights, decode(codes, scale, block)) or figures.changed > 0
     after = bf16_to_float(decode(codes, scale, block))
     assert (figures.count, figures.changed, figures.worst) == (
         wide.size,
@@ -229,7 +229,7 @@ def test_a_full_ragged_matrix_comes_back() -> None:
     weights = decode(codes, scale, (128, 128))
     again, _, figures = encode(weights, (128, 128))
     np.testing.assert_array_equal(again, codes)
-    assert figures == codecs.compare(weights, weights) or figures.exact
+    assert figures == codecs.bf16.compare(weights, weights) or figures.exact
 
 
 @pytest.mark.parametrize("seed", range(12))

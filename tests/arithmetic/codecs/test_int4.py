@@ -31,13 +31,13 @@ def encode(weights: U16, grid: Grid = "moonshot", *, recover: bool = True, bits:
     """Return packed words, scale and figures of the codec."""
     rows, columns = weights.shape
     packed, scale = np.empty((rows, columns // 8), np.int32), np.empty((rows, columns // 32), np.uint16)
-    return packed, scale, codecs.bf16_to_int4(weights, grid, packed, scale, recover=recover, bits=bits)
+    return packed, scale, codecs.int4.encode(weights, grid, packed, scale, recover=recover, bits=bits)
 
 
 def fake(weights: U16, grid: Grid = "moonshot", *, bits: int = 4) -> U16:
     """Return the BF16 bits of the weights after rounding and back."""
     out = np.empty_like(weights)
-    codecs.fake_quantize_int4(weights, grid, out, bits=bits)
+    codecs.int4.fake_quantize(weights, grid, out, bits=bits)
     return out
 
 
@@ -49,7 +49,7 @@ def tensor(weights: U16) -> torch.Tensor:
 def decode(packed: I32, scale: U16 | F32, group: int = 32) -> U16:
     """Return the BF16 bits that the codec writes."""
     out = np.empty((packed.shape[0], packed.shape[1] * 8), np.uint16)
-    codecs.int4_to_bf16(packed, bf16_to_float(scale) if scale.dtype == np.uint16 else scale, group, out)  # type: ignore[arg-type]
+    codecs.int4.decode(packed, bf16_to_float(scale) if scale.dtype == np.uint16 else scale, group, out)  # type: ignore[arg-type]
     return out
 
 

@@ -21,9 +21,12 @@ from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.gpu import figures as figures_triton
 from k2quant.kernels.codecs.gpu import fp8 as fp8_codecs_triton
 from k2quant.kernels.codecs.gpu import int4 as int4_codecs_triton
-from k2quant.kernels.codecs.gpu.rules import fp8_code, int4_nibble, least_scale, round_to_bf16
-from k2quant.kernels.codecs.gpu.seam import CudaCodecs
+from k2quant.kernels.codecs.gpu.bf16 import round_to_bf16
+from k2quant.kernels.codecs.gpu.fp8_rules import fp8_code, least_scale
+from k2quant.kernels.codecs.gpu.int4_rules import int4_nibble
+from k2quant.kernels.codecs.gpu.seam import cuda_codecs
 from k2quant.kernels.codecs.grids import FAKE_BITS, PACKED_BITS, Grid
+from k2quant.kernels.codecs.reference.fp8 import least_scale as least_scale_of_all
 from k2quant.kernels.codecs.seam import Codecs, codecs
 from k2quant.kernels.codecs.values import ValueAt
 from k2quant.kernels.devices.launch import launch
@@ -199,7 +202,7 @@ def test_fp8_codes_are_those_of_a_true_division(low: int) -> None:
 def test_the_least_scale_is_the_one_that_bisection_finds() -> None:
     """For codes from the least to 448 and targets of every size, subnormal ones too."""
     target = torch.cat([torch.arange(1, 200), torch.randint(1, 0x7F81, (1848,)), torch.tensor([0x7F80])])
-    every = reference._least_scale(target[:, None].repeat(1, 127))  # noqa: SLF001 - the truth
+    every = least_scale_of_all(target[:, None].repeat(1, 127))
     for code in (1, 2, 7, 8, 9, 0x37, 0x38, 0x3D, 0x7D, 0x7E):
         value = torch.tensor([code], dtype=torch.uint8).view(torch.float8_e4m3fn).float().expand(target.shape)
         torch.testing.assert_close(apply("least", target.int(), value).long(), every[:, code])
@@ -403,25 +406,25 @@ def spoilt(part: str) -> Callable[[Codecs], object]:
     name, _, value = part.partition(" ")
     if name == "code":
         codes[2, 5] = int(value, 16)
-        return lambda c: c.fp8_to_bf16(codes, one, block, out)
+        return lambda c: c.fp8.decode(codes, one, block, out)
     if name in {"scale8", "scale8-int4"}:
         codes[1, 1], scale = 0xFE, np.full((1, 1), float(value), np.float32)
         if name == "scale8":
-            return lambda c: c.fp8_to_bf16(codes, scale, block, out)
-        return lambda c: c.fp8_to_int4(codes, scale, block, "moonshot", packed, narrow)
+            return lambda c: c.fp8.decode(codes, scale, block, out)
+        return lambda c: c.fused["fp8", "int4"](codes, scale, block, "moonshot", packed, narrow)
     if name in {"scale4", "scale4-fp8"}:
         packed[1, 5], wide[1, 1] = 0, float(value)
         if name == "scale4":
-            return lambda c: c.int4_to_bf16(packed, wide, 32, out)
-        return lambda c: c.int4_to_fp8(packed, wide, 32, block, codes, one)
+            return lambda c: c.int4.decode(packed, wide, 32, out)
+        return lambda c: c.fused["int4", "fp8"](packed, wide, 32, block, codes, one)
     bits[2, 40] = int(value, 16)
     bits[2, 41] = 1
     jobs: dict[str, Callable[[Codecs], object]] = {
-        "int4": lambda c: c.bf16_to_int4(bits, "moonshot", packed, narrow),
-        "plain": lambda c: c.bf16_to_int4(bits, "compressed-tensors", packed, narrow),
-        "fp8": lambda c: c.bf16_to_fp8(bits, block, codes, one),
-        "before": lambda c: c.compare(bits, out * 0),
-        "after": lambda c: c.compare(out * 0, bits),
+        "int4": lambda c: c.int4.encode(bits, "moonshot", packed, narrow),
+        "plain": lambda c: c.int4.encode(bits, "compressed-tensors", packed, narrow),
+        "fp8": lambda c: c.fp8.encode(bits, block, codes, one),
+        "before": lambda c: c.floats.compare(bits, out * 0),
+        "after": lambda c: c.floats.compare(out * 0, bits),
     }
     return jobs[name]
 
@@ -439,7 +442,7 @@ def spoilt(part: str) -> Callable[[Codecs], object]:
 def test_bad_values_are_refused_as_on_the_cpu(part: str) -> None:
     """What the CPU codecs refuse is refused in the same words: NaN codes, bad scales, infinities, overflow."""
     sentences = []
-    for each in (codecs("cpu"), CudaCodecs(DEVICE)):
+    for each in (codecs("cpu"), cuda_codecs(DEVICE)):
         with pytest.raises(ValueAt) as caught:
             spoilt(part)(each)
         sentences.append(str(caught.value))
@@ -449,7 +452,7 @@ def test_bad_values_are_refused_as_on_the_cpu(part: str) -> None:
 @pytest.mark.parametrize("part", ["scale8 7.4e35", "scale8-int4 0.0", "scale4 4e37", "scale4 0.0", "int4 7f70"])
 def test_what_is_just_good_is_not_refused(part: str) -> None:
     """Values next to the limits, among them a scale of zero, raise no flag."""
-    spoilt(part)(CudaCodecs(DEVICE))
+    spoilt(part)(cuda_codecs(DEVICE))
 
 
 def test_the_codecs_of_the_seam_fill_the_callers_arrays() -> None:
@@ -459,23 +462,23 @@ def test_the_codecs_of_the_seam_fill_the_callers_arrays() -> None:
     def run(each: Codecs) -> list[object]:
         found: list[object] = []
         packed, scale = words.copy(), bits[:, ::32].copy()
-        found += [each.bf16_to_int4(bits, "moonshot", packed, scale), packed, scale]
+        found += [each.int4.encode(bits, "moonshot", packed, scale), packed, scale]
         packed, scale = words.copy(), bits[:, ::32].copy()
-        found += [each.bf16_to_int4(bits, "moonshot", packed, scale, bits=3), packed, scale]
+        found += [each.int4.encode(bits, "moonshot", packed, scale, bits=3), packed, scale]
         packed, scale = words.copy(), bits[:, ::32].copy()
-        each.bf16_to_int4(bits, "moonshot", packed, scale)
+        each.int4.encode(bits, "moonshot", packed, scale)
         wide = (scale.astype(np.uint32) << 16).view(np.float32)
         codes, scale8, out = np.empty(bits.shape, np.uint8), np.empty((2, 2), np.float32), bits.copy()
-        each.int4_to_bf16(packed, wide, 32, out)
-        found += [each.int4_to_fp8(packed, wide, 32, block, codes, scale8), codes, scale8, out]
+        each.int4.decode(packed, wide, 32, out)
+        found += [each.fused["int4", "fp8"](packed, wide, 32, block, codes, scale8), codes, scale8, out]
         codes, scale8, again = codes.copy(), scale8.copy(), bits.copy()
-        found += [each.bf16_to_fp8(bits, block, codes, scale8), codes, scale8]
-        each.fp8_to_bf16(codes, scale8, block, again)
+        found += [each.fp8.encode(bits, block, codes, scale8), codes, scale8]
+        each.fp8.decode(codes, scale8, block, again)
         packed, scale = words.copy(), bits[:, ::32].copy()
-        found += [each.fp8_to_int4(codes, scale8, block, "moonshot", packed, scale), packed, scale, again]
-        return [*found, each.compare(bits, again)]
+        found += [each.fused["fp8", "int4"](codes, scale8, block, "moonshot", packed, scale), packed, scale, again]
+        return [*found, each.floats.compare(bits, again)]
 
-    for one, two in zip(run(codecs("cpu")), run(CudaCodecs(DEVICE)), strict=True):
+    for one, two in zip(run(codecs("cpu")), run(cuda_codecs(DEVICE)), strict=True):
         if isinstance(one, np.ndarray) and isinstance(two, np.ndarray):
             np.testing.assert_array_equal(one, two)
         else:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from k2quant.cli import main
 from k2quant.errors import UsageError
+from k2quant.kernels.devices import gpus
 from k2quant.kernels.ops import (
     fp8_linear,
     fp8_linear_w8a8,
@@ -348,7 +349,7 @@ def test_each_cell_is_on_disk_before_the_next(tmp_path: Path, monkeypatch: pytes
         assert read_table(out) == SM_90
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(dispatch, "require_gpu", torch.device)
+    monkeypatch.setattr(gpus, "require_gpu", torch.device)
     monkeypatch.setattr(tuner_cuda, "tune", stopped)
     done = CliRunner().invoke(main, ["tune", "-o", str(out)])
     assert done.exit_code == 130
