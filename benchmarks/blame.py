@@ -261,7 +261,7 @@ def null_runs(base: dict[str, Path], place: Path, count: int) -> Iterator[dict[s
         for seed in range(times):
             text = write_text(place, seed)
             forward = unsteady(seed) if "random" in name else stream_forward
-            with mock.patch("k2quant.eval.drift.blame.stream_forward", forward):
+            with mock.patch("k2quant.eval.drift.measuring.stream_forward", forward):
                 found, seconds = look(base[ours], written[theirs], text, dtype)
             anything = bool(found.classes or found.suspects)
             print(f"{name}, {seed}: {'NAMED' if anything else 'none'}", flush=True)

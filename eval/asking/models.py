@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from k2quant.checkpoint.files.paths import inside, read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import CheckpointError, HarnessFault, K2QuantError, MissingExtra, UsageError
+from k2quant.eval.asking.request import Request
 from k2quant.eval.asking.server import Server
 from k2quant.eval.runs.identity import model_hash, tokenizer_hash
 from k2quant.eval.runs.journal import Progress
 
 if TYPE_CHECKING:
     from k2quant.eval.asking.harness import Tasks
-    from k2quant.eval.asking.running import Request
 
 _CONFIG_LIMIT = 2**24  # bytes of config.json
 _LONGEST = 131_072  # tokens of a text where no config says: that of Kimi K2; a server says itself when that is too long

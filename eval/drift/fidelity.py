@@ -7,7 +7,6 @@ batch by batch. What comes out is a tripwire and a map of where to look, never a
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Callable, Generator
@@ -22,6 +21,7 @@ from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import CheckpointError, Incomparable, UsageError
 from k2quant.eval.drift.findings import Fidelity, LayerFidelity
 from k2quant.eval.drift.layerwise import ComparingWatch, KeepingWatch, Watch, check_finite, early_kl, routing
+from k2quant.eval.drift.predictions import Predictions
 from k2quant.eval.gating.verdict import Side
 from k2quant.eval.runs.identity import tokenizer_hash
 from k2quant.ground.units import one_of
@@ -30,7 +30,6 @@ from k2quant.model.generation import load_tokenizer
 from k2quant.model.loading import DTYPES
 from k2quant.model.modules import Backend
 from k2quant.model.passes.activations import Activations
-from k2quant.model.passes.divergence import clustered, kl, nll, percentile, same_top
 from k2quant.model.passes.streaming import stream_forward
 from k2quant.model.passes.texts import Text, read_text
 
@@ -203,7 +202,7 @@ def _compared(
     folders: tuple[Path, Path],
 ) -> Fidelity:
     """Run both passes and compare."""
-    predictions = _Predictions()
+    predictions = Predictions()
     layers: tuple[LayerFidelity, ...] = ()
     for ids in text.batches:
         logits = [next(run) for run in passes]  # the first round runs all the layers
@@ -233,58 +232,3 @@ def _layers(base: Watch, candidate: ComparingWatch, config: Any) -> tuple[LayerF
             )
         )
     return tuple(found)
-
-
-class _Predictions:
-    """The figures of every predicted token, batch after batch; the logits are gone when a batch is done."""
-
-    def __init__(self) -> None:
-        self._kl: list[Tensor] = []
-        self._reverse: list[Tensor] = []
-        self._base: list[Tensor] = []
-        self._candidate: list[Tensor] = []
-        self._same: list[Tensor] = []
-        self._chunks: list[Tensor] = []
-        self._count = 0
-
-    def add(self, ids: Tensor, base: Tensor, candidate: Tensor) -> None:
-        """Take a batch: its tokens `[B, T]` and both models' logits `[B, T, V]`."""
-        base, candidate, wanted = base[:, :-1], candidate[:, :-1], ids[:, 1:].to(base.device)
-        for figures, values in (
-            (self._kl, kl(base, candidate)),
-            (self._reverse, kl(candidate, base)),
-            (self._base, nll(base, wanted)),
-            (self._candidate, nll(candidate, wanted)),
-            (self._same, same_top(base, candidate).double()),
-            (self._chunks, torch.arange(len(ids))[:, None].expand(wanted.shape) + self._count),
-        ):
-            figures.append(values.flatten().cpu())
-        self._count += len(ids)
-
-    def fidelity(self, text: Text, sides: tuple[Side, Side], layers: tuple[LayerFidelity, ...]) -> Fidelity:
-        """Sum up."""
-        divergence, chunks = torch.cat(self._kl), torch.cat(self._chunks)
-        base, candidate = torch.cat(self._base), torch.cat(self._candidate)
-        return Fidelity(
-            base=sides[0],
-            candidate=sides[1],
-            text=text.name,
-            text_hash=text.hash,
-            tokens=len(divergence),
-            chunks=self._count,
-            kl=clustered(divergence, chunks),
-            kl_median=percentile(divergence, 0.5),
-            kl_99=percentile(divergence, 0.99),
-            kl_max=float(divergence.max()),
-            reverse_kl=clustered(torch.cat(self._reverse), chunks),
-            same_top=clustered(torch.cat(self._same), chunks),
-            base_perplexity=_perplexity(base),
-            candidate_perplexity=_perplexity(candidate),
-            log_ratio=clustered(candidate - base, chunks),
-            layers=layers,
-            unread=text.unread,
-        )
-
-
-def _perplexity(values: Tensor) -> float:
-    return math.exp(min(float(values.mean()), 700.0))  # e**710 is no float any more

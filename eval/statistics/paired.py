@@ -32,10 +32,7 @@ def p_good(lost: int, gained: int, n: int, margin: float) -> float:
     Raises:
         UsageError: the counts or the margin make no sense.
     """
-    check_counts(lost, gained, n)
-    check_share("margin", margin, 1)
-    seen = float(score(lost, gained, n, margin))
-    return LargestChance(n, margin, upper=False).of(score_curve(n, margin, seen - _TIE * max(1, abs(seen))))
+    return _p_value(lost, gained, n, margin, bad=False)
 
 
 def p_bad(lost: int, gained: int, n: int, margin: float) -> float:
@@ -50,10 +47,16 @@ def p_bad(lost: int, gained: int, n: int, margin: float) -> float:
     Raises:
         UsageError: the counts or the margin make no sense.
     """
+    return _p_value(lost, gained, n, margin, bad=True)
+
+
+def _p_value(lost: int, gained: int, n: int, margin: float, *, bad: bool) -> float:
+    """Return the largest chance of what was seen or of anything better for the candidate; with `bad`, worse for it."""
     check_counts(lost, gained, n)
     check_share("margin", margin, 1)
     seen = float(score(lost, gained, n, margin))
-    return LargestChance(n, margin, upper=True).of(score_curve(n, margin, seen + _TIE * max(1, abs(seen))))
+    tie = _TIE * max(1, abs(seen))
+    return LargestChance(n, margin, upper=bad).of(score_curve(n, margin, seen + tie if bad else seen - tie))
 
 
 def p_worse(lost: int, gained: int) -> float:

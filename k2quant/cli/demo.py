@@ -95,7 +95,8 @@ _ITEMS = 100  # of each of six families and three levels
 def _evaluated(folder: Path, name: str, task: str) -> Path:
     import shutil
 
-    from k2quant.eval.asking.running import Request, run
+    from k2quant.eval.asking.request import Request
+    from k2quant.eval.asking.running import run
 
     place = folder / "runs" / name
     shutil.rmtree(place, ignore_errors=True)  # of an earlier demo, whose nano-K2 was another

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from suites.gate.rules import RULES, ceiling
@@ -88,97 +88,112 @@ ones in brackets.
 """
 
 
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
+Row = Mapping[str, Any]
+"""A cell, an edge or a bar."""
+
+Show = Callable[[Row], str]
+"""Writes what stands in one column of a row's line."""
+
+
+def table(columns: Mapping[str, Show], rows: Iterable[Row]) -> str:
+    """Return a Markdown table with these columns, a line for each row."""
+    lines = [list(columns), ["---"] * len(columns), *([show(row) for show in columns.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def points(value: float) -> str:
-    """Write a share in percentage points."""
-    return f"{100 * value:.2f}"
+def text(key: str) -> Show:
+    """Show something as it is."""
+    return lambda row: str(row[key])
 
 
-def rules_of(cells: Iterable[dict[str, Any]]) -> str:
-    """Return a table of cells with the share that passes by each rule."""
-    head = ["candidate", "n", "margin pp", "drop pp", "flips %", "exact", *RULES]
-    rows = [
-        [
-            *(cell["name"], f"{cell['n']:,}", points(cell["margin"]), points(cell["drop"]), points(cell["flips"])),
-            f"{cell['exact_pass']:.4f}",
-            *(f"{cell['passes'][rule]:.3f}" for rule in RULES),
-        ]
-        for cell in cells
-    ]
-    return table(head, rows)
+def whole(key: str) -> Show:
+    """Show a whole number."""
+    return lambda row: f"{row[key]:,}"
 
 
-def plants(cells: Iterable[dict[str, Any]]) -> str:
-    """Return the table of the plants."""
-    head = ["damage", "true drop pp", "flips %", "P(PASS)", "P(FAIL)", "P(INCONCLUSIVE)", "flag"]
-    rows = [
-        [
-            *(cell["name"], points(cell["drop"]), points(cell["flips"])),
-            *(f"{cell['exact_pass']:.3f}", f"{cell['exact_fail']:.3f}"),
-            *(f"{max(0.0, 1 - cell['exact_pass'] - cell['exact_fail']):.3f}", f"{cell['flags']:.3f}"),
-        ]
-        for cell in cells
-    ]
-    return table(head, rows)
+def points(key: str) -> Show:
+    """Show a share in percentage points."""
+    return lambda row: f"{100 * row[key]:.2f}"
 
 
-def edges(rows: Iterable[dict[str, Any]]) -> str:
-    """Return the table of the edges."""
-    head = ["n", "margin pp", "passes without flips", "PASS", "FAIL", "score test"]
-    lines = [
-        [
-            *(str(row["n"]), points(row["margin"]), "yes" if row["without_flips"] else "no"),
-            *(f"{row[key]:.4f}" for key in ("level", "fail_level", "score_level")),
-        ]
-        for row in rows
-    ]
-    return table(head, lines)
+def rate(key: str, digits: int) -> Show:
+    """Show a share of the resamples, or a chance."""
+    return lambda row: f"{row[key]:.{digits}f}"
 
 
-def planned(cells: Iterable[dict[str, Any]]) -> str:
-    """Return the table of planned cells."""
-    head = ["candidate", "margin pp", "drop pp", "flips %", "items", "plan", "sampled"]
-    rows = [
-        [
-            *(cell["name"], points(cell["margin"]), points(cell["drop"]), points(cell["flips"]), f"{cell['n']:,}"),
-            *(f"{cell['planned']:.3f}", f"{cell['passes']['k2quant']:.3f}"),
-        ]
-        for cell in cells
-    ]
-    return table(head, rows)
+def passing(rule: str) -> Show:
+    """Show the share of the resamples that pass by a rule."""
+    return lambda row: f"{row['passes'][rule]:.3f}"
 
 
-def same(cells: Iterable[dict[str, Any]]) -> str:
-    """Return the table of A/A pairs."""
-    head = ["pair", "n", "flips %", "drop pp", "FAIL", "flag", "PASS by numbers alone"]
-    rows = [
-        [
-            *(cell["name"], f"{cell['n']:,}", points(cell["flips"]), points(cell["drop"])),
-            *(f"{cell['fails']:.4f}", f"{cell['flags']:.4f}", f"{cell['passes']['k2quant']:.3f}"),
-        ]
-        for cell in cells
-    ]
-    return table(head, rows)
+RULES_OF: dict[str, Show] = {
+    "candidate": text("name"),
+    "n": whole("n"),
+    "margin pp": points("margin"),
+    "drop pp": points("drop"),
+    "flips %": points("flips"),
+    "exact": rate("exact_pass", 4),
+    **{rule: passing(rule) for rule in RULES},
+}
+"""Of cells: the share that passes by each rule."""
 
+PLANTS: dict[str, Show] = {
+    "damage": text("name"),
+    "true drop pp": points("drop"),
+    "flips %": points("flips"),
+    "P(PASS)": rate("exact_pass", 3),
+    "P(FAIL)": rate("exact_fail", 3),
+    "P(INCONCLUSIVE)": lambda cell: f"{max(0.0, 1 - cell['exact_pass'] - cell['exact_fail']):.3f}",
+    "flag": rate("flags", 3),
+}
 
-def grid(cells: Iterable[dict[str, Any]]) -> str:
-    """Return the table of the grid."""
-    head = ["flips", "n", "margin pp", "drop pp", "PASS", "FAIL", "score test", "Wald/t (nel gate)"]
-    rows = [
-        [
-            *(cell["name"], f"{cell['n']:,}", points(cell["margin"]), points(cell["drop"])),
-            f"{cell['exact_pass']:.4f} ({cell['passes']['k2quant']:.4f})",
-            f"{cell['exact_fail']:.4f} ({cell['fails']:.4f})",
-            *(f"{cell['passes'][rule]:.3f}" for rule in ("score test", "Wald/t (nel gate)")),
-        ]
-        for cell in cells
-    ]
-    return table(head, rows)
+EDGES: dict[str, Show] = {
+    "n": text("n"),
+    "margin pp": points("margin"),
+    "passes without flips": lambda row: "yes" if row["without_flips"] else "no",
+    "PASS": rate("level", 4),
+    "FAIL": rate("fail_level", 4),
+    "score test": rate("score_level", 4),
+}
+
+PLANNED: dict[str, Show] = {
+    "candidate": text("name"),
+    "margin pp": points("margin"),
+    "drop pp": points("drop"),
+    "flips %": points("flips"),
+    "items": whole("n"),
+    "plan": rate("planned", 3),
+    "sampled": passing("k2quant"),
+}
+
+SAME: dict[str, Show] = {
+    "pair": text("name"),
+    "n": whole("n"),
+    "flips %": points("flips"),
+    "drop pp": points("drop"),
+    "FAIL": rate("fails", 4),
+    "flag": rate("flags", 4),
+    "PASS by numbers alone": passing("k2quant"),
+}
+"""Of A/A pairs."""
+
+GRID: dict[str, Show] = {
+    "flips": text("name"),
+    "n": whole("n"),
+    "margin pp": points("margin"),
+    "drop pp": points("drop"),
+    "PASS": lambda cell: f"{cell['exact_pass']:.4f} ({cell['passes']['k2quant']:.4f})",
+    "FAIL": lambda cell: f"{cell['exact_fail']:.4f} ({cell['fails']:.4f})",
+    "score test": passing("score test"),
+    "Wald/t (nel gate)": passing("Wald/t (nel gate)"),
+}
+
+BARS: dict[str, Show] = {
+    "what": text("what"),
+    "bar": text("bar"),
+    "measured": text("measured"),
+    "": lambda bar: "met" if bar["met"] else "**missed**",
+}
 
 
 def bars(results: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -246,20 +261,19 @@ def page(results: dict[str, Any]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for cell in results["cells"]:
         groups.setdefault(cell["group"], []).append(cell)
-    met = [[bar["what"], bar["bar"], bar["measured"], "met" if bar["met"] else "**missed**"] for bar in results["bars"]]
     shown = {
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         "dirty": ", changed since" if results["dirty"] else "",
         "kept": ", kept from an earlier run" if results["kept"] else "",
         "ceiling": ceiling(0.05, results["resamples"]),
-        "bars": table(["what", "bar", "measured", ""], met),
-        "plants": plants(groups["plants"]),
-        "boundary": rules_of(groups["plant at its own drop"]),
-        "published": rules_of(groups["CI"]),
-        "few": rules_of(groups["few flips"]),
-        "edges": edges(results["edges"]),
-        "planned": planned(groups["plan"]),
-        "same": same(groups["A/A"]),
-        "grid": grid(groups["grid"]),
+        "bars": table(BARS, results["bars"]),
+        "plants": table(PLANTS, groups["plants"]),
+        "boundary": table(RULES_OF, groups["plant at its own drop"]),
+        "published": table(RULES_OF, groups["CI"]),
+        "few": table(RULES_OF, groups["few flips"]),
+        "edges": table(EDGES, results["edges"]),
+        "planned": table(PLANNED, groups["plan"]),
+        "same": table(SAME, groups["A/A"]),
+        "grid": table(GRID, groups["grid"]),
     }
     return PAGE.format(**results | shown)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from k2quant.cli.parts import options
+from k2quant.cli.parts.results import give
 from k2quant.cli.parts.screen import counting, remark
 
 if TYPE_CHECKING:
@@ -58,7 +58,6 @@ def command(
     Example:
         k2quant eval blame K2-Instruct K2-INT4 --text notes.txt -o blame.json
     """
-    from k2quant.checkpoint.files.paths import write_whole
     from k2quant.eval.drift.blame import find_blame
     from k2quant.model.generation import silence
 
@@ -79,13 +78,7 @@ def command(
             progress=show,
             trust_remote_code=trust_remote_code,
         )
-    data = json.dumps(found.as_dict(), indent=1)
-    if output is not None:
-        write_whole(output, data.encode() + b"\n")
-    if as_json:
-        click.echo(data)
-    else:
-        _show(found, dtype)
+    give(found.as_dict(), lambda: _show(found, dtype), as_json=as_json, output=output)
     if output is not None:
         remark(f"written to {output}")
 

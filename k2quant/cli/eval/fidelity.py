@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from k2quant.cli.parts import options
-from k2quant.cli.parts.screen import counting, remark
+from k2quant.cli.parts.results import give
+from k2quant.cli.parts.screen import counting
 
 if TYPE_CHECKING:
     from k2quant.eval.drift.findings import Fidelity, LayerFidelity
@@ -69,7 +69,6 @@ def command(
     Example:
         k2quant eval fidelity K2-Instruct K2-INT4 --text notes.txt -o fidelity.json
     """
-    from k2quant.checkpoint.files.paths import write_whole
     from k2quant.eval.drift.fidelity import measure_fidelity
     from k2quant.model.generation import silence
 
@@ -89,15 +88,8 @@ def command(
             trust_remote_code=trust_remote_code,
             progress=show,
         )
-    data = json.dumps(found.as_dict(), indent=1)
-    if output is not None:
-        write_whole(output, data.encode() + b"\n")
-    if found.unread:
-        remark(_about_unread(found.unread))
-    if as_json:
-        click.echo(data)
-    else:
-        _show(found)
+    note = _about_unread(found.unread) if found.unread else None
+    give(found.as_dict(), lambda: _show(found), as_json=as_json, output=output, note=note)
 
 
 def _about_unread(characters: str) -> str:

@@ -33,7 +33,8 @@ from k2quant.errors import (
     MissingExtra,
     UsageError,
 )
-from k2quant.eval.asking.running import Request, run
+from k2quant.eval.asking.request import Request
+from k2quant.eval.asking.running import run
 from k2quant.eval.runs.folder import JOURNAL, LOCK, MANIFEST, REQUEST
 from k2quant.nano import architecture, vocabulary, writing
 

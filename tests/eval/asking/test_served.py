@@ -21,7 +21,8 @@ import pytest
 import torch
 
 from k2quant.errors import HarnessFault, UsageError
-from k2quant.eval.asking.running import Request, run
+from k2quant.eval.asking.request import Request
+from k2quant.eval.asking.running import run
 from k2quant.eval.runs.folder import JOURNAL, MANIFEST
 from k2quant.nano import architecture, writing
 from k2quant.nano.benchmark import write_tasks

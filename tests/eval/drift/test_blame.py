@@ -20,7 +20,7 @@ from k2quant.cli import main
 from k2quant.conversion.convert import convert
 from k2quant.errors import BadValue, Incomparable, MissingTensor, UsageError
 from k2quant.eval import find_blame
-from k2quant.eval.drift import blame
+from k2quant.eval.drift import blame, measuring
 from k2quant.eval.drift.reading import read_blame
 from k2quant.eval.statistics.group_testing import Findings, Found
 from k2quant.formats.dtypes import TensorSpec, as_array
@@ -202,7 +202,7 @@ def test_logits_beyond_the_budget_go_to_files(
     """Nothing else changes."""
     candidate = changed(base, tmp_path / "nudged", nudge)
     kept = find_blame(base, candidate, text=text, **OPTIONS, dtype="float32")
-    monkeypatch.setattr(blame, "_BUDGET", 0)
+    monkeypatch.setattr(measuring, "_BUDGET", 0)
     assert find_blame(base, candidate, text=text, **OPTIONS, dtype="float32") == kept
 
 

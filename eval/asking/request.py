@@ -1,0 +1,94 @@
+"""What is to be asked of which model, and whether that makes sense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from k2quant.errors import UsageError
+from k2quant.ground.units import one_of
+
+Backend = Literal["k2quant", "hf", "vllm", "api"]
+BACKENDS: tuple[Backend, ...] = ("k2quant", "hf", "vllm", "api")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be asked of which model, and how."""
+
+    model: str
+    """Folder of a checkpoint; for `hf` and `vllm` also a name on the hub; for `api` what the server calls it."""
+    tasks: tuple[str, ...]
+    """Tasks, groups or tags of lm-eval, or presets of ours."""
+    backend: Backend = "k2quant"
+    """`k2quant`: packed weights on our kernels; `hf`: what transformers loads; `vllm`; or `api`: a server."""
+    limit: int | None = None
+    """How many documents of each task; None for all."""
+    shots: int | None = None
+    """Examples before each question; None for each task's own number."""
+    batch_size: int = 8
+    """Texts that the model is given at once; for `api`, requests under way at the same time."""
+    max_new_tokens: int | None = None
+    """The most tokens of an answer; None for each task's own number, or 1,024."""
+    max_length: int | None = None
+    """The most tokens of prompt and answer; None for what the model's config allows."""
+    device: str = "cpu"
+    """As torch calls it; `auto` to spread the model."""
+    dtype: str = "bfloat16"
+    """Of activations and of what is not quantised."""
+    include: tuple[Path, ...] = ()
+    """Folders with task YAML of your own, or of somebody you trust: such a file can run any code."""
+    data: Mapping[str, Path] = field(default_factory=dict)
+    """By task or group, local files instead of the hub's."""
+    base_url: str | None = None
+    """Of a server, such as `http://localhost:8000/v1`."""
+    chat: bool = False
+    """Whether a server is asked by chat messages."""
+    tokenizer: Path | None = None
+    """Of a served model, for tasks that score text; None for that of `served_from`."""
+    served_from: Path | None = None
+    """The checkpoint that a server serves, so that the run has a model hash."""
+    chat_template: bool = False
+    """Whether prompts go through the tokenizer's chat template."""
+    trust_remote_code: bool = False
+    """Whether the checkpoint's own code may run: its tokenizer's, and for `hf` and `vllm` its model's."""
+    unsafe_code: bool = False
+    """Whether tasks may run the code that the model writes."""
+
+
+def check(request: Request) -> None:
+    """Refuse options that make no sense, or do not go together; nothing is read.
+
+    Raises:
+        UsageError: so it is.
+    """
+    one_of("backend", request.backend, BACKENDS)
+    for name in ("limit", "batch_size", "max_new_tokens", "max_length"):
+        value = getattr(request, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UsageError(f"{name}: expected at least 1, found {value!r}")
+    if not request.tasks:
+        raise UsageError("no tasks were named")
+    served = {"base_url": request.base_url, "tokenizer": request.tokenizer, "served_from": request.served_from}
+    if request.backend == "api":
+        if not request.base_url:
+            raise UsageError("the api backend needs the server's URL, such as --base-url http://localhost:8000/v1")
+        _check_url(request.base_url)
+        if request.chat_template:
+            raise UsageError("a server applies its own chat template; ask for it with --chat")
+    elif request.chat or any(served.values()):
+        raise UsageError("a server's options (--base-url, --chat, --tokenizer, --served-from) go with --backend api")
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise UsageError(f"base_url: expected such as http://localhost:8000/v1, found {url!r}")
+    if parts.username or parts.password:
+        raise UsageError("base_url: a name or password in it would stand in the results; give a key in OPENAI_API_KEY")

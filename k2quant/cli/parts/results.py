@@ -1,0 +1,37 @@
+"""How commands give back what they found: as JSON in a file, as JSON on the screen, or as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from k2quant.cli.parts.screen import remark
+
+
+def give(
+    found: Mapping[str, Any], show: Callable[[], None], *, as_json: bool, output: Path | None, note: str | None = None
+) -> None:
+    """Write what was found to a file, where one is named, and print it.
+
+    Args:
+        found: as JSON holds it.
+        show: prints it as text.
+        as_json: whether JSON is printed instead.
+        output: the file.
+        note: a remark, made once the file is written and before anything is printed.
+    """
+    from k2quant.checkpoint.files.paths import write_whole
+
+    data = json.dumps(found, indent=1)
+    if output is not None:
+        write_whole(output, data.encode() + b"\n")
+    if note is not None:
+        remark(note)
+    if as_json:
+        click.echo(data)
+    else:
+        show()
