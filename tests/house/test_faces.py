@@ -33,7 +33,7 @@ def skips(house: House) -> list[str]:
 
 def uses(house: House, source: str) -> Iterator[tuple[int, str]]:
     """Yield the full name of whatever a module imports, and of what it takes of that by a dot, with its line."""
-    bound = {}
+    bound: dict[str, str] = {}
     for statement in house.imports[source]:
         full = whole(statement)
         if full.startswith(f"{house.package}."):
