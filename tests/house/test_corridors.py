@@ -51,12 +51,6 @@ def test_every_folder_and_module_says_what_it_is_for() -> None:
     assert silent(the_house()) == []
 
 
-def test_scripts_and_tests_say_what_they_are_for() -> None:
-    """Each file of the benchmarks, the scripts and the tests has a docstring."""
-    files = [path for home in ("benchmarks", "scripts", "tests") for path in (ROOT / home).rglob("*.py")]
-    assert not [path for path in files if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
-
-
 def test_a_thirteenth_name_is_found(tmp_path: Path) -> None:
     """Twelve names are a corridor, thirteen are too many; links, caches and `__init__.py` do not count."""
     folder = tmp_path / "k2quant" / "room"

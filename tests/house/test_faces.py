@@ -45,9 +45,16 @@ def uses(house: House, source: str) -> Iterator[tuple[int, str]]:
             bound |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
     for node in ast.walk(house.trees[source]):
         if isinstance(node, ast.Attribute):
-            first, _, rest = ast.unparse(node).partition(".")
-            if bound.get(first, "").split(".")[0] == house.package:
+            first, _, rest = dotted(node).partition(".")
+            if bound.get(first) in house.packages:
                 yield node.lineno, f"{bound[first]}.{rest}"
+
+
+def dotted(node: ast.expr) -> str:
+    """Return `a.b.c` of names with dots between them, else something that no import binds."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def whole(statement: Import) -> str:

@@ -51,7 +51,7 @@ class House:
     @cached_property
     def trees(self) -> dict[str, ast.Module]:
         """Each module, parsed once."""
-        return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in self.paths.items()}
+        return {name: parse(path.resolve()) for name, path in self.paths.items()}
 
     @cached_property
     def imports(self) -> dict[str, list[Import]]:
@@ -122,6 +122,12 @@ class House:
                     full = next((one for one in (part.value, f"{name}.{part.value}") if one in self.paths), None)
                     if full is not None:
                         yield Import(part.lineno, full)
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    """Parse a file, once for all who ask."""
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 @cache
