@@ -11,16 +11,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = (
-    "k2quant/py.typed",
-    "k2quant/kernels/codecs/cpu/loops.py",
-    "k2quant/cli/convert.py",
-    "k2quant/formats/layouts.py",
-    "k2quant/model/loading.py",
-    "k2quant/nano/training.py",
-    "k2quant/eval/report/page.py",
-    "k2quant/model/passes/sample_text.txt",
-)
+SHARED = ROOT / "tests" / "shared"
 
 
 def run(*command: str | Path, cwd: Path) -> None:
@@ -31,15 +22,18 @@ def run(*command: str | Path, cwd: Path) -> None:
 
 
 def check_contents(wheel: Path, sdist: Path) -> None:
-    """Both hold the whole package as real files, and the wheel has one top-level name."""
+    """Both hold the whole package as real files and nothing else below it, and the wheel has one top-level name."""
+    sys.path.insert(0, str(SHARED))
+    from package import differences  # one list for the tests and for this
+
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     with tarfile.open(sdist) as archive:
-        inside = {name.partition("/")[2] for name in archive.getnames()}
-    missing = [name for name in NEEDED if name not in names or name not in inside]
+        inside = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
+    found = differences(ROOT, names, what=wheel.name) + differences(ROOT, inside, what=sdist.name)
     tops = {name.partition("/")[0] for name in names if ".dist-info" not in name}
-    if missing or tops != {"k2quant"}:
-        sys.exit(f"missing {missing}; top-level names {tops}")
+    if found or tops != {"k2quant"}:
+        sys.exit("\n".join([*found, f"top-level names of {wheel.name}: {', '.join(sorted(tops))}"]))
 
 
 def main() -> None:

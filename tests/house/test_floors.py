@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from graph import Edge, House, made_up, the_house
 from places import ROOT
 
 FLOORS: dict[str, int] = {
@@ -32,72 +32,135 @@ FLOORS: dict[str, int] = {
 }
 """The floor of each room, as docs/design.md has them."""
 
+INNER: dict[str, tuple[str, ...]] = {
+    "kernels": ("devices", "codecs", "products", "tuning", "ops"),
+    "eval": ("statistics", "runs", "gating", "asking drift", "report", "__init__"),
+    "qat": (
+        "config",
+        "job rounding",
+        "data loading preparing run",
+        "exporting report",
+        "planning",
+        "training",
+        "launch",
+        "__init__ __main__",
+    ),
+}
+"""How folders, and files beside them, stand on each other inside the big rooms: a line for each floor, lowest first."""
+
 LINKED = ("kernels", "qat", "calib", "eval")
 """Rooms that stand at the root; `k2quant/` has links to them."""
 
-FILES = sorted(path for home in ("k2quant", *LINKED) for path in (ROOT / home).glob("**/*.py"))
+
+def room_of(module: str) -> str:
+    """Return the room that a module belongs to; the package's own `__init__.py` is one."""
+    return [*module.split("."), "__init__"][1]
 
 
-def room_of(path: Path) -> str:
-    """Return the room that a file of the package belongs to."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return parts[0] if parts[0] in LINKED else parts[1]
+def place_in_room(module: str) -> str:
+    """Return the folder or the file of its room that a module belongs to."""
+    return [*module.split("."), "__init__"][2]
 
 
-def imports_of(path: Path) -> set[str]:
-    """Return the rooms of k2quant that a file imports anywhere, functions included."""
-    rooms: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "k2quant":
-            parts = node.module.split(".")
-            rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("k2quant.")}
-    return rooms
+def inner_floors(room: str) -> dict[str, int]:
+    """Return the floor of each folder and file of a room."""
+    return {name: floor for floor, names in enumerate(INNER[room]) for name in names.split()}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_import_points_up(path: Path) -> None:
-    """A module imports from floors below, and from its own room."""
-    room = room_of(path)
-    for other in imports_of(path) - {room}:
-        assert other in FLOORS, f"{path}: unknown room {other}"
-        assert FLOORS[other] < FLOORS[room], f"{path} (floor {FLOORS[room]}) imports {other} (floor {FLOORS[other]})"
+def pointing_up(house: House) -> list[str]:
+    """Return the imports that lead to no lower floor: between rooms, and between the folders of a room."""
+    found = []
+    for edge in house.edges:
+        source, target = room_of(edge.source), room_of(edge.target)
+        if source != target:
+            floors = FLOORS
+        elif source in INNER:
+            floors, source, target = inner_floors(source), place_in_room(edge.source), place_in_room(edge.target)
+        if source != target and not floors.get(source, -1) > floors.get(target, 99):
+            found.append(described(house, edge, f"{source} does not stand above {target}"))
+    return list(dict.fromkeys(found))
+
+
+def described(house: House, edge: Edge, fault: str) -> str:
+    """Return one import that should not be."""
+    return f"{house.place(edge.source, edge.statement.line)} imports {edge.target}: {fault}"
+
+
+def test_no_import_points_up() -> None:
+    """A module imports from floors below, and from its own room; there, from its own folder and from those below."""
+    found = pointing_up(the_house())
+    assert not found, "\n".join(found)
 
 
 def test_every_room_has_a_floor() -> None:
-    """No file of the package stands outside the house."""
-    assert {room_of(path) for path in FILES} <= FLOORS.keys()
+    """No file of the package stands outside the house, and none of a big room outside of its floors."""
+    modules = the_house().paths
+    assert {room_of(name) for name in modules} <= FLOORS.keys()
+    for room in INNER:
+        inside = {place_in_room(name) for name in modules if room_of(name) == room}
+        assert inside == inner_floors(room).keys(), room
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "fault"),
+    [
+        ("ground/units.py", "from k2quant.formats.layouts import x", "ground does not stand above formats"),
+        ("model/saving.py", "def f():\n    import k2quant.merge.update", "model does not stand above merge"),
+        ("ground/units.py", "from k2quant import ground", "ground does not stand above __init__"),
+        ("attic/a.py", "import k2quant.ground.units", "attic does not stand above ground"),
+        ("kernels/devices/a.py", "from k2quant.kernels.codecs import values", "devices does not stand above codecs"),
+        ("eval/drift/a.py", "import k2quant.eval.asking.b", "drift does not stand above asking"),
+    ],
+    ids=["up", "sideways", "the top", "no floor", "up in a room", "sideways in a room"],
+)
+def test_an_import_that_points_up_is_found(file: str, content: str, fault: str, tmp_path: Path) -> None:
+    """One that leads up or sideways fails, between rooms and between the folders of a room."""
+    others = (
+        "formats/layouts.py",
+        "merge/update.py",
+        "ground/units.py",
+        "kernels/codecs/values.py",
+        "eval/asking/b.py",
+    )
+    files = {"__init__.py": "", **dict.fromkeys(others, ""), file: f"{content}\n"}
+    (found,) = pointing_up(made_up(tmp_path, files))
+    assert found.startswith(f"k2quant/{file}:")
+    assert fault in found
+
+
+def test_an_import_that_points_down_is_none(tmp_path: Path) -> None:
+    """Folders of one floor, and what lies below, may be used."""
+    files = {"eval/drift/a.py": "from k2quant.eval.drift import b\nimport k2quant.eval.runs.c\n"}
+    house = made_up(
+        tmp_path, {**files, "eval/drift/b.py": "import k2quant.errors\n", "eval/runs/c.py": "", "errors.py": ""}
+    )
+    assert len(house.edges) == 3
+    assert pointing_up(house) == []
 
 
 def test_a_jitted_file_uses_no_other() -> None:
     """Numba's cache notices changes of the file of a function alone, so jitted code never calls into another file."""
-    jitted = {path for path in FILES if "numba" in {name.split(".")[0] for name in third_party(path)}}
-    assert {str(path.relative_to(ROOT / "kernels")) for path in jitted} == {
-        "codecs/cpu/loops.py",
-        "products/cpu/dot.py",
-        "products/cpu/panels.py",
+    house = the_house()
+    jitted = {name for name in house.paths if "numba" in {used.split(".")[0] for used in modules_of(house, name)}}
+    assert {house.shown(name) for name in jitted} == {
+        "kernels/codecs/cpu/loops.py",
+        "kernels/products/cpu/dot.py",
+        "kernels/products/cpu/panels.py",
     }
-    names = {".".join(("k2quant", *path.relative_to(ROOT).with_suffix("").parts)) for path in jitted}
-    for path in jitted:
-        assert not names & third_party(path), f"{path} imports jitted code of another file"
+    for name in jitted:
+        assert not jitted & {house.target(one) for one in house.imports[name]}, f"{name} imports jitted code"
 
 
 def test_one_folder_knows_lm_eval() -> None:
     """lm-eval is an extra: whatever it changes, one folder has to follow, and nothing else needs it."""
-    users = {path.parent for path in FILES if "lm_eval" in {name.split(".")[0] for name in third_party(path)}}
-    assert users == {ROOT / "eval/asking/harness"}
+    house = the_house()
+    users = {name for name in house.paths if "lm_eval" in {used.split(".")[0] for used in modules_of(house, name)}}
+    assert {house.paths[name].parent for name in users} == {ROOT / "eval/asking/harness"}
 
 
-def third_party(path: Path) -> set[str]:
-    """Return every module name that a file imports."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return found
+def modules_of(house: House, name: str) -> set[str]:
+    """Return every module name that a file imports, of the package and of others."""
+    return {one.module for one in house.imports[name]}
 
 
 @pytest.mark.parametrize(
