@@ -9,12 +9,10 @@ from typing import Literal, get_args
 from k2quant.conversion.recipe import MOST_QUANTIFIERS, may_take_for_ever
 from k2quant.errors import UsageError
 from k2quant.formats.format import Format, Scope
-from k2quant.formats.known import FORMATS
+from k2quant.formats.known import FORMATS, ExportFormat
 from k2quant.ground.units import one_of
 from k2quant.kernels.codecs.grids import Grid, largest_code
 
-ExportFormat = Literal["int4", "fp8"]
-"""The formats that QAT trains for, the default first."""
 Estimator = Literal["plain", "clipped", "learned"]
 """What takes the place of the gradient of rounding. `plain`: the gradient passes unchanged (Bengio et al., 2013).
 `clipped`: it stops at codes that were clamped. `learned`: the scales are trained too (LSQ, arXiv 1902.08153)."""

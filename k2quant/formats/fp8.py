@@ -136,7 +136,7 @@ class Fp8(Format):
 
     def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
         """Multiply each block by its scale."""
-        codecs.fp8.decode(*self.reading(parts), out)
+        codecs.fp8.decode(parts["weight"], parts["weight_scale_inv"], self.block, out)
 
     def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
         """Recover or compute each block's scale, and round."""
@@ -158,7 +158,7 @@ class Fp8(Format):
 
     def outside(self, before: U16, after: U16, parts: Parts) -> int:
         """Allow what three mantissa bits explain."""
-        from k2quant.kernels.codecs.cpu import outside
+        from k2quant.kernels.codecs.cpu.bf16 import outside
 
         return outside(before, after, parts["weight_scale_inv"], self.block, **_BUDGET)
 

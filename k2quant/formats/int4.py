@@ -190,7 +190,7 @@ class Int4(Format):
 
     def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
         """Multiply each group by its scale."""
-        codecs.int4.decode(*self.reading(parts), out)
+        codecs.int4.decode(parts["weight_packed"], _widened(parts["weight_scale"]), self.group, out)
 
     def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
         """Recover or compute each group's scale, and round."""
@@ -211,7 +211,7 @@ class Int4(Format):
 
     def outside(self, before: U16, after: U16, parts: Parts) -> int:
         """Allow half a step and what rounding to BF16 adds."""
-        from k2quant.kernels.codecs.cpu import outside
+        from k2quant.kernels.codecs.cpu.bf16 import outside
 
         return outside(before, after, _widened(parts["weight_scale"]), (1, self.group), **_BUDGET)
 

@@ -11,6 +11,9 @@ from k2quant.formats.int4 import Int4
 
 FormatName = Literal["bf16", "fp8", "int4"]
 
+ExportFormat = Literal["int4", "fp8"]
+"""The formats that QAT trains for, the default first."""
+
 FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (Bf16, Fp8, Int4)}
 """By name."""
 

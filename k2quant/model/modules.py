@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import silu
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
@@ -22,7 +23,6 @@ from k2quant.kernels.ops import linear, moe
 from k2quant.kernels.products import reference
 from k2quant.kernels.products.prepare import moved
 from k2quant.kernels.products.weights import PackedWeight
-from k2quant.model.experts import sorted_experts
 from k2quant.model.matrices import Dense, Matrix, Packed, joined
 
 Backend = Literal["auto", "reference"]
@@ -197,6 +197,32 @@ class FusedExperts(SpeaksCheckpoint, Experts, DeepseekV3Experts):
                 return sorted_experts(self, x, ids, weights)
             return cast("Tensor", _LOOP(self, x, ids, weights))
         return grouped_mm_experts_forward(self, x, ids, weights)
+
+
+def sorted_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Run the routed experts of one layer, each once, on its tokens side by side.
+
+    transformers' own loop takes a gradient as large as all experts for each of them, and its grouped product is slow on
+    CPUs.
+
+    Args:
+        module: the experts of a layer; `gate_up_proj` `[E, 2I, H]`, `down_proj` `[E, H, I]`.
+        hidden: `[T, H]`.
+        chosen: int64, `[T, k]`, the experts of each token.
+        weights: `[T, k]`, how much each of them counts.
+
+    Returns:
+        `[T, H]`, dtype of `hidden`.
+    """
+    gate_up, down = module.gate_up_proj, module.down_proj
+    order = chosen.flatten().argsort(stable=True)
+    counts = chosen.flatten().bincount(minlength=len(gate_up)).tolist()
+    rows = hidden.index_select(0, order // chosen.shape[1]).split(counts)
+    gate, up = torch.cat([functional.linear(*pair) for pair in zip(rows, gate_up.unbind(), strict=True)]).chunk(2, 1)
+    inner = (functional.silu(gate) * up).split(counts)
+    outer = torch.cat([functional.linear(*pair) for pair in zip(inner, down.unbind(), strict=True)])
+    back = outer.index_select(0, order.argsort()).view(*chosen.shape, -1)
+    return (back * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
 
 
 _LOOP: Any = DeepseekV3Experts.forward.__wrapped__  # type: ignore[attr-defined]  # its decorator leaves it there

@@ -13,7 +13,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from k2quant.ground.release import INSTRUCT_CONFIG
-from k2quant.model.experts import sorted_experts
+from k2quant.model.modules import sorted_experts
 from k2quant.nano import vocabulary
 
 _LEFT_OUT, _ROPE = {"quantization_config", "rope_theta"}, INSTRUCT_CONFIG["rope_scaling"]

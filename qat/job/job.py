@@ -44,7 +44,7 @@ class Job:
         micro = self.training.micro_batch or self.training.batch
         if self.training.batch % micro:
             raise UsageError(f"training: batch {self.training.batch} is no multiple of micro_batch {micro}")
-        if self.quantize.to == "int4" and self.final_bits not in PACKED_BITS:
+        if self.quantize.bit_widths and self.final_bits not in PACKED_BITS:
             raise UsageError(
                 f"quantize: {self.final_bits}-bit codes have no place in a checkpoint; end with 4 bits or fewer"
             )
@@ -58,7 +58,7 @@ class Job:
     def _check_bits(self) -> None:
         """Refuse widths that change and cannot."""
         last, steps = self.bits[-1], self.training.steps
-        if self.quantize.to != "int4":
+        if not self.quantize.bit_widths:
             raise UsageError("quantize: bits that change with the steps are for int4")
         if last[1] is None:
             raise UsageError("quantize: bits: the last width must be a number, for it is exported; found null")
