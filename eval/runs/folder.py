@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from k2quant.checkpoint.files.paths import locked_file, read_limited, write_whole
+from k2quant.checkpoint.files.paths import locked_file, read_limited, refuse_foreign, write_whole
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile
 from k2quant.eval.runs.identity import digest
@@ -37,11 +37,7 @@ def held(folder: Path) -> Iterator[None]:
     """Make the folder and keep others out of it while the block runs; leave no empty one behind."""
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise DestinationForeign("not a folder", file=folder, remedy="name another one")
-    if folder.is_dir() and not any((folder / name).exists() for name in (MANIFEST, REQUEST, LOCK)):
-        foreign = sorted(path.name for path in folder.iterdir())
-        if foreign:
-            found = ", ".join(foreign[:5])
-            raise DestinationForeign("not empty, and no run of k2quant", file=folder, found=found)
+    refuse_foreign(folder, (MANIFEST, REQUEST, LOCK), "not empty, and no run of k2quant", listed=True)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checking.comparison import Finding
 from k2quant.checking.verify import verify, verify_checksums
-from k2quant.checkpoint.files.paths import write_whole
+from k2quant.checkpoint.files.paths import refuse_foreign, write_whole
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.conversion.convert import convert
 from k2quant.conversion.estimate import codec_rate
-from k2quant.errors import CheckFailed, DestinationForeign
+from k2quant.errors import CheckFailed
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
 from k2quant.ground.release import INSTRUCT_CONFIG
@@ -195,8 +195,7 @@ _MARK = "k2quant_demo.txt"
 
 def _claim(folder: Path) -> None:
     """Make the folder and mark it as a demo's; refuse one that holds anything else."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARK).is_file():
-        raise DestinationForeign("not empty, and no demo's", file=folder, remedy="name a new folder")
+    refuse_foreign(folder, (_MARK,), "not empty, and no demo's", remedy="name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / _MARK, b"Everything in this folder was written by `k2quant demo`, which may replace it.\n")
 

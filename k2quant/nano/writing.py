@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
-from k2quant.checkpoint.files.paths import locked_file, write_whole
+from k2quant.checkpoint.files.paths import locked_file, refuse_foreign, write_whole
 from k2quant.checkpoint.reader import CONFIG as CONFIG_FILE
 from k2quant.checkpoint.reader import INDEX, open_checkpoint
 from k2quant.checkpoint.weights import group_tensors
@@ -44,8 +44,7 @@ def claimed(folder: Path) -> Iterator[None]:
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise DestinationForeign("not a folder", file=folder, remedy="name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not ((folder / MARK).is_file() or (folder / _LOCK).is_file()):
-        raise DestinationForeign("not empty, and no nano-K2", file=folder, remedy="name a new folder")
+    refuse_foreign(folder, (MARK, _LOCK), "not empty, and no nano-K2", remedy="name a new folder")
     with locked_file(folder / _LOCK):
         yield
         (folder / _LOCK).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from k2quant.checkpoint.files.paths import locked_file, read_limited, write_whole
+from k2quant.checkpoint.files.paths import locked_file, read_limited, refuse_foreign, write_whole
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import CheckpointError, DestinationForeign, DestinationStale, MalformedFile, OutputError, UsageError
 from k2quant.ground.version import __version__
@@ -59,11 +59,12 @@ class Run:
             raise DestinationForeign("not a folder", file=there, remedy="name a new folder as `output`")
         if not os.access(there, os.W_OK | os.X_OK):
             raise OutputError("cannot be written", file=there, remedy="name a folder of yours as `output`")
-        filled = self.folder.is_dir() and any(self.folder.iterdir())
-        if filled and not any((self.folder / name).is_file() for name in (MANIFEST, _LOCK)):
-            raise DestinationForeign(
-                "not empty, and no training of ours", file=self.folder, remedy="name a new folder as `output`"
-            )
+        refuse_foreign(
+            self.folder,
+            (MANIFEST, _LOCK),
+            "not empty, and no training of ours",
+            remedy="name a new folder as `output`",
+        )
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

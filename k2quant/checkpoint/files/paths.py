@@ -7,10 +7,10 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from k2quant.errors import DestinationInUse, MalformedFile, UnsafePath
+from k2quant.errors import DestinationForeign, DestinationInUse, MalformedFile, UnsafePath
 
 PARTIAL = ".partial"
 """Suffix of a file that is being written; it is renamed when it is whole and on the disk."""
@@ -150,6 +150,28 @@ def locked_file(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def refuse_foreign(
+    folder: Path, marks: Iterable[str], message: str, *, remedy: str | None = None, listed: bool = False
+) -> None:
+    """Refuse a folder that holds anything, unless a file of ours marks it; one that is not there is nobody's.
+
+    Args:
+        folder: where something is to be written.
+        marks: names of files, any of which says that the folder is ours.
+        message: what to say of a folder that is not.
+        remedy: what to do then.
+        listed: whether the message names what lies there.
+
+    Raises:
+        DestinationForeign: so it is.
+    """
+    if not folder.is_dir() or any((folder / name).is_file() for name in marks):
+        return
+    foreign = sorted(path.name for path in folder.iterdir())
+    if foreign:
+        raise DestinationForeign(message, file=folder, found=", ".join(foreign[:5]) if listed else None, remedy=remedy)
 
 
 def copy_file(source: Path, target: Path) -> None:
