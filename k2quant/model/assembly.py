@@ -21,7 +21,7 @@ from k2quant.conversion.config import check_source
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.formats.layouts import INT4_GROUP, Fp8, Int4
 from k2quant.ground import names
-from k2quant.kernels.products.weights import Weight, best_layout, empty_fp8, empty_int4
+from k2quant.kernels.products.prepare import Weight, best_layout, empty_fp8, empty_int4
 from k2quant.model.architecture import architecture, in_one_line
 from k2quant.model.matrices import Dense, Matrix, joined
 from k2quant.model.modules import (

@@ -15,7 +15,8 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.formats.layouts import Fp8, Int4
 from k2quant.kernels.ops import prepare_fp8, prepare_int4
-from k2quant.kernels.products.weights import Fp8Weight, Weight, empty_fp8, empty_int4
+from k2quant.kernels.products.fp8_weight import Fp8Weight
+from k2quant.kernels.products.prepare import Weight, empty_fp8, empty_int4
 from k2quant.model.memory import TORCH_DTYPES
 
 Parts = dict[str, Tensor]

@@ -20,7 +20,9 @@ from k2quant.errors import UsageError
 from k2quant.formats.layouts import Fp8, Int4
 from k2quant.kernels.ops import fp8_linear, int4_linear, moe_fp8, moe_int4
 from k2quant.kernels.products import reference
-from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, Weight, prepare_int4, select
+from k2quant.kernels.products.fp8_weight import Fp8Weight
+from k2quant.kernels.products.int4_weight import Int4Weight
+from k2quant.kernels.products.prepare import Weight, prepare_int4, select
 from k2quant.model.experts import sorted_experts
 from k2quant.model.matrices import Dense, Matrix, Packed, joined
 
@@ -235,14 +237,13 @@ class SeparateExperts(Experts):
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See `Experts`."""
-        pairs = x.new_zeros(*ids.shape, x.shape[1])
-        for expert in ids[(ids >= 0) & (ids < self.num_experts)].unique().tolist():
+
+        def run(expert: int, token: Tensor) -> Tensor:
             gate, up, down = (self.get_submodule(f"{expert}.{name}") for name in PROJECTIONS)
-            token, slot = torch.where(ids == expert)
             hidden = silu(gate(x[token]).float()) * up(x[token]).float()
-            pairs = pairs.index_put((token, slot), down(hidden.to(x.dtype)))
-        kept = weights.float().masked_fill((ids < 0) | (ids >= self.num_experts), 0)
-        return (pairs.float() * kept[..., None]).sum(1).to(x.dtype)
+            return cast("Tensor", down(hidden.to(x.dtype)))
+
+        return reference.mixture(x, self.num_experts, run, ids, weights)
 
     forward = compute
 
