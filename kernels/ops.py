@@ -16,14 +16,18 @@ from k2quant.kernels.codecs.ops import (
     int4_to_bf16,
     int4_to_fp8,
 )
-from k2quant.kernels.products.linear import fp8_linear, fp8_linear_w8a8, int4_linear
-from k2quant.kernels.products.moe import moe_fp8, moe_int4
+from k2quant.kernels.products.fp8_weight import Fp8Weight
+from k2quant.kernels.products.int4_weight import Int4Weight
+from k2quant.kernels.products.linear import fp8_linear, fp8_linear_w8a8, int4_linear, linear
+from k2quant.kernels.products.moe import moe, moe_fp8, moe_int4
+from k2quant.kernels.products.prepare import prepare_fp8, prepare_int4
 from k2quant.kernels.products.warmup import warmup
-from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, prepare_fp8, prepare_int4
+from k2quant.kernels.products.weights import PackedWeight
 
 __all__ = [
     "Fp8Weight",
     "Int4Weight",
+    "PackedWeight",
     "bf16_to_fp8",
     "bf16_to_int4",
     "fake_quantize_fp8",
@@ -35,6 +39,8 @@ __all__ = [
     "int4_linear",
     "int4_to_bf16",
     "int4_to_fp8",
+    "linear",
+    "moe",
     "moe_fp8",
     "moe_int4",
     "prepare_fp8",

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from k2quant.kernels.tuning.choosing import Cell, Trial
+    from k2quant.kernels.tuning.candidates import Cell
+    from k2quant.kernels.tuning.choosing import Trial
 
 _PRODUCTS = ("linear", "w8a8", "gate_up", "down")
 

@@ -201,9 +201,9 @@ class Fp8(Format):
 
     def packed(self, shape: tuple[int, ...], *, on: torch.device) -> PackedWeight:
         """Return a weight in the checkpoint's own layout."""
-        from k2quant.kernels.products.prepare import empty_fp8
+        from k2quant.kernels.products.prepare import empty
 
-        return empty_fp8(shape, block=self.block, device="meta")
+        return empty(self.name, shape, numbers=self.block, device="meta", for_device=on)
 
     def fake_quantized(self, weights: torch.Tensor, bits: int) -> torch.Tensor:
         """Return codes times scales."""

@@ -267,9 +267,9 @@ class Int4(Format):
 
     def packed(self, shape: tuple[int, ...], *, on: torch.device) -> PackedWeight:
         """Return a weight in the layout of a device."""
-        from k2quant.kernels.products.prepare import best_layout, empty_int4
+        from k2quant.kernels.products.prepare import empty
 
-        return empty_int4(shape, layout=best_layout(on, shape[-2]), device="meta")
+        return empty(self.name, shape, device="meta", for_device=on)
 
     def fake_quantized(self, weights: torch.Tensor, bits: int) -> torch.Tensor:
         """Return codes times scales, the scales from each group's amax, without recovery (docs/formats.md)."""

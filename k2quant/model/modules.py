@@ -244,14 +244,13 @@ class SeparateExperts(Experts):
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See `Experts`."""
-        pairs = x.new_zeros(*ids.shape, x.shape[1])
-        for expert in ids[(ids >= 0) & (ids < self.num_experts)].unique().tolist():
+
+        def run(expert: int, token: Tensor) -> Tensor:
             gate, up, down = (self.get_submodule(f"{expert}.{name}") for name in PROJECTIONS)
-            token, slot = torch.where(ids == expert)
             hidden = silu(gate(x[token]).float()) * up(x[token]).float()
-            pairs = pairs.index_put((token, slot), down(hidden.to(x.dtype)))
-        kept = weights.float().masked_fill((ids < 0) | (ids >= self.num_experts), 0)
-        return (pairs.float() * kept[..., None]).sum(1).to(x.dtype)
+            return cast("Tensor", down(hidden.to(x.dtype)))
+
+        return reference.mixture(x, self.num_experts, run, ids, weights)
 
     forward = compute
 

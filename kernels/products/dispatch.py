@@ -1,6 +1,6 @@
 """Which backend makes a product, by device, shape and table.
 
-CPU: `linear_cpu`. NVIDIA GPUs with Triton: the Triton kernels, or dequantised weights and cuBLAS where the table says
+CPU: `cpu/linear`. NVIDIA GPUs with Triton: the Triton kernels, or dequantised weights and cuBLAS where the table says
 that this is faster. Anything else: the reference.
 """
 
@@ -16,8 +16,11 @@ from torch import Tensor
 
 from k2quant.kernels.devices import gpus
 from k2quant.kernels.products import reference
-from k2quant.kernels.products.tables.configs import Config, Product, Table, table_for
-from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, Weight
+from k2quant.kernels.products.cpu import linear as linear_cpu
+from k2quant.kernels.products.cpu import moe as moe_cpu
+from k2quant.kernels.products.fp8_weight import Fp8Weight
+from k2quant.kernels.products.tables.configs import Config, Product, Table, table_for, tokens_of_k2
+from k2quant.kernels.products.weights import PackedWeight
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -27,9 +30,6 @@ _TILE_DTYPES = (torch.bfloat16, torch.float16)
 
 _FLOAT32_TILE = Config(rows=16, columns=32, depth=32, warps=4, stages=1)
 """For experts in float32, which cuBLAS does not group: larger tiles overflow the registers."""
-
-EXPERTS, TOP = 384, 8
-"""Kimi K2's routed experts, and how many a token has."""
 
 on_triton = gpus.on_triton
 
@@ -49,7 +49,7 @@ def _in_given_dtypes(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @_in_given_dtypes
-def linear(x: Tensor, weight: Weight) -> Tensor:
+def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """Return x @ weight.T, `[.., N]`, for x `[.., K]`."""
     if x.ndim == 2 and x.is_contiguous():
         return _linear(x, weight)
@@ -57,7 +57,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     return _linear(rows, weight).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _linear(x: Tensor, weight: Weight) -> Tensor:
+def _linear(x: Tensor, weight: PackedWeight) -> Tensor:
     if on_triton(x):
         config = _config("linear", weight, x.shape[0], x.device)
         if config.form == "dequantize" or x.dtype not in _TILE_DTYPES:
@@ -66,19 +66,15 @@ def _linear(x: Tensor, weight: Weight) -> Tensor:
 
         return linear_triton.linear(x, weight, config)
     if x.device.type == "cpu":
-        from k2quant.kernels.products.cpu import linear as linear_cpu
-
         return linear_cpu.linear(x, weight)
     return reference.linear(x, weight)
 
 
 @_in_given_dtypes
-def linear_backward(grad: Tensor, weight: Weight) -> Tensor:
+def linear_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
     """Return grad @ weight, `[.., K]`, for grad `[.., N]`: the gradient of `linear` for x."""
     rows = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).contiguous()
     if grad.device.type == "cpu" and not on_triton(grad):
-        from k2quant.kernels.products.cpu import linear as linear_cpu
-
         out = linear_cpu.linear_backward(rows, weight)
     else:
         out = rows @ dequantize(weight, grad.dtype)
@@ -99,47 +95,41 @@ def linear_w8a8(x: Tensor, weight: Fp8Weight) -> Tensor:
 
 
 @_in_given_dtypes
-def moe(x: Tensor, gate: Weight, up: Weight, down: Weight, ids: Tensor, weights: Tensor) -> Tensor:
-    """Return the experts' weighted sum, `[T, H]`; see `matmul_reference.moe`."""
+def moe(x: Tensor, gate: PackedWeight, up: PackedWeight, down: PackedWeight, ids: Tensor, weights: Tensor) -> Tensor:
+    """Return the experts' weighted sum, `[T, H]`; see `reference.moe`."""
     if on_triton(x):
         from k2quant.kernels.products.gpu import moe as moe_triton
 
         configs = _moe_configs(x, gate, down, ids)
         return moe_triton.moe(x.contiguous(), gate, up, down, ids.contiguous(), weights.contiguous(), *configs)
     if x.device.type == "cpu":
-        from k2quant.kernels.products.cpu import moe as moe_cpu
-
         return moe_cpu.moe(x, gate, up, down, ids, weights)
     return reference.moe(x, gate, up, down, ids, weights)
 
 
 @_in_given_dtypes
 def moe_backward(
-    grad: Tensor, x: Tensor, gate: Weight, up: Weight, down: Weight, ids: Tensor, weights: Tensor
+    grad: Tensor, x: Tensor, gate: PackedWeight, up: PackedWeight, down: PackedWeight, ids: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of `moe` for x `[T, H]` and for the router's weights `[T, k]`."""
     if on_triton(x):
-        from k2quant.kernels.products.gpu import moe as moe_triton
+        from k2quant.kernels.products.gpu import moe_backward as moe_backward_triton
 
         parts = grad.contiguous(), x.contiguous(), gate, up, down, ids.contiguous(), weights.contiguous()
-        return moe_triton.moe_backward(*parts, *_moe_configs(x, gate, down, ids))
+        return moe_backward_triton.moe_backward(*parts, *_moe_configs(x, gate, down, ids))
     if x.device.type == "cpu":
-        from k2quant.kernels.products.cpu import linear as linear_cpu
-
         products = linear_cpu.linear, linear_cpu.linear_backward
         return reference.moe_backward(grad, x, gate, up, down, ids, weights, products=products)
     return reference.moe_backward(grad, x, gate, up, down, ids, weights)
 
 
-def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Return the weights `[.., N, K]`, each rounded once to `dtype`."""
-    if on_triton(weight.codes) and not (isinstance(weight, Int4Weight) and weight.layout != "groups"):
+    if on_triton(weight.codes) and weight.layout == weight.gpu_layout:
         from k2quant.kernels.products.gpu import dequantize as dequantize_triton
 
         return dequantize_triton.dequantize(weight, dtype)
     if weight.codes.device.type == "cpu" and len(weight.shape) == 2:
-        from k2quant.kernels.products.cpu import linear as linear_cpu
-
         return linear_cpu.dequantize(weight, dtype)
     return weight.dequantize(dtype)
 
@@ -154,16 +144,14 @@ def _capability(tensor: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(tensor.device)
 
 
-def _config(product: Product, weight: Weight, rows: int, device: torch.device) -> Config:
-    kind = "int4" if isinstance(weight, Int4Weight) else "fp8"
-    return table_of(device).choose(product, kind, weight.shape, rows)
+def _config(product: Product, weight: PackedWeight, rows: int, device: torch.device) -> Config:
+    return table_of(device).choose(product, weight.format, weight.shape, rows)
 
 
-def _moe_configs(x: Tensor, gate: Weight, down: Weight, ids: Tensor) -> tuple[Config, Config]:
+def _moe_configs(x: Tensor, gate: PackedWeight, down: PackedWeight, ids: Tensor) -> tuple[Config, Config]:
     """Return the configurations of both products of a layer of experts, with equal blocks of rows."""
     if x.dtype not in _TILE_DTYPES:
         return _FLOAT32_TILE, _FLOAT32_TILE
-    # Tables speak of Kimi K2's tokens: what counts is how many rows an expert gets.
-    tokens = -(-ids.numel() * EXPERTS // (TOP * max(1, gate.shape[0])))
+    tokens = tokens_of_k2(ids.numel(), gate.shape[0])
     inward = _config("gate_up", gate, tokens, x.device)
     return inward, replace(_config("down", down, tokens, x.device), rows=inward.rows)

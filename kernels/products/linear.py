@@ -1,11 +1,13 @@
-"""`int4_linear`, `fp8_linear` and `fp8_linear_w8a8` as torch operators.
+"""`linear` of packed weights, by any of its names, and `fp8_linear_w8a8`, as torch operators.
 
 Each is opaque to torch.compile: it picks a configuration by shape in Python, which a traced body could not. It has a
-fake kernel for shapes, and a gradient for x; packed weights have none.
+fake kernel for shapes, and a gradient for x; packed weights have none. One operator serves every format: a weight goes
+through it as its `operands`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,11 +16,36 @@ from torch.autograd import forward_ad
 from torch.library import custom_op
 
 from k2quant.errors import UsageError
-from k2quant.kernels.codecs.views import as_bytes, as_codes
 from k2quant.kernels.products import dispatch
-from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, Layout
+from k2quant.kernels.products.fp8_weight import Fp8Weight
+from k2quant.kernels.products.int4_weight import Int4Weight
+from k2quant.kernels.products.prepare import PACKED
+from k2quant.kernels.products.weights import PackedWeight
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+KINDS = {f"{kind.format}/{layout}": (kind, layout) for kind in PACKED.values() for layout in kind.layouts}
+"""What the operators call a format in a layout."""
+
+Operands = tuple[Tensor, Tensor, str, tuple[int, ...]]
+"""A weight as an operator takes it: codes as whole numbers, scale, one of `KINDS`, and the format's numbers."""
+
+
+def linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """Multiply x by a packed weight of any format: x @ weight.T.
+
+    Args:
+        x: `[.., K]`, BF16, FP16 or float32; any strides.
+        weight: `[N, K]`, from `prepare_int4` or `prepare_fp8`, on the device of x.
+
+    Returns:
+        `[.., N]` in the dtype of x, summed in float32.
+
+    Raises:
+        UsageError: x does not fit the weight.
+    """
+    check_x(x, weight, *PACKED.values())
+    return cast("Tensor", torch.ops.k2quant.linear(x, *operands(weight)))
 
 
 def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
@@ -35,7 +62,7 @@ def int4_linear(x: Tensor, weight: Int4Weight) -> Tensor:
         UsageError: x does not fit the weight.
     """
     check_x(x, weight, Int4Weight)
-    return cast("Tensor", torch.ops.k2quant.int4_linear(x, weight.codes, weight.scale, weight.layout))
+    return cast("Tensor", torch.ops.k2quant.linear(x, *operands(weight)))
 
 
 def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
@@ -52,7 +79,7 @@ def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
         UsageError: x does not fit the weight.
     """
     check_x(x, weight, Fp8Weight)
-    return cast("Tensor", torch.ops.k2quant.fp8_linear(x, as_bytes(weight.codes), weight.scale, *weight.block))
+    return cast("Tensor", torch.ops.k2quant.linear(x, *operands(weight)))
 
 
 def fp8_linear_w8a8(x: Tensor, weight: Fp8Weight) -> Tensor:
@@ -70,12 +97,12 @@ def fp8_linear_w8a8(x: Tensor, weight: Fp8Weight) -> Tensor:
         UsageError: x does not fit the weight.
     """
     check_x(x, weight, Fp8Weight)
-    return cast("Tensor", torch.ops.k2quant.fp8_linear_w8a8(x, as_bytes(weight.codes), weight.scale, *weight.block))
+    return cast("Tensor", torch.ops.k2quant.fp8_linear_w8a8(x, *operands(weight)))
 
 
-def check_x(x: Tensor, weight: Int4Weight | Fp8Weight, kind: type[Int4Weight | Fp8Weight], dimensions: int = 2) -> None:
-    """Raise UsageError unless x `[.., K]` fits a weight of this kind and of so many dimensions."""
-    check_weight(weight, kind, "weight")
+def check_x(x: Tensor, weight: PackedWeight, *kinds: type[PackedWeight], dimensions: int = 2) -> None:
+    """Raise UsageError unless x `[.., K]` fits a weight of one of these kinds and of so many dimensions."""
+    check_weight(weight, "weight", *kinds)
     if len(weight.shape) != dimensions:
         wanted = "[N, K]" if dimensions == 2 else "[E, N, K]"
         raise UsageError(f"weight: expected {wanted}, found {list(weight.shape)}")
@@ -91,58 +118,49 @@ def check_x(x: Tensor, weight: Int4Weight | Fp8Weight, kind: type[Int4Weight | F
         raise UsageError("x: forward-mode gradients (jvp) are not supported; use backward")
 
 
-def check_weight(weight: object, kind: type[Int4Weight | Fp8Weight], name: str) -> None:
-    """Raise UsageError unless a weight is of a kind, and whole."""
-    if not isinstance(weight, kind):
-        prepare = "prepare_int4" if kind is Int4Weight else "prepare_fp8"
-        raise UsageError(f"{name}: expected an {kind.__name__} from {prepare}, found {type(weight).__name__}")
+def check_weight(weight: PackedWeight, name: str, *kinds: type[PackedWeight]) -> None:
+    """Raise UsageError unless a weight is of one of these kinds, and whole."""
+    if not isinstance(weight, kinds):
+        wanted = " or ".join(f"an {kind.__name__} from prepare_{kind.format}" for kind in kinds)
+        raise UsageError(f"{name}: expected {wanted}, found {type(weight).__name__}")
     weight.check()
 
 
-@custom_op("k2quant::int4_linear", mutates_args=())
-def _int4_linear(x: Tensor, codes: Tensor, scale: Tensor, layout: str) -> Tensor:
-    return dispatch.linear(x, Int4Weight(codes, scale, cast("Layout", layout)))
+def operands(weight: PackedWeight) -> Operands:
+    """Return a weight as an operator takes it."""
+    return weight.bits, weight.scale, f"{weight.format}/{weight.layout}", weight.numbers
 
 
-@custom_op("k2quant::int4_linear_backward", mutates_args=())
-def _int4_linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, layout: str) -> Tensor:
-    return dispatch.linear_backward(grad, Int4Weight(codes, scale, cast("Layout", layout)))
+def weight_of(bits: Tensor, scale: Tensor, kind: str, numbers: Sequence[int]) -> PackedWeight:
+    """Undo `operands`."""
+    packed, layout = KINDS[kind]
+    return packed.of(bits, scale, layout, tuple(numbers))
 
 
-@custom_op("k2quant::fp8_linear", mutates_args=())
-def _fp8_linear(x: Tensor, codes: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor:
-    return dispatch.linear(x, Fp8Weight(as_codes(codes), scale, (block_rows, block_columns)))
+@custom_op("k2quant::linear", mutates_args=())
+def _linear(x: Tensor, codes: Tensor, scale: Tensor, kind: str, numbers: Sequence[int]) -> Tensor:
+    return dispatch.linear(x, weight_of(codes, scale, kind, numbers))
 
 
-@custom_op("k2quant::fp8_linear_backward", mutates_args=())
-def _fp8_linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor:
-    return dispatch.linear_backward(grad, Fp8Weight(as_codes(codes), scale, (block_rows, block_columns)))
+@custom_op("k2quant::linear_backward", mutates_args=())
+def _linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, kind: str, numbers: Sequence[int]) -> Tensor:
+    return dispatch.linear_backward(grad, weight_of(codes, scale, kind, numbers))
 
 
 @custom_op("k2quant::fp8_linear_w8a8", mutates_args=())
-def _fp8_linear_w8a8(x: Tensor, codes: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor:
-    return dispatch.linear_w8a8(x, Fp8Weight(as_codes(codes), scale, (block_rows, block_columns)))
+def _fp8_linear_w8a8(x: Tensor, codes: Tensor, scale: Tensor, kind: str, numbers: Sequence[int]) -> Tensor:
+    return dispatch.linear_w8a8(x, cast("Fp8Weight", weight_of(codes, scale, kind, numbers)))
 
 
-@_int4_linear.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, layout: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], Int4Weight(codes, scale, cast("Layout", layout)).shape[0])
-
-
-@_int4_linear_backward.register_fake
-def _(grad: Tensor, codes: Tensor, scale: Tensor, layout: str) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], Int4Weight(codes, scale, cast("Layout", layout)).shape[1])
-
-
-@_fp8_linear.register_fake
+@_linear.register_fake
 @_fp8_linear_w8a8.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
+def _(x: Tensor, codes: Tensor, scale: Tensor, kind: str, numbers: Sequence[int]) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight_of(codes, scale, kind, numbers).shape[0])
 
 
-@_fp8_linear_backward.register_fake
-def _(grad: Tensor, codes: Tensor, scale: Tensor, block_rows: int, block_columns: int) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], codes.shape[1])
+@_linear_backward.register_fake
+def _(grad: Tensor, codes: Tensor, scale: Tensor, kind: str, numbers: Sequence[int]) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight_of(codes, scale, kind, numbers).shape[1])
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -150,18 +168,11 @@ def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(codes, scale)
 
 
-def _int4_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[0]
-    grad_x = torch.ops.k2quant.int4_linear_backward(grad, *ctx.saved_tensors, *ctx.rest) if wanted else None
-    return grad_x, None, None, None
-
-
-def _fp8_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[0]
-    grad_x = torch.ops.k2quant.fp8_linear_backward(grad, *ctx.saved_tensors, *ctx.rest) if wanted else None
+    grad_x = torch.ops.k2quant.linear_backward(grad, *ctx.saved_tensors, *ctx.rest) if wanted else None
     return grad_x, None, None, None, None
 
 
-_int4_linear.register_autograd(_int4_gradient, setup_context=_keep_weight)
-_fp8_linear.register_autograd(_fp8_gradient, setup_context=_keep_weight)
-_fp8_linear_w8a8.register_autograd(_fp8_gradient, setup_context=_keep_weight)
+for _operator in (_linear, _fp8_linear_w8a8):
+    _operator.register_autograd(_gradient, setup_context=_keep_weight)

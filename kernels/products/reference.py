@@ -1,6 +1,6 @@
 """What each matrix product means, in plain torch: the truth that every kernel is held to.
 
-Weights are `Int4Weight` and `Fp8Weight`. x is BF16, FP16 or float32; products are summed in float32 at least, over the
+x is BF16, FP16 or float32; products are summed in float32 at least, over the
 weights rounded to the dtype of x, and the result has that dtype.
 """
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import linear as matmul
 from torch.nn.functional import pad, silu
 
-from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, select, spread
+from k2quant.kernels.products.fp8_weight import Fp8Weight, spread
+from k2quant.kernels.products.weights import PackedWeight
 
-Product = Callable[[Tensor, Int4Weight | Fp8Weight], Tensor]
+Product = Callable[[Tensor, PackedWeight], Tensor]
 """Makes x @ weight.T."""
 
 LARGEST_FP8 = 448.0
@@ -23,12 +24,12 @@ SMALLEST_AMAX = 1e-10
 """An activation block of zeros, or nearly so, is scaled as if its largest value were this: no 0 / 0."""
 
 
-def linear(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
+def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """Return x @ weight.T, `[.., N]`, for x `[.., K]`."""
     return matmul(x, weight.dequantize(x.dtype))
 
 
-def linear_backward(grad: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
+def linear_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
     """Return grad @ weight, `[.., K]`, for grad `[.., N]`: the gradient of `linear` for x."""
     return grad @ weight.dequantize(grad.dtype)
 
@@ -54,9 +55,9 @@ def fp8_linear_w8a8(x: Tensor, weight: Fp8Weight) -> Tensor:
 
 def moe(
     x: Tensor,
-    gate: Int4Weight | Fp8Weight,
-    up: Int4Weight | Fp8Weight,
-    down: Int4Weight | Fp8Weight,
+    gate: PackedWeight,
+    up: PackedWeight,
+    down: PackedWeight,
     ids: Tensor,
     weights: Tensor,
     *,
@@ -77,21 +78,38 @@ def moe(
         `[T, H]` in the dtype of x. An expert computes down(silu(gate(x)) * up(x)) with each product rounded to that
         dtype once, SiLU and the product in float32; the weighted sum runs over k in order, in float32.
     """
+
+    def run(expert: int, token: Tensor) -> Tensor:
+        parts = gate.expert(expert), up.expert(expert), down.expert(expert)
+        return _expert(x[token], *parts, product or linear)
+
+    return mixture(x, gate.shape[0], run, ids, weights)
+
+
+def mixture(x: Tensor, experts: int, run: Callable[[int, Tensor], Tensor], ids: Tensor, weights: Tensor) -> Tensor:
+    """Do `moe` with experts of any kind.
+
+    Args:
+        x: `[T, H]`.
+        experts: E.
+        run: returns what an expert makes of some tokens, `[.., H]`; given its number and theirs.
+        ids: as for `moe`.
+        weights: the same.
+    """
     pairs = x.new_zeros(*ids.shape, x.shape[1])
-    for expert in ids[(ids >= 0) & (ids < gate.shape[0])].unique().tolist():
+    for expert in ids[(ids >= 0) & (ids < experts)].unique().tolist():
         token, slot = torch.where(ids == expert)
-        parts = select(gate, expert), select(up, expert), select(down, expert)
-        pairs[token, slot] = _expert(x[token], *parts, product or linear)
-    weights = weights.float().masked_fill((ids < 0) | (ids >= gate.shape[0]), 0)
-    return (pairs.float() * weights[..., None]).sum(1).to(x.dtype)
+        pairs[token, slot] = run(expert, token)
+    kept = weights.float().masked_fill((ids < 0) | (ids >= experts), 0)
+    return (pairs.float() * kept[..., None]).sum(1).to(x.dtype)
 
 
 def moe_backward(
     grad: Tensor,
     x: Tensor,
-    gate: Int4Weight | Fp8Weight,
-    up: Int4Weight | Fp8Weight,
-    down: Int4Weight | Fp8Weight,
+    gate: PackedWeight,
+    up: PackedWeight,
+    down: PackedWeight,
     ids: Tensor,
     weights: Tensor,
     *,
@@ -114,7 +132,7 @@ def moe_backward(
     grad_weights = torch.zeros_like(weights)
     for expert in ids[(ids >= 0) & (ids < gate.shape[0])].unique().tolist():
         token, slot = torch.where(ids == expert)
-        wg, wu, wd = (select(part, expert) for part in (gate, up, down))
+        wg, wu, wd = (part.expert(expert) for part in (gate, up, down))
         gated, lifted = forward(x[token], wg).float(), forward(x[token], wu).float()
         sigmoid = gated.sigmoid()
         hidden = (gated * sigmoid * lifted).to(x.dtype).float()
@@ -129,9 +147,9 @@ def moe_backward(
 
 def _expert(
     x: Tensor,
-    gate: Int4Weight | Fp8Weight,
-    up: Int4Weight | Fp8Weight,
-    down: Int4Weight | Fp8Weight,
+    gate: PackedWeight,
+    up: PackedWeight,
+    down: PackedWeight,
     product: Product,
 ) -> Tensor:
     hidden = silu(product(x, gate).float()) * product(x, up).float()

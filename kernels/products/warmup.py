@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from k2quant.kernels.products import dispatch
-from k2quant.kernels.products.linear import fp8_linear, fp8_linear_w8a8, int4_linear
-from k2quant.kernels.products.moe import moe_fp8, moe_int4
-from k2quant.kernels.products.tables.configs import BUCKETS, bucket_of
-from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, Weight
+from k2quant.kernels.products.fp8_weight import Fp8Weight
+from k2quant.kernels.products.linear import fp8_linear_w8a8, linear
+from k2quant.kernels.products.moe import moe
+from k2quant.kernels.products.tables.configs import BUCKETS, bucket_of, tokens_of_k2
+from k2quant.kernels.products.weights import PackedWeight
 
 _CPU_ROWS = (1, 2, 256)
 """Rows of x that reach every compiled function of the CPU path."""
 
 
 def warmup(
-    linears: Iterable[Weight],
-    experts: Iterable[tuple[Weight, Weight, Weight]] = (),
+    linears: Iterable[PackedWeight],
+    experts: Iterable[tuple[PackedWeight, PackedWeight, PackedWeight]] = (),
     *,
     top: int = 8,
     rows: int = BUCKETS[-1],
@@ -55,18 +57,18 @@ def warmup(
         for height in _tokens(layer[0], top, rows):
             x = torch.zeros(height, layer[0].shape[2], dtype=dtype, device=device)
             ids = torch.arange(height * top, device=device).reshape(height, top) % layer[0].shape[0]
-            _moe(x, layer, ids.to(ids_dtype), torch.zeros(height, top, dtype=weights_dtype, device=device))
+            moe(x, *layer, ids.to(ids_dtype), torch.zeros(height, top, dtype=weights_dtype, device=device))
             count += 1
     return count
 
 
-def _rows(weight: Weight, most: int) -> list[int]:
+def _rows(weight: PackedWeight, most: int) -> list[int]:
     """Return one number of rows for each configuration that there may be."""
     buckets = BUCKETS if dispatch.on_triton(weight.codes) else _CPU_ROWS
     return [bucket for bucket in buckets if bucket < most] + [most]
 
 
-def _tokens(gate: Weight, top: int, most: int) -> list[int]:
+def _tokens(gate: PackedWeight, top: int, most: int) -> list[int]:
     """Return one number of tokens for each configuration that there may be, sorted by expert or not."""
     if not dispatch.on_triton(gate.codes):
         return _rows(gate, most)
@@ -75,31 +77,18 @@ def _tokens(gate: Weight, top: int, most: int) -> list[int]:
     experts, found = gate.shape[0], {}
     for tokens in range(1, most + 1):
         pairs = tokens * top
-        # As `dispatch` has it: tables speak of Kimi K2's tokens.
-        bucket = bucket_of(-(-pairs * dispatch.EXPERTS // (dispatch.TOP * experts)))
-        found[bucket, pairs * SPARSITY_FACTOR <= experts] = tokens
+        found[bucket_of(tokens_of_k2(pairs, experts)), pairs * SPARSITY_FACTOR <= experts] = tokens
     return list(found.values())
 
 
-def _kind(weight: Weight) -> tuple[object, ...]:
-    rest = weight.layout if isinstance(weight, Int4Weight) else weight.block
-    return type(weight), weight.shape, weight.codes.device, rest
+def _kind(weight: PackedWeight) -> tuple[object, ...]:
+    return weight.format, weight.shape, weight.codes.device, weight.layout, weight.block
 
 
-def _linear(x: Tensor, weight: Weight, *, w8a8: bool) -> int:
+def _linear(x: Tensor, weight: PackedWeight, *, w8a8: bool) -> int:
     """Run the products of a weight; return how many there are."""
-    if isinstance(weight, Int4Weight):
-        int4_linear(x, weight)
-        return 1
-    fp8_linear(x, weight)
-    if w8a8:
-        fp8_linear_w8a8(x, weight)
-    return 1 + w8a8
-
-
-def _moe(x: Tensor, layer: tuple[Weight, Weight, Weight], ids: Tensor, weights: Tensor) -> None:
-    gate, up, down = layer
-    if isinstance(gate, Int4Weight) and isinstance(up, Int4Weight) and isinstance(down, Int4Weight):
-        moe_int4(x, gate, up, down, ids, weights)
-    elif isinstance(gate, Fp8Weight) and isinstance(up, Fp8Weight) and isinstance(down, Fp8Weight):
-        moe_fp8(x, gate, up, down, ids, weights)
+    linear(x, weight)
+    if w8a8 and "w8a8" in weight.products:
+        fp8_linear_w8a8(x, cast("Fp8Weight", weight))
+        return 2
+    return 1

@@ -18,15 +18,18 @@ from k2quant.kernels.codecs.gpu import fp8 as fp8_codecs_triton
 from k2quant.kernels.codecs.gpu import int4 as int4_codecs_triton
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.devices.launch import Launch, recorded
-from k2quant.kernels.products.dispatch import EXPERTS, TOP
+from k2quant.kernels.products.fp8_weight import Fp8Weight
 from k2quant.kernels.products.gpu import dequantize as dequantize_triton
 from k2quant.kernels.products.gpu import linear as linear_triton
 from k2quant.kernels.products.gpu import moe as moe_triton
+from k2quant.kernels.products.gpu import moe_backward as moe_backward_triton
 from k2quant.kernels.products.gpu import repack as repack_triton
 from k2quant.kernels.products.gpu import w8a8 as w8a8_triton
 from k2quant.kernels.products.gpu.routing import SPARSITY_FACTOR
-from k2quant.kernels.products.tables.configs import Config, Product
-from k2quant.kernels.products.weights import GROUP, Fp8Weight, Int4Weight
+from k2quant.kernels.products.int4_weight import Int4Weight
+from k2quant.kernels.products.prepare import PACKED
+from k2quant.kernels.products.tables.configs import EXPERTS, TOP, Config, Product
+from k2quant.kernels.products.weights import PackedWeight
 
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -62,7 +65,7 @@ def rehearse(
 
     Args:
         product: of a layer of experts only this product's launches are returned; helpers count as those of gate_up.
-        weight_format: `int4` or `fp8`.
+        weight_format: one of `PACKED`.
         shape: N and K.
         config: rows are those of both products of a layer of experts.
         tokens: so many are sent through a layer of experts, in turn. If left out: many, which are sorted by expert, and
@@ -75,7 +78,7 @@ def rehearse(
     with torch.device("meta"), recorded() as found:
         x = torch.empty(2 * config.rows, shape[1], dtype=torch.bfloat16)
         if product == "w8a8":
-            w8a8_triton.linear_w8a8(x, _fp8(*shape), config)
+            w8a8_triton.linear_w8a8(x, Fp8Weight.empty(shape, device="meta"), config)
         elif product == "linear":
             linear_triton.linear(x, _weight(weight_format, *shape), config)
         else:
@@ -140,19 +143,12 @@ def _rehearse_moe(
     weights = torch.empty(ids.shape)
     moe_triton.moe(x, gate, up, down, ids, weights, config, config)
     if backward:
-        moe_triton.moe_backward(x, x, gate, up, down, ids, weights, config, config)
+        moe_backward_triton.moe_backward(x, x, gate, up, down, ids, weights, config, config)
 
 
-def _weight(weight_format: str, *shape: int) -> Int4Weight | Fp8Weight:
-    if weight_format == "fp8":
-        return _fp8(*shape)
-    groups = (*shape[:-2], shape[-1] // GROUP, shape[-2])
-    return Int4Weight(torch.empty(*groups, 4, dtype=torch.int32), torch.empty(groups, dtype=torch.bfloat16), "groups")
-
-
-def _fp8(*shape: int) -> Fp8Weight:
-    scale = torch.empty(*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
-    return Fp8Weight(torch.empty(shape, dtype=torch.float8_e4m3fn), scale, (128, 128))
+def _weight(weight_format: str, *shape: int) -> PackedWeight:
+    kind = PACKED[weight_format]
+    return kind.empty(shape, kind.gpu_layout, device="meta")
 
 
 def compile_launch(launch: Launch, arch: int) -> Any:

@@ -12,19 +12,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from k2quant.kernels.products import dispatch, reference
-from k2quant.kernels.products.dispatch import EXPERTS, TOP
+from k2quant.kernels.products.fp8_weight import Fp8Weight
 from k2quant.kernels.products.gpu import linear as linear_triton
 from k2quant.kernels.products.gpu import moe as moe_triton
 from k2quant.kernels.products.gpu import w8a8 as w8a8_triton
-from k2quant.kernels.products.tables.configs import Config, Product, Table
-from k2quant.kernels.products.weights import Fp8Weight, Weight, select
+from k2quant.kernels.products.tables.configs import EXPERTS, TOP, Config, Product, Table
+from k2quant.kernels.products.weights import PackedWeight
 from k2quant.kernels.tuning import choosing as tuning
-from k2quant.kernels.tuning.choosing import HIDDEN, INNER, Cell, Trial
+from k2quant.kernels.tuning.candidates import HIDDEN, INNER, TUNED_BUCKETS, Cell, candidates, cells
+from k2quant.kernels.tuning.choosing import Trial
 from k2quant.kernels.tuning.compiling import compile_launch, most_direct, rehearse
 from k2quant.kernels.tuning.timing import time_eager, time_graph
 
@@ -62,7 +64,7 @@ def tune(
 
     with torch.cuda.device(gpu), _compilers() as pool:
         attempt = partial(_tune_cell, gpu=gpu, pool=pool, over=over)
-        yield from tuning.tune_cells(tuning.cells(products), name, base, _measured(name), attempt, over)
+        yield from tuning.tune_cells(cells(products), name, base, _measured(name), attempt, over)
 
 
 @contextmanager
@@ -90,7 +92,7 @@ def _tune_cell(
     cell: Cell, table: Table, *, gpu: torch.device, pool: ProcessPoolExecutor, over: tuning.Over
 ) -> list[Trial]:
     properties = torch.cuda.get_device_properties(gpu)
-    configs = tuning.candidates(
+    configs = candidates(
         cell, base=table, shared_limit=_shared_memory(gpu), processors=properties.multi_processor_count
     )
     arch = 10 * properties.major + properties.minor
@@ -107,7 +109,7 @@ def checked_tokens(cell: Cell) -> tuple[int, ...]:
     Where only some of the numbers of tokens that share a configuration have them sorted by expert, it is one of each.
     """
     own, few = min(cell.rows, CHECKED_ROWS), most_direct()
-    below = max((rows for rows in tuning.TUNED_BUCKETS if rows < cell.rows), default=0)
+    below = max((rows for rows in TUNED_BUCKETS if rows < cell.rows), default=0)
     return (own, few) if below < few < own else (own,)
 
 
@@ -136,19 +138,19 @@ def _linear_work(cell: Cell, _: Table, gpu: torch.device) -> tuple[tuning.Run, t
     small = x[:CHECKED_ROWS]
     copies = [_copy(weight) for _ in range(_rotations(weight.nbytes, gpu))]
 
-    def product(rows: Tensor, each: Weight, config: Config) -> Tensor:
+    def product(rows: Tensor, each: PackedWeight, config: Config) -> Tensor:
         if config.form == "dequantize":
             return rows @ dispatch.dequantize(each, rows.dtype).T
-        if cell.product == "w8a8" and isinstance(each, Fp8Weight):
-            return w8a8_triton.linear_w8a8(rows, each, config)
+        if cell.product == "w8a8":
+            return w8a8_triton.linear_w8a8(rows, cast("Fp8Weight", each), config)
         return linear_triton.linear(rows, each, config)
 
     def timer(_: Cell, config: Config) -> float:
         return _seconds([partial(product, x, each, config) for each in _cycle(copies)])
 
-    if cell.product == "w8a8" and isinstance(weight, Fp8Weight):
-        exact = _w8a8_truth(small, weight)
-        allowed = 1.05 * tuning.relative_error(reference.fp8_linear_w8a8(small, weight), exact) + tuning.ROUNDING
+    if cell.product == "w8a8":
+        exact, fp8 = _w8a8_truth(small, weight), cast("Fp8Weight", weight)
+        allowed = 1.05 * tuning.relative_error(reference.fp8_linear_w8a8(small, fp8), exact) + tuning.ROUNDING
     else:
         exact = small.double() @ _truth(weight).T
         allowed = tuning.allowed_error(small, weight, exact)
@@ -192,21 +194,23 @@ def _seconds(calls: list[Callable[[], Tensor]]) -> float:
     return time_graph(calls[: tuning.calls_for(once, len(calls))], samples=SAMPLES, warm_up_seconds=0.05).median
 
 
-def _truth(weight: Weight) -> Tensor:
+def _truth(weight: PackedWeight) -> Tensor:
     """Return float64 weights with unrounded code * scale: in float32 an INT4 product is exact, an FP8 one nearly."""
     return weight.dequantize(torch.float32).double()
 
 
-def _w8a8_truth(x: Tensor, weight: Fp8Weight) -> Tensor:
+def _w8a8_truth(x: Tensor, weight: PackedWeight) -> Tensor:
     codes, scale = reference.fp8_quantize_activations(x)
     rounded = codes.float() * scale.repeat_interleave(128, 1)[:, : x.shape[1]]
     return rounded.double() @ _truth(weight).T
 
 
-def _moe_truth(x: Tensor, parts: tuple[Weight, Weight, Weight], ids: Tensor, weights: Tensor) -> Tensor:
+def _moe_truth(
+    x: Tensor, parts: tuple[PackedWeight, PackedWeight, PackedWeight], ids: Tensor, weights: Tensor
+) -> Tensor:
     out = torch.zeros(len(ids), x.shape[1], dtype=torch.float64, device=x.device)
     for expert in ids.unique().tolist():
-        gate, up, down = (_truth(select(part, expert)) for part in parts)
+        gate, up, down = (_truth(part.expert(expert)) for part in parts)
         token, slot = torch.where(ids == expert)
         rows = x[token].double()
         hidden = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
@@ -214,13 +218,13 @@ def _moe_truth(x: Tensor, parts: tuple[Weight, Weight, Weight], ids: Tensor, wei
     return out
 
 
-def _copy(weight: Weight) -> Weight:
-    return replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
+def _copy(weight: PackedWeight) -> PackedWeight:
+    return weight.holding(weight.codes.clone(), weight.scale.clone())
 
 
 def _rotations(nbytes: int, gpu: torch.device) -> int:
     return max(2, -(-COLD * torch.cuda.get_device_properties(gpu).L2_cache_size // nbytes))
 
 
-def _cycle(copies: list[Weight]) -> list[Weight]:
+def _cycle(copies: list[PackedWeight]) -> list[PackedWeight]:
     return [copies[number % len(copies)] for number in range(max(CALLS, len(copies)))]

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from k2quant.errors import UsageError
+from k2quant.formats.known import ExportFormat
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.grids import Grid, largest_code
 from k2quant.kernels.codecs.values import ValueAt
-from k2quant.qat.config import Estimator, ExportFormat, QATConfig
+from k2quant.qat.config import Estimator, QATConfig
 from k2quant.qat.rounding.rules import Rule, as_bf16, plain_rule
 
 GROUP = reference.GROUP

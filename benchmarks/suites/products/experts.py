@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from k2quant.kernels.ops import moe_fp8, moe_int4
-from k2quant.kernels.products.weights import select
 from suites.products import cases
 from suites.products.cases import Cell
 from suites.products.inputs import Entry, ExpertsBank, Work, aten, normal, relative
@@ -55,7 +54,7 @@ class ExpertsProblem:
         for token in range(min(self.cell.m, CHECKED_TOKENS)):
             row, total = self.x[token].double(), 0
             for expert, share in zip(self.ids[0][token].tolist(), self.weights[token].double(), strict=True):
-                gate, up, down = (select(part, expert).dequantize(torch.float64) for part in self.bank.plain)
+                gate, up, down = (part.expert(expert).dequantize(torch.float64) for part in self.bank.plain)
                 total = total + share * (down @ (functional.silu(gate @ row) * (up @ row)))
             out.append(total)
         return torch.stack(out)  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from k2quant.kernels.codecs import reference
-from k2quant.kernels.ops import Fp8Weight, Int4Weight, prepare_fp8, prepare_int4
-from k2quant.kernels.products.weights import select
+from k2quant.kernels.ops import Int4Weight, PackedWeight, prepare_fp8, prepare_int4
 from suites.products import cases
 
 Call = Callable[[], Any]
-Weight = Int4Weight | Fp8Weight
 Copied = TypeVar("Copied")
 
 BLOCK = 128
@@ -71,7 +69,7 @@ class Bank:
             self._copies[name] = [first, *(copy(first) for _ in range(more))]
         return self._copies[name]
 
-    def weights(self) -> list[Weight]:
+    def weights(self) -> list[PackedWeight]:
         """Return k2quant's copies."""
         return self.copies(cases.OURS, lambda: self.weight, _clone, self.weight.nbytes)
 
@@ -110,7 +108,7 @@ class CodecBank:
         self.codes, self.scale8 = _fp8_parts(size, self.device)
 
 
-def _int4(shape: tuple[int, ...], device: torch.device) -> tuple[Weight, Weight]:
+def _int4(shape: tuple[int, ...], device: torch.device) -> tuple[PackedWeight, PackedWeight]:
     """Return a weight as it is used on a device, and one with the same numbers that is quickly dequantised."""
     packed, scale = _int4_parts(shape, device)
     weight = prepare_int4(packed, scale)
@@ -125,7 +123,7 @@ def _int4_parts(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
     return packed, (scale * 0.004 + 0.001).bfloat16()
 
 
-def _fp8(shape: tuple[int, ...], device: torch.device) -> tuple[Weight, Weight]:
+def _fp8(shape: tuple[int, ...], device: torch.device) -> tuple[PackedWeight, PackedWeight]:
     weight = prepare_fp8(*_fp8_parts(shape, device))
     return weight, weight
 
@@ -144,15 +142,15 @@ def normal(shape: Sequence[int], device: torch.device, *, seed: int) -> Tensor:
     return torch.randn(tuple(shape), device=device, generator=torch.Generator(device).manual_seed(seed))
 
 
-def _dense_experts(weight: Weight) -> Tensor:
+def _dense_experts(weight: PackedWeight) -> Tensor:
     out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.codes.device)
     for expert, part in enumerate(out):
-        part.copy_(select(weight, expert).dequantize())
+        part.copy_(weight.expert(expert).dequantize())
     return out
 
 
-def _clone(weight: Weight) -> Weight:
-    return replace(weight, codes=weight.codes.clone(), scale=weight.scale.clone())
+def _clone(weight: PackedWeight) -> PackedWeight:
+    return weight.holding(weight.codes.clone(), weight.scale.clone())
 
 
 def relative(out: Tensor, exact: Tensor) -> float:

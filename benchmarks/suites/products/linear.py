@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from k2quant.kernels.codecs import reference
-from k2quant.kernels.ops import Fp8Weight, fp8_linear, fp8_linear_w8a8, int4_linear, prepare_int4
+from k2quant.kernels.ops import Fp8Weight, PackedWeight, fp8_linear, fp8_linear_w8a8, int4_linear, prepare_int4
 from k2quant.kernels.products import dispatch
 from k2quant.kernels.products import reference as matmul_reference
 from suites.products import cases
 from suites.products.cases import Cell
-from suites.products.inputs import BLOCK, Bank, Call, Entry, Weight, Work, aten, normal, relative
+from suites.products.inputs import BLOCK, Bank, Call, Entry, Work, aten, normal, relative
 
 CHECKED_ROWS = 64
 """Rows of x that are held against the truth; a kernel treats all of them alike."""
@@ -106,7 +106,7 @@ def _dense32(problem: LinearProblem) -> Entry:
 
 
 def _dequantized(problem: LinearProblem) -> Entry:
-    def product(weight: Weight) -> Tensor:
+    def product(weight: PackedWeight) -> Tensor:
         return functional.linear(problem.x, dispatch.dequantize(weight, torch.bfloat16))
 
     return problem.entry([partial(product, each) for each in problem.bank.weights()], problem.bank.weight.nbytes)
@@ -123,12 +123,12 @@ def _int4pack(problem: LinearProblem) -> Entry:
     return problem.entry(calls, sum(part.nbytes for part in pairs[0]))
 
 
-def _packed_for_cpu(weight: Weight) -> tuple[Tensor, Tensor]:
+def _packed_for_cpu(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     packed = prepare_int4(*weight.checkpoint(), layout="torch")
     return packed.codes, packed.scale
 
 
-def _packed_for_cuda(weight: Weight) -> tuple[Tensor, Tensor]:
+def _packed_for_cuda(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     """Pack as torch's operator wants it: an even column in the high half of a byte, K in tiles of 128."""
     packed, scale = weight.checkpoint()
     nibbles = (reference.unpack_int4(packed) + 8).to(torch.uint8)

@@ -2,7 +2,7 @@
 
 Three ways, the first that fits:
 
-1. `dot_cpu`: CPUs that multiply BF16 themselves work straight from the checkpoint's own bytes.
+1. `cpu/dot`: CPUs that multiply BF16 themselves work straight from the checkpoint's own bytes.
 2. torch's INT4 operator, for a few rows of x, where a probe finds it faster than what follows: it wants the layout
    `torch`, which the probe therefore decides when a weight is prepared.
 3. Panels: some rows of the weight are dequantised into the cache, multiplied by torch, and forgotten.
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from numpy.typing import NDArray
@@ -26,7 +26,8 @@ from k2quant.kernels.codecs.cpu import int4 as codec
 from k2quant.kernels.devices.threads import over_rows, without_lock
 from k2quant.kernels.products.cpu import dot as dot_cpu
 from k2quant.kernels.products.cpu import panels as panels_cpu
-from k2quant.kernels.products.weights import GROUP, Fp8Weight, Int4Weight, Layout, prepare_int4, select, torch_half
+from k2quant.kernels.products.int4_weight import Int4Weight, torch_half
+from k2quant.kernels.products.weights import GROUP, Layout, PackedWeight
 
 DOT_ROWS = 512
 """Rows of x up to which working from packed codes beats panels."""
@@ -41,19 +42,30 @@ PANEL_ROWS = 512
 """Rows of a panel: with K2's widest weights it takes some megabytes."""
 
 
-def linear(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
+class Dot(NamedTuple):
+    """Products straight from a format's codes: functions of x, codes, scale, the format's numbers and the result."""
+
+    task: Callable[..., dot_cpu.Task]
+    work: Callable[..., dot_cpu.Work]
+
+
+DOTS = {"int4": Dot(dot_cpu.int4_task, dot_cpu.int4_work), "fp8": Dot(dot_cpu.fp8_task, dot_cpu.fp8_work)}
+"""The formats whose codes `dot` multiplies, in the layout of a checkpoint."""
+
+
+def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """Return x @ weight.T, `[M, N]` in the dtype of x, for contiguous x `[M, K]` on the CPU."""
     if x.shape[0] == 0 or 0 in weight.shape:
         return x.new_zeros(x.shape[0], weight.shape[0])
     if x.dtype == torch.bfloat16:
         if x.shape[0] <= DOT_ROWS and _can_dot(weight):
             return _dot(x, weight)
-        if x.shape[0] <= TORCH_ROWS and isinstance(weight, Int4Weight) and weight.layout == "torch":
+        if x.shape[0] <= TORCH_ROWS and weight.layout == "torch":
             return _torch_operator(x, weight)
     return _panels(x, weight)
 
 
-def linear_grouped(x: Tensor, weight: Int4Weight | Fp8Weight, counts: list[int]) -> Tensor:
+def linear_grouped(x: Tensor, weight: PackedWeight, counts: list[int]) -> Tensor:
     """Return the products of a stack of weights `[E, N, K]`, each with its own rows of x.
 
     Args:
@@ -69,15 +81,21 @@ def linear_grouped(x: Tensor, weight: Int4Weight | Fp8Weight, counts: list[int])
     spans = [(number, end - count, end) for number, (count, end) in enumerate(zip(counts, ends, strict=True)) if count]
     if x.dtype != torch.bfloat16 or max(counts, default=0) > DOT_ROWS or 0 in weight.shape or not _can_dot(weight):
         for number, first, last in spans:
-            out[first:last] = linear(x[first:last], select(weight, number))
+            out[first:last] = linear(x[first:last], weight.expert(number))
         return out
-    bits, result, (codes, scale), block = _bits(x), _bits(out), _arrays(weight), _block(weight)
+    dot, bits, result, codes, scale = (
+        DOTS[weight.format],
+        _bits(x),
+        _bits(out),
+        _bits(weight.codes),
+        _bits(weight.scale),
+    )
     for number, first, last in spans:  # on plain arrays: a small expert is done in less time than torch needs for views
-        _dot_arrays(bits[first:last], codes[number], scale[number], block, result[first:last])
+        _dot_arrays(dot, bits[first:last], codes[number], scale[number], weight.numbers, result[first:last])
     return out
 
 
-def linear_backward(grad: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
+def linear_backward(grad: Tensor, weight: PackedWeight) -> Tensor:
     """Return grad @ weight, `[M, K]` in the dtype of grad, for grad `[M, N]` on the CPU.
 
     The sum runs over all rows of the weight, so it is dequantised as a whole, for as long as the product takes.
@@ -86,7 +104,7 @@ def linear_backward(grad: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
     return (grad.to(dtype) @ dequantize(weight, dtype)).to(grad.dtype)
 
 
-def dequantize(weight: Int4Weight | Fp8Weight, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Return a weight `[N, K]` on the CPU in `dtype`, each number rounded once."""
     out = torch.empty(weight.shape, dtype=dtype)
     for first, last in _panel_rows(weight):
@@ -108,11 +126,11 @@ def _torch_operator_wins() -> bool:
     scale = torch.rand(512, 1024 // GROUP).bfloat16()
     x = torch.rand(1, 1024).bfloat16()
     try:
-        weight = prepare_int4(packed, scale, layout="torch")
+        weight = Int4Weight.laid_out(packed, scale, "torch")
         fast = _seconds(lambda: _torch_operator(x, weight))
     except (RuntimeError, AttributeError):  # this torch has no such operator for this CPU
         return False
-    rows = prepare_int4(packed, scale, layout="rows")
+    rows = Int4Weight.laid_out(packed, scale, "rows")
     return fast < _seconds(lambda: _panels(x, rows))
 
 
@@ -126,51 +144,36 @@ def _seconds(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def _can_dot(weight: Int4Weight | Fp8Weight) -> bool:
-    if isinstance(weight, Fp8Weight):
-        return dot_cpu.supported() and weight.block[1] % GROUP == 0
-    return dot_cpu.supported() and weight.layout == "rows"
+def _can_dot(weight: PackedWeight) -> bool:
+    return weight.views and weight.format in DOTS and weight.block[1] % GROUP == 0 and dot_cpu.supported()
 
 
-def _dot(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
+def _dot(x: Tensor, weight: PackedWeight) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[0])
-    codes, scale = _arrays(weight)
-    _dot_arrays(_bits(x), codes, scale, _block(weight), _bits(out))
+    codes, scale = _bits(weight.codes), _bits(weight.scale)
+    _dot_arrays(DOTS[weight.format], _bits(x), codes, scale, weight.numbers, _bits(out))
     return out
 
 
-def _arrays(weight: Int4Weight | Fp8Weight) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return codes and scales as `dot_cpu` takes them, without a copy."""
-    if isinstance(weight, Int4Weight):
-        return weight.codes.numpy(), _bits(weight.scale)
-    return _bits(weight.codes), weight.scale.numpy()
-
-
-def _block(weight: Int4Weight | Fp8Weight) -> tuple[int, int] | None:
-    return weight.block if isinstance(weight, Fp8Weight) else None
-
-
 def _dot_arrays(
-    x: NDArray[Any], codes: NDArray[Any], scale: NDArray[Any], block: tuple[int, int] | None, out: NDArray[Any]
+    dot: Dot, x: NDArray[Any], codes: NDArray[Any], scale: NDArray[Any], numbers: tuple[int, ...], out: NDArray[Any]
 ) -> None:
-    """Write x @ weight.T into `out`, on several threads if the weight is large enough; no block means INT4."""
-    rows, alone = out.shape[1], out.shape[1] * x.shape[1] < ALONE
-    parts = (x, codes, scale, out) if block is None else (x, codes, scale, *block, out)
-    task, work = (dot_cpu.int4_task, dot_cpu.int4_work) if block is None else (dot_cpu.fp8_task, dot_cpu.fp8_work)
-    if alone:
-        work(*parts)(0, rows)
+    """Write x @ weight.T into `out`, on several threads if the weight is large enough."""
+    rows = out.shape[1]
+    if rows * x.shape[1] < ALONE:
+        dot.work(x, codes, scale, *numbers, out)(0, rows)
         return
-    whole = task(*parts)
+    whole = dot.task(x, codes, scale, *numbers, out)
     if not without_lock(whole.entry, whole.parameters.ctypes.data):
-        over_rows(rows, dot_cpu.rows_together(len(x)), work(*parts))
+        over_rows(rows, dot_cpu.rows_together(len(x)), dot.work(x, codes, scale, *numbers, out))
 
 
-def _torch_operator(x: Tensor, weight: Int4Weight) -> Tensor:
+def _torch_operator(x: Tensor, weight: PackedWeight) -> Tensor:
     product = torch.ops.aten._weight_int4pack_mm_for_cpu  # noqa: SLF001 - it has no public name
     return cast("Tensor", product(x, weight.codes, GROUP, weight.scale))
 
 
-def _panels(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
+def _panels(x: Tensor, weight: PackedWeight) -> Tensor:
     dtype = _panel_dtype(x)
     wide = x.to(dtype)
     out = x.new_empty(x.shape[0], weight.shape[0])
@@ -179,7 +182,7 @@ def _panels(x: Tensor, weight: Int4Weight | Fp8Weight) -> Tensor:
     return out
 
 
-def _panel_rows(weight: Int4Weight | Fp8Weight) -> list[tuple[int, int]]:
+def _panel_rows(weight: PackedWeight) -> list[tuple[int, int]]:
     rows = weight.shape[0]
     return [(first, min(first + PANEL_ROWS, rows)) for first in range(0, rows, PANEL_ROWS)]
 
@@ -188,14 +191,13 @@ def _panel_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype == torch.bfloat16 and _multiplies_bf16() else torch.float32
 
 
-def _panel(weight: Int4Weight | Fp8Weight, first: int, last: int, dtype: torch.dtype) -> Tensor:
+def _panel(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """Return rows first..last of a weight, each number rounded once to BF16, or not at all to float32."""
-    if isinstance(weight, Fp8Weight):
-        return _fp8_panel(weight, first, last).to(dtype)
-    if weight.layout == "torch":
-        return _torch_panel(weight, first, last).to(dtype)
-    if weight.layout == "groups":
-        weight = Int4Weight(*weight.checkpoint(), "rows")
+    make = PANELS.get((weight.format, weight.layout))
+    return make(weight, first, last, dtype) if make else weight.rows(first, last).dequantize(dtype)
+
+
+def _int4_panel(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
     packed, scale = weight.codes[first:last], weight.scale[first:last]
     panel = torch.empty(last - first, weight.shape[1], dtype=dtype)
     if dtype == torch.bfloat16:
@@ -207,8 +209,8 @@ def _panel(weight: Int4Weight | Fp8Weight, first: int, last: int, dtype: torch.d
     return panel
 
 
-def _fp8_panel(weight: Fp8Weight, first: int, last: int) -> Tensor:
-    codes, scale = _bits(weight.codes), weight.scale.numpy()
+def _fp8_panel(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    codes, scale = _bits(weight.codes), _bits(weight.scale)
     panel = torch.empty(last - first, weight.shape[1])
     floats, (height, width) = panel.numpy(), weight.block
     over_rows(
@@ -218,25 +220,37 @@ def _fp8_panel(weight: Fp8Weight, first: int, last: int) -> Tensor:
             codes[first + a : first + b], scale, height, width, first + a, floats[a:b]
         ),
     )
-    return panel
+    return panel.to(dtype)
 
 
-def _torch_panel(weight: Int4Weight, first: int, last: int) -> Tensor:
+def _torch_panel(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
     half, columns = torch_half(), weight.shape[1]
-    part = Int4Weight(weight.codes[first:last], weight.scale[:, first:last], "torch")
+    part = weight.rows(first, last)
     if half is None or (last - first) % (2 * half):
-        return part.dequantize(torch.float32)
+        return part.dequantize(torch.float32).to(dtype)
     codes = part.codes.reshape(-1, columns, half).numpy()
     scale = _bits(part.scale[..., 0].reshape(columns // GROUP, -1, 2, half).contiguous())
     panel = torch.empty(codes.shape[0], columns, 2, half)
     floats = panel.numpy()
     over_rows(len(codes), 1, lambda a, b: panels_cpu.torch_to_float(codes[a:b], scale[:, a:b].copy(), floats[a:b]))
-    return panel.permute(0, 2, 3, 1).reshape(last - first, columns)
+    return panel.permute(0, 2, 3, 1).reshape(last - first, columns).to(dtype)
+
+
+PANELS: dict[tuple[str, Layout], Callable[[PackedWeight, int, int, torch.dtype], Tensor]] = {
+    ("int4", "rows"): _int4_panel,
+    ("int4", "torch"): _torch_panel,
+    ("fp8", "rows"): _fp8_panel,
+}
+"""How a panel is made by format and layout; without an entry, by torch."""
 
 
 def _bits(tensor: Tensor) -> NDArray[Any]:
-    """Return a CPU tensor's bits as a numpy view."""
-    return tensor.view({1: torch.uint8, 2: torch.uint16}[tensor.element_size()]).numpy()
+    """Return a CPU tensor as a numpy view: its bits, where numpy does not know the dtype."""
+    plain = _PLAIN.get(tensor.dtype)
+    return tensor.numpy() if plain is None else tensor.view(plain).numpy()
+
+
+_PLAIN = {torch.bfloat16: torch.uint16, torch.float8_e4m3fn: torch.uint8}
 
 
 @lru_cache(maxsize=1)

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from k2quant.kernels.products.cpu.linear import linear_grouped
-from k2quant.kernels.products.weights import Weight
+from k2quant.kernels.products.weights import PackedWeight
 
 
-def moe(x: Tensor, gate: Weight, up: Weight, down: Weight, ids: Tensor, weights: Tensor) -> Tensor:
+def moe(x: Tensor, gate: PackedWeight, up: PackedWeight, down: PackedWeight, ids: Tensor, weights: Tensor) -> Tensor:
     """Return, for each token, the weighted sum of its experts' outputs, `[T, H]`; see `matmul_reference.moe`."""
     experts, top = gate.shape[0], ids.shape[1]
     known = (ids >= 0) & (ids < experts)

@@ -8,8 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from k2quant.kernels.devices.launch import launch
+from k2quant.kernels.products.gpu.linear import constants_of, tile_columns
 from k2quant.kernels.products.gpu.tiles import weight_tile
-from k2quant.kernels.products.weights import Fp8Weight, Int4Weight
+from k2quant.kernels.products.tables.configs import Config
+from k2quant.kernels.products.weights import PackedWeight
 
 _ROWS, _DEPTH = 64, 128
 
@@ -51,29 +53,23 @@ def _dequantize(
     tl.store(out_ptr + place, tile, mask=(rows < N)[:, None])
 
 
-def dequantize(weight: Int4Weight | Fp8Weight, dtype: torch.dtype) -> Tensor:
-    """Return the weights `[.., N, K]`, each rounded once to `dtype`. INT4 is in the layout `groups`."""
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Return the weights `[.., N, K]`, each rounded once to `dtype`. It is in a GPU's layout."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
     rows, columns = weight.shape[-2:]
-    int4 = isinstance(weight, Int4Weight)
-    block = (1, 32) if isinstance(weight, Int4Weight) else weight.block
-    depth = _DEPTH
-    while columns % depth or (not int4 and block[1] % depth):
-        depth //= 2
-    experts = weight.codes.shape[0] if weight.codes.ndim > (3 if int4 else 2) else 1
+    depth = Config(depth=_DEPTH).depth_for(columns, tile_columns(weight))
+    experts = weight.shape[0] if len(weight.shape) == 3 else 1
     launch(
         _dequantize,
         (triton.cdiv(rows, _ROWS), columns // depth, experts),
-        weight.codes if int4 else weight.codes.view(torch.uint8),
+        weight.bits,
         weight.scale,
         out,
         weight.codes.numel() // experts,
         weight.scale.numel() // experts,
         N=rows,
         K=columns,
-        FORMAT="int4" if int4 else "fp8",
-        SCALE_ROWS=block[0],
-        SCALE_COLUMNS=block[1],
+        **constants_of(weight),
         BLOCK_N=_ROWS,
         BLOCK_K=depth,
         stages=1,

@@ -22,7 +22,7 @@ from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.devices.rounding import round_to
 from k2quant.kernels.products.gpu.tiles import fp8_numbers, int4_codes, multiply, multiply_thin
 from k2quant.kernels.products.tables.configs import Config
-from k2quant.kernels.products.weights import GROUP, Fp8Weight, Int4Weight
+from k2quant.kernels.products.weights import PackedWeight
 
 SUM_BLOCK = 1024
 """Results that a program of `_sum_splits` adds up."""
@@ -40,7 +40,7 @@ THIN_DEPTH = 128
 """Columns that `multiply_thin` needs: an eighth of them is the least that matrix units take, 16."""
 
 
-def linear(x: Tensor, weight: Int4Weight | Fp8Weight, config: Config) -> Tensor:
+def linear(x: Tensor, weight: PackedWeight, config: Config) -> Tensor:
     """Return x @ weight.T, `[M, N]` in the dtype of x, summed in float32 and rounded once.
 
     Args:
@@ -53,7 +53,7 @@ def linear(x: Tensor, weight: Int4Weight | Fp8Weight, config: Config) -> Tensor:
     rows = weight.shape[0]
     vector = config.form == "vector"
     kind = constants_of(weight)
-    depth = config.depth_for(columns, columns if vector or kind["FORMAT"] == "int4" else kind["SCALE_COLUMNS"])
+    depth = config.depth_for(columns, columns if vector else tile_columns(weight))
     width, warps = fitted(config, depth)
     splits = divisor(columns // depth, config.splits)
     out = x.new_empty(count, rows)
@@ -87,22 +87,28 @@ def add_splits(parts: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def constants_of(weight: Int4Weight | Fp8Weight) -> dict[str, Any]:
+def constants_of(weight: PackedWeight) -> dict[str, Any]:
     """Return the constants by which a kernel reads a weight.
 
     Raises:
         UsageError: the weight is not in a GPU's layout.
     """
-    if isinstance(weight, Fp8Weight):
-        return {"FORMAT": "fp8", "SCALE_ROWS": weight.block[0], "SCALE_COLUMNS": weight.block[1]}
-    if weight.layout != "groups":
-        raise UsageError(f"expected an INT4 weight in the layout groups, found {weight.layout}; prepare it on the GPU")
-    return {"FORMAT": "int4", "SCALE_ROWS": 1, "SCALE_COLUMNS": GROUP}
+    if weight.layout != weight.gpu_layout:
+        raise UsageError(
+            f"expected an {weight.format.upper()} weight in the layout {weight.gpu_layout}, found {weight.layout}; "
+            "prepare it on the GPU"
+        )
+    return {"FORMAT": weight.format, "SCALE_ROWS": weight.block[0], "SCALE_COLUMNS": weight.block[1]}
 
 
-def codes_of(weight: Int4Weight | Fp8Weight) -> Tensor:
+def tile_columns(weight: PackedWeight) -> int:
+    """Return how many columns a tile may span: a tile of INT4 any number of groups, one of FP8 those of a block."""
+    return weight.block[1] if weight.tile_in_block else weight.shape[-1]
+
+
+def codes_of(weight: PackedWeight) -> Tensor:
     """Return the codes as the kernels read them: e4m3 as plain bytes, and all in places of 16 bytes."""
-    codes = weight.codes.view(torch.uint8) if isinstance(weight, Fp8Weight) else weight.codes
+    codes = weight.bits
     return codes if codes.is_meta or codes.data_ptr() % 16 == 0 else codes.clone()
 
 
@@ -116,9 +122,9 @@ def fitted(config: Config, depth: int) -> tuple[int, int]:
     return width, min(config.warps, max(1, width * depth // PAIRS_OF_A_WARP))
 
 
-def thin(weight: Int4Weight | Fp8Weight, dtype: torch.dtype, rows: int, depth: int) -> bool:
-    """Return whether a tile of so many rows of x and columns of the weight is for `tiles_triton.multiply_thin`."""
-    fits = isinstance(weight, Int4Weight) and dtype == torch.bfloat16
+def thin(weight: PackedWeight, dtype: torch.dtype, rows: int, depth: int) -> bool:
+    """Return whether a tile of so many rows of x and columns of the weight is for `tiles.multiply_thin`."""
+    fits = weight.format == "int4" and dtype == torch.bfloat16
     return fits and THIN_ROWS <= rows < WGMMA_ROWS and depth >= THIN_DEPTH
 
 

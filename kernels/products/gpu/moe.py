@@ -1,16 +1,12 @@
-"""A mixture of experts on quantised weights: grouped products in Triton, forward and backward.
+"""A mixture of experts on quantised weights: grouped products in Triton; `moe_backward` has the gradients.
 
-Forward, three launches (five where pairs are brought together first, see `routing_triton`):
+Three launches (five where pairs are brought together first, see `routing`):
     `_gate_up`  hidden[p] = silu(gate[e] x[t]) * up[e] x[t]     for every pair p = t * k + j with expert e = ids[t, j]
     `_down`     y[p] = down[e] hidden[p]
     `_combine`  out[t] = sum over j, in order, of weights[t, j] * y[t * k + j]
 
 What is computed for a pair is stored at the pair's number, so only the two products know of blocks and slots. A pair
 without an expert is never computed: its rows of hidden and y hold whatever the memory held, and are never read.
-
-Backward, for activations and router weights (quantised weights have no gradient), with g the gradient of out:
-    a[p] = down[e].T g[t];  weight gradient[p] = hidden[p] . a[p]
-    then through silu(gate) * up in float32, and back through gate[e].T and up[e].T; the pairs of a token are summed.
 
 Every sum has a fixed order: equal inputs give equal bits. Nothing waits for the GPU, and grids follow from shapes.
 """
@@ -25,7 +21,7 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.devices.rounding import round_to
-from k2quant.kernels.products.gpu.linear import codes_of, constants_of, fitted, swizzled, thin
+from k2quant.kernels.products.gpu.linear import codes_of, constants_of, fitted, swizzled, thin, tile_columns
 from k2quant.kernels.products.gpu.routing import Routing, plan
 from k2quant.kernels.products.gpu.tiles import (
     dot,
@@ -36,10 +32,9 @@ from k2quant.kernels.products.gpu.tiles import (
     multiply_thin,
     thin_tiles,
     thin_x,
-    weight_tile,
 )
 from k2quant.kernels.products.tables.configs import Config
-from k2quant.kernels.products.weights import Fp8Weight, Int4Weight
+from k2quant.kernels.products.weights import PackedWeight
 
 COLUMNS = 1024
 """Columns that a program of `_combine` or `_activation_back` handles at a time: 16 bytes of BF16 for each of its 128
@@ -53,15 +48,15 @@ of which there are nearly too many to keep up with the memory."""
 
 def moe(
     x: Tensor,
-    gate: Int4Weight | Fp8Weight,
-    up: Int4Weight | Fp8Weight,
-    down: Int4Weight | Fp8Weight,
+    gate: PackedWeight,
+    up: PackedWeight,
+    down: PackedWeight,
     ids: Tensor,
     weights: Tensor,
     config_in: Config,
     config_out: Config,
 ) -> Tensor:
-    """Do `matmul_reference.moe`.
+    """Do `reference.moe`.
 
     Args:
         x: `[T, H]`, BF16, FP16 or float32.
@@ -77,46 +72,13 @@ def moe(
         `[T, H]` in the dtype of x.
     """
     experts = gate.shape[0]
-    routing = plan(ids, experts, _rows(config_in, config_out))
-    hidden = _run_gate_up(x.contiguous(), gate, up, ids, routing, config_in, products=False)[0]
+    routing = plan(ids, experts, block_rows(config_in, config_out))
+    hidden = run_gate_up(x.contiguous(), gate, up, ids, routing, config_in, products=False)[0]
     pairs = _run_down(hidden, down, routing, config_out)
-    return _run_combine(pairs, ids, weights, experts)
+    return run_combine(pairs, ids, weights, experts)
 
 
-def moe_backward(
-    grad: Tensor,
-    x: Tensor,
-    gate: Int4Weight | Fp8Weight,
-    up: Int4Weight | Fp8Weight,
-    down: Int4Weight | Fp8Weight,
-    ids: Tensor,
-    weights: Tensor,
-    config_in: Config,
-    config_out: Config,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x, `[T, H]` in its dtype, and of the router's weights, `[T, k]` in theirs.
-
-    Args:
-        grad: `[T, H]`, the gradient of what `moe` returns.
-        x: as given to `moe`, like the arguments that follow.
-        gate: `[E, I, H]`.
-        up: `[E, I, H]`.
-        down: `[E, H, I]`.
-        ids: `[T, k]`; a pair without an expert has the gradients zero.
-        weights: `[T, k]`.
-        config_in: tiles of gate and up, forward and backward.
-        config_out: tiles of down, backward, with the same `rows`.
-    """
-    experts = gate.shape[0]
-    routing = plan(ids, experts, _rows(config_in, config_out))
-    products = _run_gate_up(x.contiguous(), gate, up, ids, routing, config_in, products=True)
-    back = _run_back([grad.to(x.dtype).contiguous()], [down], ids, routing, config_out, torch.float32)
-    grad_weights = _run_activation_back(back, *products, ids, weights, experts)
-    pairs = _run_back(list(products), [gate, up], ids, routing, config_in, x.dtype)
-    return _run_combine(pairs, ids, None, experts), grad_weights
-
-
-def _rows(config_in: Config, config_out: Config) -> int:
+def block_rows(config_in: Config, config_out: Config) -> int:
     if config_in.rows != config_out.rows:
         raise UsageError(
             f"the configs of one mixture of experts share their blocks of rows: found {config_in.rows} rows for gate "
@@ -125,20 +87,20 @@ def _rows(config_in: Config, config_out: Config) -> int:
     return config_in.rows
 
 
-def _depth(weight: Int4Weight | Fp8Weight, config: Config) -> int:
-    """Return BLOCK_K: a tile of INT4 may hold any number of groups, one of FP8 lies in one block."""
-    return config.depth_for(weight.shape[-1], weight.block[1] if isinstance(weight, Fp8Weight) else config.depth)
+def depth_of(weight: PackedWeight, config: Config) -> int:
+    """Return BLOCK_K."""
+    return config.depth_for(weight.shape[-1], tile_columns(weight))
 
 
-def _blocks(routing: Routing) -> tuple[Tensor, Tensor, int]:
+def blocks_of(routing: Routing) -> tuple[Tensor, Tensor, int]:
     """Return the arguments by which a kernel finds its block: pairs, experts, number of blocks."""
     return (routing.experts if routing.pairs is None else routing.pairs), routing.experts, routing.blocks
 
 
-def _run_gate_up(
+def run_gate_up(
     x: Tensor,
-    gate: Int4Weight | Fp8Weight,
-    up: Int4Weight | Fp8Weight,
+    gate: PackedWeight,
+    up: PackedWeight,
     ids: Tensor,
     routing: Routing,
     config: Config,
@@ -149,12 +111,12 @@ def _run_gate_up(
     experts, inner, width = gate.shape
     out = torch.empty(ids.numel(), inner, dtype=x.dtype, device=x.device)
     other = torch.empty_like(out) if products else out
-    depth = _depth(gate, config)
+    depth = depth_of(gate, config)
     tile, warps = fitted(config, depth)
     launch(
         _gate_up,
         (routing.blocks * triton.cdiv(inner, tile),),
-        *(x, codes_of(gate), gate.scale, codes_of(up), up.scale, out, other, *_blocks(routing), experts),
+        *(x, codes_of(gate), gate.scale, codes_of(up), up.scale, out, other, *blocks_of(routing), experts),
         **constants_of(gate),
         N=inner,
         K=width,
@@ -172,16 +134,16 @@ def _run_gate_up(
     return out, other
 
 
-def _run_down(hidden: Tensor, down: Int4Weight | Fp8Weight, routing: Routing, config: Config) -> Tensor:
+def _run_down(hidden: Tensor, down: PackedWeight, routing: Routing, config: Config) -> Tensor:
     """Return y `[P, H]`."""
     experts, width, inner = down.shape
     out = torch.empty(hidden.shape[0], width, dtype=hidden.dtype, device=hidden.device)
-    depth = _depth(down, config)
+    depth = depth_of(down, config)
     tile, warps = fitted(config, depth)
     launch(
         _down,
         (routing.blocks * triton.cdiv(width, tile),),
-        *(hidden, codes_of(down), down.scale, out, *_blocks(routing), experts),
+        *(hidden, codes_of(down), down.scale, out, *blocks_of(routing), experts),
         **constants_of(down),
         N=width,
         K=inner,
@@ -197,59 +159,7 @@ def _run_down(hidden: Tensor, down: Int4Weight | Fp8Weight, routing: Routing, co
     return out
 
 
-def _run_back(
-    grads: list[Tensor],
-    parts: list[Int4Weight | Fp8Weight],
-    ids: Tensor,
-    routing: Routing,
-    config: Config,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return the sum of the gradients that reach the inputs of `parts`, `[P, K]`.
-
-    Args:
-        grads: the gradient of each part's output: `[P, N]`, or a single `[T, N]` for a part that all pairs of a token
-            share the gradient of.
-        parts: one or two weights `[E, N, K]`.
-        ids: `[T, k]`.
-        routing: the work.
-        config: `depth` columns of the result are made at a time, from `columns` rows of the weight at a time.
-        dtype: of the result.
-    """
-    experts, rows, columns = parts[0].shape
-    out = torch.empty(ids.numel(), columns, dtype=dtype, device=ids.device)
-    depth = _depth(parts[0], config)
-    tile, warps = fitted(config, depth)
-    launch(
-        _back,
-        (routing.blocks * (columns // depth),),
-        *(grads[0], codes_of(parts[0]), parts[0].scale, grads[-1], codes_of(parts[-1]), parts[-1].scale, out),
-        *(*_blocks(routing), experts),
-        **constants_of(parts[0]),
-        N=rows,
-        K=columns,
-        TOP=1 if len(parts) == 2 else ids.shape[1],
-        BLOCK_M=routing.rows,
-        BLOCK_N=tile,
-        BLOCK_K=depth,
-        GROUP=config.group,
-        DIRECT=routing.pairs is None,
-        TWO=len(parts) == 2,
-        warps=warps,
-        stages=config.stages,
-    )
-    return out
-
-
-def _run_activation_back(back: Tensor, gate: Tensor, up: Tensor, ids: Tensor, weights: Tensor, experts: int) -> Tensor:
-    """Turn the products gate and up `[P, I]` into their gradients, in place; return that of the router's weights."""
-    out = torch.empty(weights.shape, dtype=weights.dtype, device=weights.device)
-    arguments = (back, gate, up, ids.contiguous(), weights.contiguous(), out, experts)
-    launch(_activation_back, (ids.numel(),), *arguments, N=gate.shape[1], BLOCK=COLUMNS)
-    return out
-
-
-def _run_combine(pairs: Tensor, ids: Tensor, weights: Tensor | None, experts: int) -> Tensor:
+def run_combine(pairs: Tensor, ids: Tensor, weights: Tensor | None, experts: int) -> Tensor:
     """Return for each token the sum of its rows of pairs `[P, H]`, weighted if weights are given."""
     tokens, top = ids.shape
     width = pairs.shape[1]
@@ -268,7 +178,7 @@ def _run_combine(pairs: Tensor, ids: Tensor, weights: Tensor | None, experts: in
 
 
 @triton.jit
-def _slots(pairs_ptr, block, BLOCK_M: tl.constexpr, DIRECT: tl.constexpr):
+def slots(pairs_ptr, block, BLOCK_M: tl.constexpr, DIRECT: tl.constexpr):
     """Return the pairs of a block, `[BLOCK_M]` int64, -1 for padding."""
     slot = tl.arange(0, BLOCK_M)
     pair = tl.where(slot == 0, block, -1) if DIRECT else tl.load(pairs_ptr + block * BLOCK_M + slot)
@@ -276,7 +186,7 @@ def _slots(pairs_ptr, block, BLOCK_M: tl.constexpr, DIRECT: tl.constexpr):
 
 
 @triton.jit
-def _of_expert(
+def of_expert(
     codes_ptr,
     scale_ptr,
     expert,
@@ -325,7 +235,7 @@ def _multiply(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Do `tiles_triton.multiply`; for 8 rows of x, acc is `[BLOCK_N, 8]` and acc + tile @ x.T is returned."""
+    """Do `tiles.multiply`; for 8 rows of x, acc is `[BLOCK_N, 8]` and acc + tile @ x.T is returned."""
     one: tl.constexpr = SCALE_ROWS % BLOCK_N == 0
     ok = rows < N
     if BLOCK_M != LYING:
@@ -373,10 +283,10 @@ def _gate_up(
     expert = tl.load(experts_ptr + block).to(tl.int64)
     if (expert < 0) | (expert >= E):
         return
-    pair = _slots(pairs_ptr, block, BLOCK_M, DIRECT)
+    pair = slots(pairs_ptr, block, BLOCK_M, DIRECT)
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    gate_ptr, gate_scale_ptr = _of_expert(gate_ptr, gate_scale_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
-    up_ptr, up_scale_ptr = _of_expert(up_ptr, up_scale_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
+    gate_ptr, gate_scale_ptr = of_expert(gate_ptr, gate_scale_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
+    up_ptr, up_scale_ptr = of_expert(up_ptr, up_scale_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
     x_rows = x_ptr + (pair // TOP) * K
     gate = _nothing(BLOCK_M, BLOCK_N)
     up = _nothing(BLOCK_M, BLOCK_N)
@@ -451,9 +361,9 @@ def _down(
     expert = tl.load(experts_ptr + block).to(tl.int64)
     if (expert < 0) | (expert >= E):
         return
-    pair = _slots(pairs_ptr, block, BLOCK_M, DIRECT)
+    pair = slots(pairs_ptr, block, BLOCK_M, DIRECT)
     rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    codes_ptr, scale_ptr = _of_expert(codes_ptr, scale_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
+    codes_ptr, scale_ptr = of_expert(codes_ptr, scale_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
     x_rows = x_ptr + pair * K
     acc = _nothing(BLOCK_M, BLOCK_N)
     for k in range(0, K, BLOCK_K):
@@ -508,101 +418,3 @@ def _combine(
             row *= tl.load(weights_ptr + pair, mask=known, other=0.0).to(tl.float32)
         total += row
     tl.store(out_ptr + token * N + column, round_to(total, out_ptr.dtype.element_ty), mask=column < N)
-
-
-@triton.jit(do_not_specialize=["blocks"])
-def _back(
-    grad_ptr,
-    codes_ptr,
-    scale_ptr,
-    grad2_ptr,
-    codes2_ptr,
-    scale2_ptr,
-    out_ptr,
-    pairs_ptr,
-    experts_ptr,
-    blocks,
-    E,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    TOP: tl.constexpr,
-    FORMAT: tl.constexpr,
-    SCALE_ROWS: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIRECT: tl.constexpr,
-    TWO: tl.constexpr,
-):
-    """Store grad @ weight for a block of pairs and BLOCK_K columns: a sum over the weight's rows, N of them.
-
-    Row pair // TOP of grad `[.., N]` belongs to a pair. With TWO, the product of a second pair of both is added.
-    """
-    block, tile = swizzled(tl.program_id(0), blocks, K // BLOCK_K, GROUP)
-    expert = tl.load(experts_ptr + block).to(tl.int64)
-    if (expert < 0) | (expert >= E):
-        return
-    pair = _slots(pairs_ptr, block, BLOCK_M, DIRECT)
-    codes_ptr, scale_ptr = _of_expert(codes_ptr, scale_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
-    codes2_ptr, scale2_ptr = _of_expert(codes2_ptr, scale2_ptr, expert, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS)
-    k = tile * BLOCK_K
-    grad_place = (pair // TOP)[:, None] * N
-    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for n in range(0, N, BLOCK_N):
-        rows = n + tl.arange(0, BLOCK_N)
-        present = (pair >= 0)[:, None] & (rows < N)[None, :]
-        grad = tl.load(grad_ptr + grad_place + rows[None, :], mask=present, other=0.0)
-        weight = weight_tile(
-            codes_ptr, scale_ptr, rows, rows < N, k, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_K, grad.dtype
-        )
-        acc = dot(grad, weight, acc)
-        if TWO:
-            grad = tl.load(grad2_ptr + grad_place + rows[None, :], mask=present, other=0.0)
-            weight = weight_tile(
-                codes2_ptr, scale2_ptr, rows, rows < N, k, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_K, grad.dtype
-            )
-            acc = dot(grad, weight, acc)
-    place = pair[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :]
-    tl.store(out_ptr + place, round_to(acc, out_ptr.dtype.element_ty), mask=(pair >= 0)[:, None])
-
-
-@triton.jit
-def _activation_back(
-    back_ptr,
-    gate_ptr,
-    up_ptr,
-    ids_ptr,
-    weights_ptr,
-    grad_weights_ptr,
-    E,
-    N: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Take one pair back through silu(gate) * up, in float32: gate and up `[P, N]` become their own gradients.
-
-    back is the unweighted gradient of hidden, float32 `[P, N]`; its product with hidden is the weight's gradient.
-    """
-    pair = tl.program_id(0).to(tl.int64)
-    expert = tl.load(ids_ptr + pair)
-    if (expert < 0) | (expert >= E):
-        tl.store(grad_weights_ptr + pair, 0.0)
-        return
-    weight = tl.load(weights_ptr + pair).to(tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    dtype = gate_ptr.dtype.element_ty
-    for start in range(0, N, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        place = pair * N + column
-        back = tl.load(back_ptr + place, mask=column < N, other=0.0)
-        gate = tl.load(gate_ptr + place, mask=column < N, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + place, mask=column < N, other=0.0).to(tl.float32)
-        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
-        # hidden as the forward pass rounded it: that is what the weight multiplied.
-        total += back * round_to(gate * sigmoid * up, dtype).to(tl.float32)
-        back *= weight
-        tl.store(up_ptr + place, round_to(back * gate * sigmoid, dtype), mask=column < N)
-        slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
-        tl.store(gate_ptr + place, round_to(back * up * slope, dtype), mask=column < N)
-    tl.store(grad_weights_ptr + pair, round_to(tl.sum(total), grad_weights_ptr.dtype.element_ty))

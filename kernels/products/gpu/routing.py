@@ -1,6 +1,6 @@
 """Which (token, expert) pair is worked on where, found on the GPU: no sort, no atomics, no word to the host.
 
-A pair is one token's choice of one expert, numbered t * k + j. The grouped products of `moe_triton` work on blocks of
+A pair is one token's choice of one expert, numbered t * k + j. The grouped products of `moe` work on blocks of
 slots, each block for one expert. How many blocks there can be at most follows from the shapes alone; how many there are
 is known to the GPU only, so the surplus ones are marked and their programs end at once. A captured CUDA graph may
 therefore be replayed with other ids.

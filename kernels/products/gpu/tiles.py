@@ -10,103 +10,83 @@ products are garbage; so it takes the plain form of the same arithmetic, and pro
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from k2quant.kernels.codecs.gpu.fp8_rules import fp8_value
 from k2quant.kernels.devices.rounding import INTERPRETED, round_to
 
-_UNPACK_INT4 = tl.constexpr("""
-{
-    .reg .b32 a1, a2, a3, b1, b2, b3, n0, n1, n2, n3, one, minus136;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 minus136, 0xC308C308;
-    shr.u32 a1, $8, 4;
-    shr.u32 a2, $8, 8;
-    shr.u32 a3, $8, 12;
-    lop3.b32 n0, $8, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 n1, a1, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 n2, a2, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 n3, a3, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $0, n0, one, minus136;
-    fma.rn.bf16x2 $1, n1, one, minus136;
-    fma.rn.bf16x2 $2, n2, one, minus136;
-    fma.rn.bf16x2 $3, n3, one, minus136;
-    shr.u32 b1, $9, 4;
-    shr.u32 b2, $9, 8;
-    shr.u32 b3, $9, 12;
-    lop3.b32 n0, $9, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 n1, b1, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 n2, b2, 0x000f000f, 0x43004300, 0xea;
-    lop3.b32 n3, b3, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 $4, n0, one, minus136;
-    fma.rn.bf16x2 $5, n1, one, minus136;
-    fma.rn.bf16x2 $6, n2, one, minus136;
-    fma.rn.bf16x2 $7, n3, one, minus136;
-}
-""")
+
+def _ptx(registers: str, *lines: str) -> Any:
+    """Return a block of assembly with registers of its own."""
+    block = "".join(f"    {line};\n" for line in (f".reg .b32 {registers}", *lines))
+    return tl.constexpr(f"\n{{\n{block}}}\n")
+
+
+def _unpacked_word(word: str, shifted: str, outputs: tuple[str, ...]) -> list[str]:
+    """Return the lines that make the eight codes of a word, two to a register."""
+    sources = (word, *(f"{shifted}{step}" for step in range(1, 4)))
+    return [
+        *(f"shr.u32 {shifted}{step}, {word}, {4 * step}" for step in range(1, 4)),
+        *(f"lop3.b32 n{step}, {source}, 0x000f000f, 0x43004300, 0xea" for step, source in enumerate(sources)),
+        *(f"fma.rn.bf16x2 {output}, n{step}, one, minus136" for step, output in enumerate(outputs)),
+    ]
+
+
+def _scaled_pair(number: int) -> list[str]:
+    """Return the lines that make one of eight results: nibbles step and step + 4 of a word, times their scales."""
+    word, step = f"${8 + number // 4}", number % 4
+    source = "word" if step else word
+    return [
+        *([f"shr.u32 word, {word}, {4 * step}"] if step else []),
+        f"lop3.b32 code, {source}, 0x000f000f, 0x43004300, 0xea",
+        "fma.rn.bf16x2 code, code, one, minus136",
+        f"fma.rn.bf16x2 ${number}, code, $10, nothing",
+    ]
+
+
+def _widened_pair(pair: str, output: str) -> list[str]:
+    """Return the lines that make two BF16 numbers of two e4m3 codes that stand at the top of half words."""
+    return [
+        f"shr.u32 magnitude, {pair}, 4",
+        "and.b32 magnitude, magnitude, 0x07f007f0",
+        f"lop3.b32 {pair}, {pair}, 0x80008000, magnitude, 0xea",
+        f"fma.rn.bf16x2 {output}, {pair}, up, nothing",
+    ]
+
+
+_CODE_CONSTANTS = ("mov.b32 one, 0x3F803F80", "mov.b32 minus136, 0xC308C308")
+
+_UNPACK_INT4 = _ptx(
+    "a1, a2, a3, b1, b2, b3, n0, n1, n2, n3, one, minus136",
+    *_CODE_CONSTANTS,
+    *_unpacked_word("$8", "a", ("$0", "$1", "$2", "$3")),
+    *_unpacked_word("$9", "b", ("$4", "$5", "$6", "$7")),
+)
 """Two words to sixteen BF16 codes. `lop3` 0xEA is (a & b) | c: a nibble under the exponent of 128 reads as 128 + n, and
 adding -136 leaves n - 8, exactly. Each instruction works on the two halves of a word, that is on columns 8 apart.
 A plain sum of two BF16 numbers needs sm_90; the fused one with a factor of 1 needs sm_80 and costs the same."""
 
-_UNPACK_SCALED_INT4 = tl.constexpr("""
-{
-    .reg .b32 word, code, one, minus136, nothing;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 minus136, 0xC308C308;
-    mov.b32 nothing, 0x80008000;
-    lop3.b32 code, $8, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 code, code, one, minus136;
-    fma.rn.bf16x2 $0, code, $10, nothing;
-    shr.u32 word, $8, 4;
-    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 code, code, one, minus136;
-    fma.rn.bf16x2 $1, code, $10, nothing;
-    shr.u32 word, $8, 8;
-    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 code, code, one, minus136;
-    fma.rn.bf16x2 $2, code, $10, nothing;
-    shr.u32 word, $8, 12;
-    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 code, code, one, minus136;
-    fma.rn.bf16x2 $3, code, $10, nothing;
-    lop3.b32 code, $9, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 code, code, one, minus136;
-    fma.rn.bf16x2 $4, code, $10, nothing;
-    shr.u32 word, $9, 4;
-    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 code, code, one, minus136;
-    fma.rn.bf16x2 $5, code, $10, nothing;
-    shr.u32 word, $9, 8;
-    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 code, code, one, minus136;
-    fma.rn.bf16x2 $6, code, $10, nothing;
-    shr.u32 word, $9, 12;
-    lop3.b32 code, word, 0x000f000f, 0x43004300, 0xea;
-    fma.rn.bf16x2 code, code, one, minus136;
-    fma.rn.bf16x2 $7, code, $10, nothing;
-}
-""")
+_UNPACK_SCALED_INT4 = _ptx(
+    "word, code, one, minus136, nothing",
+    *_CODE_CONSTANTS,
+    "mov.b32 nothing, 0x80008000",
+    *(line for number in range(8) for line in _scaled_pair(number)),
+)
 """The same, and each code times its scale, rounded once: $10 holds the scales of the two words. Left to itself, the
 compiler pairs the halves of the products anew, which costs as much as the products."""
 
-_UNPACK_FP8 = tl.constexpr("""
-{
-    .reg .b32 low, high, magnitude, up, nothing;
-    mov.b32 up, 0x7B807B80;
-    mov.b32 nothing, 0x80008000;
-    prmt.b32 low, $2, 0, 0x1404;
-    prmt.b32 high, $2, 0, 0x3424;
-    shr.u32 magnitude, low, 4;
-    and.b32 magnitude, magnitude, 0x07f007f0;
-    lop3.b32 low, low, 0x80008000, magnitude, 0xea;
-    fma.rn.bf16x2 $0, low, up, nothing;
-    shr.u32 magnitude, high, 4;
-    and.b32 magnitude, magnitude, 0x07f007f0;
-    lop3.b32 high, high, 0x80008000, magnitude, 0xea;
-    fma.rn.bf16x2 $1, high, up, nothing;
-}
-""")
+_UNPACK_FP8 = _ptx(
+    "low, high, magnitude, up, nothing",
+    "mov.b32 up, 0x7B807B80",
+    "mov.b32 nothing, 0x80008000",
+    "prmt.b32 low, $2, 0, 0x1404",
+    "prmt.b32 high, $2, 0, 0x3424",
+    *_widened_pair("low", "$0"),
+    *_widened_pair("high", "$1"),
+)
 """Four e4m3 codes to four BF16 numbers: each byte to the top of a half word, its seven low bits four bits further down,
 below the sign, where BF16's exponent is one bit longer, then times 2^120 (plus -0: no change), subnormals included."""
 
@@ -148,7 +128,7 @@ def int4_codes(words):
 
 @triton.jit
 def int4_tile(codes_ptr, scale_ptr, rows, rows_ok, k, N, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    """Return INT4 weights `[BN, BLOCK_K]` in the layout `groups` (see `weights`), each code * scale rounded once."""
+    """Return INT4 weights `[BN, BLOCK_K]` in the layout `groups` of `int4_weight`, each code * scale rounded once."""
     word = tl.arange(0, BLOCK_K // 8)
     column = (k // 32 + word // 4).to(tl.int64) * (N * 4) + word % 4
     words = tl.load(codes_ptr + column[None, :] + (rows * 4)[:, None], mask=rows_ok[:, None], other=0)

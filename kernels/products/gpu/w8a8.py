@@ -14,10 +14,10 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.devices.rounding import INTERPRETED, round_to, round_to_e4m3
+from k2quant.kernels.products.fp8_weight import Fp8Weight
 from k2quant.kernels.products.gpu.linear import add_splits, divisor, swizzled
 from k2quant.kernels.products.gpu.tiles import fp8_numbers, fp8_scale
 from k2quant.kernels.products.tables.configs import Config
-from k2quant.kernels.products.weights import Fp8Weight
 
 BLOCK = 128
 """Columns that share a scale, of activations and of weights."""
@@ -29,7 +29,7 @@ CHUNK = 1024
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """Round `[M, K]` to e4m3 codes `[M, K]` with float32 scales `[M, ceil(K/128)]`, in one pass.
 
-    Bit for bit `matmul_reference.fp8_quantize_activations`.
+    Bit for bit `reference.fp8_quantize_activations`.
 
     Args:
         x: BF16, FP16 or float32, its last stride 1.

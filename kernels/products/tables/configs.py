@@ -27,6 +27,9 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 TABLES = Path(__file__).parent
 
+EXPERTS, TOP = 384, 8
+"""Kimi K2's routed experts, and how many a token has: what the tables of experts speak of."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
@@ -86,6 +89,11 @@ class Table:
 def bucket_of(rows: int) -> int:
     """Return the bucket that M falls into."""
     return next((bucket for bucket in BUCKETS if rows <= bucket), BUCKETS[-1])
+
+
+def tokens_of_k2(pairs: int, experts: int) -> int:
+    """Return at how many of Kimi K2's tokens an expert gets as many rows as here: that is what counts."""
+    return -(-pairs * EXPERTS // (TOP * max(1, experts)))
 
 
 def read_table(path: Path) -> Table:

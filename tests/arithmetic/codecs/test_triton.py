@@ -30,7 +30,7 @@ from k2quant.kernels.codecs.reference.fp8 import least_scale as least_scale_of_a
 from k2quant.kernels.codecs.seam import Codecs, codecs
 from k2quant.kernels.codecs.values import ValueAt
 from k2quant.kernels.devices.launch import launch
-from k2quant.kernels.products import weights
+from k2quant.kernels.products import fp8_weight, int4_weight
 from k2quant.kernels.products.gpu.repack import repack_int4, unpack_int4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -343,7 +343,7 @@ def test_without_recovery_a_block_is_divided_by_amax_over_448() -> None:
     amax = padded.view(2, 2, 16, 3, 32).amax((2, 4))
     plain = torch.where(amax > 0, amax / torch.full_like(amax, 448), 1.0)
     same(scale, plain)
-    quotient = truth.float() / weights.spread(plain, (16, 32), (20, 96))
+    quotient = truth.float() / fp8_weight.spread(plain, (16, 32), (20, 96))
     same(codes, quotient.clamp(-448, 448).to(torch.float8_e4m3fn))
     assert not torch.equal(scale[0], fp8_codecs_triton.bf16_to_fp8(truth[0], (16, 32))[1])
 
@@ -386,7 +386,7 @@ def test_repacking_is_that_of_the_weights_and_goes_back(shape: tuple[int, ...]) 
     packed = torch.randint(-(2**31), 2**31, (*shape[:-1], shape[-1] // 8)).int().to(DEVICE)
     scale = torch.rand(*shape[:-1], shape[-1] // 32).bfloat16().to(DEVICE)
     codes, turned = repack_int4(packed, scale)
-    expected = weights._to_groups(packed, scale)  # noqa: SLF001 - the truth
+    expected = int4_weight._to_groups(packed, scale)  # noqa: SLF001 - the truth
     same(codes, expected[0])
     same(turned, expected[1])
     back = unpack_int4(codes, turned)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from k2quant.errors import UsageError
+from k2quant.kernels.ops import Fp8Weight, Int4Weight, prepare_fp8, prepare_int4
 from k2quant.kernels.products import reference as matmul_reference
 from k2quant.kernels.products.tables.configs import Config
-from k2quant.kernels.products.weights import Fp8Weight, Int4Weight, prepare_fp8, prepare_int4
 
 pytest.importorskip("triton")
 
@@ -23,6 +23,7 @@ import triton.language as tl
 
 from k2quant.kernels.devices.launch import launch, recorded
 from k2quant.kernels.products.gpu import moe as moe_triton
+from k2quant.kernels.products.gpu import moe_backward as moe_backward_triton
 from k2quant.kernels.products.gpu import routing as routing_triton
 from k2quant.kernels.products.gpu.routing import direct, most_blocks, plan, route
 
@@ -232,7 +233,7 @@ def test_no_tokens_give_no_rows(kind: str) -> None:
     parts = layer(kind, 64, 32)
     x, ids, weights = tokens(0, 64, torch.bfloat16)
     assert moe_triton.moe(x, *parts, ids, weights, config(), config()).shape == (0, 64)
-    grads = moe_triton.moe_backward(x, x, *parts, ids, weights, config(), config())
+    grads = moe_backward_triton.moe_backward(x, x, *parts, ids, weights, config(), config())
     assert [grad.shape for grad in grads] == [(0, 64), (0, 4)]
 
 
@@ -266,7 +267,7 @@ def test_products_and_sums_of_whole_numbers_are_exact(dtype: torch.dtype, rows: 
     _, ids, _ = tokens(6, 1, dtype, top=3, high=5)
     x = torch.randint(-1, 2, (6, 64), generator=torch.Generator().manual_seed(4)).to(DEVICE, dtype)
     routing = route(ids, 5, rows)
-    products = moe_triton._run_gate_up(x, gate, up, ids, routing, config(rows), products=True)  # noqa: SLF001
+    products = moe_triton.run_gate_up(x, gate, up, ids, routing, config(rows), products=True)
     for product, part in zip(products, (gate, up), strict=True):
         rows_of = part.dequantize(dtype)[ids.flatten()]
         assert torch.equal(product, torch.einsum("pnk,pk->pn", rows_of, x.repeat_interleave(3, 0)))
@@ -274,7 +275,7 @@ def test_products_and_sums_of_whole_numbers_are_exact(dtype: torch.dtype, rows: 
     pairs = moe_triton._run_down(hidden, down, routing, config(rows))  # noqa: SLF001
     assert torch.equal(pairs, torch.einsum("pnk,pk->pn", down.dequantize(dtype)[ids.flatten()], hidden))
     weights = torch.tensor([0.5, 1.0, -2.0], device=DEVICE).repeat(6, 1)
-    out = moe_triton._run_combine(pairs, ids, weights, 5)  # noqa: SLF001
+    out = moe_triton.run_combine(pairs, ids, weights, 5)
     assert torch.equal(out, (pairs.float().reshape(6, 3, 64) * weights[..., None]).sum(1).to(dtype))
 
 
@@ -313,7 +314,7 @@ def test_nothing_is_read_that_was_not_written(count: int) -> None:
     ids[0, 1], ids[-1, 2] = -1, EXPERTS
     out = moe_triton.moe(x, *parts, ids, weights, config(), config())
     assert out.isfinite().all()
-    for grad in moe_triton.moe_backward(out, x, *parts, ids, weights, config(), config()):
+    for grad in moe_backward_triton.moe_backward(out, x, *parts, ids, weights, config(), config()):
         assert grad.isfinite().all()
 
 
@@ -324,9 +325,9 @@ def test_pairs_without_expert_are_not_computed() -> None:
     x, _, _ = tokens(1, 64, torch.float32)
     ids = torch.tensor([[-1, 4, 2, 2**31 - 1]], device=DEVICE)
     routing = direct(ids, 8)
-    hidden, _ = moe_triton._run_gate_up(x, gate, up, ids, routing, config(8), products=False)  # noqa: SLF001
+    hidden, _ = moe_triton.run_gate_up(x, gate, up, ids, routing, config(8), products=False)
     pairs = moe_triton._run_down(hidden, down, routing, config(8))  # noqa: SLF001
-    back = moe_triton._run_back([x], [down], ids, routing, config(8), torch.float32)  # noqa: SLF001
+    back = moe_backward_triton._run_back([x], [down], ids, routing, config(8), torch.float32)  # noqa: SLF001
     for rows in (hidden, pairs, back):
         assert rows.isnan().all(1).tolist() == [True, True, False, True]
         assert rows[2].isfinite().all()
@@ -353,7 +354,7 @@ def test_gradients_are_those_of_the_reference(kind: str, dtype: torch.dtype, bou
     x, ids, weights = tokens(5, 96, dtype, top=3, low=-1, high=5)
     weights = weights.to(dtype)
     grad = torch.randn(5, 96, generator=torch.Generator().manual_seed(7)).to(DEVICE, dtype)
-    found = moe_triton.moe_backward(grad, x, *parts, ids, weights, config(), config())
+    found = moe_backward_triton.moe_backward(grad, x, *parts, ids, weights, config(), config())
     for value, truth, like in zip(found, gradients(x, parts, ids, weights, grad), (x, weights), strict=True):
         assert value.dtype == like.dtype
         assert error(value, truth) < bound
@@ -365,7 +366,7 @@ def test_gradients_of_direct_pairs(kind: str) -> None:
     """One token, whose pairs are not routed, with 8 rows."""
     parts = layer(kind, 64, 32)
     x, ids, weights = tokens(1, 64, torch.float32)
-    found = moe_triton.moe_backward(x, x, *parts, ids, weights, config(8), config(8))
+    found = moe_backward_triton.moe_backward(x, x, *parts, ids, weights, config(8), config(8))
     for value, truth in zip(found, gradients(x, parts, ids, weights, x), strict=True):
         assert error(value, truth) < 1e-6
 
@@ -393,7 +394,7 @@ def test_what_is_launched_follows_from_shapes_alone(kind: str) -> None:
         assert len(launches) == forward
         assert launches[-3].grid == (8 * count * (2048 // tile.columns),)
         with recorded() as launches:
-            moe_triton.moe_backward(x, x, *parts, ids, weights, tile, tile)
+            moe_backward_triton.moe_backward(x, x, *parts, ids, weights, tile, tile)
         assert len(launches) == forward + 2
 
 
@@ -414,7 +415,7 @@ def _places(
 ) -> None:
     """Store where an expert's codes and scales begin, counted from 0."""
     zero = tl.program_id(0).to(tl.int64)
-    codes, scale = moe_triton._of_expert(zero, zero, zero + expert, rows, columns, kind, block, block)  # noqa: SLF001
+    codes, scale = moe_triton.of_expert(zero, zero, zero + expert, rows, columns, kind, block, block)
     tl.store(out_ptr, codes)
     tl.store(out_ptr + 1, scale)
 

@@ -19,6 +19,8 @@ from k2quant.kernels.ops import (
     fp8_linear,
     fp8_linear_w8a8,
     int4_linear,
+    linear,
+    moe,
     moe_fp8,
     moe_int4,
     prepare_fp8,
@@ -28,7 +30,9 @@ from k2quant.kernels.products import reference as matmul_reference
 from k2quant.kernels.products.cpu import dot as dot_cpu
 from k2quant.kernels.products.cpu import linear as linear_cpu
 from k2quant.kernels.products.cpu import moe as moe_cpu
-from k2quant.kernels.products.weights import Layout, spread
+from k2quant.kernels.products.fp8_weight import spread
+from k2quant.kernels.products.linear import operands
+from k2quant.kernels.products.weights import Layout
 
 LAYOUTS: tuple[Layout, ...] = ("rows", "groups", "torch")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -279,31 +283,27 @@ def test_the_two_nan_codes_are_refused_and_no_other(code: int) -> None:
         prepare_fp8(codes.view(torch.float8_e4m3fn), scale)
 
 
-def as_operand(codes: Tensor) -> Tensor:
-    """Return codes as the operators take them."""
-    return codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
-
-
 def test_opcheck(experts: dict[str, tuple[Int4Weight | Fp8Weight, ...]]) -> None:
     """The checks that torch has for operators pass: schema, fake kernels, gradients, tracing with dynamic shapes."""
     int4, fp8 = int4_weight(64, 96), fp8_weight(64, 96)
     for x in (torch.randn(3, 96, requires_grad=True), torch.randn(2, 1, 96, dtype=torch.bfloat16)):
-        opcheck(OPS.int4_linear.default, (x, int4.codes, int4.scale, int4.layout))
-        opcheck(OPS.fp8_linear.default, (x, fp8.codes.view(torch.uint8), fp8.scale, 128, 128))
-        opcheck(OPS.fp8_linear_w8a8.default, (x, fp8.codes.view(torch.uint8), fp8.scale, 128, 128))
+        opcheck(OPS.linear.default, (x, int4.codes, int4.scale, f"int4/{int4.layout}", ()))
+        opcheck(OPS.linear.default, (x, fp8.codes.view(torch.uint8), fp8.scale, "fp8/rows", (128, 128)))
+        opcheck(OPS.fp8_linear_w8a8.default, (x, fp8.codes.view(torch.uint8), fp8.scale, "fp8/rows", (128, 128)))
     x, ids = torch.randn(5, 64, requires_grad=True), torch.randint(0, 6, (5, 2))
     weights = torch.rand(5, 2, requires_grad=True)
-    for op, kind, rest in ((OPS.moe_int4, "int4", (int4.layout,)), (OPS.moe_fp8, "fp8", (128, 128))):
-        parts = [tensor for part in experts[kind] for tensor in (as_operand(part.codes), part.scale)]
-        opcheck(op.default, (x, *parts, ids, weights, *rest))
+    for stacks in experts.values():
+        parts = [tensor for part in stacks for tensor in operands(part)[:2]]
+        opcheck(OPS.moe.default, (x, *parts, ids, weights, *operands(stacks[0])[2:]))
 
 
-def test_compiled_code_gives_the_same_bits(experts: dict[str, tuple[Int4Weight | Fp8Weight, ...]]) -> None:
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_compiled_code_gives_the_same_bits(kind: str, experts: dict[str, tuple[Int4Weight | Fp8Weight, ...]]) -> None:
     """Under torch.compile, in one graph and with changing numbers of rows, values and gradients are those of eager."""
-    linear, (gate, up, down) = int4_weight(64, 64), experts["int4"]
+    weight, (gate, up, down) = int4_weight(64, 64) if kind == "int4" else fp8_weight(64, 64), experts[kind]
 
     def layer(x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        routed = moe_int4(int4_linear(x, linear), gate, up, down, ids, weights)  # type: ignore[arg-type]
+        routed = moe(linear(x, weight), gate, up, down, ids, weights)
         return torch.nn.functional.silu(routed) + x
 
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)

@@ -23,8 +23,8 @@ from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.devices.rounding import INTERPRETED
 from k2quant.kernels.products.gpu import linear as linear_triton
 from k2quant.kernels.products.gpu import tiles as tiles_triton
+from k2quant.kernels.products.prepare import prepare_int4
 from k2quant.kernels.products.tables.configs import Config
-from k2quant.kernels.products.weights import prepare_int4
 
 pytestmark = pytest.mark.skipif(
     not INTERPRETED.value, reason="on a GPU the assembly itself runs, in the tests of the products"

@@ -17,16 +17,17 @@ from k2quant.cli import main
 from k2quant.errors import UsageError
 from k2quant.kernels.devices import gpus
 from k2quant.kernels.ops import (
-    fp8_linear,
+    Fp8Weight,
+    PackedWeight,
     fp8_linear_w8a8,
-    int4_linear,
-    moe_fp8,
-    moe_int4,
+    linear,
+    moe,
     prepare_fp8,
     prepare_int4,
     warmup,
 )
 from k2quant.kernels.products import dispatch
+from k2quant.kernels.products.prepare import PACKED
 from k2quant.kernels.products.tables import configs
 from k2quant.kernels.products.tables.configs import (
     BUCKETS,
@@ -38,14 +39,15 @@ from k2quant.kernels.products.tables.configs import (
     table_for,
     write_table,
 )
-from k2quant.kernels.products.weights import Fp8Weight, Int4Weight
+from k2quant.kernels.tuning import candidates
 from k2quant.kernels.tuning import choosing as tuning
-from k2quant.kernels.tuning.choosing import Cell, Trial
+from k2quant.kernels.tuning.candidates import Cell
+from k2quant.kernels.tuning.choosing import Trial
 
 if TYPE_CHECKING:
     from k2quant.kernels.devices.launch import Launch
 
-PRODUCTS = ("linear/int4", "linear/fp8", "w8a8/fp8", "gate_up/int4", "gate_up/fp8", "down/int4", "down/fp8")
+PRODUCTS = tuple(f"{product}/{name}" for name, kind in PACKED.items() for product in kind.products)
 
 
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.json")), ids=lambda path: path.stem)
@@ -154,20 +156,20 @@ SM_90 = read_table(TABLES / "sm_90.json")
 def test_candidates_fit_the_gpu_and_begin_with_what_ships(path: Path) -> None:
     """The table's own comes first; no other asks for too much shared memory; every product and bucket has some."""
     base = read_table(path)
-    for cell in tuning.cells():
-        found = tuning.candidates(cell, base=base, shared_limit=227 * 1024, processors=132)
+    for cell in candidates.cells():
+        found = candidates.candidates(cell, base=base, shared_limit=227 * 1024, processors=132)
         assert found[0] == base.choose(cell.product, cell.weight_format, cell.shape, cell.rows), str(cell)
-        assert 12 <= len(found) <= tuning.CANDIDATES, str(cell)
-        assert all(tuning.shared_bytes(config, cell) <= 227 * 1024 for config in found[1:])
+        assert 12 <= len(found) <= candidates.CANDIDATES, str(cell)
+        assert all(candidates.shared_bytes(config, cell) <= 227 * 1024 for config in found[1:])
         assert len(set(found)) == len(found)
 
 
 def test_candidates_are_of_every_kind() -> None:
     """For few rows there are vectors, the path that x is the left factor in, deep tiles, few warps and odd splits."""
-    for cell in tuning.cells():
-        found = tuning.candidates(cell, base=SM_90, shared_limit=227 * 1024, processors=132)
+    for cell in candidates.cells():
+        found = candidates.candidates(cell, base=SM_90, shared_limit=227 * 1024, processors=132)
         vectors = [config for config in found if config.form == "vector"]
-        assert len(vectors) == (tuning.VECTORS if cell.product == "linear" and cell.rows == 1 else 0), str(cell)
+        assert len(vectors) == (candidates.VECTORS if cell.product == "linear" and cell.rows == 1 else 0), str(cell)
         assert (Config(form="dequantize") in found) == (cell.product == "linear" and cell.rows >= 256)
         if cell.rows <= 16 and cell.product in {"linear", "gate_up"}:
             assert {config.rows for config in found} >= {8, 16, 32}, str(cell)
@@ -178,18 +180,18 @@ def test_candidates_are_of_every_kind() -> None:
             assert {config.rows for config in found} >= {64, 128}
     tried = {
         config.splits
-        for cell in tuning.cells(["linear"])
-        for config in tuning.candidates(cell, base=SM_90, shared_limit=227 * 1024, processors=132)
+        for cell in candidates.cells(["linear"])
+        for config in candidates.candidates(cell, base=SM_90, shared_limit=227 * 1024, processors=132)
     }
     assert tried >= {1, 2, 4, 7, 8, 14, 16}
 
 
 def test_decoding_is_tuned_first() -> None:
     """M goes before the product, and a layer's gate and up before its down."""
-    found = tuning.cells()
+    found = candidates.cells()
     assert [cell.rows for cell in found] == sorted(cell.rows for cell in found)
     assert [cell.product for cell in found[:4]] == ["gate_up", "gate_up", "down", "down"]
-    assert {cell.product for cell in tuning.cells(["down"])} == {"down"}
+    assert {cell.product for cell in candidates.cells(["down"])} == {"down"}
 
 
 def test_long_calls_are_timed_in_shorter_rows() -> None:
@@ -277,10 +279,10 @@ def test_trials_count_when_the_time_is_over() -> None:
 
 def rows_agree(table: Table) -> bool:
     """Say whether gate_up and down have equal rows for both formats in every bucket, for K2's shapes and others."""
-    shapes = ((tuning.INNER, tuning.HIDDEN), (64, 96))
+    shapes = ((candidates.INNER, candidates.HIDDEN), (64, 96))
     return all(
         table.choose("gate_up", kind, shape, rows).rows == table.choose("down", kind, shape[::-1], rows).rows
-        for kind in ("int4", "fp8")
+        for kind in PACKED
         for shape in shapes
         for rows in BUCKETS
     )
@@ -317,14 +319,14 @@ def test_tuned_rows_agree_whenever_the_time_is_over() -> None:
     dice = random.Random(0)  # noqa: S311 - no secret
 
     def any_of(cell: Cell, table: Table) -> list[Trial]:
-        found = tuning.candidates(cell, base=table, shared_limit=227 * 1024, processors=132)
+        found = candidates.candidates(cell, base=table, shared_limit=227 * 1024, processors=132)
         if cell.product == "down":
             rows = table.choose("gate_up", cell.weight_format, cell.shape[::-1], cell.rows).rows
             assert {config.rows for config in found} == {rows}
         return [Trial(dice.choice(found), 1.0)] if dice.random() < 0.7 else [Trial(found[0], None, "refused")]
 
     for products in (["gate_up", "down"], ["down"], ["gate_up"]):
-        wanted = tuning.cells(products)  # type: ignore[arg-type]
+        wanted = candidates.cells(products)  # type: ignore[arg-type]
         count = 0
         for cell, trials, table in tuning.tune_cells(wanted, "GPU", SM_90, {"date": "x"}, any_of, lambda: False):
             count += 1
@@ -394,7 +396,7 @@ def test_warmup_runs_each_kind_once() -> None:
     assert warmup([weight, fp8], w8a8=True) == 3 * alone
 
 
-def stack_of(kind: str, *shape: int) -> Int4Weight | Fp8Weight:
+def stack_of(kind: str, *shape: int) -> PackedWeight:
     """Return a weight of zeros in a GPU's layout."""
     if kind == "int4":
         packed = torch.zeros(*shape[:-1], shape[-1] // 8, dtype=torch.int32)
@@ -433,13 +435,10 @@ def test_nothing_is_compiled_after_warming_up(kind: str, experts: int, monkeypat
         for rows in range(1, 201):
             x = torch.zeros(rows, 96, dtype=torch.bfloat16)
             ids, shares = torch.zeros(rows, 8, dtype=torch.int32), torch.zeros(rows, 8, dtype=torch.bfloat16)
+            linear(x, weight)
+            moe(x[:, :64], *layer, ids, shares)
             if isinstance(weight, Fp8Weight):
-                fp8_linear(x, weight)
                 fp8_linear_w8a8(x, weight)
-                moe_fp8(x[:, :64], *layer, ids, shares)  # type: ignore[arg-type]
-            else:
-                int4_linear(x, weight)
-                moe_int4(x[:, :64], *layer, ids, shares)  # type: ignore[arg-type]
     assert {launch.kernel.__name__ for launch in later} >= {"_linear", "_gate_up", "_down", "_combine", "_place"}
     assert kinds(later) <= kinds(warm)
 
@@ -464,7 +463,7 @@ def test_both_forms_of_a_bucket_are_checked() -> None:
     pytest.importorskip("triton")
     from k2quant.kernels.tuning.on_gpu import checked_tokens
 
-    found = {cell.rows: checked_tokens(cell) for cell in tuning.cells(["gate_up"])}
+    found = {cell.rows: checked_tokens(cell) for cell in candidates.cells(["gate_up"])}
     assert found == {1: (1,), 4: (4,), 16: (16, 12), 64: (64,), 256: (256,), 1024: (512,), 4096: (512,)}
 
 

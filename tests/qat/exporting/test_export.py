@@ -29,9 +29,9 @@ from k2quant.errors import (
     UsageError,
 )
 from k2quant.formats.fp8 import FP8_BLOCK
+from k2quant.formats.known import ExportFormat
 from k2quant.kernels import ops
 from k2quant.qat import Adapter, QATConfig, prepare
-from k2quant.qat.config import ExportFormat
 from k2quant.qat.exporting import export as exporting
 from k2quant.qat.exporting.gate import check_export
 from k2quant.qat.exporting.trained import Trained

@@ -22,11 +22,12 @@ from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.convert import convert
 from k2quant.errors import UsageError
+from k2quant.formats.known import ExportFormat
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.codecs.values import ValueAt, bf16_to_float, double_to_bf16
 from k2quant.model.decoding import decoded_rows
-from k2quant.qat.config import Adapter, ExportFormat
+from k2quant.qat.config import Adapter
 from k2quant.qat.rounding import estimators as rounding
 from k2quant.qat.rounding.adapters import LowRank, adapted, merged, updated
 from k2quant.qat.rounding.estimators import fake_quantize, fake_quantize_learned

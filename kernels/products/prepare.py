@@ -1,0 +1,118 @@
+"""Weights for a device: which layout is best there, and how a weight gets it.
+
+A CPU's best layout is found by a probe (`cpu/linear`), so this stands above weights and products on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from k2quant.kernels.products.cpu import linear as linear_cpu
+from k2quant.kernels.products.fp8_weight import BLOCK, Fp8Weight
+from k2quant.kernels.products.int4_weight import TORCH_ROWS, Int4Weight
+from k2quant.kernels.products.weights import Layout, PackedWeight
+
+PACKED: dict[str, type[PackedWeight]] = {kind.format: kind for kind in (Int4Weight, Fp8Weight)}
+"""Every packed format by its name."""
+
+Weight = Int4Weight | Fp8Weight
+
+Kind = TypeVar("Kind", bound=PackedWeight)
+
+
+def prepare_int4(weight_packed: Tensor, weight_scale: Tensor, *, layout: Layout | None = None) -> Int4Weight:
+    """Lay an INT4 weight out for the device on which its tensors lie.
+
+    Args:
+        weight_packed: int32 words `[N, K/8]`, or `[E, N, K/8]` for experts, as a checkpoint holds them. Either grid.
+        weight_scale: BF16 `[.., N, K/32]`, on the same device.
+        layout: take this one instead of the one that is best for the device.
+
+    Raises:
+        UsageError: dtype, shape or device do not fit each other, or a scale is negative, NaN or infinite.
+    """
+    return Int4Weight.laid_out(weight_packed, weight_scale, layout or _best(Int4Weight, weight_packed))
+
+
+def prepare_fp8(weight: Tensor, weight_scale_inv: Tensor, *, block: tuple[int, int] = BLOCK) -> Fp8Weight:
+    """Check a block-FP8 weight and keep it as it is: its own layout is the one that the products read.
+
+    Args:
+        weight: e4m3 codes `[N, K]`, or `[E, N, K]` for experts.
+        weight_scale_inv: float32 `[.., ceil(N/block[0]), ceil(K/block[1])]`; it multiplies, whatever its name says.
+        block: rows and columns that share a scale; columns are a multiple of 32.
+
+    Raises:
+        UsageError: dtype, shape or device do not fit each other, a code is NaN, or a scale is negative or not finite.
+    """
+    return Fp8Weight.laid_out(weight, weight_scale_inv, numbers=block)
+
+
+def empty(
+    weight_format: str,
+    shape: tuple[int, ...],
+    *,
+    numbers: tuple[int, ...] = (),
+    device: torch.device | str,
+    for_device: torch.device | None = None,
+) -> PackedWeight:
+    """Return a weight `[N, K]` or `[E, N, K]` with whatever content.
+
+    Args:
+        weight_format: one of `PACKED`.
+        shape: its shape.
+        numbers: of the format, such as the block of FP8; Kimi K2's if left out.
+        device: where its tensors lie.
+        for_device: the device whose layout it has; `device` if left out.
+    """
+    kind = PACKED[weight_format]
+    return kind.empty(shape, best_layout(for_device or torch.device(device), shape[-2], kind), numbers, device=device)
+
+
+def empty_int4(shape: tuple[int, ...], *, layout: Layout, device: torch.device | str) -> Int4Weight:
+    """Return an INT4 weight `[N, K]` or `[E, N, K]` in a layout, with whatever content.
+
+    Raises:
+        UsageError: the layout cannot have this shape.
+    """
+    return Int4Weight.empty(shape, layout, device=device)
+
+
+def empty_fp8(shape: tuple[int, ...], *, block: tuple[int, int], device: torch.device | str) -> Fp8Weight:
+    """Return a block-FP8 weight `[N, K]` or `[E, N, K]` with whatever content."""
+    return Fp8Weight.empty(shape, numbers=block, device=device)
+
+
+def select(weight: Weight, expert: int) -> Weight:
+    """Return one expert's weight of a stack, as views."""
+    return weight.expert(expert)
+
+
+def moved(weight: Kind, device: torch.device) -> Kind:
+    """Return a weight on another device, in the layout that is best there; one without content keeps its layout."""
+    codes, scale = weight.codes, weight.scale
+    layout = weight.layout
+    if "meta" not in {device.type, codes.device.type}:
+        layout = best_layout(device, 0 if 0 in weight.shape else weight.shape[-2], type(weight))
+    if layout == weight.layout:
+        return weight.holding(codes.to(device), scale.to(device))
+    codes, scale = weight.checkpoint()
+    return weight.laid_out(codes.to(device), scale.to(device), layout, weight.numbers)
+
+
+def best_layout(device: torch.device, rows: int, kind: type[PackedWeight] = Int4Weight) -> Layout:
+    """Return the layout in which a device reads weights of so many rows fastest."""
+    if device.type == "cuda":
+        return kind.gpu_layout
+    if device.type != "cpu" or kind.layouts == ("rows",):
+        return "rows"
+    layout = linear_cpu.best_layout()
+    return layout if layout != "torch" or (rows and rows % TORCH_ROWS == 0) else "rows"
+
+
+def _best(kind: type[PackedWeight], codes: Tensor) -> Layout:
+    """Return the best layout for a checkpoint's codes; those that are no matrix are refused later."""
+    return best_layout(codes.device, 0 if 0 in codes.shape or codes.ndim < 2 else codes.shape[-2], kind)
