@@ -26,6 +26,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
 
+from k2quant.ground.release import HIDDEN, INNER
 from k2quant.kernels.devices.launch import Launch
 from k2quant.kernels.products.tables.configs import TABLES, Config, Product, Table, read_table
 from k2quant.kernels.tuning.compiling import FP8_ARCH, compile_launch, rehearse, rehearse_codecs
@@ -35,9 +36,6 @@ SHAPES = [(18432, 7168), (7168, 18432), (7168, 8192), (16384, 512), (576, 7168),
 
 ODD = (200, 96)
 """N and K of a weight that lowers the depth of every tile to 32."""
-
-INNER, HIDDEN = 2048, 7168
-"""Of K2's experts."""
 
 SHARED_LIMIT = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one program may use. The table `sm_80` also serves sm_86 and sm_89, which have 99 KB."""

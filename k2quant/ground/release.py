@@ -1,4 +1,4 @@
-"""What moonshotai/Kimi-K2-Instruct says of itself: the pattern that small models of ours are cut from."""
+"""What moonshotai/Kimi-K2-Instruct says of itself: its sizes, and the pattern of our small models."""
 
 from __future__ import annotations
 
@@ -64,3 +64,34 @@ INSTRUCT_CONFIG: dict[str, Any] = {
     "vocab_size": 163840,
 }
 """Its config.json, without `auto_map`, which names code that lies beside it."""
+
+EXPERTS: int = INSTRUCT_CONFIG["n_routed_experts"]
+"""Routed experts of a layer."""
+
+TOP: int = INSTRUCT_CONFIG["num_experts_per_tok"]
+"""How many of them a token has."""
+
+HIDDEN: int = INSTRUCT_CONFIG["hidden_size"]
+"""Columns of a token: K of an expert's gate and up, N of its down."""
+
+INNER: int = INSTRUCT_CONFIG["moe_intermediate_size"]
+"""Width of a routed expert: N of gate and up, K of down."""
+
+
+def attention_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return rows and columns `[N, K]` of the matrices of attention in a model with this config, in their order."""
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    key, rope, value = (config[name] for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    return {
+        "q_a_proj": (config["q_lora_rank"], hidden),
+        "q_b_proj": (heads * (key + rope), config["q_lora_rank"]),
+        "kv_a_proj_with_mqa": (config["kv_lora_rank"] + rope, hidden),
+        "kv_b_proj": (heads * (key + value), config["kv_lora_rank"]),
+        "o_proj": (hidden, heads * value),
+    }
+
+
+def dense_shapes() -> tuple[tuple[int, int], ...]:
+    """Return rows and columns of K2's dense weights: those of attention, then of its only layer without experts."""
+    wide: int = INSTRUCT_CONFIG["intermediate_size"]
+    return (*attention_shapes(INSTRUCT_CONFIG).values(), (wide, HIDDEN), (HIDDEN, wide))

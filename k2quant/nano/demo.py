@@ -22,7 +22,7 @@ from k2quant.conversion.estimate import codec_rate
 from k2quant.errors import CheckFailed
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
-from k2quant.ground.release import INSTRUCT_CONFIG
+from k2quant.ground.release import INSTRUCT_CONFIG, attention_shapes
 from k2quant.ground.units import size
 
 if TYPE_CHECKING:
@@ -58,13 +58,7 @@ K2_CONFIG: dict[str, Any] = INSTRUCT_CONFIG | {
 def matrices(layer: int) -> dict[str, tuple[int, int]]:
     """Return the projections of a decoder layer by base, with their shapes `[out, in]`."""
     prefix = f"model.layers.{layer}."
-    attention = {
-        "q_a_proj": (Q_RANK, HIDDEN),
-        "q_b_proj": (HEADS * (NOPE + ROPE), Q_RANK),
-        "kv_a_proj_with_mqa": (KV_RANK + ROPE, HIDDEN),
-        "kv_b_proj": (HEADS * (NOPE + VALUE), KV_RANK),
-        "o_proj": (HIDDEN, HEADS * VALUE),
-    }
+    attention = attention_shapes(K2_CONFIG)
     mlps = [("mlp.", DENSE)]
     if layer >= DENSE_LAYERS:
         mlps = [("mlp.shared_experts.", MOE), *((f"mlp.experts.{expert}.", MOE) for expert in range(EXPERTS))]

@@ -11,25 +11,12 @@ from dataclasses import dataclass, replace
 from itertools import product as combinations
 from itertools import zip_longest
 
+from k2quant.ground.release import EXPERTS, HIDDEN, INNER, TOP, dense_shapes
 from k2quant.kernels.products.prepare import PACKED
-from k2quant.kernels.products.tables.configs import EXPERTS, TOP, Config, Product, Table
+from k2quant.kernels.products.tables.configs import Config, Product, Table
 
-DENSE = (
-    (1536, 7168),  # q_a: hidden to the low rank of queries
-    (12288, 1536),  # q_b: to 64 heads of 128 + 64
-    (576, 7168),  # kv_a: hidden to the low rank of keys and values, 512, and 64 for positions
-    (16384, 512),  # kv_b: to 64 heads of 128 + 128
-    (7168, 8192),  # o: 64 heads of 128 to hidden
-    (18432, 7168),  # gate and up of the dense first layer
-    (7168, 18432),  # its down
-)
+DENSE = dense_shapes()
 """N and K of Kimi K2's dense weights: those of attention and of its only layer without experts."""
-
-HIDDEN = 7168
-"""Columns of a token in Kimi K2: K of an expert's gate and up, N of its down."""
-
-INNER = 2048
-"""Width of one of Kimi K2's routed experts: N of gate and up, K of down."""
 
 TUNED_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096)
 """The buckets that are tuned; those between take the next larger one's configuration."""

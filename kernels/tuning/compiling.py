@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from k2quant.ground.release import EXPERTS, TOP
 from k2quant.kernels.codecs.gpu import figures as figures_triton
 from k2quant.kernels.codecs.gpu import fp8 as fp8_codecs_triton
 from k2quant.kernels.codecs.gpu import int4 as int4_codecs_triton
@@ -28,7 +29,7 @@ from k2quant.kernels.products.gpu import w8a8 as w8a8_triton
 from k2quant.kernels.products.gpu.routing import SPARSITY_FACTOR
 from k2quant.kernels.products.int4_weight import Int4Weight
 from k2quant.kernels.products.prepare import PACKED
-from k2quant.kernels.products.tables.configs import EXPERTS, TOP, Config, Product
+from k2quant.kernels.products.tables.configs import Config, Product
 from k2quant.kernels.products.weights import PackedWeight
 
 _TYPES = {

@@ -17,15 +17,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from k2quant.ground.release import EXPERTS, HIDDEN, INNER, TOP
 from k2quant.kernels.products import dispatch, reference
 from k2quant.kernels.products.fp8_weight import Fp8Weight
 from k2quant.kernels.products.gpu import linear as linear_triton
 from k2quant.kernels.products.gpu import moe as moe_triton
 from k2quant.kernels.products.gpu import w8a8 as w8a8_triton
-from k2quant.kernels.products.tables.configs import EXPERTS, TOP, Config, Product, Table
+from k2quant.kernels.products.tables.configs import Config, Product, Table
 from k2quant.kernels.products.weights import PackedWeight
 from k2quant.kernels.tuning import choosing as tuning
-from k2quant.kernels.tuning.candidates import HIDDEN, INNER, TUNED_BUCKETS, Cell, candidates, cells
+from k2quant.kernels.tuning.candidates import TUNED_BUCKETS, Cell, candidates, cells
 from k2quant.kernels.tuning.choosing import Trial
 from k2quant.kernels.tuning.compiling import compile_launch, most_direct, rehearse
 from k2quant.kernels.tuning.timing import time_eager, time_graph

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from k2quant.errors import UsageError
+from k2quant.ground.release import EXPERTS, TOP
 
 Form = Literal["vector", "tile", "dequantize"]
 Product = Literal["linear", "w8a8", "gate_up", "down"]
@@ -26,9 +27,6 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """M is rounded up to one of these, and what is larger counts as the last."""
 
 TABLES = Path(__file__).parent
-
-EXPERTS, TOP = 384, 8
-"""Kimi K2's routed experts, and how many a token has: what the tables of experts speak of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
