@@ -180,7 +180,7 @@ class Prepared:
             check_packed(self._bits)
             factors = as_bf16(part.of(scale.scale().detach())[rows])
             codes, _ = reference.int4_at_scale(weights, factors, self._bits)
-            return {"weight_packed": reference.pack_int4(codes), "weight_scale": factors}
+            return dict(zip(self.config.format.streamed, (reference.pack_int4(codes), factors), strict=True))
 
     def codes(self, target: Target, rows: slice) -> Tensor:
         """Return the codes of some rows of an INT4 target, int8 `[.., K]`; its stack counts as one matrix."""
