@@ -18,7 +18,7 @@ from k2quant.conversion.plan import Plan, make_plan
 from k2quant.errors import CheckFailed, UsageError
 from k2quant.formats.dtypes import as_bits
 from k2quant.ground import names
-from k2quant.kernels.codecs.seam import codecs
+from k2quant.kernels.codecs.choice import codecs
 from k2quant.model.decoding import decoded_rows
 from k2quant.model.generation import load_tokenizer
 from k2quant.qat.data.packing import Rows, split

@@ -240,7 +240,7 @@ class _Comparison:
     def _compare_values(self, task: _Task) -> None:
         import numpy as np
 
-        from k2quant.kernels.codecs.seam import codecs
+        from k2quant.kernels.codecs.choice import codecs
 
         cpu, stored = codecs("cpu"), format_of(task.pair.second)
         before, after = (

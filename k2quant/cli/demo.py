@@ -50,6 +50,7 @@ def _nano(folder: Path, steps: int | None) -> None:
 
 def _table(folder: Path) -> None:
     """Run the model in every format and print what each costs."""
+    from k2quant.formats.known import FORMATS
     from k2quant.ground.units import size
     from k2quant.nano.tour import tour
 
@@ -57,7 +58,7 @@ def _table(folder: Path) -> None:
     click.echo(f"{'':<5}{'shards':>9}{'right':>8}{'95%':>14}{'loss, nats':>12}{'more than BF16':>19}{'tokens/s':>10}")
     for stop in tour(folder):
         low, high = stop.accuracy.interval
-        more = "" if stop.gap is None else f"{stop.gap[0]:+.4f} ± {stop.gap[1]:.4f}"
+        more = f"{stop.gap[0]:+.4f} ± {stop.gap[1]:.4f}" if FORMATS[stop.format].quantised else ""
         click.echo(
             f"{stop.format:<5}{size(stop.nbytes):>9}{stop.accuracy.share:>8.1%}{f'{low:.1%}-{high:.1%}':>14}"
             f"{stop.score.loss[0]:>12.4f}{more:>19}{stop.tokens_per_second:>10.0f}"

@@ -161,7 +161,7 @@ def codecs_of(device: str) -> Codecs:
     Raises:
         UsageError: there is no such device here.
     """
-    from k2quant.kernels.codecs.seam import codecs
+    from k2quant.kernels.codecs.choice import codecs
 
     return codecs(device)
 

@@ -97,7 +97,7 @@ def codec_rate(source: Format, target: Format) -> float:
     import numpy as np
 
     from k2quant.formats.transcode import Scratch, transcode
-    from k2quant.kernels.codecs.seam import codecs
+    from k2quant.kernels.codecs.choice import codecs
 
     shape, random, scratch = (_PROBE_ROWS, _PROBE_WIDTH), np.random.default_rng(0), Scratch()
     inputs = panel_state(source, shape, 0, _PROBE_ROWS)

@@ -19,8 +19,8 @@ from k2quant.formats.format import Format, Parts
 from k2quant.formats.known import FORMATS, FormatName, names_of
 from k2quant.formats.transcode import Scratch, located, transcode
 from k2quant.ground.units import one_of
+from k2quant.kernels.codecs.choice import codecs
 from k2quant.kernels.codecs.grids import Grid
-from k2quant.kernels.codecs.seam import codecs
 from k2quant.kernels.codecs.values import ValueAt
 
 

@@ -9,7 +9,7 @@ from k2quant.checkpoint.panels import read_values
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.formats.transcode import Scratch
-from k2quant.kernels.codecs.seam import codecs
+from k2quant.kernels.codecs.choice import codecs
 
 
 def decoded_rows(checkpoint: Checkpoint, weight: StoredWeight, start: int, stop: int) -> Tensor:

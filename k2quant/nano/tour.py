@@ -27,8 +27,8 @@ class Stop(NamedTuple):
     nbytes: int
     """Of its shards."""
     score: Score
-    gap: tuple[float, float] | None
-    """How much more its answers cost than those of BF16, item by item: mean and standard error, nats; None for BF16."""
+    gap: tuple[float, float]
+    """How much more its answers cost than those of BF16, item by item: mean and standard error, in nats."""
     tokens_per_second: float
     """Greedy decoding of eight prompts at once, with the KV cache."""
 
@@ -57,13 +57,10 @@ def tour(folder: Path, items: Iterable[Item] | None = None) -> Iterator[Stop]:
             convert(folder, place, to=form, restart=True)
         model = load_model(place)
         found = score(model, items)
-        gap = None
-        if plain is None:
-            plain = found
-        else:
-            gap = mean([after - before for after, before in zip(found.losses, plain.losses, strict=True)])
+        plain = plain or found
+        gaps = [after - before for after, before in zip(found.losses, plain.losses, strict=True)]
         size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
-        yield Stop(form, place, size, found, gap, decoding_rate(model, items))
+        yield Stop(form, place, size, found, mean(gaps), decoding_rate(model, items))
 
 
 def decoding_rate(model: Any, items: list[Item]) -> float:

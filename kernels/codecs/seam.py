@@ -111,25 +111,3 @@ class Codecs(NamedTuple):
     int4: Int4Codec
     fused: Mapping[tuple[str, str], Fused]
     """By format read and format written; a pair that is missing goes through BF16."""
-
-
-def codecs(device: str) -> Codecs:
-    """Return the codecs of "cpu", or of "cuda" or "cuda:N".
-
-    Raises:
-        UsageError: there is no such device here.
-    """
-    if device == "cpu":
-        from k2quant.kernels.codecs.cpu import CODECS
-
-        return CODECS
-    from k2quant.kernels.devices.gpus import check_cuda, has_triton
-
-    check_cuda(device, known="cpu, cuda or cuda:N", remedy="; use --device cpu")
-    if has_triton():
-        from k2quant.kernels.codecs.gpu.seam import cuda_codecs
-
-        return cuda_codecs(device)
-    from k2quant.kernels.codecs.reference.seam import torch_codecs
-
-    return torch_codecs(device)  # the reference: torch alone, the same bits, more slowly

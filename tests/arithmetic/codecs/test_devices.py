@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from k2quant.errors import UsageError
+from k2quant.kernels.codecs.choice import codecs
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.codecs.reference.seam import TorchFp8, torch_codecs
-from k2quant.kernels.codecs.seam import Codecs, codecs
+from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import U16, ValueAt, bf16_to_float, float_to_bf16
 from k2quant.kernels.devices import gpus
 

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs import reference
+from k2quant.kernels.codecs.choice import codecs
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.gpu import figures as figures_triton
 from k2quant.kernels.codecs.gpu import fp8 as fp8_codecs_triton
@@ -27,7 +28,7 @@ from k2quant.kernels.codecs.gpu.int4_rules import int4_nibble
 from k2quant.kernels.codecs.gpu.seam import cuda_codecs
 from k2quant.kernels.codecs.grids import FAKE_BITS, PACKED_BITS, Grid
 from k2quant.kernels.codecs.reference.fp8 import least_scale as least_scale_of_all
-from k2quant.kernels.codecs.seam import Codecs, codecs
+from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import ValueAt
 from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.products import fp8_weight, int4_weight

@@ -43,7 +43,7 @@ from k2quant.errors import (
     UsageError,
 )
 from k2quant.formats.transcode import Scratch
-from k2quant.kernels.codecs.seam import codecs
+from k2quant.kernels.codecs.choice import codecs
 from k2quant.kernels.codecs.values import bf16_to_float, double_to_bf16
 from k2quant.merge.adapter import CONFIG, WEIGHTS
 

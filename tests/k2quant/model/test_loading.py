@@ -413,7 +413,7 @@ def test_a_quantised_linear_with_a_bias(k2_source: Path) -> None:
     """A bias is added, moves with the module, and is part of its state."""
     model: Any = load_model(k2_source)
     linear = model.model.layers[0].self_attn.q_a_proj
-    with_bias = QuantizedLinear(linear.packed("weight"), linear.layout, "auto", nn.Parameter(torch.ones(256)))
+    with_bias = QuantizedLinear(linear.packed("weight"), linear.format, "auto", nn.Parameter(torch.ones(256)))
     x = torch.randn(2, 512)
     with torch.no_grad():
         assert torch.equal(with_bias(x), linear(x) + 1)

@@ -122,7 +122,7 @@ def test_formats_are_held_packed(k2_source: Path, k2_thinking: Path, k2_mixed: P
     fp8, int4, mixed, bf16 = (load_model(path) for path in (k2_source, k2_thinking, k2_mixed, k2_bf16))
     kinds = [type(model.model.layers[1].mlp.experts) for model in (fp8, int4, mixed, bf16)]
     assert kinds == [QuantizedExperts, QuantizedExperts, QuantizedExperts, FusedExperts]
-    names = [model.model.layers[1].mlp.experts.layout.name for model in (fp8, int4, mixed)]
+    names = [model.model.layers[1].mlp.experts.format.name for model in (fp8, int4, mixed)]
     assert names == ["fp8", "int4", "int4"]
     attention = [model.model.layers[0].self_attn.q_a_proj for model in (fp8, int4, mixed, bf16)]
     assert [isinstance(module, QuantizedLinear) for module in attention] == [True, False, True, False]
