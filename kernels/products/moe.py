@@ -125,8 +125,8 @@ def _check(
     if len({part.layout for part in parts}) != 1:
         found = ", ".join(sorted({part.layout for part in parts}))
         raise UsageError(f"gate, up and down: expected one layout, found {found}")
-    if len({part.block for part in parts}) != 1:
-        found = ", ".join(f"{rows}x{columns}" for rows, columns in sorted({part.block for part in parts}))
+    if len({part.numbers for part in parts}) != 1:
+        found = ", ".join("x".join(map(str, numbers)) for numbers in sorted({part.numbers for part in parts}))
         raise UsageError(f"gate, up and down: expected one block size, found {found}")
 
 
