@@ -7,7 +7,7 @@ through it as its `operands`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -20,15 +20,16 @@ from k2quant.kernels.products import dispatch
 from k2quant.kernels.products.fp8_weight import Fp8Weight
 from k2quant.kernels.products.int4_weight import Int4Weight
 from k2quant.kernels.products.prepare import PACKED
-from k2quant.kernels.products.weights import PackedWeight
+from k2quant.kernels.products.weights import Layout, PackedWeight
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-KINDS = {f"{kind.format}/{layout}": (kind, layout) for kind in PACKED.values() for layout in kind.layouts}
-"""What the operators call a format in a layout."""
+Operands = tuple[Tensor, Tensor, str]
+"""A weight as an operator takes it: codes as whole numbers, scale, and format, layout and numbers in one word.
 
-Operands = tuple[Tensor, Tensor, str, tuple[int, ...]]
-"""A weight as an operator takes it: codes as whole numbers, scale, one of `KINDS`, and the format's numbers."""
+`fp8/rows/128/128`, say. The numbers as a list of their own would take a microsecond more in each call, and two where x
+has a gradient.
+"""
 
 
 def linear(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -128,39 +129,48 @@ def check_weight(weight: PackedWeight, name: str, *kinds: type[PackedWeight]) ->
 
 def operands(weight: PackedWeight) -> Operands:
     """Return a weight as an operator takes it."""
-    return weight.bits, weight.scale, f"{weight.format}/{weight.layout}", weight.numbers
+    kind = f"{weight.format}/{weight.layout}"
+    for number in weight.numbers:
+        kind += f"/{len(range(number))}"  # under torch.compile a number may be a symbol, which a text cannot hold
+    return weight.bits, weight.scale, kind
 
 
-def weight_of(bits: Tensor, scale: Tensor, kind: str, numbers: Sequence[int]) -> PackedWeight:
+def weight_of(bits: Tensor, scale: Tensor, kind: str) -> PackedWeight:
     """Undo `operands`."""
-    packed, layout = KINDS[kind]
-    return packed.of(bits, scale, layout, tuple(numbers))
+    packed, layout, numbers = _parsed(kind)
+    return packed.of(bits, scale, layout, numbers)
+
+
+@lru_cache(maxsize=256)
+def _parsed(kind: str) -> tuple[type[PackedWeight], Layout, tuple[int, ...]]:
+    name, layout, *numbers = kind.split("/")
+    return PACKED[name], cast("Layout", layout), tuple(map(int, numbers))
 
 
 @custom_op("k2quant::linear", mutates_args=())
-def _linear(x: Tensor, codes: Tensor, scale: Tensor, kind: str, numbers: Sequence[int]) -> Tensor:
-    return dispatch.linear(x, weight_of(codes, scale, kind, numbers))
+def _linear(x: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
+    return dispatch.linear(x, weight_of(codes, scale, kind))
 
 
 @custom_op("k2quant::linear_backward", mutates_args=())
-def _linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, kind: str, numbers: Sequence[int]) -> Tensor:
-    return dispatch.linear_backward(grad, weight_of(codes, scale, kind, numbers))
+def _linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
+    return dispatch.linear_backward(grad, weight_of(codes, scale, kind))
 
 
 @custom_op("k2quant::fp8_linear_w8a8", mutates_args=())
-def _fp8_linear_w8a8(x: Tensor, codes: Tensor, scale: Tensor, kind: str, numbers: Sequence[int]) -> Tensor:
-    return dispatch.linear_w8a8(x, cast("Fp8Weight", weight_of(codes, scale, kind, numbers)))
+def _fp8_linear_w8a8(x: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
+    return dispatch.linear_w8a8(x, cast("Fp8Weight", weight_of(codes, scale, kind)))
 
 
 @_linear.register_fake
 @_fp8_linear_w8a8.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, kind: str, numbers: Sequence[int]) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight_of(codes, scale, kind, numbers).shape[0])
+def _(x: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight_of(codes, scale, kind).shape[0])
 
 
 @_linear_backward.register_fake
-def _(grad: Tensor, codes: Tensor, scale: Tensor, kind: str, numbers: Sequence[int]) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], weight_of(codes, scale, kind, numbers).shape[1])
+def _(grad: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight_of(codes, scale, kind).shape[1])
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -171,7 +181,7 @@ def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[0]
     grad_x = torch.ops.k2quant.linear_backward(grad, *ctx.saved_tensors, *ctx.rest) if wanted else None
-    return grad_x, None, None, None, None
+    return grad_x, None, None, None
 
 
 for _operator in (_linear, _fp8_linear_w8a8):

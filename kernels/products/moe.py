@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -88,9 +87,9 @@ def _moe(
     *kinds: type[PackedWeight],
 ) -> Tensor:
     _check(x, (gate, up, down), kinds, ids, weights)
-    (bits, scale, kind, numbers), (up_bits, up_scale, *_), (down_bits, down_scale, *_) = map(operands, (gate, up, down))
+    (bits, scale, kind), (up_bits, up_scale, _), (down_bits, down_scale, _) = map(operands, (gate, up, down))
     parts = bits, scale, up_bits, up_scale, down_bits, down_scale
-    return cast("Tensor", torch.ops.k2quant.moe(x, *parts, ids, weights, kind, numbers))
+    return cast("Tensor", torch.ops.k2quant.moe(x, *parts, ids, weights, kind))
 
 
 def _check(
@@ -126,8 +125,8 @@ def _check(
     if len({part.layout for part in parts}) != 1:
         found = ", ".join(sorted({part.layout for part in parts}))
         raise UsageError(f"gate, up and down: expected one layout, found {found}")
-    if len({part.block for part in parts}) != 1:
-        found = ", ".join(f"{rows}x{columns}" for rows, columns in sorted({part.block for part in parts}))
+    if len({part.numbers for part in parts}) != 1:
+        found = ", ".join("x".join(map(str, numbers)) for numbers in sorted({part.numbers for part in parts}))
         raise UsageError(f"gate, up and down: expected one block size, found {found}")
 
 
@@ -135,12 +134,12 @@ Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """Codes and scale of gate, up and down."""
 
 
-def _weights_of(parts: Parts, kind: str, numbers: Sequence[int]) -> tuple[PackedWeight, PackedWeight, PackedWeight]:
+def _weights_of(parts: Parts, kind: str) -> tuple[PackedWeight, PackedWeight, PackedWeight]:
     gate, gate_scale, up, up_scale, down, down_scale = parts
     return (
-        weight_of(gate, gate_scale, kind, numbers),
-        weight_of(up, up_scale, kind, numbers),
-        weight_of(down, down_scale, kind, numbers),
+        weight_of(gate, gate_scale, kind),
+        weight_of(up, up_scale, kind),
+        weight_of(down, down_scale, kind),
     )
 
 
@@ -157,9 +156,8 @@ def _moe_operator(
     ids: Tensor,
     weights: Tensor,
     kind: str,
-    numbers: Sequence[int],
 ) -> Tensor:
-    parts = _weights_of((gate, gate_scale, up, up_scale, down, down_scale), kind, numbers)
+    parts = _weights_of((gate, gate_scale, up, up_scale, down, down_scale), kind)
     return dispatch.moe(x, *parts, ids, weights)
 
 
@@ -176,9 +174,8 @@ def _moe_backward(
     ids: Tensor,
     weights: Tensor,
     kind: str,
-    numbers: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    parts = _weights_of((gate, gate_scale, up, up_scale, down, down_scale), kind, numbers)
+    parts = _weights_of((gate, gate_scale, up, up_scale, down, down_scale), kind)
     return dispatch.moe_backward(grad, x, *parts, ids, weights)
 
 
@@ -200,7 +197,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_weights = torch.ops.k2quant.moe_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return (grad_x, *[None] * 7, grad_weights, None, None)
+    return (grad_x, *[None] * 7, grad_weights, None)
 
 
 _moe_operator.register_autograd(_gradient, setup_context=_keep)

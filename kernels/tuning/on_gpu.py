@@ -1,4 +1,4 @@
-"""Tune on the GPU at hand: inputs, truth and timing for `tuning`."""
+"""Tune on the GPU at hand: inputs, truth and timing for `choosing`."""
 
 from __future__ import annotations
 

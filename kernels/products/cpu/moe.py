@@ -1,6 +1,6 @@
 """The routed experts of a layer on a CPU: tokens sorted by expert, one product an expert, one sum at the end.
 
-The bits are those of `matmul_reference.moe` with the products of `linear_cpu`.
+The bits are those of `reference.moe` with the products of `cpu/linear`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from k2quant.kernels.products.weights import PackedWeight
 
 
 def moe(x: Tensor, gate: PackedWeight, up: PackedWeight, down: PackedWeight, ids: Tensor, weights: Tensor) -> Tensor:
-    """Return, for each token, the weighted sum of its experts' outputs, `[T, H]`; see `matmul_reference.moe`."""
+    """Return, for each token, the weighted sum of its experts' outputs, `[T, H]`; see `reference.moe`."""
     experts, top = gate.shape[0], ids.shape[1]
     known = (ids >= 0) & (ids < experts)
     numbers = torch.where(known, ids, experts).flatten()

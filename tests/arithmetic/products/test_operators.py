@@ -26,6 +26,7 @@ from k2quant.kernels.ops import (
     prepare_fp8,
     prepare_int4,
 )
+from k2quant.kernels.products import prepare
 from k2quant.kernels.products import reference as matmul_reference
 from k2quant.kernels.products.cpu import dot as dot_cpu
 from k2quant.kernels.products.cpu import linear as linear_cpu
@@ -287,9 +288,9 @@ def test_opcheck(experts: dict[str, tuple[Int4Weight | Fp8Weight, ...]]) -> None
     """The checks that torch has for operators pass: schema, fake kernels, gradients, tracing with dynamic shapes."""
     int4, fp8 = int4_weight(64, 96), fp8_weight(64, 96)
     for x in (torch.randn(3, 96, requires_grad=True), torch.randn(2, 1, 96, dtype=torch.bfloat16)):
-        opcheck(OPS.linear.default, (x, int4.codes, int4.scale, f"int4/{int4.layout}", ()))
-        opcheck(OPS.linear.default, (x, fp8.codes.view(torch.uint8), fp8.scale, "fp8/rows", (128, 128)))
-        opcheck(OPS.fp8_linear_w8a8.default, (x, fp8.codes.view(torch.uint8), fp8.scale, "fp8/rows", (128, 128)))
+        opcheck(OPS.linear.default, (x, int4.codes, int4.scale, f"int4/{int4.layout}"))
+        opcheck(OPS.linear.default, (x, fp8.codes.view(torch.uint8), fp8.scale, "fp8/rows/128/128"))
+        opcheck(OPS.fp8_linear_w8a8.default, (x, fp8.codes.view(torch.uint8), fp8.scale, "fp8/rows/128/128"))
     x, ids = torch.randn(5, 64, requires_grad=True), torch.randint(0, 6, (5, 2))
     weights = torch.rand(5, 2, requires_grad=True)
     for stacks in experts.values():
@@ -463,3 +464,49 @@ def test_without_fast_paths_the_panels_take_over(monkeypatch: pytest.MonkeyPatch
         assert int4_weight(40, 64).layout == "rows"
     finally:
         linear_cpu.best_layout.cache_clear()
+
+
+@pytest.mark.parametrize("weight", [int4_weight(64, 96), fp8_weight(64, 96)], ids=lambda weight: weight.format)
+def test_one_name_serves_every_format(weight: Int4Weight | Fp8Weight) -> None:
+    """`linear` and `moe` give what the functions of a weight's format give."""
+    x = torch.randn(3, 96)
+    products: dict[str, Callable[..., Tensor]] = {"int4": int4_linear, "fp8": fp8_linear}
+    assert torch.equal(linear(x, weight), products[weight.format](x, weight))
+    with pytest.raises(UsageError, match="an Int4Weight from prepare_int4 or an Fp8Weight from prepare_fp8, found Ten"):
+        linear(x, x)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="up: expected an Fp8Weight from prepare_fp8, found Int4Weight"):
+        moe(x, fp8_weight(2, 64, 96), int4_weight(2, 64, 96), fp8_weight(2, 96, 64), x[:, :1].int(), x[:, :1])
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [*(int4_weight(144, 96, layout=layout) for layout in LAYOUTS), fp8_weight(144, 96, block=(10, 32))],
+    ids=lambda weight: f"{weight.format}-{weight.layout}",
+)
+def test_rows_are_those_of_the_whole_weight(weight: Int4Weight | Fp8Weight) -> None:
+    """Any range of rows, whatever the layout keeps together, holds the numbers of the whole weight's rows."""
+    whole = weight.dequantize(torch.float32)
+    for first, last in ((0, 144), (0, 64), (64, 144), (20, 40), (17, 18), (5, 139)):
+        assert torch.equal(weight.rows(first, last).dequantize(torch.float32), whole[first:last])
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [*(int4_weight(2, 64, 96, layout=layout) for layout in LAYOUTS), fp8_weight(2, 64, 96)],
+    ids=lambda weight: f"{weight.format}-{weight.layout}",
+)
+def test_a_weight_finds_its_way(weight: Int4Weight | Fp8Weight) -> None:
+    """What a weight was made of makes it again, here and, in the layout that is best there, elsewhere."""
+    same = weight.prepared(*weight.checkpoint())
+    moved = prepare.moved(weight, torch.device("cpu"))
+    again = type(weight).of(weight.bits, weight.scale, weight.layout, weight.numbers)
+    for other in (same, moved, again, weight.holding(weight.codes, weight.scale)):
+        other.check()
+        pairs = zip(other.checkpoint(), weight.checkpoint(), strict=True)
+        assert all(torch.equal(found.view(torch.uint8), wanted.view(torch.uint8)) for found, wanted in pairs)
+    assert moved.layout == prepare.best_layout(torch.device("cpu"), 64, type(weight))
+    alike = weight.empty_like("meta")
+    assert (alike.shape, alike.layout, alike.numbers) == (weight.shape, weight.layout, weight.numbers)
+    assert prepare.moved(weight, torch.device("meta")).layout == weight.layout
+    made = prepare.empty(weight.format, (2, 64, 96), device="meta", for_device=torch.device("cuda"))
+    assert (made.shape, made.layout, made.numbers) == (weight.shape, weight.gpu_layout, weight.numbers)
