@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from k2quant.kernels.products import reference
+from k2quant.kernels.products.fp8_weight import Fp8Weight
+from k2quant.kernels.products.int4_weight import Int4Weight
 from k2quant.kernels.products.prepare import PACKED, prepare_fp8, prepare_int4
 from k2quant.kernels.products.tables.configs import BUCKETS, Config, Table
 from k2quant.kernels.products.weights import GROUP, PackedWeight
@@ -138,8 +140,8 @@ def _random_fp8(shape: tuple[int, ...], device: torch.device) -> PackedWeight:
 
 
 RANDOM: dict[str, Callable[[tuple[int, ...], torch.device], PackedWeight]] = {
-    "int4": _random_int4,
-    "fp8": _random_fp8,
+    Int4Weight.format: _random_int4,
+    Fp8Weight.format: _random_fp8,
 }
 """Makes a random weight of each format."""
 

@@ -29,10 +29,10 @@ Times are medians, with the range of the runs in brackets. All runs are fresh pr
 PEERS = """
 In memory (tmpfs): {tmpfs}. On the disk: {disk}.
 
-The peers are called as their examples do (`benchmarks/suites/conversion/peers/run_peer.py`), with the number of threads
-that was faster in a trial on four experts. Times are those of whole commands, start and imports included ("Starting" has those apart),
-and the bars are on tmpfs, where no disk rules. k2quant flushes its files before it ends; the peers leave that to
-the system, and "flush after" says how long it took then.
+The peers are called as their examples do (`benchmarks/suites/conversion/peers/run_peer.py`), with the number of
+threads that was faster in a trial on four experts. Times are those of whole commands, start and imports included
+("Starting" has those apart), and the bars are on tmpfs, where no disk rules. k2quant flushes its files before it
+ends; the peers leave that to the system, and "flush after" says how long it took then.
 """
 
 CAT = """
