@@ -15,6 +15,7 @@ from torch import Tensor
 
 from k2quant.cli import main
 from k2quant.errors import UsageError
+from k2quant.ground.release import HIDDEN, INNER
 from k2quant.kernels.devices import gpus
 from k2quant.kernels.ops import (
     Fp8Weight,
@@ -279,7 +280,7 @@ def test_trials_count_when_the_time_is_over() -> None:
 
 def rows_agree(table: Table) -> bool:
     """Say whether gate_up and down have equal rows for both formats in every bucket, for K2's shapes and others."""
-    shapes = ((candidates.INNER, candidates.HIDDEN), (64, 96))
+    shapes = ((INNER, HIDDEN), (64, 96))
     return all(
         table.choose("gate_up", kind, shape, rows).rows == table.choose("down", kind, shape[::-1], rows).rows
         for kind in PACKED
