@@ -115,8 +115,8 @@ def _local(model: Model, request: Request, progress: Progress | None) -> Any:
 
 
 def _packed(model: Model, request: Request, progress: Progress | None) -> tuple[Any, Any]:
+    from k2quant.model import load_model
     from k2quant.model.generation import load_tokenizer
-    from k2quant.model.loading import load_model
 
     assert model.folder  # noqa: S101  a local model has one
     tokenizer = load_tokenizer(model.folder, trust_remote_code=request.trust_remote_code)

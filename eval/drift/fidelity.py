@@ -25,12 +25,12 @@ from k2quant.eval.drift.predictions import Predictions
 from k2quant.eval.gating.verdict import Side
 from k2quant.eval.runs.identity import tokenizer_hash
 from k2quant.ground.units import one_of
+from k2quant.model import stream_forward
 from k2quant.model.architecture import architecture
 from k2quant.model.generation import load_tokenizer
 from k2quant.model.loading import DTYPES
 from k2quant.model.modules import Backend
 from k2quant.model.passes.activations import Activations
-from k2quant.model.passes.streaming import stream_forward
 from k2quant.model.passes.texts import Text, read_text
 
 Progress = Callable[[int, int], None]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from k2quant.errors import HarnessFault
+from k2quant.model import LayerHooks
 from k2quant.model.passes.activations import Activations
 from k2quant.model.passes.divergence import kl
 from k2quant.model.passes.routes import Routing, compare_routes, watch_router
-from k2quant.model.passes.streaming import LayerHooks
 
 
 class Watch(LayerHooks):

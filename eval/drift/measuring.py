@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.errors import BadValue
 from k2quant.ground.intervals import Estimate
+from k2quant.model import LayerHooks, stream_forward
 from k2quant.model.passes.activations import Activations
 from k2quant.model.passes.divergence import clustered, kl
 from k2quant.model.passes.mixture import Mixer
-from k2quant.model.passes.streaming import LayerHooks, stream_forward
 from k2quant.model.passes.texts import Text
 
 _BUDGET = 4_000_000_000

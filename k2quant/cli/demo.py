@@ -69,8 +69,7 @@ def _gate(folder: Path) -> None:
     """Have lm-eval ask nano-K2 as trained and as INT4, and the gate say whether INT4 is good enough."""
     from k2quant.cli.eval.gate import show
     from k2quant.errors import HarnessFault, Incomparable, MissingExtra
-    from k2quant.eval.drift.fidelity import measure_fidelity
-    from k2quant.eval.gating.gate import gate
+    from k2quant.eval import gate, measure_fidelity
     from k2quant.eval.report import write_reports
     from k2quant.nano.benchmark import GROUP, TEXT, write_tasks
 
@@ -96,8 +95,8 @@ _ITEMS = 100  # of each of six families and three levels
 def _evaluated(folder: Path, name: str, task: str) -> Path:
     import shutil
 
+    from k2quant.eval import run
     from k2quant.eval.asking.request import Request
-    from k2quant.eval.asking.running import run
 
     place = folder / "runs" / name
     shutil.rmtree(place, ignore_errors=True)  # of an earlier demo, whose nano-K2 was another

@@ -40,8 +40,8 @@ def command(
     Example:
         k2quant generate K2-INT4 --prompt "The capital of France is" --max-new-tokens 16
     """
+    from k2quant.model import load_model
     from k2quant.model.generation import generate, load_tokenizer, silence
-    from k2quant.model.loading import load_model
 
     silence()
     gc.enable()  # decoding makes tensors for as long as it runs

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from k2quant.eval import plan
 from k2quant.eval.statistics.exact import LargestChance, score_curve
 from k2quant.eval.statistics.paired import acceptance, failing, power, rejection
-from k2quant.eval.statistics.planning import plan
 from suites.gate.population import Pair
 from suites.gate.rules import RULES, Seen, flagged, ours_fails
 

@@ -18,10 +18,9 @@ import torch
 
 from k2quant.nano import tasks
 from k2quant.nano.scoring import Score, score
-from k2quant.qat import export, load
+from k2quant.qat import export, load, prepared
 from k2quant.qat.exporting.export import load_run
 from k2quant.qat.job import Job, job_from
-from k2quant.qat.preparing import prepared
 from k2quant.qat.training.training import train
 from suites.common import machine
 from suites.qat import arms as qat_arms

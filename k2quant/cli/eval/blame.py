@@ -58,7 +58,7 @@ def command(
     Example:
         k2quant eval blame K2-Instruct K2-INT4 --text notes.txt -o blame.json
     """
-    from k2quant.eval.drift.blame import find_blame
+    from k2quant.eval import find_blame
     from k2quant.model.generation import silence
 
     silence()

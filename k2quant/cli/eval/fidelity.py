@@ -69,7 +69,7 @@ def command(
     Example:
         k2quant eval fidelity K2-Instruct K2-INT4 --text notes.txt -o fidelity.json
     """
-    from k2quant.eval.drift.fidelity import measure_fidelity
+    from k2quant.eval import measure_fidelity
     from k2quant.model.generation import silence
 
     silence()

@@ -12,8 +12,8 @@ from k2quant.cli.parts.screen import remark
 from k2quant.errors import CheckFailed, Inconclusive, UsageError, printable
 
 if TYPE_CHECKING:
-    from k2quant.eval.gating.policy import Policy
-    from k2quant.eval.gating.verdict import Comparison, Verdict
+    from k2quant.eval import Policy, Verdict
+    from k2quant.eval.gating.verdict import Comparison
 
 _FLIPS_SHOWN = 10
 
@@ -60,8 +60,8 @@ def command(
     import os
     import secrets
 
+    from k2quant.eval import gate
     from k2quant.eval.drift.reading import read_blame, read_fidelity
-    from k2quant.eval.gating.gate import gate
     from k2quant.eval.report import publish_to_github, write_reports
 
     if output is None and (fidelity or blame):
@@ -89,7 +89,8 @@ def command(
 
 
 def _policy(file: Path | None, margin: str | None, alpha: str | None, tasks: str | None) -> Policy:
-    from k2quant.eval.gating.policy import Policy, read_policy, share
+    from k2quant.eval import Policy
+    from k2quant.eval.gating.policy import read_policy, share
 
     if file is not None:
         if margin or alpha or tasks:

@@ -77,7 +77,7 @@ def command(
 
 
 def _plans(rules: dict[str, float], shares: list[float]) -> list[Plan]:
-    from k2quant.eval.statistics.planning import plan
+    from k2quant.eval import plan
 
     if not shares:
         raise UsageError(f"a drop of {rules['drop']:.2%} needs at least as many flips; name them with --flips")
@@ -86,8 +86,8 @@ def _plans(rules: dict[str, float], shares: list[float]) -> list[Plan]:
 
 def _measured(base: Path, candidate: Path) -> dict[str, Any]:
     """Count the flips between two runs."""
+    from k2quant.eval import read_run
     from k2quant.eval.gating.pairing import pair
-    from k2quant.eval.runs.reading import read_run
     from k2quant.eval.statistics.planning import flips_limit
 
     pairs = pair(read_run(base), read_run(candidate))

@@ -101,8 +101,8 @@ def command(output: Path, *, tasks: str, data: tuple[str, ...], as_json: bool, *
     import json
 
     gc.enable()  # hours of tensors
+    from k2quant.eval import run
     from k2quant.eval.asking.request import Request
-    from k2quant.eval.asking.running import run
 
     given["unsafe_code"] = given.pop("confirm_unsafe_code")
     names = tuple(filter(None, map(str.strip, tasks.split(","))))
