@@ -15,6 +15,7 @@ from compare.running import Record, Side
 
 _SHOWN = 160  # characters of a line
 _BINARY = (".safetensors", ".bin")
+_BROKEN = b"Traceback (most recent call last)"
 
 
 @dataclass(slots=True)
@@ -23,6 +24,8 @@ class Outcome:
 
     group: str
     commands: int = 0
+    failing: int = 0
+    """Commands that do not end with 0."""
     files: int = 0
     nbytes: int = 0
     """Of the old files, and of what was said."""
@@ -32,7 +35,10 @@ class Outcome:
 
     def __str__(self) -> str:
         """Return a line, and one more for each difference."""
-        head = f"{self.group:<8} {self.commands:>4} commands {self.files:>5} files {self.nbytes / 1e6:>8.1f} MB"
+        head = (
+            f"{self.group:<8} {self.commands:>4} commands, {self.failing:>2} not with 0, {self.files:>5} files "
+            f"{self.nbytes / 1e6:>8.1f} MB"
+        )
         if not self.differences:
             return f"{head}  equal ({self.normalised} but for times and places)"
         return "\n".join([f"{head}  {len(self.differences)} DIFFER", *(f"  {each}" for each in self.differences)])
@@ -54,6 +60,9 @@ def compare(old: Side, new: Side, group: str) -> Outcome:
 
 def _compare_contents(name: str, old: bytes, new: bytes, records: tuple[Record, Record], outcome: Outcome) -> None:
     outcome.nbytes += len(old)
+    outcome.failing += name.endswith(".exit") and old != b"0\n"
+    if name.endswith(".stderr") and _BROKEN in old:
+        outcome.differences.append(f"{name}: a traceback, which proves nothing")  # of the old side: OLD or this tool
     if old == new:
         return
     before, after = normalised(name, old, *records), normalised(name, new, *reversed(records))

@@ -81,8 +81,9 @@ _MERGED = {
     "no-adapter": "merge demo/fp8 demo/fp8 merge/never --to fp8",
 }
 
+DEMO = Group(name="demo", commands=tuple(called({"demo": "demo demo --steps 2"})))
+
 GROUPS = (
-    Group(name="demo", commands=tuple(called({"demo": "demo demo --steps 2"}))),
     Group(name="convert", commands=tuple(called(_CONVERSIONS)), needs=("demo",)),
     Group(
         name="inspect",

@@ -116,13 +116,13 @@ def normalised(name: str, data: bytes, record: Record, other: Record) -> bytes:
     Args:
         name: its path, as `normal_name` has it.
         data: the content.
-        record: of the run that wrote it: where the checkout and the folder of its output lay, and the version.
+        record: of the run that wrote it: where its output, Python's environment and the checkout lay, and the version.
         other: the same of the run that it is compared with.
     """
     if "/events.out.tfevents" in name:
         return b"".join(_events(data))
-    for place, word in ((record["home"], b"<work>"), (record["checkout"], b"<checkout>")):
-        data = data.replace(place.encode(), word)
+    for place in ("home", "prefix", "checkout"):  # in this order: an environment may lie in the checkout
+        data = data.replace(record[place].encode(), f"<{place}>".encode())
     rules = RULES if record["version"] == other["version"] else RULES + VERSION_RULES
     for rule in rules:
         if fnmatchcase(name, rule.where):

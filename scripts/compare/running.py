@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compare.commands import Command, Group
+from compare.commands import Command, Group, Prepare
 
 _RECORD = "compared.json"
 """Says what was run in a folder; without it no folder is ours to empty."""
@@ -42,6 +44,8 @@ _FOREIGN = ("CUDA", "GITHUB", "HF_", "K2QUANT", "NUMBA", "OMP", "OPENAI", "PYTHO
 
 Record = dict[str, Any]
 """What a run notes of itself at its end: checkout, version, commands."""
+Times = dict[str, float]
+"""Seconds of each command of a group."""
 
 
 class Side(NamedTuple):
@@ -70,32 +74,49 @@ class Side(NamedTuple):
         return found
 
 
-def run(side: Side, groups: Iterable[Group], tell: Callable[[str], None]) -> None:
-    """Empty the folder of a side, run all commands in it and note what was run.
+def run(sides: Iterable[Side], groups: Iterable[Group], *, jobs: int, tell: Callable[[str], None]) -> None:
+    """Empty the folders of sides, run all commands in them, and note what was run.
+
+    Args:
+        sides: one or both.
+        groups: each behind what it needs.
+        jobs: commands at a time.
+        tell: is told of each group that is done.
 
     Raises:
-        SystemExit: the folder is not ours, the package is not that of the checkout, or a command does not end.
+        SystemExit: a folder is not ours, the package is not that of the checkout, or a command does not end.
     """
-    _claim(side)
-    groups, seconds = tuple(groups), {}
-    package = _package(side)
-    for group in groups:
-        begun = time.monotonic()
-        (side.files / group.name).mkdir(exist_ok=True)
-        (side.said / group.name).mkdir()
-        if group.prepare is not None:
-            group.prepare(side.files)
-        for command in group.commands:
-            seconds[f"{group.name} {command.name}"] = _call(side, group.name, command)
-        tell(f"{side.name}: {group.name}, {len(group.commands)} commands in {time.monotonic() - begun:.0f} s")
-    record = {"checkout": str(side.checkout), "home": str(side.home), **package, **made_by(groups), "seconds": seconds}
-    (side.home / _RECORD).write_text(json.dumps(record, indent=1))
+    sides, groups = tuple(sides), tuple(groups)
+    heads = {side: _begin(side) for side in sides}
+    running: dict[tuple[Side, str], Future[Times]] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        for group, side in product(groups, sides):
+            needed = [running[side, name] for name in group.needs]
+            running[side, group.name] = pool.submit(_run_group, side, group, needed, tell)
+    for side in sides:
+        seconds = {group.name: running[side, group.name].result() for group in groups}
+        record = {**heads[side], **made_by(groups), "seconds": seconds}
+        (side.home / _RECORD).write_text(json.dumps(record, indent=1))
+
+
+def _run_group(side: Side, group: Group, needed: Iterable[Future[Times]], tell: Callable[[str], None]) -> Times:
+    """Run the commands of a group, one after the other; return the seconds that each took."""
+    for other in needed:
+        other.result()
+    begun, seconds = time.monotonic(), {}
+    (side.files / group.name).mkdir()
+    (side.said / group.name).mkdir()
+    _prepare(group.prepare, side, side.said / group.name / "all")
+    for command in group.commands:
+        seconds[command.name] = _call(side, group.name, command)
+    tell(f"{side.name}: {group.name}, {len(group.commands)} commands in {time.monotonic() - begun:.0f} s")
+    return seconds
 
 
 def made_by(groups: Iterable[Group]) -> Record:
     """Return what must be equal for two runs to be comparable."""
     return {
-        "python": f"{sys.version} {sys.executable}",
+        "python": sys.version,
         "packages": {name: version(name) for name in _PACKAGES},
         "settings": _SETTINGS,
         "groups": {group.name: {c.name: list(c.arguments) for c in group.commands} for group in groups},
@@ -116,33 +137,35 @@ def reusable(side: Side, groups: Iterable[Group]) -> str | None:
     return f"other commands were run: {', '.join(other)}" if other else None
 
 
-def _claim(side: Side) -> None:
+def _begin(side: Side) -> Record:
+    """Make the folder of a side, empty, and return what a run notes of where it is and what it runs."""
     if side.home.exists() and any(side.home.iterdir()) and not (side.home / _RECORD).is_file():
         sys.exit(f"{side.home}: not empty, and nothing of an earlier comparison; name another --work")
     shutil.rmtree(side.home, ignore_errors=True)
     side.files.mkdir(parents=True)
     side.said.mkdir()
     (side.home / _RECORD).write_text("{}")  # a run that is stopped leaves a folder that the next may empty
+    return {
+        "checkout": str(side.checkout),
+        "commit": _commit(side.checkout),
+        "version": _version(side),
+        "home": str(side.home),
+        "prefix": sys.prefix,
+    }
 
 
-def _package(side: Side) -> dict[str, str]:
+def _version(side: Side) -> str:
     """Return the version of the package that the commands will run.
 
     Raises:
         SystemExit: it does not lie in the checkout.
     """
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", _WHERE],
-        cwd=side.files,
-        env=_environment(side),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = [sys.executable, "-P", "-c", _WHERE]
+    done = subprocess.run(words, cwd=side.files, env=_environment(side), capture_output=True, text=True, check=False)
     place, _, number = done.stdout.strip().partition("\n")
     if done.returncode or not Path(place).resolve().is_relative_to(side.checkout):
         sys.exit(f"{side.checkout}: k2quant would be taken from {place or 'nowhere'}\n{done.stderr}")
-    return {"version": number, "commit": _commit(side.checkout)}
+    return number
 
 
 def _commit(checkout: Path) -> str:
@@ -169,21 +192,37 @@ def _environment(side: Side) -> Mapping[str, str]:
     )
 
 
+def _prepare(step: Prepare | None, side: Side, said: Path) -> None:
+    """Take a step before a command; note it where that fails, as it does when the package has not written a file."""
+    try:
+        if step is not None:
+            step(side.files)
+    except OSError as error:
+        said.with_name(f"{said.name}.unprepared").write_text(f"{error}\n")
+
+
 def _call(side: Side, group: str, command: Command) -> float:
-    """Run one command; return how many seconds it took."""
-    if command.before is not None:
-        command.before(side.files)
+    """Run one command; return how many seconds it took.
+
+    Raises:
+        SystemExit: it does not end.
+    """
     said, begun = side.said / group, time.monotonic()
+    _prepare(command.before, side, said / command.name)
+    words = [sys.executable, "-P", *command.arguments]
     with (said / f"{command.name}.stdout").open("wb") as out, (said / f"{command.name}.stderr").open("wb") as err:
-        done = subprocess.run(
-            [sys.executable, "-P", *command.arguments],
-            cwd=side.files,
-            env=_environment(side),
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            timeout=_LIMIT,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                words,
+                cwd=side.files,
+                env=_environment(side),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                timeout=_LIMIT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            sys.exit(f"{side.name}: `{' '.join(words)}` did not end within {_LIMIT} seconds")
     (said / f"{command.name}.exit").write_text(f"{done.returncode}\n")
     return round(time.monotonic() - begun, 2)

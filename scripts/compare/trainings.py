@@ -17,7 +17,7 @@ _NANO = {
 }
 
 _QAT = {
-    **{f"plan-{job}": f"qat plan qat/{job}.yaml" for job in ("int4", "fp8", "adapters")},
+    **{f"plan-{job}": f"qat plan qat/{job}.yaml" for job in ("int4", "fp8")},
     "plan-json": "qat plan qat/int4.yaml --json --processes 2",
     "train-int4": "qat train qat/int4.yaml",
     "train-fp8": "qat train qat/fp8.yaml --json",

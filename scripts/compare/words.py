@@ -70,7 +70,7 @@ _ERRORS = {
     "qat-no-job": "qat plan errors/foreign/letters.txt",
 }
 
-_SCRIPTS = ("print_names", "print_arrays")
+_SCRIPTS = ("print_names", "print_arrays", "print_models")
 
 
 def copy_scripts(work: Path) -> None:
@@ -85,6 +85,7 @@ GROUPS = (
     Group(
         name="python",
         commands=tuple(Command(name, (f"python/{name}.py",)) for name in _SCRIPTS),
+        needs=("nano",),
         prepare=copy_scripts,
     ),
 )
