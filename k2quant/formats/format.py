@@ -304,7 +304,7 @@ class Format(ABC):
 
     # --- the config beside it ---
 
-    def config(self, quantised: Iterable[str], kept: list[str]) -> dict[str, Any] | None:  # noqa: has none
+    def config(self, quantised: Iterable[str], kept: list[str]) -> dict[str, Any] | None:
         """Return the `quantization_config` of a checkpoint in which this is the only quantised format.
 
         Args:
