@@ -121,7 +121,7 @@ class QATConfig:
     @property
     def format(self) -> Format:
         """The format of the export."""
-        return FORMATS[self.to].asked_for((), self.grid)
+        return FORMATS[self.to].asked_for(grid=self.grid)
 
     @property
     def low_rank(self) -> Adapter | None:

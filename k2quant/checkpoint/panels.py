@@ -27,7 +27,7 @@ PANEL_WEIGHTS = 2**22
 PIECE_BYTES = 2**23
 """Bytes that one task copies, compares or sums."""
 
-ROW_STEP = lcm(*(kind.asked_for((), None).row_step for kind in FORMATS.values()))
+ROW_STEP = lcm(*(kind.asked_for().row_step for kind in FORMATS.values()))
 """Panels begin at multiples of this, so that no block of rows that share a scale spans two of them."""
 
 

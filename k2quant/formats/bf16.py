@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from k2quant.kernels.codecs.figures import Figures
-    from k2quant.kernels.codecs.grids import Grid
     from k2quant.kernels.codecs.seam import Codecs
     from k2quant.kernels.codecs.values import U16
 
@@ -60,19 +58,6 @@ class Bf16(Format):
         check_stored_once(entry, beside)
         return Stored(cls(dtype=entry.dtype), entry.shape, cls.streamed)
 
-    @classmethod
-    def asked_for(cls, stored: Iterable[tuple[Format, Entry]], grid: Grid | None) -> Format:
-        """Return BF16."""
-        return cls()
-
-    def reading(self, parts: Parts) -> tuple[Any, ...]:
-        """Return the values."""
-        return (parts["weight"],)
-
-    def writing(self, parts: Parts) -> tuple[Any, ...]:
-        """Return the array to fill."""
-        return (parts["weight"],)
-
     def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
         """Copy BF16; round F16 and F32. A single column, as tensors that are no matrices come, counts as a row."""
         import numpy as np
@@ -90,20 +75,16 @@ class Bf16(Format):
             except ValueAt as error:
                 raise ValueAt(row=error.column, column=0, what=error.what) from error
 
-    def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
-        """Copy the weights."""
-        import numpy as np
-
-        np.copyto(parts["weight"], weights)
-        return codecs.floats.compare(weights, weights)
-
     def choose(self, weights: U16, codecs: Codecs) -> NDArray[Any]:
         """Return no scales."""
         return weights[:, :0]
 
     def store(self, weights: U16, scales: NDArray[Any], parts: Parts, codecs: Codecs) -> Figures:
         """Copy the weights."""
-        return self.encode(weights, parts, codecs)
+        import numpy as np
+
+        np.copyto(parts["weight"], weights)
+        return codecs.floats.compare(weights, weights)
 
     def outside(self, before: U16, after: U16, parts: Parts) -> int:
         """Count every weight that differs in more than the sign of a zero."""

@@ -221,8 +221,7 @@ class Format(ABC):
         return None
 
     @classmethod
-    @abstractmethod
-    def asked_for(cls, stored: Iterable[tuple[Format, Entry]], grid: Grid | None) -> Format:
+    def asked_for(cls, stored: Iterable[tuple[Format, Entry]] = (), grid: Grid | None = None) -> Format:
         """Return the format to write, when its name is asked for and a checkpoint holds these weights.
 
         Args:
@@ -232,6 +231,7 @@ class Format(ABC):
         Raises:
             UnsupportedFormat: what the source holds cannot be written so.
         """
+        return cls()
 
     # --- its values ---
 
@@ -240,13 +240,13 @@ class Format(ABC):
         rows, columns = parts[self.main].shape
         return rows, columns
 
-    @abstractmethod
     def reading(self, parts: Parts) -> tuple[Any, ...]:
-        """Return what a decoder takes of a panel: the arrays, and what they are in units of."""
+        """Return what a fused codec takes of a panel that it reads: the arrays, and what they are in units of."""
+        return tuple(parts[suffix] for suffix in self.streamed)
 
-    @abstractmethod
     def writing(self, parts: Parts) -> tuple[Any, ...]:
-        """Return what an encoder takes after the weights: the rule, and the arrays to fill."""
+        """Return what a fused codec takes of a panel that it writes: the rule, and the arrays to fill."""
+        return tuple(parts[suffix] for suffix in self.streamed)
 
     @abstractmethod
     def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
@@ -256,13 +256,13 @@ class Format(ABC):
             ValueAt: a value that no weight can have.
         """
 
-    @abstractmethod
     def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
-        """Fill a panel's arrays with BF16 weights `[R, K]`; the bits of `choose`, then `store`.
+        """Fill a panel's arrays with BF16 weights `[R, K]`: `choose`, then `store`, or both in one loop.
 
         Raises:
             ValueAt: a weight that cannot be stored.
         """
+        return self.store(weights, self.choose(weights, codecs), parts, codecs)
 
     @abstractmethod
     def choose(self, weights: U16, codecs: Codecs) -> NDArray[Any]:

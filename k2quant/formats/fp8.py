@@ -117,7 +117,7 @@ class Fp8(Format):
         return None
 
     @classmethod
-    def asked_for(cls, stored: Iterable[tuple[Format, Entry]], grid: Grid | None) -> Format:
+    def asked_for(cls, stored: Iterable[tuple[Format, Entry]] = (), grid: Grid | None = None) -> Format:
         """Keep the source's blocks, if it has some."""
         blocks = {each.block for each, _ in stored if isinstance(each, cls)}
         if len(blocks) > 1:

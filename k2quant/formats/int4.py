@@ -159,7 +159,7 @@ class Int4(Format):
         return beside.foreign(entry, why) if why else None
 
     @classmethod
-    def asked_for(cls, stored: Iterable[tuple[Format, Entry]], grid: Grid | None) -> Format:
+    def asked_for(cls, stored: Iterable[tuple[Format, Entry]] = (), grid: Grid | None = None) -> Format:
         """Return groups of 32 on a grid, and refuse a source in groups of another size."""
         target = cls(grid=grid or "moonshot")
         for found, entry in stored:

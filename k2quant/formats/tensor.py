@@ -65,7 +65,7 @@ def quantize(weight: Any, to: FormatName, *, grid: Grid = "moonshot", name: str 
     """
     one_of("quantised format", to, names_of(quantised=True))
     one_of("grid", grid, get_args(Grid))
-    target = FORMATS[to].asked_for((), grid)
+    target = FORMATS[to].asked_for(grid=grid)
     array, dtype = _as_numpy(weight, FLOATS, name)
     if array.ndim != 2 or not array.size:
         raise ShapeMismatch("a quantised weight is a matrix", tensor=name, expected="[N, K]", found=tuple(array.shape))

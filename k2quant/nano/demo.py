@@ -174,7 +174,7 @@ def run(folder: Path) -> None:
     write_k2(folder / "fp8")
     console.print(f"A Kimi K2 in everything but size: {folder / 'fp8'}")
     console.print("Compiling the codecs; later runs find them in a cache ...")
-    for source, target in permutations([kind.asked_for((), None) for kind in FORMATS.values()], 2):
+    for source, target in permutations([kind.asked_for() for kind in FORMATS.values()], 2):
         codec_rate(source, target)
     outcomes = [_take(folder, step) for step in _STEPS]
     _print(console, outcomes, folder / _STEPS[0].folder)

@@ -168,7 +168,7 @@ class Report:
         for (way, shape), count in Counter((tensor.way, tensor.shape) for tensor in self.tensors).items():
             for where, name in ((before, way[0]), (after, way[1] or way[0])):
                 if name is not None:
-                    stored = FORMATS[name].asked_for((), None)
+                    stored = FORMATS[name].asked_for()
                     where[name] += count * stored.state(shape)[stored.main].nbytes
         return before, after
 
@@ -220,7 +220,7 @@ def _holds(name: str, shape: tuple[int, ...]) -> bool:
     if kind.quantised and len(shape) != 2:
         return False
     try:
-        kind.asked_for((), None).state(shape)
+        kind.asked_for().state(shape)
     except ShapeMismatch:
         return False
     return True

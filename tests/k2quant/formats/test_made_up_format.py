@@ -59,24 +59,9 @@ class Int8(Format):
         beside.partner("weight_scale", entry)
         return Stored(cls(), matrix(entry), cls.streamed)
 
-    @classmethod
-    def asked_for(cls, stored: Iterable[tuple[Format, Entry]], grid: object) -> Format:
-        """There is but one."""
-        return cls()
-
-    def reading(self, parts: Parts) -> tuple[Any, ...]:
-        """Codes and scales."""
-        return parts["weight"], parts["weight_scale"]
-
-    writing = reading
-
     def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
         """Codes times scales."""
         out[...] = float_to_bf16(parts["weight"].astype(np.float32) * parts["weight_scale"])
-
-    def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
-        """Choose, then store."""
-        return self.store(weights, self.choose(weights, codecs), parts, codecs)
 
     def choose(self, weights: U16, codecs: Codecs) -> Any:
         """Amax / 127, or 1 for a row of zeros."""
