@@ -15,6 +15,8 @@ from compare.commands import with_needs
 from compare.comparing import Outcome, compare
 from compare.running import Side, reusable, run
 
+_SHOWN = 10  # differences of a group
+
 GROUPS = (conversions.DEMO, *trainings.GROUPS, *evaluations.GROUPS, *conversions.GROUPS, *words.GROUPS)
 """What takes longest comes first, for what can run beside it."""
 
@@ -29,6 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="keep all output also without --work, and say where")
     names = [group.name for group in GROUPS]
     parser.add_argument("--only", choices=names, help="run and compare only this group and what it needs")
+    parser.add_argument("--all", action="store_true", help=f"show all differences, not {_SHOWN} of each group")
     parser.add_argument("--jobs", type=int, metavar="N", default=2, help="commands at a time (default: 2)")
     given = parser.parse_args()
     if given.reuse_old and given.work is None:
@@ -67,7 +70,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="compare-checkouts-") as name:
             outcomes = compared(Path(name).resolve(), given)
     for outcome in outcomes:
-        print(outcome)
+        print(outcome.text(None if given.all else _SHOWN))
     differ = sum(len(outcome.differences) for outcome in outcomes)
     print(f"{differ} things differ" if differ else "equal")
     sys.exit(3 if differ else 0)

@@ -33,15 +33,18 @@ class Outcome:
     """Files that were equal only after `normalising`."""
     differences: list[str] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        """Return a line, and one more for each difference."""
+    def text(self, most: int | None) -> str:
+        """Return a line, and one more for each difference, up to so many; None for all."""
         head = (
             f"{self.group:<8} {self.commands:>4} commands, {self.failing:>2} not with 0, {self.files:>5} files "
             f"{self.nbytes / 1e6:>8.1f} MB"
         )
         if not self.differences:
             return f"{head}  equal ({self.normalised} but for times and places)"
-        return "\n".join([f"{head}  {len(self.differences)} DIFFER", *(f"  {each}" for each in self.differences)])
+        lines = [f"{head}  {len(self.differences)} DIFFER", *(f"  {each}" for each in self.differences[:most])]
+        if more := self.differences[most:] if most is not None else []:
+            lines.append(f"  ... and {len(more)} more; --all shows them")
+        return "\n".join(lines)
 
 
 def compare(old: Side, new: Side, group: str) -> Outcome:

@@ -97,6 +97,7 @@ VERSION_RULES = (
     Rule("said/help/version.stdout", rb"(version )VERSION$", rb"\1<version>", _VERSION),
     Rule("said/python/print_names.stdout", rb"(__version__: ')VERSION'", rb"\1<version>'", _VERSION),
     Rule("*.html", rb"(&middot; k2quant |<dt>k2quant</dt><dd>)VERSION", rb"\1<version>", _VERSION),
+    Rule("*/gate.md", rb"(power\. k2quant )VERSION(\.)$", rb"\1<version>\2", _VERSION),
     Rule("*/k2quant_eval.json", rb'("identity": )"[0-9a-f]{64}"', rb"\1<hash>", _IDENTITY),
     Rule("said/eval/run-*.stdout", rb'("identity": )"[0-9a-f]{64}"', rb"\1<hash>", _IDENTITY),
 )
