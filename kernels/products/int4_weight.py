@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import ClassVar, Self, cast
 
 import torch
@@ -26,13 +25,14 @@ from torch import Tensor
 
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs import reference
+from k2quant.kernels.devices.gpus import on_triton
 from k2quant.kernels.products.tables.configs import Product
 from k2quant.kernels.products.weights import GROUP, Layout, check_device, check_parts, check_scale
 
 WORDS = GROUP // 8
 """int32 words of a group."""
 
-TORCH_ROWS = 16
+ROW_MULTIPLE = 16
 """torch's operator takes a multiple of so many rows."""
 
 ROW_BLOCK = 64
@@ -95,8 +95,8 @@ class Int4Weight:
         _check_int4(codes, scale)
         if layout not in cls.layouts:
             raise UsageError(f"layout: expected {', '.join(cls.layouts)}, found {layout}")
-        if layout == "torch" and (codes.shape[-2] % TORCH_ROWS or 0 in codes.shape):
-            raise UsageError(f"layout torch: expected a multiple of {TORCH_ROWS} rows, found {list(codes.shape)}")
+        if layout == "torch" and (codes.shape[-2] % ROW_MULTIPLE or 0 in codes.shape):
+            raise UsageError(f"layout torch: expected a multiple of {ROW_MULTIPLE} rows, found {list(codes.shape)}")
         return cls(*_DO[layout](codes.contiguous(), scale.contiguous()), layout)
 
     @classmethod
@@ -114,7 +114,7 @@ class Int4Weight:
             UsageError: the layout cannot have this shape.
         """
         *stack, rows, columns = shape
-        if columns % GROUP or (layout == "torch" and rows % TORCH_ROWS):
+        if columns % GROUP or (layout == "torch" and rows % ROW_MULTIPLE):
             raise UsageError(f"layout {layout}: expected a multiple of {GROUP} columns, found {list(shape)}")
         groups = columns // GROUP
         codes, scale = {
@@ -202,7 +202,7 @@ def _as_is(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_groups(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    if packed.device.type == "cuda" and find_spec("triton"):
+    if on_triton(packed):
         from k2quant.kernels.products.gpu.repack import repack_int4
 
         return repack_int4(packed, scale)
@@ -211,7 +211,7 @@ def _to_groups(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _from_groups(words: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    if words.device.type == "cuda" and find_spec("triton"):
+    if on_triton(words):
         from k2quant.kernels.products.gpu.repack import unpack_int4
 
         return unpack_int4(words, scale)

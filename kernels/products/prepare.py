@@ -12,13 +12,11 @@ from torch import Tensor
 
 from k2quant.kernels.products.cpu import linear as linear_cpu
 from k2quant.kernels.products.fp8_weight import BLOCK, Fp8Weight
-from k2quant.kernels.products.int4_weight import TORCH_ROWS, Int4Weight
+from k2quant.kernels.products.int4_weight import ROW_MULTIPLE, Int4Weight
 from k2quant.kernels.products.weights import Layout, PackedWeight
 
 PACKED: dict[str, type[PackedWeight]] = {kind.format: kind for kind in (Int4Weight, Fp8Weight)}
 """Every packed format by its name."""
-
-Weight = Int4Weight | Fp8Weight
 
 Kind = TypeVar("Kind", bound=PackedWeight)
 
@@ -72,25 +70,6 @@ def empty(
     return kind.empty(shape, best_layout(for_device or torch.device(device), shape[-2], kind), numbers, device=device)
 
 
-def empty_int4(shape: tuple[int, ...], *, layout: Layout, device: torch.device | str) -> Int4Weight:
-    """Return an INT4 weight `[N, K]` or `[E, N, K]` in a layout, with whatever content.
-
-    Raises:
-        UsageError: the layout cannot have this shape.
-    """
-    return Int4Weight.empty(shape, layout, device=device)
-
-
-def empty_fp8(shape: tuple[int, ...], *, block: tuple[int, int], device: torch.device | str) -> Fp8Weight:
-    """Return a block-FP8 weight `[N, K]` or `[E, N, K]` with whatever content."""
-    return Fp8Weight.empty(shape, numbers=block, device=device)
-
-
-def select(weight: Weight, expert: int) -> Weight:
-    """Return one expert's weight of a stack, as views."""
-    return weight.expert(expert)
-
-
 def moved(weight: Kind, device: torch.device) -> Kind:
     """Return a weight on another device, in the layout that is best there; one without content keeps its layout."""
     codes, scale = weight.codes, weight.scale
@@ -110,7 +89,7 @@ def best_layout(device: torch.device, rows: int, kind: type[PackedWeight] = Int4
     if device.type != "cpu" or kind.layouts == ("rows",):
         return "rows"
     layout = linear_cpu.best_layout()
-    return layout if layout != "torch" or (rows and rows % TORCH_ROWS == 0) else "rows"
+    return layout if layout != "torch" or (rows and rows % ROW_MULTIPLE == 0) else "rows"
 
 
 def _best(kind: type[PackedWeight], codes: Tensor) -> Layout:

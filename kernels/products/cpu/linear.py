@@ -35,7 +35,7 @@ DOT_ROWS = 512
 ALONE = 1 << 19
 """Weights below which one thread is done before a second has woken up."""
 
-TORCH_ROWS = 16
+FEW_ROWS = 16
 """Rows of x up to which torch's INT4 operator beats panels: it works row by row."""
 
 PANEL_ROWS = 512
@@ -60,7 +60,7 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     if x.dtype == torch.bfloat16:
         if x.shape[0] <= DOT_ROWS and _can_dot(weight):
             return _dot(x, weight)
-        if x.shape[0] <= TORCH_ROWS and weight.layout == "torch":
+        if x.shape[0] <= FEW_ROWS and weight.layout == "torch":
             return _torch_operator(x, weight)
     return _panels(x, weight)
 
