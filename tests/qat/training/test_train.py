@@ -781,9 +781,12 @@ def kill_one(sources: Path, folder: Path, changes: dict[str, Any], dice: random.
         if killed:
             killed = forked(lambda: train(other), moment)
             kills += killed
-    forked(lambda: train(other))
-    if contents(folder / "run") != contents(folder / "reference"):
-        sys.exit("killed and resumed, the run differs")
+    if forked(lambda: train(other)):
+        sys.exit("a child died that nobody killed")
+    run, reference = contents(folder / "run"), contents(folder / "reference")
+    if run != reference:
+        names = sorted(name for name in run.keys() | reference.keys() if run.get(name) != reference.get(name))
+        sys.exit(f"killed {kills} times and resumed, the run differs in {', '.join(names)}")
     if exported(folder / "run") != exported(folder / "reference"):
         sys.exit("killed and resumed, the export differs")
     return kills
