@@ -22,6 +22,7 @@ from k2quant.checkpoint.weights import group_tensors
 from k2quant.checkpoint.writing.destination import REPORT_LIMIT
 from k2quant.conversion.config import check_output
 from k2quant.errors import CheckpointError, MalformedFile
+from k2quant.formats.known import FORMATS
 from k2quant.ground import names, pool
 from k2quant.ground.pool import checked_workers
 
@@ -53,7 +54,7 @@ def verify(
     """Compare a converted checkpoint with its source.
 
     A weight in the same format must be byte-equal; one that became BF16 must be bit-equal to what its codes mean; one
-    that was rounded must lie within the rounding of its format (`k2quant.formats.budget`).
+    that was rounded must lie within the rounding of its format (`Format.outside`).
 
     Args:
         source: folder of the source.
@@ -104,9 +105,8 @@ def _failure(finding: Finding) -> str | None:
 def _worse(finding: Finding, stored: dict[str, Any]) -> str | None:
     """Say in what a weight is worse than a report has it, or None."""
     base, _ = names.split(finding.name)
-    facts = next(
-        (stored[name] for name in (finding.name, f"{base}.weight", f"{base}.weight_packed") if name in stored), None
-    )
+    mains = dict.fromkeys(f"{base}.{kind.main}" for kind in FORMATS.values())
+    facts = next((stored[name] for name in (finding.name, *mains) if name in stored), None)
     if facts is None:
         return "is not in the report"
     figures = facts.get("figures")

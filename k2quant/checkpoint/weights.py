@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.errors import CheckpointError, MissingTensor
-from k2quant.formats.format import Beside, Format
+from k2quant.formats.format import Format, Neighbours
 from k2quant.formats.known import FORMATS, supported
 from k2quant.ground import names
 
@@ -59,7 +59,7 @@ def group_tensors(tensors: Mapping[str, TensorEntry]) -> Grouping:
     words = supported()
     for name, entry in tensors.items():
         base, suffix = names.split(name)
-        beside = Beside(base, tensors, words)
+        beside = Neighbours(base, tensors, words)
         try:
             if suffix in partners:
                 _check_partner(suffix, entry, beside)
@@ -70,7 +70,7 @@ def group_tensors(tensors: Mapping[str, TensorEntry]) -> Grouping:
     return Grouping(weights, problems)
 
 
-def _weight(suffix: str, entry: TensorEntry, beside: Beside, tensors: Mapping[str, TensorEntry]) -> StoredWeight:
+def _weight(suffix: str, entry: TensorEntry, beside: Neighbours, tensors: Mapping[str, TensorEntry]) -> StoredWeight:
     """Return the weight whose main tensor this is, or the tensor itself as none."""
     base = beside.base
     for kind in FORMATS.values():
@@ -86,13 +86,13 @@ def _weight(suffix: str, entry: TensorEntry, beside: Beside, tensors: Mapping[st
     return StoredWeight(base, None, entry.shape, {suffix: entry})
 
 
-def _check_partner(suffix: str, entry: TensorEntry, beside: Beside) -> None:
+def _check_partner(suffix: str, entry: TensorEntry, beside: Neighbours) -> None:
     """Refuse a partner that has no weight, or one that no format of ours uses."""
     if not any(kind.owns(suffix, beside) for kind in FORMATS.values()):
         astray = MissingTensor("a partner without its weight", tensor=entry.name, file=entry.file)
         raise _refusal(suffix, entry, beside) or astray
 
 
-def _refusal(suffix: str, entry: TensorEntry, beside: Beside) -> CheckpointError | None:
+def _refusal(suffix: str, entry: TensorEntry, beside: Neighbours) -> CheckpointError | None:
     """Return what the first format that knows better has to say of a tensor that none takes."""
     return next(filter(None, (kind.refusal(suffix, entry, beside) for kind in FORMATS.values())), None)

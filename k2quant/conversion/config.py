@@ -76,24 +76,26 @@ def _check_block(block: dict[str, Any], stored: dict[str, list[tuple[Format, tup
     if method != compressed_tensors.METHOD:
         meant.check_config(block, stored[meant.name])
         return
+    packings = {kind.packing: kind.name.upper() for kind in FORMATS.values() if kind.packing}
     claimed = []
-    for scheme in compressed_tensors.schemes(block):
-        claimed.append(_kind_of(scheme))
+    for packing, scheme in compressed_tensors.schemes(block, packings):
+        claimed.append(_kind_of(packing, scheme))
         claimed[-1].check_config(scheme, stored[claimed[-1].name])
     for kind in claimed:
         if not stored[kind.name]:
             raise contradiction(kind.stands_for, "none")
 
 
-def _kind_of(scheme: dict[str, Any]) -> type[Format]:
+def _kind_of(packing: str, scheme: dict[str, Any]) -> type[Format]:
     """Return the format that a config group means."""
-    found = next((kind for kind in FORMATS.values() if kind.claims(scheme)), None)
+    kinds = [kind for kind in FORMATS.values() if kind.packing == packing]
+    found = next((kind for kind in kinds if kind.claims(scheme)), None)
     if found is None:
         words = {key: scheme.get(key) for key in ("num_bits", "type", "symmetric")}
         raise UnsupportedFormat(
             "the scheme of the weights",
             file="config.json",
-            expected="symmetric 4-bit int",
+            expected=" or ".join(kind.scheme_words for kind in kinds),
             found=listed(words.items()),
         )
     return found
@@ -149,14 +151,12 @@ def quantization_block(quantised: Mapping[Format, list[str]], kept: list[str]) -
     if len(quantised) == 1:
         ((only, bases),) = quantised.items()
         return only.config(bases, kept)
-    groups = [(each, each.config_group(), bases) for each, bases in quantised.items()]
-    alone = next((each for each, scheme, _ in groups if scheme is None), None)
+    alone = next((each for each in quantised if each.config_group() is None), None)
     if alone is not None:
         raise UnsupportedFormat(
             "no config describes this format beside others",
             file="config.json",
             expected=f"{alone.label} alone",
-            found=listed(each.label for each, _, _ in groups),
+            found=listed(each.label for each in quantised),
         )
-    schemes = [(scheme, bases) for _, scheme, bases in groups if scheme is not None]
-    return compressed_tensors.block(schemes, kept) if schemes else None
+    return compressed_tensors.block(list(quantised.items()), kept) if quantised else None

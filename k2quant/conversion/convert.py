@@ -22,7 +22,7 @@ from k2quant.checkpoint.writing.destination import locked
 from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.resume import begin, check_finished, clear, identity, refuse_nested
 from k2quant.conversion.stream import Progress, Record, Stream, Substitute
-from k2quant.errors import OutputError
+from k2quant.errors import OutputError, UnsupportedFormat
 from k2quant.formats.format import Scope
 from k2quant.formats.known import FormatName
 from k2quant.ground import names
@@ -120,6 +120,8 @@ def carry_out(
         progress: called as the work goes on.
     """
     begun = time.monotonic()
+    if substitute is not None:
+        _refuse_surveyed(plan, substitute)
     threads, arithmetic = checked_workers(workers), codecs_of(device)
     try:
         with locked(there, report=REPORT, incomplete=INCOMPLETE, restart=restart) as folder:
@@ -164,6 +166,22 @@ def codecs_of(device: str) -> Codecs:
     from k2quant.kernels.codecs.choice import codecs
 
     return codecs(device)
+
+
+def _refuse_surveyed(plan: Plan, substitute: Substitute) -> None:
+    """Refuse formats that are chosen from a whole weight for values that come by panels.
+
+    Raises:
+        UnsupportedFormat: there is such a weight.
+    """
+    for job in plan.jobs():
+        if job.target is not None and job.target.surveyed and substitute.replaces(job.weight):
+            raise UnsupportedFormat(
+                "a format that looks at whole weights first is written from a checkpoint alone",
+                tensor=job.weight.main.name,
+                found=job.target.label,
+                remedy="write bf16, then convert",
+            )
 
 
 def _report(plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: int) -> dict[str, Any]:

@@ -45,6 +45,17 @@ class Recipe:
 
     rules: tuple[Rule, ...]
 
+    def __post_init__(self) -> None:
+        """Refuse what no config could tell apart.
+
+        Raises:
+            UsageError: two rules ask for one format in different ways.
+        """
+        kinds = {rule.format.name: rule.format for rule in self.rules}
+        other = next((rule.format for rule in self.rules if rule.format != kinds[rule.format.name]), None)
+        if other is not None:
+            raise UsageError(f"a recipe asks for {other.name} in two ways: {other} and {kinds[other.name]}")
+
     @property
     def formats(self) -> dict[str, Format]:
         """The formats that are asked for, by name."""

@@ -1,6 +1,6 @@
 """The work of a conversion: output shards filled by a pool of threads.
 
-Each task reads a panel of one weight, runs the fused codec and writes the result to its offset. When a shard's last
+Each task reads a panel of one weight, runs the codec and writes the result to its offset. When a shard's last
 task is done, a thread of its own flushes and renames it and notes it in the journal, while the pool goes on.
 """
 
@@ -311,6 +311,8 @@ class Stream:
         job = task.shard.plan.jobs[task.job]
         checksums = {}
         for suffix, array in outputs.items():
+            if written is not None and suffix in written.whole and task.start:
+                continue
             if written is not None:
                 offset = panel_offset(written, job.weight.shape, suffix, task.start)
             else:  # no weight: a column

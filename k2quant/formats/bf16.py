@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from k2quant.errors import MalformedFile
 from k2quant.formats.dtypes import FLOATS, TensorSpec
-from k2quant.formats.format import Beside, Entry, Format, Parts, Stored
+from k2quant.formats.format import Entry, Format, Neighbours, Parts, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ class Bf16(Format):
         return None if self.dtype == "BF16" else self.dtype
 
     @classmethod
-    def recognise(cls, suffix: str, entry: Entry, beside: Beside) -> Stored | None:
+    def recognise(cls, suffix: str, entry: Entry, beside: Neighbours) -> Stored | None:
         """Take any tensor of floats that is called a weight."""
         if suffix != cls.main or entry.dtype not in FLOATS:
             return None
@@ -99,12 +99,12 @@ class Bf16(Format):
         """Return them."""
         return weights
 
-    def quantized(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    def exported(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
         """Return them."""
         return {"weight": weights}
 
 
-def check_stored_once(entry: Entry, beside: Beside) -> None:
+def check_stored_once(entry: Entry, beside: Neighbours) -> None:
     """Refuse a weight that also stands there packed.
 
     Raises:

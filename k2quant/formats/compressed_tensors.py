@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from k2quant.errors import MalformedFile, UnsupportedFormat
 from k2quant.ground import names
 
+if TYPE_CHECKING:
+    from k2quant.formats.format import Format
+
 METHOD = "compressed-tensors"
+
+MIXED = "mixed-precision"
+"""The `format` of a block whose groups have one each."""
 
 # The ignore list of Kimi-K2.6, then what tools that take every 2-D weight for a Linear need on top.
 _K26_IGNORE = (
@@ -25,29 +31,30 @@ _K26_IGNORE = (
 )
 
 
-def block(groups: list[tuple[dict[str, Any], list[str]]], kept: list[str]) -> dict[str, Any]:
+def block(groups: list[tuple[Format, list[str]]], kept: list[str]) -> dict[str, Any]:
     """Return a quantization block.
 
     The largest group is meant by every Linear that is not ignored; the others name their modules, which count for more.
 
     Args:
-        groups: for each format, the scheme of its weights and their bases.
+        groups: formats that have a config group, each with the bases of its weights.
         kept: the bases of all other matrices.
     """
     largest = max(range(len(groups)), key=lambda number: len(groups[number][1]))
-    quantised = {base for _, bases in groups for base in bases}
+    packings = {stored.packing for stored, _ in groups}
     return {
         "config_groups": {
             f"group_{number}": {
+                **({"format": stored.packing} if len(packings) > 1 else {}),
                 "input_activations": None,
                 "output_activations": None,
                 "targets": ["Linear"] if number == largest else sorted(bases),
-                "weights": scheme,
+                "weights": stored.config_group(),
             }
-            for number, (scheme, bases) in enumerate(groups)
+            for number, (stored, bases) in enumerate(groups)
         },
-        "format": "pack-quantized",
-        "ignore": ignore_list(quantised, kept),
+        "format": packings.pop() if len(packings) == 1 else MIXED,
+        "ignore": ignore_list({base for _, bases in groups for base in bases}, kept),
         "kv_cache_scheme": None,
         "quant_method": METHOD,
         "quantization_status": "compressed",
@@ -70,28 +77,39 @@ def scheme(*, group_size: int | None, num_bits: int, symmetric: bool, type: str)
     }
 
 
-def schemes(block: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield what each config group of a block says of the weights.
+def schemes(block: Mapping[str, Any], known: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield, of each config group of a block, how its codes are packed and what it says of the weights.
+
+    Args:
+        block: the block.
+        known: the packings that are read, each with what it is called in messages.
 
     Raises:
         UnsupportedFormat: codes that are packed otherwise.
         MalformedFile: there are no groups, or one says nothing.
     """
-    groups = block.get("config_groups")
-    if block.get("format", "pack-quantized") != "pack-quantized":
-        raise UnsupportedFormat(
-            "compressed-tensors format",
-            file="config.json",
-            expected="pack-quantized (INT4)",
-            found=repr(block["format"]),
-        )
+    groups, packing = block.get("config_groups"), block.get("format", "pack-quantized")
+    if packing != MIXED:
+        _check_packing(packing, known)
     if not isinstance(groups, dict) or not groups:
         raise MalformedFile("quantization_config has no config_groups", file="config.json")
     for group in groups.values():
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
             raise MalformedFile("a config group has no weights", file="config.json")
-        yield weights
+        own = group.get("format") if packing == MIXED else packing
+        _check_packing(own, known)
+        yield str(own), weights
+
+
+def _check_packing(packing: object, known: Mapping[str, str]) -> None:
+    if packing not in list(known):  # whatever a file has there
+        raise UnsupportedFormat(
+            "compressed-tensors format",
+            file="config.json",
+            expected=" or ".join(f"{name} ({what})" for name, what in known.items()),
+            found=repr(packing),
+        )
 
 
 def ignore_list(quantised: Iterable[str], kept: list[str]) -> list[str]:

@@ -59,7 +59,7 @@ class Entry(Protocol):
         """Bytes of its data."""
 
 
-class Beside(NamedTuple):
+class Neighbours(NamedTuple):
     """A checkpoint's tensors, seen from one weight: those that share its base."""
 
     base: str
@@ -110,16 +110,24 @@ class Format(ABC):
     main: ClassVar[str]
     """Suffix of the tensor that carries the values."""
     streamed: ClassVar[tuple[str, ...]]
-    """Suffixes of the tensors that are read and written panel by panel, in the codec's order; `main` comes first."""
+    """Suffixes of the tensors that are read and written panel by panel, in the codec's order; `main` comes first.
+
+    In memory (`quantize`, packed weights) a weight is two of them: codes and a scale."""
+    whole: ClassVar[tuple[str, ...]] = ()
+    """Those of `streamed` that every panel has whole, such as one scale for all rows; written with the first panel."""
     partners: ClassVar[tuple[str, ...]] = ()
     """Suffixes of tensors that mean nothing without the weight they belong to; those that are only refused, too."""
-    scale: ClassVar[str | None] = None
+    scale_suffix: ClassVar[str | None] = None
     """Suffix of the tensor in which a bad scale stands."""
     quantised: ClassVar[bool] = True
     reads: ClassVar[str]
     """What of this format can be read, in words."""
     stands_for: ClassVar[str] = ""
     """Weights that a config promises by speaking of this format, and where it does, in words."""
+    scheme_words: ClassVar[str] = ""
+    """The scheme of a config group of compressed-tensors that means this format, in words."""
+    packing: ClassVar[str] = ""
+    """compressed-tensors' `format` of such a group: how the codes are packed."""
     method: ClassVar[str | None] = None
     """`quant_method` of a config that speaks of this format."""
     default_scope: ClassVar[Scope | None] = None
@@ -203,7 +211,7 @@ class Format(ABC):
 
     @classmethod
     @abstractmethod
-    def recognise(cls, suffix: str, entry: Entry, beside: Beside) -> Stored | None:
+    def recognise(cls, suffix: str, entry: Entry, beside: Neighbours) -> Stored | None:
         """Return the weight whose main tensor this is; None if it is none of this format's.
 
         Raises:
@@ -211,12 +219,12 @@ class Format(ABC):
         """
 
     @classmethod
-    def owns(cls, suffix: str, beside: Beside) -> bool:
+    def owns(cls, suffix: str, beside: Neighbours) -> bool:
         """Tell whether a partner has its weight."""
         return suffix in cls.streamed and beside.get(cls.main) is not None
 
     @classmethod
-    def refusal(cls, suffix: str, entry: Entry, beside: Beside) -> CheckpointError | None:
+    def refusal(cls, suffix: str, entry: Entry, beside: Neighbours) -> CheckpointError | None:
         """Say why a tensor that no format takes is not read, where this format knows better than others."""
         return None
 
@@ -319,7 +327,10 @@ class Format(ABC):
 
     @classmethod
     def claims(cls, scheme: Mapping[str, Any]) -> bool:
-        """Tell whether a config group of compressed-tensors, by what it says of its weights, means this format."""
+        """Tell whether a config group of compressed-tensors, by what it says of its weights, means this format.
+
+        Only codes that are packed as `packing` says come here.
+        """
         return False
 
     @classmethod
@@ -343,7 +354,7 @@ class Format(ABC):
     def packed(self, shape: tuple[int, ...], *, on: torch.device) -> PackedWeight:
         """Return a weight `[N, K]`, or a stack of them, without memory, in the layout in which a device reads it best.
 
-        Only for what is not `unrunnable`.
+        Only for what is quantised and not `unrunnable`.
         """
         raise AssertionError(f"{self.label} has no layout for {on} and {shape}")  # refused before
 
@@ -352,7 +363,7 @@ class Format(ABC):
     def fake_quantized(self, weights: torch.Tensor, bits: int) -> torch.Tensor:
         """Return what BF16 `[R, K]` is rounded to by the plain rule, as BF16: what the forward pass of QAT sees.
 
-        Only for what is `trained`.
+        Only for what is `trained`, and for BF16.
 
         Args:
             weights: the masters, rounded to BF16.
@@ -360,8 +371,8 @@ class Format(ABC):
         """
         raise AssertionError(f"{self.label} is not trained for: {weights.shape}, {bits} bits")  # refused before
 
-    def quantized(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
-        """Return the streamed tensors of the same values, by suffix: what an export of QAT stores. Likewise."""
+    def exported(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+        """Return the streamed tensors of the same values, by suffix: what an export of QAT stores; likewise."""
         raise AssertionError(f"{self.label} is not trained for: {weights.shape}, {bits} bits")  # refused before
 
 

@@ -9,8 +9,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from k2quant.errors import CheckpointError, DtypeMismatch, ShapeMismatch, UnsupportedFormat
 from k2quant.formats.bf16 import check_stored_once
 from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.format import Beside, Entry, Format, Parts, Scope, Stored, ceil_div, contradiction, listed, matrix
+from k2quant.formats.format import (
+    Entry,
+    Format,
+    Neighbours,
+    Parts,
+    Scope,
+    Stored,
+    ceil_div,
+    contradiction,
+    listed,
+    matrix,
+)
 from k2quant.ground import names
+from k2quant.kernels.codecs.grids import BLOCK
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +34,7 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.values import U16
     from k2quant.kernels.products.weights import PackedWeight
 
-FP8_BLOCK = (128, 128)
+FP8_BLOCK = BLOCK
 """Rows and columns that share one FP8 scale in every K2 and DeepSeek-V3 release (`weight_block_size`)."""
 
 # E4M3 has three mantissa bits, so |w - w'| <= |w| / 16, or s * 2^-10 among its subnormal codes; rounding to BF16 adds
@@ -39,7 +51,7 @@ class Fp8(Format):
     main: ClassVar[str] = "weight"
     streamed: ClassVar[tuple[str, ...]] = ("weight", "weight_scale_inv")
     partners: ClassVar[tuple[str, ...]] = ("weight_scale_inv",)
-    scale: ClassVar[str | None] = "weight_scale_inv"
+    scale_suffix: ClassVar[str | None] = "weight_scale_inv"
     reads: ClassVar[str] = "block-FP8 with weight_scale_inv"
     stands_for: ClassVar[str] = "block-FP8 weights with weight_scale_inv, as quant_method fp8 says"
     method: ClassVar[str | None] = "fp8"
@@ -80,14 +92,14 @@ class Fp8(Format):
     # --- recognising it ---
 
     @classmethod
-    def recognise(cls, suffix: str, entry: Entry, beside: Beside) -> Stored | None:
+    def recognise(cls, suffix: str, entry: Entry, beside: Neighbours) -> Stored | None:
         """Take E4M3 codes with scales for blocks of 128x128 or 1x128."""
         if suffix != cls.main or entry.dtype != "F8_E4M3":
             return None
         check_stored_once(entry, beside)
         shape = matrix(entry)
         if beside.get("weight_scale") is not None and beside.get("weight_scale_inv") is None:
-            raise beside.foreign(entry, _NO_INV)
+            return None
         scale = beside.partner("weight_scale_inv", entry)
         if scale.dtype != "F32":
             raise DtypeMismatch(tensor=scale.name, file=scale.file, expected="F32", found=scale.dtype)
@@ -103,18 +115,18 @@ class Fp8(Format):
         )
 
     @classmethod
-    def owns(cls, suffix: str, beside: Beside) -> bool:
+    def owns(cls, suffix: str, beside: Neighbours) -> bool:
         """Tell whether scales have codes."""
         weight = beside.get("weight")
         return suffix in cls.partners and weight is not None and weight.dtype == "F8_E4M3"
 
     @classmethod
-    def refusal(cls, suffix: str, entry: Entry, beside: Beside) -> CheckpointError | None:
+    def refusal(cls, suffix: str, entry: Entry, beside: Neighbours) -> CheckpointError | None:
         """Know FP8 of other tools."""
         weight = beside.get("weight")
-        if suffix == "weight_scale" and weight is not None and weight.dtype.startswith("F8"):
-            return beside.foreign(entry, _NO_INV)
-        return None
+        scaled = suffix == "weight_scale" and weight is not None and weight.dtype.startswith("F8")
+        codes = suffix == "weight" and entry.dtype == "F8_E4M3" and beside.get("weight_scale") is not None
+        return beside.foreign(entry, _NO_INV) if scaled or codes else None
 
     @classmethod
     def asked_for(cls, stored: Iterable[tuple[Format, Entry]] = (), grid: Grid | None = None) -> Format:
@@ -211,7 +223,7 @@ class Fp8(Format):
 
         return ops.fake_quantize_fp8(weights, self.block)
 
-    def quantized(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    def exported(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
         """Return codes and scales."""
         from k2quant.kernels import ops
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 from k2quant.errors import CheckpointError, DtypeMismatch, ShapeMismatch, UnsupportedFormat
 from k2quant.formats import compressed_tensors
 from k2quant.formats.dtypes import DTYPES, FLOATS, TensorSpec
-from k2quant.formats.format import Beside, Entry, Format, Parts, Scope, Stored, contradiction, listed, matrix
-from k2quant.kernels.codecs.grids import FAKE_BITS, Grid
+from k2quant.formats.format import Entry, Format, Neighbours, Parts, Scope, Stored, contradiction, listed, matrix
+from k2quant.kernels.codecs.grids import FAKE_BITS, GROUP, Grid
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.values import F32, U16
     from k2quant.kernels.products.weights import PackedWeight
 
-INT4_GROUP = 32
+INT4_GROUP = GROUP
 """Columns that share one INT4 scale in every K2 release (`group_size`)."""
 
 _SCHEME: dict[str, Any] = {"num_bits": 4, "symmetric": True, "type": "int"}
@@ -41,10 +41,12 @@ class Int4(Format):
     main: ClassVar[str] = "weight_packed"
     streamed: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
     partners: ClassVar[tuple[str, ...]] = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-    scale: ClassVar[str | None] = "weight_scale"
+    scale_suffix: ClassVar[str | None] = "weight_scale"
     reads: ClassVar[str] = "symmetric INT4 pack-quantized weights"
     stands_for: ClassVar[str] = "INT4 weights with weight_packed, as format pack-quantized says"
     method: ClassVar[str | None] = compressed_tensors.METHOD
+    scheme_words: ClassVar[str] = "symmetric 4-bit int"
+    packing: ClassVar[str] = "pack-quantized"
     default_scope: ClassVar[Scope | None] = "experts"
     grids: ClassVar[tuple[str, ...]] = get_args(Grid)
     trained: ClassVar[bool] = True
@@ -122,7 +124,7 @@ class Int4(Format):
     # --- recognising it ---
 
     @classmethod
-    def recognise(cls, suffix: str, entry: Entry, beside: Beside) -> Stored | None:
+    def recognise(cls, suffix: str, entry: Entry, beside: Neighbours) -> Stored | None:
         """Take packed words with scales for groups of columns, and the shape that says the same."""
         if suffix != cls.main or entry.dtype != "I32":
             return None
@@ -144,12 +146,12 @@ class Int4(Format):
         return Stored(found, shape, (*cls.streamed, "weight_shape"))
 
     @classmethod
-    def owns(cls, suffix: str, beside: Beside) -> bool:
+    def owns(cls, suffix: str, beside: Neighbours) -> bool:
         """Tell whether scales or a shape have packed words."""
         return suffix in {"weight_scale", "weight_shape"} and beside.get("weight_packed") is not None
 
     @classmethod
-    def refusal(cls, suffix: str, entry: Entry, beside: Beside) -> CheckpointError | None:
+    def refusal(cls, suffix: str, entry: Entry, beside: Neighbours) -> CheckpointError | None:
         """Know INT4 of other tools, and what else packs weights."""
         why = {
             "weight_packed": f"packed weights of dtype {entry.dtype} are not supported (MXFP4 and NVFP4 pack bytes)",
@@ -230,7 +232,7 @@ class Int4(Format):
 
     def config(self, quantised: Iterable[str], kept: list[str]) -> dict[str, Any]:
         """Return the block of Kimi-K2.6."""
-        return compressed_tensors.block([(self.config_group(), list(quantised))], kept)
+        return compressed_tensors.block([(self, list(quantised))], kept)
 
     def config_group(self) -> dict[str, Any]:
         """Return the scheme of the weights."""
@@ -277,7 +279,7 @@ class Int4(Format):
 
         return ops.fake_quantize_int4(weights, self.grid, bits=bits)
 
-    def quantized(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    def exported(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
         """Return packed words and scales; narrower codes sit in the nibbles of INT4."""
         from k2quant.kernels import ops
 

@@ -15,7 +15,7 @@ ExportFormat = Literal["int4", "fp8"]
 """The formats that QAT trains for, the default first."""
 
 FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (Bf16, Fp8, Int4)}
-"""By name."""
+"""By name. The first that recognises a tensor has it."""
 
 
 def supported() -> str:
@@ -24,6 +24,6 @@ def supported() -> str:
     return f"{', '.join(first)}, or {last}"
 
 
-def names_of(*, quantised: bool) -> tuple[str, ...]:
-    """Return the names of the formats that are quantised, or that are not."""
-    return tuple(name for name, kind in FORMATS.items() if kind.quantised == quantised)
+def quantised_names() -> tuple[str, ...]:
+    """Return the names of the formats that are quantised."""
+    return tuple(name for name, kind in FORMATS.items() if kind.quantised)

@@ -16,8 +16,8 @@ from k2quant.errors import DtypeMismatch, ShapeMismatch
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.dtypes import DTYPES, FLOATS, TensorSpec, as_array, as_bits, torch_dtype
 from k2quant.formats.format import Format, Parts
-from k2quant.formats.known import FORMATS, FormatName, names_of
-from k2quant.formats.transcode import Scratch, located, transcode
+from k2quant.formats.known import FORMATS, FormatName, quantised_names
+from k2quant.formats.transcode import Scratch, located, to_bf16, transcode
 from k2quant.ground.units import one_of
 from k2quant.kernels.codecs.choice import codecs
 from k2quant.kernels.codecs.grids import Grid
@@ -37,7 +37,11 @@ class QuantizedTensor:
     """`[N, K]`."""
 
     def tensors(self, base: str) -> dict[str, Any]:
-        """Return the tensors as a checkpoint names them, for the weight `base` (no suffix)."""
+        """Return the tensors as a checkpoint names them, for the weight `base` (no suffix).
+
+        Raises:
+            ShapeMismatch: no weight of this shape can be in the format.
+        """
         parts = dict(zip(self.format.streamed, (self.codes, self.scale), strict=True))
         state = self.format.state(self.shape)
         for suffix, content in self.format.constant(self.shape).items():
@@ -63,7 +67,7 @@ def quantize(weight: Any, to: FormatName, *, grid: Grid = "moonshot", name: str 
         ShapeMismatch: no matrix, or a width that INT4 cannot have.
         BadValue: NaN or infinity in the weight.
     """
-    one_of("quantised format", to, names_of(quantised=True))
+    one_of("quantised format", to, quantised_names())
     one_of("grid", grid, get_args(Grid))
     target = FORMATS[to].asked_for(grid=grid)
     array, dtype = _as_numpy(weight, FLOATS, name)
@@ -71,9 +75,12 @@ def quantize(weight: Any, to: FormatName, *, grid: Grid = "moonshot", name: str 
         raise ShapeMismatch("a quantised weight is a matrix", tensor=name, expected="[N, K]", found=tuple(array.shape))
     shape = (int(array.shape[0]), int(array.shape[1]))
     state = target.state(shape, name=name)
-    scratch = Scratch()
+    scratch, source, device = Scratch(), Bf16(dtype=dtype), _device(weight)
+    if target.surveyed:
+        values = to_bf16(source, {"weight": array}, codecs=codecs(device), scratch=scratch)
+        target = target.settled([target.survey(values, codecs(device))])
     outputs = {suffix: scratch.take(suffix, state[suffix]) for suffix in target.streamed}
-    _guarded(Bf16(dtype=dtype), target, {"weight": array}, outputs, name, _device(weight))
+    _guarded(source, target, {"weight": array}, outputs, name, device)
     codes, scale = (_like(weight, part, state[suffix].dtype) for suffix, part in outputs.items())
     return QuantizedTensor(target, codes, scale, shape)
 

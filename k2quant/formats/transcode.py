@@ -85,6 +85,6 @@ def located(error: ValueAt, source: Format, start: int, names: Mapping[str, str]
         names: the names of the weight's tensors, by suffix.
         file: the shard of its main tensor.
     """
-    suffix = source.scale if error.of == "scale" and source.scale is not None else source.main
+    suffix = source.scale_suffix if error.of == "scale" and source.scale_suffix is not None else source.main
     row = error.row + source.rows(suffix, start, start)[0]
     return BadValue(f"{error.what} at row {row}, column {error.column}", tensor=names[suffix], file=file)

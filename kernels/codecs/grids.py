@@ -1,4 +1,4 @@
-"""The two INT4 rounding rules, how wide their codes may be, and how many of them share a scale."""
+"""The two INT4 rounding rules, how wide their codes may be, and how many codes of a format share a scale."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ Grid = Literal["moonshot", "compressed-tensors"]
 """`moonshot`: scale = amax/7, codes -7..7. `compressed-tensors`: scale = amax/7.5, codes -8..7."""
 
 GROUP = 32
-"""Columns that share a scale in what is written; other groups are only read."""
+"""Columns that share an INT4 scale in what is written; other groups are only read."""
+
+BLOCK = (128, 128)
+"""Rows and columns that share an FP8 scale in every K2 and DeepSeek-V3 release (`weight_block_size`)."""
 
 PACKED_BITS = (4, 3, 2)
 """Widths whose codes fit the nibbles of INT4. Checkpoints have 4; fewer stress calibration and training."""

@@ -1,6 +1,6 @@
 """The table that tells at a glance whether a group of BF16 weights already lies on Moonshot's INT4 grid.
 
-The rule (docs of the formats, section 5.3): for k = 7, 6, ... 1 try the scales bf16(amax/k), one ulp above, one ulp
+The rule (docs/formats.md, rule 4): for k = 7, 6, ... 1 try the scales bf16(amax/k), one ulp above, one ulp
 below; the first scale whose products bf16(code * scale), codes in +-7, give every weight of the group is the scale.
 These are 21 candidates, one bit each. As long as everything is a normal number, whether |w| is a product depends only
 on the mantissa of amax and on how many BF16 steps |w| lies below amax. So a group's candidates are the AND of one table

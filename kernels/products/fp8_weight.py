@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from k2quant.errors import UsageError
+from k2quant.kernels.codecs.grids import BLOCK
 from k2quant.kernels.products.tables.configs import Product
 from k2quant.kernels.products.weights import GROUP, Layout, check_device, check_parts, check_scale
-
-BLOCK = (128, 128)
-"""Rows and columns of Kimi K2's blocks."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

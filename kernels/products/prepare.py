@@ -10,8 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from k2quant.kernels.codecs.grids import BLOCK
 from k2quant.kernels.products.cpu import linear as linear_cpu
-from k2quant.kernels.products.fp8_weight import BLOCK, Fp8Weight
+from k2quant.kernels.products.fp8_weight import Fp8Weight
 from k2quant.kernels.products.int4_weight import ROW_MULTIPLE, Int4Weight
 from k2quant.kernels.products.weights import Layout, PackedWeight
 

@@ -44,7 +44,7 @@ class Rule:
         """
         if self.format.bit_widths:
             check_packed(self.bits)
-        return self.format.quantized(weights, self.bits)
+        return self.format.exported(weights, self.bits)
 
 
 ROUNDED = Rule(Bf16(), 16)

@@ -42,7 +42,7 @@ def store(weights: U16, scale: F32, block: tuple[int, int], codes: U8) -> Figure
     same(weights.shape, codes.shape)
     same_fp8(codes.shape, scale, block)
     if (error := explain.bad_divisor(scale)) is not None:
-        raise error
+        raise explain.bad_weight(weights) if explain.has_infinity(weights) else error  # as the reference has it
     own = np.array(scale)  # writable, as `encode` has it: one signature for both
     found = figures(weights.size, loops.bf16_to_fp8(frozen(weights), *block, loops.STORE, codes, own))
     if found is None:

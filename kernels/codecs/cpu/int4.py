@@ -50,7 +50,7 @@ def store(weights: U16, scale: U16, grid: Grid, packed: I32, *, bits: int = 4) -
     largest = np.float32(largest_code(grid, bits, PACKED_BITS))
     wide = bf16_to_float(scale)
     if (error := explain.bad_divisor(wide)) is not None:
-        raise error
+        raise explain.bad_weight(weights) if explain.has_infinity(weights) else error  # as the reference has it
     job = rule_of(grid, recover=False), largest, loops.STORE
     own = np.array(scale)  # writable, as `encode` has it: one signature for both
     found = figures(weights.size, loops.bf16_to_int4(frozen(weights), *job, int4_table(), packed.view(np.uint8), own))

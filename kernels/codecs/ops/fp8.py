@@ -10,8 +10,9 @@ from torch.library import custom_op
 
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.cpu import fp8 as on_cpu
+from k2quant.kernels.codecs.grids import BLOCK
 from k2quant.kernels.codecs.ops.checks import expect, expect_block, expect_fp8
-from k2quant.kernels.codecs.ops.panels import BLOCK, Pair, new_bf16, new_fp8, over_rows, part, stored
+from k2quant.kernels.codecs.ops.panels import Pair, new_bf16, new_fp8, over_rows, part, stored
 from k2quant.kernels.codecs.views import as_bytes, as_codes, bits_of, widened
 from k2quant.kernels.devices.gpus import on_triton
 

@@ -10,9 +10,9 @@ from torch.library import custom_op
 
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.cpu import fused as on_cpu
-from k2quant.kernels.codecs.grids import GROUP, Grid
+from k2quant.kernels.codecs.grids import BLOCK, GROUP, Grid
 from k2quant.kernels.codecs.ops.checks import E4M3, expect, expect_block, expect_fp8, expect_grid, expect_int4
-from k2quant.kernels.codecs.ops.panels import BLOCK, Pair, new_bf16, new_fp8, new_int4, over_rows, part, stored
+from k2quant.kernels.codecs.ops.panels import Pair, new_bf16, new_fp8, new_int4, over_rows, part, stored
 from k2quant.kernels.codecs.views import as_bytes, as_codes, bits_of, widened
 from k2quant.kernels.devices.gpus import on_triton
 

@@ -16,7 +16,6 @@ from k2quant.kernels.codecs.views import as_bytes
 from k2quant.kernels.devices.threads import over_rows as shared_out
 
 Pair = tuple[Tensor, Tensor]
-BLOCK = (128, 128)
 
 
 def blocks(matrix: Tensor, block: tuple[int, int]) -> tuple[int, int]:

@@ -6,26 +6,31 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pytest
 
 import k2quant
 from k2quant.checking.comparison import compare, unlike
-from k2quant.checkpoint.reader import CONFIG, open_checkpoint
-from k2quant.checkpoint.weights import group_tensors
+from k2quant.checkpoint.panels import read_values
+from k2quant.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
+from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.convert import carry_out
+from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, describe, make_plan, plan_of
 from k2quant.conversion.recipe import Recipe, Rule
 from k2quant.errors import CheckpointError, UnsupportedFormat, UsageError
 from k2quant.formats import compressed_tensors
 from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.format import Beside, Entry, Format, Parts, Scope, Stored, contradiction, matrix
+from k2quant.formats.format import Entry, Format, Neighbours, Parts, Scope, Stored, contradiction, matrix
 from k2quant.formats.fp8 import Fp8
 from k2quant.formats.int4 import Int4
-from k2quant.formats.known import FORMATS
+from k2quant.formats.known import FORMATS, ExportFormat, FormatName
+from k2quant.formats.transcode import Scratch
+from k2quant.kernels.codecs.choice import codecs as codecs_of
 from k2quant.kernels.codecs.figures import Figures
+from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import U16, bf16_to_float, float_to_bf16
 from k2quant.report import write_html
@@ -39,20 +44,22 @@ class Int8(Format):
     main: ClassVar[str] = "weight"
     streamed: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     partners: ClassVar[tuple[str, ...]] = ("weight_scale",)
-    scale: ClassVar[str | None] = "weight_scale"
+    scale_suffix: ClassVar[str | None] = "weight_scale"
     reads: ClassVar[str] = "INT8 with a scale a row"
     stands_for: ClassVar[str] = "INT8 weights"
     method: ClassVar[str | None] = "int8"
     default_scope: ClassVar[Scope | None] = "linear"
     unit: ClassVar[str] = "row"
     label: ClassVar[str] = "int8 row"
+    packing: ClassVar[str] = "int-quantized"
+    scheme_words: ClassVar[str] = "8-bit int"
 
     def state(self, shape: tuple[int, ...], *, name: str = "weight") -> dict[str, TensorSpec]:
         """Codes and scales."""
         return {"weight": TensorSpec("I8", shape), "weight_scale": TensorSpec("F32", (shape[0], 1))}
 
     @classmethod
-    def recognise(cls, suffix: str, entry: Entry, beside: Beside) -> Stored | None:
+    def recognise(cls, suffix: str, entry: Entry, beside: Neighbours) -> Stored | None:
         """The dtype tells."""
         if suffix != cls.main or entry.dtype != "I8":
             return None
@@ -78,8 +85,7 @@ class Int8(Format):
 
     def outside(self, before: U16, after: U16, parts: Parts) -> int:
         """Half a step, and what rounding to BF16 adds."""
-        step = np.abs(bf16_to_float(before)).max(axis=1, keepdims=True) / np.float32(127)
-        return int((np.abs(bf16_to_float(before) - bf16_to_float(after)) > step).sum())
+        return int((np.abs(bf16_to_float(before) - bf16_to_float(after)) > parts["weight_scale"]).sum())
 
     def config(self, quantised: Iterable[str], kept: list[str]) -> dict[str, Any]:
         """A block of its own."""
@@ -181,7 +187,9 @@ def test_a_recipe_holds_several_formats(k2_bf16: Path, tmp_path: Path) -> None:
     done = carry_out(replace(plan, values={"recipe": "mixed"}), tmp_path / "out", workers=1)
     labels = {row.tensor_class: row.format for row in k2quant.inspect(done.folder).rows}
     assert (labels["routed experts"], labels["shared experts"]) == ("int4 group 32", "int8 row")
-    groups = json.loads((done.folder / CONFIG).read_text())["quantization_config"]["config_groups"]
+    block = json.loads((done.folder / CONFIG).read_text())["quantization_config"]
+    groups = block["config_groups"]
+    assert (block["format"], groups["group_0"]["format"]) == ("mixed-precision", "int-quantized")
     assert [group["weights"]["num_bits"] for group in groups.values()] == [8, 4]
     assert groups["group_1"]["targets"] == ["Linear"]
     assert "model.layers.0.self_attn.q_a_proj" in groups["group_0"]["targets"]
@@ -195,14 +203,31 @@ def test_formats_that_no_config_can_name_together_are_refused(k2_bf16: Path) -> 
         mixed(k2_bf16, Rule(format=Int4(), scope="experts"), Rule(format=Fp8(), scope="linear"))
 
 
+@pytest.mark.parametrize("grids", [("moonshot", "compressed-tensors")])
+def test_a_recipe_asks_for_a_format_in_one_way(grids: tuple[Grid, Grid]) -> None:
+    """Two grids of INT4 in one checkpoint would be told apart by nothing."""
+    first, second = (Rule(format=Int4(grid=grid), scope="experts") for grid in grids)
+    with pytest.raises(UsageError, match="a recipe asks for int4 in two ways"):
+        Recipe((first, second))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surveyed(Int8):
     """The same with one scale for a whole tensor, which no panel knows by itself."""
 
     name: ClassVar[str] = "surveyed"
     surveyed: ClassVar[bool] = True
+    whole: ClassVar[tuple[str, ...]] = ("weight_scale",)
 
     amax: float = 0.0
+
+    def state(self, shape: tuple[int, ...], *, name: str = "weight") -> dict[str, TensorSpec]:
+        """Codes and a scale."""
+        return {"weight": TensorSpec("I8", shape), "weight_scale": TensorSpec("F32", (1, 1))}
+
+    def rows(self, suffix: str, start: int, stop: int) -> tuple[int, int]:
+        """Every panel has the scale."""
+        return (0, 1) if suffix in self.whole else (start, stop)
 
     def survey(self, weights: U16, codecs: Codecs) -> float:
         """The largest magnitude of a panel."""
@@ -214,21 +239,73 @@ class Surveyed(Int8):
 
     def choose(self, weights: U16, codecs: Codecs) -> Any:
         """One for all rows."""
-        return np.full((len(weights), 1), self.amax / 127, np.float32)
+        return np.full((1, 1), self.amax / 127, np.float32)
 
 
+@pytest.fixture
+def _surveyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the product know that one instead."""
+    monkeypatch.setitem(FORMATS, "surveyed", Surveyed)
+    monkeypatch.delitem(FORMATS, "int8")
+
+
+def largest(weight: StoredWeight, source: Checkpoint) -> float:
+    """Return the largest magnitude of a weight."""
+    panel = read_values(source, weight, 0, weight.shape[0], codecs=codecs_of("cpu"), scratch=Scratch())
+    return float(np.abs(bf16_to_float(panel.values)).max())
+
+
+@pytest.mark.usefixtures("_surveyed")
 def test_a_survey_of_the_whole_tensor_comes_before_its_first_panel(
     k2_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut into panels of 128 rows, each tensor still has the one scale that its largest weight asks for."""
-    monkeypatch.setitem(FORMATS, "surveyed", Surveyed)
-    monkeypatch.delitem(FORMATS, "int8")
+    """Cut into panels of 128 rows, each tensor has one scale, of its largest weight, written and summed once."""
     monkeypatch.setattr("k2quant.checkpoint.panels.PANEL_WEIGHTS", 1)
-    made = convert(k2_source, tmp_path / "out", "surveyed", workers=3)
-    source, checkpoint = open_checkpoint(made), open_checkpoint(made)
-    for weight in group_tensors(source.tensors).weights:
+    made, source = convert(k2_source, tmp_path / "out", "surveyed", workers=3), open_checkpoint(k2_source)
+    scales = {}
+    for weight in group_tensors(open_checkpoint(made).tensors).weights:
         if weight.format is not None and weight.format.quantised:
             entry = weight.parts["weight_scale"]
             data = (made / entry.file).read_bytes()[entry.start : entry.stop]
-            assert len(set(np.frombuffer(data, np.float32).tolist())) == 1
-    assert checkpoint.tensors
+            scales[weight.base] = float(np.frombuffer(data, np.float32)[0])
+    weights = {weight.base: weight for weight in group_tensors(source.tensors).weights}
+    assert len(scales) > 100
+    assert scales == {base: float(np.float32(largest(weights[base], source) / 127)) for base in scales}
+    assert k2quant.verify_checksums(made).passed
+    assert k2quant.verify(k2_source, made).passed
+
+
+@pytest.mark.usefixtures("_surveyed")
+def test_a_tensor_in_memory_is_surveyed_too() -> None:
+    """`quantize` looks at the whole weight first."""
+    weight = np.linspace(-1, 1, 256, dtype=np.float32).reshape(2, 128)
+    found = k2quant.quantize(weight, "surveyed")  # type: ignore[arg-type]
+    assert found.scale.tolist() == [[float(np.float32(1 / 127))]]
+
+
+@pytest.mark.usefixtures("_surveyed")
+def test_values_that_come_by_panels_are_not_surveyed(k2_bf16: Path, tmp_path: Path) -> None:
+    """A substitute is refused by name, before anything is written."""
+
+    class Other:
+        """Has a value for every weight."""
+
+        def replaces(self, weight: StoredWeight) -> bool:
+            """All of them."""
+            return weight.format is not None
+
+        def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, None]:
+            """Never asked."""
+            raise AssertionError((job, start, stop))
+
+    plan = make_plan(open_checkpoint(k2_bf16), Options("surveyed"))  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedFormat, match="looks at whole weights first"):
+        carry_out(plan, tmp_path / "out", substitute=Other())
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_formats_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The types that annotations use name the formats of the table, and those that QAT trains for."""
+    monkeypatch.delitem(FORMATS, "int8")
+    assert set(get_args(FormatName)) == FORMATS.keys()
+    assert set(get_args(ExportFormat)) == {name for name, kind in FORMATS.items() if kind.trained}
