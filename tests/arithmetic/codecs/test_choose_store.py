@@ -370,6 +370,21 @@ def test_neither_half_takes_a_weight_that_is_not_finite(maker: Callable[[], Code
 
 
 @EACH
+@pytest.mark.parametrize("bad", [0x7F80, 0x7FC0], ids=["inf", "nan"])
+def test_a_bad_weight_is_named_before_a_bad_scale(maker: Callable[[], Codecs], bad: int) -> None:
+    """Where both are there, all implementations blame the same one."""
+    bits, scale, codecs = np.zeros((2, 64), np.uint16), np.zeros((2, 2), np.float32), maker()
+    bits[1, 33] = bad
+    jobs: list[Callable[[], object]] = [
+        lambda: codecs.fp8.store(bits, scale, (1, 32), np.empty((2, 64), np.uint8)),
+        lambda: codecs.int4.store(bits, scale.astype(np.uint16), "moonshot", np.empty((2, 8), np.int32)),
+    ]
+    for job in jobs:
+        with pytest.raises(ValueAt, match=f"non-finite weight {bad:#06x} .* at row 1, column 33"):
+            job()
+
+
+@EACH
 def test_what_would_decode_to_infinity_is_refused_where_it_stands(maker: Callable[[], Codecs]) -> None:
     """A code times the scale that was given exceeds BF16: both are named, not the largest weight of another group."""
     bits = np.zeros((2, 64), np.uint16)
