@@ -13,7 +13,7 @@ from pathlib import Path
 from compare import conversions, evaluations, trainings, words
 from compare.commands import with_needs
 from compare.comparing import Outcome, compare
-from compare.running import Side, reusable, run
+from compare.running import Side, held, reusable, run
 
 _SHOWN = 10  # differences of a group
 
@@ -64,7 +64,8 @@ def main() -> None:
     given = arguments()
     if given.work is not None or given.keep:
         work = (given.work or Path(tempfile.mkdtemp(prefix="compare-checkouts-"))).resolve()
-        outcomes = compared(work, given)
+        with held(work):
+            outcomes = compared(work, given)
         tell(f"all output is in {work}")
     else:
         with tempfile.TemporaryDirectory(prefix="compare-checkouts-") as name:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import product
@@ -72,6 +74,22 @@ class Side(NamedTuple):
         path = self.home / _RECORD
         found: Record = json.loads(path.read_text()) if path.is_file() else {}
         return found
+
+
+@contextlib.contextmanager
+def held(work: Path) -> Iterator[None]:
+    """Make the folder of both sides if need be, and keep a second comparison out of it.
+
+    Raises:
+        SystemExit: one is under way there.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{work}: another comparison is under way here; name another --work")
+        yield
 
 
 def run(sides: Iterable[Side], groups: Iterable[Group], *, jobs: int, tell: Callable[[str], None]) -> None:
