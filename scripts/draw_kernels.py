@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from k2quant.kernels.codecs.reference import pack_int4
@@ -47,7 +48,7 @@ def column_of(word: int, nibble: int) -> int:
     raise AssertionError("every nibble holds a column")
 
 
-def draw_layout() -> plt.Figure:
+def draw_layout() -> Figure:
     """Draw where groups lie in memory, and where columns lie in two words."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6), height_ratios=(1, 1.4))
     rows, groups = 6, 3
@@ -82,7 +83,7 @@ def draw_layout() -> plt.Figure:
     return figure
 
 
-def draw_roofline() -> plt.Figure:
+def draw_roofline() -> Figure:
     """Draw the least time that a product can take, by format and number of rows of x."""
     heights = [2**power for power in range(14)]
     figure, axes = plt.subplots(figsize=(7.5, 4.2))
@@ -105,7 +106,7 @@ def least_seconds(rows: int, bytes_per_weight: float) -> float:
     return max(traffic / BANDWIDTH, 2 * rows * N * K / RATE)
 
 
-def save(figure: plt.Figure, name: str) -> None:
+def save(figure: Figure, name: str) -> None:
     """Write an SVG that is the same each time."""
     figure.savefig(DOCS / name, metadata={"Date": None})
     plt.close(figure)

@@ -159,7 +159,8 @@ def _begin(side: Side) -> Record:
     """Make the folder of a side, empty, and return what a run notes of where it is and what it runs."""
     if side.home.exists() and any(side.home.iterdir()) and not (side.home / _RECORD).is_file():
         sys.exit(f"{side.home}: not empty, and nothing of an earlier comparison; name another --work")
-    shutil.rmtree(side.home, ignore_errors=True)
+    if side.home.exists():
+        shutil.rmtree(side.home)
     side.files.mkdir(parents=True)
     side.said.mkdir()
     (side.home / _RECORD).write_text("{}")  # a run that is stopped leaves a folder that the next may empty
