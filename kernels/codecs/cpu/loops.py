@@ -644,8 +644,8 @@ def int4_to_fp8(packed: U8, scale_in: F32, group: int, height: int, width: int, 
             chosen = _choose_fp8_block(block[: h * w], block_codes[: h * w], table)
             if chosen < 0:
                 return -1, 0.0, 0.0, 0.0
-            scale[top // height, left // width] = chosen
             _decode_again(block_codes[: h * w], chosen, decoded[: h * w])
+            scale[top // height, left // width] = chosen
             count, largest = _tally(block[: h * w], decoded[: h * w], energy, error)
             changed, worst = changed + count, max(worst, largest)
             for i in range(h):
