@@ -19,7 +19,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+
+from suites.common import machine
+from suites.products.results import Results
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -69,14 +71,14 @@ def work(given: argparse.Namespace) -> None:
     chosen = [cell for cell in cells if given.only in cell.key]
     if not chosen:
         raise SystemExit(f"--only {given.only}: no cell has this in its name, such as {cells[0].key}")
-    results = kernel_run.Results.open(given.out, resume=given.resume)
+    results = Results.open(given.out, resume=given.resume)
     if "machine" not in results.data:
         results.save(**kernel_run.describe(settings), command=command(given))
     timer = (kernel_run.cpu_timer if given.device == "cpu" else kernel_run.cuda_timer)(settings)
     with torch.inference_mode():
         kernel_run.run(chosen, results, settings, timer, until=given.until)
     if given.device == "cuda":
-        results.data["machine"]["nvidia_smi"]["after"] = kernel_run.graphics()
+        results.data["machine"]["nvidia_smi"]["after"] = machine.graphics()
         results.save()
 
 
@@ -91,8 +93,8 @@ def command(given: argparse.Namespace) -> str:
 
 def supervise(given: argparse.Namespace) -> None:
     """Start workers until one comes to its end; what ends a worker is noted as the failure of whoever was at work."""
-    running, until = given.out.with_suffix(".running"), time.time() + 60 * given.minutes
-    running.unlink(missing_ok=True)
+    until = time.time() + 60 * given.minutes
+    Results.open(given.out, resume=True).running.unlink(missing_ok=True)
     resume = given.resume
     while True:
         words = [sys.executable, str(HERE / "kernels.py"), "--worker", "--until", str(until), "--device", given.device]
@@ -105,25 +107,11 @@ def supervise(given: argparse.Namespace) -> None:
             status = -1
         if status == 0:
             return
-        if not running.exists():
+        if not Results.open(given.out, resume=True).blame(f"ended the process with {status}"):
             raise SystemExit(f"the measuring process ended with {status} before it measured anything")
-        key, name = json.loads(running.read_text())
-        blame(given.out, key, name, f"ended the process with {status}")
-        running.unlink()
         resume = True
         if time.time() > until:
             return
-
-
-def blame(file: Path, key: str, name: str, why: str) -> None:
-    """Note a crash; a cell in which it is not known who crashed is given up."""
-    data: dict[str, Any] = json.loads(file.read_text())
-    print(f"{key}: {name or 'somebody'} {why}", flush=True)
-    if name and name not in data["crashed"].setdefault(key, {}):
-        data["crashed"][key][name] = why
-    else:
-        data["cells"].append({"key": key, "given_up": why, "contestants": {}})
-    file.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def render(file: Path) -> None:

@@ -18,7 +18,7 @@ from k2quant.kernels.products.tables.configs import Config, Product, Table
 DENSE = dense_shapes()
 """N and K of Kimi K2's dense weights: those of attention and of its only layer without experts."""
 
-TUNED_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096)
+TUNED_BUCKETS = (1, 8, 16, 64, 256, 1024, 4096)
 """The buckets that are tuned; those between take the next larger one's configuration."""
 
 CANDIDATES, VECTORS = 40, 6

@@ -30,6 +30,10 @@ ROUNDING = 2.0**-24
 """Half a unit in the last place of float32: what the order of a float32 sum may add to an error."""
 
 
+BROKE = "while it was"
+"""How the refusal begins of a configuration that did not run to its end; any other gave wrong numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """What came of one configuration."""
@@ -215,7 +219,7 @@ def _try(cell: Cell, config: Config, run: Run, time: Time, exact: Tensor, allowe
     try:
         return Trial(config, time(cell, config))
     except Exception as error:  # noqa: BLE001 - whatever goes wrong, the next configuration may do
-        return Trial(config, None, f"while it was timed: {_said(error)}")
+        return Trial(config, None, f"{BROKE} timed: {_said(error)}")
 
 
 def _refusal(config: Config, run: Run, exact: Tensor, allowed: float) -> str:
@@ -226,7 +230,7 @@ def _refusal(config: Config, run: Run, exact: Tensor, allowed: float) -> str:
             return "two runs gave different bits"
         found = relative_error(first, exact)
     except Exception as error:  # noqa: BLE001 - Triton's own errors share no class but this
-        return f"while it was run: {_said(error)}"
+        return f"{BROKE} run: {_said(error)}"
     if not found <= allowed:
         return f"error {found:.2e}, allowed {allowed:.2e}"
     return ""

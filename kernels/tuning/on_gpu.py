@@ -26,7 +26,7 @@ from k2quant.kernels.products.gpu import w8a8 as w8a8_triton
 from k2quant.kernels.products.tables.configs import Config, Product, Table
 from k2quant.kernels.products.weights import PackedWeight
 from k2quant.kernels.tuning import choosing as tuning
-from k2quant.kernels.tuning.candidates import TUNED_BUCKETS, Cell, candidates, cells
+from k2quant.kernels.tuning.candidates import CANDIDATES, TUNED_BUCKETS, Cell, candidates, cells
 from k2quant.kernels.tuning.choosing import Trial
 from k2quant.kernels.tuning.compiling import compile_launch, most_direct, rehearse
 from k2quant.kernels.tuning.timing import time_eager, time_graph
@@ -57,15 +57,38 @@ def tune(
     Yields:
         Each finished cell, its trials, and the table so far, named after the GPU.
     """
-    base, name = dispatch.table_of(gpu), torch.cuda.get_device_name(gpu)
     end = time.monotonic() + 60 * minutes
 
     def over() -> bool:
         return time.monotonic() > end
 
+    with trying(gpu, over) as attempt:
+        found = tuning.tune_cells(cells(products), name_of(gpu), dispatch.table_of(gpu), measured(gpu), attempt, over)
+        yield from found
+
+
+@contextmanager
+def trying(gpu: torch.device, over: tuning.Over, *, most: int = CANDIDATES) -> Iterator[tuning.TryCell]:
+    """Offer what tries a cell on a GPU: `most` configurations of it, compiled on all cores, checked, then timed."""
     with torch.cuda.device(gpu), _compilers() as pool:
-        attempt = partial(_tune_cell, gpu=gpu, pool=pool, over=over)
-        yield from tuning.tune_cells(cells(products), name, base, _measured(name), attempt, over)
+        yield partial(_tune_cell, gpu=gpu, pool=pool, over=over, most=most)
+
+
+def name_of(gpu: torch.device) -> str:
+    """Return a GPU's name, which its table has."""
+    return torch.cuda.get_device_name(gpu)
+
+
+def measured(gpu: torch.device) -> dict[str, str]:
+    """Return what a table says of its measurement: device, versions, date."""
+    import triton
+
+    return {
+        "device": name_of(gpu),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 @contextmanager
@@ -78,24 +101,13 @@ def _compilers() -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _measured(name: str) -> dict[str, str]:
-    import triton
-
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
 def _tune_cell(
-    cell: Cell, table: Table, *, gpu: torch.device, pool: ProcessPoolExecutor, over: tuning.Over
+    cell: Cell, table: Table, *, gpu: torch.device, pool: ProcessPoolExecutor, over: tuning.Over, most: int
 ) -> list[Trial]:
     properties = torch.cuda.get_device_properties(gpu)
     configs = candidates(
         cell, base=table, shared_limit=_shared_memory(gpu), processors=properties.multi_processor_count
-    )
+    )[:most]
     arch = 10 * properties.major + properties.minor
     with suppress(BrokenProcessPool):  # then each is compiled where it is run
         list(pool.map(partial(_compile, cell, arch=arch), configs))

@@ -29,6 +29,7 @@ MODULES = {
     "goals": "suites.products.goals",
     "linear": "suites.products.linear",
     "report": "suites.products.report",
+    "results": "suites.products.results",
     "run": "suites.products.run",
     "render": "suites.conversion.render",
 }
@@ -89,7 +90,7 @@ def description(bench: SimpleNamespace) -> dict[str, Any]:
 @pytest.fixture
 def results(bench: SimpleNamespace, description: dict[str, Any], tmp_path: Path) -> Any:
     """Results that nothing was added to yet."""
-    found = bench.run.Results.open(tmp_path / "kernels-cpu.json", resume=False)
+    found = bench.results.Results.open(tmp_path / "kernels-cpu.json", resume=False)
     found.save(**description)
     return found
 
@@ -241,8 +242,9 @@ class TestRun:
         """Cells that stand in the file are kept; a contestant that ended the process before is not tried again."""
         first, second = (small(cell) for cell in bench.cases.cells("cpu")[:2])
         bench.run.run([first], results, settings(bench), fake_timer, until=time.time() + 60)
-        bench.driver.blame(results.file, second.key, bench.cases.DENSE32, "ended the process with -11")
-        resumed = bench.run.Results.open(results.file, resume=True)
+        results.running.write_text(json.dumps([second.key, bench.cases.DENSE32]))
+        assert results.blame("ended the process with -11")
+        resumed = bench.results.Results.open(results.file, resume=True)
         bench.run.run([first, second], resumed, settings(bench), fake_timer, until=time.time() + 60)
         assert [record["key"] for record in resumed.data["cells"]] == [first.key, second.key]
         failed = resumed.data["cells"][1]["contestants"][bench.cases.DENSE32]

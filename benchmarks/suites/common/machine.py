@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ PACKAGES = {
     "peers": ["torch", "transformers", "compressed-tensors", "llmcompressor"],
 }
 """Whose versions matter, in each environment."""
+SMI = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,power.limit"
+"""What nvidia-smi is asked."""
 ASK = """
 import importlib.metadata as metadata, json, platform, sys
 found = {"Python": platform.python_version()}
@@ -31,9 +35,28 @@ def versions(python: str, packages: list[str]) -> dict[str, str]:
 
 
 def git(*arguments: str) -> str:
-    """Return what git says in this repository, or nothing where it fails."""
-    command = ["git", "-C", str(ROOT), *arguments]
+    """Return what git says in this repository, or nothing where it fails or is missing."""
+    program = shutil.which("git")
+    if not program:
+        return ""
+    command = [program, "-C", str(ROOT), *arguments]
     return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip()
+
+
+def graphics() -> list[str]:
+    """Return what nvidia-smi says of each GPU: see `SMI`."""
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return []
+    command = [program, f"--query-gpu={SMI}", "--format=csv,noheader"]
+    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip().splitlines()
+
+
+def reason(error: BaseException) -> str:
+    """Say in one line what went wrong, without folders of this machine."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {' '.join(lines)}"
+    return re.sub(r"(?:/[\w.@+-]+)+/([\w.@+-]+)", r"\1", text)[:300]
 
 
 def disk(folder: Path) -> str:

@@ -223,10 +223,14 @@ def render_projection(results: dict[str, Any]) -> str:
 
 
 def render_kernels(folder: Path) -> str:
-    """Link the pages of the kernels' results, which `kernels.py` writes."""
+    """Link the pages of the kernels' results, which `kernels.py` and `gpu.py` write."""
     files = [folder / f"kernels-{device}.json" for device in ("cpu", "cuda")]
     lines = [f"- {kernel_report.summary(file)}\n" for file in files if file.exists()]
-    return f"\n## Kernels\n\nPages written by `benchmarks/kernels.py`.\n\n{''.join(lines)}" if lines else ""
+    for file in sorted(folder.glob("gpu-*.md")):
+        title = file.read_text().partition("\n")[0].removeprefix("# ")
+        lines.append(f"- [On a GPU: {title}](results/{file.name}): bits, numbers, tables, times, whole commands.\n")
+    pages = "Pages written by `benchmarks/kernels.py` and `benchmarks/gpu.py`."
+    return f"\n## Kernels\n\n{pages}\n\n{''.join(lines)}" if lines else ""
 
 
 def render_models(folder: Path) -> str:

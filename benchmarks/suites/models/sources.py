@@ -21,7 +21,7 @@ from k2quant.conversion.convert import convert
 from k2quant.formats.known import FormatName
 from suites.common import machine, measure
 from suites.conversion import sources
-from suites.conversion.sources import BASES, BLOCK, CONFIG, SHAPES, Entry, Part, around, part, store_bf16
+from suites.conversion.sources import BASES, BLOCK, CONFIG, QUANTIZATION, SHAPES, STORE, Entry, Part, around, part
 
 FORMATS: tuple[FormatName, ...] = ("bf16", "fp8", "int4")
 LAYER_VOCABULARY = 2048
@@ -128,8 +128,8 @@ def link(source: Path, folder: Path) -> None:
             (folder / path.name).symlink_to(path.resolve())
 
 
-def write_layer(folder: Path, experts: int, shape: dict[str, Any]) -> None:
-    """Write one MoE layer of K2 in BF16, between a small embedding and head.
+def write_layer(folder: Path, experts: int, shape: dict[str, Any], form: FormatName = "bf16") -> None:
+    """Write one MoE layer of K2, between a small embedding and head.
 
     Weights are N(0, 0.02), the embedding N(0, 1), so that the tokens, not what attention has in common, choose the
     experts. As in `sources.py`, a few random matrices stand for all experts, each rolled by blocks of rows.
@@ -138,6 +138,7 @@ def write_layer(folder: Path, experts: int, shape: dict[str, Any]) -> None:
         folder: where; it must not be there.
         experts: how many are routed to.
         shape: config of K2, possibly smaller.
+        form: of the routed experts; everything else is BF16.
     """
     folder.mkdir(parents=True)
     random = torch.Generator().manual_seed(1)
@@ -149,8 +150,11 @@ def write_layer(folder: Path, experts: int, shape: dict[str, Any]) -> None:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if quantization := QUANTIZATION[form]:
+        config["quantization_config"] = quantization
     shapes = {name: _shape(name, config) for name in SHAPES}
-    bases = {shape: [store_bf16(around(random, *shape)) for _ in range(BASES)] for shape in set(shapes.values())}
+    store = STORE[form]
+    bases = {shape: [store(around(random, *shape)) for _ in range(BASES)] for shape in set(shapes.values())}
     files = [list(_outside(random, config))]
     for first in range(0, experts, PER_SHARD):
         numbers = range(first, min(first + PER_SHARD, experts))

@@ -141,7 +141,9 @@ def _cuda(cells: Cells) -> Iterator[Verdict]:
     every = cells.find("int4")
     yield _least("G4", "W4A16 against cuBLAS, every cell", 0.9, 1.0, "x", _against(every, cases.DENSE))
     yield from _gemlite(cells)
-    yield Verdict("G6", "W4A16 against Triton kernels with K tiles of 32", "1.5x", "2x", "", None)
+    tiled = [ratio for each in every if (ratio := faster(each, cases.GROUP_TILES))]
+    what = f"W4A16 against Triton with K tiles of 32, geometric mean of {len(tiled)} cells"
+    yield _least("G6", what, 1.5, 2, "x", _mean(tiled))
     yield from _experts(cells)
     yield from _fp8(cells)
     codecs = cells.find("codecs")
@@ -185,9 +187,13 @@ def _fp8(cells: Cells) -> Iterator[Verdict]:
 def _gemlite(cells: Cells) -> Iterator[Verdict]:
     ratios = [faster(record, cases.GEMLITE) for record in cells.records if cases.GEMLITE in record["contestants"]]
     known = [ratio for ratio in ratios if ratio]
-    mean = [math.exp(sum(map(math.log, known)) / len(known))] if known else []
-    yield _least("G5", f"W4A16 against gemlite, geometric mean of {len(known)} cells", 1.5, 2, "x", mean)
+    yield _least("G5", f"W4A16 against gemlite, geometric mean of {len(known)} cells", 1.5, 2, "x", _mean(known))
     yield _least("G5", "W4A16 against gemlite, every cell", 1.0, None, "x", known)
+
+
+def _mean(ratios: Sequence[float]) -> list[float | None]:
+    """Return the geometric mean, if there is anything."""
+    return [math.exp(sum(map(math.log, ratios)) / len(ratios))] if ratios else []
 
 
 def _errors(cells: Cells, section: str, name: str) -> Verdict:

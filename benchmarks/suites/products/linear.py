@@ -171,6 +171,12 @@ def _gemlite(problem: LinearProblem) -> Entry:
     return problem.entry([partial(layer, problem.x) for layer in layers], bank.weight.nbytes)
 
 
+def _group_tiles(problem: LinearProblem) -> Entry:
+    from suites.products import group_tiles  # only here: it loads Triton
+
+    return problem.entry(group_tiles.calls(problem.bank, problem.x), problem.bank.weight.nbytes)
+
+
 LINEAR: dict[str, Callable[[LinearProblem], Entry]] = {
     cases.OURS: _ours,
     cases.GEMM: _gemm_only,
@@ -180,4 +186,5 @@ LINEAR: dict[str, Callable[[LinearProblem], Entry]] = {
     cases.INT4PACK: _int4pack,
     cases.SCALED: _scaled,
     cases.GEMLITE: _gemlite,
+    cases.GROUP_TILES: _group_tiles,
 }

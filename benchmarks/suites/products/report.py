@@ -58,6 +58,7 @@ COLOURS = {
     cases.DEQUANTIZED: "#2ca02c",
     cases.INT4PACK: "#9467bd",
     cases.SCALED: "#8c564b",
+    cases.GROUP_TILES: "#7f7f7f",
     cases.GROUPED: "#1f77b4",
     cases.LOOP: "#1f77b4",
 }
@@ -100,12 +101,12 @@ def page(results: Record, file: Path, *, remarks: str = "", plot: str = "") -> s
         ),
         protocol.format(**numbers),
         ERRORS,
-        _verdicts(results),
+        goals_table(results),
         f"\n{remarks}" if remarks else "",
         f"\n## Time over rows\n\n![Times of the contestants and the least possible time]({plot})\n" if plot else "",
-        *(_section(results, section) for section in SECTIONS),
+        *(section_table(results, section) for section in SECTIONS),
         _memory(results),
-        _failures(results),
+        failures_table(results),
     ]
     return "".join(parts)
 
@@ -162,8 +163,9 @@ def _machine(results: Record) -> str:
     return "\n".join(lines)
 
 
-def _verdicts(results: Record) -> str:
-    found = list(goals.verdicts(results))
+def goals_table(results: Record, more: Sequence[goals.Verdict] = ()) -> str:
+    """Show every goal, met, missed or not measured; `more` are those that are measured elsewhere."""
+    found = [*goals.verdicts(results), *more]
     known = [verdict for verdict in found if verdict.met is not None]
     met = sum(bool(verdict.met) for verdict in known)
     rows = [
@@ -189,7 +191,8 @@ def _state(met: bool | None, *, stretched: bool) -> str:  # noqa: FBT001 - three
     return "**missed**" if not met else "met, stretch too" if stretched else "met"
 
 
-def _section(results: Record, section: str) -> str:
+def section_table(results: Record, section: str) -> str:
+    """Show the cells of a section; nothing if there are none."""
     records = [record for record in results["cells"] if record.get("section") == section]
     if not records:
         return ""
@@ -265,7 +268,7 @@ def _memory(results: Record) -> str:
     return "\n## Memory of the weights, MB\n\n" + table(["section", "shape", *names], body)
 
 
-def _failures(results: Record) -> str:
+def failures_table(results: Record) -> str:
     """Say who failed, where and why; equal reasons of one contestant stand together."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for record in results["cells"]:

@@ -6,14 +6,10 @@ import datetime as dt
 import json
 import os
 import platform
-import re
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +21,9 @@ from suites.products import cases
 from suites.products.cases import Cell, Protocol
 from suites.products.contestants import AnyBank, Problem, bank_for, enter, problem_for
 from suites.products.inputs import Entry
+from suites.products.results import Results
 
 PACKAGES = ("torch", "triton", "numba", "numpy", "gemlite")
-SMI = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw,power.limit"
 REPLAY_SECONDS = 0.1
 """A CUDA graph of long calls is made no longer than this; caches and launches play no part in these."""
 
@@ -49,37 +45,6 @@ class Settings:
     """Bytes that the copies of one contestant's weights take together, at least."""
 
 
-@dataclass(slots=True)
-class Results:
-    """The results of a run and the file that they are written to after every cell."""
-
-    file: Path
-    data: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, file: Path, *, resume: bool) -> Results:
-        """Start anew, or take up what stands in the file."""
-        found = json.loads(file.read_text()) if resume and file.exists() else {}
-        return cls(file, {"cells": [], "crashed": {}} | found)
-
-    @property
-    def running(self) -> Path:
-        """The file that names the contestant at work, so that a crash can be laid at its door."""
-        return self.file.with_suffix(".running")
-
-    def done(self) -> set[str]:
-        """Return the keys of the cells that were measured."""
-        return {record["key"] for record in self.data["cells"]}
-
-    def save(self, **more: Any) -> None:
-        """Write everything."""
-        self.data |= more
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=1) + "\n")
-        partial.replace(self.file)
-
-
 def run(cells: Sequence[Cell], results: Results, settings: Settings, timer: Timer, *, until: float) -> None:
     """Measure the cells that are not in the results yet, until `time.time()` passes `until`."""
     results.save()
@@ -98,7 +63,8 @@ def run(cells: Sequence[Cell], results: Results, settings: Settings, timer: Time
                 bank, made_for = bank_for(cell, settings.device, settings.rotate_bytes), cell.bank
             record = measure(cell, problem_for(bank, cell), timer, results)
         except Exception as error:  # noqa: BLE001 - no memory for it, or no Triton: a result too
-            record = cell.record() | {"contestants": {name: {"failed": reason(error)} for name in cell.contestants}}
+            failed = {name: {"failed": machine.reason(error)} for name in cell.contestants}
+            record = cell.record() | {"contestants": failed}
             _still_there()
         print(f"{time.perf_counter() - begin:5.1f} s  {cell.key}: {_line(record)}", flush=True)
         results.data["cells"].append(record)
@@ -120,7 +86,7 @@ def measure(cell: Cell, problem: Problem, timer: Timer, results: Results) -> dic
         try:
             found[name], calls[name] = _check(name, enter(problem, name))
         except Exception as error:  # noqa: BLE001 - whatever a library raises is a result
-            found[name] = {"failed": reason(error)}
+            found[name] = {"failed": machine.reason(error)}
             _still_there()
     results.running.write_text(json.dumps([cell.key, ""]))
     for name, times in timer(calls, cell.protocol).items():
@@ -171,7 +137,7 @@ def cuda_timer(settings: Settings) -> Timer:
                 else:
                     graphs[name] = timing.capture(_enough(calls))
             except Exception as error:  # noqa: BLE001 - a contestant that cannot be captured is a result
-                found[name] = f"not timed: {reason(error)}"
+                found[name] = f"not timed: {machine.reason(error)}"
                 _still_there()
         found |= timing.time_graphs(
             graphs, samples=settings.samples, warm_up_seconds=settings.warm_up_seconds, seconds=settings.seconds
@@ -194,7 +160,12 @@ def _enough(calls: Sequence[Call]) -> list[Call]:
 
 def describe(settings: Settings) -> dict[str, Any]:
     """Say where results come from, and what the device can do at most."""
-    described: dict[str, Any] = {
+    return described(settings) | {"ceilings": ceilings(settings)}
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """Say where results come from."""
+    return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "device": settings.device,
         "machine": _machine(settings.device),
@@ -203,7 +174,6 @@ def describe(settings: Settings) -> dict[str, Any]:
         "dirty": bool(machine.git("status", "--porcelain", "--", "k2quant", "kernels")),
         "settings": {key: value for key, value in asdict(settings).items() if key != "device"},
     }
-    return described | {"ceilings": ceilings(settings)}
 
 
 def ceilings(settings: Settings) -> dict[str, Any]:
@@ -220,17 +190,8 @@ def ceilings(settings: Settings) -> dict[str, Any]:
         try:
             rates[f"{name}_flops_per_s"] = timing.matmul_rate(settings.device, dtype)
         except RuntimeError as error:
-            rates[f"{name}_failed"] = reason(error)
+            rates[f"{name}_failed"] = machine.reason(error)
     return rates
-
-
-def graphics() -> list[str]:
-    """Return what nvidia-smi says of each GPU: name, driver, clocks, temperature, power."""
-    program = shutil.which("nvidia-smi")
-    if not program:
-        return []
-    command = [program, f"--query-gpu={SMI}", "--format=csv,noheader"]
-    return subprocess.run(command, check=False, capture_output=True, text=True).stdout.strip().splitlines()
 
 
 def rotate_bytes(device: str) -> int:
@@ -238,13 +199,6 @@ def rotate_bytes(device: str) -> int:
     if device == "cpu":
         return 112_000_000
     return max(240_000_000, 4 * torch.cuda.get_device_properties(0).L2_cache_size)
-
-
-def reason(error: Exception) -> str:
-    """Say in one line what went wrong, without folders of this machine."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {' '.join(lines)}"
-    return re.sub(r"(?:/[\w.@+-]+)+/([\w.@+-]+)", r"\1", text)[:300]
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -257,7 +211,7 @@ def _machine(device: str) -> dict[str, Any]:
         box["gpu"] = properties.name
         box["processors"] = properties.multi_processor_count
         box["l2_bytes"] = properties.L2_cache_size
-        box["nvidia_smi"] = {"asked": SMI, "before": graphics()}
+        box["nvidia_smi"] = {"asked": machine.SMI, "before": machine.graphics()}
     return box
 
 
@@ -293,7 +247,7 @@ def _still_there() -> None:
             torch.zeros(1, device="cuda").add_(1)
             torch.cuda.synchronize()
         except Exception as error:
-            raise SystemExit(f"the GPU takes no more work: {reason(error)}") from error
+            raise SystemExit(f"the GPU takes no more work: {machine.reason(error)}") from error
 
 
 def _forget(device: str) -> None:

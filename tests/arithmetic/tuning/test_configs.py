@@ -368,7 +368,7 @@ def test_a_tuned_table_keeps_what_was_not_reached() -> None:
     config = Config(columns=32, splits=4)
     cell = Cell("linear", "int4", (1536, 7168), 16)
     table = tuning.table_of("NVIDIA X", {cell: config}, base, {"device": "NVIDIA X"})
-    assert [table.choose("linear", "int4", (1536, 7168), rows) for rows in (5, 16)] == [config, config]
+    assert [table.choose("linear", "int4", (1536, 7168), rows) for rows in (9, 16)] == [config, config]
     for rows in (1, 64, 4096):
         assert table.choose("linear", "int4", (1536, 7168), rows) == base.choose("linear", "int4", (1536, 7168), rows)
     assert table.choose("linear", "int4", (2048, 7168), 16) == base.choose("linear", "int4", (2048, 7168), 16)
@@ -460,12 +460,12 @@ def test_few_tokens_and_many_are_rehearsed() -> None:
 
 
 def test_both_forms_of_a_bucket_are_checked() -> None:
-    """Of 5 to 16 tokens some are sorted by expert and some not; elsewhere the cell's own number tells all."""
+    """Of 9 to 16 tokens some are sorted by expert and some not; elsewhere the cell's own number tells all."""
     pytest.importorskip("triton")
     from k2quant.kernels.tuning.on_gpu import checked_tokens
 
     found = {cell.rows: checked_tokens(cell) for cell in candidates.cells(["gate_up"])}
-    assert found == {1: (1,), 4: (4,), 16: (16, 12), 64: (64,), 256: (256,), 1024: (512,), 4096: (512,)}
+    assert found == {1: (1,), 8: (8,), 16: (16, 12), 64: (64,), 256: (256,), 1024: (512,), 4096: (512,)}
 
 
 def test_json_tables_hold_one_configuration_to_a_line() -> None:

@@ -1,0 +1,153 @@
+"""Every product and gradient on the GPU against float64, on poisoned memory, twice, compiled, and in a CUDA graph.
+
+A result may be 1.05 times as far from float64, with weights unrounded, as that of dequantising to BF16 and multiplying.
+What torch leaves uninitialised is filled with NaN, and so is all memory around the inputs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k2quant.kernels.products import dispatch
+from k2quant.kernels.products.tables.configs import Product
+from suites.gpu.number_cases import LINEAR, MOE, Problem, Sizes, problems
+from suites.gpu.running import ahead, record
+from suites.gpu.running.record import Entry, Record
+from suites.gpu.running.stages import Setting
+
+SLACK = 1.05
+"""Times the error of dequantising and multiplying."""
+ROUNDING = 2.0**-24
+"""What another order of a float32 sum may add."""
+RUNS, DRY_RUNS = 20, 2
+"""Runs whose bits must be equal."""
+
+
+def run(kept: Record, setting: Setting) -> None:
+    """Check everything, each problem by itself; then all operators compiled and captured."""
+    device = torch.device(setting.device)
+    sizes = Sizes.tiny() if setting.dry_run else Sizes()
+    found = problems(device, sizes)
+    runs = DRY_RUNS if setting.dry_run else RUNS
+    if not setting.dry_run:
+        ahead.compile_products(jobs(sizes), torch.cuda.get_device_capability())
+    for each in found:
+        kept.attempt(each.name, partial(check, each, runs), fatal=ahead.gpu_lost)
+    for each in (each for each in found if each.small):
+        kept.attempt(f"{each.name}, torch.compile", partial(compiled, each), fatal=ahead.gpu_lost)
+    for each in (each for each in found if each.small):
+        work = partial(captured, each) if device.type == "cuda" else no_graphs
+        kept.attempt(f"{each.name}, CUDA graph", work, fatal=ahead.gpu_lost)
+
+
+def jobs(sizes: Sizes) -> list[ahead.Job]:
+    """Return what the problems will have compiled; of layers of experts the large one, where most is to be gained."""
+    table = dispatch.table_of(torch.device("cuda"))
+    found = []
+    for shape in sizes.shapes:
+        for product, (weight_format, _) in LINEAR.items():
+            kind: Product = "w8a8" if product == "fp8_linear_w8a8" else "linear"
+            configs = [table.choose(kind, weight_format, shape, rows) for rows in sizes.rows]
+            found += [ahead.Job(kind, weight_format, shape, config) for config in configs]
+    _, inner, hidden = sizes.layers[-1]
+    for weight_format, _ in MOE.values():
+        for tokens in sizes.tokens:
+            inward = table.choose("gate_up", weight_format, (inner, hidden), tokens)
+            outward = replace(table.choose("down", weight_format, (hidden, inner), tokens), rows=inward.rows)
+            found.append(ahead.Job("gate_up", weight_format, (inner, hidden), inward, tokens, backward=True))
+            found.append(ahead.Job("down", weight_format, (hidden, inner), outward, tokens, backward=True))
+    return list(dict.fromkeys(found))
+
+
+def check(problem: Problem, runs: int) -> Entry:
+    """Hold result and gradients to float64, and all runs to the first."""
+    problem.bound()  # its weights are made before memory is poisoned
+    with poisoned():
+        first = problem.results()
+        repeated = all(_same(first, problem.results()) for _ in range(runs - 1))
+    exact, usual = problem.exact(), problem.usual()
+    errors = {name: relative(first[name], exact[name]) for name in exact}
+    allowed = {name: SLACK * relative(usual[name], exact[name]) + ROUNDING for name in exact}
+    wrong = [
+        f"{name} is off by {errors[name]:.2e}, allowed {allowed[name]:.2e}"
+        for name in exact
+        if not errors[name] <= allowed[name]
+    ]
+    if not repeated:
+        wrong.append(f"{runs} runs gave different bits")
+    said = "; ".join(wrong) or ", ".join(f"{name} {errors[name]:.1e} of {allowed[name]:.1e}" for name in exact)
+    outcome = record.MISSED if wrong else record.PASSED
+    return {"outcome": outcome, "said": said, "errors": errors, "allowed": allowed, "same_bits": repeated}
+
+
+def compiled(problem: Problem) -> Entry:
+    """Hold what torch.compile makes of the operator, as one graph, to eager bits."""
+    torch.compiler.reset()
+    forward = problem.bound()
+    found = torch.compile(forward, fullgraph=True)(*problem.inputs)
+    return _equal(found, forward(*problem.inputs), "compiled")
+
+
+def captured(problem: Problem) -> Entry:
+    """Capture the operator in a CUDA graph and replay it on other inputs: it must follow them."""
+    forward, inputs = problem.bound(), [each.clone() for each in problem.inputs]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        forward(*inputs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward(*inputs)
+    for given, other in zip(inputs, problem.others(), strict=True):
+        given.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    return _equal(out, forward(*inputs), "replayed")
+
+
+def no_graphs() -> Entry:
+    """Say why there is nothing to capture."""
+    return {"outcome": record.LEFT_OUT, "said": "a CPU has no CUDA graphs"}
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Have torch fill what it leaves uninitialised with NaN."""
+    switches: Any = torch.utils.deterministic
+    filled = switches.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    switches.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what else would have to be deterministic
+            yield
+    finally:
+        switches.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(False)
+
+
+def relative(out: Tensor, exact: Tensor) -> float:
+    """Return ||out - exact|| / ||exact||; NaN anywhere makes it NaN."""
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def _equal(found: Tensor, eager: Tensor, how: str) -> Entry:
+    if torch.equal(found, eager):
+        return {"outcome": record.PASSED, "said": f"{how}, the bits of eager code"}
+    off = (found != eager).flatten()
+    place = int(off.int().argmax())
+    one, other = (float(each.flatten()[place]) for each in (eager, found))
+    said = f"{how}: element {place} is {other}, expected {one}; {int(off.sum())} of {off.numel()} differ"
+    return {"outcome": record.MISSED, "said": said}
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in one)

@@ -1,0 +1,248 @@
+"""The page about a run, drawn from whatever its stages left on the disk; what was missed stands first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from suites.gpu.running import record
+from suites.gpu.running.stages import STAGES
+from suites.products import goals, report
+from suites.products.goals import Verdict
+
+Stages = dict[str, dict[str, Any]]
+
+INTRO = """# {title}
+
+Written by `benchmarks/gpu.py` from `{folder}/`; do not edit. Losses stand here like wins, and first.
+{warning}
+{machine}
+
+Repeat with:
+
+    python benchmarks/gpu.py --minutes 8
+"""
+
+DRY = """
+**A dry run: it proves that the script works. Nothing here was measured on a GPU.**
+"""
+
+BITS = """
+Each codec of the GPU against its reference in plain torch on the CPU: all codes, scales and figures, bit for bit.
+"""
+
+NUMBERS = """
+||y - exact|| / ||exact||, exact in float64 with unrounded code * scale, for results and gradients. Allowed is 1.05
+times the error of dequantising to BF16 and multiplying; "of what is allowed" is the worst of a row. Uninitialised
+memory was NaN; all runs of a problem gave the same bits unless it says otherwise.
+"""
+
+TABLES = """
+Every configuration was checked against float64 and run twice before it was timed, over weights of four times the L2
+cache, in a CUDA graph. "shipped" is the configuration that the package had.
+"""
+
+TIMES = """
+One CUDA graph of at least 20 calls for each contestant, over copies of its weights of at least {rotate:.0f} MB in all,
+replayed up to {samples} times in turns, A B B A, after {warm} s of replays. Times are medians, with the 20th and the
+80th percentile in brackets. "eager" is what Python sees of a small call. "Triton, K tiles of 32" is a plain kernel of
+the usual style, written for this benchmark.
+"""
+
+
+def write(folder: Path) -> None:
+    """Write the page about the results in a folder beside it."""
+    found = {stage.name: kept for stage in STAGES if (kept := record.read(folder / f"{stage.name}.json"))}
+    file_of(folder).write_text(text(found, folder))
+
+
+def file_of(folder: Path) -> Path:
+    """Return the page's file."""
+    return folder.with_name(f"{folder.name}.md")
+
+
+def text(found: Stages, folder: Path) -> str:
+    """Return the page."""
+    return "".join(
+        [
+            _intro(found, folder),
+            _lost(found),
+            _ran(found),
+            _bits(found),
+            _numbers(found),
+            _tables(found),
+            _times(found),
+            _whole(found),
+        ]
+    )
+
+
+def facts(found: Stages) -> dict[str, Any]:
+    """Return what identity found, with the ceilings; what it did not come to is missing."""
+    entries = {entry["what"]: entry for entry in _entries(found, "identity")}
+    ceilings = entries.get("ceilings", {}).get("ceilings", {})
+    return {**entries.get("machine", {}).get("facts", {}), "ceilings": ceilings}
+
+
+def dry(found: Stages) -> bool:
+    """Return whether this was a dry run."""
+    return facts(found).get("device") == "cpu"
+
+
+def results(found: Stages) -> dict[str, Any] | None:
+    """Return the measured times in the form of `kernels.py`'s results; nothing if there are none."""
+    timed = found.get("times", {}).get("results")
+    known = facts(found)
+    if not timed or "settings" not in known:
+        return None
+    return {**known, "device": "cuda", **timed}
+
+
+def _entries(found: Stages, stage: str) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = found.get(stage, {}).get("entries", [])
+    return entries
+
+
+def _intro(found: Stages, folder: Path) -> str:
+    known = facts(found)
+    box = known.get("machine", {})
+    title = box.get("gpu") or folder.name
+    lines = []
+    if box:
+        versions = ", ".join(f"{name} {number}" for name, number in known["versions"].items())
+        lines = [
+            f"{known['date']}, commit `{known['commit']}`. {box['cpu']}, {box['cores']} cores.",
+            f"{versions}.",
+            f"Others that can be imported here: {', '.join(known['peers']) or 'none'}.",
+        ]
+        smi = box.get("nvidia_smi", {})
+        lines += [f"nvidia-smi ({smi['asked']}): {'; '.join(smi['before'])}."] if smi else []
+    rates = {name: rate for name, rate in known["ceilings"].items() if isinstance(rate, float)}
+    after = [entry["after"] for entry in _entries(found, "identity") if entry.get("after")]
+    lines += [f"The same after the ceilings were measured: {'; '.join(after[0])}."] if after else []
+    if rates:
+        shown = ", ".join(f"{name.replace('_', ' ')} {rate:.3g}" for name, rate in rates.items())
+        lines.append(f"Ceilings, measured first: {shown}.")
+    warning = DRY if dry(found) else ""
+    return INTRO.format(
+        title=title, folder=folder.name, warning=warning, machine="\n".join(lines) or "Nothing is known."
+    )
+
+
+def _lost(found: Stages) -> str:
+    """List whatever is not as it must be."""
+    lines = [
+        f"- {stage}, {entry['what']}: {entry['outcome']}: {entry.get('said', '')}"
+        for stage in found
+        for entry in _entries(found, stage)
+        if entry["outcome"] in {record.MISSED, record.FAILED}
+    ]
+    lines += [f"- {stage}: {kept['ended']}" for stage, kept in found.items() if "ended" in kept]
+    timed = None if dry(found) else results(found)
+    if timed:
+        missed = [verdict for verdict in (*goals.verdicts(timed), *_more_goals(found)) if verdict.met is False]
+        lines += [f"- {each.goal or 'error'}, {each.what}: {each.measured}, must be {each.must}" for each in missed]
+    return "\n## What was missed\n\n" + ("\n".join(lines) or "Nothing of what was tried.") + "\n"
+
+
+def _ran(found: Stages) -> str:
+    """Show what each stage came to."""
+    rows = []
+    for stage in STAGES:
+        kept = found.get(stage.name)
+        counts = [
+            sum(entry["outcome"] == outcome for entry in _entries(found, stage.name)) for outcome in record.OUTCOMES
+        ]
+        state = "did not run" if kept is None else "" if kept["done"] else kept.get("ended", "did not end")
+        at = f", at {kept['running']}" if kept and "running" in kept else ""
+        seconds = f"{kept['seconds']:.0f}" if kept else ""
+        made_at = f"`{kept['commit']}`, {kept['date']}" if kept and "commit" in kept else ""
+        rows.append([stage.name, stage.asks, made_at, seconds, *map(str, counts), state + at])
+    head = ["stage", "asks", "at", "seconds", *record.OUTCOMES, ""]
+    return "\n## What ran\n\n" + report.table(head, rows)
+
+
+def _bits(found: Stages) -> str:
+    entries = _entries(found, "bits")
+    if not entries:
+        return ""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault(entry["what"].partition(",")[0], []).append(entry)
+    rows = [
+        [name, str(len(group)), f"{sum(each.get('elements', 0) for each in group)}", _outcomes(group)]
+        for name, group in groups.items()
+    ]
+    return f"\n## Bits\n{BITS}\n" + report.table(["codec", "inputs", "elements", ""], rows)
+
+
+def _outcomes(entries: Sequence[dict[str, Any]]) -> str:
+    counts = {outcome: sum(entry["outcome"] == outcome for entry in entries) for outcome in record.OUTCOMES}
+    if counts[record.PASSED] == len(entries):
+        return "all equal"
+    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+
+
+def _numbers(found: Stages) -> str:
+    entries = _entries(found, "numbers")
+    if not entries:
+        return ""
+    rows = []
+    for entry in entries:
+        ratios = [entry["errors"][name] / allowed for name, allowed in entry.get("allowed", {}).items()]
+        shown = ", ".join(f"{name} {error:.1e}" for name, error in entry.get("errors", {}).items())
+        worst = f"{max(ratios):.2f}" if ratios else ""
+        rows.append([entry["what"], shown, worst, entry["outcome"]])
+    return f"\n## Numbers\n{NUMBERS}\n" + report.table(["problem", "errors", "of what is allowed", ""], rows)
+
+
+def _tables(found: Stages) -> str:
+    entries = [entry for entry in _entries(found, "tables") if "us" in entry]
+    if not entries:
+        return ""
+    rows = [
+        [
+            entry["what"],
+            f"{entry['us']:.1f}",
+            f"{entry['shipped_us']:.1f}" if entry["shipped_us"] else "refused",
+            f"{entry['shipped_us'] / entry['us']:.2f}x" if entry["shipped_us"] else "",
+            ", ".join(f"{name} {value}" for name, value in entry["config"].items()),
+        ]
+        for entry in entries
+    ]
+    return f"\n## Tables\n{TABLES}\n" + report.table(["cell", "us", "shipped us", "faster", "configuration"], rows)
+
+
+def _times(found: Stages) -> str:
+    timed = results(found)
+    if not timed:
+        return ""
+    setting = found["times"].get("settings") or timed["settings"]
+    told = TIMES.format(
+        rotate=setting["rotate_bytes"] / 1e6, samples=setting["samples"], warm=setting["warm_up_seconds"]
+    )
+    verdicts = "" if dry(found) else report.goals_table(timed, list(_more_goals(found)))
+    parts = [f"\n## Times\n{told}", report.ERRORS, verdicts]
+    parts += [report.section_table(timed, section) for section in report.SECTIONS]
+    return (
+        "".join([*parts, report.failures_table(timed)]).replace("\n## ", "\n### ").replace("\n### Times", "\n## Times")
+    )
+
+
+def _more_goals(found: Stages) -> Iterator[Verdict]:
+    """Yield the verdict on compiling, which the loaded layer shows."""
+    layer = next((entry for entry in _entries(found, "whole") if "compiled_after" in entry), None)
+    late = len(layer["compiled_after"]) if layer else None
+    measured = "" if layer is None else f"{late}, after {layer['warmup_s']:.1f} s for {layer['compiled_by_warmup']}"
+    yield Verdict(
+        "G15", "kernels compiled after warmup(), one layer", "0", "", measured, None if late is None else not late
+    )
+
+
+def _whole(found: Stages) -> str:
+    rows = [
+        [entry["what"], entry["outcome"], entry.get("said", "").replace("|", "\\|")]
+        for entry in _entries(found, "whole")
+    ]
+    return "\n## Whole\n\n" + report.table(["what", "", ""], rows) if rows else ""

@@ -1,0 +1,51 @@
+"""A dry run: CPU tensors take the way of GPU tensors, through Triton's interpreter, with an H200's configurations."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from k2quant.kernels.codecs.seam import Codecs
+from k2quant.kernels.products import dispatch, prepare
+from k2quant.kernels.products.int4_weight import Int4Weight
+from k2quant.kernels.products.tables.configs import TABLES, Table, read_table
+from k2quant.kernels.products.weights import Layout, PackedWeight
+
+CAPABILITY = (9, 0)
+"""Of an H200."""
+
+
+def begin() -> None:
+    """Send everything in this process there."""
+    table = read_table(TABLES / f"sm_{CAPABILITY[0]}{CAPABILITY[1]}.json")
+
+    def table_of(device: torch.device) -> Table:
+        del device
+        return table
+
+    def best_layout(device: torch.device, rows: int, kind: type[PackedWeight] = Int4Weight) -> Layout:
+        del device, rows
+        return kind.gpu_layout
+
+    def on_triton(tensor: Tensor) -> bool:
+        del tensor
+        return True
+
+    def capability(tensor: Tensor) -> tuple[int, int]:
+        del tensor
+        return CAPABILITY
+
+    dispatch.on_triton = on_triton
+    dispatch.table_of = table_of  # type: ignore[assignment]  # it remembers nothing
+    dispatch._capability = capability  # noqa: SLF001 - nobody else asks it
+    prepare.best_layout = best_layout
+    torch.set_num_threads(1)  # tiny tensors would wait for the other threads
+
+
+def codecs(device: str) -> Codecs:
+    """Return the codecs that a conversion on a GPU uses, interpreted."""
+    del device
+    found: Codecs = importlib.import_module("k2quant.kernels.codecs.gpu.seam").cuda_codecs("cpu")
+    return found
