@@ -4,9 +4,9 @@ Example:
     python benchmarks/gpu.py --minutes 8
     python benchmarks/gpu.py --dry-run
 
-It needs this repository and Python with torch, triton, transformers, numba, accelerate, click, rich, matplotlib and
-pytest; it installs and fetches nothing. Stages follow each other, the most important first, each with its own part of
-the time: identity, bits, numbers, tables, times, whole. After every step its result is on the disk, in
+It needs this repository and Python with torch, triton, transformers, numba, accelerate, peft, click, rich, matplotlib,
+hypothesis and pytest; it installs and fetches nothing. Stages follow each other, the most important first, each with
+its own part of the time: identity, bits, numbers, tables, times, whole. After every step its result is on the disk, in
 benchmarks/results/gpu-<name>/, and after every stage the page about all of it beside that, gpu-<name>.md. The GPU must
 do nothing else.
 
@@ -21,6 +21,7 @@ import datetime as dt
 import importlib
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -61,6 +62,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error("--render: say which results, with --name or --out")
         given.out = (machine.ROOT / "bench-run" if given.dry_run else RESULTS) / f"gpu-{name}"
     given.out, given.work = given.out.resolve(), given.work.resolve()
+    for folder in (given.out, given.work):
+        if folder.exists() and not folder.is_dir():
+            parser.error(f"{folder} is no folder")
+    if given.render and not any((given.out / f"{name}.json").exists() for name in NAMES):
+        parser.error(f"{given.out} has no results")
     return given
 
 
@@ -103,7 +109,10 @@ def measure(given: argparse.Namespace) -> None:
         packages = Path(work) / "packages"
         packages.mkdir()
         (packages / "k2quant").symlink_to(machine.ROOT / "k2quant")
-        os.environ |= {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"}
+        paths = [str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+        os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+        os.environ.pop("TRITON_INTERPRET", None)
+        _take_tables(given.out, Path(work) / "caches" / "k2quant" / "tables")
         # Tables that a user tuned would be taken before those that are shipped.
         os.environ["XDG_CACHE_HOME"] = str(Path(work) / "caches")
         if given.dry_run:
@@ -120,6 +129,13 @@ def measure(given: argparse.Namespace) -> None:
         supervise.run(chosen, given.out, command, seconds=seconds, after=lambda: page.write(given.out))
 
 
+def _take_tables(out: Path, folder: Path) -> None:
+    """Have the stages use the table that an earlier run tuned, if it stands among the results."""
+    folder.mkdir(parents=True)
+    for file in (file for file in out.glob("*.json") if file.stem not in NAMES):
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
 def work(given: argparse.Namespace) -> None:
     """Do one stage, in its own process."""
     supervise.end_with_parent()
@@ -129,7 +145,7 @@ def work(given: argparse.Namespace) -> None:
 
         rehearsal.begin()
     record = Record(given.out / f"{given.stage}.json", until=given.until, resume=given.resume)
-    record.save(commit=setting.commit, date=dt.datetime.now(dt.UTC).date().isoformat())
+    record.save(dry_run=setting.dry_run, commit=setting.commit, date=dt.datetime.now(dt.UTC).date().isoformat())
     importlib.import_module(f"suites.gpu.{given.stage}").run(record, setting)
     record.finish()
 
@@ -140,10 +156,17 @@ def main() -> None:
     if given.stage:
         work(given)
         return
-    if not given.render:
-        measure(given)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that whatever was begun is cleared away
+    stopped = False
+    try:
+        if not given.render:
+            measure(given)
+    except KeyboardInterrupt:
+        stopped = True
     page.write(given.out)
     print(page.file_of(given.out))
+    if stopped:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

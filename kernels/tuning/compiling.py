@@ -159,7 +159,10 @@ def compile_launch(launch: Launch, arch: int) -> Any:
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """Return the source of a launch, with the types and divisibilities that the launch itself would find."""
+    """Return the source of a launch, with the types and divisibilities that the launch itself would find.
+
+    Its hash is that of Triton's launcher, which notes an empty list for texts and for numbers that 16 does not divide.
+    """
     names = launch.kernel.arg_names
     free = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
     signature: dict[str, str] = dict.fromkeys(names, "constexpr")
@@ -170,10 +173,14 @@ def source_of(launch: Launch) -> ASTSource:
             constants[name] = 1  # Triton's own rule: a 1 becomes a constant
             continue
         signature[name] = _type(value)
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and name not in free and value % 16 == 0):
-            attributes[names.index(name),] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and name not in free):
+            divisible = isinstance(value, torch.Tensor) or value % 16 == 0
+            attributes[names.index(name),] = [["tt.divisibility", 16]] if divisible else []
+    for name, value in constants.items():
+        if isinstance(value, str):
+            attributes[names.index(name),] = []
     numbered = {(names.index(name),): value for name, value in constants.items()}
-    return ASTSource(launch.kernel, signature, numbered, attributes)
+    return ASTSource(launch.kernel, signature, numbered, dict(sorted(attributes.items())))
 
 
 def _type(value: torch.Tensor | float) -> str:

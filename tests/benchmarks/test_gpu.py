@@ -26,6 +26,7 @@ import torch
 from k2quant.kernels.products import dispatch
 from k2quant.kernels.products.tables.configs import TABLES, read_table
 from k2quant.kernels.tuning.candidates import Cell
+from k2quant.kernels.tuning.choosing import Trial
 from places import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -49,6 +50,7 @@ def bench() -> Iterator[SimpleNamespace]:
         "page",
         "tables",
         "times",
+        "whole",
         "running.ahead",
         "running.record",
         "running.stages",
@@ -425,6 +427,35 @@ def test_the_most_important_cells_are_tuned_first(bench: SimpleNamespace) -> Non
     assert len(set(cells)) == len(cells)
 
 
+KEYS = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from k2quant.kernels.products.tables.configs import TABLES, read_table
+from k2quant.kernels.tuning.compiling import rehearse, rehearse_codecs, source_of
+
+table, backend = read_table(TABLES / "sm_90.json"), make_backend(GPUTarget("cuda", 90, 32))
+launches = rehearse_codecs(90)
+CASES = (
+    ("linear", "int4", (576, 7168)),
+    ("w8a8", "fp8", (576, 7168)),
+    ("down", "int4", (7168, 2048)),
+)
+for product, form, shape in CASES:
+    launches += rehearse(product, form, shape, table.choose(product, form, shape, 1))
+for launch in launches:
+    kernel, options = launch.kernel, {"num_warps": launch.warps, "num_stages": launch.stages}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    given = {**launch.constants, **options}
+    bound, specialization, rest = binder(*launch.arguments.values(), **given)
+    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, rest)
+    same = ASTSource(kernel, signature, constants, attributes).hash() == source_of(launch).hash()
+    print(kernel.__name__, "" if same else "other key")
+"""
+"""Compares keys where kernels are not interpreted."""
+
+
 class TestAhead:
     """What is compiled on many cores before it counts."""
 
@@ -440,6 +471,17 @@ class TestAhead:
         jobs = [bench.ahead.Job("linear", "int4", (576, 7168), each) for each in (wrong, config)]
         bench.ahead.compile_products(jobs, (9, 0))
         assert any(path.name.startswith("_") for path in tmp_path.rglob("*.cubin"))
+
+    def test_the_launcher_finds_what_was_compiled_ahead(self, tmp_path: Path) -> None:
+        """The key under which a kernel was compiled ahead is the one that Triton's launcher looks for."""
+        pytest.importorskip("triton")
+        script = tmp_path / "keys.py"
+        script.write_text(KEYS)
+        variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, env=variables)
+        assert done.returncode == 0, done.stderr
+        assert "_linear" in done.stdout
+        assert "other key" not in done.stdout
 
     def test_every_cell_of_the_goals_is_compiled_ahead(
         self, bench: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
@@ -468,6 +510,79 @@ class TestAhead:
             config = SM_90.choose("linear", "fp8", (576, 7168), rows)
             assert bench.ahead.Job("linear", "fp8", (576, 7168), config) in jobs
         assert all(job.backward for job in jobs if job.tokens)
+
+
+class TestJudges:
+    """A fault that is planted is found, by each judge."""
+
+    def test_a_captured_or_compiled_result_that_differs(self, bench: SimpleNamespace) -> None:
+        """The first element that differs from eager code is named."""
+        found = bench.numbers._equal(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0]), "replayed")  # noqa: SLF001
+        assert (found["outcome"], found["said"]) == (
+            "missed",
+            "replayed: element 1 is 2.0, expected 3.0; 1 of 2 differ",
+        )
+
+    def test_bits_that_differ(self, bench: SimpleNamespace) -> None:
+        """A case whose sides differ is missed."""
+        case = SimpleNamespace(
+            truth=lambda: {"codes": np.zeros(2, np.uint8)}, ours=lambda: {"codes": np.ones(2, np.uint8)}
+        )
+        assert bench.bits.compare(case)["outcome"] == "missed"
+
+    def test_a_configuration_with_wrong_numbers(self, bench: SimpleNamespace, tmp_path: Path) -> None:
+        """It is missed though another one won; one that did not fit the GPU is not; the table is written."""
+        cell, best = Cell("linear", "int4", (576, 7168), 1), SM_90.choose("linear", "int4", (576, 7168), 1)
+        places = (tmp_path / "a" / "X.json",)
+        for refusal, outcome in (
+            ("error 1.0e+00, allowed 1.0e-02", "missed"),
+            ("while it was run: no memory", "passed"),
+        ):
+            trials = [Trial(best, 1e-6), Trial(replace(best, columns=32), None, refusal)]
+            found = bench.tables._kept(cell, trials, SM_90, SM_90, places)  # noqa: SLF001
+            assert found["outcome"] == outcome
+            assert found["shipped_us"] == pytest.approx(1.0)
+        assert read_table(places[0]).products == SM_90.products
+
+    def test_files_that_differ_or_are_missing(self, bench: SimpleNamespace, tmp_path: Path) -> None:
+        """Both are named; equal files are not."""
+        for folder, content in (("one", b"a"), ("two", b"b")):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "x.safetensors").write_bytes(content)
+            (tmp_path / folder / "same.safetensors").write_bytes(b"c")
+        (tmp_path / "one" / "y.safetensors").write_bytes(b"")
+        assert bench.whole._differing(tmp_path / "one", tmp_path / "two") == ["x.safetensors", "y.safetensors"]  # noqa: SLF001
+
+    def test_a_conversion_without_its_source(self, bench: SimpleNamespace, tmp_path: Path) -> None:
+        """It fails by name instead of converting something else."""
+        with pytest.raises(FileNotFoundError, match="its source was not made"):
+            bench.whole.conversion(tmp_path, "bf16", "fp8", bench.whole.Sizes.tiny(), None)
+
+    def test_cells_in_which_k2quant_failed_are_missed(self, bench: SimpleNamespace, tmp_path: Path) -> None:
+        """So are cells that were given up, other bits in other runs, and codecs with wrong bytes."""
+        stages = finished()
+        usual = stages["times"]["results"]["cells"][0]
+        plants: list[dict[str, Any]] = [{"failed": "illegal access"}, {"same_bits": False}, {"error": 0.5}]
+        stages["times"]["results"]["cells"] = [
+            usual | {"key": f"cell {number}", "section": "codecs", "contestants": {"k2quant": plant}}
+            for number, plant in enumerate(plants)
+        ] + [{"key": "cell 3", "given_up": "ended", "contestants": {}}]
+        page = bench.page.text(stages, tmp_path / "gpu-x")
+        lost = page[page.index("## What was missed") : page.index("## What ran")]
+        assert [f"times, cell {number}:" in lost for number in range(4)] == [True] * 4
+
+    @pytest.mark.usefixtures("bench")
+    def test_a_goal_is_not_met_by_some_of_its_cells(self) -> None:
+        """A cell that had no time counts as not measured."""
+        record = finished()["times"]["results"]["cells"][0]
+        record |= {"section": "int4", "shape": "o", "routing": ""}
+        results = {"device": "cuda", "cells": [record], "left_out": ["int4/gate/M=1/rotating"]}
+        goals = importlib.import_module("suites.products.goals")
+        fast = [verdict for verdict in goals.verdicts(results) if verdict.goal == "G1" and "M=1" in verdict.what]
+        assert fast[0].met is False or "not measured" in fast[0].measured
+        record["contestants"]["k2quant"]["median_us"] = 1.0
+        fast = [verdict for verdict in goals.verdicts(results) if verdict.goal == "G1" and verdict.what.endswith("M=1")]
+        assert (fast[0].met, "1 not measured" in fast[0].measured) == (None, True)
 
 
 class TestPage:

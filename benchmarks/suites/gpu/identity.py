@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import suppress
 from functools import partial
 from importlib import metadata
 
@@ -36,11 +37,20 @@ def describe(settings: products_run.Settings, setting: Setting) -> Entry:
     """Return device, driver, versions, clocks and commit."""
     facts = products_run.described(settings)
     facts["commit"] = setting.commit
-    facts["versions"] |= {name: metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
+    facts["versions"] |= versions()
     facts["peers"] = [name for name in PEERS if importlib.util.find_spec(name)]
     facts["capability"] = list(torch.cuda.get_device_capability()) if settings.device == "cuda" else None
     box = facts["machine"]
     return {"outcome": record.PASSED, "said": box.get("gpu") or box["cpu"], "facts": facts}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of packages that are installed under the names they are imported by."""
+    found = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def measure(settings: products_run.Settings) -> Entry:

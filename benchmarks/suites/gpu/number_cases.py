@@ -33,7 +33,9 @@ class Sizes:
 
     shapes: tuple[tuple[int, int], ...] = ((200, 96), (576, 7168), (2048, 7168), (7168, 2048), (18432, 7168))
     """N and K: odd ones, kv_a, an expert's, the dense layer's."""
-    rows: tuple[int, ...] = (1, 3, 16, 33, 64, 200, 1000, 4096)
+    rows: tuple[int, ...] = (1, 3, 16, 33, 64, 200, 1000)
+    many: int = 4096
+    """Rows that are tried after everything else."""
     layers: tuple[tuple[int, int, int], ...] = ((16, 96, 160), (EXPERTS, INNER, HIDDEN))
     """Experts, inner and hidden width."""
     tokens: tuple[int, ...] = (1, 9, 64, 500)
@@ -41,7 +43,7 @@ class Sizes:
     @classmethod
     def tiny(cls) -> Sizes:
         """Return those of a dry run."""
-        return cls(shapes=((72, 96),), rows=(1, 17), layers=((16, 32, 64),), tokens=(1, 9))
+        return cls(shapes=((72, 96),), rows=(1, 17), many=33, layers=((16, 32, 64),), tokens=(1, 9))
 
 
 class Problem(Protocol):
@@ -54,6 +56,10 @@ class Problem(Protocol):
     @property
     def small(self) -> bool:
         """Whether it is one of those that are also compiled and captured."""
+
+    @property
+    def late(self) -> bool:
+        """Whether it has its turn after everything else: it takes long."""
 
     @property
     def inputs(self) -> Sequence[Tensor]:
@@ -90,6 +96,8 @@ def problems(device: torch.device, sizes: Sizes) -> list[Problem]:
                 Experts(product, layer, tokens, device, small=number == 0 and tokens == sizes.tokens[1])
                 for tokens in sizes.tokens
             ]
+    for shape in sizes.shapes:
+        found += [Linear(product, shape, sizes.many, device, small=False, late=True) for product in LINEAR]
     return found
 
 
@@ -115,7 +123,10 @@ MOE: dict[str, tuple[str, Callable[..., Tensor]]] = {"moe_int4": ("int4", moe_in
 class Linear:
     """x times one weight, and the gradient of x."""
 
-    def __init__(self, product: str, shape: tuple[int, int], rows: int, device: torch.device, *, small: bool) -> None:
+    def __init__(
+        self, product: str, shape: tuple[int, int], rows: int, device: torch.device, *, small: bool, late: bool = False
+    ) -> None:
+        self.late = late
         self.name, self.small = f"{product} {shape[0]}x{shape[1]}, M={rows}", small
         self.product, self.shape, self.rows, self.device = product, shape, rows, device
         self.format, self.operator = LINEAR[product]
@@ -176,6 +187,7 @@ class Experts:
         self, product: str, layer: tuple[int, int, int], tokens: int, device: torch.device, *, small: bool
     ) -> None:
         experts, inner, hidden = layer
+        self.late = False
         self.name, self.small = f"{product} {experts} experts {inner}x{hidden}, {tokens} tokens", small
         self.layer, self.tokens, self.device = layer, tokens, device
         self.format, self.operator = MOE[product]
@@ -264,5 +276,5 @@ def exact_of(weight: PackedWeight) -> Tensor:
 
 
 def _normal(shape: tuple[int, ...], device: torch.device, *, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).bfloat16().to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).bfloat16()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from k2quant.kernels.products import dispatch
 from k2quant.kernels.products.tables.configs import Product
+from k2quant.kernels.tuning.choosing import ROUNDING, relative_error
 from suites.gpu.number_cases import LINEAR, MOE, Problem, Sizes, problems
 from suites.gpu.running import ahead, record
 from suites.gpu.running.record import Entry, Record
@@ -25,8 +26,6 @@ from suites.gpu.running.stages import Setting
 
 SLACK = 1.05
 """Times the error of dequantising and multiplying."""
-ROUNDING = 2.0**-24
-"""What another order of a float32 sum may add."""
 RUNS, DRY_RUNS = 20, 2
 """Runs whose bits must be equal."""
 
@@ -39,13 +38,15 @@ def run(kept: Record, setting: Setting) -> None:
     runs = DRY_RUNS if setting.dry_run else RUNS
     if not setting.dry_run:
         ahead.compile_products(jobs(sizes), torch.cuda.get_device_capability())
-    for each in found:
+    for each in (each for each in found if not each.late):
         kept.attempt(each.name, partial(check, each, runs), fatal=ahead.gpu_lost)
     for each in (each for each in found if each.small):
         kept.attempt(f"{each.name}, torch.compile", partial(compiled, each), fatal=ahead.gpu_lost)
     for each in (each for each in found if each.small):
         work = partial(captured, each) if device.type == "cuda" else no_graphs
         kept.attempt(f"{each.name}, CUDA graph", work, fatal=ahead.gpu_lost)
+    for each in (each for each in found if each.late):
+        kept.attempt(each.name, partial(check, each, runs), fatal=ahead.gpu_lost)
 
 
 def jobs(sizes: Sizes) -> list[ahead.Job]:
@@ -55,7 +56,7 @@ def jobs(sizes: Sizes) -> list[ahead.Job]:
     for shape in sizes.shapes:
         for product, (weight_format, _) in LINEAR.items():
             kind: Product = "w8a8" if product == "fp8_linear_w8a8" else "linear"
-            configs = [table.choose(kind, weight_format, shape, rows) for rows in sizes.rows]
+            configs = [table.choose(kind, weight_format, shape, rows) for rows in (*sizes.rows, sizes.many)]
             found += [ahead.Job(kind, weight_format, shape, config) for config in configs]
     _, inner, hidden = sizes.layers[-1]
     for weight_format, _ in MOE.values():
@@ -72,10 +73,10 @@ def check(problem: Problem, runs: int) -> Entry:
     problem.bound()  # its weights are made before memory is poisoned
     with poisoned():
         first = problem.results()
-        repeated = all(_same(first, problem.results()) for _ in range(runs - 1))
+    repeated = all(_same(first, problem.results()) for _ in range(runs - 1))
     exact, usual = problem.exact(), problem.usual()
-    errors = {name: relative(first[name], exact[name]) for name in exact}
-    allowed = {name: SLACK * relative(usual[name], exact[name]) + ROUNDING for name in exact}
+    errors = {name: relative_error(first[name], exact[name]) for name in exact}
+    allowed = {name: SLACK * relative_error(usual[name], exact[name]) + ROUNDING for name in exact}
     wrong = [
         f"{name} is off by {errors[name]:.2e}, allowed {allowed[name]:.2e}"
         for name in exact
@@ -100,6 +101,7 @@ def captured(problem: Problem) -> Entry:
     """Capture the operator in a CUDA graph and replay it on other inputs: it must follow them."""
     forward, inputs = problem.bound(), [each.clone() for each in problem.inputs]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         forward(*inputs)
     torch.cuda.synchronize()
@@ -132,11 +134,6 @@ def poisoned() -> Iterator[None]:
     finally:
         switches.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(False)
-
-
-def relative(out: Tensor, exact: Tensor) -> float:
-    """Return ||out - exact|| / ||exact||; NaN anywhere makes it NaN."""
-    return float((out.double() - exact).norm() / exact.norm())
 
 
 def _equal(found: Tensor, eager: Tensor, how: str) -> Entry:

@@ -8,7 +8,7 @@ from typing import Any
 
 from suites.gpu.running import record
 from suites.gpu.running.stages import STAGES
-from suites.products import goals, report
+from suites.products import cases, goals, report
 from suites.products.goals import Verdict
 
 Stages = dict[str, dict[str, Any]]
@@ -35,7 +35,8 @@ Each codec of the GPU against its reference in plain torch on the CPU: all codes
 NUMBERS = """
 ||y - exact|| / ||exact||, exact in float64 with unrounded code * scale, for results and gradients. Allowed is 1.05
 times the error of dequantising to BF16 and multiplying; "of what is allowed" is the worst of a row. Uninitialised
-memory was NaN; all runs of a problem gave the same bits unless it says otherwise.
+memory was NaN in the first run, and so was what lies around x, gradients and router weights; all other runs of a
+problem gave the same bits unless it says otherwise.
 """
 
 TABLES = """
@@ -44,10 +45,11 @@ cache, in a CUDA graph. "shipped" is the configuration that the package had.
 """
 
 TIMES = """
-One CUDA graph of at least 20 calls for each contestant, over copies of its weights of at least {rotate:.0f} MB in all,
-replayed up to {samples} times in turns, A B B A, after {warm} s of replays. Times are medians, with the 20th and the
-80th percentile in brackets. "eager" is what Python sees of a small call. "Triton, K tiles of 32" is a plain kernel of
-the usual style, written for this benchmark.
+One CUDA graph of 20 calls or more for each contestant, or fewer where these take over 0.1 s, over copies of its weights
+of at least {rotate:.0f} MB in all, replayed up to {samples} times in turns, A B B A, after {warm} s of replays. Times
+are medians, with the 20th and the 80th percentile in brackets. "eager" is what Python sees of a small call. "Triton, K
+tiles of 32" is a plain kernel of the usual style, written for this benchmark; it does not split K. Tables that were
+tuned before this stage were used.
 """
 
 
@@ -87,16 +89,16 @@ def facts(found: Stages) -> dict[str, Any]:
 
 def dry(found: Stages) -> bool:
     """Return whether this was a dry run."""
-    return facts(found).get("device") == "cpu"
+    return any(kept.get("dry_run") for kept in found.values())
 
 
 def results(found: Stages) -> dict[str, Any] | None:
     """Return the measured times in the form of `kernels.py`'s results; nothing if there are none."""
     timed = found.get("times", {}).get("results")
-    known = facts(found)
-    if not timed or "settings" not in known:
+    if not timed:
         return None
-    return {**known, "device": "cuda", **timed}
+    settings = found["times"].get("settings", {"rotate_bytes": 0, "samples": 0, "warm_up_seconds": 0.0})
+    return {"settings": settings, **facts(found), "device": "cuda", **timed}
 
 
 def _entries(found: Stages, stage: str) -> list[dict[str, Any]]:
@@ -139,11 +141,43 @@ def _lost(found: Stages) -> str:
         if entry["outcome"] in {record.MISSED, record.FAILED}
     ]
     lines += [f"- {stage}: {kept['ended']}" for stage, kept in found.items() if "ended" in kept]
+    lines += [f"- times, {sentence}" for sentence in _lost_cells(found)]
     timed = None if dry(found) else results(found)
     if timed:
         missed = [verdict for verdict in (*goals.verdicts(timed), *_more_goals(found)) if verdict.met is False]
         lines += [f"- {each.goal or 'error'}, {each.what}: {each.measured}, must be {each.must}" for each in missed]
-    return "\n## What was missed\n\n" + ("\n".join(lines) or "Nothing of what was tried.") + "\n"
+    tried = any(_entries(found, stage) or _cells(found) for stage in found)
+    nothing = "Nothing of what was tried." if tried else "Nothing was tried."
+    return "\n## What was missed\n\n" + ("\n".join(lines) or nothing) + "\n"
+
+
+def _cells(found: Stages) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = found.get("times", {}).get("results", {}).get("cells", [])
+    return cells
+
+
+def _lost_cells(found: Stages) -> Iterator[str]:
+    """Yield what went wrong with k2quant itself in the cells that were timed."""
+    for cell in _cells(found):
+        ours = cell["contestants"].get(cases.OURS, {})
+        if "given_up" in cell:
+            yield f"{cell['key']}: given up, {cell['given_up']}"
+        elif "failed" in ours:
+            yield f"{cell['key']}: failed: {ours['failed']}"
+        elif not ours.get("same_bits", True):
+            yield f"{cell['key']}: different bits in different runs"
+        elif cell.get("section") == "codecs" and ours.get("error"):
+            yield f"{cell['key']}: {ours['error']:.1e} of the bytes differ from the reference"
+
+
+def _outcomes_of(found: Stages, stage: str) -> list[str]:
+    """Return the outcomes of a stage's entries; cells that were timed count, too."""
+    outcomes = [entry["outcome"] for entry in _entries(found, stage)]
+    if stage == "times":
+        lost = len(list(_lost_cells(found)))
+        late = len(found.get("times", {}).get("results", {}).get("left_out", []))
+        outcomes += [record.FAILED] * lost + [record.PASSED] * (len(_cells(found)) - lost) + [record.LEFT_OUT] * late
+    return outcomes
 
 
 def _ran(found: Stages) -> str:
@@ -151,9 +185,7 @@ def _ran(found: Stages) -> str:
     rows = []
     for stage in STAGES:
         kept = found.get(stage.name)
-        counts = [
-            sum(entry["outcome"] == outcome for entry in _entries(found, stage.name)) for outcome in record.OUTCOMES
-        ]
+        counts = [_outcomes_of(found, stage.name).count(outcome) for outcome in record.OUTCOMES]
         state = "did not run" if kept is None else "" if kept["done"] else kept.get("ended", "did not end")
         at = f", at {kept['running']}" if kept and "running" in kept else ""
         seconds = f"{kept['seconds']:.0f}" if kept else ""
@@ -192,6 +224,7 @@ def _numbers(found: Stages) -> str:
     for entry in entries:
         ratios = [entry["errors"][name] / allowed for name, allowed in entry.get("allowed", {}).items()]
         shown = ", ".join(f"{name} {error:.1e}" for name, error in entry.get("errors", {}).items())
+        shown = shown or entry.get("said", "").replace("|", "\\|")
         worst = f"{max(ratios):.2f}" if ratios else ""
         rows.append([entry["what"], shown, worst, entry["outcome"]])
     return f"\n## Numbers\n{NUMBERS}\n" + report.table(["problem", "errors", "of what is allowed", ""], rows)

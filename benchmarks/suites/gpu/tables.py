@@ -49,6 +49,8 @@ def run(kept: Record, setting: Setting) -> None:
                 tuned = next(found, None)
                 if cell in lost or (why := ahead.gpu_lost()):
                     raise RuntimeError(lost.get(cell) or why)
+                if not tuned and not kept.over:
+                    raise RuntimeError("tuning ended with the cell before")
                 if not tuned or not tuned[1]:
                     return {"outcome": record.LEFT_OUT, "said": "the time was over"}
                 return _kept(cell, *tuned[1:], base, places)

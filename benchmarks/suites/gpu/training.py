@@ -23,6 +23,14 @@ from suites.gpu.running.stages import Setting
 LOSS = 1e-3
 """Relative difference that the loss of a training step may have from the CPU's."""
 FSDP2_TEST = "tests/qat/training/test_processes.py::test_plugin_on_gpus[1]"
+TRAIN = """
+import sys, torch
+from k2quant.qat.launch import main
+status = main(sys.argv[1:])
+print("bytes of the GPU:", torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+sys.exit(status)
+"""
+"""What `python -m k2quant.qat` does, and whether the GPU took part."""
 TAIL = 300
 """Characters of a failed process's output that are kept."""
 
@@ -67,6 +75,8 @@ def step(folder: Path, setting: Setting) -> Entry:
     failed = [f"{name}: {end}" for name, work in works.items() if (end := work.end(setting.until))]
     if failed:
         return {"outcome": record.FAILED, "said": "; ".join(failed)}
+    if not setting.dry_run and works["gpu"].output.strip().endswith("bytes of the GPU: 0"):
+        return {"outcome": record.FAILED, "said": "the GPU took no part in it"}
     losses = {name: _losses(folder / name) for name in works}
     off = max(abs(one - other) / abs(one) for one, other in zip(losses["cpu"], losses["gpu"], strict=True))
     said = f"losses within {off:.1e} of the CPU's, allowed {LOSS}"
@@ -85,7 +95,7 @@ def _start_step(folder: Path, name: str) -> Child:
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(job))
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if name == "cpu" else {}
-    return Child([sys.executable, "-m", "k2quant.qat", str(file)], folder, hidden)
+    return Child([sys.executable, "-c", TRAIN, str(file)], folder, hidden)
 
 
 def _losses(run: Path) -> list[float]:

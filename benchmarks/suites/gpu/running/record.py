@@ -50,7 +50,7 @@ class Record:
         """Whether the time is over."""
         return time.time() >= self.until
 
-    def attempt(self, what: str, work: Work, *, fatal: Callable[[], str] = str) -> None:
+    def attempt(self, what: str, work: Work, *, fatal: Callable[[], str] = lambda: "") -> None:
         """Do one step and keep what comes of it, an error too; what was done before, or has no time left, is not done.
 
         Args:

@@ -26,6 +26,8 @@ LEAST_SECONDS = 2.0
 SOFT = 0.9
 """Of its limit: then a stage begins nothing new; at the limit it is killed."""
 
+NO_TIME = "it had no time"
+
 Command = Callable[[Stage, float, bool], list[str]]
 """Returns the command for a stage, given the `time.time()` after which it begins nothing new, and whether to resume."""
 
@@ -51,8 +53,20 @@ def run(stages: Sequence[Stage], out: Path, command: Command, *, seconds: float,
 def _stage(stage: Stage, file: Path, command: Command, allowed: float) -> None:
     """Run one stage, in as many processes as it needs, and note how it ended if not by itself."""
     begun = time.time()
-    file.unlink(missing_ok=True)
-    ended = "it had no time"
+    previous = file.with_suffix(".previous")
+    if file.exists():
+        file.replace(previous)  # what an earlier run left stays until this one has something
+    try:
+        _processes(stage, file, command, allowed, begun)
+    finally:
+        if file.exists():
+            previous.unlink(missing_ok=True)
+        elif previous.exists():
+            previous.replace(file)
+
+
+def _processes(stage: Stage, file: Path, command: Command, allowed: float, begun: float) -> None:
+    ended = NO_TIME
     for start in range(STARTS):
         left = begun + allowed - time.time()
         if left < LEAST_SECONDS:
@@ -63,6 +77,9 @@ def _stage(stage: Stage, file: Path, command: Command, allowed: float) -> None:
         ended = "stopped: its time was over" if status is None else f"its process ended with {status}"
         if status is None:
             break
+    if ended == NO_TIME:
+        print(f"{stage.name}: {ended}", flush=True)
+        return
     found = record.read(file) or {"stage": stage.name, "entries": [], "seconds": 0.0, "done": False}
     record.write(file, found | {"ended": ended, "allowed_s": round(allowed, 1)})
     print(f"{stage.name}: {ended}", flush=True)
