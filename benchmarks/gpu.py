@@ -35,14 +35,13 @@ from suites.gpu.running.stages import STAGES, Setting, Stage
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-MINUTES = 8.0
 NAMES = tuple(stage.name for stage in STAGES)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=_minutes, default=MINUTES, help=f"for everything ({MINUTES:g})")
+    parser.add_argument("--minutes", type=_minutes, default=page.MINUTES, help=f"for everything ({page.MINUTES:g})")
     parser.add_argument("--stages", type=_stages, default=NAMES, help="only these, such as bits,numbers; others stay")
     parser.add_argument("--name", type=_name, help="what the results are named after (the GPU)")
     parser.add_argument("--out", type=Path, help="folder for the results (benchmarks/results/gpu-<name>)")
@@ -121,6 +120,7 @@ def measure(given: argparse.Namespace) -> None:
         def command(stage: Stage, until: float, resume: bool) -> list[str]:  # noqa: FBT001 - as `supervise` calls it
             words = [sys.executable, str(HERE / "gpu.py"), "--stage", stage.name, "--until", str(until)]
             words += ["--out", str(given.out), "--work", work, "--commit", commit]
+            words += ["--minutes", f"{given.minutes:g}"]
             return words + ["--dry-run"] * given.dry_run + ["--resume"] * resume
 
         commit = given.commit or machine.git("describe", "--always", "--dirty") or "unknown"
@@ -139,13 +139,14 @@ def _take_tables(out: Path, folder: Path) -> None:
 def work(given: argparse.Namespace) -> None:
     """Do one stage, in its own process."""
     supervise.end_with_parent()
-    setting = Setting(dry_run=given.dry_run, out=given.out, work=given.work, until=given.until, commit=given.commit)
+    setting = Setting(dry_run=given.dry_run, out=given.out, work=given.work, until=given.until)
     if given.dry_run:
         from suites.gpu.running import rehearsal
 
         rehearsal.begin()
     record = Record(given.out / f"{given.stage}.json", until=given.until, resume=given.resume)
-    record.save(dry_run=setting.dry_run, commit=setting.commit, date=dt.datetime.now(dt.UTC).date().isoformat())
+    today = dt.datetime.now(dt.UTC).date().isoformat()
+    record.save(dry_run=given.dry_run, commit=given.commit, date=today, minutes=given.minutes)
     importlib.import_module(f"suites.gpu.{given.stage}").run(record, setting)
     record.finish()
 

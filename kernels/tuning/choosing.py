@@ -26,6 +26,9 @@ from k2quant.kernels.tuning.candidates import TUNED_BUCKETS, Cell, gate_up_rows
 LONGEST_REPLAY, FEWEST_CALLS = 0.02, 4
 """Seconds that the timed calls of a configuration may take together, and how many of them there are at least."""
 
+SLACK = 1.05
+"""Times the error of dequantising and multiplying: what a kernel's error may be."""
+
 ROUNDING = 2.0**-24
 """Half a unit in the last place of float32: what the order of a float32 sum may add to an error."""
 
@@ -117,8 +120,13 @@ def calls_for(seconds: float, most: int) -> int:
 
 
 def allowed_error(x: Tensor, weight: PackedWeight, exact: Tensor) -> float:
-    """Return 1.05 times the error of dequantised weights, plus the rounding of a sum in another order."""
-    return 1.05 * relative_error(reference.linear(x, weight), exact) + ROUNDING
+    """Return the error that a product may have."""
+    return allowed(reference.linear(x, weight), exact)
+
+
+def allowed(usual: Tensor, exact: Tensor) -> float:
+    """Return the error that a result may have beside `usual`, the one that dequantised weights give."""
+    return SLACK * relative_error(usual, exact) + ROUNDING
 
 
 def relative_error(out: Tensor, exact: Tensor) -> float:

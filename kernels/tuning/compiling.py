@@ -5,6 +5,11 @@ For gates where there is no GPU, and to fill Triton's cache on many cores before
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -156,6 +161,44 @@ def compile_launch(launch: Launch, arch: int) -> Any:
     """Return Triton's compiled kernel of a launch for an architecture such as 90, from its cache if it is there."""
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": not launch.exact}
     return triton.compile(source_of(launch), target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def precompile(
+    product: Product,
+    weight_format: str,
+    shape: tuple[int, int],
+    config: Config,
+    *,
+    arch: int,
+    tokens: tuple[int, ...] | None = None,
+    backward: bool = False,
+) -> None:
+    """Fill Triton's cache with what a product launches; what fails here fails again, and is noted, where it is run.
+
+    Args:
+        product: see `rehearse`, as for all but `arch`.
+        weight_format: see there.
+        shape: see there.
+        config: see there; of the form `dequantize` there is nothing to compile.
+        arch: an architecture such as 90.
+        tokens: see there.
+        backward: see there.
+    """
+    if config.form == "dequantize":
+        return
+    with suppress(Exception):
+        for launch in rehearse(product, weight_format, shape, config, tokens=tokens, backward=backward):
+            compile_launch(launch, arch)
+
+
+@contextmanager
+def compilers() -> Iterator[ProcessPoolExecutor]:
+    """Open processes that compile; whoever is interrupted does not wait for what they have not begun."""
+    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def source_of(launch: Launch) -> ASTSource:

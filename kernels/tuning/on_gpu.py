@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +26,7 @@ from k2quant.kernels.products.weights import PackedWeight
 from k2quant.kernels.tuning import choosing as tuning
 from k2quant.kernels.tuning.candidates import CANDIDATES, TUNED_BUCKETS, Cell, candidates, cells
 from k2quant.kernels.tuning.choosing import Trial
-from k2quant.kernels.tuning.compiling import compile_launch, most_direct, rehearse
+from k2quant.kernels.tuning.compiling import compilers, most_direct, precompile
 from k2quant.kernels.tuning.timing import time_eager, time_graph
 
 CHECKED_ROWS = 512
@@ -70,7 +68,7 @@ def tune(
 @contextmanager
 def trying(gpu: torch.device, over: tuning.Over, *, most: int = CANDIDATES) -> Iterator[tuning.TryCell]:
     """Offer what tries a cell on a GPU: `most` configurations of it, compiled on all cores, checked, then timed."""
-    with torch.cuda.device(gpu), _compilers() as pool:
+    with torch.cuda.device(gpu), compilers() as pool:
         yield partial(_tune_cell, gpu=gpu, pool=pool, over=over, most=most)
 
 
@@ -89,16 +87,6 @@ def measured(gpu: torch.device) -> dict[str, str]:
         "triton": triton.__version__,
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-@contextmanager
-def _compilers() -> Iterator[ProcessPoolExecutor]:
-    """Open processes that compile; whoever is interrupted does not wait for what they have not begun."""
-    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=multiprocessing.get_context("spawn"))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _tune_cell(
@@ -134,15 +122,8 @@ def _shared_memory(gpu: torch.device) -> int:
 
 
 def _compile(cell: Cell, config: Config, *, arch: int) -> None:
-    """Fill Triton's cache from another process; what fails here fails again, and is reported, where it is run."""
-    if config.form == "dequantize":
-        return
-    try:
-        tokens = checked_tokens(cell)
-        for launch in rehearse(cell.product, cell.weight_format, cell.shape, config, tokens=tokens, backward=False):
-            compile_launch(launch, arch)
-    except Exception:  # noqa: BLE001, S110 - see above
-        pass
+    """Fill Triton's cache from another process."""
+    precompile(cell.product, cell.weight_format, cell.shape, config, arch=arch, tokens=checked_tokens(cell))
 
 
 def _linear_work(cell: Cell, _: Table, gpu: torch.device) -> tuple[tuning.Run, tuning.Time, Tensor, float]:
@@ -163,7 +144,7 @@ def _linear_work(cell: Cell, _: Table, gpu: torch.device) -> tuple[tuning.Run, t
 
     if cell.product == "w8a8":
         exact, fp8 = _w8a8_truth(small, weight), cast("Fp8Weight", weight)
-        allowed = 1.05 * tuning.relative_error(reference.fp8_linear_w8a8(small, fp8), exact) + tuning.ROUNDING
+        allowed = tuning.allowed(reference.fp8_linear_w8a8(small, fp8), exact)
     else:
         exact = small.double() @ _truth(weight).T
         allowed = tuning.allowed_error(small, weight, exact)
@@ -192,7 +173,7 @@ def _moe_work(cell: Cell, table: Table, gpu: torch.device) -> tuple[tuning.Run, 
     checked = [few[torch.rand(tokens, len(few), device=gpu).topk(TOP).indices] for tokens in checked_tokens(cell)]
     exact = torch.cat([_moe_truth(x, parts, ids, weights) for ids in checked])
     usual = torch.cat([reference.moe(x[: len(ids)], *parts, ids, weights[: len(ids)]) for ids in checked])
-    allowed = 1.05 * tuning.relative_error(usual, exact) + tuning.ROUNDING
+    allowed = tuning.allowed(usual, exact)
     return (lambda config: torch.cat([layer(ids, config) for ids in checked])), timer, exact, allowed
 
 

@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 import torch
 
+from k2quant.kernels.codecs.reference.seam import torch_codecs
+from k2quant.kernels.codecs.values import ValueAt
 from k2quant.kernels.products import dispatch
 from k2quant.kernels.products.tables.configs import TABLES, read_table
 from k2quant.kernels.tuning.candidates import Cell
@@ -44,6 +46,7 @@ def bench() -> Iterator[SimpleNamespace]:
     """The parts of the benchmark, with their folder on the path meanwhile."""
     sys.path.insert(0, str(BENCHMARKS))
     names = [
+        "bit_cases",
         "bits",
         "number_cases",
         "numbers",
@@ -345,9 +348,42 @@ class TestBits:
         one, other = ({"refused": np.frombuffer(text, np.uint8)} for text in (b"NaN at 1", b"NaN at 2"))
         (said,) = bench.bits.differences(one, other)
         assert said == "expected the refusal `NaN at 2`, found the refusal `NaN at 1`"
+        assert bench.bits.differences({"1: refused": one["refused"]}, {"1: codes": np.zeros(1)}) == [
+            "1: codes: missing"
+        ]
         assert bench.bits.differences({"codes": np.zeros(1)}, other) == [
             "expected the refusal `NaN at 2`, found a result"
         ]
+
+    def test_every_bf16_value_is_encoded(self, bench: SimpleNamespace) -> None:
+        """All 65,536 go to FP8 and to INT4: ordinary ones in large arrays, those that may be refused one by one."""
+        taken: dict[str, set[int]] = {"fp8": set(), "int4": set()}
+
+        def taker(name: str) -> Any:
+            def encode(weights: Any, *_: Any, **__: Any) -> Any:
+                taken[name] |= set(np.unique(weights).tolist())
+                raise ValueAt(row=0, column=0, what="refused")
+
+            return SimpleNamespace(encode=encode, decode=lambda *_: None)
+
+        codecs = SimpleNamespace(fp8=taker("fp8"), int4=taker("int4"))
+        made = bench.bit_cases.Bench(codecs, torch_codecs("cpu"), torch.device("cpu"))
+        ordinary = bench.bit_cases.weights(made)["every BF16 number"]
+        cases = bench.bit_cases._encoding(made, "all", ordinary, ((128, 128),))  # noqa: SLF001
+        for case in [*cases, *bench.bit_cases._extremes(made)]:  # noqa: SLF001
+            case.ours()
+        assert {name: len(values) for name, values in taken.items()} == {"fp8": 65536, "int4": 65536}
+
+    def test_a_refused_array_hides_no_other(self, bench: SimpleNamespace) -> None:
+        """What is done one by one keeps the results of those that are not refused."""
+
+        def job(bits: Any, _: Any) -> dict[str, Any]:
+            if bits[0]:
+                raise ValueAt(row=0, column=0, what="refused")
+            return {"codes": bits}
+
+        found = bench.bit_cases.one_by_one(job, [np.ones(1), np.zeros(1)], None)
+        assert found.keys() == {"0: refused", "1: codes"}
 
 
 class Fake:
@@ -514,6 +550,14 @@ class TestAhead:
 
 class TestJudges:
     """A fault that is planted is found, by each judge."""
+
+    def test_a_layer(self, bench: SimpleNamespace) -> None:
+        """Experts that are off, or NaN, and kernels that are compiled late are missed; else it passes."""
+        facts = {"difference": 0.01, "compiled_after": [], "tokens_per_s": {1: 2.0}, "bytes": 1, "load_s": 1.0}
+        facts |= {"warmup_s": 1.0, "compiled_by_warmup": 3}
+        assert bench.whole.judge(facts)["outcome"] == "passed"
+        for change in ({"difference": 0.03}, {"difference": float("nan")}, {"compiled_after": ["_down"]}):
+            assert bench.whole.judge(facts | change)["outcome"] == "missed"
 
     def test_a_captured_or_compiled_result_that_differs(self, bench: SimpleNamespace) -> None:
         """The first element that differs from eager code is named."""

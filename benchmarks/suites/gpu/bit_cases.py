@@ -88,6 +88,7 @@ def cases(bench: Bench) -> Iterator[Case]:
     yield from _decoding(bench)
     yield from _fused(bench)
     yield from _matrices(bench)
+    yield from _extremes(bench)
     yield from _floats(bench)
     yield from _refusals(bench)
     yield from _operators(bench, small)
@@ -114,7 +115,6 @@ def weights(bench: Bench) -> dict[str, U16]:
         "every BF16 number": every.reshape(-1, 128),
         "every BF16 number, shuffled": random.permutation(every).reshape(-1, 128),
         "every BF16 number, alone in a group": alone.reshape(-1, 4 * GROUP),
-        "the largest binade": np.arange(TOP_BINADE, FINITE).astype(np.uint16).reshape(-1, GROUP),
         "random": float_to_bf16(random.standard_normal(bench.ragged, np.float32) * np.float32(0.02)),
         "any size": random.integers(0, 0x7E00, bench.ragged, np.uint16) | sign,
         "denormal": random.integers(0, 0x300, bench.ragged, np.uint16) | sign,
@@ -224,7 +224,7 @@ def _decoding(bench: Bench) -> Iterator[Case]:
         return {"decoded": out}
 
     yield bench.case("FP8 -> BF16, all 254 codes, scales of every size", decode_fp8)
-    yield bench.case("INT4 -> BF16, all codes at all places, all BF16 scales", decode_int4)
+    yield bench.case("INT4 -> BF16, all codes at all places, all BF16 scales below 2^124", decode_int4)
 
 
 def to_int4(codes: NDArray[np.uint8], scale: F32, block: tuple[int, int], grid: Grid, codecs: Codecs) -> Arrays:
@@ -251,7 +251,32 @@ def _fused(bench: Bench) -> Iterator[Case]:
         yield bench.case(f"FP8 -> INT4 {grid}, all 254 codes, scales of every size", job)
     for block in BLOCKS:
         job = partial(to_fp8, packed, _wide(factors), block)
-        yield bench.case(f"INT4 -> FP8 {block[0]}x{block[1]}, all codes at all places, all BF16 scales", job)
+        yield bench.case(
+            f"INT4 -> FP8 {block[0]}x{block[1]}, all codes at all places, all BF16 scales below 2^124", job
+        )
+
+
+def one_by_one(job: Callable[[U16, Codecs], Arrays], parts: list[U16], codecs: Codecs) -> Arrays:
+    """Do a job on each of several arrays: one that is refused hides none of the others."""
+    found: Arrays = {}
+    for number, part in enumerate(parts):
+        found |= {f"{number}: {name}": array for name, array in outcome(partial(job, part), codecs).items()}
+    return found
+
+
+def _extremes(bench: Bench) -> Iterator[Case]:
+    """Yield what `weights` leaves out of all BF16 values: the largest binade, infinities and NaN."""
+    signs = (0, 0x8000)
+    large = np.concatenate([np.arange(TOP_BINADE, FINITE) | sign for sign in signs]).astype(np.uint16)
+    other = np.concatenate([np.arange(FINITE, 0x8000) | sign for sign in signs]).astype(np.uint16)
+    kinds = {
+        "the largest binade": [each.repeat(GROUP)[None, :] for each in large[:: min(bench.every, 61), None]],
+        "infinities and NaN": [each.repeat(GROUP)[None, :] for each in other[:: min(bench.every, 61), None]],
+    }
+    for kind, parts in kinds.items():
+        fp8, int4 = (lambda bits, c: encode_fp8(bits, BLOCK, c)), (lambda bits, c: encode_int4(bits, "moonshot", c))
+        yield bench.case(f"BF16 -> FP8 128x128 -> BF16, {kind}", partial(one_by_one, fp8, parts))
+        yield bench.case(f"BF16 -> INT4 moonshot -> BF16, {kind}", partial(one_by_one, int4, parts))
 
 
 def _floats(bench: Bench) -> Iterator[Case]:

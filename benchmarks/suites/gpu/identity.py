@@ -29,14 +29,13 @@ def run(kept: Record, setting: Setting) -> None:
         seconds=0.5,
         rotate_bytes=LITTLE if setting.dry_run else products_run.rotate_bytes(setting.device),
     )
-    kept.attempt("machine", partial(describe, settings, setting))
+    kept.attempt("machine", partial(describe, settings))
     kept.attempt("ceilings", partial(measure, settings))
 
 
-def describe(settings: products_run.Settings, setting: Setting) -> Entry:
-    """Return device, driver, versions, clocks and commit."""
+def describe(settings: products_run.Settings) -> Entry:
+    """Return device, driver, versions and clocks."""
     facts = products_run.described(settings)
-    facts["commit"] = setting.commit
     facts["versions"] |= versions()
     facts["peers"] = [name for name in PEERS if importlib.util.find_spec(name)]
     facts["capability"] = list(torch.cuda.get_device_capability()) if settings.device == "cuda" else None

@@ -1,6 +1,6 @@
 """Products to check: odd shapes and real ones, few rows and many; what they should give in float64, and usually give.
 
-Inputs lie in the middle of tensors of NaN, so that whatever reads beside them is noticed.
+x, gradients and the router's weights lie in the middle of tensors of NaN: whatever reads beside them is noticed.
 """
 
 from __future__ import annotations

@@ -13,6 +13,9 @@ from suites.products.goals import Verdict
 
 Stages = dict[str, dict[str, Any]]
 
+MINUTES = 8.0
+"""Of a run, if nothing else is said."""
+
 INTRO = """# {title}
 
 Written by `benchmarks/gpu.py` from `{folder}/`; do not edit. Losses stand here like wins, and first.
@@ -21,7 +24,7 @@ Written by `benchmarks/gpu.py` from `{folder}/`; do not edit. Losses stand here 
 
 Repeat with:
 
-    python benchmarks/gpu.py --minutes 8
+    python benchmarks/gpu.py --minutes {minutes:g}
 """
 
 DRY = """
@@ -113,8 +116,9 @@ def _intro(found: Stages, folder: Path) -> str:
     lines = []
     if box:
         versions = ", ".join(f"{name} {number}" for name, number in known["versions"].items())
+        commit = found["identity"].get("commit", "unknown")
         lines = [
-            f"{known['date']}, commit `{known['commit']}`. {box['cpu']}, {box['cores']} cores.",
+            f"{known['date']}, commit `{commit}`. {box['cpu']}, {box['cores']} cores.",
             f"{versions}.",
             f"Others that can be imported here: {', '.join(known['peers']) or 'none'}.",
         ]
@@ -127,8 +131,13 @@ def _intro(found: Stages, folder: Path) -> str:
         shown = ", ".join(f"{name.replace('_', ' ')} {rate:.3g}" for name, rate in rates.items())
         lines.append(f"Ceilings, measured first: {shown}.")
     warning = DRY if dry(found) else ""
+    minutes = max((kept["minutes"] for kept in found.values() if "minutes" in kept), default=MINUTES)
     return INTRO.format(
-        title=title, folder=folder.name, warning=warning, machine="\n".join(lines) or "Nothing is known."
+        minutes=minutes,
+        title=title,
+        folder=folder.name,
+        warning=warning,
+        machine="\n".join(lines) or "Nothing is known.",
     )
 
 

@@ -20,10 +20,11 @@ from k2quant.kernels.tuning.candidates import Cell, candidates
 from k2quant.kernels.tuning.choosing import Trial, TryCell
 from k2quant.kernels.tuning.timing import time_eager
 from suites.common import machine
-from suites.gpu.running import ahead, record
+from suites.gpu.running import record
 from suites.gpu.running.record import Entry, Record
 from suites.gpu.running.stages import Setting
 from suites.products.cases import BIG, SHAPES
+from suites.products.run import gpu_lost
 
 ROWS = (1, 16, 64, 256, 4096, 8)
 """M, in the order of their importance."""
@@ -47,7 +48,7 @@ def run(kept: Record, setting: Setting) -> None:
 
             def work(cell: Cell = cell) -> Entry:
                 tuned = next(found, None)
-                if cell in lost or (why := ahead.gpu_lost()):
+                if cell in lost or (why := gpu_lost()):
                     raise RuntimeError(lost.get(cell) or why)
                 if not tuned and not kept.over:
                     raise RuntimeError("tuning ended with the cell before")
@@ -55,7 +56,7 @@ def run(kept: Record, setting: Setting) -> None:
                     return {"outcome": record.LEFT_OUT, "said": "the time was over"}
                 return _kept(cell, *tuned[1:], base, places)
 
-            kept.attempt(str(cell), work, fatal=ahead.gpu_lost)
+            kept.attempt(str(cell), work, fatal=gpu_lost)
 
 
 def cells() -> Iterator[Cell]:

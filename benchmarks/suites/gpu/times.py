@@ -78,11 +78,7 @@ def jobs(chosen: Sequence[Cell]) -> list[ahead.Job]:
             shape = cell.size[0], cell.size[1]
             found.append(ahead.Job(product, weight_format, shape, table.choose(product, weight_format, shape, cell.m)))
         elif cell.size[0] == EXPERTS:
-            inward, outward = (cell.size[1], cell.size[2]), (cell.size[2], cell.size[1])
-            config = table.choose("gate_up", weight_format, inward, cell.m)
-            other = replace(table.choose("down", weight_format, outward, cell.m), rows=config.rows)
-            found += [ahead.Job("gate_up", weight_format, inward, config, cell.m)]
-            found += [ahead.Job("down", weight_format, outward, other, cell.m)]
+            found += ahead.of_layer(table, weight_format, cell.size[1], cell.size[2], cell.m)
     return list(dict.fromkeys(found))
 
 

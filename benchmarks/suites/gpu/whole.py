@@ -23,10 +23,11 @@ from k2quant.model.modules import QuantizedExperts
 from suites.common import measure
 from suites.conversion.sources import CONFIG
 from suites.gpu import training
-from suites.gpu.running import ahead, record
+from suites.gpu.running import record
 from suites.gpu.running.record import Entry, Record
 from suites.gpu.running.stages import Setting
 from suites.models.sources import LAYER_VOCABULARY, TINY, write_layer
+from suites.products.run import gpu_lost
 
 TASKS: tuple[tuple[FormatName, FormatName], ...] = (("fp8", "int4"), ("fp8", "bf16"), ("bf16", "fp8"))
 """Conversions: from, to; the BF16 source is what the second of them wrote."""
@@ -65,9 +66,9 @@ def run(kept: Record, setting: Setting) -> None:
     try:
         for source, target in sizes.tasks:
             name = f"convert {source.upper()} -> {target.upper()}"
-            kept.attempt(name, partial(conversion, folder, source, target, sizes, setting), fatal=ahead.gpu_lost)
+            kept.attempt(name, partial(conversion, folder, source, target, sizes, setting), fatal=gpu_lost)
         measure.remove(folder)
-        kept.attempt("one layer, INT4", partial(layer, folder, sizes, setting), fatal=ahead.gpu_lost)
+        kept.attempt("one layer, INT4", partial(layer, folder, sizes, setting), fatal=gpu_lost)
         measure.remove(folder)
         kept.attempt("one QAT step of nano-K2", partial(training.step, folder, setting))
         kept.attempt("FSDP2, one process", partial(training.fsdp2, setting))
@@ -127,40 +128,53 @@ def _differing(one: Path, other: Path) -> list[str]:
 def layer(folder: Path, sizes: Sizes, setting: Setting) -> Entry:
     """Load one layer with all experts, compile, decode, and hold the experts to plain torch on the same GPU."""
     write_layer(folder, sizes.loaded, sizes.shape, "int4")
-    facts: dict[str, Any] = {"bytes": measure.size(folder), "experts": sizes.loaded}
     place = "cpu" if setting.dry_run else "cuda:0"
     begun = time.perf_counter()
     model: Any = load_model(folder, device=place)
     _wait()
-    facts["load_s"] = time.perf_counter() - begun
+    facts: dict[str, Any] = {"bytes": measure.size(folder), "load_s": time.perf_counter() - begun}
     facts["memory"] = torch.cuda.memory_allocated() if setting.device == "cuda" else None
-    with torch.inference_mode(), _counted() as compiled:
-        begun = time.perf_counter()
-        most = sizes.prompt * max(sizes.batches)  # no more rows come at once
-        stacks = [tuple(map(module.packed, ("gate_proj", "up_proj", "down_proj"))) for module in _experts(model)]
-        warmup([], stacks, rows=most)  # type: ignore[arg-type]  # three each
-        _wait()
-        facts |= {"warmup_s": time.perf_counter() - begun, "compiled_by_warmup": len(compiled)}
-        compiled.clear()
+    with torch.inference_mode():
+        facts |= _run(model, sizes, setting)
         found = through_experts(model, sizes.prompt, setting)
-        facts["tokens_per_s"] = {rows: decode(model, rows, sizes, setting) for rows in sizes.batches}
-        facts["compiled_after"] = sorted(set(compiled))
-    del model, stacks
+    del model
     plain: Any = load_model(folder, device=place, backend="reference")
     with torch.inference_mode():
         wanted = through_experts(plain, sizes.prompt, setting)
     facts["difference"] = float((found - wanted).norm() / wanted.norm())
-    wrong = [f"the experts' results differ by {facts['difference']:.1e}, allowed {NEAR}"] * (
-        not facts["difference"] <= NEAR
-    )
-    wrong += [f"compiled after warmup: {', '.join(facts['compiled_after'])}"] * bool(facts["compiled_after"])
-    rates = ", ".join(f"{rate:.1f} tokens/s at batch {rows}" for rows, rate in facts["tokens_per_s"].items())
-    good = (
+    return judge(facts) | facts
+
+
+def _run(model: Any, sizes: Sizes, setting: Setting) -> dict[str, Any]:
+    """Warm a model up, then decode: how long both take, and what is compiled in each."""
+    most = sizes.prompt * max(sizes.batches)  # no more rows come at once
+    stacks = [tuple(map(module.packed, ("gate_proj", "up_proj", "down_proj"))) for module in _experts(model)]
+    with _counted() as warming:
+        begun = time.perf_counter()
+        warmup([], stacks, rows=most)  # type: ignore[arg-type]  # three each
+        _wait()
+        seconds = time.perf_counter() - begun
+    with _counted() as late:
+        rates = {batch: decode(model, batch, sizes, setting) for batch in sizes.batches}
+    facts: dict[str, Any] = {"warmup_s": seconds, "compiled_by_warmup": len(warming)}
+    return facts | {"compiled_after": sorted(set(late)), "tokens_per_s": rates}
+
+
+def judge(facts: dict[str, Any]) -> Entry:
+    """Return the outcome of a layer, and all about it in a sentence."""
+    said = []
+    if not facts["difference"] <= NEAR:
+        said.append(f"the experts' results differ by {facts['difference']:.1e}, allowed {NEAR}")
+    if facts["compiled_after"]:
+        said.append(f"compiled after warmup: {', '.join(facts['compiled_after'])}")
+    outcome = record.MISSED if said else record.PASSED
+    rates = ", ".join(f"{rate:.1f} tokens/s at batch {batch}" for batch, rate in facts["tokens_per_s"].items())
+    said.append(
         f"{facts['bytes'] / 1e9:.2f} GB loaded in {facts['load_s']:.1f} s, warmed up in {facts['warmup_s']:.1f} s "
         f"({facts['compiled_by_warmup']} kernels, some of them from the disk), {rates}, "
         f"experts within {facts['difference']:.1e} of the reference"
     )
-    return {"outcome": record.MISSED if wrong else record.PASSED, "said": "; ".join([*wrong, good])} | facts
+    return {"outcome": outcome, "said": "; ".join(said)}
 
 
 def through_experts(model: Any, tokens: int, setting: Setting) -> Tensor:

@@ -240,14 +240,21 @@ def _line(record: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _still_there() -> None:
-    """Raise if an error has left the GPU unusable for this process."""
+def gpu_lost() -> str:
+    """Return why this process can use the GPU no more, if so: an error in a kernel ends its context."""
     if torch.cuda.is_available():
         try:
             torch.zeros(1, device="cuda").add_(1)
             torch.cuda.synchronize()
-        except Exception as error:
-            raise SystemExit(f"the GPU takes no more work: {machine.reason(error)}") from error
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+            return f"the GPU takes no more work: {machine.reason(error)}"
+    return ""
+
+
+def _still_there() -> None:
+    """Raise if an error has left the GPU unusable for this process."""
+    if lost := gpu_lost():
+        raise SystemExit(lost)
 
 
 def _forget(device: str) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
-from k2quant.kernels.products.tables.configs import Config, Product
+from k2quant.kernels.products.tables.configs import Config, Product, Table
+from suites.products.run import gpu_lost
 
 MOST_THREADS = 8
 """Compiling holds Python's lock for a part of its time: more threads would wait for each other."""
@@ -50,35 +48,29 @@ class Job:
     """Whether it is differentiated, too."""
 
 
+def of_layer(
+    table: Table, weight_format: str, inner: int, hidden: int, tokens: int, *, backward: bool = False
+) -> list[Job]:
+    """Return both products of a layer of experts, with equal blocks of rows, as `dispatch` launches them."""
+    inward = table.choose("gate_up", weight_format, (inner, hidden), tokens)
+    outward = replace(table.choose("down", weight_format, (hidden, inner), tokens), rows=inward.rows)
+    return [
+        Job("gate_up", weight_format, (inner, hidden), inward, tokens, backward=backward),
+        Job("down", weight_format, (hidden, inner), outward, tokens, backward=backward),
+    ]
+
+
 def compile_products(jobs: Sequence[Job], capability: tuple[int, int]) -> None:
-    """Fill Triton's cache from several processes; what fails here fails again, and is noted, where it counts."""
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 1), mp_context=context) as pool,
-        suppress(BrokenProcessPool),
-    ):
+    """Fill Triton's cache from several processes."""
+    from k2quant.kernels.tuning.compiling import compilers  # only here: it loads Triton
+
+    with compilers() as pool, suppress(BrokenProcessPool):  # then each is compiled where it is run
         list(pool.map(partial(_compile, arch=10 * capability[0] + capability[1]), jobs))
 
 
 def _compile(job: Job, *, arch: int) -> None:
-    if job.config.form == "dequantize":
-        return
-    from k2quant.kernels.tuning.compiling import compile_launch, rehearse  # only here: it loads Triton
+    from k2quant.kernels.tuning.compiling import precompile  # likewise
 
     tokens = (job.tokens,) if job.tokens else None
-    with suppress(Exception):
-        what = job.product, job.weight_format, job.shape, job.config
-        for launch in rehearse(*what, tokens=tokens, backward=job.backward):
-            compile_launch(launch, arch)
-
-
-def gpu_lost() -> str:
-    """Return why this process can use the GPU no more, if so: an error in a kernel ends its context."""
-    if not torch.cuda.is_available():
-        return ""
-    try:
-        torch.zeros(1, device="cuda").add_(1)
-        torch.cuda.synchronize()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
-        return f"the GPU takes no more work from this process: {error}"
-    return ""
+    what = job.product, job.weight_format, job.shape, job.config
+    precompile(*what, arch=arch, tokens=tokens, backward=job.backward)

@@ -41,8 +41,6 @@ class Setting:
     """Folder for whatever is needed meanwhile."""
     until: float
     """`time.time()` at which nothing new may begin."""
-    commit: str
-    """Of the code, for machines that know no git."""
 
     @property
     def device(self) -> str:
