@@ -24,7 +24,7 @@ Written by `benchmarks/gpu.py` from `{folder}/`; do not edit. Losses stand here 
 
 Repeat with:
 
-    python benchmarks/gpu.py --minutes {minutes:g}
+    python benchmarks/gpu.py{flag} --minutes {minutes:g}
 """
 
 DRY = """
@@ -134,6 +134,7 @@ def _intro(found: Stages, folder: Path) -> str:
     minutes = max((kept["minutes"] for kept in found.values() if "minutes" in kept), default=MINUTES)
     return INTRO.format(
         minutes=minutes,
+        flag=" --dry-run" if dry(found) else "",
         title=title,
         folder=folder.name,
         warning=warning,
