@@ -12,14 +12,28 @@ from k2quant.errors import UnsafePath
 
 _OWN = {CONFIG, REPORT, INCOMPLETE}  # written anew, or meant for the source alone
 _NOTES = re.compile(r"k2quant_\w+\.(json|html|txt|lock)")  # what commands of ours say of the source's own folder
+_QUANTIZED_ELSEWHERE = {
+    "hf_quant_config.json",  # ModelOpt
+    "quantize_config.json",  # GPTQ
+    "quant_config.json",  # AWQ
+    "quant_model_description.json",  # ModelSlim
+}
+"""Where other tools say how weights are quantised. Engines believe these files, and none is true of an output."""
 _WEIGHTS = re.compile(
     r".*\.safetensors(\.index\.json)?|.*\.(pt|pth|ckpt|pkl|gguf|partial)"
     r"|(pytorch_model|model|consolidated|adapter_model|tf_model|training_args|optimizer|scheduler).*\.bin(\.index\.json)?",
 )
 
 
+def describes_quantization(name: str) -> bool:
+    """Tell whether a file beside config.json is one in which other tools say how weights are quantised."""
+    return name in _QUANTIZED_ELSEWHERE
+
+
 def other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the files beside the weights that are copied (tokenizer, code, licence), and the weights that are not.
+    """Return the files beside the weights that are copied (tokenizer, code, licence), and those that are not.
+
+    Weights that the index does not name are not, nor what other tools say of a quantization.
 
     Hidden files and folders, and what is no file, are passed over.
 
@@ -40,7 +54,7 @@ def other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
             below = str(path.relative_to(source.folder))
             if below in _OWN or below in expected or _NOTES.fullmatch(below):
                 continue
-            if _WEIGHTS.fullmatch(path.name):
+            if _WEIGHTS.fullmatch(path.name) or describes_quantization(below):
                 left_out.append(below)
                 continue
             check_inside(source.folder, path)

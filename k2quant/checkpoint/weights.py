@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.errors import CheckpointError, MissingTensor
-from k2quant.formats.format import Format, Neighbours
+from k2quant.formats.format import Entry, Format, Neighbours
 from k2quant.formats.known import FORMATS, supported
 from k2quant.ground import names
 
@@ -80,9 +80,8 @@ def _weight(suffix: str, entry: TensorEntry, beside: Neighbours, tensors: Mappin
             return StoredWeight(base, found.format, found.shape, parts)
     if suffix in _FOREIGN:
         raise beside.foreign(entry)
-    if suffix in {kind.main for kind in FORMATS.values()}:
-        unknown = beside.foreign(entry, f"a weight of dtype {entry.dtype} is not supported")
-        raise _refusal(suffix, entry, beside) or unknown
+    if suffix in _mains():
+        raise _refusal(suffix, entry, beside) or _unknown(entry, beside)
     return StoredWeight(base, None, entry.shape, {suffix: entry})
 
 
@@ -90,7 +89,17 @@ def _check_partner(suffix: str, entry: TensorEntry, beside: Neighbours) -> None:
     """Refuse a partner that has no weight, or one that no format of ours uses."""
     if not any(kind.owns(suffix, beside) for kind in FORMATS.values()):
         astray = MissingTensor("a partner without its weight", tensor=entry.name, file=entry.file)
-        raise _refusal(suffix, entry, beside) or astray
+        weight = next(filter(None, map(beside.get, _mains())), None)
+        raise _refusal(suffix, entry, beside) or (_unknown(weight, beside) if weight else astray)
+
+
+def _mains() -> dict[str, None]:
+    """Return the suffixes of tensors that carry values."""
+    return dict.fromkeys(kind.main for kind in FORMATS.values())
+
+
+def _unknown(weight: Entry, beside: Neighbours) -> CheckpointError:
+    return beside.foreign(weight, f"a weight of dtype {weight.dtype} is not supported")
 
 
 def _refusal(suffix: str, entry: TensorEntry, beside: Neighbours) -> CheckpointError | None:

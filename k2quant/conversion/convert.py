@@ -198,6 +198,7 @@ def _report(plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: i
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "left_out": list(plan.left_out),
+        "remarks": list(plan.remarks),
         "files": {
             record["shard"]: {key: record[key] for key in ("size", "sha256") if key in record} for record in records
         },

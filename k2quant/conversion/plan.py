@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from k2quant.checkpoint.beside import other_files
+from k2quant.checkpoint.beside import describes_quantization, other_files
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, PIECE_BYTES, ROW_STEP
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
@@ -72,7 +72,7 @@ class Plan:
     copies: tuple[str, ...]
     """Other files (tokenizer, code), by their path below the source, that are copied as they are."""
     left_out: tuple[str, ...]
-    """Files that look like weights, which the index does not name, and which are not copied."""
+    """Files that are not copied: weights that the index does not name, and what other tools say of a quantization."""
     values: Mapping[str, Any] | None = None
     """What the values depend on that are not the source's own, as JSON has it; None where all are."""
 
@@ -86,6 +86,11 @@ class Plan:
         """Bytes of the output, other files included."""
         copies = sum((self.source.folder / name).stat().st_size for name in self.copies)
         return sum(shard.size for shard in self.shards) + len(self.index) + len(self.config or b"") + copies
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user may not expect of the output, a sentence each."""
+        return tuple(_remarks(self))
 
     def jobs(self) -> Iterator[Job]:
         """Yield every job, shard by shard."""
@@ -154,6 +159,18 @@ def _config(source: Checkpoint, shards: tuple[ShardPlan, ...], recipe: Recipe) -
         return (source.folder / CONFIG).read_bytes()
     rounded &= not recipe.quantises  # else what is out of scope keeps its dtype
     return as_json(config.edited(source.config, block, rounded_to_bf16=rounded))
+
+
+def _remarks(plan: Plan) -> Iterator[str]:
+    """Say what of the source is not in the output."""
+    weights = [name for name in plan.left_out if not describes_quantization(name)]
+    if weights:
+        yield f"left out, for the index does not name them: {', '.join(weights)}"
+    if described := [name for name in plan.left_out if name not in weights]:
+        yield f"left out, for it describes another quantization than the output has: {', '.join(described)}"
+    if plan.source.unlisted:
+        first, count = plan.source.unlisted[0], len(plan.source.unlisted)
+        yield f"left out, for the index does not name them: {count:,} tensors of the shards, such as {first}"
 
 
 def describe(plan: Plan) -> dict[str, dict[str, int]]:

@@ -70,13 +70,13 @@ def _all(options: tuple[Option[Any], ...]) -> Option[Any]:
 
 
 def announce(done: Conversion) -> None:
-    """Say on stderr what the user may not expect: that work was there already, that files were left out."""
+    """Say on stderr what the user may not expect: that work was there already, and the plan's remarks."""
     from k2quant.cli.parts.screen import remark
 
     if done.resumed:
         remark(f"resumed: {done.resumed} shards were finished before")
-    if done.report["left_out"] and not done.already_done:
-        remark(f"left out, for the index does not name them: {', '.join(done.report['left_out'])}")
+    for text in () if done.already_done else done.report["remarks"]:
+        remark(text)
 
 
 def summary(done: Conversion, destination: Path) -> dict[str, Any]:
@@ -123,6 +123,7 @@ def dry_run(
     """
     import json
 
+    from k2quant.cli.parts.screen import remark
     from k2quant.conversion.estimate import estimate
     from k2quant.conversion.plan import describe
     from k2quant.conversion.resume import standing_shards
@@ -131,8 +132,10 @@ def dry_run(
     done = standing_shards(plan, destination, restart=restart)
     cost = estimate(plan, destination, done=done, workers=workers)
     cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
+    for text in plan.remarks:
+        remark(text)
     if as_json:
-        work = {"shards": len(plan.shards), "shards_done": len(done), "work": describe(plan)}
+        work = {"shards": len(plan.shards), "shards_done": len(done), "work": describe(plan), "remarks": plan.remarks}
         click.echo(json.dumps({**cost._asdict(), "fits": cost.fits, **work, **(more or {})}))
     else:
         for kind, row in describe(plan).items():
