@@ -45,9 +45,10 @@ class Fp8Codec(Protocol):
     def encode(self, weights: U16, block: tuple[int, int], codes: U8, scale: F32) -> Figures:
         """Encode each block; -0 keeps its sign.
 
-        A block whose weights are all bf16(code * scale) for one scale gets the one of such scales that is nearest to
-        amax/448, and so loses nothing. Any other block gets scale = amax/448 and codes = w/scale, in float32, rounded
-        half to even and saturated at +-448. A block of zeros gets the scale 1.
+        A block whose weights are all bf16(code * scale) for one scale, the largest with the code 448, gets the one of
+        such scales that is nearest to amax/448, and one whose weights are codes times a power of two gets amax/448
+        rounded up to a normal power of two; so both lose nothing. Any other block gets scale = amax/448 and codes =
+        w/scale, in float32, rounded half to even and saturated at +-448. A block of zeros gets the scale 1.
         """
 
     def choose(self, weights: U16, block: tuple[int, int], scale: F32) -> None:
@@ -56,9 +57,9 @@ class Fp8Codec(Protocol):
     def store(self, weights: U16, scale: F32, block: tuple[int, int], codes: U8) -> Figures:
         """Write codes at scales that are given: w/scale in float32, rounded half to even, saturated at +-448.
 
-        At the scales of `choose` these are the codes, and always the figures, of `encode`. One corner aside: recovery
-        takes the codes of amax/448. In a block that has another scale, a weight of at most 15 * 2^-133 may be stood for
-        by two codes there; `encode` then keeps the one, and `store` finds the other. Both decode to the weight.
+        At the scales of `choose` these are the codes, and always the figures, of `encode`. One corner aside: where a
+        scale near amax/448 is recovered, `encode` takes the codes of amax/448. Two codes there may stand for a
+        weight of at most 15 * 2^-133; `encode` then keeps the one, and `store` finds the other. Both decode to it.
 
         A scale that is bad or zero, and a product that exceeds BF16, are errors.
         """

@@ -36,6 +36,7 @@ LANES = 128
 """Accumulators of a sum; 128 float64 are 1 KiB, so both sums stay in the first-level cache."""
 
 _PROBE = 256  # weights after which an ordinary FP8 block has, almost surely, shown two magnitudes with one code
+_GLANCE = 16  # weights of which an ordinary block has one, almost surely, that is no code times a power of two
 PLAIN, RECOVER, COMPRESSED_TENSORS = 0, 1, 2  # the INT4 rules, as the jitted code knows them
 ENCODE, CHOOSE, STORE = 0, 1, 2  # what a call is for: scales and codes, scales alone, codes at scales that are there
 
@@ -482,7 +483,7 @@ def _least_scale(magnitude: Int, target: Int, low: Int, high: Int) -> Int:
 
 @_jit
 def _recovered_fp8_scale(weights: U16, codes: U8, plain: np.float32, table: U16) -> np.float32:
-    """Return the scale nearest to `plain` whose products with the codes are the weights; `plain` if there is none.
+    """Return the scale nearest to `plain` whose products with the codes are the weights; 0 if there is none.
 
     `codes` are those of `plain`. Each code must stand for one magnitude only; then each pair of code and magnitude
     allows an interval of scales, for a product grows with its scale, and the scale must lie in all of them. That each
@@ -494,12 +495,12 @@ def _recovered_fp8_scale(weights: U16, codes: U8, plain: np.float32, table: U16)
         known = table[used]
         if known != value:
             if known != 0 or used == 0:
-                return plain
+                return np.float32(0)
             table[used] = value
     for i in range(weights.size):
         table[codes[i] & np.uint8(0x7F)] = weights[i] & np.uint16(0x7FFF)
     nearest = _nearest_scale(table, plain)
-    return nearest if _decodes_to(weights, codes, nearest) else plain
+    return nearest if _decodes_to(weights, codes, nearest) else np.float32(0)
 
 
 @_jit
@@ -536,14 +537,38 @@ def _decodes_to(weights: U16, codes: U8, scale: np.float32) -> bool:
 
 
 @_jit
+def _begins_with_multiples(weights: U16, scale: np.float32) -> bool:
+    """Return whether the first weights are codes times the scale."""
+    for i in range(min(weights.size, _GLANCE)):
+        if _fp8_product(_e4m3(_widen(weights[i]) / scale), scale) != weights[i]:
+            return False
+    return True
+
+
+@_jit
 def _choose_fp8_block(weights: U16, codes: U8, table: U16) -> np.float32:
-    """Return the scale of one block, or -1 if a weight is not finite; leave the codes of its plain scale."""
+    """Return the scale of one block, or -1 if a weight is not finite; leave its codes, recovered ones if they can be.
+
+    First the scales at which the largest weight has the code 448 are tried, then amax/448 rounded up to a normal power
+    of two: if any power of two gives all weights, this one does, see `reference.fp8`.
+    """
     amax = _largest(weights)
     if amax >= explain.INFINITY:
         return np.float32(-1)
-    scale = _widen(amax) / np.float32(448) if amax else np.float32(1)
-    _round_fp8(weights, scale, codes)
-    return _recovered_fp8_scale(weights, codes, scale, table) if amax else scale
+    plain = _widen(amax) / np.float32(448) if amax else np.float32(1)
+    _round_fp8(weights, plain, codes)
+    if not amax:
+        return plain
+    scale = _recovered_fp8_scale(weights, codes, plain, table)
+    if scale:
+        return scale
+    power = _float(np.uint32(_bits(plain) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000))
+    if _begins_with_multiples(weights, power):
+        _round_fp8(weights, power, codes)
+        if _decodes_to(weights, codes, power):
+            return power
+        _round_fp8(weights, plain, codes)
+    return plain
 
 
 @_jit

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from k2quant.kernels.codecs.gpu.bf16 import INFINITY, LARGEST_FLOAT, any_of, magnitude_of, round_to_bf16, tally
 from k2quant.kernels.codecs.gpu.figures import bits_of, flag_for, sums_for, total
-from k2quant.kernels.codecs.gpu.fp8_rules import fp8_code, fp8_scale, fp8_scales_allowed, fp8_value
+from k2quant.kernels.codecs.gpu.fp8_rules import (
+    fp8_code,
+    fp8_multiple,
+    fp8_power,
+    fp8_scale,
+    fp8_scales_allowed,
+    fp8_value,
+)
 from k2quant.kernels.codecs.gpu.loads import load_bf16, load_fp8, load_int4
 from k2quant.kernels.devices.launch import launch
 
@@ -121,6 +128,35 @@ def _part(step, first, left, height, width, W: tl.constexpr, SIZE: tl.constexpr)
 
 
 @triton.jit
+def _exact_at(
+    scale,
+    hopeful,
+    source_ptr,
+    source_scale_ptr,
+    bad_ptr,
+    first,
+    left,
+    height,
+    width,
+    K,
+    GROUP_SIZE: tl.constexpr,
+    NATIVE: tl.constexpr,
+    W: tl.constexpr,
+    SEARCHES: tl.constexpr,
+    SAMPLE: tl.constexpr,
+):
+    """Return in which of the hopeful blocks every weight is a code times the block's scale."""
+    exact = hopeful.to(tl.int32)
+    search = 0
+    while (search < SEARCHES) & (tl.max(exact) > 0):
+        row, column, inside = _part(search, first, left, height, width, W, SAMPLE)
+        sample = _load(source_ptr, source_scale_ptr, bad_ptr, row, column, inside, K, GROUP_SIZE, False)
+        exact &= tl.min(fp8_multiple(sample, scale[:, None], NATIVE).to(tl.int32), 1)
+        search += 1
+    return exact > 0
+
+
+@triton.jit
 def _encode_fp8(
     source_ptr,
     source_scale_ptr,
@@ -152,7 +188,8 @@ def _encode_fp8(
 
     A matrix has DOWN x ACROSS blocks, whose lines are held as W wide. A block is read in STEPS of SIZE weights, once
     for its largest and, from the cache, once more for its codes: kept in registers between, it would leave too few for
-    loads in flight. The search for a scale takes up to SEARCHES steps of SAMPLE weights.
+    loads in flight. Each search for a scale, the largest weight at code 448 and then at a power of two, takes up to
+    SEARCHES steps of SAMPLE weights.
     """
     block = tl.program_id(0) * B + tl.arange(0, B)
     top = (block // ACROSS) % DOWN * HEIGHT
@@ -187,6 +224,27 @@ def _encode_fp8(
         nearest = tl.minimum(tl.maximum(plain.to(tl.int32, bitcast=True), low), high).to(tl.float32, bitcast=True)
         scale = tl.where(low <= high, nearest, plain)
 
+        power = fp8_power(plain)
+        hopeful = (low > high) & (amax > 0) & (amax < INFINITY)
+        exact = _exact_at(
+            power,
+            hopeful,
+            source_ptr,
+            source_scale_ptr,
+            bad_ptr,
+            first,
+            left,
+            height,
+            width,
+            K,
+            GROUP_SIZE,
+            NATIVE,
+            W,
+            SEARCHES,
+            SAMPLE,
+        )
+        plain, scale = tl.where(exact, power, plain), tl.where(exact, power, scale)
+
     for step in tl.range(0, STEPS, loop_unroll_factor=2):
         row, column, inside = _part(step, first, left, height, width, W, SIZE)
         bits = _load(source_ptr, source_scale_ptr, bad_ptr, row, column, inside, K, GROUP_SIZE, False)
@@ -218,7 +276,7 @@ def bf16_to_fp8(
     Args:
         weights: BF16 `[R, K]`, or `[E, R, K]` for experts; or float32, which is rounded to BF16 first.
         block: rows and columns that share a scale; any.
-        recover: whether a block whose weights all are code * scale for one scale gets such a scale.
+        recover: whether a block whose weights all are code * scale for one scale gets such a scale, see `seam`.
         figures: whether to compute them.
         bad: int32 `[1]`, set to 1 if a weight is not finite.
 

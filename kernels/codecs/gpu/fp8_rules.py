@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from k2quant.kernels.codecs.gpu.bf16 import LARGEST_FLOAT, magnitude_of, widen
+from k2quant.kernels.codecs.gpu.bf16 import LARGEST_FLOAT, magnitude_of, round_to_bf16, widen
 from k2quant.kernels.devices.rounding import INTERPRETED, round_to_e4m3
 
 
@@ -27,6 +27,12 @@ def fp8_value(code):
 def fp8_scale(amax):
     """Return the plain float32 scale of blocks whose largest magnitude is `amax`, BF16 bits as int32."""
     return tl.where(amax > 0, tl.div_rn(widen(amax), 448.0), 1.0)
+
+
+@triton.jit
+def fp8_power(scale):
+    """Return the least normal power of two that is not below a plain scale."""
+    return ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -78,6 +84,12 @@ def least_scale(value, reciprocal, target):
     product = near.to(tl.float64) * value
     short = (product < edge) | ((product == edge) & (target % 2 == 1))
     return tl.minimum(near.to(tl.int32, bitcast=True) + short.to(tl.int32), LARGEST_FLOAT)
+
+
+@triton.jit
+def fp8_multiple(bits, scale, NATIVE: tl.constexpr):
+    """Return where BF16 weights are codes times the scale."""
+    return round_to_bf16(fp8_value(fp8_code(bits, scale, NATIVE).to(tl.int32)) * scale) == bits
 
 
 @triton.jit

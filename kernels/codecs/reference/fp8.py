@@ -30,9 +30,10 @@ def fp8_to_bf16(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
 def bf16_to_fp8(weights: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, Figures]:
     """Encode BF16 `[R, K]` as e4m3 codes `[R, K]` with a float32 scale for each block.
 
-    A block whose weights are bf16(code * scale) for some scale gets such a scale, the one nearest to amax/448, and its
-    codes. Any other gets scale = amax/448, codes = w/scale rounded half to even and saturated. A block of zeros gets
-    the scale 1.
+    A block whose weights are bf16(code * scale) for some scale, the largest with code 448, gets such a scale, the one
+    nearest to amax/448, and its codes. One whose weights are codes times a power of two gets amax/448 rounded up to a
+    normal power of two. Any other gets scale = amax/448, codes = w/scale rounded half to even and saturated. A block of
+    zeros gets the scale 1.
     """
     codes, scale = _chosen(weights, block)
     return _stored(weights, codes, scale, block)
@@ -53,14 +54,16 @@ def bf16_to_fp8_at(weights: Tensor, scale: Tensor, block: tuple[int, int]) -> tu
 
 
 def _chosen(weights: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return the codes `[B, N]` at the plain scales, and the scales, recovered where they can be, for each block."""
+    """Return the codes `[B, N]`, and the scales, recovered where they can be, for each block."""
     require_finite(weights)
     blocks = _to_blocks(weights, block)
     amax = blocks.abs().amax(1).float()
     plain = torch.where(amax > 0, divided(amax, 448), 1.0)
     codes = _codes(blocks, plain)
+    scale, fits = _recovered_fp8_scale(blocks, codes, plain)
+    codes, scale = _on_powers_of_two(blocks, codes, scale, ~fits)
     rows, columns = -(-weights.shape[0] // block[0]), -(-weights.shape[1] // block[1])
-    return codes, _recovered_fp8_scale(blocks, codes, plain).view(rows, columns)
+    return codes, scale.view(rows, columns)
 
 
 def _codes(blocks: Tensor, scale: Tensor) -> Tensor:
@@ -74,8 +77,8 @@ def _stored(weights: Tensor, codes: Tensor, scale: Tensor, block: tuple[int, int
     return out, scale, compare(weights, fp8_to_bf16(out, scale, block))
 
 
-def _recovered_fp8_scale(blocks: Tensor, codes: Tensor, plain: Tensor) -> Tensor:
-    """Return for each block `[B, N]` the scale nearest to its plain one that gives its weights; else the plain one.
+def _recovered_fp8_scale(blocks: Tensor, codes: Tensor, plain: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each block `[B, N]` the scale nearest to its plain one that gives its weights, and if there is one.
 
     `codes` are the e4m3 codes of `plain`. Each must stand for a single magnitude, and zero for zero alone. A product
     grows with its scale, so each code allows an interval of scales, whose ends a bisection of the bits finds.
@@ -92,7 +95,21 @@ def _recovered_fp8_scale(blocks: Tensor, codes: Tensor, plain: Tensor) -> Tensor
     fits = single & (low <= high)
     start = plain.view(torch.int32).long()
     nearest = torch.where(fits, start.clamp(min=low).clamp(max=high), start)
-    return torch.where(largest[:, 1:].amax(1) > 0, nearest.int().view(torch.float32), plain)
+    return nearest.int().view(torch.float32), fits
+
+
+def _on_powers_of_two(blocks: Tensor, codes: Tensor, scale: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes `[B, N]` and scales `[B]`, those of a power of two where it is `asked` and gives all weights back.
+
+    `scale` is amax/448 there. A weight is a code times 2^e if it has at most four significant bits, none below
+    2^(e-9), and is at most 448 * 2^e: the least 2^e that reaches amax fits whenever any does. It need not be subnormal:
+    no BF16 has a bit below 2^-133.
+    """
+    power = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    found = _codes(blocks, power)
+    exact = asked & ((found.float() * power[:, None]).to(torch.bfloat16) == blocks).all(1)
+    bits = torch.where(exact[:, None], found.view(torch.uint8), codes.view(torch.uint8))
+    return bits.view(torch.float8_e4m3fn), torch.where(exact, power, scale)
 
 
 def least_scale(target: Tensor) -> Tensor:
