@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2quant.checking.comparison import Finding, Progress, compare
-from k2quant.checkpoint.files.checksum import combine
+from k2quant.checkpoint.files.checksum import combine, crc32
 from k2quant.checkpoint.files.paths import check_inside, read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.header import TensorEntry
@@ -200,7 +199,7 @@ def _checksums(
         nonlocal done
         data = memoryview(bytearray(piece.stop - piece.start))
         read_into(checkpoint.shards[piece.entry.file], piece.entry.start + piece.start, data)
-        crc = zlib.crc32(data)
+        crc = crc32(data)
         with lock:
             parts[piece.entry.name][piece.start] = (crc, len(data))
             done += len(data)

@@ -7,7 +7,6 @@ task is done, a thread of its own flushes and renames it and notes it in the jou
 from __future__ import annotations
 
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from k2quant.checkpoint.files.checksum import combine
+from k2quant.checkpoint.files.checksum import combine, crc32
 from k2quant.checkpoint.panels import (
     PIECE_BYTES,
     format_of,
@@ -328,7 +327,7 @@ class Stream:
         """Write bytes; return their crc32 and their length."""
         if shard.writer.write(offset, data):
             self._flushes.append(self._disk.submit(shard.writer.flush))
-        return zlib.crc32(data), len(data)
+        return crc32(data), len(data)
 
     def _finish(self, shard: _Shard) -> None:
         """Give a finished shard its name and note it in the journal. Runs in the disk's thread."""

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2quant.checkpoint.files.checksum import crc32
 from k2quant.checkpoint.files.paths import (
     check_inside,
     locked_file,
@@ -112,7 +112,7 @@ class Activations:
             self._held += value.nbytes
         if self._lasting or not fits:
             data = as_memory(value)
-            self._sums[stage, batch] = zlib.crc32(data)
+            self._sums[stage, batch] = crc32(data)
             with _as_output_error(self._folder), replacing(self._path(stage, batch)) as descriptor:
                 write_all(descriptor, data, 0)
 
@@ -137,7 +137,7 @@ class Activations:
                     whole, begun = bool(count), begun + (count or 0)
         except OSError as error:
             raise MalformedFile("an activation that cannot be read", file=path, found=error.strerror) from error
-        if not whole or zlib.crc32(data) != self._sums.get((stage, batch)):
+        if not whole or crc32(data) != self._sums.get((stage, batch)):
             raise MalformedFile("not the activation that was written", file=path, remedy="remove the folder")
         return value
 
