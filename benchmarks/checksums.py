@@ -29,13 +29,14 @@ PAGE = """# crc32 of what is written: isal against zlib
 
 Written by `benchmarks/checksums.py`; do not edit. `{command}`
 
-{date}, commit `{commit}`{dirty}. {cpu}, {cores} cores, {memory:.0f} GiB memory, disk {disk}; load before the run {load:.1f}.
-{versions}.
+{date}, commit `{commit}`{dirty}. {cpu}, {cores} cores, {memory:.0f} GiB memory, disk {disk}.
+Load before the run {load:.1f}. {versions}.
 
 Every byte that a conversion writes goes through crc32, for the journal and the report. Both sides are fresh processes
 of the same checkout; on one of them isal cannot be imported, so that zlib serves. They take turns, {pairs} pairs for
-each row after one that is not counted, and the ratio is taken pair by pair. Layer 1 of K2-Instruct with {experts} routed
-experts: {sizes}. Sources are in the page cache; on the disk, a run ends when the shards are flushed.
+each row after one that is not counted, and the ratio is taken pair by pair. Sources: layer 1 of K2-Instruct with
+{experts} routed experts, {sizes}; they are in the page cache. On the disk, a run ends when its
+shards are flushed.
 
 Alone, on 16 MiB in memory: isal {isal:.1f} GB/s, zlib {zlib:.1f} GB/s, one thread.
 
