@@ -1,7 +1,7 @@
 r"""Time whole conversions with isal's crc32 against the same conversions with zlib's, in alternating pairs.
 
 Example:
-    python benchmarks/checksums.py --workdir bench-run/disk --ram-workdir /dev/shm/bench
+    PYTHONPATH=benchmarks python -m suites.conversion.checksums --workdir bench-run/disk --ram-workdir /dev/shm/bench
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from suites.common import machine, measure
 
-SOURCES = Path(__file__).parent / "suites" / "conversion" / "sources.py"
+SOURCES = Path(__file__).with_name("sources.py")
 EXPERTS = 16
 CONVERSIONS = (("fp8", "bf16"), ("fp8", "int4"), ("int4", "bf16"), ("bf16", "fp8"))
 SIDES = {
@@ -27,7 +27,9 @@ SIDES = {
 
 PAGE = """# crc32 of what is written: isal against zlib
 
-Written by `benchmarks/checksums.py`; do not edit. `{command}`
+Written by `benchmarks/suites/conversion/checksums.py`; do not edit. Repeat with:
+
+    {command}
 
 {date}, commit `{commit}`{dirty}. {cpu}, {cores} cores, {memory:.0f} GiB memory, disk {disk}.
 Load before the run {load:.1f}. {versions}.
@@ -125,7 +127,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="folder on the disk")
     parser.add_argument("--ram-workdir", type=Path, required=True, help="folder in memory")
     parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--page", type=Path, default=Path(__file__).parent / "results" / "checksums.md")
+    parser.add_argument("--page", type=Path, default=machine.ROOT / "benchmarks" / "results" / "checksums.md")
     options = parser.parse_args()
     places = {"tmpfs": options.ram_workdir.resolve(), "disk": options.workdir.resolve()}
     rows, load = [], os.getloadavg()[0]
@@ -137,8 +139,8 @@ def main() -> None:
     found = machine.versions(sys.executable, ["numpy", "numba", "isal"])
     options.page.write_text(
         PAGE.format(
-            command=f"python benchmarks/checksums.py --workdir bench-run/disk --ram-workdir /dev/shm/bench "
-            f"--pairs {options.pairs}",
+            command="PYTHONPATH=benchmarks python -m suites.conversion.checksums --workdir bench-run/disk "
+            f"--ram-workdir /dev/shm/bench --pairs {options.pairs}",
             date=time.strftime("%Y-%m-%d", time.gmtime()),
             commit=machine.git("rev-parse", "--short", "HEAD"),
             dirty=" with changes" if machine.git("status", "--porcelain", "--", "k2quant", "kernels") else "",
