@@ -1,7 +1,8 @@
 """Write a model back as the checkpoint that it came from.
 
-The shards keep their headers, so a model that nobody changed gives the very bytes back. Tensors that the model does
-without (vision, projector, stray buffers) and other files come from the source.
+The shards keep their headers, so a model that nobody changed gives the very bytes back. The model's tensors go where
+the index looks for them and nowhere else: tensors that the model does without (vision, projector, stray buffers), old
+copies that the index has left behind, and other files come from the source.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch import Tensor, nn
 from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.files.paths import copy_file, read_limited, write_whole
 from k2quant.checkpoint.header import ShardHeader, TensorEntry
-from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, Checkpoint
+from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writing.writer import ShardWriter
-from k2quant.errors import DestinationForeign, MissingTensor, OutputError, UsageError
+from k2quant.errors import CheckpointError, DestinationForeign, MissingTensor, OutputError, UsageError
 from k2quant.formats.dtypes import as_memory, torch_dtype
 from k2quant.ground import names
 from k2quant.model.assembly import Assembled, Placed
@@ -42,17 +43,19 @@ def save_model(model: Assembled, folder: str | os.PathLike[str], *, state: Mappi
     Raises:
         DestinationForeign: the folder holds a checkpoint.
         OutputError: the disk is full or fails; the folder says that it is incomplete.
-        UsageError: `state` does not fit; nothing is written.
-        CheckpointError: the source, where it is needed, cannot be read any more.
+        UsageError: `state`, or a tensor of the model, does not fit its place in the files; nothing is written.
+        CheckpointError: the source is not what the model was loaded from, or cannot be read any more.
     """
     there, source = Path(folder), model.checkpoint
     _refuse_overwriting(there, source)
+    _check_places(source)
     tensors = _Tensors(model, state)
+    live = _by_shard(source)
     try:
         there.mkdir(parents=True, exist_ok=True)
         write_whole(there / INCOMPLETE, _MARK)
-        for shard in source.shards.values():
-            _write_shard(there / shard.path.name, shard, source, tensors)
+        for name, shard in source.shards.items():
+            _write_shard(there / name, shard, live[name], tensors)
         _write_rest(there, source)
         (there / INCOMPLETE).unlink()
     except OSError as error:
@@ -141,18 +144,40 @@ def _placed(model: Assembled, name: str, module: nn.Module) -> Iterator[Placed]:
             f"`{name}` is none of the checkpoint's; a model in training is saved by k2quant.qat.export"
         ) from error
     for placed in found:
-        if set(placed.matrix.parts()) != set(placed.source.parts):
+        parts = placed.matrix.parts()
+        if set(parts) != set(placed.source.parts):
             raise UsageError(
                 f"`{placed.source.base}` is dense here and packed in the checkpoint; k2quant.qat.export writes a model "
                 "in training, and `state_dict` gives its weights"
             )
+        for suffix, entry in placed.source.parts.items():
+            try:
+                _check_fits(parts[suffix], entry)
+            except UsageError as error:
+                raise UsageError(f"`{entry.name}` in the model: {error}") from error
     yield from found
+
+
+def _check_fits(value: Tensor, entry: TensorEntry) -> None:
+    """Refuse a tensor that its place in the file has no room for, or no words for."""
+    dtype = torch_dtype(entry.dtype)
+    # A float is rounded to the file's, as loading does; codes and whole numbers mean nothing in another dtype.
+    fits = value.is_floating_point() if dtype in _ROUNDED else value.dtype == dtype
+    if tuple(value.shape) != entry.shape or not fits:
+        raise UsageError(
+            f"found {value.dtype} {list(value.shape)}, its place in {entry.file} is for {entry.dtype} "
+            f"{list(entry.shape)}; a model is saved with the shapes that it was loaded with"
+        )
+
+
+_ROUNDED = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e8m0fnu)
 
 
 def _check_given(suffix: str, value: object, entry: TensorEntry) -> None:
     """Refuse what is no ordinary tensor, or would become NaN or infinite in the file."""
     if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
         raise UsageError(f"{suffix}: expected a tensor with values, found {type(value).__name__}")
+    _check_fits(value, entry)
     if value.is_floating_point() and not value.to(torch_dtype(entry.dtype)).float().isfinite().all():
         raise UsageError(f"{suffix}: found NaN, infinity or a number beyond {entry.dtype}")
 
@@ -175,30 +200,70 @@ def _refuse_overwriting(folder: Path, source: Checkpoint) -> None:
         )
 
 
-def _write_shard(path: Path, shard: ShardHeader, source: Checkpoint, tensors: _Tensors) -> None:
-    header = bytearray(min((entry.start for entry in shard.tensors.values()), default=shard.size))
-    read_into(shard, 0, memoryview(header))
-    writer = ShardWriter(path, bytes(header), shard.size)
+def _check_places(source: Checkpoint) -> None:
+    """Compare where a model's tensors will be written with index and headers, as they stand in the source now.
+
+    Raises:
+        CheckpointError: they are not what they were when the model was loaded.
+    """
+    now = open_checkpoint(source.folder)
+    for name in (*source.tensors, *now.tensors):
+        meant, found = source.tensors.get(name), now.tensors.get(name)
+        if meant != found:
+            raise CheckpointError(
+                "index or header is not what the model was loaded from",
+                tensor=name,
+                file=source.folder,
+                expected=_where(meant),
+                found=_where(found),
+                remedy="load the model again, or undo the change",
+            )
+    changed = next((name for name in now.shards if source.shards.get(name) != now.shards[name]), None)
+    if changed is not None or source.shards.keys() != now.shards.keys():
+        raise CheckpointError(
+            "changed since the model was loaded", file=source.folder / (changed or ""), remedy="load the model again"
+        )
+
+
+def _where(entry: TensorEntry | None) -> str:
+    if entry is None:
+        return "nothing"
+    return f"{entry.dtype} {list(entry.shape)} at bytes {entry.start} to {entry.stop} of {entry.file}"
+
+
+def _by_shard(source: Checkpoint) -> dict[str, list[TensorEntry]]:
+    """Return the tensors that the index names, fused ones taken apart, by shard and in the order of their bytes."""
+    live: dict[str, list[TensorEntry]] = {name: [] for name in source.shards}
+    for entry in source.tensors.values():
+        live[entry.file].append(entry)
+    return {name: sorted(entries, key=lambda entry: (entry.start, entry.stop)) for name, entries in live.items()}
+
+
+def _write_shard(path: Path, shard: ShardHeader, live: list[TensorEntry], tensors: _Tensors) -> None:
+    writer = ShardWriter(path, b"", shard.size)  # the header is copied like all that is not the model's
     try:
-        for entry in _entries(shard, source):
-            value = tensors.find(entry)
-            for offset, piece in _copied(shard, entry) if value is None else _cut(entry, value):
-                if writer.write(offset, piece):
-                    writer.flush()
+        for offset, piece in _pieces(shard, live, tensors):
+            if writer.write(offset, piece):
+                writer.flush()
         writer.finish()
     finally:
         writer.close()
 
 
-def _entries(shard: ShardHeader, source: Checkpoint) -> Iterator[TensorEntry]:
-    """Yield what a shard holds: the index's tensors, fused ones taken apart, and those that the index leaves out."""
-    yield from (entry for entry in source.tensors.values() if entry.file == shard.path.name)
-    yield from (shard.tensors[name] for name in source.unlisted if name in shard.tensors)
+def _pieces(shard: ShardHeader, live: list[TensorEntry], tensors: _Tensors) -> Iterator[tuple[int, memoryview]]:
+    """Yield every byte of a shard: the model's tensors, and as they are the header and what the index does not name."""
+    end = 0
+    for entry in live:
+        yield from _copied(shard, end, entry.start)
+        value = tensors.find(entry)
+        yield from _copied(shard, entry.start, entry.stop) if value is None else _cut(entry, value)
+        end = entry.stop
+    yield from _copied(shard, end, shard.size)
 
 
-def _copied(shard: ShardHeader, entry: TensorEntry) -> Iterator[tuple[int, memoryview]]:
-    for start in range(entry.start, entry.stop, WINDOW):
-        piece = memoryview(bytearray(min(WINDOW, entry.stop - start)))
+def _copied(shard: ShardHeader, begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
+    for start in range(begin, end, WINDOW):
+        piece = memoryview(bytearray(min(WINDOW, end - start)))
         read_into(shard, start, piece)
         yield start, piece
 

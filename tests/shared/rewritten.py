@@ -1,0 +1,66 @@
+"""Small checkpoints written once more with other tensors in them, or with the same in other places."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from k2quant.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
+from k2quant.checkpoint.reading import read_tensor
+from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
+from k2quant.formats.dtypes import TensorSpec, as_array
+
+OVERLAY = "overlay.safetensors"
+
+
+def tensors_of(checkpoint: Checkpoint) -> Shard:
+    """Return all tensors of a small checkpoint; fused experts come one by one."""
+    return {
+        name: (entry.dtype, as_array(np.frombuffer(read_tensor(checkpoint, entry), np.uint8), _spec(entry)))
+        for name, entry in checkpoint.tensors.items()
+    }
+
+
+def _spec(entry: Any) -> TensorSpec:
+    return TensorSpec(entry.dtype, entry.shape)
+
+
+def overlaid(source: Path, folder: Path, stale: Shard, fresh: Shard | None = None, *, last: bool = False) -> Path:
+    """Write a checkpoint whose index points some tensors at an overlay shard, while old copies stay in the base shards.
+
+    Args:
+        source: the checkpoint that is rewritten.
+        folder: where.
+        stale: what stays in the base: for each tensor of these names the index looks into the overlay.
+        fresh: what the overlay holds, if not the source's tensors of those names; a fused one replaces its experts.
+        last: whether the old copies stand at the end of their shard, not at its beginning.
+    """
+    checkpoint = open_checkpoint(source)
+    tensors = tensors_of(checkpoint)
+    overlay = fresh or {name: tensors[name] for name in stale}
+    gone = set(stale) | set(overlay) | {part for name in overlay for part in _parts(name, tensors)}
+    bases: dict[str, Shard] = {file: {} for file in checkpoint.shards}
+    home = next(iter(bases))
+    shards = {file: {} if last or file != home else dict(stale) for file in bases}
+    for name, tensor in tensors.items():
+        if name not in gone:
+            shards[checkpoint.tensors[name].file][name] = tensor
+            bases[checkpoint.tensors[name].file][name] = tensor
+    if last:
+        shards[home] |= stale
+    write_checkpoint(folder, {**shards, OVERLAY: overlay}, checkpoint.config)
+    places = {name: file for file, held in {**bases, OVERLAY: overlay}.items() for name in held}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def _parts(fused: str, tensors: Mapping[str, object]) -> set[str]:
+    """Return the tensors of single experts that a fused tensor stands for."""
+    prefix, _, last = fused.rpartition(".")
+    projections = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
+    ends = tuple(f".{projection}.weight" for projection in projections)
+    return {name for name in tensors if ends and name.startswith(f"{prefix}.") and name.endswith(ends)}
