@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from k2quant.checkpoint.files.paths import read_limited
-from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.checkpoint.files.strict_json import parse_object, without_mark
 from k2quant.errors import MalformedFile, UsageError
 
 _LIMIT = 2**32  # bytes of a data file
@@ -125,7 +125,7 @@ def read_rows(path: Path, field: str | None = None) -> list[dict[str, Any]]:
     Raises:
         MalformedFile: it does not parse, or has no rows.
     """
-    data = read_limited(path, _LIMIT)
+    data = without_mark(read_limited(path, _LIMIT), file=path)
     if path.suffix == ".jsonl":
         rows = [parse_object(line, file=f"{path}, line {number}") for number, line in _numbered(data)]
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2quant.checkpoint.files.paths import inside, read_limited
+from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import CheckpointError, HarnessFault, K2QuantError, MissingExtra, UsageError
 from k2quant.eval.asking.request import Request
@@ -44,11 +45,12 @@ def describe(request: Request, progress: Progress | None) -> Model:
         CheckpointError: the folder holds no model in safetensors.
     """
     folder = request.served_from if request.backend == "api" else _folder(request)
+    for place in filter(None, (folder, request.tokenizer)):
+        if why := no_folder(place):
+            raise UsageError(f"{place}: {why}")
     if folder is None:
-        tokens = tokenizer_hash(request.tokenizer) if request.tokenizer and request.tokenizer.is_dir() else None
+        tokens = tokenizer_hash(request.tokenizer) if request.tokenizer else None
         return Model(folder=None, model_hash=None, tokenizer_hash=tokens, max_length=request.max_length or _LONGEST)
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder")
     if request.backend == "k2quant":
         from k2quant.model.generation import load_tokenizer
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k2quant.checkpoint.files.sources import no_folder
 from k2quant.errors import MissingExtra, UsageError
 from k2quant.eval.asking.presets import expand
 from k2quant.eval.asking.recording import write
@@ -52,8 +53,8 @@ def run(
     """
     check(request)
     harness = _harness()
-    if request.backend == "k2quant" and not Path(request.model).is_dir():  # before data are fetched for it
-        raise UsageError(f"{request.model}: no such folder")
+    if request.backend == "k2quant" and (why := no_folder(request.model)):  # before data are fetched for it
+        raise UsageError(f"{request.model}: {why}")
     harness.quiet()
     with held(folder):
         tasks = harness.load_tasks(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from k2quant.checking.comparison import Finding, Progress, compare
 from k2quant.checkpoint.files.checksum import combine, crc32
 from k2quant.checkpoint.files.paths import check_inside, read_limited
+from k2quant.checkpoint.files.sources import check_folder
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.panels import PIECE_BYTES
@@ -161,6 +162,7 @@ def verify_checksums(
         CheckpointError: the folder holds no sound checkpoint, or no report.
     """
     here = Path(folder)
+    check_folder(here)
     report = read_report(here / REPORT)
     checkpoint = open_checkpoint(here)
     expected = {

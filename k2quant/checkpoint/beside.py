@@ -6,9 +6,9 @@ import os
 import re
 from pathlib import Path
 
-from k2quant.checkpoint.files.paths import check_inside
+from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, Checkpoint
-from k2quant.errors import UnsafePath
+from k2quant.errors import CheckpointError, UnsafePath
 
 _OWN = {CONFIG, REPORT, INCOMPLETE}  # written anew, or meant for the source alone
 _NOTES = re.compile(r"k2quant_\w+\.(json|html|txt|lock)")  # what commands of ours say of the source's own folder
@@ -39,6 +39,8 @@ def other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
     Raises:
         UnsafePath: one is a link that leaves the folder, or has a name that is not printable.
+        CheckpointError: one is a pointer to its content, or a link to nothing.
+        OSError: one cannot be read.
     """
     copied: list[str] = []
     left_out: list[str] = []
@@ -61,5 +63,10 @@ def other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
             if not below.isprintable():  # journal and report could not name it
                 raise UnsafePath("not a plain file name", file=repr(below), remedy="rename or remove it")
             if path.is_file():
+                os.close(open_regular(path))  # a pointer in its place, or no right to read it, is said now
                 copied.append(below)
+            elif path.is_symlink() and not path.exists():
+                raise CheckpointError(
+                    "a link to a file that is not there", file=path, remedy="fetch that file, or remove the link"
+                )
     return tuple(copied), tuple(left_out)

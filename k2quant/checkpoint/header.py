@@ -7,6 +7,7 @@ are those that its dtype and shape need.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -87,6 +88,8 @@ def read_header(path: Path) -> ShardHeader:
         raw = file.read(length)
     if len(raw) < length:
         raise MalformedFile("the file shrank while it was read", file=path)
+    if raw.startswith(codecs.BOM_UTF8):  # the library takes none
+        raise MalformedFile("the header begins with a byte-order mark", file=path, expected="{")
     entries = _entries(parse_object(raw, file=path), path=path, data_start=8 + length)
     _check_coverage(entries, path=path, data_start=8 + length, size=size)
     return ShardHeader(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from k2quant.checkpoint.files.paths import inside, read_limited
+from k2quant.checkpoint.files.sources import check_folder
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.header import ShardHeader, TensorEntry, read_header
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
@@ -73,8 +74,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _open(folder: Path) -> Checkpoint:
-    if not folder.is_dir():
-        raise CheckpointError("not a folder", file=folder)
+    check_folder(folder)
     if (folder / INCOMPLETE).exists():
         raise CheckpointError(
             "not finished: still being written, or its writer was stopped",
@@ -138,11 +138,13 @@ def _nothing_to_read(folder: Path) -> CheckpointError:
     pickles = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
     if pickles:
         return UnsupportedFormat("only pickled weights here", file=folder, found=pickles[0], remedy=_NO_PICKLE)
+    revision = next(folder.glob("snapshots/*/"), None)  # the hub cache's own folder of a model
     return CheckpointError(
         "no checkpoint here",
         file=folder,
         expected=f"{INDEX} or {SINGLE}",
         found=", ".join(files[:5]) or "an empty folder",
+        remedy=f"name the folder of a revision: {revision}" if revision is not None else None,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from k2quant.checkpoint.beside import describes_quantization, other_files
+from k2quant.checkpoint.files.strict_json import without_mark
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, PIECE_BYTES, ROW_STEP
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
@@ -156,7 +157,8 @@ def _config(source: Checkpoint, shards: tuple[ShardPlan, ...], recipe: Recipe) -
             kept.append(job.name)
     block = config.quantization_block({recipe.formats[name]: bases for name, bases in quantised.items()}, kept)
     if block is None and not rounded and not config.quantization_blocks(source.config):
-        return (source.folder / CONFIG).read_bytes()
+        # Whatever else stands there stays as it is; but engines read no file that begins with a byte-order mark.
+        return without_mark((source.folder / CONFIG).read_bytes(), file=source.folder / CONFIG)
     rounded &= not recipe.quantises  # else what is out of scope keeps its dtype
     return as_json(config.edited(source.config, block, rounded_to_bf16=rounded))
 

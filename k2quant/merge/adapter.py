@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from k2quant.checkpoint.files.paths import inside, open_regular
+from k2quant.checkpoint.files.sources import check_folder
 from k2quant.checkpoint.header import ShardHeader, TensorEntry, read_header
 from k2quant.checkpoint.panels import PIECE_BYTES
 from k2quant.checkpoint.reading import read_into
@@ -79,8 +80,7 @@ def open_adapter(folder: Path) -> Adapter:
 
 
 def _open(folder: Path) -> Adapter:
-    if not folder.is_dir():
-        raise CheckpointError("not a folder", file=folder)
+    check_folder(folder)
     for name in (CONFIG, WEIGHTS):
         if not inside(folder, name).exists():
             raise _missing(folder, name)

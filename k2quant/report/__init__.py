@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from k2quant.checkpoint.files.paths import write_whole
+from k2quant.checkpoint.files.sources import check_folder
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.errors import MalformedFile, OutputError, UsageError
 from k2quant.report.content import read
@@ -28,13 +29,15 @@ def write_html(folder: Path, output: Path | None = None) -> Path:
         the file written.
 
     Raises:
-        MalformedFile: the folder holds no report, or one that does not parse, or its conversion is not finished.
+        CheckpointError: there is no such folder.
+        MalformedFile: it holds no report, or one that does not parse, or its conversion is not finished.
         UsageError: `output` is no name of a page.
         OutputError: the page cannot be written.
     """
     target = folder / PAGE if output is None else output
     if target.suffix.lower() not in {".html", ".htm"} or target.is_dir():
         raise UsageError(f"{target} is no name for a page; end it in .html")
+    check_folder(folder)
     if (folder / INCOMPLETE).exists():
         raise MalformedFile(
             "the conversion is not finished", file=folder, remedy="run the same k2quant convert again: it resumes"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from k2quant.checkpoint.files.paths import check_inside, open_regular
-from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.checkpoint.files.strict_json import parse_object, without_mark
 from k2quant.errors import MalformedFile, MissingExtra, UsageError
 from k2quant.qat.data.examples import KEYS, Example, Reader, example_of
 from k2quant.qat.data.packing import Rows, pack
@@ -24,7 +24,6 @@ _OFTEN = 1000
 """Rows of a dataset after which progress is told."""
 _ENDING = ".jsonl"
 _DATASET = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_MARK = b"\xef\xbb\xbf"  # UTF-8's byte order mark
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,10 +127,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 number += 1
                 if len(line) > _LINE:
                     raise MalformedFile("too long", file=f"{path}, line {number}", expected=f"at most {_LINE} bytes")
-                if number == 1 and line.startswith(_MARK):
-                    remedy = "save it as UTF-8 without one"
-                    raise MalformedFile("begins with a byte order mark", file=f"{path}, line 1", remedy=remedy)
-                yield number, line
+                yield number, without_mark(line, file=f"{path}, line 1") if number == 1 else line
     except OSError as error:
         raise MalformedFile("cannot be read", file=path, found=error.strerror) from error
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import nn
 
 from k2quant.checkpoint.contents import contents
+from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.conversion.convert import Conversion, carry_out
 from k2quant.conversion.plan import Options, Plan, make_plan
@@ -108,8 +109,8 @@ def export_run(
         raise UsageError(f"{folder} was trained for {job.quantize.to}, not for {to}; use `k2quant convert` for that")
     if base is not None:
         job = dataclasses.replace(job, model=str(base))
-    if not Path(job.model).is_dir():
-        raise UsageError(f"model: no such folder: {job.model}; if it was moved, name its place with --model")
+    if why := no_folder(job.model):
+        raise UsageError(f"model: {job.model}: {why}; if it was moved, name its place with --model")
     model = load_start(job) if untrained else load_run(folder, job)
     return export(model, destination, shard_size=shard_size, workers=workers, restart=restart, progress=progress)
 

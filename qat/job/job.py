@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from k2quant.checkpoint.files.sources import no_folder
 from k2quant.conversion.resume import refuse_nested
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs.grids import PACKED_BITS, largest_code
@@ -119,6 +120,6 @@ def check_folders(job: Job) -> None:
         UsageError: so it is; the message names the key.
     """
     for name, folder in (("model", job.model), ("distill: teacher", job.distill.teacher if job.distill else None)):
-        if folder is not None and not Path(folder).is_dir():
-            raise UsageError(f"{name}: no such folder: {folder}")
+        if folder is not None and (why := no_folder(folder)):
+            raise UsageError(f"{name}: {folder}: {why}")
     refuse_nested(Path(job.model), Path(job.output))

@@ -61,8 +61,13 @@ def _located(job: Job) -> Job:
     data = replace(job.data, path=_absolute(job.data.path)) if Path(job.data.path).exists() else job.data
     distill = job.distill
     if distill is not None and distill.teacher is not None:
-        distill = replace(distill, teacher=_absolute(distill.teacher))
-    return replace(job, model=_absolute(job.model), output=_absolute(job.output), data=data, distill=distill)
+        distill = replace(distill, teacher=_found(distill.teacher))
+    return replace(job, model=_found(job.model), output=_absolute(job.output), data=data, distill=distill)
+
+
+def _found(path: str) -> str:
+    """Write out where a folder lies; what is not there is named in the error as it stands in the file."""
+    return _absolute(path) if os.path.lexists(path) else path
 
 
 def _absolute(path: str) -> str:

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from k2quant.checkpoint.files.pointers import POINTER_LIMIT, refuse_pointer
 from k2quant.errors import DestinationForeign, DestinationInUse, MalformedFile, UnsafePath
 
 PARTIAL = ".partial"
@@ -70,14 +71,24 @@ def open_regular(path: Path) -> int:
     """Open a regular file for reading and return its descriptor.
 
     Raises:
-        MalformedFile: it is a folder, pipe, socket or device.
+        MalformedFile: it is a folder, pipe, socket or device, or a pointer that only says where the content is.
         OSError: it cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not block
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        _check_content(path, descriptor)
+    except BaseException:
         os.close(descriptor)
-        raise MalformedFile("not a regular file", file=path)
+        raise
     return descriptor
+
+
+def _check_content(path: Path, descriptor: int) -> None:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise MalformedFile("not a regular file", file=path)
+    if status.st_size <= POINTER_LIMIT:
+        refuse_pointer(path, os.pread(descriptor, POINTER_LIMIT, 0))
 
 
 def read_limited(path: Path, limit: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from typing import Any
@@ -39,15 +40,35 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
+_OTHER_UNICODE = {  # by the mark that they begin with; UTF-32's first, for UTF-16's is a part of it
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def without_mark(data: bytes, *, file: object) -> bytes:
+    """Return a text's bytes without the byte-order mark that some editors put before UTF-8.
+
+    Raises:
+        MalformedFile: the mark is that of another encoding.
+    """
+    other = next((name for mark, name in _OTHER_UNICODE.items() if data.startswith(mark)), None)
+    if other is not None:
+        raise MalformedFile("the encoding", file=file, expected="UTF-8", found=other, remedy="save it as UTF-8")
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
 def parse_object(data: bytes, *, file: object) -> dict[str, Any]:
-    """Parse bytes that must hold one JSON object.
+    """Parse bytes that must hold one JSON object; a byte-order mark of UTF-8 before it is passed over.
 
     Raises:
         MalformedFile: they do not, a key stands twice, the nesting is too deep, or other readers would not take it.
     """
     try:
         value = json.loads(
-            data.decode("utf-8"),
+            without_mark(data, file=file).decode("utf-8"),
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_finite,

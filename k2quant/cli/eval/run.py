@@ -64,12 +64,12 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
 @click.option("--chat", is_flag=True, help="Ask the server by chat messages.")
 @click.option(
     "--served-from",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=click.Path(path_type=Path),
     help="The checkpoint that the server serves, so that the run knows its hash.",
 )
 @click.option(
     "--tokenizer",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=click.Path(path_type=Path),
     help="Folder of a served model's tokenizer, to score text.  [default: that of --served-from]",
 )
 @click.option("--chat-template", is_flag=True, help="Put prompts through the tokenizer's chat template.")

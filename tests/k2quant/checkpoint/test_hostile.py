@@ -612,7 +612,7 @@ def test_empty_folder(case: Case) -> None:
 
 def test_absent_folder(case: Case) -> None:
     """A source that is not there is refused."""
-    case.refused(CheckpointError, "not a folder")
+    case.refused(CheckpointError, "no such folder")
 
 
 @pytest.mark.parametrize("name", [SHARDS[0], INDEX, CONFIG, SINGLE])

@@ -218,9 +218,12 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "torn after blank lines": (b'{"text": "a"}\n\n  \r\n{"te', "line 4: not valid JSON"),
     "a key twice": (b'{"text": "a", "text": "b"}', "line 1: not valid JSON.*duplicate key"),
     "half a surrogate pair": (b'{"text": "a\\ud83d"}', "line 1: not valid JSON.*surrogate"),
-    "a byte order mark": (b'\xef\xbb\xbf{"text": "a"}', "line 1: begins with a byte order mark"),
+    "a pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "a git-lfs pointer, not the file",
+    ),
     "Latin-1": (b'{"text": "ab"}\n{"text": "\xe9"}', "line 2: not valid JSON.*utf-8"),
-    "UTF-16": ('{"text": "a"}'.encode("utf-16"), "line 1: not valid JSON.*utf-8"),
+    "UTF-16": ('{"text": "a"}'.encode("utf-16"), "line 1: the encoding, expected UTF-8, found UTF-16"),
     "deep": (b'{"text": ' + b"[" * 100_000, "line 1: not valid JSON"),
     "an empty file": (b"", "no examples"),
     "blank lines": (b"\n \n", "no examples"),
@@ -255,6 +258,16 @@ class TestHostileFiles:
         monkeypatch.setattr(data, "_LINE", len(line) - 1)
         with pytest.raises(MalformedFile, match=r"line 1: too long"):
             load(source, letters)
+
+    def test_a_byte_order_mark_is_passed_over(self, tmp_path: Path, letters: Any) -> None:
+        """A file that an editor began with a byte-order mark gives the rows that it gives without one."""
+        line = b'{"text": "abc"}\n'
+        (tmp_path / "plain.jsonl").write_bytes(line * 2)
+        (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + line * 2)
+        plain, marked = (
+            load(DataSource(path=str(tmp_path / f"{name}.jsonl")), letters) for name in ("plain", "marked")
+        )
+        assert marked.digest == plain.digest
 
     def test_blank_lines_are_skipped(self, tmp_path: Path, letters: Any) -> None:
         """They are no examples, but count as lines; a last line break may be missing, and lines may end as on DOS."""

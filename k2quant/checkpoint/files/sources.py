@@ -1,0 +1,59 @@
+"""What people name where a checkpoint's folder is expected, and what they can do about it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from k2quant.errors import CheckpointError
+
+_HUB = re.compile(r"(?:hf:/+|(?:https?:/+)?(?:www\.)?(?:huggingface\.co|hf\.co)/+)", re.IGNORECASE)
+_ID = re.compile(
+    r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:@(?P<at>[\w.-]+)|/(?:tree|blob|resolve)/(?P<rev>[^/?#]+)(?:/[^?#]*)?)?/?(?:[?#].*)?",
+    re.ASCII,
+)
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+
+
+def no_folder(path: str | os.PathLike[str]) -> str | None:
+    """Say why a path is no folder of a checkpoint, and what to do: "what it is; what to do". None where it is one."""
+    if os.path.isdir(path):  # noqa: PTH112  it never raises
+        return None
+    return "; ".join(filter(None, _explained(os.fspath(path))))
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a path that is no folder.
+
+    Raises:
+        CheckpointError: it is a file, a model's name on a hub, an address, or not there.
+    """
+    if not os.path.isdir(path):  # noqa: PTH112  it never raises
+        message, remedy = _explained(os.fspath(path))
+        raise CheckpointError(message, file=path, remedy=remedy)
+
+
+def _explained(path: str) -> tuple[str, str | None]:
+    """Return what a path is that is no folder, and what to do about it."""
+    if os.path.lexists(path):
+        folder = Path(path).parent
+        if os.path.isfile(path):  # noqa: PTH113  it never raises
+            return "a file, not a folder", f"name the folder that it lies in: {folder}"
+        return "not a folder", None
+    address = _HUB.match(path)
+    hub_id = _ID.fullmatch(path, address.end() if address else 0)
+    if hub_id:
+        what = "an address on the Hugging Face hub, not a folder" if address else "no such folder"
+        return what, f"{'' if address else 'if it is a model on the Hugging Face hub, '}{_download(hub_id)}"
+    if _ADDRESS.match(path):
+        return "an address, not a folder", "copy the checkpoint to a folder here first"
+    return "no such folder", None
+
+
+def _download(hub_id: re.Match[str]) -> str:
+    revision = hub_id["at"] or hub_id["rev"]
+    chosen = f" --revision {revision}" if revision and revision != "main" else ""
+    name = hub_id["id"].partition("/")[2]
+    return f"download it first: `hf download {hub_id['id']}{chosen} --local-dir {name}`, then name {name}"

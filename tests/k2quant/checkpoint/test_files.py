@@ -1,0 +1,278 @@
+"""Files as clones, editors and hubs leave them: pointers, links written as text, byte-order marks, names of models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import k2quant
+from k2quant.checkpoint.files.paths import open_regular
+from k2quant.checkpoint.files.sources import no_folder
+from k2quant.checkpoint.reader import CONFIG, INDEX, open_checkpoint
+from k2quant.cli import main
+from k2quant.errors import CheckpointError, K2QuantError, MalformedFile, UsageError
+from k2quant.report import write_html
+
+BOM = b"\xef\xbb\xbf"
+
+
+def pointer(size: int = 4_998_123_456) -> bytes:
+    """Return what git-lfs leaves in the place of a file."""
+    return b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + f"\nsize {size}\n".encode()
+
+
+@pytest.fixture
+def source(k2_source: Path, tmp_path: Path) -> Path:
+    """A copy of the small K2, with all that a release has beside its weights."""
+    folder = tmp_path / "K2"
+    shutil.copytree(k2_source, folder)
+    for name in ("tokenizer.json", "tiktoken.model", "tokenization_kimi.py", "preprocessor_config.json", "LICENSE"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+# --- pointers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-1-of-3.safetensors",
+        INDEX,
+        CONFIG,
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tiktoken.model",
+        "tokenization_kimi.py",
+        "preprocessor_config.json",
+        "LICENSE",
+    ],
+)
+def test_a_pointer_of_git_lfs_is_named_wherever_it_stands(source: Path, tmp_path: Path, name: str) -> None:
+    """Field fault, wrong without a word: a pointer was copied as if it were the file. Now nothing is written."""
+    shard = next(source.glob("*1-of-3*"))
+    path = shard if "safetensors" in name and name != INDEX else source / name
+    path.write_bytes(pointer())
+    with pytest.raises(MalformedFile, match="a git-lfs pointer, not the file itself") as caught:
+        k2quant.convert(source, tmp_path / "out", to="bf16")
+    assert path.name in str(caught.value)
+    assert "git lfs pull" in str(caught.value)
+    assert "hf download" in str(caught.value)
+    assert "4998123456" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pointer_in_an_adapter_is_named(k2_source: Path, tmp_path: Path, name: str) -> None:
+    """The kind's brother in merge: neither of an adapter's files may be a pointer."""
+    update = tmp_path / "adapter"
+    update.mkdir()
+    (update / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": []}')
+    (update / "adapter_model.safetensors").write_bytes(bytes(8))
+    (update / name).write_bytes(pointer())
+    with pytest.raises(MalformedFile, match=rf"{name}: a git-lfs pointer"):
+        k2quant.merge(k2_source, update, tmp_path / "out", to="bf16")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (pointer(10**9), "stand for 1000000000"),
+        (pointer(10**18), "a git-lfs pointer"),
+        (b"version https://git-lfs.github.com/spec/v1\nsize " + b"9" * 500, "a git-lfs pointer"),
+        (b"version https://hawser.github.com/spec/v1\noid sha256:0\nsize 3\n", "a git-lfs pointer"),
+        (b"# xet version 0\nfilesize = 3\nhash = '0'\n", "a git-xet pointer"),
+        (b"/annex/objects/SHA256E-s3--0123.safetensors\n", "a git-annex pointer.*git annex get"),
+        (b"../../blobs/0123abcd", "a link that a checkout wrote as text.*found ../../blobs/0123abcd"),
+        (b"./\xff\xfe", "a link that a checkout wrote as text"),
+    ],
+)
+def test_every_kind_of_pointer_is_told(tmp_path: Path, content: bytes, words: str) -> None:
+    """Pointers of git-lfs, git-xet, git-annex, and links that a checkout wrote as text, whatever they claim."""
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(MalformedFile, match=words) as caught:
+        open_regular(tmp_path / "file")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"../data\nis where it lies\n",
+        b"../data/notes.txt\n",
+        b"a file about version https://git-lfs.github.com/spec/v1",
+        pointer() + bytes(2000),
+        b"/annex/objects/key and more",
+    ],
+)
+def test_what_only_looks_like_a_pointer_is_a_file(source: Path, tmp_path: Path, content: bytes) -> None:
+    """Text that speaks of pointers, or is too large to be one, is copied as it is."""
+    (source / "notes.txt").write_bytes(content)
+    k2quant.convert(source, tmp_path / "out", to="bf16")
+    assert (tmp_path / "out" / "notes.txt").read_bytes() == content
+
+
+def test_a_link_to_nothing_is_named(source: Path, tmp_path: Path) -> None:
+    """The kind's brother: a tokenizer that is a link whose file was not fetched was left out without a word."""
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.json").symlink_to("tokenizer.that.is.not.there")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: a link to a file that is not there"):
+        k2quant.convert(source, tmp_path / "out", to="bf16")
+    assert not (tmp_path / "out").exists()
+
+
+# --- byte-order marks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["bf16", "fp8", "int4"])
+def test_a_config_with_a_byte_order_mark_is_read_and_written_without(source: Path, tmp_path: Path, to: Any) -> None:
+    """Field fault, a good checkpoint refused: a mark before config.json and index; none is written."""
+    for name in (CONFIG, INDEX):
+        (source / name).write_bytes(BOM + (source / name).read_bytes())
+    k2quant.convert(source, tmp_path / "out", to=to)
+    for name in (CONFIG, INDEX):
+        json.loads((tmp_path / "out" / name).read_text(encoding="utf-8"))
+    assert k2quant.verify(source, tmp_path / "out").passed
+
+
+def test_a_config_that_is_carried_along_loses_its_mark_alone(k2_bf16: Path, tmp_path: Path) -> None:
+    """Where nothing of a config changes, all of it stays but the mark, with which transformers would not read it."""
+    source = tmp_path / "K2"
+    shutil.copytree(k2_bf16, source)
+    content = (source / CONFIG).read_bytes().replace(b"{", b"{ \t", 1)
+    (source / CONFIG).write_bytes(BOM + content)
+    (source / "tokenizer_config.json").write_bytes(BOM + b"{}")
+    k2quant.convert(source, tmp_path / "out", to="bf16", shard_size=2**20)
+    assert (tmp_path / "out" / CONFIG).read_bytes() == content
+    assert (tmp_path / "out" / "tokenizer_config.json").read_bytes() == BOM + b"{}"  # a copy is a copy
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+def test_another_encoding_is_refused_by_name(source: Path, encoding: str) -> None:
+    """A config in UTF-16 or UTF-32 is no config, and the message says what it is."""
+    text = (source / CONFIG).read_text()
+    (source / CONFIG).write_bytes(("\ufeff" + text).encode(encoding))
+    with pytest.raises(MalformedFile, match=f"config.json: the encoding, expected UTF-8, found {encoding[:6].upper()}"):
+        open_checkpoint(source)
+
+
+# --- what is named where a folder is expected -------------------------------------------------------------------------
+
+HUB = "moonshotai/Kimi-K2-Instruct"
+GET = "hf download moonshotai/Kimi-K2-Instruct --local-dir Kimi-K2-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (HUB, GET),
+        (f"{HUB}/", GET),
+        (f"hf://{HUB}", GET),
+        (f"https://huggingface.co/{HUB}", GET),
+        (f"https://huggingface.co/{HUB}/tree/main", GET),
+        (f"huggingface.co/{HUB}?library=transformers", GET),
+        (f"hf://{HUB}@0905", "hf download moonshotai/Kimi-K2-Instruct --revision 0905 --local-dir Kimi-K2-Instruct"),
+        (f"https://huggingface.co/{HUB}/blob/v2/config.json", "--revision v2 --local-dir"),
+        ("s3://bucket/K2", "an address, not a folder; copy the checkpoint"),
+        ("no/such/folder", "no such folder"),
+        ("/nowhere", "no such folder"),
+        ("a\0b/c", "no such folder"),
+    ],
+)
+def test_a_name_of_the_hub_is_told_how_to_get_it(
+    given: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Field fault, a message that helps nobody: a hub id where a folder is expected, in all its spellings."""
+    monkeypatch.chdir(tmp_path)
+    for one in (given, str(Path(given))):
+        said = no_folder(one)
+        assert said is not None
+        assert words in said
+        assert ("hf download" in said) == (words != "no such folder" and "s3:" not in given)
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", INDEX, CONFIG])
+def test_a_file_of_the_checkpoint_points_to_its_folder(tmp_path: Path, name: str) -> None:
+    """A shard, the index or the config in place of the folder: the folder is named."""
+    (tmp_path / name).write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match=rf"a file, not a folder; name the folder that it lies in: {tmp_path}$"):
+        open_checkpoint(tmp_path / name)
+
+
+def test_the_cache_folder_of_a_model_points_to_its_revision(tmp_path: Path) -> None:
+    """`models--org--name` of the hub's cache holds no checkpoint itself: the message names a snapshot."""
+    (tmp_path / "models--a--b" / "snapshots" / "0123").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"name the folder of a revision: .*/models--a--b/snapshots/0123"):
+        open_checkpoint(tmp_path / "models--a--b")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", HUB, "out", "--to", "bf16"],
+        ["convert", HUB, "out", "--to", "bf16", "--dry-run"],
+        ["merge", HUB, HUB, "out", "--to", "bf16"],
+        ["inspect", HUB],
+        ["verify", HUB, "out"],
+        ["verify", "--checksums", HUB],
+        ["diff", HUB, "out"],
+        ["report", HUB],
+        ["generate", HUB, "--prompt", "a"],
+        ["qat", "plan", "job.yaml"],
+        ["qat", "train", "job.yaml"],
+        ["qat", "export", "job.yaml", "out"],
+        ["eval", "run", HUB, "--tasks", "gsm8k", "-o", "run"],
+        ["eval", "fidelity", HUB, HUB],
+        ["eval", "blame", HUB, HUB],
+    ],
+    ids=lambda arguments: "-".join(word.strip("-") for word in arguments[:2]),
+)
+def test_every_command_says_how_to_get_a_model(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every command that takes a checkpoint's folder says `hf download` where it is given a hub id."""
+    (tmp_path / "job.yaml").write_text(f"model: {HUB}\noutput: run\ndata: {{path: a.jsonl}}\ntraining: {{steps: 1}}\n")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code in {1, 2}, result.output
+    assert GET in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["job.yaml"]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: k2quant.convert(HUB, "out", to="bf16"),
+        lambda: k2quant.inspect(HUB),
+        lambda: k2quant.verify_checksums(HUB),
+        lambda: k2quant.load_model(HUB),
+        lambda: write_html(Path(HUB)),
+    ],
+)
+def test_python_says_so_too(call: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same sentence comes from Python."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(K2QuantError, match=GET):
+        call()
+
+
+@pytest.mark.parametrize("option", ["served_from", "tokenizer"])
+def test_a_server_s_folders_are_told_so_too(option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--served-from` and `--tokenizer` of `eval run` take folders, and say what to do with a hub id."""
+    pytest.importorskip("lm_eval")
+    from k2quant.eval.asking.models import describe
+    from k2quant.eval.asking.request import Request
+
+    monkeypatch.chdir(tmp_path)
+    request = Request(model="k2", tasks=("gsm8k",), backend="api", base_url="http://x/v1")
+    request = dataclasses.replace(request, **{option: Path(HUB)})  # type: ignore[arg-type]  # either is a path
+    with pytest.raises(UsageError, match=GET):
+        describe(request, None)
