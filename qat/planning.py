@@ -106,7 +106,7 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
     found = prepared(model)
     if job.quantize.bit_widths:
         check_packed(job.final_bits)
-    export = make_plan(source, export_options(job.quantize))
+    export = make_plan(source, export_options(job.quantize), substituted=True)
     Trained(model, found, export)  # every weight has a place, or this says which has none
     if job.training.batch % processes:
         raise UsageError(f"training: batch {job.training.batch} is no multiple of the {processes} processes")

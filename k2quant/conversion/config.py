@@ -13,11 +13,16 @@ from typing import Any
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.errors import CheckpointError, MalformedFile, UnsupportedFormat
 from k2quant.formats import compressed_tensors
+from k2quant.formats.activations import check_scale, flow
 from k2quant.formats.format import Format, contradiction, listed
+from k2quant.formats.keys import Key, check_keys, empty, shown
 from k2quant.formats.known import FORMATS
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 """Where engines look for the quantization block: at the top level, in `text_config`, and under an older name."""
+
+_BY_NAME = frozenset({"ignore", "modules_to_not_convert", "ignored_layers"})
+"""Lists of modules. They may differ from home to home, as names do; an output's list is made of its tensors."""
 
 MODEL_TYPES = ("kimi_k2", "kimi_k25", "deepseek_v3")
 """The values of `model_type` whose tensor names k2quant knows."""
@@ -42,13 +47,60 @@ def quantization_blocks(config: dict[str, Any]) -> list[dict[str, Any]]:
     return blocks
 
 
+def quantization_of(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what a config says of its quantization, in all homes together; None if it says nothing.
+
+    Raises:
+        MalformedFile: a block is not an object.
+        CheckpointError: two blocks contradict each other: engines read one or the other.
+    """
+    found: dict[str, Any] = {}
+    blocks = quantization_blocks(config or {})
+    for block in blocks:
+        for key, value in block.items():
+            if key in found and key not in _BY_NAME and found[key] != value:
+                raise CheckpointError(
+                    f"two quantization blocks contradict each other in {key}",
+                    file="config.json",
+                    expected=shown(found[key]),
+                    found=shown(value),
+                    remedy="take the config that belongs to these files",
+                )
+        found |= {key: value for key, value in block.items() if key not in found}
+    return found if blocks else None
+
+
+def keys_of(block: Mapping[str, Any]) -> Mapping[str, Key] | None:
+    """Return what is known of the keys of a block; None if its format looks at them by itself."""
+    method = block.get("quant_method")
+    if method == compressed_tensors.METHOD:
+        return compressed_tensors.KEYS
+    return next((kind.keys for kind in FORMATS.values() if kind.method == method), None)
+
+
 def check_source(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> None:
     """Refuse a config that belongs to another model, or that contradicts the tensors.
+
+    A block that stands there although no weight is quantised, as scripts leave it that make BF16 of a checkpoint,
+    contradicts nothing: see `is_stale`.
 
     Raises:
         UnsupportedFormat: another model type, or a quantization that k2quant does not read.
         CheckpointError: the config claims a format, block or group size that the tensors do not have.
     """
+    weights = list(weights)
+    for weight in weights:
+        if weight.format is None and flow(suffix := next(iter(weight.parts))) is not None:
+            check_scale(suffix, weight.main)
+    _check(config, weights, stale=is_stale(config, weights))
+
+
+def is_stale(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> bool:
+    """Tell whether a config has a quantization block although no weight is quantised."""
+    return bool(quantization_blocks(config or {})) and not any(w.format and w.format.quantised for w in weights)
+
+
+def _check(config: dict[str, Any] | None, weights: list[StoredWeight], *, stale: bool) -> None:
     if config is None:
         return
     for home in _homes(config):
@@ -62,28 +114,39 @@ def check_source(config: dict[str, Any] | None, weights: Iterable[StoredWeight])
         if weight.format is not None:
             stored[weight.format.name].append((weight.format, weight.shape))
     for block in quantization_blocks(config):
-        _check_block(block, stored)
+        _check_block(block, None if stale else stored)
+    quantization_of(config)
 
 
-def _check_block(block: dict[str, Any], stored: dict[str, list[tuple[Format, tuple[int, ...]]]]) -> None:
-    """Compare a block with the weights that are there, by the name of their format."""
+def _check_block(block: dict[str, Any], stored: dict[str, list[tuple[Format, tuple[int, ...]]]] | None) -> None:
+    """Compare a block with the weights that are there, by the name of their format; None: with no weights."""
     method = block.get("quant_method")
     known = {kind.method: kind for kind in FORMATS.values() if kind.method is not None}
     meant = next((kind for name, kind in known.items() if name == method), None)
     if meant is None:
         expected = " or ".join(name for name in known if name)
         raise UnsupportedFormat("quant_method", file="config.json", expected=expected, found=repr(method))
+    check_keys(block, keys_of(block) or {})
+    if not empty(block.get("kv_cache_scheme")):
+        compressed_tensors.check_arguments(block["kv_cache_scheme"], "kv_cache_scheme")
     if method != compressed_tensors.METHOD:
-        meant.check_config(block, stored[meant.name])
+        if stored is not None:
+            meant.check_config(block, stored[meant.name])
         return
     packings = {kind.packing: kind.name.upper() for kind in FORMATS.values() if kind.packing}
-    claimed = []
-    for packing, scheme in compressed_tensors.schemes(block, packings):
-        claimed.append(_kind_of(packing, scheme))
-        claimed[-1].check_config(scheme, stored[claimed[-1].name])
-    for kind in claimed:
+    claimed = [(_kind_of(packing, scheme), scheme) for packing, scheme in compressed_tensors.schemes(block, packings)]
+    if stored is None:
+        return
+    for kind, scheme in claimed:
+        kind.check_config(scheme, stored[kind.name])
+    for kind, _ in claimed:
         if not stored[kind.name]:
             raise contradiction(kind.stands_for, "none")
+
+
+def meant_by(group: Mapping[str, Any], block: Mapping[str, Any]) -> type[Format]:
+    """Return the format that a config group of compressed-tensors means, in a block that was checked."""
+    return _kind_of(compressed_tensors.packing_of(group, block), group["weights"])
 
 
 def _kind_of(packing: str, scheme: dict[str, Any]) -> type[Format]:
@@ -108,7 +171,7 @@ def check_output(config: dict[str, Any] | None, weights: Iterable[StoredWeight])
         CheckpointError: it contradicts the tensors, or there is none although weights are quantised.
     """
     weights = list(weights)
-    check_source(config, weights)
+    _check(config, weights, stale=False)
     quantised = {weight.format.name for weight in weights if weight.format and weight.format.quantised}
     if quantised and not quantization_blocks(config or {}):
         raise CheckpointError(

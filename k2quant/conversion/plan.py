@@ -16,6 +16,7 @@ from k2quant.checkpoint.panels import PANEL_WEIGHTS, PIECE_BYTES, ROW_STEP
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion import config
+from k2quant.conversion.carrying import Carried, carried
 from k2quant.conversion.placing import Job, ShardPlan, as_json, index_of, place
 from k2quant.conversion.recipe import Recipe, make_recipe
 from k2quant.errors import CheckpointError, UsageError
@@ -74,6 +75,8 @@ class Plan:
     """Other files (tokenizer, code), by their path below the source, that are copied as they are."""
     left_out: tuple[str, ...]
     """Files that are not copied: weights that the index does not name, and what other tools say of a quantization."""
+    said: tuple[str, ...] = ()
+    """What of the source's quantization the output does not have, a sentence each."""
     values: Mapping[str, Any] | None = None
     """What the values depend on that are not the source's own, as JSON has it; None where all are."""
 
@@ -105,8 +108,14 @@ class Plan:
         return _BASE_MEMORY + workers * max(_BYTES_PER_WEIGHT * panel, PIECE_BYTES) + headers
 
 
-def make_plan(source: Checkpoint, options: Options) -> Plan:
+def make_plan(source: Checkpoint, options: Options, *, substituted: bool = False) -> Plan:
     """Plan a conversion.
+
+    Args:
+        source: the checkpoint.
+        options: what the user asked for.
+        substituted: whether other values will take the place of the source's: what its config says of its codes is
+            then no longer true of a weight that stays in its format.
 
     Raises:
         CheckpointError: the source cannot be converted; every check that needs no weights has been made.
@@ -117,10 +126,12 @@ def make_plan(source: Checkpoint, options: Options) -> Plan:
         raise problems[0]
     config.check_source(source.config, weights)
     recipe = make_recipe(options.to, weights, scope=options.scope, ignore=options.ignore, grid=options.grid)
-    return plan_of(source, weights, recipe, options)
+    return plan_of(source, weights, recipe, options, substituted=substituted)
 
 
-def plan_of(source: Checkpoint, weights: list[StoredWeight], recipe: Recipe, options: Options) -> Plan:
+def plan_of(
+    source: Checkpoint, weights: list[StoredWeight], recipe: Recipe, options: Options, *, substituted: bool = False
+) -> Plan:
     """Plan what a recipe says of a source's weights.
 
     Raises:
@@ -128,26 +139,31 @@ def plan_of(source: Checkpoint, weights: list[StoredWeight], recipe: Recipe, opt
     """
     shards = place(weights, recipe, options.shard_size)
     try:
-        edited, (copies, left_out) = _config(source, shards, recipe), other_files(source)
+        found, rounded = _carried(source, shards, recipe, substituted=substituted)
+        edited, (copies, left_out) = _config(source, found, rounded=rounded), other_files(source)
     except OSError as error:
         message = "cannot be read"
         raise CheckpointError(message, file=error.filename or source.folder, found=error.strerror) from error
-    return Plan(source, recipe, options, shards, index_of(shards), edited, copies, left_out)
+    if found.left:
+        shards = place((w for w in weights if w.main.name not in found.left), recipe, options.shard_size)
+    return Plan(source, recipe, options, shards, index_of(shards), edited, copies, left_out, found.remarks)
 
 
-def _config(source: Checkpoint, shards: tuple[ShardPlan, ...], recipe: Recipe) -> bytes | None:
-    if source.config is None:
-        if recipe.quantises:
-            raise CheckpointError(
-                "is not there, and a quantised checkpoint cannot be loaded without it",
-                file=source.folder / CONFIG,
-                remedy="take it from the model's release",
-            )
-        return None
+def _carried(
+    source: Checkpoint, shards: tuple[ShardPlan, ...], recipe: Recipe, *, substituted: bool
+) -> tuple[Carried, bool]:
+    """Return what of the source goes along with its weights, and whether floats of other dtypes become BF16."""
+    if source.config is None and recipe.quantises:
+        raise CheckpointError(
+            "is not there, and a quantised checkpoint cannot be loaded without it",
+            file=source.folder / CONFIG,
+            remedy="take it from the model's release",
+        )
     quantised: dict[str, list[str]] = {}
     kept: list[str] = []
     rounded = False
-    for job in (job for shard in shards for job in shard.jobs):
+    jobs = [job for shard in shards for job in shard.jobs]
+    for job in jobs:
         if job.written is None:
             continue
         rounded |= job.target is not None and job.weight.format is not None and job.weight.main.dtype in {"F16", "F32"}
@@ -156,11 +172,18 @@ def _config(source: Checkpoint, shards: tuple[ShardPlan, ...], recipe: Recipe) -
         elif len(job.weight.shape) == 2 and job.weight.main.nbytes:
             kept.append(job.name)
     block = config.quantization_block({recipe.formats[name]: bases for name, bases in quantised.items()}, kept)
-    if block is None and not rounded and not config.quantization_blocks(source.config):
+    rounded &= not recipe.quantises  # else what is out of scope keeps its dtype
+    return carried(source.config, jobs, block, substituted=substituted), rounded
+
+
+def _config(source: Checkpoint, found: Carried, *, rounded: bool) -> bytes | None:
+    """Return the output's config.json, whole; None where the source has none."""
+    if source.config is None:
+        return None
+    if found.block is None and not rounded and not config.quantization_blocks(source.config):
         # Whatever else stands there stays as it is; but engines read no file that begins with a byte-order mark.
         return without_mark((source.folder / CONFIG).read_bytes(), file=source.folder / CONFIG)
-    rounded &= not recipe.quantises  # else what is out of scope keeps its dtype
-    return as_json(config.edited(source.config, block, rounded_to_bf16=rounded))
+    return as_json(config.edited(source.config, found.block, rounded_to_bf16=rounded))
 
 
 def _remarks(plan: Plan) -> Iterator[str]:
@@ -173,6 +196,7 @@ def _remarks(plan: Plan) -> Iterator[str]:
     if plan.source.unlisted:
         first, count = plan.source.unlisted[0], len(plan.source.unlisted)
         yield f"left out, for the index does not name them: {count:,} tensors of the shards, such as {first}"
+    yield from plan.said
 
 
 def describe(plan: Plan) -> dict[str, dict[str, int]]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from k2quant.formats.keys import Key, Recast
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.grids import Grid
     from k2quant.kernels.codecs.seam import Codecs
@@ -130,6 +131,8 @@ class Format(ABC):
     """compressed-tensors' `format` of such a group: how the codes are packed."""
     method: ClassVar[str | None] = None
     """`quant_method` of a config that speaks of this format."""
+    keys: ClassVar[Mapping[str, Key] | None] = None
+    """What is known of the block of `method`; None: `check_config` looks at all of it."""
     default_scope: ClassVar[Scope | None] = None
     """Which weights get it where nobody says; None: all of them."""
     grids: ClassVar[tuple[str, ...]] = ()
@@ -344,6 +347,22 @@ class Format(ABC):
         Raises:
             CheckpointError: it does.
         """
+
+    @classmethod
+    def carried(cls, fresh: dict[str, Any], source: Mapping[str, Any], recast: Recast) -> dict[str, Any]:
+        """Return an output's block of this format's `method` with whatever of the source's is still true.
+
+        Args:
+            fresh: from `config`.
+            source: the source's block, of the same method.
+            recast: what becomes of the weights.
+        """
+        return fresh
+
+    @classmethod
+    def static_inputs(cls, block: Mapping[str, Any]) -> bool:
+        """Tell whether a block of `method` has activations quantised at scales that stand in the checkpoint."""
+        return False
 
     # --- in memory ---
 

@@ -21,6 +21,7 @@ from k2quant.formats.format import (
     listed,
     matrix,
 )
+from k2quant.formats.keys import Key, Recast, carry, is_flag, is_object, is_texts
 from k2quant.ground import names
 from k2quant.kernels.codecs.grids import BLOCK
 
@@ -42,6 +43,25 @@ FP8_BLOCK = BLOCK
 # Where the scale itself is subnormal it has few bits left, hence 2^-130 on top.
 _BUDGET = {"largest_code": 448.0, "steps": 2.0**-10 * 1.01, "relative": 1 / 16 + 2.0**-8, "floor": 2.0**-130}
 
+_KEYS = {
+    "quant_method": Key(fate="written", expected="fp8", fits=lambda value: value == "fp8"),
+    "fmt": Key(fate="written", expected="e4m3", fits=lambda value: value == "e4m3"),
+    "weight_block_size": Key(fate="written", expected="a block", fits=lambda _: True),  # against the scales
+    "modules_to_not_convert": Key(fate="written", expected="a list of names", fits=is_texts),
+    "ignored_layers": Key(fate="written", expected="a list of names", fits=is_texts),
+    "modules_to_convert": Key(fate="codes", expected="a list of names", fits=is_texts),
+    "scale_fmt": Key(fate="codes", expected="float or ue8m0", fits=lambda value: value in ("float", "ue8m0")),
+    "expert_dtype": Key(fate="codes", expected="fp8", fits=lambda value: value == "fp8"),
+    "activation_scheme": Key(
+        fate="beyond",
+        expected="dynamic or static",
+        fits=lambda value: isinstance(value, str) and value.lower() in {"dynamic", "static"},
+    ),
+    "kv_cache_scheme": Key(fate="beyond", expected="an object", fits=is_object),
+    "dequantize": Key(fate="loading", expected="true or false", fits=is_flag),
+}
+"""What K2, DeepSeek-V3 and transformers' FineGrainedFP8Config have in the block."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp8(Format):
@@ -55,6 +75,7 @@ class Fp8(Format):
     reads: ClassVar[str] = "block-FP8 with weight_scale_inv"
     stands_for: ClassVar[str] = "block-FP8 weights with weight_scale_inv, as quant_method fp8 says"
     method: ClassVar[str | None] = "fp8"
+    keys: ClassVar[Mapping[str, Key] | None] = _KEYS
     default_scope: ClassVar[Scope | None] = "linear"
     trained: ClassVar[bool] = True
 
@@ -202,6 +223,19 @@ class Fp8(Format):
             raise contradiction(cls.stands_for, "none")
         if blocks != ([tuple(size)] if isinstance(size, list) else None):
             raise contradiction(f"weight_block_size {size}", f"scales for blocks of {listed(blocks)}")
+
+    @classmethod
+    def carried(cls, fresh: dict[str, Any], source: Mapping[str, Any], recast: Recast) -> dict[str, Any]:
+        """Keep static activations where every weight has their scale, and how scales are written where they are."""
+        block = carry(fresh, source, _KEYS, recast)
+        if recast.copied or (recast.scaled and cls.static_inputs(source)):
+            block["activation_scheme"] = source.get("activation_scheme") or fresh["activation_scheme"]
+        return block
+
+    @classmethod
+    def static_inputs(cls, block: Mapping[str, Any]) -> bool:
+        """Tell static from dynamic, in whatever case."""
+        return str(block.get("activation_scheme")).lower() == "static"
 
     # --- in memory and in training ---
 

@@ -10,6 +10,7 @@ from k2quant.errors import CheckpointError, DtypeMismatch, ShapeMismatch, Unsupp
 from k2quant.formats import compressed_tensors
 from k2quant.formats.dtypes import DTYPES, FLOATS, TensorSpec
 from k2quant.formats.format import Entry, Format, Neighbours, Parts, Scope, Stored, contradiction, listed, matrix
+from k2quant.formats.keys import empty, shown
 from k2quant.kernels.codecs.grids import FAKE_BITS, GROUP, Grid
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 INT4_GROUP = GROUP
 """Columns that share one INT4 scale in every K2 release (`group_size`)."""
+
+_SCALES = {DTYPES[name].torch: name for name in FLOATS}
+"""Dtypes of scales by the name that a config gives them."""
 
 _SCHEME: dict[str, Any] = {"num_bits": 4, "symmetric": True, "type": "int"}
 
@@ -247,16 +251,22 @@ class Int4(Format):
     def check_config(cls, block: Mapping[str, Any], stored: list[tuple[Format, tuple[int, ...]]]) -> None:
         """Compare the scheme of a config group with the weights that are there."""
         packed = {(each.group, shape[-1]) for each, shape in stored if isinstance(each, cls)}
-        order = block.get("actorder")
-        if order is not None and order is not False:
-            raise UnsupportedFormat("actorder", file="config.json", expected="none", found=repr(order))
-        size, strategy = block.get("group_size"), block.get("strategy", "group")
+        size, strategy = block.get("group_size"), block.get("strategy")
+        if strategy is None:
+            strategy = "channel" if size == -1 else "group"  # as compressed-tensors infers it
         if strategy not in ("group", "channel"):
-            raise UnsupportedFormat("strategy", file="config.json", expected="group or channel", found=repr(strategy))
+            raise UnsupportedFormat("strategy", file="config.json", expected="group or channel", found=shown(strategy))
+        if not empty(block.get("block_structure")):
+            found = shown(block["block_structure"])
+            raise UnsupportedFormat("block_structure", file="config.json", expected="none", found=found)
         groups = {(group, width) for group, width in packed if group != (width if strategy == "channel" else size)}
         if groups:
             claim = "one group a row" if strategy == "channel" else f"group_size {size!r}"
             raise contradiction(claim, f"scales for groups of {listed(sorted(group for group, _ in groups))}")
+        dtypes = sorted({each.scale_dtype for each, _ in stored if isinstance(each, cls)})
+        dtype = block.get("scale_dtype")
+        if dtype is not None and [_SCALES.get(str(dtype).removeprefix("torch."))] != dtypes:
+            raise contradiction(f"scale_dtype {shown(dtype)}", f"scales of {listed(dtypes)}")
 
     # --- in memory and in training ---
 

@@ -125,7 +125,7 @@ def make_merge_plan(base: Path, adapter: Path, options: Options) -> MergePlan:
         UsageError: the options make no sense.
     """
     update = open_adapter(adapter)
-    plan = make_plan(open_checkpoint(base), options)
+    plan = make_plan(open_checkpoint(base), options, substituted=True)
     changes = resolve(update, (job.weight for job in plan.jobs()))
     for job in plan.jobs():
         _check_writable(job, changes.get(job.weight.main.name))

@@ -162,7 +162,7 @@ def plan_export(model: nn.Module, base: Checkpoint, *, shard_size: int | None = 
     found = prepared(model)
     if found.config.bit_widths:
         check_packed(found.bits)
-    plan = make_plan(base, export_options(found.config, shard_size))
+    plan = make_plan(base, export_options(found.config, shard_size), substituted=True)
     trained = Trained(found.model, found, plan)
     return dataclasses.replace(plan, values=trained.identity()), trained
 
