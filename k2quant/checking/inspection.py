@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
-from k2quant.conversion import config
+from k2quant.conversion import carrying, config
 from k2quant.errors import CheckpointError
 from k2quant.ground import names
 
@@ -47,6 +47,8 @@ class Inspection(NamedTuple):
     """Tensors in the shards that the index does not name."""
     problems: list[str]
     """What would stop a conversion."""
+    remarks: list[str]
+    """What is worth saying, though it stops nothing."""
 
 
 def inspect(folder: str | os.PathLike[str]) -> Inspection:
@@ -62,6 +64,7 @@ def inspect(folder: str | os.PathLike[str]) -> Inspection:
     for weight in weights:
         if (number := names.expert(weight.base)) is not None:
             experts.setdefault(names.layer(weight.main.name), set()).add(number)
+    wrong = _config_problems(checkpoint, weights)
     return Inspection(
         folder=str(folder),
         rows=_rows(weights),
@@ -73,7 +76,8 @@ def inspect(folder: str | os.PathLike[str]) -> Inspection:
         model_type=_model_type(checkpoint),
         quantization=_quantization(checkpoint),
         unlisted=list(checkpoint.unlisted),
-        problems=[str(problem) for problem in problems + _config_problems(checkpoint, weights)],
+        problems=[str(problem) for problem in problems + wrong],
+        remarks=[] if wrong else list(carrying.remarks(checkpoint.config, weights)),
     )
 
 

@@ -88,17 +88,23 @@ def remarks(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> I
     yield from _stale(config, weights)
     scales = [weight for weight in weights if _flow(weight) is not None]
     if scales:
-        yield f"{_counted(scales)}: scales of activations or of the KV cache, beside the weights"
+        yield f"{_counted(scales)}: scales of activations or of the KV cache, which engines use and k2quant does not"
     if block is None:
         return
     if claims := sorted(_facts(block)):
-        yield f"config.json: beside the weights, engines are told of {listed(claims)}"
+        yield f"config.json asks engines for {listed(claims)}; k2quant computes with neither but in the model's dtype"
     static = {name for name, found in _used(block) if found == "input"}
     missing = _unscaled((w for w in weights if w.format is not None and w.format.name in static), scales)
     if missing:
         yield f"activations are static, but {len(missing):,} weights have no input_scale, such as {missing[0]}"
     if keys_of(block) is not None and (unknown := uncarried(block, keys_of(block) or {})):
         yield f"config.json: quantization_config has {listed(unknown)}, of which k2quant knows nothing"
+
+
+def spoken_of(config: dict[str, Any] | None, suffix: str) -> bool:
+    """Tell whether a config, which was checked, takes scales of this suffix from the checkpoint."""
+    found = flow(suffix)
+    return any(each == found for _, each in _used(quantization_of(config)))
 
 
 def _stale(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> Iterator[str]:

@@ -75,10 +75,10 @@ class Plan:
     """Other files (tokenizer, code), by their path below the source, that are copied as they are."""
     left_out: tuple[str, ...]
     """Files that are not copied: weights that the index does not name, and what other tools say of a quantization."""
-    said: tuple[str, ...] = ()
-    """What of the source's quantization the output does not have, a sentence each."""
     values: Mapping[str, Any] | None = None
     """What the values depend on that are not the source's own, as JSON has it; None where all are."""
+    remarks: tuple[str, ...] = ()
+    """What is worth saying of source and output, though it stops nothing."""
 
     @property
     def bytes_read(self) -> int:
@@ -90,11 +90,6 @@ class Plan:
         """Bytes of the output, other files included."""
         copies = sum((self.source.folder / name).stat().st_size for name in self.copies)
         return sum(shard.size for shard in self.shards) + len(self.index) + len(self.config or b"") + copies
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """What the user may not expect of the output, a sentence each."""
-        return tuple(_remarks(self))
 
     def jobs(self) -> Iterator[Job]:
         """Yield every job, shard by shard."""
@@ -146,7 +141,8 @@ def plan_of(
         raise CheckpointError(message, file=error.filename or source.folder, found=error.strerror) from error
     if found.left:
         shards = place((w for w in weights if w.main.name not in found.left), recipe, options.shard_size)
-    return Plan(source, recipe, options, shards, index_of(shards), edited, copies, left_out, found.remarks)
+    remarks = (*_remarks(source, left_out), *found.remarks)
+    return Plan(source, recipe, options, shards, index_of(shards), edited, copies, left_out, remarks=remarks)
 
 
 def _carried(
@@ -186,17 +182,16 @@ def _config(source: Checkpoint, found: Carried, *, rounded: bool) -> bytes | Non
     return as_json(config.edited(source.config, found.block, rounded_to_bf16=rounded))
 
 
-def _remarks(plan: Plan) -> Iterator[str]:
-    """Say what of the source is not in the output."""
-    weights = [name for name in plan.left_out if not describes_quantization(name)]
+def _remarks(source: Checkpoint, left_out: tuple[str, ...]) -> Iterator[str]:
+    """Say what of the source's files is not in the output."""
+    weights = [name for name in left_out if not describes_quantization(name)]
     if weights:
         yield f"left out, for the index does not name them: {', '.join(weights)}"
-    if described := [name for name in plan.left_out if name not in weights]:
+    if described := [name for name in left_out if name not in weights]:
         yield f"left out, for it describes another quantization than the output has: {', '.join(described)}"
-    if plan.source.unlisted:
-        first, count = plan.source.unlisted[0], len(plan.source.unlisted)
+    if source.unlisted:
+        first, count = source.unlisted[0], len(source.unlisted)
         yield f"left out, for the index does not name them: {count:,} tensors of the shards, such as {first}"
-    yield from plan.said
 
 
 def describe(plan: Plan) -> dict[str, dict[str, int]]:

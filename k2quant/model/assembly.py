@@ -5,6 +5,7 @@ Everything that names, dtypes and shapes can tell is checked here, before a weig
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,8 +17,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Exper
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
+from k2quant.conversion.carrying import check_decodable, remarks
 from k2quant.conversion.config import check_source
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
+from k2quant.formats.activations import flow
 from k2quant.formats.format import Format
 from k2quant.ground import names
 from k2quant.kernels.products.weights import PackedWeight
@@ -34,6 +37,8 @@ from k2quant.model.modules import (
     SeparateExperts,
     SpeaksCheckpoint,
 )
+
+_LOG = logging.getLogger("k2quant")
 
 
 class Placed(NamedTuple):
@@ -84,6 +89,9 @@ class Assembly:
         if problems:
             raise problems[0]
         check_source(checkpoint.config, weights)
+        check_decodable(checkpoint.config)
+        for remark in remarks(checkpoint.config, weights):
+            _LOG.warning("note: %s", remark)
         self.config = architecture(checkpoint)
         self._sources = _by_name(weights)
         _check_layers(self.config, self._sources.values())
@@ -273,8 +281,11 @@ def _empty(source: StoredWeight, stored: Format, shape: tuple[int, ...], device:
 
 
 def _left_out(name: str, config: DeepseekV3Config) -> bool:
-    """Tell whether a model does without a tensor: stray rotary buffers, and layers that only predict further tokens."""
-    if name.endswith(".rotary_emb.inv_freq"):
+    """Tell whether a model does without a tensor.
+
+    So it does without stray rotary buffers, scales of activations, and layers that only predict further tokens.
+    """
+    if name.endswith(".rotary_emb.inv_freq") or flow(names.split(name)[1]) is not None:
         return True
     layer, extra = names.layer(name), config.num_nextn_predict_layers or 0
     return layer is not None and config.num_hidden_layers <= layer < config.num_hidden_layers + extra

@@ -12,6 +12,7 @@ from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
 from k2quant.errors import BadValue, MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
+from k2quant.formats.activations import flow
 from k2quant.formats.dtypes import as_bits, torch_dtype
 from k2quant.formats.format import Parts
 from k2quant.ground import names
@@ -165,7 +166,7 @@ def _check_complete(plan: Plan, places: Mapping[str, Place]) -> None:
     for weight in (job.weight for job in plan.jobs()):
         name, layer = key(weight), names.layer(weight.main.name)
         ahead = layer is not None and isinstance(layers, int) and layer >= layers  # predicts further tokens
-        stray = name.endswith(".rotary_emb.inv_freq")
+        stray = name.endswith(".rotary_emb.inv_freq") or flow(names.split(name)[1]) is not None
         if name in places or ahead or stray or names.in_language_model(weight.main.name) is None:
             continue
         raise MissingTensor(

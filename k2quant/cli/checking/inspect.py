@@ -54,6 +54,8 @@ def _show(found: Inspection) -> None:
     click.echo(f"\nquantization_config: {_summary(block) if block else 'none'}")
     if found.unlisted:
         click.echo(f"{len(found.unlisted)} tensors lie in shards but not in the index, such as {found.unlisted[0]}")
+    for remark in found.remarks:
+        click.echo(f"note: {remark}")
     for problem in found.problems[:_SHOWN]:
         click.echo(f"problem: {problem}")
     if len(found.problems) > _SHOWN:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -70,13 +70,20 @@ def _all(options: tuple[Option[Any], ...]) -> Option[Any]:
 
 
 def announce(done: Conversion) -> None:
-    """Say on stderr what the user may not expect: that work was there already, and the plan's remarks."""
+    """Say on stderr what the user may not expect: that work was there already, and what is worth saying of it."""
     from k2quant.cli.parts.screen import remark
 
+    if not done.already_done:
+        _say(done.report["remarks"])
     if done.resumed:
         remark(f"resumed: {done.resumed} shards were finished before")
-    for text in () if done.already_done else done.report["remarks"]:
-        remark(text)
+
+
+def _say(remarks: Iterable[str]) -> None:
+    from k2quant.cli.parts.screen import remark
+
+    for each in remarks:
+        remark(f"note: {each}")
 
 
 def summary(done: Conversion, destination: Path) -> dict[str, Any]:
@@ -123,7 +130,6 @@ def dry_run(
     """
     import json
 
-    from k2quant.cli.parts.screen import remark
     from k2quant.conversion.estimate import estimate
     from k2quant.conversion.plan import describe
     from k2quant.conversion.resume import standing_shards
@@ -131,11 +137,11 @@ def dry_run(
 
     done = standing_shards(plan, destination, restart=restart)
     cost = estimate(plan, destination, done=done, workers=workers)
+    _say(plan.remarks)
     cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
-    for text in plan.remarks:
-        remark(text)
     if as_json:
-        work = {"shards": len(plan.shards), "shards_done": len(done), "work": describe(plan), "remarks": plan.remarks}
+        work = {"shards": len(plan.shards), "shards_done": len(done), "work": describe(plan)}
+        work["remarks"] = list(plan.remarks)
         click.echo(json.dumps({**cost._asdict(), "fits": cost.fits, **work, **(more or {})}))
     else:
         for kind, row in describe(plan).items():

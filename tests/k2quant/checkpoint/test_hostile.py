@@ -916,15 +916,15 @@ def test_config_of_another_fp8(case: Case, fmt: object) -> None:
     case.refused(UnsupportedFormat, "fmt", "e4m3")
 
 
-def test_config_claims_fp8_without_any(case: Case) -> None:
-    """A config that says FP8 for a checkpoint without FP8 belongs to other files."""
-    case.write(bf16(64, 64), config=FP8_CONFIG)
+def test_config_claims_fp8_beside_int4(case: Case) -> None:
+    """A config that says FP8 for a checkpoint whose quantised weights are INT4 belongs to other files."""
+    case.write(int4() | bf16(64, 64, base="model.layers.1.mlp.experts.1.up_proj"), config=FP8_CONFIG)
     case.refused(CheckpointError, "contradicts the tensors")
 
 
-def test_config_claims_int4_without_any(case: Case) -> None:
-    """A config that says INT4 for a checkpoint without INT4 belongs to other files."""
-    case.write(bf16(64, 64), config=int4_config())
+def test_config_claims_int4_beside_fp8(case: Case) -> None:
+    """A config that says INT4 for a checkpoint whose quantised weights are FP8 belongs to other files."""
+    case.write(fp8() | bf16(64, 64, base="model.layers.1.mlp.experts.1.up_proj"), config=int4_config())
     case.refused(CheckpointError, "contradicts the tensors")
 
 

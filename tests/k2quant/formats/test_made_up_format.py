@@ -165,10 +165,10 @@ def test_its_options_are_checked(k2_source: Path, tmp_path: Path) -> None:
         convert(k2_source, tmp_path / "out", "int3")
 
 
-def test_a_config_that_promises_it_is_held_to_the_tensors(k2_bf16: Path, tmp_path: Path) -> None:
-    """A config that speaks of the format beside tensors that are none is refused."""
+def test_a_config_that_promises_it_is_held_to_the_tensors(k2_source: Path, tmp_path: Path) -> None:
+    """A config that speaks of the format beside weights of another one is refused."""
     folder = tmp_path / "claims"
-    convert(k2_bf16, folder, "bf16")
+    convert(k2_source, folder, "fp8")
     config = json.loads((folder / CONFIG).read_text()) | {"quantization_config": {"quant_method": "int8"}}
     (folder / CONFIG).write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"expected INT8 weights, found none"):
