@@ -253,8 +253,7 @@ def _continued(group: Mapping[str, Any], found: list[dict[str, Any]], recast: Re
         for name in _FLOWS
         if found[0].get(name) and (recast.copied or recast.scaled or not is_static(found[0][name]))
     }
-    weights = {name: value for name, value in found[0]["weights"].items() if recast.copied and value is not None}
-    return {**group, **flows, "weights": group["weights"] | weights}
+    return {**group, **flows, "weights": found[0]["weights"] if recast.copied else group["weights"]}
 
 
 def said(group: Mapping[str, Any]) -> dict[str, Any]:
