@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.panels import PIECE_BYTES, format_of, panel_rows, panel_shape, read_values
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import check_constants, read_into
@@ -81,9 +82,18 @@ class _Pair:
 
     @property
     def same_layout(self) -> bool:
-        return self.first.format == self.second.format and {
-            suffix: (entry.dtype, entry.shape) for suffix, entry in self.first.parts.items()
-        } == {suffix: (entry.dtype, entry.shape) for suffix, entry in self.second.parts.items()}
+        """Whether both are made of the same tensors, whatever they are called."""
+        first, second = self.first.format, self.second.format
+        alike = first == second or (first is not None and second is not None and first.relabels(second))
+        ours, theirs = (
+            [(entry.dtype, entry.shape) for entry in weight.parts.values()] for weight in (self.first, self.second)
+        )
+        return alike and ours == theirs
+
+    def entries(self, suffix: str) -> tuple[TensorEntry, TensorEntry]:
+        """Return a tensor of the first and what the second has in its place, where both are made of the same."""
+        other = dict(zip(self.first.parts, self.second.parts.values(), strict=True))
+        return self.first.parts[suffix], other[suffix]
 
     @property
     def comparable(self) -> bool:
@@ -225,10 +235,7 @@ class _Comparison:
         import numpy as np
 
         arrays = []
-        for source, weight, scratch in zip(
-            (self._a, self._b), (task.pair.first, task.pair.second), self._scratch, strict=True
-        ):
-            entry = weight.parts[suffix]
+        for source, entry, scratch in zip((self._a, self._b), task.pair.entries(suffix), self._scratch, strict=True):
             array = scratch.take("bytes", TensorSpec("U8", (task.stop - task.start,)))
             read_into(source.shards[entry.file], entry.start + task.start, array.data)
             arrays.append(array)

@@ -58,7 +58,7 @@ def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) 
     from k2quant.ground.pool import checked_workers
 
     refuse_nested(source, destination)
-    choice = Options(options["to"], options["scope"], options["ignore"], options["grid"], options["shard_size"])
+    choice = Options(**{name: options[name] for name in ("to", "scope", "ignore", "grid", "shard_size", "layout")})
     plan = make_plan(open_checkpoint(source), choice)
     codecs_of(options["device"])
     workers = checked_workers(options["workers"])

@@ -101,7 +101,7 @@ def _dry_run(base: Path, adapter: Path, destination: Path, *, as_json: bool, **o
 
     refuse_nested(base, destination)
     refuse_nested(adapter, destination)
-    choice = Options(options["to"], options["scope"], options["ignore"], options["grid"], options["shard_size"])
+    choice = Options(**{name: options[name] for name in ("to", "scope", "ignore", "grid", "shard_size", "layout")})
     prepared = make_merge_plan(base, adapter, choice)
     workers = checked_workers(options["workers"])
     conversion.dry_run(

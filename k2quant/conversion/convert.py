@@ -23,7 +23,7 @@ from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.resume import begin, check_finished, clear, identity, refuse_nested
 from k2quant.conversion.stream import Progress, Record, Stream, Substitute
 from k2quant.errors import OutputError, UnsupportedFormat
-from k2quant.formats.format import Scope
+from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FormatName
 from k2quant.ground import names
 from k2quant.ground.pool import checked_workers
@@ -54,6 +54,7 @@ def convert(
     scope: Scope | None = None,
     ignore: tuple[str, ...] = (),
     grid: Grid | None = None,
+    layout: Layout | None = None,
     shard_size: int | None = None,
     workers: int | None = None,
     device: str = "cpu",
@@ -72,6 +73,7 @@ def convert(
         scope: `experts` (default for int4) or `linear` (default for fp8).
         ignore: regular expressions; a weight in whose name one is found stays out of scope.
         grid: INT4 rounding rule, `moonshot` (default) or `compressed-tensors`.
+        layout: whose names and config FP8 is written with, `deepseek` (default) or `compressed-tensors`.
         shard_size: largest output shard in bytes; None keeps the source's shards.
         workers: threads; None takes one for each core that this process may use.
         device: where the arithmetic runs, `cpu` or `cuda`.
@@ -89,7 +91,7 @@ def convert(
     """
     here, there = Path(source), Path(destination)
     refuse_nested(here, there)
-    plan = make_plan(open_checkpoint(here), Options(to, scope, ignore, grid, shard_size))
+    plan = make_plan(open_checkpoint(here), Options(to, scope, ignore, grid, shard_size, layout))
     return carry_out(plan, there, workers=workers, device=device, restart=restart, sha256=sha256, progress=progress)
 
 

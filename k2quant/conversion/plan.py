@@ -20,7 +20,7 @@ from k2quant.conversion.carrying import Carried, carried
 from k2quant.conversion.placing import Job, ShardPlan, as_json, index_of, place
 from k2quant.conversion.recipe import Recipe, make_recipe
 from k2quant.errors import CheckpointError, UsageError
-from k2quant.formats.format import Scope
+from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
 from k2quant.ground.units import one_of
@@ -46,6 +46,8 @@ class Options:
     """None: moonshot."""
     shard_size: int | None = None
     """Bytes of tensor data; None: the source's shards."""
+    layout: Layout | None = None
+    """None: deepseek."""
 
     def __post_init__(self) -> None:
         one_of("format", self.to, tuple(FORMATS))
@@ -53,6 +55,8 @@ class Options:
             one_of("scope", self.scope, get_args(Scope))
         if self.grid is not None:
             one_of("grid", self.grid, get_args(Grid))
+        if self.layout is not None:
+            one_of("layout", self.layout, get_args(Layout))
         if not isinstance(self.ignore, tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):
             raise UsageError(f"ignore is {self.ignore!r}; expected a tuple of regular expressions")
         if self.shard_size is not None and (type(self.shard_size) is not int or self.shard_size < 1):
@@ -120,7 +124,14 @@ def make_plan(source: Checkpoint, options: Options, *, substituted: bool = False
     if problems:
         raise problems[0]
     config.check_source(source.config, weights)
-    recipe = make_recipe(options.to, weights, scope=options.scope, ignore=options.ignore, grid=options.grid)
+    recipe = make_recipe(
+        options.to,
+        weights,
+        scope=options.scope,
+        ignore=options.ignore,
+        grid=options.grid,
+        layout=options.layout,
+    )
     return plan_of(source, weights, recipe, options, substituted=substituted)
 
 
@@ -195,12 +206,13 @@ def _remarks(source: Checkpoint, left_out: tuple[str, ...]) -> Iterator[str]:
 
 
 def describe(plan: Plan) -> dict[str, dict[str, int]]:
-    """Count the weights of each class by what is done with them: `copied`, or `FORMAT -> FORMAT`."""
+    """Count the weights of each class by what is done with them: `copied`, `relabelled`, or `FORMAT -> FORMAT`."""
     table: dict[str, dict[str, int]] = {}
     for job in plan.jobs():
         done = "copied"
         if job.target is not None and job.weight.format is not None:
-            done = f"{job.weight.format.name} -> {job.target.name}"
+            way = f"{job.weight.format.name} -> {job.target.name}"
+            done = "relabelled" if job.weight.format.relabels(job.target) else way
         row = table.setdefault(names.tensor_class(job.weight.main.name), {})
         row[done] = row.get(done, 0) + 1
     return {kind: table[kind] for kind in names.TENSOR_CLASSES if kind in table}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.bf16 import Bf16
-from k2quant.formats.format import Format, Scope
+from k2quant.formats.format import Format, Layout, Scope
 from k2quant.formats.known import FORMATS
 from k2quant.ground import names
 from k2quant.kernels.codecs.grids import Grid
@@ -70,14 +70,15 @@ class Recipe:
         """Return the format that a weight is converted to, or None where it is copied byte for byte.
 
         A weight that is already in the format of its rule is copied. One that no rule takes comes out as BF16 if it is
-        quantised in a format that nobody asked for; else it is copied.
+        quantised in a format that nobody asked for; else as that format was asked for, which rounds nothing.
         """
         if weight.format is None:
             return None
         for rule in self.rules:
             if rule.takes(weight.base):
                 return None if weight.format.same(rule.format) else rule.format
-        return Bf16() if weight.format.quantised and weight.format.name not in self.formats else None
+        asked = self.formats.get(weight.format.name, Bf16()) if weight.format.quantised else weight.format
+        return None if weight.format.same(asked) else asked
 
     def rounding(self, stored: Format) -> Format:
         """Return a format with the rounding rule that was asked for it, to write new values in it."""
@@ -92,6 +93,7 @@ def make_recipe(
     scope: Scope | None = None,
     ignore: tuple[str, ...] = (),
     grid: Grid | None,
+    layout: Layout | None = None,
 ) -> Recipe:
     """Make the recipe of a conversion from what the user asked for and what the source holds.
 
@@ -101,6 +103,7 @@ def make_recipe(
         scope: which weights get the format; None: as Moonshot ships it.
         ignore: regular expressions of weights that do not.
         grid: the rounding rule; None for the default.
+        layout: what its tensors are called; None for the default.
 
     Raises:
         UsageError: an option that has no meaning for this format, or a broken regular expression.
@@ -113,7 +116,10 @@ def make_recipe(
     if grid and not kind.grids:
         owners = " and ".join(name.upper() for name, other in FORMATS.items() if other.grids)
         raise UsageError(f"--grid has no meaning with --to {to}: it is the rounding rule of {owners}")
-    target = kind.asked_for(((weight.format, weight.main) for weight in weights if weight.format), grid)
+    if layout and not kind.layouts:
+        owners = " and ".join(name.upper() for name, other in FORMATS.items() if other.layouts)
+        raise UsageError(f"--layout has no meaning with --to {to}: it says whose names {owners} is written with")
+    target = kind.asked_for(((weight.format, weight.main) for weight in weights if weight.format), grid, layout)
     rule = Rule(format=target, scope=scope or kind.default_scope, ignore=tuple(_compile(pattern) for pattern in ignore))
     if kind.quantised and not any(rule.takes(weight.base) for weight in weights if weight.format):
         raise CheckpointError(

@@ -112,7 +112,7 @@ def block(groups: list[tuple[Format, list[str]]], kept: list[str]) -> dict[str, 
         "config_groups": {
             f"group_{number}": {
                 **({"format": stored.packing} if len(packings) > 1 else {}),
-                "input_activations": None,
+                "input_activations": stored.input_activations(),
                 "output_activations": None,
                 "targets": ["Linear"] if number == largest else sorted(bases),
                 "weights": stored.config_group(),
@@ -127,17 +127,19 @@ def block(groups: list[tuple[Format, list[str]]], kept: list[str]) -> dict[str, 
     }
 
 
-def scheme(*, group_size: int | None, num_bits: int, symmetric: bool, type: str) -> dict[str, Any]:
-    """Return what a config group says of weights in groups of columns; a group size of None: a scale a row."""
+def scheme(
+    *, num_bits: int, symmetric: bool, type: str, group_size: int | None = None, block: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Return what a config group says of weights in groups of columns, or in blocks; if in neither: a scale a row."""
     return {
         "actorder": None,
-        "block_structure": None,
+        "block_structure": None if block is None else list(block),
         "dynamic": False,
         "group_size": group_size,
         "num_bits": num_bits,
         "observer": "minmax",
         "observer_kwargs": {},
-        "strategy": "channel" if group_size is None else "group",
+        "strategy": "block" if block is not None else "channel" if group_size is None else "group",
         "symmetric": symmetric,
         "type": type,
     }

@@ -70,6 +70,25 @@ def as_array(data: NDArray[np.uint8], spec: TensorSpec) -> NDArray[Any]:
     return data.view(DTYPES[spec.dtype].numpy).reshape(spec.shape)
 
 
+SCALES = (*FLOATS, "F8_E8M0")
+"""The dtypes that `widened` reads: all of them exact in float32."""
+
+
+def widened(scale: NDArray[Any]) -> NDArray[np.float32]:
+    """Return scales as float32, exactly, whichever of `SCALES` they are stored in; BF16 and F8_E8M0 are bits."""
+    import numpy as np
+
+    from k2quant.kernels.codecs.values import bf16_to_float, e8m0_to_float
+
+    match scale.dtype:
+        case np.uint16:
+            return bf16_to_float(scale)
+        case np.uint8:
+            return e8m0_to_float(scale)
+        case _:
+            return scale.astype(np.float32, copy=False)
+
+
 def torch_dtype(dtype: str) -> torch.dtype:
     """Return torch's type for a dtype of a file."""
     import torch

@@ -35,6 +35,9 @@ Parts = dict[str, "NDArray[Any]"]
 Scope = Literal["experts", "linear"]
 """`experts`: the routed experts; `linear`: every projection of the decoder layers."""
 
+Layout = Literal["deepseek", "compressed-tensors"]
+"""Whose names and config a format of several tools is written with, the default first."""
+
 
 class Entry(Protocol):
     """What is known of a tensor before it is read."""
@@ -110,16 +113,10 @@ class Format(ABC):
     """What the command line calls it."""
     main: ClassVar[str]
     """Suffix of the tensor that carries the values."""
-    streamed: ClassVar[tuple[str, ...]]
-    """Suffixes of the tensors that are read and written panel by panel, in the codec's order; `main` comes first.
-
-    In memory (`quantize`, packed weights) a weight is two of them: codes and a scale."""
     whole: ClassVar[tuple[str, ...]] = ()
     """Those of `streamed` that every panel has whole, such as one scale for all rows; written with the first panel."""
     partners: ClassVar[tuple[str, ...]] = ()
     """Suffixes of tensors that mean nothing without the weight they belong to; those that are only refused, too."""
-    scale_suffix: ClassVar[str | None] = None
-    """Suffix of the tensor in which a bad scale stands."""
     quantised: ClassVar[bool] = True
     reads: ClassVar[str]
     """What of this format can be read, in words."""
@@ -137,6 +134,8 @@ class Format(ABC):
     """Which weights get it where nobody says; None: all of them."""
     grids: ClassVar[tuple[str, ...]] = ()
     """Rounding rules that can be asked for."""
+    layouts: ClassVar[tuple[str, ...]] = ()
+    """Layouts that can be asked for; none where there is no choice."""
     trained: ClassVar[bool] = False
     """Whether QAT can train for it."""
     bit_widths: ClassVar[tuple[int, ...]] = ()
@@ -145,6 +144,19 @@ class Format(ABC):
     """Whether a whole tensor must be seen before its first panel is written; see `survey`."""
 
     # --- on disk ---
+
+    @property
+    @abstractmethod
+    def streamed(self) -> tuple[str, ...]:
+        """Suffixes of the tensors that are read and written panel by panel, in the codec's order; `main` comes first.
+
+        In memory (`quantize`, packed weights) a weight is two of them: codes and a scale.
+        """
+
+    @property
+    def scale_suffix(self) -> str | None:
+        """Suffix of the tensor in which a bad scale stands."""
+        return None
 
     @abstractmethod
     def state(self, shape: tuple[int, ...], *, name: str = "weight") -> dict[str, TensorSpec]:
@@ -206,6 +218,23 @@ class Format(ABC):
         """Tell whether a weight in this format is copied where the other one is asked for."""
         return self.name == other.name and self.unit == other.unit
 
+    def relabels(self, other: Format) -> bool:
+        """Tell whether the other format has the same codes and scales, under other names or in a wider dtype."""
+        return False
+
+    def relabel(self, parts: Parts, outputs: Parts, target: Format) -> None:
+        """Fill a panel's arrays of a format that this one `relabels`, without rounding.
+
+        Raises:
+            ValueAt: a scale that no weight can have.
+        """
+        raise AssertionError(f"{self.label} has one layout: {target.label}")  # not asked
+
+    @property
+    def in_memory(self) -> Format:
+        """This format as packed weights hold it: scales in the dtype that the products read."""
+        return self
+
     def rounded_as(self, asked: Format) -> Format:
         """Return this format with the rounding rule of the one that was asked for, to write new values in it."""
         return self
@@ -224,7 +253,7 @@ class Format(ABC):
     @classmethod
     def owns(cls, suffix: str, beside: Neighbours) -> bool:
         """Tell whether a partner has its weight."""
-        return suffix in cls.streamed and beside.get(cls.main) is not None
+        return suffix in cls.partners and beside.get(cls.main) is not None
 
     @classmethod
     def refusal(cls, suffix: str, entry: Entry, beside: Neighbours) -> CheckpointError | None:
@@ -232,12 +261,15 @@ class Format(ABC):
         return None
 
     @classmethod
-    def asked_for(cls, stored: Iterable[tuple[Format, Entry]] = (), grid: Grid | None = None) -> Format:
+    def asked_for(
+        cls, stored: Iterable[tuple[Format, Entry]] = (), grid: Grid | None = None, layout: Layout | None = None
+    ) -> Format:
         """Return the format to write, when its name is asked for and a checkpoint holds these weights.
 
         Args:
             stored: format and main tensor of each weight of the source.
             grid: the rounding rule that was asked for, if any; of `grids`.
+            layout: the layout, likewise; of `layouts`.
 
         Raises:
             UnsupportedFormat: what the source holds cannot be written so.
@@ -326,6 +358,10 @@ class Format(ABC):
 
     def config_group(self) -> dict[str, Any] | None:
         """Return what a config group of compressed-tensors says of the weights; None if it cannot describe them."""
+        return None
+
+    def input_activations(self) -> dict[str, Any] | None:
+        """Return what such a group says of a layer's inputs; None where they stay as they are."""
         return None
 
     @classmethod

@@ -1,17 +1,23 @@
-"""Block FP8: E4M3 codes with a float32 scale for each block, as moonshotai/Kimi-K2-Instruct and DeepSeek-V3 have it."""
+"""Block FP8: E4M3 codes with a float32 scale for each block, as moonshotai/Kimi-K2-Instruct and DeepSeek-V3 have it.
+
+compressed-tensors (llm-compressor's FP8_BLOCK) has the same codes and the same multiplier under another name and
+another config: the two layouts become one another without rounding.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
 
-from k2quant.errors import CheckpointError, DtypeMismatch, ShapeMismatch, UnsupportedFormat
+from k2quant.errors import CheckpointError, DtypeMismatch, MalformedFile, ShapeMismatch, UnsupportedFormat
+from k2quant.formats import compressed_tensors
 from k2quant.formats.bf16 import check_stored_once
-from k2quant.formats.dtypes import TensorSpec
+from k2quant.formats.dtypes import SCALES, TensorSpec, widened
 from k2quant.formats.format import (
     Entry,
     Format,
+    Layout,
     Neighbours,
     Parts,
     Scope,
@@ -32,11 +38,32 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.grids import Grid
     from k2quant.kernels.codecs.seam import Codecs
-    from k2quant.kernels.codecs.values import U16
+    from k2quant.kernels.codecs.values import F32, U16
     from k2quant.kernels.products.weights import PackedWeight
 
 FP8_BLOCK = BLOCK
 """Rows and columns that share one FP8 scale in every K2 and DeepSeek-V3 release (`weight_block_size`)."""
+
+
+class _Names(NamedTuple):
+    """What a layout calls things."""
+
+    scale: str
+    """Suffix of the scales."""
+    method: str
+    """How a config speaks of it."""
+    size: str
+    """Where a config has the block."""
+    fixed: tuple[str, str]
+    """What else a config may say of it, and how alone."""
+
+
+_NAMES: dict[Layout, _Names] = {
+    "deepseek": _Names("weight_scale_inv", "quant_method fp8", "weight_block_size", ("fmt", "e4m3")),
+    "compressed-tensors": _Names("weight_scale", "format float-quantized", "block_structure", ("strategy", "block")),
+}
+
+_SCHEME: dict[str, Any] = {"num_bits": 8, "symmetric": True, "type": "float"}
 
 # E4M3 has three mantissa bits, so |w - w'| <= |w| / 16, or s * 2^-10 among its subnormal codes; rounding to BF16 adds
 # |w| * 2^-8 at the most. `s` is the scale that is stored, but no more than 1.01 times amax/448 of the weights before.
@@ -65,27 +92,42 @@ _KEYS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fp8(Format):
-    """Float8 E4M3 codes with a float32 scale for each block. The scale multiplies, though its name says `inv`."""
+    """Float8 E4M3 codes with a float32 scale for each block. The scale multiplies, though its name may say `inv`."""
 
     name: ClassVar[str] = "fp8"
     main: ClassVar[str] = "weight"
-    streamed: ClassVar[tuple[str, ...]] = ("weight", "weight_scale_inv")
-    partners: ClassVar[tuple[str, ...]] = ("weight_scale_inv",)
-    scale_suffix: ClassVar[str | None] = "weight_scale_inv"
-    reads: ClassVar[str] = "block-FP8 with weight_scale_inv"
+    partners: ClassVar[tuple[str, ...]] = tuple(called.scale for called in _NAMES.values())
+    reads: ClassVar[str] = "block-FP8 with weight_scale_inv or weight_scale"
     stands_for: ClassVar[str] = "block-FP8 weights with weight_scale_inv, as quant_method fp8 says"
     method: ClassVar[str | None] = "fp8"
     keys: ClassVar[Mapping[str, Key] | None] = _KEYS
+    scheme_words: ClassVar[str] = "symmetric 8-bit float"
+    packing: ClassVar[str] = "float-quantized"
     default_scope: ClassVar[Scope | None] = "linear"
+    layouts: ClassVar[tuple[str, ...]] = get_args(Layout)
     trained: ClassVar[bool] = True
 
     block: tuple[int, int] = FP8_BLOCK
     """Rows and columns that share one scale. Blocks at the edges may be cut off: `kv_a_proj_with_mqa` has 576 rows."""
+    layout: Layout = "deepseek"
+    """What the scales are called, and whose config speaks of them."""
+    scale_dtype: str = "F32"
+    """F32 as it is written; a source may hold any of `SCALES`, which are exact in float32."""
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """Codes and scales."""
+        return self.main, self.scale_suffix
+
+    @property
+    def scale_suffix(self) -> str:
+        """That of the layout."""
+        return _NAMES[self.layout].scale
 
     def state(self, shape: tuple[int, ...], *, name: str = "weight") -> dict[str, TensorSpec]:
         """Return codes and scales of a weight."""
         blocks = tuple(ceil_div(size, step) for size, step in zip(shape, self.block, strict=True))
-        return {"weight": TensorSpec("F8_E4M3", shape), "weight_scale_inv": TensorSpec("F32", blocks)}
+        return {"weight": TensorSpec("F8_E4M3", shape), self.scale_suffix: TensorSpec(self.scale_dtype, blocks)}
 
     def rows(self, suffix: str, start: int, stop: int) -> tuple[int, int]:
         """Return rows of codes as they are, of scales by blocks."""
@@ -97,14 +139,46 @@ class Fp8(Format):
         return self.block[0]
 
     @property
-    def unit(self) -> tuple[int, int]:
+    def unit(self) -> tuple[tuple[int, int], str, str]:
+        """Block, layout, and dtype of the scales: what is written is all of one kind, whatever it was copied from."""
+        return self.block, self.layout, self.scale_dtype
+
+    @property
+    def scales(self) -> tuple[int, int]:
         """The block."""
         return self.block
 
     @property
     def label(self) -> str:
         """Such as `fp8 128x128`."""
-        return f"fp8 {self.block[0]}x{self.block[1]}"
+        size = f"fp8 {self.block[0]}x{self.block[1]}"
+        return size if self.layout == "deepseek" else f"{size} {self.layout}"
+
+    @property
+    def unwritable(self) -> str | None:
+        """Scales that are no float32."""
+        return None if self.scale_dtype == "F32" else self.scale_dtype
+
+    def relabels(self, other: Format) -> bool:
+        """Tell whether the blocks are the same, and the other's scales float32."""
+        return isinstance(other, Fp8) and other.block == self.block and other.unwritable is None
+
+    def relabel(self, parts: Parts, outputs: Parts, target: Format) -> None:
+        """Copy codes, and widen scales."""
+        import numpy as np
+
+        from k2quant.kernels.codecs.values import bad_scale
+
+        codes, scale = (outputs[suffix] for suffix in target.streamed)
+        np.copyto(codes, parts["weight"])
+        np.copyto(scale, self._scale(parts))
+        if (error := bad_scale(scale)) is not None:
+            raise error
+
+    @property
+    def in_memory(self) -> Fp8:
+        """The products read float32 scales."""
+        return replace(self, scale_dtype="F32")
 
     def in_words(self, bits: int) -> str:
         """Name it."""
@@ -119,21 +193,24 @@ class Fp8(Format):
             return None
         check_stored_once(entry, beside)
         shape = matrix(entry)
-        if beside.get("weight_scale") is not None and beside.get("weight_scale_inv") is None:
-            return None
-        scale = beside.partner("weight_scale_inv", entry)
-        if scale.dtype != "F32":
-            raise DtypeMismatch(tensor=scale.name, file=scale.file, expected="F32", found=scale.dtype)
-        for block in (FP8_BLOCK, (1, FP8_BLOCK[1])):
-            found = cls(block=block)
-            if found.state(shape)["weight_scale_inv"].shape == scale.shape:
-                return Stored(found, shape, cls.streamed)
-        raise ShapeMismatch(
-            tensor=scale.name,
-            file=scale.file,
-            expected=f"{cls().state(shape)['weight_scale_inv'].shape} for a weight of {shape} in blocks of 128x128",
-            found=scale.shape,
-        )
+        layout = _layout_of(entry, beside)
+        scale = beside.partner(_NAMES[layout].scale, entry)
+        blocks = (FP8_BLOCK, (1, FP8_BLOCK[1])) if layout == "deepseek" else (FP8_BLOCK,)
+        kinds = [cls(block=block, layout=layout, scale_dtype=scale.dtype) for block in blocks]
+        found = next((kind for kind in kinds if kind.state(shape)[kind.scale_suffix].shape == scale.shape), None)
+        if found is None and layout != "deepseek" and scale.shape in {(), (1,), (1, 1), shape[:1], (shape[0], 1)}:
+            raise beside.foreign(scale, _NO_BLOCKS)
+        if scale.dtype not in SCALES:
+            raise DtypeMismatch(tensor=scale.name, file=scale.file, expected=" or ".join(SCALES), found=scale.dtype)
+        if found is None:
+            expected = kinds[0].state(shape)[kinds[0].scale_suffix].shape
+            raise ShapeMismatch(
+                tensor=scale.name,
+                file=scale.file,
+                expected=f"{expected} for a weight of {shape} in blocks of 128x128",
+                found=scale.shape,
+            )
+        return Stored(found, shape, found.streamed)
 
     @classmethod
     def owns(cls, suffix: str, beside: Neighbours) -> bool:
@@ -146,30 +223,42 @@ class Fp8(Format):
         """Know FP8 of other tools."""
         weight = beside.get("weight")
         scaled = suffix == "weight_scale" and weight is not None and weight.dtype.startswith("F8")
-        codes = suffix == "weight" and entry.dtype == "F8_E4M3" and beside.get("weight_scale") is not None
-        return beside.foreign(entry, _NO_INV) if scaled or codes else None
+        return beside.foreign(entry, _NO_BLOCKS) if scaled else None
 
     @classmethod
-    def asked_for(cls, stored: Iterable[tuple[Format, Entry]] = (), grid: Grid | None = None) -> Format:
-        """Keep the source's blocks, if it has some."""
+    def asked_for(
+        cls, stored: Iterable[tuple[Format, Entry]] = (), grid: Grid | None = None, layout: Layout | None = None
+    ) -> Format:
+        """Keep the source's blocks, if it has some; its layout only where that is asked for."""
         blocks = {each.block for each, _ in stored if isinstance(each, cls)}
         if len(blocks) > 1:
             raise UnsupportedFormat("FP8 weights of several block sizes, which no config can describe", found=blocks)
-        return cls(block=blocks.pop() if blocks else FP8_BLOCK)
+        found = cls(block=blocks.pop() if blocks else FP8_BLOCK, layout=layout or "deepseek")
+        if found.layout != "deepseek" and found.block != FP8_BLOCK:
+            raise UnsupportedFormat(
+                f"{found.layout} has block FP8 for blocks of 128x128 alone",
+                expected="blocks of 128x128",
+                found=found.label,
+                remedy="convert to bf16 first, or leave out --layout",
+            )
+        return found
 
     # --- its values ---
 
     def reading(self, parts: Parts) -> tuple[Any, ...]:
         """Return codes, scales and block."""
-        return parts["weight"], parts["weight_scale_inv"], self.block
+        return parts["weight"], self._scale(parts), self.block
+
+    def _scale(self, parts: Parts) -> F32:
+        return widened(parts[self.scale_suffix])
 
     def writing(self, parts: Parts) -> tuple[Any, ...]:
         """Return the block, and codes and scales to fill."""
-        return self.block, parts["weight"], parts["weight_scale_inv"]
+        return self.block, parts["weight"], parts[self.scale_suffix]
 
     def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
         """Multiply each block by its scale."""
-        codecs.fp8.decode(parts["weight"], parts["weight_scale_inv"], self.block, out)
+        codecs.fp8.decode(parts["weight"], self._scale(parts), self.block, out)
 
     def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
         """Recover or compute each block's scale, and round."""
@@ -186,19 +275,21 @@ class Fp8(Format):
 
     def store(self, weights: U16, scales: NDArray[Any], parts: Parts, codecs: Codecs) -> Figures:
         """Round at given scales."""
-        parts["weight_scale_inv"][...] = scales
+        parts[self.scale_suffix][...] = scales
         return codecs.fp8.store(weights, scales, self.block, parts["weight"])
 
     def outside(self, before: U16, after: U16, parts: Parts) -> int:
         """Allow what three mantissa bits explain."""
         from k2quant.kernels.codecs.cpu.bf16 import outside
 
-        return outside(before, after, parts["weight_scale_inv"], self.block, **_BUDGET)
+        return outside(before, after, self._scale(parts), self.block, **_BUDGET)
 
     # --- the config beside it ---
 
     def config(self, quantised: Iterable[str], kept: list[str]) -> dict[str, Any]:
         """Return the block of K2-Instruct. What it leaves out by itself (router, head, embedding) needs no entry."""
+        if self.layout != "deepseek":
+            return compressed_tensors.block([(self, list(quantised))], kept)
         block: dict[str, Any] = {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
@@ -212,17 +303,41 @@ class Fp8(Format):
         ]
         return block | ({"modules_to_not_convert": expected} if expected else {})
 
+    def config_group(self) -> dict[str, Any] | None:
+        """Return the scheme of the weights, of the one layout that has config groups."""
+        return None if self.layout == "deepseek" else compressed_tensors.scheme(block=self.block, **_SCHEME)
+
+    def input_activations(self) -> dict[str, Any] | None:
+        """Return what llm-compressor's FP8_BLOCK says of a layer's inputs.
+
+        That is compressed-tensors' preset of this name (compressed_tensors/quantization/quant_scheme.py): codes of
+        FP8 in groups of 128, scaled as they come. vLLM's compressed-tensors loader takes block FP8 with FP8 inputs that
+        are scaled so, and no other (CompressedTensorsW8A8Fp8); DeepSeek's `activation_scheme: dynamic` means the same.
+        """
+        if self.layout == "deepseek":
+            return None
+        return compressed_tensors.scheme(group_size=self.block[1], **_SCHEME) | {"dynamic": True, "observer": None}
+
+    @classmethod
+    def claims(cls, scheme: Mapping[str, Any]) -> bool:
+        """Tell symmetric 8-bit floats from all else."""
+        return {key: scheme.get(key) for key in _SCHEME} == _SCHEME
+
     @classmethod
     def check_config(cls, block: Mapping[str, Any], stored: list[tuple[Format, tuple[int, ...]]]) -> None:
-        """Compare `weight_block_size` with the scales that are there."""
-        blocks = sorted({each.block for each, _ in stored if isinstance(each, cls)})
-        size = block.get("weight_block_size")
-        if block.get("fmt", "e4m3") != "e4m3":
-            raise UnsupportedFormat("fmt", file="config.json", expected="e4m3", found=repr(block["fmt"]))
-        if not blocks:
-            raise contradiction(cls.stands_for, "none")
+        """Compare the block size, and whose names a config means, with the scales that are there."""
+        layout: Layout = "deepseek" if "quant_method" in block else "compressed-tensors"
+        called = _NAMES[layout]
+        key, value = called.fixed
+        if block.get(key, value) != value:
+            raise UnsupportedFormat(key, file="config.json", expected=value, found=repr(block[key]))
+        kinds = {each for each, _ in stored if isinstance(each, cls)}
+        if {kind.layout for kind in kinds} != {layout}:
+            found = listed(sorted(kind.scale_suffix for kind in kinds)) or "none"
+            raise contradiction(f"block-FP8 weights with {called.scale}, as {called.method} says", found)
+        blocks, size = sorted({kind.block for kind in kinds}), block.get(called.size)
         if blocks != ([tuple(size)] if isinstance(size, list) else None):
-            raise contradiction(f"weight_block_size {size}", f"scales for blocks of {listed(blocks)}")
+            raise contradiction(f"{called.size} {size}", f"scales for blocks of {listed(blocks)}")
 
     @classmethod
     def carried(cls, fresh: dict[str, Any], source: Mapping[str, Any], recast: Recast) -> dict[str, Any]:
@@ -264,4 +379,16 @@ class Fp8(Format):
         return dict(zip(self.streamed, ops.bf16_to_fp8(weights, self.block), strict=True))
 
 
-_NO_INV = "FP8 with `weight_scale` is not supported, only `weight_scale_inv`"
+def _layout_of(entry: Entry, beside: Neighbours) -> Layout:
+    """Return the layout in which a weight's scales are called as they are.
+
+    Raises:
+        MalformedFile: there are scales of both names, and only one of them can be meant.
+    """
+    found: list[Layout] = [layout for layout, called in _NAMES.items() if beside.get(called.scale) is not None]
+    if len(found) > 1:
+        raise MalformedFile("scaled twice, by weight_scale_inv and by weight_scale", tensor=entry.name, file=entry.file)
+    return found[0] if found else "deepseek"
+
+
+_NO_BLOCKS = "FP8 with a `weight_scale` for each row or tensor is not supported, only for each block of 128x128"

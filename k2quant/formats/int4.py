@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from k2quant.errors import CheckpointError, DtypeMismatch, ShapeMismatch, UnsupportedFormat
 from k2quant.formats import compressed_tensors
-from k2quant.formats.dtypes import DTYPES, FLOATS, TensorSpec
-from k2quant.formats.format import Entry, Format, Neighbours, Parts, Scope, Stored, contradiction, listed, matrix
+from k2quant.formats.dtypes import DTYPES, FLOATS, TensorSpec, widened
+from k2quant.formats.format import (
+    Entry,
+    Format,
+    Layout,
+    Neighbours,
+    Parts,
+    Scope,
+    Stored,
+    contradiction,
+    listed,
+    matrix,
+)
 from k2quant.formats.keys import empty, shown
 from k2quant.kernels.codecs.grids import FAKE_BITS, GROUP, Grid
 
@@ -19,7 +30,7 @@ if TYPE_CHECKING:
 
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.seam import Codecs
-    from k2quant.kernels.codecs.values import F32, U16
+    from k2quant.kernels.codecs.values import U16
     from k2quant.kernels.products.weights import PackedWeight
 
 INT4_GROUP = GROUP
@@ -165,7 +176,9 @@ class Int4(Format):
         return beside.foreign(entry, why) if why else None
 
     @classmethod
-    def asked_for(cls, stored: Iterable[tuple[Format, Entry]] = (), grid: Grid | None = None) -> Format:
+    def asked_for(
+        cls, stored: Iterable[tuple[Format, Entry]] = (), grid: Grid | None = None, layout: Layout | None = None
+    ) -> Format:
         """Return groups of 32 on a grid, and refuse a source in groups of another size."""
         target = cls(grid=grid or "moonshot")
         for found, entry in stored:
@@ -188,7 +201,7 @@ class Int4(Format):
 
     def reading(self, parts: Parts) -> tuple[Any, ...]:
         """Return words, scales as float32, and the group."""
-        return parts["weight_packed"], _widened(parts["weight_scale"]), self.group
+        return parts["weight_packed"], widened(parts["weight_scale"]), self.group
 
     def writing(self, parts: Parts) -> tuple[Any, ...]:
         """Return the grid, and words and scales to fill."""
@@ -196,7 +209,7 @@ class Int4(Format):
 
     def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
         """Multiply each group by its scale."""
-        codecs.int4.decode(parts["weight_packed"], _widened(parts["weight_scale"]), self.group, out)
+        codecs.int4.decode(parts["weight_packed"], widened(parts["weight_scale"]), self.group, out)
 
     def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
         """Recover or compute each group's scale, and round."""
@@ -219,11 +232,11 @@ class Int4(Format):
         """Allow half a step and what rounding to BF16 adds."""
         from k2quant.kernels.codecs.cpu.bf16 import outside
 
-        return outside(before, after, _widened(parts["weight_scale"]), (1, self.group), **_BUDGET)
+        return outside(before, after, widened(parts["weight_scale"]), (1, self.group), **_BUDGET)
 
     def steps(self, parts: Parts) -> NDArray[Any]:
         """Return the scales."""
-        return _widened(parts["weight_scale"])
+        return widened(parts["weight_scale"])
 
     def codes_changed(self, after: Parts, before: Parts) -> int:
         """Count nibbles that differ."""
@@ -300,12 +313,3 @@ class Int4(Format):
 def _check_dtype(entry: Entry, allowed: tuple[str, ...]) -> None:
     if entry.dtype not in allowed:
         raise DtypeMismatch(tensor=entry.name, file=entry.file, expected=" or ".join(allowed), found=entry.dtype)
-
-
-def _widened(scale: NDArray[Any]) -> F32:
-    """Return scales as float32, exactly: BF16 bit patterns, F16 or F32."""
-    import numpy as np
-
-    from k2quant.kernels.codecs.values import bf16_to_float
-
-    return bf16_to_float(scale) if scale.dtype == np.uint16 else scale.astype(np.float32, copy=False)

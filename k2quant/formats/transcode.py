@@ -52,11 +52,15 @@ def transcode(
         scratch: this thread's buffers.
 
     Returns:
-        what rounding did to the weights as BF16 has them, or None where the target is not quantised.
+        what rounding did to the weights as BF16 has them, or None where the target is not quantised or has the same
+        codes and scales.
 
     Raises:
         ValueAt: a value that cannot be carried, with its place in the panel.
     """
+    if source.relabels(target):
+        source.relabel(parts, outputs, target)
+        return None
     if not target.quantised:
         source.decode(parts, outputs[target.main], codecs)
         return None

@@ -18,7 +18,7 @@ from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.resume import refuse_nested
 from k2quant.conversion.stream import Progress
 from k2quant.errors import DtypeMismatch
-from k2quant.formats.format import Scope
+from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FormatName
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.merge.adapter import Adapter, check_values, open_adapter
@@ -67,6 +67,7 @@ def merge(
     scope: Scope | None = None,
     ignore: tuple[str, ...] = (),
     grid: Grid | None = None,
+    layout: Layout | None = None,
     shard_size: int | None = None,
     workers: int | None = None,
     restart: bool = False,
@@ -87,6 +88,7 @@ def merge(
         scope: as in `convert`, like the others.
         ignore: regular expressions of weights that stay out of scope.
         grid: INT4 rounding rule.
+        layout: whose names and config FP8 is written with.
         shard_size: largest output shard in bytes.
         workers: threads.
         restart: throw away what an earlier run left.
@@ -105,7 +107,7 @@ def merge(
     here, there, update = Path(base), Path(destination), Path(adapter)
     refuse_nested(here, there)
     refuse_nested(update, there)
-    prepared = make_merge_plan(here, update, Options(to, scope, ignore, grid, shard_size))
+    prepared = make_merge_plan(here, update, Options(to, scope, ignore, grid, shard_size, layout))
     return carry_out(
         prepared.plan,
         there,

@@ -97,11 +97,12 @@ class Packed(NamedTuple):
     @property
     def views(self) -> bool:
         """Whether memory has the checkpoint's own layout."""
-        return self.weight.views
+        return self.weight.views and self.format == self.format.in_memory
 
     def parts(self) -> Parts:
         """Return what the checkpoint holds, bit for bit."""
-        return dict(zip(self.format.streamed, self.weight.checkpoint(), strict=True)) | self._constants()
+        held, state = zip(self.format.streamed, self.weight.checkpoint(), strict=True), self.format.state(self.shape)
+        return {suffix: tensor.to(torch_dtype(state[suffix].dtype)) for suffix, tensor in held} | self._constants()
 
     def _constants(self) -> Parts:
         state = self.format.state(self.shape)
@@ -127,7 +128,7 @@ class Packed(NamedTuple):
         if any(tensor.is_meta for tensor in parts.values()):
             raise UsageError("a part of it waits on disk; give all of its tensors, or load it whole")
         device = torch.device("cpu") if device.type == "meta" else device
-        codes, scale = (parts[suffix].to(device) for suffix in self.format.streamed)
+        codes, scale = (self._as_in_memory(suffix, parts[suffix].to(device)) for suffix in self.format.streamed)
         found = self.weight.prepared(codes, scale)
         for suffix, expected in self._constants().items():
             if parts[suffix].tolist() != expected.tolist():
@@ -135,6 +136,15 @@ class Packed(NamedTuple):
         if found.shape != self.shape:
             raise UsageError(f"weight: expected {list(self.shape)}, found {list(found.shape)}")
         return found
+
+    def _as_in_memory(self, suffix: str, tensor: Tensor) -> Tensor:
+        """Widen what the checkpoint has in a narrower dtype than memory."""
+        stored, held = (each.state(self.shape)[suffix].dtype for each in (self.format, self.format.in_memory))
+        if stored != held and tensor.dtype != torch_dtype(stored):
+            raise UsageError(
+                f"{suffix}: expected {torch_dtype(stored)}, as the checkpoint has it, found {tensor.dtype}"
+            )
+        return tensor if stored == held else tensor.to(torch_dtype(held))
 
 
 def _check_tensors(parts: Mapping[str, object]) -> None:

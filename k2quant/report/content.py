@@ -234,5 +234,6 @@ def _options(value: object) -> dict[str, Any]:
         "scope": None if options["scope"] is None else kinds.text(options["scope"]),
         "ignore": [kinds.text(pattern) for pattern in kinds.values(options["ignore"])],
         "grid": None if options["grid"] is None else kinds.text(options["grid"]),
+        "layout": None if options.get("layout") is None else kinds.text(options["layout"]),  # older reports have none
         "shard_size": None if shard_size is None else kinds.whole(shard_size),
     }

@@ -58,6 +58,8 @@ def _phrase(way: Way, total: Sum) -> str:
     some = f"{tensors(total.tensors)} from"
     if way == NARROWED:
         return f"rounded {some} F16 or F32 to BF16"
+    if source == target and total.figures is None:
+        return f"kept codes and scales of {tensors(total.tensors)} in {source} under other names"
     if total.figures is None:
         return f"wrote {some} {source} as {target}, bit-equal to {_TIMES}"
     if total.figures.exact:
@@ -184,12 +186,15 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     """Yield options and fingerprint as pairs of HTML."""
     options = report.options
     scope, grid, patterns, shard_size = (options[key] for key in ("scope", "grid", "ignore", "shard_size"))
+    layout = options["layout"]
     yield "format", report.to
     kind = FORMATS[options["to"]]
     if kind.default_scope:
         yield "scope", text(scope) if scope else f"{kind.default_scope} (default)"
     if kind.grids:
         yield "grid", text(grid) if grid else f"{kind.grids[0]} (default)"
+    if kind.layouts:
+        yield "layout", text(layout) if layout else f"{kind.layouts[0]} (default)"
     if patterns:
         more = f" and {len(patterns) - _LIST_SHOWN:,} more" if len(patterns) > _LIST_SHOWN else ""
         yield "ignored", ", ".join(map(code, patterns[:_LIST_SHOWN])) + more

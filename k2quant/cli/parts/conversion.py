@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from k2quant.cli.parts.options import Option
-from k2quant.formats.format import Scope
+from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FORMATS
 from k2quant.kernels.codecs.grids import Grid
 
@@ -31,6 +31,11 @@ _FORMAT = (
         "--grid",
         type=click.Choice(get_args(Grid)),
         help="INT4 rounding rule: amax/7 on -7..7 (moonshot, default) or amax/7.5 on -8..7.",
+    ),
+    click.option(
+        "--layout",
+        type=click.Choice(get_args(Layout)),
+        help="Whose tensor names and config FP8 is written with: DeepSeek's (deepseek, default) or llm-compressor's.",
     ),
     click.option(
         "--shard-size",
