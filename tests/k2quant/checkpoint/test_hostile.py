@@ -698,10 +698,10 @@ def test_fp8_scale_of_wrong_shape(case: Case, shape: tuple[int, ...]) -> None:
     case.refused(ShapeMismatch, f"{BASE}.weight_scale_inv", "expected (1, 1)", f"found {shape}")
 
 
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F64", "I32", "F8_E8M0"])
+@pytest.mark.parametrize("dtype", ["I16", "F64", "I32", "F8_E5M2"])
 def test_fp8_scale_of_wrong_dtype(case: Case, dtype: str) -> None:
-    """The scale of an FP8 weight is F32."""
-    width = {"F64": np.uint64, "I32": np.uint32, "F8_E8M0": np.uint8}.get(dtype, np.uint16)
+    """The scale of an FP8 weight is F32, or of a dtype that is exact in F32."""
+    width = {"F64": np.uint64, "I32": np.uint32, "F8_E5M2": np.uint8}.get(dtype, np.uint16)
     case.write(fp8() | {f"{BASE}.weight_scale_inv": (dtype, np.ones((1, 1), width))})
     case.refused(DtypeMismatch, f"{BASE}.weight_scale_inv", "F32", dtype)
 
@@ -857,12 +857,13 @@ def test_weight_of_another_dtype(case: Case, dtype: str) -> None:
     case.refused(UnsupportedFormat, f"{BASE}.weight", dtype)
 
 
-def test_fp8_with_a_scale_for_the_tensor(case: Case) -> None:
-    """FP8 with `weight_scale`, as other tools write it, is refused by name."""
+@pytest.mark.parametrize("shape", [(), (1,), (64,), (64, 1)])
+def test_fp8_with_a_scale_for_the_tensor_or_for_rows(case: Case, shape: tuple[int, ...]) -> None:
+    """FP8 with a `weight_scale` that is not one for each block, as other tools write it, is refused by name."""
     tensors = fp8()
-    tensors[f"{BASE}.weight_scale"] = tensors.pop(f"{BASE}.weight_scale_inv")
-    case.write(tensors)
-    case.refused(UnsupportedFormat, f"{BASE}", "weight_scale")
+    del tensors[f"{BASE}.weight_scale_inv"]
+    case.write(tensors | {f"{BASE}.weight_scale": ("F32", np.ones(shape, np.float32))})
+    case.refused(UnsupportedFormat, f"{BASE}.weight_scale", "for each row or tensor")
 
 
 # --- the config -------------------------------------------------------------------------------------------------------
@@ -954,9 +955,9 @@ def test_config_of_another_int4(case: Case, key: str, value: object) -> None:
     case.refused(CheckpointError, CONFIG, key)
 
 
-@pytest.mark.parametrize("layout", ["float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", None, [], {}])
+@pytest.mark.parametrize("layout", ["int-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", None, [], {}])
 def test_config_of_another_packing(case: Case, layout: object) -> None:
-    """A compressed-tensors format other than pack-quantized is refused by name."""
+    """A compressed-tensors format other than pack-quantized and float-quantized is refused by name."""
     config = int4_config()
     config["quantization_config"]["format"] = layout
     case.write(int4(), config=config)

@@ -14,7 +14,9 @@ import torch
 from safetensors import safe_open
 
 import k2quant
+from k2quant.checkpoint.writing.in_memory import write_checkpoint
 from k2quant.errors import K2QuantError
+from k2quant.formats.dtypes import as_bits
 from tiny import DEEPSEEK
 
 TRANSFORMERS: Any = import_module("transformers")  # its types are not for us
@@ -205,3 +207,77 @@ def test_wrong_parts_are_refused() -> None:
     unknown: Any = "foo"
     with pytest.raises(K2QuantError, match="unknown grid"):
         k2quant.quantize(torch.randn(64, 64), "int4", grid=unknown)
+
+
+def test_compressed_tensors_decompresses_our_fp8_to_the_same_bits(k2_source: Path, tmp_path: Path) -> None:
+    """compressed-tensors takes the config of `--layout compressed-tensors`, and its own code gives our BF16.
+
+    It multiplies in float32, as rule 1 does; ragged blocks, such as the 576 rows of `kv_a_proj_with_mqa`, among them.
+    """
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    made = k2quant.convert(k2_source, tmp_path / "fp8", to="fp8", layout="compressed-tensors").folder
+    block = json.loads((made / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    scheme = QuantizationConfig.model_validate(block).config_groups["group_0"]
+    compressor = BaseCompressor.get_value_from_registry(block["format"])
+    k2quant.convert(made, tmp_path / "bf16", to="bf16")
+    ours, count = _tensors_of(tmp_path / "bf16"), 0
+    stored = _tensors_of(made)
+    for name, codes in stored.items():
+        if codes.dtype == torch.float8_e4m3fn:
+            state = {"weight": codes, "weight_scale": stored[f"{name}_scale"]}
+            assert torch.equal(compressor.decompress(state, scheme)["weight"].to(torch.bfloat16), ours[name])
+            count += 1
+    assert count > 100
+    assert stored["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"].shape[0] % 128
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_compressed_tensors_compresses_is_read_to_the_same_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Codes and scales of its own FP8_BLOCK preset, and the config that it writes, are read: values equal its own.
+
+    llm-compressor stores scales in the dtype of the model, BF16.
+    """
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, preset_name_to_scheme
+
+    scheme: QuantizationScheme = preset_name_to_scheme("FP8_BLOCK", ["Linear"])
+    compressor = BaseCompressor.get_value_from_registry("float-quantized")
+    torch.manual_seed(4)
+    weight = (torch.randn(576, 256) * 0.02).to(dtype)
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, 64)).reshape(5, 128, 2, 128)
+    scale = (padded.abs().amax(dim=(1, 3)) / 448).to(dtype)
+    state = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+    block = QuantizationConfig(
+        config_groups={"group_0": scheme},
+        format="float-quantized",
+        quantization_status="compressed",
+        ignore=["lm_head"],
+    ).model_dump(mode="json")
+    base = "model.layers.0.self_attn.kv_a_proj_with_mqa"
+    shard = {f"{base}.{suffix}": (_DTYPES[part.dtype], as_bits(part)) for suffix, part in state.items()}
+    config = {"model_type": "kimi_k2", "quantization_config": block}
+    write_checkpoint(tmp_path / "src", {"model.safetensors": shard}, config)
+    k2quant.convert(tmp_path / "src", tmp_path / "bf16", to="bf16")
+    theirs = compressor.decompress(state, scheme)["weight"].to(torch.bfloat16)
+    assert torch.equal(_tensors_of(tmp_path / "bf16")[f"{base}.weight"], theirs)
+
+
+_DTYPES = {torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def _tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for shard in shards(folder):
+        with safe_open(shard, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    return found
+
+
+def test_transformers_computes_the_same_logits_from_our_fp8_of_this_layout(tiny: Path, tmp_path: Path) -> None:
+    """FP8 under compressed-tensors' names, dequantised by transformers, is the model of our BF16."""
+    made = k2quant.convert(tiny, tmp_path / "fp8", to="fp8", layout="compressed-tensors").folder
+    k2quant.convert(made, tmp_path / "bf16", to="bf16")
+    theirs = logits(made, quantization_config=TRANSFORMERS.CompressedTensorsConfig(dequantize=True))
+    assert torch.equal(logits(tmp_path / "bf16"), theirs)
