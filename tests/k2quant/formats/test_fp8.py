@@ -12,8 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 import k2quant
+from k2quant import qat
 from k2quant.checking.comparison import compare, unlike
 from k2quant.checkpoint.reader import CONFIG, REPORT, Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
@@ -42,6 +44,7 @@ from k2quant.formats.known import FormatName
 from k2quant.model import load_model, save_model
 from k2quant.qat.loading import load as load_dense
 from k2quant.report import write_html
+from tiny import write_model
 
 BASE = "model.layers.1.mlp.experts.0.up_proj"
 RAGGED = "model.layers.0.self_attn.kv_a_proj_with_mqa"
@@ -397,6 +400,56 @@ def test_blocks_that_the_layout_does_not_have(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "src", {"model.safetensors": shard}, {"model_type": "kimi_k2"})
     with pytest.raises(UnsupportedFormat, match="expected blocks of 128x128, found fp8 1x128"):
         k2quant.convert(tmp_path / "src", tmp_path / "out", to="fp8", layout=OTHER)
+
+
+def adapter(folder: Path) -> Path:
+    """Write a LoRA adapter of rank 2 for one projection and one expert."""
+    random = torch.Generator().manual_seed(7)
+    tensors = {}
+    for base, (rows, columns) in {RAGGED: (160, 512), BASE: (256, 512)}.items():
+        tensors[f"base_model.model.{base}.lora_A.weight"] = torch.randn(2, columns, generator=random) * 0.1
+        tensors[f"base_model.model.{base}.lora_B.weight"] = torch.randn(rows, 2, generator=random) * 0.1
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_update_is_merged_into_and_out_of_both_layouts(k2_source: Path, relabelled: Path, tmp_path: Path) -> None:
+    """Merged values are stored in the layout that is asked for, from a base of either, and the rest is relabelled."""
+    update = adapter(tmp_path / "update")
+    plain = k2quant.merge(k2_source, update, tmp_path / "plain", to="fp8").folder
+    from_other = k2quant.merge(relabelled, update, tmp_path / "from", to="fp8").folder
+    into_other = k2quant.merge(k2_source, update, tmp_path / "into", to="fp8", layout=OTHER).folder
+    assert same(from_other, plain)
+    assert not same(plain, k2_source)
+    assert same(k2quant.convert(into_other, tmp_path / "back", to="fp8").folder, plain)
+
+
+def test_an_update_is_merged_into_scales_of_another_dtype(narrow: tuple[Path, Path], tmp_path: Path) -> None:
+    """New values get float32 scales, as all that is written as FP8."""
+    update = adapter(tmp_path / "update")
+    ours, theirs = (k2quant.merge(base, update, tmp_path / base.name, to="fp8").folder for base in narrow)
+    assert same(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["layout", "dtype"])
+def test_qat_trains_on_and_exports_over_such_bases(tmp_path: Path, kind: str) -> None:
+    """What QAT exports over a base of the other layout, or with BF16 scales, is what it exports over the plain one."""
+    write_model(tmp_path / "bf16")
+    plain = k2quant.convert(tmp_path / "bf16", tmp_path / "fp8", to="fp8").folder
+    bits = NARROW["BF16"]
+    if kind == "dtype":
+        base = with_scales(plain, tmp_path / "base", lambda scale: ("BF16", bits(scale)))
+        plain = with_scales(plain, tmp_path / "plain", lambda scale: ("F32", widened(bits(scale))))
+    else:
+        base = k2quant.convert(plain, tmp_path / "base", to="fp8", layout=OTHER).folder
+    ours, theirs = (
+        qat.export(qat.prepare(load_dense(folder), qat.QATConfig(to="fp8")), tmp_path / f"{folder.name} out").folder
+        for folder in (base, plain)
+    )
+    assert same(ours, theirs)
 
 
 # --- hostile ----------------------------------------------------------------------------------------------------------
