@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 from k2quant.checkpoint.files.paths import PARTIAL
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 from k2quant.checkpoint.writing.destination import Destination
-from k2quant.conversion.plan import Plan
+from k2quant.conversion.plan import Options, Plan
 from k2quant.conversion.stream import Record
 from k2quant.errors import DestinationStale, OutputError, UsageError
 from k2quant.ground.version import __version__
@@ -72,7 +72,9 @@ def check_finished(folder: Destination, report: dict[str, Any], plan: Plan) -> N
     Raises:
         DestinationStale: so it is.
     """
-    changed = [key for key, value in identity(plan).items() if report.get(key) != value]
+    wanted = identity(plan)
+    found = {key: report.get(key) for key in wanted} | {"options": _completed(report.get("options"))}
+    changed = [key for key, value in wanted.items() if found[key] != value]
     if changed:
         raise _stale(folder, "finished", changed)
     last = {INDEX: len(plan.index)} | ({} if plan.config is None else {CONFIG: len(plan.config)})
@@ -86,6 +88,12 @@ def check_finished(folder: Destination, report: dict[str, Any], plan: Plan) -> N
                 found=f"{path.stat().st_size} bytes" if path.is_file() else "nothing",
                 remedy="write it anew with --restart",
             )
+
+
+def _completed(options: object) -> object:
+    """Return a report's options as this release has them: those that came later were as their defaults are."""
+    defaults = {each.name: each.default for each in fields(Options) if each.default is not MISSING}
+    return {**defaults, **options} if isinstance(options, dict) else options
 
 
 def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationStale:

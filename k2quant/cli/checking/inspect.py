@@ -45,10 +45,11 @@ def _show(found: Inspection) -> None:
         f"{found.folder}: {found.model_type or 'no config'}, {size(found.nbytes)} in {found.tensors:,} tensors and "
         f"{found.shards} shards, {found.layers} layers, {found.experts} experts a layer"
     )
-    click.echo(f"\n{'class':<16} {'format':<16} {'tensors':>9} {'weights':>18} {'bytes':>10}")
+    width = max([16, *(len(row.format) for row in found.rows)])
+    click.echo(f"\n{'class':<16} {'format':<{width}} {'tensors':>9} {'weights':>18} {'bytes':>10}")
     for row in found.rows:
         click.echo(
-            f"{row.tensor_class:<16} {row.format:<16} {row.tensors:>9,} {row.weights:>18,} {size(row.nbytes):>10}"
+            f"{row.tensor_class:<16} {row.format:<{width}} {row.tensors:>9,} {row.weights:>18,} {size(row.nbytes):>10}"
         )
     block = found.quantization
     click.echo(f"\nquantization_config: {_summary(block) if block else 'none'}")

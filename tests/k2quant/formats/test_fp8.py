@@ -379,6 +379,18 @@ def test_the_layout_is_one_of_the_options_that_a_run_remembers(
     assert k2quant.convert(k2_source, made, to="fp8", layout=OTHER).already_done
 
 
+def test_what_an_earlier_release_finished_is_finished(k2_source: Path, tmp_path: Path) -> None:
+    """A report that knows no layouts is that of a conversion to DeepSeek's, the only one that there was."""
+    made = k2quant.convert(k2_source, tmp_path / "made", to="fp8").folder
+    report = json.loads((made / REPORT).read_text())
+    del report["options"]["layout"]
+    (made / REPORT).write_text(json.dumps(report))
+    assert k2quant.convert(k2_source, made, to="fp8").already_done
+    with pytest.raises(DestinationStale, match="other options"):
+        k2quant.convert(k2_source, made, to="fp8", layout=OTHER)
+    assert "deepseek (default)" in write_html(made, tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize("to", ["bf16", "int4"])
 def test_a_layout_has_no_meaning_for_other_formats(k2_source: Path, tmp_path: Path, to: FormatName) -> None:
     """`--layout` with another format is a usage error, exit 2; so is one that nobody knows."""
