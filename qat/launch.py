@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+_SWITCHES = ("--soft-lock", "--trust-remote-code")
 _EVERY = 5.0  # seconds between two lines
 
 
@@ -15,7 +16,7 @@ def main(arguments: list[str]) -> int:
 
     Args:
         arguments: the job's file; `--restart` to throw away what an earlier run left; `--trust-remote-code` to let a
-            tokenizer run that is code.
+            tokenizer run that is code; `--soft-lock` to lock the output folder by a file where there is no other way.
     """
     from k2quant.errors import K2QuantError, UsageError
     from k2quant.qat.job import read_job
@@ -25,10 +26,12 @@ def main(arguments: list[str]) -> int:
     files = [argument for argument in arguments if argument not in flags]
     show = _Lines(leads=os.environ.get("RANK", "0") == "0")
     try:
-        if len(files) != 1 or flags - {"--restart", "--trust-remote-code"}:
-            raise UsageError("usage: accelerate launch -m k2quant.qat JOB.yaml [--restart] [--trust-remote-code]")
+        if len(files) != 1 or flags - {"--restart", *_SWITCHES}:
+            usage = " ".join(f"[{switch}]" for switch in ("--restart", *_SWITCHES))
+            raise UsageError(f"usage: accelerate launch -m k2quant.qat JOB.yaml {usage}")
         job = read_job(Path(files[0]), trust_remote_code="--trust-remote-code" in flags)
-        train(job, restart="--restart" in flags, progress=show.step, stage=show.say)
+        soft_lock = "--soft-lock" in flags
+        train(job, restart="--restart" in flags, soft_lock=soft_lock, progress=show.step, stage=show.say)
     except K2QuantError as error:
         print(f"k2quant: {error}", file=sys.stderr)  # noqa: T201  this is a command
         return error.exit_code

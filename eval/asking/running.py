@@ -29,6 +29,7 @@ def run(
     request: Request,
     folder: Path,
     *,
+    soft_lock: bool = False,
     reading: Progress | None = None,
     progress: Progress | None = None,
     remark: Callable[[str], None] | None = None,
@@ -38,6 +39,7 @@ def run(
     Args:
         request: what to ask whom.
         folder: for the results; made if need be.
+        soft_lock: where its file system has no locks, lock it by a file.
         reading: called with the bytes of the model that are read and all bytes, first to hash, then to load them.
         progress: called with the requests that are answered and all requests.
         remark: called with what is worth knowing on the way.
@@ -56,7 +58,7 @@ def run(
     if request.backend == "k2quant" and (why := no_folder(request.model)):  # before data are fetched for it
         raise UsageError(f"{request.model}: {why}")
     harness.quiet()
-    with held(folder):
+    with held(folder, soft_lock=soft_lock):
         tasks = harness.load_tasks(
             expand(request.tasks),
             include=request.include,

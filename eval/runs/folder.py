@@ -10,7 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from k2quant.checkpoint.files.paths import locked_file, read_limited, refuse_foreign, write_whole
+from k2quant.checkpoint.files.locks import locked_file
+from k2quant.checkpoint.files.paths import read_limited, refuse_foreign, write_whole
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile
 from k2quant.eval.runs.identity import digest
@@ -33,26 +34,33 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # what a write may
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Make the folder and keep others out of it while the block runs; leave no empty one behind."""
+def held(folder: Path, *, soft_lock: bool = False) -> Iterator[None]:
+    """Make the folder and keep others out of it while the block runs; leave no empty one behind.
+
+    Args:
+        folder: the folder.
+        soft_lock: whether a file may be the lock where the file system has no others.
+    """
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise DestinationForeign("not a folder", file=folder, remedy="name another one")
     refuse_foreign(folder, (MANIFEST, REQUEST, LOCK), "not empty, and no run of k2quant", listed=True)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / LOCK
-    with locked_file(lock):
-        try:
-            yield
-        except OSError as error:
-            if error.filename is None and error.errno in _FULL:
-                error.filename = str(folder)
-            raise
-        finally:
-            lock.unlink(missing_ok=True)
-            if made:
-                with suppress(OSError):  # it is not empty
-                    folder.rmdir()
+    try:
+        with locked_file(lock, soft=soft_lock):
+            try:
+                yield
+            except OSError as error:
+                if error.filename is None and error.errno in _FULL:
+                    error.filename = str(folder)
+                raise
+            finally:
+                lock.unlink(missing_ok=True)
+    finally:
+        if made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def finished(folder: Path, identity: Mapping[str, Any]) -> bool:

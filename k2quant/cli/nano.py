@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from k2quant.cli.parts import options
 from k2quant.cli.parts.screen import training
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Also write its held-out items as tasks for `k2quant eval run --include DIR`, and others to train on.",
 )
+@options.soft_lock()
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def command(folder: Path, *, steps: int | None, seed: int, tasks: Path | None, as_json: bool) -> None:
+def command(folder: Path, *, steps: int | None, seed: int, tasks: Path | None, soft_lock: bool, as_json: bool) -> None:
     """Train nano-K2, a K2 in everything but size, on this CPU and write it to DST as a BF16 checkpoint.
 
     It learns tasks with exact answers, so that what a conversion, calibration or training does to accuracy can be
@@ -46,7 +48,7 @@ def command(folder: Path, *, steps: int | None, seed: int, tasks: Path | None, a
     from k2quant.nano.run import run
 
     with training("training") as progress:
-        result = run(folder, steps=steps, seed=seed, progress=progress)
+        result = run(folder, steps=steps, seed=seed, soft_lock=soft_lock, progress=progress)
     if tasks is not None:
         write_tasks(tasks)
     if as_json:

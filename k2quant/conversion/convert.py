@@ -59,6 +59,7 @@ def convert(
     workers: int | None = None,
     device: str = "cpu",
     restart: bool = False,
+    soft_lock: bool = False,
     sha256: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -78,6 +79,8 @@ def convert(
         workers: threads; None takes one for each core that this process may use.
         device: where the arithmetic runs, `cpu` or `cuda`.
         restart: throw away what an earlier run of other options or another source left in the destination.
+        soft_lock: where the destination's file system has no locks, lock it by a file. What a killed run leaves of it
+            is removed by the next one on the same machine; where another finds it, it must be deleted by hand.
         sha256: also note a sha256 of each file, as hubs list them.
         progress: called as the work goes on.
 
@@ -92,7 +95,16 @@ def convert(
     here, there = Path(source), Path(destination)
     refuse_nested(here, there)
     plan = make_plan(open_checkpoint(here), Options(to, scope, ignore, grid, shard_size, layout))
-    return carry_out(plan, there, workers=workers, device=device, restart=restart, sha256=sha256, progress=progress)
+    return carry_out(
+        plan,
+        there,
+        workers=workers,
+        device=device,
+        restart=restart,
+        soft_lock=soft_lock,
+        sha256=sha256,
+        progress=progress,
+    )
 
 
 def carry_out(
@@ -102,6 +114,7 @@ def carry_out(
     workers: int | None = None,
     device: str = "cpu",
     restart: bool = False,
+    soft_lock: bool = False,
     sha256: bool = False,
     substitute: Substitute | None = None,
     check: Callable[[Path], None] | None = None,
@@ -115,6 +128,7 @@ def carry_out(
         workers: as in `convert`, like the others.
         device: where the converter's arithmetic runs.
         restart: throw away what an earlier run left.
+        soft_lock: lock by a file where there is no other way.
         sha256: note digests.
         substitute: whose values take the place of the source's; `plan.values` says which these are.
         check: is given the folder when all shards stand there and nothing yet makes it look finished; what it raises
@@ -126,7 +140,7 @@ def carry_out(
         _refuse_surveyed(plan, substitute)
     threads, arithmetic = checked_workers(workers), codecs_of(device)
     try:
-        with locked(there, report=REPORT, incomplete=INCOMPLETE, restart=restart) as folder:
+        with locked(there, report=REPORT, incomplete=INCOMPLETE, restart=restart, soft=soft_lock) as folder:
             if not restart and (report := folder.finished_report()) is not None:
                 check_finished(folder, report, plan)
                 return Conversion(there, report, 0, already_done=True)

@@ -71,6 +71,7 @@ def merge(
     shard_size: int | None = None,
     workers: int | None = None,
     restart: bool = False,
+    soft_lock: bool = False,
     sha256: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -92,6 +93,7 @@ def merge(
         shard_size: largest output shard in bytes.
         workers: threads.
         restart: throw away what an earlier run left.
+        soft_lock: lock by a file where there is no other way.
         sha256: note digests of the files.
         progress: called as the work goes on.
 
@@ -113,6 +115,7 @@ def merge(
         there,
         workers=workers,
         restart=restart,
+        soft_lock=soft_lock,
         sha256=sha256,
         substitute=prepared.substitute(),
         progress=progress,

@@ -64,6 +64,7 @@ def run(
     steps: int | None = None,
     seed: int = 0,
     exam: int = EXAM,
+    soft_lock: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Result:
     """Train, write and score a nano-K2.
@@ -73,6 +74,7 @@ def run(
         steps: of the training; None for the default of `training.Recipe`.
         seed: of weights and items.
         exam: held-out items of each family and level to score.
+        soft_lock: where the file system has no locks, lock the folder by a file.
         progress: is told the steps done, all steps and the last loss.
 
     Raises:
@@ -81,7 +83,7 @@ def run(
         DestinationInUse: another run trains for it.
     """
     recipe = training.Recipe(seed=seed) if steps is None else training.Recipe(seed=seed, steps=steps)
-    with writing.claimed(folder):
+    with writing.claimed(folder, soft_lock=soft_lock):
         begun = time.perf_counter()
         model = training.train(recipe, progress=progress)
         seconds = time.perf_counter() - begun

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DeepseekV3ForCausalLM
 
-from k2quant.checkpoint.files.paths import locked_file, refuse_foreign, write_whole
+from k2quant.checkpoint.files.locks import locked_file
+from k2quant.checkpoint.files.paths import refuse_foreign, write_whole
 from k2quant.checkpoint.reader import CONFIG as CONFIG_FILE
 from k2quant.checkpoint.reader import INDEX, open_checkpoint
 from k2quant.checkpoint.weights import group_tensors
@@ -33,8 +34,12 @@ _LOCK = "k2quant_nano.lock"
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, *, soft_lock: bool = False) -> Iterator[None]:
     """Make the folder if need be and hold it; what an earlier run left there stays until `write`.
+
+    Args:
+        folder: the folder.
+        soft_lock: whether a file may be the lock where the file system has no others.
 
     Raises:
         DestinationForeign: it holds something that no `k2quant nano` wrote, or is no folder.
@@ -45,7 +50,7 @@ def claimed(folder: Path) -> Iterator[None]:
         raise DestinationForeign("not a folder", file=folder, remedy="name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     refuse_foreign(folder, (MARK, _LOCK), "not empty, and no nano-K2", remedy="name a new folder")
-    with locked_file(folder / _LOCK):
+    with locked_file(folder / _LOCK, soft=soft_lock):
         yield
         (folder / _LOCK).unlink(missing_ok=True)
 

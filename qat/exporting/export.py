@@ -43,6 +43,7 @@ def export(
     shard_size: int | None = None,
     workers: int | None = None,
     restart: bool = False,
+    soft_lock: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write a prepared model as a checkpoint in the format that it was trained for.
@@ -55,6 +56,7 @@ def export(
         shard_size: largest output shard in bytes; None keeps the base's shards.
         workers: threads; None takes one for each core.
         restart: throw away what an earlier export left in the destination.
+        soft_lock: where its file system has no locks, lock it by a file.
         progress: called with the bytes done and all bytes.
 
     Raises:
@@ -70,7 +72,16 @@ def export(
     def check(folder: Path) -> None:
         check_export(folder, plan, trained)
 
-    done = carry_out(plan, there, workers=workers, restart=restart, substitute=trained, check=check, progress=progress)
+    done = carry_out(
+        plan,
+        there,
+        workers=workers,
+        restart=restart,
+        soft_lock=soft_lock,
+        substitute=trained,
+        check=check,
+        progress=progress,
+    )
     if done.already_done:
         _check_again(there, check)
     return done
@@ -85,6 +96,7 @@ def export_run(
     shard_size: int | None = None,
     workers: int | None = None,
     restart: bool = False,
+    soft_lock: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write the last checkpoint of a training, or what post-training rounding makes of a job's model; see `export`.
@@ -97,6 +109,7 @@ def export_run(
         shard_size: as in `export`, like the others.
         workers: threads.
         restart: throw away what an earlier export left.
+        soft_lock: lock by a file where there is no other way.
         progress: called with the bytes done and all bytes.
 
     Raises:
@@ -112,7 +125,15 @@ def export_run(
     if why := no_folder(job.model):
         raise UsageError(f"model: {job.model}: {why}; if it was moved, name its place with --model")
     model = load_start(job) if untrained else load_run(folder, job)
-    return export(model, destination, shard_size=shard_size, workers=workers, restart=restart, progress=progress)
+    return export(
+        model,
+        destination,
+        shard_size=shard_size,
+        workers=workers,
+        restart=restart,
+        soft_lock=soft_lock,
+        progress=progress,
+    )
 
 
 def load_start(job: Job) -> nn.Module:

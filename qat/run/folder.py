@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from k2quant.checkpoint.files.paths import locked_file, read_limited, refuse_foreign, write_whole
+from k2quant.checkpoint.files.locks import locked_file
+from k2quant.checkpoint.files.paths import read_limited, refuse_foreign, write_whole
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import CheckpointError, DestinationForeign, DestinationStale, MalformedFile, OutputError, UsageError
 from k2quant.ground.version import __version__
@@ -67,8 +68,11 @@ class Run:
         )
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, *, soft_lock: bool = False) -> Iterator[None]:
         """Make the folder if need be and hold its lock.
+
+        Args:
+            soft_lock: whether a file may be the lock where the file system has no others.
 
         Raises:
             DestinationForeign: it holds something that no run of ours wrote.
@@ -76,7 +80,7 @@ class Run:
         """
         self.check_folder()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked_file(self.folder / _LOCK):
+        with locked_file(self.folder / _LOCK, soft=soft_lock):
             yield
 
     def _clear(self) -> None:

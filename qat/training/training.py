@@ -66,6 +66,7 @@ def train(
     job: Job,
     *,
     restart: bool = False,
+    soft_lock: bool = False,
     progress: Progress | None = None,
     stage: Callable[[str], None] | None = None,
 ) -> Result:
@@ -76,6 +77,7 @@ def train(
     Args:
         job: from `read_job`.
         restart: throw away what an earlier run left in the output folder.
+        soft_lock: where its file system has no locks, lock it by a file.
         progress: called after each step.
         stage: called with what is being done before the first step.
 
@@ -93,7 +95,8 @@ def train(
     processes = Processes(shard=job.training.shard, unused=unused)
     run = Run(Path(job.output))
     try:
-        with _reproducible(job, processes.device), run.held() if processes.leads else contextlib.nullcontext():
+        held = run.held(soft_lock=soft_lock) if processes.leads else contextlib.nullcontext()
+        with _reproducible(job, processes.device), held:
             processes.wait()
             trainer = Trainer(job, run, processes, say, restart=restart)
             resumed = trainer.resume()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import stat
@@ -11,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from k2quant.checkpoint.files.pointers import POINTER_LIMIT, refuse_pointer
-from k2quant.errors import DestinationForeign, DestinationInUse, MalformedFile, UnsafePath
+from k2quant.errors import DestinationForeign, MalformedFile, UnsafePath
 
 PARTIAL = ".partial"
 """Suffix of a file that is being written; it is renamed when it is whole and on the disk."""
@@ -140,27 +139,6 @@ def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
-
-
-@contextlib.contextmanager
-def locked_file(path: Path) -> Iterator[None]:
-    """Hold a lock on a file, which is made if need be, as long as the block runs; it dies with the process.
-
-    Raises:
-        DestinationInUse: another process holds it.
-        OSError: it cannot be made.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DestinationInUse(
-                "another k2quant works here", file=path.parent, remedy="wait for it, or name another folder"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def refuse_foreign(

@@ -8,7 +8,6 @@ While a conversion runs, the folder holds `.k2quant/lock` (locked by the process
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -16,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from k2quant.checkpoint.files.locks import Lock, take
 from k2quant.checkpoint.files.paths import PARTIAL, read_limited, sync_folder, write_whole
 from k2quant.checkpoint.files.strict_json import parse_object
-from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, MalformedFile, OutputError
+from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, OutputError
 
 _WORK = ".k2quant"
 _LOCK = "lock"
@@ -150,7 +150,9 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, report: str, incomplete: str, restart: bool = False) -> Iterator[Destination]:
+def locked(
+    folder: Path, *, report: str, incomplete: str, restart: bool = False, soft: bool = False
+) -> Iterator[Destination]:
     """Make the folder if need be and hold its lock.
 
     Args:
@@ -158,17 +160,27 @@ def locked(folder: Path, *, report: str, incomplete: str, restart: bool = False)
         report: name of the report's file, which marks a finished folder as ours.
         incomplete: name of the file that marks an unfinished one.
         restart: whether what an earlier run left may be thrown away, damaged or not.
+        soft: whether a file may be the lock where the file system has no others.
 
     Raises:
         DestinationInUse: another process holds it.
+        OutputError: the file system has no locks, and `soft` is not asked for.
         DestinationForeign: the path is no folder, or the folder holds something that is not ours.
     """
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise DestinationForeign("not a folder", file=folder, remedy="name another one")
     destination = Destination(folder, report=report, incomplete=incomplete)
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     destination.refuse_foreign(restart=restart)
-    descriptor = _take_lock(folder)
+    try:
+        lock = _take_lock(folder, soft=soft)
+    except OutputError:
+        with contextlib.suppress(OSError):  # one that is not empty, or not ours alone, stays
+            (folder / _WORK).rmdir()
+            if made:
+                folder.rmdir()
+        raise
     try:
         destination.refuse_foreign(restart=restart)
         yield destination
@@ -176,43 +188,23 @@ def locked(folder: Path, *, report: str, incomplete: str, restart: bool = False)
         with contextlib.suppress(OSError):
             if not destination.journal():
                 shutil.rmtree(folder / _WORK)
-        os.close(descriptor)
+        lock.release()
 
 
-def _take_lock(folder: Path) -> int:
+def _take_lock(folder: Path, *, soft: bool) -> Lock:
     work = folder / _WORK
     if work.is_symlink():
         raise DestinationForeign("a link where k2quant keeps its journal", file=work)
     while True:
         try:
             work.mkdir(exist_ok=True)
-            descriptor = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            lock = take(work / _LOCK, folder=folder, soft=soft)
         except FileNotFoundError:  # the holder has just finished and removed the folder
             continue
         except FileExistsError:  # the same, between the two steps of mkdir; or a file stands there
             if work.exists() and not work.is_dir():
                 raise
             continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise DestinationInUse(
-                "another k2quant writes here", file=folder, remedy="wait for it, or name another folder"
-            ) from None
-        except OSError as error:
-            os.close(descriptor)
-            raise OutputError("cannot be locked", file=folder, found=error.strerror) from error
-        if _still_there(descriptor, work / _LOCK):
-            return descriptor
-        os.close(descriptor)
-
-
-def _still_there(descriptor: int, path: Path) -> bool:
-    """Tell whether the locked file is still the one at its path, and not one that a finished holder removed."""
-    try:
-        status = path.stat()
-    except FileNotFoundError:
-        return False
-    held = os.fstat(descriptor)
-    return (status.st_ino, status.st_dev) == (held.st_ino, held.st_dev)
+        if lock.stands():
+            return lock
+        lock.release()

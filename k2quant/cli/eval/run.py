@@ -77,11 +77,12 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
     "--trust-remote-code", is_flag=True, help="Run the checkpoint's own code: tokenizer, with hf and vllm model."
 )
 @click.option("--confirm-unsafe-code", is_flag=True, help="Let tasks run the code that the model writes.")
+@options.soft_lock()
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option(
     "--list-presets", is_flag=True, is_eager=True, expose_value=False, callback=_presets, help="What presets hold."
 )
-def command(output: Path, *, tasks: str, data: tuple[str, ...], as_json: bool, **given: Any) -> None:
+def command(output: Path, *, tasks: str, data: tuple[str, ...], soft_lock: bool, as_json: bool, **given: Any) -> None:
     """Ask MODEL, a checkpoint in any format, the questions of lm-eval's benchmarks and keep every answer in RUN.
 
     Needs `pip install "k2quant[eval]"`. With --backend api, MODEL is what the server calls it. The same command
@@ -109,7 +110,7 @@ def command(output: Path, *, tasks: str, data: tuple[str, ...], as_json: bool, *
     request = Request(tasks=names, data=_data(data), **given)
     try:
         with _bars() as (reading, answered):
-            manifest = run(request, output, reading=reading, progress=answered, remark=remark)
+            manifest = run(request, output, soft_lock=soft_lock, reading=reading, progress=answered, remark=remark)
     except KeyboardInterrupt:
         remark(f"{output}: the same command resumes")
         raise

@@ -39,6 +39,16 @@ def trust_remote_code() -> Option[Any]:
     )
 
 
+def soft_lock() -> Option[Any]:
+    """What keeps two runs out of one folder where the file system cannot."""
+    return click.option(
+        "--soft-lock",
+        is_flag=True,
+        help="On a file system without locks: lock the folder by a file. A killed run leaves it there: on the same "
+        "machine the next run removes it, on another you must.",
+    )
+
+
 def backend() -> Option[Any]:
     """How packed weights are multiplied."""
     return click.option(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from k2quant.cli.parts.options import soft_lock
 from k2quant.cli.parts.screen import progress
 from k2quant.formats.known import FORMATS
 
@@ -22,6 +23,7 @@ from k2quant.formats.known import FORMATS
 @click.option("--shard-size", metavar="SIZE", help="Tensor bytes of a shard, such as 5GB; default: as the base.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one for each core.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left in DST.")
+@soft_lock()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     run: Path,
@@ -32,6 +34,7 @@ def command(
     shard_size: str | None,
     workers: int | None,
     restart: bool,
+    soft_lock: bool,
     as_json: bool,
 ) -> None:
     """Write the last checkpoint of the training in RUN to DST, in the format that it was trained for.
@@ -59,6 +62,7 @@ def command(
             shard_size=parse_size(shard_size) if shard_size else None,
             workers=workers,
             restart=restart,
+            soft_lock=soft_lock,
             progress=show,
         )
     report = done.report

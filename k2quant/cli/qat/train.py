@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts.options import trust_remote_code
+from k2quant.cli.parts.options import soft_lock, trust_remote_code
 from k2quant.cli.parts.screen import remark, training
 
 if TYPE_CHECKING:
@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 @click.command(name="train")
 @click.argument("job", metavar="JOB.yaml", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left in the output folder.")
+@soft_lock()
 @trust_remote_code()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(job: Path, *, restart: bool, trust_remote_code: bool, as_json: bool) -> None:
+def command(job: Path, *, restart: bool, soft_lock: bool, trust_remote_code: bool, as_json: bool) -> None:
     """Train what JOB.yaml says, in one process; the same command after a kill goes on from the last checkpoint.
 
     On several devices: accelerate launch -m k2quant.qat JOB.yaml, or torchrun in the place of accelerate.
@@ -37,7 +38,8 @@ def command(job: Path, *, restart: bool, trust_remote_code: bool, as_json: bool)
 
     read = read_job(job, trust_remote_code=trust_remote_code)
     with training("training") as progress:
-        result = train(read, restart=restart, progress=progress, stage=None if as_json else remark)
+        stage = None if as_json else remark
+        result = train(read, restart=restart, soft_lock=soft_lock, progress=progress, stage=stage)
     for note in result.notes:
         remark(f"note: {note}")
     if as_json:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from k2quant.checkpoint.files.checksum import crc32
+from k2quant.checkpoint.files.locks import locked_file
 from k2quant.checkpoint.files.paths import (
     check_inside,
-    locked_file,
     open_regular,
     read_limited,
     replacing,
@@ -33,7 +33,7 @@ from k2quant.formats.dtypes import as_memory
 
 _STATE, _LOCK = "k2quant_stream.json", "k2quant_stream.lock"
 _STATE_LIMIT = 2**26
-_OWN = re.compile(r"([0-9]{4,}-[0-9]{6,}\.bin|k2quant_stream\.json)(\.partial)?|k2quant_stream\.lock")
+_OWN = re.compile(r"([0-9]{4,}-[0-9]{6,}\.bin|k2quant_stream\.json)(\.partial)?|k2quant_stream\.lock(\.soft)?")
 
 
 class Activations:
@@ -172,8 +172,12 @@ class Activations:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, *, soft_lock: bool = False) -> Iterator[None]:
     """Make a folder if need be and keep others out of it; an empty one is removed in the end.
+
+    Args:
+        folder: the folder.
+        soft_lock: whether a file may be the lock where the file system has no others.
 
     Raises:
         DestinationInUse: another pass works in it.
@@ -187,7 +191,7 @@ def held(folder: Path) -> Iterator[None]:
         inside = {path.name for path in folder.iterdir()}
         if _STATE not in inside and not all(map(_OWN.fullmatch, inside)):
             raise DestinationForeign("not empty, and no pass of k2quant", file=folder, remedy="name another one")
-        with locked_file(folder / _LOCK):
+        with locked_file(folder / _LOCK, soft=soft_lock):
             yield
     with contextlib.suppress(OSError):
         folder.rmdir()

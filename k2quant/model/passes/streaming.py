@@ -68,6 +68,7 @@ def stream_forward(
     backend: Backend = "auto",
     budget: int = _BUDGET,
     folder: str | os.PathLike[str] | None = None,
+    soft_lock: bool = False,
 ) -> Iterator[Tensor]:
     """Run batches through a checkpoint, one decoder layer in memory at a time, and yield their logits.
 
@@ -81,6 +82,7 @@ def stream_forward(
         budget: bytes of activations to keep in memory; the rest goes to files.
         folder: for these files. A killed pass resumes from it after the last whole layer, when it is called again in
             the same way. Without it they are temporary, and nothing can be resumed.
+        soft_lock: where its file system has no locks, lock the folder by a file, as `convert` does.
 
     Returns:
         an iterator that does the work as it is asked for logits `[B, T, vocabulary]` of each batch in turn. They equal
@@ -101,13 +103,14 @@ def stream_forward(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path))
     assembly = assemble(checkpoint, device=execution_device(device), dtype=dtype, backend=backend)
     _check_tokens(inputs, assembly.config.vocab_size)
-    return _streamed(_Pass(assembly, inputs, hooks), None if folder is None else Path(folder), budget)
+    place = None if folder is None else Path(folder)
+    return _streamed(_Pass(assembly, inputs, hooks), place, budget, soft_lock=soft_lock)
 
 
-def _streamed(run: _Pass, folder: Path | None, budget: int) -> Iterator[Tensor]:
+def _streamed(run: _Pass, folder: Path | None, budget: int, *, soft_lock: bool) -> Iterator[Tensor]:
     """Run a pass with its activations in a folder, or in a temporary one."""
     if folder is not None:
-        with held(folder):
+        with held(folder, soft_lock=soft_lock):
             yield from run.logits(run.activations(folder, budget, lasting=True))
         return
     with tempfile.TemporaryDirectory(prefix="k2quant-") as place:

@@ -20,7 +20,7 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 
-from k2quant.checkpoint.files.paths import locked_file
+from k2quant.checkpoint.files.locks import locked_file
 from k2quant.cli import main
 from k2quant.conversion.convert import convert
 from k2quant.errors import (

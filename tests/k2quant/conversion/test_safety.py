@@ -153,7 +153,7 @@ def test_two_runs_on_one_destination(source: Path, destination: Path, whole: dic
         go_on.set()
         run.join()
     assert second.exit_code == 1
-    assert "another k2quant writes here" in second.stderr
+    assert "another k2quant works here" in second.stderr
     assert contents(destination) == whole
 
 

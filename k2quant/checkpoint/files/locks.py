@@ -1,0 +1,268 @@
+"""One run in a folder at a time: the kernel's lock on a file, which dies with its process, or a file that is the lock.
+
+The softer kind is for file systems without flock. It stands beside the file that is otherwise locked and says which
+process made it, on which machine. Either kind looks for the other, so that runs with and without it keep apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from k2quant.checkpoint.files.json_kinds import text, whole
+from k2quant.checkpoint.files.paths import read_limited, write_all
+from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.errors import CheckpointError, DestinationInUse, MalformedFile, OutputError
+
+SOFT = ".soft"
+"""Suffix of the file that is a soft lock, after the name of the file that is otherwise locked."""
+
+_TAKING = ".taking"  # suffix, once more, of a file that stands while a dead run's soft lock is removed
+_LIMIT = 4096  # bytes of a soft lock
+_PIDS = 2**31
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # what flock ends with where there is none
+_WAIT = "wait for it, or name another folder"
+_MACHINE = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Lock:
+    """A lock that this process holds."""
+
+    def __init__(self, path: Path, descriptor: int, soft: _SoftLock | None) -> None:
+        """Keep what `take` took."""
+        self._path, self._descriptor, self._soft = path, descriptor, soft
+
+    def stands(self) -> bool:
+        """Tell whether the locked file is still the one at its path, and not one that a finished holder removed."""
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            return False
+        held = os.fstat(self._descriptor)
+        return (status.st_ino, status.st_dev) == (held.st_ino, held.st_dev)
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._soft is not None:
+            self._soft.remove()
+        os.close(self._descriptor)
+
+
+def take(path: Path, *, folder: Path, soft: bool) -> Lock:
+    """Lock a file, which is made if need be.
+
+    Args:
+        path: of the file.
+        folder: what the lock is for, as messages name it.
+        soft: whether a file may be the lock where the file system has no others.
+
+    Raises:
+        DestinationInUse: another process holds the lock, or may hold it.
+        OutputError: the file system has no locks, and `soft` is not asked for.
+        OSError: the file cannot be made or locked.
+    """
+    made = not os.path.lexists(path)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        _lock(descriptor, folder, soft=soft)
+        beside = _SoftLock(path.with_name(path.name + SOFT), folder)
+        if soft:
+            beside.take()
+        else:
+            beside.clear()
+    except BaseException as error:
+        os.close(descriptor)
+        if made and isinstance(error, OutputError) and not isinstance(error, DestinationInUse):
+            path.unlink(missing_ok=True)  # nobody can hold it
+        raise
+    return Lock(path, descriptor, beside if soft else None)
+
+
+@contextlib.contextmanager
+def locked_file(path: Path, *, soft: bool = False) -> Iterator[None]:
+    """Hold a lock on a file of a folder as long as the block runs; see `take`."""
+    lock = take(path, folder=path.parent, soft=soft)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _lock(descriptor: int, folder: Path, *, soft: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DestinationInUse("another k2quant works here", file=folder, remedy=_WAIT) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        if not soft:
+            raise OutputError(
+                "lies on a file system without locks, which keep two runs out of one folder",
+                file=folder,
+                found=f"flock: {error.strerror}",
+                remedy="name a folder on another one, or say --soft-lock (soft_lock=True): then a file is the lock, "
+                "and if a run is killed, you may have to delete it by hand",
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Holder:
+    """The process that a soft lock speaks of."""
+
+    host: str
+    machine: str
+    """Its kernel since it was booted, and its numbering of processes: where both are equal, `pid` means the same."""
+    pid: int
+    started: int
+    """When it began, in ticks since boot: numbers of processes are given anew."""
+
+    def is_here(self) -> bool:
+        """Tell whether the process ran on this machine, since it was booted."""
+        return bool(self.machine) and (self.host, self.machine) == (platform.node(), _machine())
+
+    def is_dead(self) -> bool:
+        """Tell whether it is certain that the process has ended; only on the machine that it ran on can it be."""
+        if not self.is_here():
+            return False
+        try:
+            with contextlib.suppress(PermissionError):  # another user's, and alive
+                os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        now = _state(self.pid)
+        return now is not None and (now[0] in "ZX" or now[1] != self.started)
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+
+class _SoftLock:
+    """A file that is a lock as long as it is there."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self._path, self._folder = path, folder
+        self._content = b""
+
+    def take(self) -> None:
+        """Make the file, unless another process made it and may still be at work.
+
+        Raises:
+            DestinationInUse: so it is.
+        """
+        now = _state(os.getpid())
+        me = _Holder(
+            host=platform.node(), machine=_machine(), pid=os.getpid(), started=now[1] if now is not None else 0
+        )
+        content = json.dumps(asdict(me)).encode() + b"\n"
+        while True:
+            self.clear()
+            try:
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            except FileExistsError:  # made since: look whose it is
+                continue
+            try:
+                self._content = content
+                write_all(descriptor, content, 0)
+                os.fsync(descriptor)
+            except BaseException:
+                self._path.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(descriptor)
+            return
+
+    def remove(self) -> None:
+        """Delete the file, if it is still ours."""
+        with contextlib.suppress(OSError, CheckpointError):
+            if _read(self._path) == self._content:
+                self._path.unlink()
+
+    def clear(self) -> None:
+        """Delete the file if its process is dead; return where there is none.
+
+        Raises:
+            DestinationInUse: its process is at work, or nobody can tell.
+        """
+        holder = self._holder()
+        if holder is None:
+            return
+        if not holder.is_dead():
+            raise self._in_use(holder)
+        guard = self._path.with_name(self._path.name + _TAKING)
+        try:
+            os.close(os.open(guard, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+        except FileExistsError:
+            message = "another k2quant takes over what a killed one left"
+            raise DestinationInUse(message, file=self._folder, remedy=f"if none does, delete {guard}") from None
+        try:  # the lock may be another's by now; as long as the guard stands, nobody else removes it
+            if self._holder() == holder:
+                self._path.unlink()
+        finally:
+            guard.unlink(missing_ok=True)
+
+    def _holder(self) -> _Holder | None:
+        """Return whose the file is; None where there is none.
+
+        Raises:
+            DestinationInUse: it does not say.
+        """
+        if not os.path.lexists(self._path):
+            return None
+        try:
+            found = parse_object(_read(self._path), file=self._path)
+            return _Holder(
+                host=text(found["host"]),
+                machine=text(found["machine"]),
+                pid=whole(found["pid"], 1, _PIDS),
+                started=whole(found["started"]),
+            )
+        except FileNotFoundError:  # released since
+            return None
+        except (CheckpointError, OSError, KeyError, TypeError, ValueError) as error:
+            raise DestinationInUse(
+                "a soft lock that does not say whose it is",
+                file=self._path,
+                remedy="if no k2quant works in this folder, delete that file",
+            ) from error
+
+    def _in_use(self, holder: _Holder) -> DestinationInUse:
+        if holder.is_here():
+            return DestinationInUse("another k2quant works here", file=self._folder, found=str(holder), remedy=_WAIT)
+        return DestinationInUse(
+            "a soft lock of another machine, or from before this one was started",
+            file=self._folder,
+            found=str(holder),
+            remedy=f"if that process has ended, delete {self._path}",
+        )
+
+
+def _read(path: Path) -> bytes:
+    """Return the bytes of a small file that is no link."""
+    if path.is_symlink():
+        raise MalformedFile("a link", file=path)
+    return read_limited(path, _LIMIT)
+
+
+def _machine() -> str:
+    """Return what tells this machine, since it was booted, and this container's processes; empty where nothing does."""
+    try:
+        return f"{_MACHINE.read_text().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"  # noqa: PTH116  no link to follow
+    except OSError:
+        return ""
+
+
+def _state(pid: int) -> tuple[str, int] | None:
+    """Return a process's state, as a letter, and when it began, in ticks since boot; None where that is not shown."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return fields[0].decode(), int(fields[19])
+    except (OSError, IndexError, ValueError):
+        return None
