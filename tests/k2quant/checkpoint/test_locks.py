@@ -63,7 +63,8 @@ def test_a_file_system_without_locks_is_named(
     """Field fault, a good place refused: the cause and the switch are named, and the folder stays without a trace."""
     _without_flock(monkeypatch, NO_LOCKS[code])
     (tmp_path / "run").mkdir()
-    with pytest.raises(OutputError, match="a file system without locks.*--soft-lock"), HOLDERS[holder](tmp_path / "run", False):  # fmt: skip
+    place = HOLDERS[holder](tmp_path / "run", False)
+    with pytest.raises(OutputError, match=r"a file system without locks.*--soft-lock"), place:
         pytest.fail("went on without a lock")
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
@@ -76,7 +77,7 @@ def test_a_soft_lock_keeps_a_second_run_out_and_goes_in_the_end(tmp_path: Path, 
     with HOLDERS[holder](folder, True):
         assert list(folder.glob(f"*{SOFT}"))
         with (
-            pytest.raises(DestinationInUse, match="another k2quant works here.*process"),
+            pytest.raises(DestinationInUse, match=r"another k2quant works here.*process"),
             HOLDERS[holder](folder, True),
         ):
             pytest.fail("two runs in one folder")
@@ -89,7 +90,7 @@ def test_a_soft_lock_keeps_a_second_run_out_and_goes_in_the_end(tmp_path: Path, 
 def test_a_conversion_without_flock(
     k2_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
 ) -> None:
-    """`convert` leaves no folder behind when there are no locks; with the switch it converts, and the bytes are the same."""
+    """Without locks `convert` leaves no folder behind; with the switch it converts, and the bytes are the same."""
     k2quant.convert(k2_source, tmp_path / "hard", to="bf16")
     _without_flock(monkeypatch, NO_LOCKS[code])
     with pytest.raises(OutputError, match=f"without locks.*{os.strerror(NO_LOCKS[code])}.*--soft-lock"):
@@ -187,7 +188,7 @@ def _write(path: Path, **changes: object) -> None:
 )
 @pytest.mark.usefixtures("lustre")
 def test_a_lock_of_another_machine_must_be_deleted_by_hand(tmp_path: Path, changes: dict[str, object]) -> None:
-    """Nobody can tell whether a process of another machine, or from before a reboot, is dead; what to delete is said."""
+    """Nobody can tell whether a process elsewhere, or from before a reboot, is dead; what to delete is said."""
     _write(tmp_path / "lock", **changes)
     for soft in (True, False):
         with pytest.raises(OutputError, match=rf"delete {tmp_path}/lock\.soft$" if soft else "--soft-lock"):
