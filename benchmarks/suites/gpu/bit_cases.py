@@ -106,8 +106,10 @@ def weights(bench: Bench) -> dict[str, U16]:
     rows, columns = bench.ragged
     scale = random.random((rows, -(-columns // 128)), np.float32)
     sign = random.integers(0, 2, bench.ragged, np.uint16) << 15
-    fp8, int4 = np.empty(bench.ragged, np.uint16), np.empty(bench.ragged, np.uint16)
+    fp8, multiples, int4 = (np.empty(bench.ragged, np.uint16) for _ in range(3))
     bench.truth.fp8.decode(random.integers(0, 0x7F, bench.ragged, np.uint8), scale, (1, 128), fp8)
+    powers = np.exp2(random.integers(-12, -9, scale.shape)).astype(np.float32)
+    bench.truth.fp8.decode(random.integers(0, 0x77, bench.ragged, np.uint8), powers, (1, 128), multiples)
     bench.truth.int4.decode(words(random, rows, columns), random.random((rows, columns // GROUP), np.float32), 32, int4)
     near = int4.copy()
     near[::2, ::GROUP] += 1
@@ -120,6 +122,7 @@ def weights(bench: Bench) -> dict[str, U16]:
         "denormal": random.integers(0, 0x300, bench.ragged, np.uint16) | sign,
         "few values": random.integers(0, 4, bench.ragged, np.uint16) | sign,
         "on the FP8 grid": fp8 | sign,
+        "FP8 codes times powers of two": multiples | sign,
         "on the INT4 grid": int4,
         "near the INT4 grid": near,
     }
@@ -346,7 +349,14 @@ def _operators(bench: Bench, small: dict[str, U16]) -> Iterator[Case]:
         cpu = torch.device("cpu")
         return Case(name, partial(tensors, ours, bench.device, *inputs), partial(tensors, truth, cpu, *inputs))
 
-    for kind in ("every BF16 number, shuffled", "random", "denormal", "on the INT4 grid", "on the FP8 grid"):
+    for kind in (
+        "every BF16 number, shuffled",
+        "random",
+        "denormal",
+        "on the INT4 grid",
+        "on the FP8 grid",
+        "FP8 codes times powers of two",
+    ):
         given = torch.from_numpy(small[kind].copy()).view(torch.bfloat16)
         for width in FAKE_BITS:
             name = f"BF16 rounded to INT{width} and back, {kind}"

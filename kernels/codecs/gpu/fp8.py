@@ -128,35 +128,6 @@ def _part(step, first, left, height, width, W: tl.constexpr, SIZE: tl.constexpr)
 
 
 @triton.jit
-def _exact_at(
-    scale,
-    hopeful,
-    source_ptr,
-    source_scale_ptr,
-    bad_ptr,
-    first,
-    left,
-    height,
-    width,
-    K,
-    GROUP_SIZE: tl.constexpr,
-    NATIVE: tl.constexpr,
-    W: tl.constexpr,
-    SEARCHES: tl.constexpr,
-    SAMPLE: tl.constexpr,
-):
-    """Return in which of the hopeful blocks every weight is a code times the block's scale."""
-    exact = hopeful.to(tl.int32)
-    search = 0
-    while (search < SEARCHES) & (tl.max(exact) > 0):
-        row, column, inside = _part(search, first, left, height, width, W, SAMPLE)
-        sample = _load(source_ptr, source_scale_ptr, bad_ptr, row, column, inside, K, GROUP_SIZE, False)
-        exact &= tl.min(fp8_multiple(sample, scale[:, None], NATIVE).to(tl.int32), 1)
-        search += 1
-    return exact > 0
-
-
-@triton.jit
 def _encode_fp8(
     source_ptr,
     source_scale_ptr,
@@ -188,8 +159,8 @@ def _encode_fp8(
 
     A matrix has DOWN x ACROSS blocks, whose lines are held as W wide. A block is read in STEPS of SIZE weights, once
     for its largest and, from the cache, once more for its codes: kept in registers between, it would leave too few for
-    loads in flight. Each search for a scale, the largest weight at code 448 and then at a power of two, takes up to
-    SEARCHES steps of SAMPLE weights.
+    loads in flight. The search for a scale, near amax/448 and at a power of two at once, takes up to SEARCHES steps of
+    SAMPLE weights.
     """
     block = tl.program_id(0) * B + tl.arange(0, B)
     top = (block // ACROSS) % DOWN * HEIGHT
@@ -211,39 +182,21 @@ def _encode_fp8(
         tl.store(bad_ptr, 1)
 
     if RECOVER:
-        low = tl.where((amax > 0) & (amax < INFINITY), 0, LARGEST_FLOAT)
-        high = tl.where((amax > 0) & (amax < INFINITY), LARGEST_FLOAT, 0)
+        some = (amax > 0) & (amax < INFINITY)
+        low, high = tl.where(some, 0, LARGEST_FLOAT), tl.where(some, LARGEST_FLOAT, 0)
+        power, exact = fp8_power(plain), some.to(tl.int32)
         search = 0
-        while (search < SEARCHES) & (any_of(low <= high) > 0):
+        while (search < SEARCHES) & (any_of((low <= high) | (exact > 0)) > 0):
             row, column, inside = _part(search, first, left, height, width, W, SAMPLE)
             sample = _load(source_ptr, source_scale_ptr, bad_ptr, row, column, inside, K, GROUP_SIZE, False)
             lows, highs = fp8_scales_allowed(sample, fp8_code(sample, plain[:, None], NATIVE))
             low = tl.maximum(low, tl.max(lows, 1))
             high = tl.minimum(high, tl.min(highs, 1))
+            exact &= tl.min(fp8_multiple(sample, power[:, None], NATIVE).to(tl.int32), 1)
             search += 1
         nearest = tl.minimum(tl.maximum(plain.to(tl.int32, bitcast=True), low), high).to(tl.float32, bitcast=True)
-        scale = tl.where(low <= high, nearest, plain)
-
-        power = fp8_power(plain)
-        hopeful = (low > high) & (amax > 0) & (amax < INFINITY)
-        exact = _exact_at(
-            power,
-            hopeful,
-            source_ptr,
-            source_scale_ptr,
-            bad_ptr,
-            first,
-            left,
-            height,
-            width,
-            K,
-            GROUP_SIZE,
-            NATIVE,
-            W,
-            SEARCHES,
-            SAMPLE,
-        )
-        plain, scale = tl.where(exact, power, plain), tl.where(exact, power, scale)
+        scale = tl.where(low <= high, nearest, tl.where(exact > 0, power, plain))
+        plain = tl.where((low > high) & (exact > 0), power, plain)
 
     for step in tl.range(0, STEPS, loop_unroll_factor=2):
         row, column, inside = _part(step, first, left, height, width, W, SIZE)
