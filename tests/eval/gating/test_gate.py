@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -152,6 +153,26 @@ class TestDecisions:
         assert verdict.exit_code == 3
         assert verdict.pooled.drop == pytest.approx(0.038)
         assert "3.80 pp" in verdict.reason
+
+    def test_a_p_value_between_alpha_and_twice_alpha_does_not_fail(self, decide: Decide) -> None:
+        """4 of 100 lost has p = .0598 of a drop within 1 pp: above 5%, so nothing is shown, in pool and task alike."""
+        verdict = decide({"t": answers(96, lost=4)})
+        assert 0.05 < verdict.pooled.p_bad < 0.06
+        assert (verdict.decision, verdict.pooled.decision) == ("INCONCLUSIVE", "INCONCLUSIVE")
+        assert [task.decision for task in verdict.tasks] == ["INCONCLUSIVE"]
+
+    @pytest.mark.parametrize(
+        ("sides", "decision"), [(answers(96, lost=4), "FAIL"), (answers(299), "PASS")], ids=["bad", "good"]
+    )
+    def test_alpha_itself_is_small_enough(
+        self, sides: tuple[Rows, Rows], decision: str, decide: Decide, tmp_path: Path
+    ) -> None:
+        """A p-value that is alpha decides, and one that is the next number above it does not."""
+        pooled = decide({"t": sides}).pooled
+        p = pooled.p_bad if decision == "FAIL" else pooled.p_good
+        runs = [tmp_path / "run0", tmp_path / "run1"]
+        assert gate(*runs, policy=Policy(alpha=p)).decision == decision
+        assert gate(*runs, policy=Policy(alpha=math.nextafter(p, 0))).decision == "INCONCLUSIVE"
 
     def test_too_few_items_tell_nothing_and_say_how_many_would(self, decide: Decide) -> None:
         """10 lost and 8 gained of 400: neither below nor above 1 pp; the verdict names a number that would do."""

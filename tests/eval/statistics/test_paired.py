@@ -213,6 +213,21 @@ class TestLevel:
                 for lost in range(max(0, most - 1), min(k, most + 2) + 1):
                     assert (step * (most - lost) >= (step < 0)) == (function(lost, k - lost, n, margin) <= 0.05)
 
+    @pytest.mark.parametrize(
+        ("n", "margin", "alpha"), [(40, 0.05, 0.05), (150, 0.02, 0.05), (150, 0.05, 0.1), (400, 0.01, 0.05)]
+    )
+    @pytest.mark.parametrize("upper", [False, True])
+    def test_no_outcome_more_would_hold_alpha(self, n: int, margin: float, alpha: float, upper: bool) -> None:  # noqa: FBT001  a parameter of the test
+        """The outcomes that pass, or fail, are all that can: with the next one in the order of Z alpha is exceeded."""
+        curve = (paired.rejection if upper else paired.acceptance)(n, margin, alpha)
+        lost, k = curve + (0 if upper else 1), np.arange(n + 1)  # beside the curve
+        beside = paired.score(*((values[(lost >= 0) & (lost <= k)]) for values in (lost, k - lost)), n, margin)
+        threshold = beside.min() + 1e-9 if upper else beside.max() - 1e-9
+        wider = exact.score_curve(n, margin, threshold)
+        largest = exact.LargestChance(n, margin, upper=upper)
+        assert np.abs(wider - curve).sum() == 1
+        assert largest.of(curve) <= alpha < largest.of(wider)
+
     def test_curve_rises_by_steps(self) -> None:
         """One more flip lets at most one more loss pass, as the sum over flips takes for granted."""
         for n in (1, 7, 150, 1319):
