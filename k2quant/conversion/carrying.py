@@ -53,9 +53,12 @@ def carried(
         copied=fresh is not None and not substituted and not any(map(_requantised, jobs)),
         scaled=not _unscaled((job.weight for job in jobs if job.written and job.written.quantised), scales),
     )
-    block = _block(source, fresh, recast)
+    if source is not None and not recast.copied:
+        check_decodable({"quantization_config": source})
+    stale = is_stale(config, (job.weight for job in jobs))
+    block = _block(None if stale else source, fresh, recast)
     used, written = _used(block), {job.weight.base: job.written.name for job in jobs if job.written}
-    if block is not None and source is not None and _same_method(source, block):
+    if block is not None and source is not None and not stale and _same_method(source, block):
         used.add(("", "cache"))  # engines look for them by name, whether or not there is a scheme
     left = [] if recast.copied else [scale for scale in scales if not _is_used(scale, written, used)]
     remarks = [*_stale(config, (job.weight for job in jobs)), *_left_behind(source, block), *_left_out(left)]
@@ -137,11 +140,10 @@ def _block(source: dict[str, Any] | None, fresh: dict[str, Any] | None, recast: 
     """Return the output's block."""
     if source is None:
         return fresh
-    if fresh is None or not recast.copied or not _same_method(source, fresh):
-        check_decodable({"quantization_config": source})
     if fresh is None:
         return None
     if not _same_method(source, fresh):
+        check_decodable({"quantization_config": source})
         scheme = source.get("kv_cache_scheme")
         return fresh | {"kv_cache_scheme": scheme} if "kv_cache_scheme" in fresh and not empty(scheme) else fresh
     if fresh["quant_method"] == compressed_tensors.METHOD:
@@ -195,8 +197,8 @@ def _left_behind(source: Mapping[str, Any] | None, block: Mapping[str, Any] | No
         yield f"left out, for the output's config does not say it: {listed(lost)}"
     keys = keys_of(source) or {}
     if block is not None and _same_method(source, block):
-        codes = [name for name in source if name in keys and keys[name].fate == "codes" and not empty(source[name])]
-        if lost := [name for name in codes if name not in block]:
+        told = [name for name, key in keys.items() if key.fate in {"codes", "loading"} and not empty(source.get(name))]
+        if lost := [name for name in told if name not in block]:
             yield f"left out, for it tells of the codes as they were: {listed(lost)}"
 
 

@@ -76,7 +76,7 @@ _KEYS = {
     "weight_block_size": Key(fate="written", expected="a block", fits=lambda _: True),  # against the scales
     "modules_to_not_convert": Key(fate="written", expected="a list of names", fits=is_texts),
     "ignored_layers": Key(fate="written", expected="a list of names", fits=is_texts),
-    "modules_to_convert": Key(fate="codes", expected="a list of names", fits=is_texts),
+    "modules_to_convert": Key(fate="loading", expected="a list of names", fits=is_texts),
     "scale_fmt": Key(fate="codes", expected="float or ue8m0", fits=lambda value: value in ("float", "ue8m0")),
     "expert_dtype": Key(fate="codes", expected="fp8", fits=lambda value: value == "fp8"),
     "activation_scheme": Key(

@@ -19,9 +19,9 @@ _SHOWN = 200  # characters of a value in a message
 Fate = Literal["written", "codes", "meaning", "loading", "beyond"]
 """`written`: k2quant acts on it, and writes what the output's tensors say. `codes`: it tells of the codes as they are,
 and goes along where every quantised weight is copied. `meaning`: likewise, and where codes are converted it is refused,
-for it may say what they mean. `loading`: a wish to whoever loads these weights; it goes along while `quant_method`
-stays. `beyond`: of activations or of the KV cache; it goes along where the output's block can say it, and is named
-where it is left out."""
+for it may say what they mean. `loading`: for whoever loads these weights; it goes along while `quant_method` stays.
+`beyond`: of activations or of the KV cache; it goes along where the output's block can say it, and is named where it is
+left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

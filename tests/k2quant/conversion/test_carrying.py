@@ -404,6 +404,19 @@ def test_an_output_must_not_keep_such_a_block(tmp_path: Path) -> None:
     assert list(k2quant.verify(source, source).failures) == [CONFIG]
 
 
+def test_nothing_that_such_a_block_says_goes_along(tmp_path: Path) -> None:
+    """Whatever it says of activations, of the cache or of an embedding is not true of new codes, and is named."""
+    block = FP8_BLOCK | {"activation_scheme": "static", "kv_cache_scheme": KV, "modules_to_convert": ["lm_head"]}
+    source = written(tmp_path / "src", block, *map(bf16, EXPERTS), CACHE, INPUTS)
+    plan = planned(source, "fp8")
+    assert block_of(plan) == FP8_BLOCK
+    assert not (CACHE | INPUTS).keys() & names_of(plan)
+    said = "\n".join(plan.remarks)
+    assert all(
+        word in said for word in ("kv_cache_scheme", "static activations", "modules_to_convert", "2 input_scale")
+    )
+
+
 def test_a_block_that_was_left_behind_is_still_read(tmp_path: Path) -> None:
     """Rotated weights are rotated as BF16 too, and another method's block is nobody's to drop."""
     for number, block in enumerate(
