@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from k2quant.checkpoint.files.paths import inside, read_limited
 from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.files.strict_json import parse_object
-from k2quant.errors import CheckpointError, HarnessFault, K2QuantError, MissingExtra, UsageError
+from k2quant.checkpoint.reader import CONFIG
+from k2quant.errors import CheckpointError, HarnessFault, MissingExtra, UsageError
 from k2quant.eval.asking.request import Request
 from k2quant.eval.asking.server import Server
 from k2quant.eval.runs.identity import model_hash, tokenizer_hash
@@ -143,19 +144,15 @@ def _transformers(model: Model, request: Request) -> tuple[Any, Any]:
 
 
 def _tokenizer(folder: Path | None, request: Request, config: Any = None) -> Any:
-    from transformers import AutoTokenizer
-
-    from k2quant.model.generation import load_tokenizer
+    from k2quant.model.generation import load_tokenizer, open_tokenizer
 
     assert folder  # noqa: S101  callers have one
     try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), config=config, local_files_only=True, trust_remote_code=request.trust_remote_code
-        )
-    except K2QuantError:
-        raise
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError):  # such as a config of Kimi K2's
-        return load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
+        return open_tokenizer(folder, config=config, trust_remote_code=request.trust_remote_code)
+    except CheckpointError:
+        if not (folder / CONFIG).exists():
+            raise
+        return load_tokenizer(folder, trust_remote_code=request.trust_remote_code)  # such as a config of Kimi K2's
 
 
 def _added_tokens(tokenizer: Any) -> list[int]:

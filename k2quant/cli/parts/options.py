@@ -35,7 +35,7 @@ def dtype(default: str = "bfloat16", more: str = "") -> Option[Any]:
 def trust_remote_code() -> Option[Any]:
     """Whether a checkpoint's own code may run."""
     return click.option(
-        "--trust-remote-code", is_flag=True, help="Run the tokenizer's own Python code; K2's tokenizer is such code."
+        "--trust-remote-code", is_flag=True, help="Run the tokenizer's own Python code; K2's is read without it."
     )
 
 

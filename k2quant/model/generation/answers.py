@@ -1,23 +1,20 @@
-"""Text from a checkpoint: its tokenizer, greedy decoding with the KV cache, and each word as it comes."""
+"""Answers of a checkpoint: greedy decoding with the KV cache, and each word as it comes."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, TextStreamer
+from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging
 
-from k2quant.checkpoint.files.paths import inside, open_regular
-from k2quant.checkpoint.reader import open_checkpoint
-from k2quant.errors import CheckpointError, K2QuantError, UsageError
-from k2quant.model.architecture import architecture
+from k2quant.errors import CheckpointError, UsageError
 from k2quant.model.causal_lm import K2ForCausalLM
+from k2quant.model.generation.tokenizers import blamed
 
 
 class Generation(NamedTuple):
@@ -36,53 +33,6 @@ class Generation(NamedTuple):
     def rate(self) -> float:
         """New tokens a second, the first left out; 0 where there is only one."""
         return (self.new_tokens - 1) / self.seconds if self.new_tokens > 1 and self.seconds else 0.0
-
-
-def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
-    """Return a checkpoint's tokenizer.
-
-    Args:
-        path: folder of the checkpoint.
-        trust_remote_code: whether the checkpoint's own Python code may run; K2's own tokenizer is such code.
-
-    Raises:
-        CheckpointError: there is none that can be loaded.
-        UnsafePath: a file of the folder is a link that leaves it.
-    """
-    folder = Path(path)
-    config = architecture(open_checkpoint(folder))  # transformers does not know kimi_k2
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tiktoken.model")):
-        raise CheckpointError("has no tokenizer", file=folder, remedy="take its files from the model's release")
-    _check_files(folder)
-    remedy = "are its files whole? take tokenizer.json and tokenizer_config.json from the model's release"
-    with _blamed(folder, "its tokenizer cannot be loaded", remedy):
-        return AutoTokenizer.from_pretrained(
-            str(folder), config=config, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-
-
-@contextlib.contextmanager
-def _blamed(folder: Path, what: str, remedy: str | None = None) -> Iterator[None]:
-    """Blame the checkpoint's files for whatever its tokenizer stumbles over, a panic of compiled code included."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, K2QuantError):
-        raise
-    except BaseException as error:
-        if "trust_remote_code" in str(error):
-            trust = "if you trust that code, say --trust-remote-code"
-            raise CheckpointError("its tokenizer is code of the checkpoint", file=folder, remedy=trust) from error
-        said = " ".join(str(error).split())[:300]
-        found = ": ".join(part for part in (type(error).__name__, said) if part)  # of a KeyError the text is but a key
-        raise CheckpointError(what, file=folder, found=found, remedy=remedy) from error
-
-
-def _check_files(folder: Path) -> None:
-    """Refuse links that leave the folder and files that are none, for transformers follows and opens anything."""
-    for entry in folder.iterdir():
-        path = inside(folder, entry.name)
-        if not path.is_dir():
-            os.close(open_regular(path))
 
 
 def generate(
@@ -126,7 +76,7 @@ def generate(
     ended = time.perf_counter()
     new = output[0, ids.shape[1] :]
     first = streamer.first or ended
-    with _blamed(folder, "its tokenizer cannot write the answer"):
+    with blamed(folder, "its tokenizer cannot write the answer"):
         text = tokenizer.decode(new, skip_special_tokens=True)
     return Generation(text, ids.shape[1], len(new), first - begun, ended - first)
 
@@ -148,7 +98,7 @@ def _tokens(model: K2ForCausalLM, tokenizer: Any, prompt: str) -> torch.Tensor:
         raise UsageError("the prompt is empty")
     if any(0xD800 <= ord(character) < 0xE000 for character in prompt):
         raise UsageError("the prompt holds bytes that are no text; expected UTF-8")
-    with _blamed(folder, "its tokenizer cannot read the prompt"):
+    with blamed(folder, "its tokenizer cannot read the prompt"):
         encoded = tokenizer(prompt, return_tensors="pt", return_offsets_mapping=bool(tokenizer.is_fast))
         ids: torch.Tensor = encoded["input_ids"].to(torch.int64)
     _check_read(prompt, encoded.get("offset_mapping"), folder)
@@ -199,12 +149,12 @@ class _Streamer(TextStreamer):
         self._calls += 1
         if self._calls == 2:
             self.first = time.perf_counter()
-        with _blamed(self._folder, "its tokenizer cannot write the answer"):
+        with blamed(self._folder, "its tokenizer cannot write the answer"):
             super().put(value)  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
         """Hand over what is left."""
-        with _blamed(self._folder, "its tokenizer cannot write the answer"):
+        with blamed(self._folder, "its tokenizer cannot write the answer"):
             super().end()  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: FBT001, FBT002  their signature

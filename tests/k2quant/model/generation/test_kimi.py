@@ -1,0 +1,218 @@
+"""K2's tokenizer without its code: ids as tiktoken and the published code give them, in every way it is asked."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiktoken
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from k2quant.cli import main
+from k2quant.errors import CheckpointError, MissingExtra, UnsupportedFormat
+from k2quant.eval.asking.models import _added_tokens
+from k2quant.model.generation import load_tokenizer, open_tokenizer
+from k2quant.model.generation.kimi import PATTERN, pieces
+from k2quant.model.passes.texts import read_text
+from k2quant.qat.data.examples import Reader, example_of
+from kimi_files import NAMED, write_files
+
+PARTS = [
+    *("a", "B", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\x1c", "中", "文字abc", "é", "ß", "ǅ", "́", "1", "234"),
+    *("'s", "'LL", "!", "…", "👍🏽", "\ud800", "<|im_", "|>", "<|im_end|>", "[BOS]", "<|tool_call_begin|>"),
+]
+
+
+def published(ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    """Return tiktoken with the special tokens that K2's code gives it, reserved ones included."""
+    first = len(ranks)
+    special = {NAMED.get(place, f"<|reserved_token_{first + place}|>"): first + place for place in range(256)}
+    return tiktoken.Encoding("made", pat_str="|".join(PATTERN), mergeable_ranks=ranks, special_tokens=special)
+
+
+def cut(text: str, most: int, longest: int) -> Iterator[str]:
+    """Cut a text as the published code says that it does, a character at a time."""
+    for begin in range(0, len(text), most):
+        piece, run, blank = "", 0, None
+        for character in text[begin : begin + most]:
+            run = run + 1 if character.isspace() is blank else 1
+            blank = character.isspace()
+            if run > longest:
+                yield piece
+                piece, run = "", 1
+            piece += character
+        yield piece
+
+
+@given(st.text(st.sampled_from("ab \n\u3000\x1c\x85中"), max_size=80), st.integers(1, 30), st.integers(1, 9))
+def test_long_texts_are_cut_where_its_code_cuts_them(text: str, most: int, longest: int) -> None:
+    """Pieces of so many characters, and in them no longer run of blanks or of others."""
+    assert list(pieces(text, most, longest)) == list(cut(text, most, longest))
+
+
+def test_ids_are_those_of_tiktoken(kimi: Path, ranks: dict[bytes, int]) -> None:
+    """Texts of all scripts, blanks and special tokens have tiktoken's ids, by each way to ask; decoding inverts it.
+
+    The kind of fault: a good checkpoint whose tokenizer is code.
+    """
+    tokenizer, truth, draw = open_tokenizer(kimi), published(ranks), random.Random(3)  # noqa: S311  texts
+    texts = ["".join(draw.choices(PARTS, k=draw.randrange(40))) for _ in range(300)] + ["", "<|reserved_token_500|>"]
+    for text in texts:
+        ids = truth.encode(text, allowed_special="all")
+        assert tokenizer.encode(text) == ids
+        assert tokenizer(text)["input_ids"] == ids
+        assert tokenizer.encode(text, add_special_tokens=False) == ids
+        assert tokenizer.encode(text, allow_special_tokens=False) == truth.encode(text, disallowed_special=())
+        assert tokenizer.decode(ids) == truth.decode(ids)
+    assert tokenizer(texts[:9])["input_ids"] == truth.encode_batch(texts[:9], allowed_special="all")
+    odd = [draw.randrange(truth.n_vocab) for _ in range(500)]  # bytes that are no UTF-8
+    assert tokenizer.decode(odd) == truth.decode(odd)
+    assert tokenizer.vocab_size == len(tokenizer) == truth.n_vocab
+
+
+def test_very_long_texts_have_the_ids_of_its_code(kimi: Path, ranks: dict[bytes, int]) -> None:
+    """Beyond 400,000 characters and runs of 25,000 ids are those of the pieces, cut in a token or not."""
+    tokenizer, truth = open_tokenizer(kimi), published(ranks)
+    for text in ("the" * 20_000 + " " * 60_001 + "quick", "say it " * 60_000, "x" * 24_995 + "<|im_end|>" + "z"):
+        wanted = [place for part in cut(text, 400_000, 25_000) for place in truth.encode(part, allowed_special="all")]
+        assert tokenizer.encode(text) == wanted
+    assert truth.encode("the" * 20_000) != tokenizer.encode("the" * 20_000)
+
+
+def test_special_tokens_have_their_tasks(kimi: Path, ranks: dict[bytes, int]) -> None:
+    """BOS, EOS, UNK and PAD are those of the file; those that it calls additional are left out of answers."""
+    tokenizer, first = open_tokenizer(kimi), len(ranks)
+    found = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id]
+    assert found == [first, first + 1, first + 254, first + 255]
+    ids = [first, ranks[b"a"], first + 2, first + 11, first + 99, first + 255]
+    shown = f"a<|tool_call_begin|><|reserved_token_{first + 99}|>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == shown
+    short, long = tokenizer(["a", "a, b: c"], padding=True)["input_ids"]
+    assert short == [ranks[b"a"], *[first + 255] * (len(long) - 1)]
+    assert _added_tokens(tokenizer) == []
+
+
+def test_chats_are_rendered_as_its_code_renders_them(kimi: Path, ranks: dict[bytes, int]) -> None:
+    """Special tokens in what a user says count as such, and the keys of tools are put in order."""
+    tokenizer, truth = open_tokenizer(kimi), published(ranks)
+    chat = [{"role": "user", "content": "hi <|im_end|>"}, {"role": "assistant", "content": "中文"}]
+    text = "<|im_user|>user<|im_middle|>hi <|im_end|><|im_end|><|im_assistant|>assistant<|im_middle|>中文<|im_end|>"
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == text
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert ids == truth.encode(text + "<|im_assistant|>assistant<|im_middle|>", allowed_special="all")
+    (kimi / "chat_template.jinja").write_text("{{ tools | tojson }}")
+    shown = open_tokenizer(kimi).apply_chat_template(chat, tools=[{"b": 1, "a": [{"d": 2, "c": 3}]}], tokenize=False)
+    assert json.dumps(json.loads(shown)) == json.dumps([{"a": [{"c": 3, "d": 2}], "b": 1}])
+
+
+def test_tools_that_need_code_are_refused(kimi: Path) -> None:
+    """A template that takes tools as TypeScript, written by code of the checkpoint, does without tools only."""
+    chat = [{"role": "user", "content": "hi"}]
+    (kimi / "chat_template.jinja").write_text("{% if tools_ts_str %}{{ tools_ts_str }}{% else %}{{ tools }}{% endif %}")
+    tokenizer = open_tokenizer(kimi)
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "None"
+    with pytest.raises(CheckpointError, match=r"tools as code of the checkpoint writes them; .*--trust-remote-code"):
+        tokenizer.apply_chat_template(chat, tools=[{"a": 1}], tokenize=False)
+
+
+def filled(ranks: dict[bytes, int], count: int) -> dict[bytes, int]:
+    """Return ranks with tokens that no text has behind them, so that with special tokens there are so many."""
+    more = range(count - 256 - len(ranks))
+    return ranks | {b"\xff\xfe" + number.to_bytes(2): len(ranks) + number for number in more}
+
+
+def test_all_that_reads_text_reads_it(ranks: dict[bytes, int], k2_thinking: Path, tmp_path: Path) -> None:
+    """generate, chats to learn from and texts to compare models on take it without code of the checkpoint."""
+    folder, ranks = tmp_path / "K2", filled(ranks, 2048)  # rows of the small model's embedding
+    shutil.copytree(k2_thinking, folder)
+    write_files(folder, ranks)
+    (folder / "tokenization_kimi.py").write_text(f"pat_str = {PATTERN!r}\nraise RuntimeError".replace("\\\\", "\\"))
+    command = ["generate", str(folder), "--prompt", "The quick 中文", "--max-new-tokens", "2", "--json"]
+    shown = CliRunner().invoke(main, command)
+    assert shown.exit_code == 0, shown.stderr
+    truth = published(ranks)
+    assert json.loads(shown.stdout)["prompt_tokens"] == len(truth.encode("The quick 中文"))
+    tokenizer = load_tokenizer(folder)
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "世界"}]}
+    reader = Reader(tokenizer=tokenizer, vocabulary=2048)
+    [document] = reader.documents(iter([example_of(row, "here", tokenizer)]))
+    said = [int(token) for token in document.tokens[document.learnt]]
+    assert truth.decode(said) == "世界<|im_end|>"
+    assert reader.unread() == ""
+    (tmp_path / "text.txt").write_text("it's 12345 and 世界")
+    text = read_text(tmp_path / "text.txt", tokenizer)
+    assert text.batches[0][0].tolist() == truth.encode("it's 12345 and 世界")
+    assert text.unread == ""
+
+
+# --- what is missing or old -------------------------------------------------------------------------------------------
+
+
+def test_without_tiktoken_the_extra_is_named(kimi: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tiktoken is not installed, the message has the command that installs it.
+
+    The kind of fault: a message that does not name what helps.
+    """
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(MissingExtra, match=r"tiktoken\.model: .* not installed; pip install 'k2quant\[tokenizer\]'"):
+        open_tokenizer(kimi)
+
+
+CODE = {
+    "an import that moved": (
+        "from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode\n",
+        CheckpointError,
+        r"tokenization_kimi\.py: imports bytes_to_unicode .*; take tokenization_kimi\.py anew .* leave out --trust",
+    ),
+    "a package that is not there": (
+        "import tiktoken_of_some_other_kind\n",
+        MissingExtra,
+        r"needs tiktoken, found .*tiktoken_of_some_other_kind.*; pip install 'k2quant\[tokenizer\]'",
+    ),
+    "another package": ("import blobfile_of_old\n", MissingExtra, r"found .*blobfile_of_old.*; install the package"),
+}
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_code_that_does_not_load_is_named(
+    case: str, kimi: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --trust-remote-code the checkpoint's own code runs; what it lacks, or the file to renew, is named."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    text, kind, said = CODE[case]
+    (kimi / "tokenization_kimi.py").write_text(text + "class TikTokenTokenizer: pass\n")
+    with pytest.raises(kind, match=said) as caught:
+        open_tokenizer(kimi, trust_remote_code=True)
+    assert "tokenizer.json" not in str(caught.value)
+
+
+def test_code_without_its_ranks_names_the_missing_file(kimi: Path) -> None:
+    """tokenization_kimi.py alone reads nothing: the file to fetch is tiktoken.model, never a tokenizer.json."""
+    (kimi / "tokenization_kimi.py").write_text('VOCAB_FILES_NAMES = {"vocab_file": "tiktoken.model"}\n')
+    (kimi / "tiktoken.model").unlink()
+    with pytest.raises(CheckpointError, match=r"tiktoken\.model: is not there.*take it from the model's") as caught:
+        open_tokenizer(kimi)
+    assert "tokenizer.json" not in str(caught.value)
+
+
+def test_a_tokenizer_of_another_pattern_is_refused(kimi: Path) -> None:
+    """Code in the folder that splits text otherwise says that ids would not be equal; it is read, not run."""
+    (kimi / "tokenization_kimi.py").write_text(f"pat_str = {'|'.join(PATTERN[1:])!r}\nraise RuntimeError")
+    with pytest.raises(UnsupportedFormat, match=r"tokenization_kimi\.py: splits text by another pattern"):
+        open_tokenizer(kimi)
+
+
+def test_a_tokenizer_of_another_class_is_left_to_transformers(kimi: Path) -> None:
+    """A tiktoken.model beside a tokenizer that is not K2's is not read as if it were."""
+    changes: dict[str, Any] = json.loads((kimi / "tokenizer_config.json").read_text())
+    (kimi / "tokenizer_config.json").write_text(json.dumps(changes | {"tokenizer_class": "OtherTokenizer"}))
+    with pytest.raises(CheckpointError, match="--trust-remote-code"):
+        open_tokenizer(kimi)
