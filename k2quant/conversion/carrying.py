@@ -71,13 +71,13 @@ def check_decodable(config: dict[str, Any] | None) -> None:
     Raises:
         UnsupportedFormat: it has one.
     """
-    block = quantization_of(config)
-    for key in uncarried(block, keys_of(block) or {}) if block is not None and keys_of(block) is not None else ():
+    block = quantization_of(config) or {}
+    for key in _unknown(block):
         raise UnsupportedFormat(
             f"quantization_config: {key}",
             file=FILE,
             expected="a key that k2quant knows, for this one may say what the codes mean",
-            found=shown(block and block[key]),
+            found=shown(block[key]),
             remedy="if it does not, take it out of the source's config.json; a copy in the same format keeps it",
         )
 
@@ -100,7 +100,7 @@ def remarks(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> I
     missing = _unscaled((w for w in weights if w.format is not None and w.format.name in static), scales)
     if missing:
         yield f"activations are static, but {len(missing):,} weights have no input_scale, such as {missing[0]}"
-    if keys_of(block) is not None and (unknown := uncarried(block, keys_of(block) or {})):
+    if unknown := _unknown(block):
         yield f"config.json: quantization_config has {listed(unknown)}, of which k2quant knows nothing"
 
 
@@ -108,6 +108,12 @@ def spoken_of(config: dict[str, Any] | None, suffix: str) -> bool:
     """Tell whether a config, which was checked, takes scales of this suffix from the checkpoint."""
     found = flow(suffix)
     return any(each == found for _, each in _used(quantization_of(config)))
+
+
+def _unknown(block: Mapping[str, Any]) -> list[str]:
+    """Return the keys of a block that may say what its codes mean."""
+    keys = keys_of(block)
+    return [] if keys is None else uncarried(block, keys)
 
 
 def _stale(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> Iterator[str]:

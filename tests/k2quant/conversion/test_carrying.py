@@ -230,6 +230,15 @@ def test_scales_without_a_scheme_stay_with_the_method_that_reads_them(tmp_path: 
     assert "1 k_scale" in plan.remarks[0]
 
 
+def test_bf16_has_no_scales_even_where_it_is_copied(tmp_path: Path) -> None:
+    """A script made BF16 and left scales behind, with a block or without: no engine reads them, so they go."""
+    for number, block in enumerate([FP8_BLOCK | {"activation_scheme": "static"}, None]):
+        source = written(tmp_path / str(number), block, *map(bf16, EXPERTS), CACHE, INPUTS)
+        plan = planned(source, "bf16")
+        assert names_of(plan) == {f"{base}.weight" for base in EXPERTS}
+        assert "2 input_scale" in plan.remarks[-1]
+
+
 def test_activations_of_int4_stay_with_int4(tmp_path: Path) -> None:
     """W4A8 stays W4A8 where more weights become INT4; as FP8 or BF16 it is said that activations are no longer so."""
     source = int4_source(tmp_path / "src", bf16(f"{LAYER}.mlp.experts.2.up_proj"), group={"input_activations": DYNAMIC})
