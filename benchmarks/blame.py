@@ -362,7 +362,7 @@ def prepared(folder: Path, place: Path) -> dict[str, Path]:
     """Return nano-K2 in BF16, trained where there is none, and in a healthy INT4."""
     if not (folder / "config.json").exists():
         run(folder)
-    int4 = convert(folder, place / "int4", to="int4", scope="linear").folder
+    int4 = convert(folder, place / "int4", to="int4", scope="projections").folder
     for name in OTHERS:
         shutil.copy(folder / name, int4 / name)
     return {"BF16": folder, "INT4": int4}

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from k2quant.conversion.recipe import MOST_QUANTIFIERS, may_take_for_ever
 from k2quant.errors import UsageError
 from k2quant.formats.format import Format, Scope
 from k2quant.formats.known import FORMATS, ExportFormat
+from k2quant.ground.patterns import MOST_QUANTIFIERS, may_take_for_ever
 from k2quant.ground.units import one_of
 from k2quant.kernels.codecs.grids import Grid, largest_code
 
@@ -59,9 +59,12 @@ class QATConfig:
     grid: Grid = "moonshot"
     """Rounding rule of INT4."""
     scope: Scope | None = None
-    """`experts` (default for INT4): the routed experts. `linear` (default for FP8): every projection."""
+    """`experts` (default for INT4): the routed experts. `linear` (default for FP8): every projection, of INT4 without
+    `kv_b_proj`. `projections`: every projection."""
     ignore: tuple[str, ...] = ()
     """Regular expressions; a weight in whose name one is found stays out of scope."""
+    allow_split: bool = False
+    """Whether what engines fuse may be fake-quantised in part."""
     estimator: Estimator = "plain"
     """The straight-through estimator."""
     train: TrainedPart = "all"
@@ -80,8 +83,9 @@ class QATConfig:
             raise UsageError(f"ignore: expected a tuple of regular expressions, found {self.ignore!r}")
         for pattern in self.ignore:
             _compiled(pattern)
-        if type(self.train_router) is not bool:
-            raise UsageError(f"train_router: expected true or false, found {self.train_router!r}")
+        for name in ("allow_split", "train_router"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"{name}: expected true or false, found {getattr(self, name)!r}")
         self._check_rule()
         self._check_trained()
 
@@ -128,9 +132,14 @@ class QATConfig:
         """The adapters that are trained, if any."""
         return (self.adapter or Adapter()) if self.train == "adapters" else None
 
+    @property
+    def patterns(self) -> tuple[re.Pattern[str], ...]:
+        """The patterns of `ignore`."""
+        return tuple(_compiled(pattern) for pattern in self.ignore)
+
     def ignores(self, base: str) -> bool:
         """Tell whether one of the patterns is found in a weight's name."""
-        return any(_compiled(pattern).search(base) for pattern in self.ignore)
+        return any(pattern.search(base) for pattern in self.patterns)
 
 
 def shown(value: object) -> str:

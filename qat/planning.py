@@ -128,7 +128,7 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
         teacher_bytes=8 * top_k * rows.learnt,  # an id and a logarithm each
         disk_free=shutil.disk_usage(nearest_folder(Path(job.output))).free,
         export_bytes=export.bytes_written,
-        notes=tuple(rows.notes()),
+        notes=(*rows.notes(), *export.remarks),
         tried=tuple(tried(job, source, found, export)),
     )
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
-from k2quant.conversion import carrying, config
+from k2quant.conversion import carrying, config, relatives
 from k2quant.errors import CheckpointError
-from k2quant.ground import names
+from k2quant.ground import engines, names
 
 
 class ClassRow(NamedTuple):
@@ -77,7 +77,11 @@ def inspect(folder: str | os.PathLike[str]) -> Inspection:
         quantization=_quantization(checkpoint),
         unlisted=list(checkpoint.unlisted),
         problems=[str(problem) for problem in problems + wrong],
-        remarks=[] if wrong else list(carrying.remarks(checkpoint.config, weights)),
+        remarks=[
+            *relatives.remarks(checkpoint.config, weights),
+            *_of_splits(weights),
+            *([] if wrong else carrying.remarks(checkpoint.config, weights)),
+        ],
     )
 
 
@@ -87,6 +91,11 @@ def _config_problems(checkpoint: Checkpoint, weights: list[StoredWeight]) -> lis
     except CheckpointError as problem:
         return [problem]
     return []
+
+
+def _of_splits(weights: list[StoredWeight]) -> list[str]:
+    stored = ((weight.base, weight.format.name) for weight in weights if weight.format is not None)
+    return relatives.split_remarks(engines.splits(stored), "the checkpoint")
 
 
 def _model_type(checkpoint: Checkpoint) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from k2quant.checkpoint.header import TensorEntry
-from k2quant.errors import CheckpointError, MissingTensor
+from k2quant.errors import CheckpointError, MalformedFile, MissingTensor
 from k2quant.formats.format import Entry, Format, Neighbours
 from k2quant.formats.known import FORMATS, supported
 from k2quant.ground import names
@@ -67,7 +67,20 @@ def group_tensors(tensors: Mapping[str, TensorEntry]) -> Grouping:
                 weights.append(_weight(suffix, entry, beside, tensors))
         except CheckpointError as problem:
             problems.append(problem)
-    return Grouping(weights, problems)
+    return Grouping(weights, problems + _doubled(weights))
+
+
+def _doubled(weights: list[StoredWeight]) -> list[CheckpointError]:
+    """Return what is wrong where one weight stands under two spellings of its layer: which is right, nobody knows."""
+    spellings = {names.spelling(weight.base) for weight in weights} - {None}
+    first: dict[tuple[int, str], StoredWeight] = {}
+    problems: list[CheckpointError] = []
+    for weight in weights if len(spellings) > 1 else ():
+        place = names.place(weight.base if weight.format else weight.main.name)
+        if place is not None and (other := first.setdefault(place, weight)) is not weight:
+            same = "stands for the same weight as another"
+            problems.append(MalformedFile(same, tensor=weight.main.name, file=weight.main.file, found=other.main.name))
+    return problems
 
 
 def _weight(suffix: str, entry: TensorEntry, beside: Neighbours, tensors: Mapping[str, TensorEntry]) -> StoredWeight:

@@ -53,12 +53,12 @@ def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) 
 def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
     from k2quant.checkpoint.reader import open_checkpoint
     from k2quant.conversion.convert import codecs_of
-    from k2quant.conversion.plan import Options, make_plan
+    from k2quant.conversion.plan import make_plan
     from k2quant.conversion.resume import refuse_nested
     from k2quant.ground.pool import checked_workers
 
     refuse_nested(source, destination)
-    choice = Options(**{name: options[name] for name in ("to", "scope", "ignore", "grid", "shard_size", "layout")})
+    choice = conversion.choice(options)
     plan = make_plan(open_checkpoint(source), choice)
     codecs_of(options["device"])
     workers = checked_workers(options["workers"])

@@ -94,14 +94,13 @@ def table(rows: list[ClassSum]) -> str:
 
 
 def _dry_run(base: Path, adapter: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
-    from k2quant.conversion.plan import Options
     from k2quant.conversion.resume import refuse_nested
     from k2quant.ground.pool import checked_workers
     from k2quant.merge import make_merge_plan
 
     refuse_nested(base, destination)
     refuse_nested(adapter, destination)
-    choice = Options(**{name: options[name] for name in ("to", "scope", "ignore", "grid", "shard_size", "layout")})
+    choice = conversion.choice(options)
     prepared = make_merge_plan(base, adapter, choice)
     workers = checked_workers(options["workers"])
     conversion.dry_run(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from k2quant.checkpoint.weights import StoredWeight
+from k2quant.conversion.relatives import check_model_type
 from k2quant.errors import CheckpointError, MalformedFile, UnsupportedFormat
 from k2quant.formats import compressed_tensors
 from k2quant.formats.activations import check_scale, flow
@@ -23,9 +24,6 @@ QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 _BY_NAME = frozenset({"ignore", "modules_to_not_convert", "ignored_layers"})
 """Lists of modules. They may differ from home to home, as names do; an output's list is made of its tensors."""
-
-MODEL_TYPES = ("kimi_k2", "kimi_k25", "deepseek_v3")
-"""The values of `model_type` whose tensor names k2quant knows."""
 
 
 def _homes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -103,12 +101,8 @@ def is_stale(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> 
 def _check(config: dict[str, Any] | None, weights: list[StoredWeight], *, stale: bool) -> None:
     if config is None:
         return
-    for home in _homes(config):
-        model_type = home.get("model_type")
-        if model_type is not None and model_type not in MODEL_TYPES:
-            raise UnsupportedFormat(
-                "not a model of this family", file="config.json", expected=listed(MODEL_TYPES), found=repr(model_type)
-            )
+    weights = list(weights)
+    check_model_type(config, weights)
     stored: dict[str, list[tuple[Format, tuple[int, ...]]]] = {name: [] for name in FORMATS}
     for weight in weights:
         if weight.format is not None:

@@ -56,6 +56,7 @@ def convert(
     grid: Grid | None = None,
     layout: Layout | None = None,
     shard_size: int | None = None,
+    allow_split: bool = False,
     workers: int | None = None,
     device: str = "cpu",
     restart: bool = False,
@@ -71,11 +72,13 @@ def convert(
         source: folder of the checkpoint, in any of the formats, mixed too.
         destination: folder to write; empty, new, or of an earlier run of the same call.
         to: `bf16`, `fp8` or `int4`.
-        scope: `experts` (default for int4) or `linear` (default for fp8).
-        ignore: regular expressions; a weight in whose name one is found stays out of scope.
+        scope: `experts` (default for int4), `linear` (default for fp8; as int4 it leaves out `kv_b_proj`, which MLA
+            engines do not run so) or `projections` (all of them).
+        ignore: regular expressions; a weight in whose name, without its `.weight`, one is found stays out of scope.
         grid: INT4 rounding rule, `moonshot` (default) or `compressed-tensors`.
         layout: whose names and config FP8 is written with, `deepseek` (default) or `compressed-tensors`.
         shard_size: largest output shard in bytes; None keeps the source's shards.
+        allow_split: write what engines fuse (experts of a layer, gate and up, q_a and kv_a) in several formats too.
         workers: threads; None takes one for each core that this process may use.
         device: where the arithmetic runs, `cpu` or `cuda`.
         restart: throw away what an earlier run of other options or another source left in the destination.
@@ -94,7 +97,7 @@ def convert(
     """
     here, there = Path(source), Path(destination)
     refuse_nested(here, there)
-    plan = make_plan(open_checkpoint(here), Options(to, scope, ignore, grid, shard_size, layout))
+    plan = make_plan(open_checkpoint(here), Options(to, scope, ignore, grid, shard_size, layout, allow_split))
     return carry_out(
         plan,
         there,

@@ -15,7 +15,7 @@ from k2quant.checkpoint.files.strict_json import without_mark
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, PIECE_BYTES, ROW_STEP
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
-from k2quant.conversion import config
+from k2quant.conversion import config, relatives
 from k2quant.conversion.carrying import Carried, carried
 from k2quant.conversion.placing import Job, ShardPlan, as_json, index_of, place
 from k2quant.conversion.recipe import Recipe, make_recipe
@@ -48,6 +48,8 @@ class Options:
     """Bytes of tensor data; None: the source's shards."""
     layout: Layout | None = None
     """None: deepseek."""
+    allow_split: bool = False
+    """Whether what engines fuse may come out in several formats."""
 
     def __post_init__(self) -> None:
         one_of("format", self.to, tuple(FORMATS))
@@ -61,6 +63,8 @@ class Options:
             raise UsageError(f"ignore is {self.ignore!r}; expected a tuple of regular expressions")
         if self.shard_size is not None and (type(self.shard_size) is not int or self.shard_size < 1):
             raise UsageError(f"shard_size is {self.shard_size!r}; expected bytes, at least 1")
+        if type(self.allow_split) is not bool:
+            raise UsageError(f"allow_split is {self.allow_split!r}; expected true or false")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,9 @@ def plan_of(
 
     Raises:
         CheckpointError: a weight cannot be stored so, no config can describe it, or a file cannot be read.
+        UsageError: what engines fuse would be split.
     """
+    recipe.check_fused(weights, allow_split=options.allow_split)
     shards = place(weights, recipe, options.shard_size)
     try:
         found, rounded = _carried(source, shards, recipe, substituted=substituted)
@@ -152,7 +158,12 @@ def plan_of(
         raise CheckpointError(message, file=error.filename or source.folder, found=error.strerror) from error
     if found.left:
         shards = place((w for w in weights if w.main.name not in found.left), recipe, options.shard_size)
-    remarks = (*_remarks(source, left_out), *found.remarks)
+    remarks = (
+        *_remarks(source, left_out),
+        *relatives.remarks(source.config, weights),
+        *recipe.remarks(weights),
+        *found.remarks,
+    )
     return Plan(source, recipe, options, shards, index_of(shards), edited, copies, left_out, remarks=remarks)
 
 

@@ -9,11 +9,13 @@ import re
 from dataclasses import dataclass
 
 from k2quant.checkpoint.weights import StoredWeight
+from k2quant.conversion.relatives import shown, split_remarks
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.format import Format, Layout, Scope
 from k2quant.formats.known import FORMATS
-from k2quant.ground import names
+from k2quant.ground import engines, names
+from k2quant.ground.patterns import check_found
 from k2quant.kernels.codecs.grids import Grid
 
 
@@ -23,20 +25,31 @@ class Rule:
 
     format: Format
     scope: Scope | None = None
-    """`experts`: the routed experts; `linear`: every projection of the decoder layers; None: every weight."""
+    """Which weights, see `k2quant.formats.format.Scope`; None: every weight."""
     ignore: tuple[re.Pattern[str], ...] = ()
     """Weights in whose name one of these is found are out of scope."""
 
     def takes(self, base: str) -> bool:
         """Tell whether a weight is to be stored in the format."""
-        return in_scope(base, self.scope) and not any(pattern.search(base) for pattern in self.ignore)
+        return in_scope(base, self.scope, self.format) and not self.spares(base)
+
+    def spares(self, base: str) -> bool:
+        """Tell whether a pattern of `ignore` is found in a weight's name."""
+        return any(pattern.search(base) for pattern in self.ignore)
 
 
-def in_scope(base: str, scope: Scope | None) -> bool:
-    """Tell whether a weight belongs to a scope."""
+def in_scope(base: str, scope: Scope | None, stored: Format) -> bool:
+    """Tell whether a weight belongs to a scope, if it is to be stored in a format."""
     if scope is None:
         return True
-    return names.is_routed_expert(base) if scope == "experts" else names.is_projection(base)
+    if scope == "experts":
+        return names.is_routed_expert(base)
+    return names.is_projection(base) and not (scope == "linear" and is_unfit(base, stored))
+
+
+def is_unfit(base: str, stored: Format) -> bool:
+    """Tell whether a weight is one that engines do not run in a format."""
+    return names.split(base)[1] in stored.unfit
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +93,54 @@ class Recipe:
         asked = self.formats.get(weight.format.name, Bf16()) if weight.format.quantised else weight.format
         return None if weight.format.same(asked) else asked
 
+    def check_fused(self, weights: list[StoredWeight], *, allow_split: bool) -> None:
+        """Refuse to split what engines fuse over several formats.
+
+        A source that is split already and merely copied is not refused: nothing becomes worse.
+
+        Raises:
+            UsageError: so it would be, and nobody allowed it.
+        """
+        if allow_split:
+            return
+        splits = self.splits(weights)
+        changed = {engines.fused(weight.base) for weight in weights if self.format_of(weight)} if splits else set()
+        made = [split for split in splits if split.fused in changed]
+        if made:
+            more = f" ({len(made)} such groups)" if len(made) > 1 else ""
+            raise UsageError(
+                f"this would split what engines fuse: {made[0]}{more}; take all of them or none with --scope and "
+                "--ignore, or write it all the same with --allow-split"
+            )
+
+    def remarks(self, weights: list[StoredWeight]) -> list[str]:
+        """Return what is worth saying of the output: what is split, and what stays quantised though nobody wants it."""
+        said = split_remarks(self.splits(weights), "the output")
+        kept = [weight for weight in weights if weight.format is not None and self._stays(weight)]
+        unfit = [weight.base for weight in kept if weight.format is not None and is_unfit(weight.base, weight.format)]
+        if unfit:
+            said.append(
+                f"`{shown(unfit[0])}` stays quantised as in the source ({len(unfit)} such): engines that absorb it "
+                "(MLA) want it in BF16 or FP8; convert to bf16 first, then with --scope linear"
+            )
+        spared = [weight.base for weight in kept if any(rule.spares(weight.base) for rule in self.rules)]
+        if spared:
+            said.append(
+                f"--ignore spares `{shown(spared[0])}`, which stays quantised as in the source ({len(spared)} such): "
+                "to have it in BF16, convert to bf16 first"
+            )
+        return said
+
+    def _stays(self, weight: StoredWeight) -> bool:
+        """Tell whether a quantised weight is copied although no rule takes it."""
+        quantised = weight.format is not None and weight.format.quantised and self.format_of(weight) is None
+        return quantised and not any(rule.takes(weight.base) for rule in self.rules)
+
+    def splits(self, weights: list[StoredWeight]) -> list[engines.Split]:
+        """Return what engines fuse and the output has in several formats."""
+        written = ((weight.base, self.format_of(weight) or weight.format) for weight in weights)
+        return engines.splits((base, stored.name) for base, stored in written if stored is not None)
+
     def rounding(self, stored: Format) -> Format:
         """Return a format with the rounding rule that was asked for it, to write new values in it."""
         asked = self.formats.get(stored.name)
@@ -106,7 +167,8 @@ def make_recipe(
         layout: what its tensors are called; None for the default.
 
     Raises:
-        UsageError: an option that has no meaning for this format, or a broken regular expression.
+        UsageError: an option that has no meaning for this format, or a regular expression that is broken or is found in
+            no name.
         CheckpointError: nothing is in scope.
         UnsupportedFormat: the source cannot be rewritten in this format.
     """
@@ -120,7 +182,9 @@ def make_recipe(
         owners = " and ".join(name.upper() for name, other in FORMATS.items() if other.layouts)
         raise UsageError(f"--layout has no meaning with --to {to}: it says whose names {owners} is written with")
     target = kind.asked_for(((weight.format, weight.main) for weight in weights if weight.format), grid, layout)
-    rule = Rule(format=target, scope=scope or kind.default_scope, ignore=tuple(_compile(pattern) for pattern in ignore))
+    patterns = tuple(_compile(pattern) for pattern in ignore)
+    check_found(patterns, [weight.base for weight in weights], "--ignore")
+    rule = Rule(format=target, scope=scope or kind.default_scope, ignore=patterns)
     if kind.quantised and not any(rule.takes(weight.base) for weight in weights if weight.format):
         raise CheckpointError(
             "no weight is in scope",
@@ -128,20 +192,6 @@ def make_recipe(
             remedy="see `k2quant inspect`, and --scope and --ignore",
         )
     return Recipe((rule,))
-
-
-_QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
-MOST_QUANTIFIERS = 3
-"""A few more in one pattern can keep the matcher busy for years."""
-
-
-def may_take_for_ever(pattern: str) -> bool:
-    """Tell of a regular expression that comes from a file whether matching it might never end."""
-    return (
-        len(pattern) > 500
-        or re.search(r"\)[*+{]", pattern) is not None
-        or len(_QUANTIFIER.findall(pattern)) > MOST_QUANTIFIERS
-    )
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 Parts = dict[str, "NDArray[Any]"]
 """The arrays of a panel, or of a whole weight, by suffix."""
 
-Scope = Literal["experts", "linear"]
-"""`experts`: the routed experts; `linear`: every projection of the decoder layers."""
+Scope = Literal["experts", "linear", "projections"]
+"""`experts`: the routed experts; `linear`: every projection of the decoder layers that engines run in the format;
+`projections`: every projection, whether engines run it or not."""
 
 Layout = Literal["deepseek", "compressed-tensors"]
 """Whose names and config a format of several tools is written with, the default first."""
@@ -132,6 +133,8 @@ class Format(ABC):
     """What is known of the block of `method`; None: `check_config` looks at all of it."""
     default_scope: ClassVar[Scope | None] = None
     """Which weights get it where nobody says; None: all of them."""
+    unfit: ClassVar[tuple[str, ...]] = ()
+    """Last names of projections that engines do not run in this format, and that the scope `linear` leaves out."""
     grids: ClassVar[tuple[str, ...]] = ()
     """Rounding rules that can be asked for."""
     layouts: ClassVar[tuple[str, ...]] = ()

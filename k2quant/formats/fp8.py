@@ -299,7 +299,9 @@ class Fp8(Format):
         expected = [
             base
             for base in kept
-            if names.is_projection(base) or names.tensor_class(f"{base}.weight") in {"vision", "projector"}
+            if names.is_projection(base)
+            or names.is_unknown_matrix(base)
+            or names.tensor_class(f"{base}.weight") in {"vision", "projector"}
         ]
         return block | ({"modules_to_not_convert": expected} if expected else {})
 

@@ -63,6 +63,7 @@ class Int4(Format):
     scheme_words: ClassVar[str] = "symmetric 4-bit int"
     packing: ClassVar[str] = "pack-quantized"
     default_scope: ClassVar[Scope | None] = "experts"
+    unfit: ClassVar[tuple[str, ...]] = ("kv_b_proj",)  # absorbed into its neighbours by MLA, which takes BF16 or FP8
     grids: ClassVar[tuple[str, ...]] = get_args(Grid)
     trained: ClassVar[bool] = True
     bit_widths: ClassVar[tuple[int, ...]] = FAKE_BITS

@@ -25,7 +25,9 @@ TENSOR_CLASSES = (
 )
 """The classes that tables and pictures group by, in the order in which they show them."""
 
-_LAYER = r"(?P<prefix>(?:language_model\.)?model\.(?:language_model\.)?)layers\.(?P<layer>0|[1-9][0-9]{0,5})\."
+# Every spelling that a release or a tool has: K2's, K2.5's, transformers' own, and K2.5's without `model.`.
+_PREFIX = r"(?:(?:language_model\.)?model\.(?:language_model\.)?|language_model\.)"
+_LAYER = rf"(?P<prefix>{_PREFIX})layers\.(?P<layer>0|[1-9][0-9]{{0,5}})\."
 
 # The projections that Moonshot ships as block FP8: attention, dense layer, shared and routed experts. `q_proj` stands
 # in for q_a and q_b where a model has no query compression. The router `mlp.gate` and `eh_proj` are none.
@@ -36,7 +38,9 @@ _PROJECTION = re.compile(
 
 _FUSED = re.compile(_LAYER + r"mlp\.experts\.(?P<projection>gate_up_proj|down_proj)")
 
-_LANGUAGE = re.compile(r"(?:language_model\.)?model\.(?:language_model\.)?(?P<rest>.+)")
+_ANY_LAYER = re.compile(r"(?:^|\.)layers\.[0-9]+\.")
+
+_LANGUAGE = re.compile(rf"{_PREFIX}(?P<rest>.+)")
 _HEAD = re.compile(r"(?:language_model\.)?(?P<rest>lm_head\..+)")
 
 _CLASS_PATTERNS = tuple(
@@ -83,6 +87,28 @@ def is_routed_expert(base: str) -> bool:
     return match is not None and match["expert"] is not None
 
 
+def is_unknown_matrix(base: str) -> bool:
+    """Tell whether a matrix of a decoder layer, however the layer is spelled, is none that K2 or DeepSeek-V3 has.
+
+    Such as the indexer's of DeepSeek-V3.2: no scope takes it.
+    """
+    if _ANY_LAYER.search(base) is None or is_projection(base):
+        return False
+    return tensor_class(f"{base}.weight") in {"routed experts", "shared experts", "dense mlp", "attention", "other"}
+
+
+def place(base: str) -> tuple[int, str] | None:
+    """Return layer and name within it, such as (3, `self_attn.o_proj`), or None for what lies outside the layers."""
+    match = re.match(_LAYER, base)
+    return (int(match["layer"]), base[match.end() :]) if match else None
+
+
+def spelling(name: str) -> str | None:
+    """Return what stands before `layers.` in the name of a decoder layer's tensor, such as `language_model.model.`."""
+    match = re.match(_LAYER, name)
+    return match["prefix"] if match else None
+
+
 def layer(name: str) -> int | None:
     """Return the decoder layer that a tensor belongs to, or None for one outside the layers."""
     match = re.match(_LAYER, name)
@@ -115,7 +141,8 @@ def fused_experts(name: str) -> FusedExperts | None:
 def in_language_model(name: str) -> str | None:
     """Return a tensor's name as a language model that stands alone has it, such as `model.layers.3.mlp.gate.weight`.
 
-    K2.5 and later put `language_model.` in front. None: the tensor belongs to the vision tower or the projector.
+    K2.5 and later put `language_model.` in front, some tools in place of `model.`. None: the tensor belongs to the
+    vision tower or the projector.
     """
     if tensor_class(name) in {"vision", "projector"}:
         return None

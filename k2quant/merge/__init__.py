@@ -69,6 +69,7 @@ def merge(
     grid: Grid | None = None,
     layout: Layout | None = None,
     shard_size: int | None = None,
+    allow_split: bool = False,
     workers: int | None = None,
     restart: bool = False,
     soft_lock: bool = False,
@@ -91,6 +92,7 @@ def merge(
         grid: INT4 rounding rule.
         layout: whose names and config FP8 is written with.
         shard_size: largest output shard in bytes.
+        allow_split: write what engines fuse in several formats too.
         workers: threads.
         restart: throw away what an earlier run left.
         soft_lock: lock by a file where there is no other way.
@@ -109,7 +111,7 @@ def merge(
     here, there, update = Path(base), Path(destination), Path(adapter)
     refuse_nested(here, there)
     refuse_nested(update, there)
-    prepared = make_merge_plan(here, update, Options(to, scope, ignore, grid, shard_size, layout))
+    prepared = make_merge_plan(here, update, Options(to, scope, ignore, grid, shard_size, layout, allow_split))
     return carry_out(
         prepared.plan,
         there,

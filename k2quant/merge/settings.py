@@ -15,8 +15,8 @@ from typing import Any
 from k2quant.checkpoint.files import json_kinds as kinds
 from k2quant.checkpoint.files.paths import read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
-from k2quant.conversion.recipe import MOST_QUANTIFIERS, may_take_for_ever
 from k2quant.errors import MalformedFile, UnsupportedFormat
+from k2quant.ground.patterns import MOST_QUANTIFIERS, may_take_for_ever
 
 _LIMIT = 16_000_000  # bytes; patterns may name each of a model's modules
 

@@ -17,7 +17,9 @@ from typing import Any
 from transformers import DeepseekV3Config
 
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
+from k2quant.conversion.relatives import MODEL_TYPES, other_types
 from k2quant.errors import CheckpointError, MalformedFile, UnsupportedFormat
+from k2quant.formats.format import listed
 
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
@@ -115,6 +117,14 @@ def architecture(checkpoint: Checkpoint) -> DeepseekV3Config:
     text = checkpoint.config.get("text_config", checkpoint.config)
     if not isinstance(text, dict):
         raise MalformedFile("text_config is not an object", file=file)
+    if others := other_types(checkpoint.config):
+        raise UnsupportedFormat(
+            "a relative of K2 that can be converted, but not run here",
+            file=file,
+            expected=f"model_type {listed(MODEL_TYPES)}",
+            found=repr(others[0]),
+            remedy="run it with an engine that knows its architecture",
+        )
     keys = _checked(text, file)
     try:
         return DeepseekV3Config.from_dict(keys)

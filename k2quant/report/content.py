@@ -97,6 +97,8 @@ class Report:
     options: dict[str, Any]
     source: dict[str, Any]
     """The source's fingerprint."""
+    remarks: tuple[str, ...]
+    """What was said of source and output, though it stopped nothing."""
     tensors: list[Tensor]
     cells: dict[Cell, Sum] = field(default_factory=dict)
 
@@ -190,6 +192,7 @@ def read(path: Path) -> Report:
             bytes_written=kinds.whole(report["bytes_written"]),
             options=_options(report["options"]),
             source=kinds.mapping(report["source"]),
+            remarks=tuple(kinds.text(said) for said in kinds.values(report.get("remarks", []))),
             tensors=[_tensor(name, facts) for name, facts in report["tensors"].items()],
         )
     except KeyError as error:

@@ -14,6 +14,7 @@ from k2quant.report.pictures import by_class, by_format, by_layer
 from k2quant.report.words import DASH, amount, code, count, decibels, formats, outcome, share, table, tensors, text
 
 _WORST_SHOWN = 20
+_NOTE = 500  # letters of a remark
 _LIST_SHOWN = 200  # shards and patterns; K2 has 62 shards
 
 _TIMES = "code&nbsp;&times;&nbsp;scale"
@@ -199,6 +200,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         more = f" and {len(patterns) - _LIST_SHOWN:,} more" if len(patterns) > _LIST_SHOWN else ""
         yield "ignored", ", ".join(map(code, patterns[:_LIST_SHOWN])) + more
     yield "shards", f"at most {size(shard_size)}" if shard_size else "as in the source"
+    yield from (("note", text(said, _NOTE)) for said in report.remarks[:_LIST_SHOWN])
     for key in ("config_sha256", "tensors_sha256"):
         if isinstance(report.source.get(key), str):
             yield f"source {key.replace('_', ' ')}", code(report.source[key])

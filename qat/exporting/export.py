@@ -191,7 +191,7 @@ def plan_export(model: nn.Module, base: Checkpoint, *, shard_size: int | None = 
 def export_options(config: QATConfig, shard_size: int | None = None) -> Options:
     """Return what the converter is asked for: the same format, scope and grid."""
     grid = config.grid if config.format.grids else None
-    return Options(config.to, config.resolved_scope, config.ignore, grid, shard_size)
+    return Options(config.to, config.resolved_scope, config.ignore, grid, shard_size, allow_split=config.allow_split)
 
 
 def _check_again(folder: Path, check: Callable[[Path], None]) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from k2quant.conversion.recipe import in_scope
 from k2quant.errors import ShapeMismatch, UnsupportedFormat, UsageError
-from k2quant.ground import names
+from k2quant.ground import engines, names
+from k2quant.ground.patterns import check_found
 from k2quant.qat.config import QATConfig
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -78,17 +79,44 @@ def find_targets(model: nn.Module, config: QATConfig) -> list[Target]:
     """Return what a config fake-quantises in a model, in the model's order.
 
     Raises:
-        UsageError: no routed expert is among them, or the weights are packed.
+        UsageError: no routed expert is among them, a pattern is found nowhere, what engines fuse would be split, or the
+            weights are packed.
         UnsupportedFormat: experts that lie otherwise than transformers' DeepSeek-V3 has them.
         ShapeMismatch: a group does not divide a width.
     """
-    found = [target for target in _candidates(model) if _wanted(target, config)]
+    candidates = list(_candidates(model))
+    check_found(config.patterns, list(dict.fromkeys(_bases(model, candidates))), "ignore:")
+    found = [target for target in candidates if _wanted(target, config)]
     experts = [part for target in found for part in target.parts if names.is_routed_expert(part.base)]
     if not experts:
         raise UsageError(_nothing(model, config))
+    _check_fused(candidates, set(found), config)
     for target in found:
         _check(target, config)
     return found
+
+
+def _bases(model: nn.Module, candidates: list[Target]) -> Iterator[str]:
+    """Yield the names in which a pattern may be found: of matrices as a checkpoint has them, then of all modules."""
+    yield from (part.base for target in candidates for part in target.parts)
+    yield from (canonical(name) for name, _ in model.named_modules())
+
+
+def _check_fused(candidates: list[Target], found: set[Target], config: QATConfig) -> None:
+    """Refuse to fake-quantise a part of what engines fuse: the export would be in two formats.
+
+    Raises:
+        UsageError: so it would be, and nobody allowed it.
+    """
+    if config.allow_split:
+        return
+    kept = "BF16"
+    parts = ((part.base, config.to if target in found else kept) for target in candidates for part in target.parts)
+    if splits := engines.splits(parts):
+        raise UsageError(
+            f"this would split what engines fuse: {splits[0]}; take all of them or none with `scope` and `ignore`, or "
+            "train it all the same with `allow_split: true`"
+        )
 
 
 def _candidates(model: nn.Module) -> Iterator[Target]:
@@ -150,7 +178,8 @@ def _wanted(target: Target, config: QATConfig) -> bool:
     Raises:
         UsageError: a pattern takes some matrices of a stack out, which is rounded as one.
     """
-    scoped = [in_scope(part.base, config.resolved_scope) and not config.ignores(part.base) for part in target.parts]
+    scope, form = config.resolved_scope, config.format
+    scoped = [in_scope(part.base, scope, form) and not config.ignores(part.base) for part in target.parts]
     if any(scoped) and not all(scoped):
         out = target.parts[scoped.index(False)].base
         raise UsageError(

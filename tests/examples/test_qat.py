@@ -88,7 +88,7 @@ def blocks(text: str, language: str) -> list[str]:
 def test_the_job_files_are_jobs(name: str, bits: int) -> None:
     """Each is read, and is what its name says: codes of that width in every projection, in a folder of that name."""
     job = read_job(EXAMPLE / f"{name}.yaml")
-    assert (job.quantize.to, job.final_bits, job.quantize.resolved_scope) == ("int4", bits, "linear")
+    assert (job.quantize.to, job.final_bits, job.quantize.resolved_scope) == ("int4", bits, "projections")
     assert job.output == str(Path.cwd() / "runs" / name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import io
 import threading
@@ -169,6 +170,10 @@ def test_what_trains_is_what_was_asked_for() -> None:
     linear = trains(QATConfig(train="experts", scope="linear"))
     assert stacks < linear < everything - {router}
     assert "model.layers.0.self_attn.q_a_proj.weight" in linear
+    kv_b = {f"model.layers.{layer}.self_attn.kv_b_proj.weight" for layer in range(2)}
+    assert not kv_b & linear  # INT4 that MLA engines could not absorb
+    assert trains(QATConfig(train="experts", scope="projections")) == linear | kv_b
+    assert kv_b < trains(QATConfig(train="experts", to="fp8"))
     names = [f"{EXPERTS}.adapter.{stack}.{part}" for stack in ("gate_up_proj", "down_proj") for part in "ab"]
     assert trains(QATConfig(train="adapters")) == set(names)
     scales = {f"{EXPERTS}.learned_scale.{stack}.ratio" for stack in ("gate_up_proj", "down_proj")}
@@ -546,10 +551,32 @@ def test_a_pattern_may_not_cut_a_stack() -> None:
     for pattern in (r"experts\.3\.", "up_proj"):
         with pytest.raises(UsageError, match="match all or none"):
             prepare(build(), QATConfig(ignore=(pattern,)))
-    model = prepare(build(), QATConfig(ignore=(r"experts\.\d+\.down_proj",)))
+    model = prepare(build(), QATConfig(ignore=(r"experts\.\d+\.down_proj",), allow_split=True))
     twin = baked(model)
     assert torch.equal(logits(model), logits(twin))
     assert torch.equal(stack(twin), stack(model).bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (QATConfig(ignore=(r"\.down_proj",)), "one kernel"),
+        (QATConfig(scope="linear", ignore=(r"shared_experts\.up_proj",)), "gate_proj and up_proj"),
+        (QATConfig(to="fp8", ignore=("q_a_proj",)), "q_a_proj and kv_a_proj_with_mqa"),
+    ],
+)
+def test_what_engines_fuse_is_trained_whole(config: QATConfig, reason: str) -> None:
+    """Fused groups split: a policy that fake-quantises a part of one is refused before a step, unless allowed."""
+    with pytest.raises(UsageError, match=rf"{reason}.* is .*allow_split"):
+        prepare(build(), config)
+    assert prepared(prepare(build(), dataclasses.replace(config, allow_split=True))).targets
+
+
+def test_a_pattern_that_is_found_nowhere_is_refused() -> None:
+    """A pattern that matches nothing would train what it was meant to spare."""
+    with pytest.raises(UsageError, match=r"ignore: 'q_a_porj' is found in no name; .*q_a_proj"):
+        prepare(build(), QATConfig(to="fp8", ignore=("q_a_porj",)))
+    assert prepare(build(), QATConfig(ignore=("lm_head", r"layers\.0\.", "norm")))
 
 
 def test_packed_weights_are_refused(base: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def job(base: str, output: str, data: str, *, kind: str, bits: int, seed: int) -
         "data": {"path": data, "length": LENGTH, "held_out": 64},
         "quantize": {
             "to": "int4",
-            "scope": "linear",
+            "scope": "projections",
             "bits": bits,
             "estimator": how.get("estimator", "plain"),
         },

@@ -63,7 +63,7 @@ def _linears(fused: FusedExperts) -> SeparateExperts:
 def prepared_by(tool: str, model: nn.Module, bits: int) -> nn.Module:
     """Have a tool fake-quantise every projection of a model, or none."""
     if tool == "k2quant":
-        return prepare(model, QATConfig(scope="linear", bits=bits))
+        return prepare(model, QATConfig(scope="projections", bits=bits))
     if tool == "torchao":
         from torchao.quantization import quantize_
         from torchao.quantization.qat import QATConfig as TorchaoConfig

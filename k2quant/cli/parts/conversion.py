@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -15,17 +16,23 @@ from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
     from k2quant.conversion.convert import Conversion
-    from k2quant.conversion.plan import Plan
+    from k2quant.conversion.plan import Options, Plan
 
 _FORMAT = (
     click.option("--to", type=click.Choice(list(FORMATS)), required=True, help="Format to write."),
     click.option(
         "--scope",
         type=click.Choice(get_args(Scope)),
-        help="Which weights get it: the routed experts (default for int4) or every projection (default for fp8).",
+        help="Which weights get it: the routed experts (default for int4), every projection that engines run so "
+        "(linear, default for fp8; of int4 without kv_b_proj), or every projection.",
     ),
     click.option(
         "--ignore", multiple=True, metavar="REGEX", help="Keep weights in whose name this is found out of scope."
+    ),
+    click.option(
+        "--allow-split",
+        is_flag=True,
+        help="Write what engines fuse (experts of a layer, gate and up, q_a and kv_a) in several formats too.",
     ),
     click.option(
         "--grid",
@@ -73,6 +80,13 @@ def _all(options: tuple[Option[Any], ...]) -> Option[Any]:
         return command
 
     return add
+
+
+def choice(options: dict[str, Any]) -> Options:
+    """Return what the options of `format_options` ask for."""
+    from k2quant.conversion.plan import Options
+
+    return Options(**{field.name: options[field.name] for field in fields(Options)})
 
 
 def announce(done: Conversion) -> None:

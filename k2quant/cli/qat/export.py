@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from k2quant.cli.parts.conversion import announce
+from k2quant.cli.parts import conversion
 from k2quant.cli.parts.options import soft_lock
 from k2quant.cli.parts.screen import progress
 from k2quant.formats.known import FORMATS
@@ -66,7 +66,7 @@ def command(
             soft_lock=soft_lock,
             progress=show,
         )
-    announce(done)
+    conversion.announce(done)
     report = done.report
     if as_json:
         facts = {"destination": str(destination), "already_done": done.already_done, "weights": len(report["tensors"])}

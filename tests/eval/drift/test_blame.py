@@ -46,7 +46,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def int4(base: Path) -> Path:
     """The same, every projection in INT4."""
-    folder = convert(base, base.parent / "int4", to="int4", scope="linear").folder
+    folder = convert(base, base.parent / "int4", to="int4", scope="projections").folder
     for name, data in vocabulary.files().items():
         (folder / name).write_bytes(data)
     return folder

@@ -20,7 +20,7 @@ from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.conversion.plan import Options, make_plan
 from k2quant.errors import CheckpointError, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.formats.bf16 import Bf16
-from k2quant.formats.format import Format
+from k2quant.formats.format import Format, Scope
 from k2quant.formats.fp8 import Fp8
 from k2quant.formats.int4 import Int4
 from k2quant.nano.demo import K2_CONFIG, matrices
@@ -95,23 +95,42 @@ def test_fp8_quantises_every_projection(k2_source: Path, tmp_path: Path) -> None
     assert found == projections
 
 
-def test_scope_linear_takes_every_projection_to_int4(k2_source: Path, tmp_path: Path) -> None:
-    """`--scope linear` quantises attention and dense layers too, and the ignore list names none of them."""
-    k2quant.convert(k2_source, tmp_path / "out", to="int4", scope="linear")
-    quantised = {base for base, weight in weights_of(tmp_path / "out").items() if isinstance(weight.format, Int4)}
-    assert quantised == {base for layer in range(3) for base in matrices(layer)}
+@pytest.mark.parametrize("scope", ["linear", "projections"])
+def test_scope_linear_leaves_kv_b_in_bf16_unless_asked_for(k2_source: Path, tmp_path: Path, scope: Scope) -> None:
+    """INT4 that no MLA engine can absorb: `linear` takes all projections but `kv_b_proj`, `projections` takes it too.
+
+    The ignore list names what was left, and nothing that is quantised.
+    """
+    k2quant.convert(k2_source, tmp_path / "out", to="int4", scope=scope)
+    found = {base: weight.format for base, weight in weights_of(tmp_path / "out").items()}
+    left = [] if scope == "projections" else [f"model.layers.{layer}.self_attn.kv_b_proj" for layer in range(3)]
+    quantised = {base for base, stored in found.items() if isinstance(stored, Int4)}
+    assert quantised == {base for layer in range(3) for base in matrices(layer)} - set(left)
+    assert all(found[base] == Bf16() for base in left)
     ignore = output_config(tmp_path / "out")["quantization_config"]["ignore"]
-    assert ignore == ["re:.*lm_head.*", r"re:.*mlp\.gate$"]
+    assert ignore == ["re:.*lm_head.*", r"re:.*mlp\.gate$", *left]
+
+
+def test_int4_that_the_source_has_stays_and_is_named(k2_source: Path, tmp_path: Path) -> None:
+    """A source whose `kv_b_proj` is INT4 already loses nothing by `linear`: it is copied, and that is said."""
+    k2quant.convert(k2_source, tmp_path / "all", to="int4", scope="projections")
+    done = k2quant.convert(tmp_path / "all", tmp_path / "again", to="int4", scope="linear")
+    name = "model.layers.0.self_attn.kv_b_proj.weight_packed"
+    assert data_of(open_checkpoint(done.folder), name) == data_of(open_checkpoint(tmp_path / "all"), name)
+    (said,) = done.report["remarks"]
+    assert said.startswith("`model.layers.0.self_attn.kv_b_proj` stays quantised as in the source (3 such)")
+    asked = k2quant.convert(tmp_path / "all", tmp_path / "asked", to="int4", scope="projections")
+    assert asked.report["remarks"] == []
 
 
 def test_ignored_weights_stay_out_of_scope(k2_source: Path, tmp_path: Path) -> None:
     """A weight that --ignore names comes out as BF16 when it was FP8, and the config lists it by name."""
-    k2quant.convert(k2_source, tmp_path / "out", to="int4", ignore=(r"experts\.3\.up_proj",))
+    k2quant.convert(k2_source, tmp_path / "out", to="int4", ignore=(r"layers\.1\.mlp\.experts",))
     weights = weights_of(tmp_path / "out")
-    kept = [f"model.layers.{layer}.mlp.experts.3.up_proj" for layer in (1, 2)]
+    kept = [base for base in matrices(1) if ".experts." in base]
     assert all(weights[base].format == Bf16() for base in kept)
-    assert isinstance(weights["model.layers.1.mlp.experts.3.down_proj"].format, Int4)
-    assert output_config(tmp_path / "out")["quantization_config"]["ignore"][-2:] == kept
+    assert isinstance(weights["model.layers.2.mlp.experts.3.down_proj"].format, Int4)
+    assert set(output_config(tmp_path / "out")["quantization_config"]["ignore"][-len(kept) :]) == set(kept)
 
 
 def test_fp8_lists_what_engines_would_expect_quantised(k2_source: Path, tmp_path: Path) -> None:
@@ -299,7 +318,7 @@ def test_ignore_list_covers_what_is_kept_and_nothing_else(tmp_path: Path) -> Non
             assert ignored(base, ignore) == (not isinstance(weight.format, Int4)), base
 
 
-@pytest.mark.parametrize("part", ["q_a_proj", r"shared_experts\.up_proj", r"layers\.0\.mlp\.down_proj"])
+@pytest.mark.parametrize("part", [r"\.(q|kv)_a_proj", r"shared_experts\.(gate|up)_proj", r"layers\.0\.mlp\.down_proj"])
 def test_ignore_list_spares_what_is_quantised_beside_what_is_kept(k2_source: Path, tmp_path: Path, part: str) -> None:
     """Where --ignore keeps a part of attention or of an MLP, the list covers that part and no `weight_packed`."""
     k2quant.convert(k2_source, tmp_path / "out", to="int4", scope="linear", ignore=(part,))
@@ -431,7 +450,7 @@ def test_half_precision_source_is_rounded_to_bf16_first(tmp_path: Path) -> None:
 
 
 def test_width_that_32_does_not_divide_cannot_be_int4(tmp_path: Path) -> None:
-    """The error says so, names the tensor and the remedy; with --ignore the rest converts."""
+    """The error says so, names the tensor and the remedy; with --ignore and --allow-split the rest converts."""
     shard: Shard = {
         f"{EXPERT.format(0, 'up')}.weight": bf16(64, 80),
         f"{EXPERT.format(1, 'up')}.weight": bf16(64, 96),
@@ -440,7 +459,7 @@ def test_width_that_32_does_not_divide_cannot_be_int4(tmp_path: Path) -> None:
     with pytest.raises(ShapeMismatch, match=r"experts\.0\.up_proj.*32 divides.*--ignore"):
         k2quant.convert(tmp_path / "src", tmp_path / "out", to="int4")
     assert not (tmp_path / "out").exists()
-    k2quant.convert(tmp_path / "src", tmp_path / "out", to="int4", ignore=(r"experts\.0\.",))
+    k2quant.convert(tmp_path / "src", tmp_path / "out", to="int4", ignore=(r"experts\.0\.",), allow_split=True)
 
 
 def test_options_without_meaning_are_refused(k2_source: Path, tmp_path: Path) -> None:
@@ -477,6 +496,7 @@ def test_values_that_do_not_exist_are_refused(k2_source: Path, tmp_path: Path) -
         {"to": "int4", "scope": "all"},
         {"to": "int4", "shard_size": 0},
         {"to": "int4", "ignore": "experts"},
+        {"to": "int4", "allow_split": 1},
         {"to": "int4", "device": "tpu"},
         {"to": "int4", "workers": 100_000},
     ]

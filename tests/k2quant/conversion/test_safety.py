@@ -321,7 +321,7 @@ def test_changed_source(source: Path, destination: Path, change: Callable[[Path]
         ["--to", "bf16"],
         ["--to", "fp8"],
         ["--to", "int4", "--scope", "linear"],
-        ["--to", "int4", "--ignore", "experts.1"],
+        ["--to", "int4", "--ignore", "layers.1"],
         ["--to", "int4", "--grid", "compressed-tensors"],
         ["--to", "int4", "--shard-size", "5kB"],
     ],

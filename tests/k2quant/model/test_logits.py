@@ -130,7 +130,9 @@ def test_formats_are_held_packed(k2_source: Path, k2_thinking: Path, k2_mixed: P
 
 def test_experts_of_several_formats_in_one_layer(k2_bf16: Path, tmp_path: Path, expected: Expected) -> None:
     """A layer whose experts are partly BF16 and partly INT4 runs expert by expert."""
-    path = convert(k2_bf16, tmp_path / "part", to="int4", ignore=(r"experts\.(3|7)\.", r"experts\.5\.up_proj")).folder
+    path = convert(
+        k2_bf16, tmp_path / "part", to="int4", ignore=(r"experts\.(3|7)\.", r"experts\.5\.up_proj"), allow_split=True
+    ).folder
     model = load_model(path, dtype=torch.float32)
     assert isinstance(model.model.layers[1].mlp.experts, SeparateExperts)
     assert distance(model, expected(path)) < 1e-2

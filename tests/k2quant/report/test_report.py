@@ -279,7 +279,7 @@ def test_hostile_names_are_text(int4: Path, tmp_path: Path) -> None:
     report["tensors"][evil] = facts
     report["source"]["shards"] = {evil: report["source"]["shards"].popitem()[1] | {"header_sha256": evil}}
     report["source"] |= {"tensors_sha256": evil, "config_sha256": evil}
-    report |= {"source_name": evil, "version": evil}
+    report |= {"source_name": evil, "version": evil, "remarks": [evil]}
     report["options"] |= {"ignore": [evil], "scope": evil, "grid": evil}
     html = page(write(tmp_path / "<b>x", report), tmp_path).replace("<wbr>", "")
     assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 10
@@ -342,6 +342,8 @@ BREAKS: dict[str, Callable[[Json], object]] = {
     "unknown format": lambda report: report["options"].update(to="fp4"),
     "pattern is a number": lambda report: report["options"].update(ignore=[1]),
     "patterns are text": lambda report: report["options"].update(ignore="abc"),
+    "remarks are text": lambda report: report.update(remarks="abc"),
+    "a remark is a number": lambda report: report.update(remarks=[1]),
     "source is text": lambda report: report.update(source="x"),
     "tensor without class": lambda report: first(report).pop("class"),
     "unknown class": lambda report: first(report).update({"class": "<b>"}),

@@ -136,7 +136,7 @@ CONFIGS = {
     "3 bits": QATConfig(bits=3),
     "2 bits": QATConfig(bits=2),
     "linear": QATConfig(scope="linear"),
-    "a projection apart": QATConfig(ignore=("down_proj",), train="experts"),
+    "a projection apart": QATConfig(ignore=("down_proj",), train="experts", allow_split=True),
     "fp8": QATConfig(to="fp8"),
     "fp8 experts": QATConfig(to="fp8", scope="experts", train="experts"),
     "clipped": QATConfig(estimator="clipped"),
@@ -543,7 +543,7 @@ def test_a_base_of_another_model_is_refused(options: dict[str, Any], error: Any,
 @pytest.mark.parametrize(
     ("source", "config"),
     [
-        ("int4", QATConfig(ignore=("down_proj",))),
+        ("int4", QATConfig(ignore=("down_proj",), allow_split=True)),
         ("fp8", QATConfig(to="fp8", scope="experts")),
     ],
 )

@@ -43,6 +43,7 @@ WHOLE: dict[str, Any] = {
         "grid": "moonshot",
         "scope": "experts",
         "ignore": [r"layers\.1\."],
+        "allow_split": False,
         "estimator": "plain",
         "train": "adapters",
         "adapter": {"rank": 4, "alpha": 8.0},

@@ -1,0 +1,83 @@
+"""What engines fuse when they load a checkpoint: weights that one module of theirs holds.
+
+vLLM and SGLang ask for the format of a fused module once and look at its first member only. Where the members differ,
+some are read as what they are not: noise, or an error about a tensor that nobody expects.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from k2quant.ground import names
+
+
+class Fused(NamedTuple):
+    """A module of engines that holds several weights of a checkpoint."""
+
+    name: str
+    """As engines call it, such as `layers.3.mlp.experts`."""
+    why: str
+    """What engines do, in words."""
+
+
+class Split(NamedTuple):
+    """A fused module whose members are not stored alike."""
+
+    fused: Fused
+    first: tuple[str, str]
+    """Base and format of its first member."""
+    other: tuple[str, str]
+    """Base and format of the first member that is stored otherwise."""
+
+    def __str__(self) -> str:
+        """Say which members differ, and why that matters."""
+        (first, kept), (other, found) = self.first, self.other
+        return f"{self.fused.why}, but `{first}` is {kept} and `{other}` is {found}"
+
+
+_GATE_UP = "engines load gate_proj and up_proj as one matrix, with one format"
+_FUSED = (
+    (
+        re.compile(r"(?P<place>mlp\.)experts\.[0-9]{1,6}\.(?:gate|up|down)_proj"),
+        "experts",
+        "engines run all experts of a layer in one kernel, in one format",
+    ),
+    (re.compile(r"(?P<place>mlp\.(?:shared_experts\.)?)(?:gate|up)_proj"), "gate_up_proj", _GATE_UP),
+    (
+        re.compile(r"(?P<place>self_attn\.)(?:q_a_proj|kv_a_proj_with_mqa)"),
+        "fused_qkv_a_proj",
+        "engines load q_a_proj and kv_a_proj_with_mqa as one matrix, with one format",
+    ),
+)
+
+
+def fused(base: str) -> Fused | None:
+    """Return the module that engines put a weight in together with others, or None for one that stands alone."""
+    place = names.place(base)
+    if place is None:
+        return None
+    layer, rest = place
+    for pattern, name, why in _FUSED:
+        if match := pattern.fullmatch(rest):
+            return Fused(f"layers.{layer}.{match['place']}{name}", why)
+    return None
+
+
+def splits(stored: Iterable[tuple[str, str]]) -> list[Split]:
+    """Return the fused modules whose members are not all stored alike.
+
+    Args:
+        stored: base and format of each weight, in the checkpoint's order.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    found: dict[str, Split] = {}
+    for base, form in stored:
+        whole = fused(base)
+        if whole is None:
+            continue
+        begun = first.setdefault(whole.name, (base, form))
+        if begun[1] != form and whole.name not in found:
+            found[whole.name] = Split(whole, begun, (base, form))
+    return list(found.values())

@@ -1,0 +1,65 @@
+"""What engines fuse, by the names of a checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+
+from k2quant.ground.engines import fused, splits
+
+EXPERTS, SHARED, DENSE, QKV = (
+    "layers.3.mlp.experts",
+    "layers.3.mlp.shared_experts.gate_up_proj",
+    "layers.3.mlp.gate_up_proj",
+    "layers.3.self_attn.fused_qkv_a_proj",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("mlp.experts.0.gate_proj", EXPERTS),
+        ("mlp.experts.383.up_proj", EXPERTS),
+        ("mlp.experts.7.down_proj", EXPERTS),
+        ("mlp.shared_experts.gate_proj", SHARED),
+        ("mlp.shared_experts.up_proj", SHARED),
+        ("mlp.shared_experts.down_proj", None),
+        ("mlp.gate_proj", DENSE),
+        ("mlp.up_proj", DENSE),
+        ("mlp.down_proj", None),
+        ("mlp.gate", None),
+        ("self_attn.q_a_proj", QKV),
+        ("self_attn.kv_a_proj_with_mqa", QKV),
+        ("self_attn.q_b_proj", None),
+        ("self_attn.kv_b_proj", None),
+        ("self_attn.o_proj", None),
+        ("self_attn.q_proj", None),
+        ("input_layernorm", None),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model.", "language_model."])
+def test_each_weight_belongs_to_one_module_of_engines(prefix: str, name: str, module: str | None) -> None:
+    """Experts with experts, gate with up, q_a with kv_a, however the layer is spelled; all else stands alone."""
+    found = fused(f"{prefix}layers.3.{name}")
+    assert (found and found.name) == module
+    assert fused(name) is None
+
+
+def test_splits_are_found_once_for_each_module_with_its_first_members() -> None:
+    """A module is split where two members differ; layers do not mix, and members of one format are no split."""
+    stored = [
+        ("model.layers.3.self_attn.q_a_proj", "bf16"),
+        ("model.layers.3.mlp.experts.0.up_proj", "int4"),
+        ("model.layers.3.mlp.experts.1.up_proj", "bf16"),
+        ("model.layers.3.mlp.experts.2.up_proj", "fp8"),
+        ("model.layers.4.mlp.experts.0.up_proj", "bf16"),
+        ("model.layers.4.mlp.gate_proj", "int4"),
+        ("model.layers.4.mlp.up_proj", "int4"),
+        ("language_model.layers.3.self_attn.kv_a_proj_with_mqa", "fp8"),
+    ]
+    assert [(split.fused.name, split.first[1], split.other[1]) for split in splits(stored)] == [
+        (EXPERTS, "int4", "bf16"),
+        (QKV, "bf16", "fp8"),
+    ]
+    assert "`model.layers.3.mlp.experts.0.up_proj` is int4 and `model.layers.3.mlp.experts.1.up_proj` is bf16" in str(
+        splits(stored)[0]
+    )

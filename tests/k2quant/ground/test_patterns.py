@@ -1,0 +1,45 @@
+"""Patterns of --ignore that are found nowhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import k2quant
+from k2quant.errors import UsageError
+
+NOWHERE = {
+    "a typo": (r"kv_b_porj", r"nearest names are `model\.layers\.\d+\.self_attn\.kv_b_proj`"),
+    "a typo in a path": (r"mlp\.shared_expert\.", r"nearest names are `model\.layers\.\d\.mlp\.shared_experts\."),
+    "a layer too far": (r"layers\.61\.self_attn\.o_proj", r"nearest names are `model\.layers\.2\.self_attn\.o_proj`"),
+    "copied from an ignore list": (r"re:.*self_attn.*", r"`re:` belongs to the ignore list of a config"),
+    "a full name": (r"model\.layers\.0\.self_attn\.o_proj\.weight$", r"without their last part, such as `\.weight`"),
+    "a partner's name": (r"o_proj.weight_packed", r"without their last part"),
+    "no name at all": ("#" * 5000, "nearest names are"),
+}
+
+
+@pytest.mark.parametrize("kind", NOWHERE)
+def test_a_pattern_that_is_found_in_no_name_is_an_error(k2_source: Path, tmp_path: Path, kind: str) -> None:
+    """A pattern that matches nothing would quantise what it was meant to spare: the nearest names are said instead."""
+    pattern, said = NOWHERE[kind]
+    with pytest.raises(UsageError, match=rf"--ignore .* is found in no name; .*{said}") as caught:
+        k2quant.convert(k2_source, tmp_path / "out", to="int4", ignore=("o_proj", pattern))
+    assert len(str(caught.value)) < 1000
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_that_spares_what_is_quantised_already_says_so(k2_thinking: Path, tmp_path: Path) -> None:
+    """What is out of scope is copied, INT4 as INT4: whoever wanted BF16 there is told that it is none, and how."""
+    done = k2quant.convert(k2_thinking, tmp_path / "out", to="int4", ignore=(r"layers\.1\.",))
+    (said,) = done.report["remarks"]
+    assert re.search(r"--ignore spares `model\.layers\.1\.mlp\.experts\..*\(48 such\).*bf16 first", said)
+    assert not k2quant.convert(k2_thinking, tmp_path / "fp8", to="fp8", ignore=(r"layers\.1\.",)).report["remarks"]
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", r"mlp\.gate$", r"layers\.0\.", "norm", "embed"])
+def test_a_pattern_of_what_no_scope_takes_is_found(k2_source: Path, tmp_path: Path, pattern: str) -> None:
+    """Whoever spares what is spared anyway has named something that is there: no error."""
+    assert k2quant.convert(k2_source, tmp_path / "out", to="int4", ignore=(pattern,)).report["options"]["ignore"]
