@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion import carrying, config, relatives
+from k2quant.conversion.promises import broken_promises, inventory
 from k2quant.errors import CheckpointError
 from k2quant.ground import engines, names
 
@@ -44,7 +45,9 @@ class Inspection(NamedTuple):
     quantization: dict[str, Any] | None
     """The first quantization block of the config."""
     unlisted: list[str]
-    """Tensors in the shards that the index does not name."""
+    """Tensors in the shards that the index names nowhere."""
+    stale: list[str]
+    """Old copies: tensors in the shards that the index looks for in another place."""
     problems: list[str]
     """What would stop a conversion."""
     remarks: list[str]
@@ -59,27 +62,25 @@ def inspect(folder: str | os.PathLike[str]) -> Inspection:
     """
     checkpoint = open_checkpoint(Path(folder))
     weights, problems = group_tensors(checkpoint.tensors)
-    layers = {layer for weight in weights if (layer := names.layer(weight.main.name)) is not None}
-    experts: dict[int | None, set[int]] = {}
-    for weight in weights:
-        if (number := names.expert(weight.base)) is not None:
-            experts.setdefault(names.layer(weight.main.name), set()).add(number)
     wrong = _config_problems(checkpoint, weights)
+    found, stale = inventory(weights), frozenset(checkpoint.stale)
     return Inspection(
         folder=str(folder),
         rows=_rows(weights),
         shards=len(checkpoint.shards),
         tensors=len(checkpoint.tensors),
         nbytes=sum(entry.nbytes for entry in checkpoint.tensors.values()),
-        layers=len(layers),
-        experts=max(map(len, experts.values()), default=0),
+        layers=len(found.prefixes),
+        experts=max(map(len, found.experts.values()), default=0),
         model_type=_model_type(checkpoint),
         quantization=_quantization(checkpoint),
-        unlisted=list(checkpoint.unlisted),
+        unlisted=[name for name in checkpoint.unlisted if name not in stale],
+        stale=[name for name in checkpoint.unlisted if name in stale],
         problems=[str(problem) for problem in problems + wrong],
         remarks=[
             *relatives.remarks(checkpoint.config, weights),
             *_of_splits(weights),
+            *broken_promises(checkpoint.config, found),
             *([] if wrong else carrying.remarks(checkpoint.config, weights)),
         ],
     )

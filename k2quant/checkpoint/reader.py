@@ -41,9 +41,14 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
     """The tensors that the index names, by shard and position; fused experts stand here one by one."""
     unlisted: tuple[str, ...]
-    """Tensors that lie in a shard although the index does not name them. No conversion reads them."""
+    """Tensors that lie in a shard where the index does not look for them. Nobody reads them."""
     config: dict[str, Any] | None
     """What config.json holds, or None where there is none."""
+
+    @property
+    def stale(self) -> tuple[str, ...]:
+        """Those of `unlisted` that are old copies: the index looks for the same tensor in another place."""
+        return tuple(name for name in self.unlisted if name in self.tensors or _first_part(name) in self.tensors)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies this source: sizes, times and header digests of its shards, and its config."""
@@ -163,6 +168,12 @@ def _unfused(entries: list[TensorEntry]) -> dict[str, TensorEntry]:
                 raise MalformedFile("stands twice, alone and in a fused tensor", tensor=part.name, file=entry.file)
             tensors[part.name] = part
     return tensors
+
+
+def _first_part(name: str) -> str | None:
+    """Return the first projection that a fused experts tensor holds."""
+    fused = names.fused_experts(name)
+    return f"{fused.prefix}0.{fused.projections[0]}.weight" if fused else None
 
 
 def _experts(entry: TensorEntry, fused: names.FusedExperts) -> list[TensorEntry]:

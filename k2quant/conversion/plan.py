@@ -18,6 +18,7 @@ from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion import config, relatives
 from k2quant.conversion.carrying import Carried, carried
 from k2quant.conversion.placing import Job, ShardPlan, as_json, index_of, place
+from k2quant.conversion.promises import broken_promises, inventory
 from k2quant.conversion.recipe import Recipe, make_recipe
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.format import Layout, Scope
@@ -161,6 +162,7 @@ def plan_of(
     remarks = (
         *_remarks(source, left_out),
         *relatives.remarks(source.config, weights),
+        *broken_promises(source.config, inventory(weights)),
         *recipe.remarks(weights),
         *found.remarks,
     )
@@ -211,9 +213,11 @@ def _remarks(source: Checkpoint, left_out: tuple[str, ...]) -> Iterator[str]:
         yield f"left out, for the index does not name them: {', '.join(weights)}"
     if described := [name for name in left_out if name not in weights]:
         yield f"left out, for it describes another quantization than the output has: {', '.join(described)}"
-    if source.unlisted:
-        first, count = source.unlisted[0], len(source.unlisted)
-        yield f"left out, for the index does not name them: {count:,} tensors of the shards, such as {first}"
+    stale = frozenset(source.stale)
+    if strays := [name for name in source.unlisted if name not in stale]:
+        yield f"left out, for the index does not name them: {len(strays):,} tensors of the shards, such as {strays[0]}"
+    if stale:
+        yield f"left out, for the index looks for them in another shard: {len(stale):,} old copies, such as {min(stale)}"
 
 
 def describe(plan: Plan) -> dict[str, dict[str, int]]:

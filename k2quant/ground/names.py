@@ -36,6 +36,9 @@ _PROJECTION = re.compile(
     r"|mlp\.(?:shared_experts\.|experts\.(?P<expert>0|[1-9][0-9]{0,5})\.)?(?:gate|up|down)_proj)"
 )
 
+# What a layer for multi-token prediction has besides the tensors of a decoder layer.
+_PREDICTOR = re.compile(_LAYER + r"(?:eh_proj|enorm|hnorm|shared_head|embed_tokens)\.")
+
 _FUSED = re.compile(_LAYER + r"mlp\.experts\.(?P<projection>gate_up_proj|down_proj)")
 
 _ANY_LAYER = re.compile(r"(?:^|\.)layers\.[0-9]+\.")
@@ -119,6 +122,11 @@ def expert(base: str) -> int | None:
     """Return the number of the routed expert that a base belongs to, or None."""
     match = _PROJECTION.fullmatch(base)
     return int(match["expert"]) if match and match["expert"] is not None else None
+
+
+def predicts(name: str) -> bool:
+    """Tell whether a tensor is one that only a layer has which predicts further tokens (DeepSeek-V3's MTP)."""
+    return _PREDICTOR.match(name) is not None
 
 
 def tensor_class(name: str) -> str:

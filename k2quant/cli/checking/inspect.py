@@ -19,7 +19,7 @@ _SHOWN = 10  # problems that a person reads before looking for the cause
 def command(source: Path, *, as_json: bool) -> None:
     """Describe the checkpoint in SOURCE: formats, counts, bytes, layers, experts, and what does not fit together.
 
-    Exits 1 when something would stop a conversion.
+    Exits 1 when something would stop a conversion. What config.json promises in vain is said on stderr and stops none.
 
     \b
     Example:
@@ -28,8 +28,11 @@ def command(source: Path, *, as_json: bool) -> None:
     import json
 
     from k2quant.checking.inspection import inspect
+    from k2quant.cli.parts.screen import remark
 
     found = inspect(source)
+    for text in found.remarks:
+        remark(text)
     if as_json:
         click.echo(json.dumps({**found._asdict(), "rows": [row._asdict() for row in found.rows]}, indent=1))
     else:
@@ -55,6 +58,11 @@ def _show(found: Inspection) -> None:
     click.echo(f"\nquantization_config: {_summary(block) if block else 'none'}")
     if found.unlisted:
         click.echo(f"{len(found.unlisted)} tensors lie in shards but not in the index, such as {found.unlisted[0]}")
+    if found.stale:
+        click.echo(
+            f"{len(found.stale)} old copies lie in shards where the index does not look for them, such as "
+            f"{found.stale[0]}"
+        )
     for remark in found.remarks:
         click.echo(f"note: {remark}")
     for problem in found.problems[:_SHOWN]:
