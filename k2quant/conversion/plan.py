@@ -217,7 +217,7 @@ def _remarks(source: Checkpoint, left_out: tuple[str, ...]) -> Iterator[str]:
     if strays := [name for name in source.unlisted if name not in stale]:
         yield f"left out, for the index does not name them: {len(strays):,} tensors of the shards, such as {strays[0]}"
     if stale:
-        yield f"left out, for the index looks for them in another shard: {len(stale):,} old copies, such as {min(stale)}"
+        yield f"left out, for the index looks elsewhere for them: {len(stale):,} old copies, such as {min(stale)}"
 
 
 def describe(plan: Plan) -> dict[str, dict[str, int]]:
