@@ -149,7 +149,9 @@ def plan_of(
         CheckpointError: a weight cannot be stored so, no config can describe it, or a file cannot be read.
         UsageError: what engines fuse would be split.
     """
-    recipe.check_fused(weights, allow_split=options.allow_split)
+    splits = recipe.splits(weights)
+    if not options.allow_split:
+        recipe.check_splits(splits, weights)
     shards = place(weights, recipe, options.shard_size)
     try:
         found, rounded = _carried(source, shards, recipe, substituted=substituted)
@@ -163,6 +165,7 @@ def plan_of(
         *_remarks(source, left_out),
         *relatives.remarks(source.config, weights),
         *broken_promises(source.config, inventory(weights)),
+        *relatives.split_remarks(splits, "the output"),
         *recipe.remarks(weights),
         *found.remarks,
     )

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from k2quant.checkpoint.weights import StoredWeight
-from k2quant.conversion.relatives import shown, split_remarks
+from k2quant.conversion.relatives import shown
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.format import Format, Layout, Scope
@@ -93,17 +93,23 @@ class Recipe:
         asked = self.formats.get(weight.format.name, Bf16()) if weight.format.quantised else weight.format
         return None if weight.format.same(asked) else asked
 
-    def check_fused(self, weights: list[StoredWeight], *, allow_split: bool) -> None:
+    def splits(self, weights: list[StoredWeight]) -> list[engines.Split]:
+        """Return what engines fuse and the output has in several formats."""
+        written = ((weight.base, self.format_of(weight) or weight.format) for weight in weights)
+        return engines.splits((base, stored.name) for base, stored in written if stored is not None)
+
+    def check_splits(self, splits: list[engines.Split], weights: list[StoredWeight]) -> None:
         """Refuse to split what engines fuse over several formats.
 
         A source that is split already and merely copied is not refused: nothing becomes worse.
 
+        Args:
+            splits: what `splits` found of these weights.
+            weights: what the source holds.
+
         Raises:
-            UsageError: so it would be, and nobody allowed it.
+            UsageError: one of them is this recipe's doing.
         """
-        if allow_split:
-            return
-        splits = self.splits(weights)
         changed = {engines.fused(weight.base) for weight in weights if self.format_of(weight)} if splits else set()
         made = [split for split in splits if split.fused in changed]
         if made:
@@ -114,16 +120,16 @@ class Recipe:
             )
 
     def remarks(self, weights: list[StoredWeight]) -> list[str]:
-        """Return what is worth saying of the output: what is split, and what stays quantised though nobody wants it."""
-        said = split_remarks(self.splits(weights), "the output")
-        kept = [weight for weight in weights if weight.format is not None and self._stays(weight)]
-        unfit = [weight.base for weight in kept if weight.format is not None and is_unfit(weight.base, weight.format)]
+        """Return what is worth saying of the output: what stays quantised though nobody asked for it."""
+        said = []
+        kept = [(weight.base, weight.format) for weight in weights if weight.format is not None and self._stays(weight)]
+        unfit = [base for base, stored in kept if is_unfit(base, stored)]
         if unfit:
             said.append(
                 f"`{shown(unfit[0])}` stays quantised as in the source ({len(unfit)} such): engines that absorb it "
                 "(MLA) want it in BF16 or FP8; convert to bf16 first, then with --scope linear"
             )
-        spared = [weight.base for weight in kept if any(rule.spares(weight.base) for rule in self.rules)]
+        spared = [base for base, _ in kept if any(rule.spares(base) for rule in self.rules)]
         if spared:
             said.append(
                 f"--ignore spares `{shown(spared[0])}`, which stays quantised as in the source ({len(spared)} such): "
@@ -135,11 +141,6 @@ class Recipe:
         """Tell whether a quantised weight is copied although no rule takes it."""
         quantised = weight.format is not None and weight.format.quantised and self.format_of(weight) is None
         return quantised and not any(rule.takes(weight.base) for rule in self.rules)
-
-    def splits(self, weights: list[StoredWeight]) -> list[engines.Split]:
-        """Return what engines fuse and the output has in several formats."""
-        written = ((weight.base, self.format_of(weight) or weight.format) for weight in weights)
-        return engines.splits((base, stored.name) for base, stored in written if stored is not None)
 
     def rounding(self, stored: Format) -> Format:
         """Return a format with the rounding rule that was asked for it, to write new values in it."""

@@ -38,16 +38,10 @@ def identity(plan: Plan) -> dict[str, Any]:
     others = {name: (plan.source.folder / name).stat() for name in plan.copies}
     return {
         "values": plan.values,
-        "options": _options(plan.options),
+        "options": {**asdict(plan.options), "ignore": list(plan.options.ignore)},
         "source": plan.source.fingerprint()
         | {"other_files": {name: [status.st_size, status.st_mtime_ns] for name, status in others.items()}},
     }
-
-
-def _options(options: Options) -> dict[str, Any]:
-    """Return what was asked for; a permission that was not given is left out, as earlier versions wrote it."""
-    asked = {**asdict(options), "ignore": list(options.ignore)}
-    return {key: value for key, value in asked.items() if key != "allow_split" or value}
 
 
 def output_files(plan: Plan) -> list[str]:
