@@ -63,7 +63,7 @@ def _has_names_of_k2(weights: Iterable[StoredWeight]) -> bool:
 
 def remarks(config: dict[str, Any] | None, weights: list[StoredWeight]) -> list[str]:
     """Return what is worth saying of a checkpoint that can be converted all the same."""
-    return [*_of_types(config or {}), *_of_spellings(weights), *_of_matrices(weights)]
+    return [*_of_types(config or {}, weights), *_of_spellings(weights), *_of_matrices(weights)]
 
 
 def split_remarks(splits: list[engines.Split], whose: str) -> list[str]:
@@ -77,8 +77,9 @@ def split_remarks(splits: list[engines.Split], whose: str) -> list[str]:
     return [f"{whose} splits what engines fuse: {splits[0]}{more}"] if splits else []
 
 
-def _of_types(config: dict[str, Any]) -> Iterator[str]:
-    for kind in other_types(config):
+def _of_types(config: dict[str, Any], weights: list[StoredWeight]) -> Iterator[str]:
+    others = other_types(config)
+    for kind in others if others and _has_names_of_k2(weights) else ():
         yield f"model_type '{shown(kind)}' has not been tried; its layers have K2's names, and by these it is read"
 
 

@@ -162,6 +162,7 @@ def test_another_model_is_refused_by_its_names(k2_bf16: Path, tmp_path: Path, lo
     source = respelled(k2_bf16, tmp_path / "src", rename, model_type="glm_moe_dsa")
     with pytest.raises(UnsupportedFormat, match=r"not a model of this family.*'glm_moe_dsa'"):
         k2quant.convert(source, tmp_path / "out", to="fp8")
+    assert not [said for said in k2quant.inspect(source).remarks if "glm_moe_dsa" in said]
     assert k2quant.inspect(respelled(k2_bf16, tmp_path / "good", model_type="glm_moe_dsa")).problems == []
 
 
