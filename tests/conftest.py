@@ -30,6 +30,7 @@ ON_ANY_DEVICE = (
     "products/test_linear_triton",
     "products/test_w8a8_triton",
     "products/test_moe_triton",
+    "codecs/test_powers_of_two",
     "codecs/test_triton",
 )
 """Files of tests/arithmetic whose tests run on a GPU where there is one."""

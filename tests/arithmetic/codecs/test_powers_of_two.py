@@ -80,7 +80,8 @@ def least(weights: U16) -> F32:
     amax = bf16_to_float((weights & 0x7FFF).max(1))
     powers = 2.0 ** np.arange(-126, 128)
     first = (448 * powers >= amax[:, None].astype(np.float64)).argmax(1)
-    return powers[first].astype(np.float32)[:, None]
+    found: F32 = powers[first].astype(np.float32)[:, None]
+    return found
 
 
 def comes_back(codecs: Codecs, exponent: int, step: int = 1) -> None:
