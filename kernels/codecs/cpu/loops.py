@@ -537,10 +537,10 @@ def _decodes_to(weights: U16, codes: U8, scale: np.float32) -> bool:
 
 
 @_jit
-def _begins_with_multiples(weights: U16, scale: np.float32) -> bool:
-    """Return whether the first weights are codes times the scale."""
+def _begins_with_few_bits(weights: U16) -> bool:
+    """Return whether the first weights, as far as they are normal numbers, have at most four significant bits."""
     for i in range(min(weights.size, _GLANCE)):
-        if _fp8_product(_e4m3(_widen(weights[i]) / scale), scale) != weights[i]:
+        if weights[i] & np.uint16(0x7F80) and weights[i] & np.uint16(0xF):
             return False
     return True
 
@@ -562,8 +562,8 @@ def _choose_fp8_block(weights: U16, codes: U8, table: U16) -> np.float32:
     scale = _recovered_fp8_scale(weights, codes, plain, table)
     if scale:
         return scale
-    power = _float(np.uint32(_bits(plain) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000))
-    if _begins_with_multiples(weights, power):
+    if _begins_with_few_bits(weights):
+        power = _float(np.uint32(_bits(plain) + np.uint32(0x7FFFFF)) & np.uint32(0x7F800000))
         _round_fp8(weights, power, codes)
         if _decodes_to(weights, codes, power):
             return power
