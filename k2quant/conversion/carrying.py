@@ -149,7 +149,6 @@ def _block(source: dict[str, Any] | None, fresh: dict[str, Any] | None, recast: 
     if fresh is None:
         return None
     if not _same_method(source, fresh):
-        check_decodable({"quantization_config": source})
         scheme = source.get("kv_cache_scheme")
         return fresh | {"kv_cache_scheme": scheme} if "kv_cache_scheme" in fresh and not empty(scheme) else fresh
     if fresh["quant_method"] == compressed_tensors.METHOD:
