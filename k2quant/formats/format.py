@@ -226,11 +226,7 @@ class Format(ABC):
         return False
 
     def relabel(self, parts: Parts, outputs: Parts, target: Format) -> None:
-        """Fill a panel's arrays of a format that this one `relabels`, without rounding.
-
-        Raises:
-            ValueAt: a scale that no weight can have.
-        """
+        """Fill a panel's arrays of a format that this one `relabels`, without rounding."""
         raise AssertionError(f"{self.label} has one layout: {target.label}")  # not asked
 
     @property

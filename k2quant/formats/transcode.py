@@ -59,6 +59,7 @@ def transcode(
         ValueAt: a value that cannot be carried, with its place in the panel.
     """
     if source.relabels(target):
+        to_bf16(source, parts, codecs=codecs, scratch=scratch)  # for its checks alone: a bad value is not passed on
         source.relabel(parts, outputs, target)
         return None
     if not target.quantised:

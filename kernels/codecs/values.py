@@ -100,7 +100,7 @@ def bad_weight(weights: U16) -> ValueAt:
 
 def bad_fp8(codes: U8, scale: F32, block: tuple[int, int]) -> ValueAt:
     """Find the first bad scale, else the first NaN code, else the first product that exceeds BF16."""
-    if (error := bad_scale(scale)) is not None:
+    if (error := _bad_scale(scale)) is not None:
         return error
     if (nan := codes & 0x7F == 0x7F).any():
         row, column = _first(nan)
@@ -112,7 +112,7 @@ def bad_fp8(codes: U8, scale: F32, block: tuple[int, int]) -> ValueAt:
 
 def bad_int4(packed: I32, scale: F32, group: int) -> ValueAt:
     """Find the first bad scale, else the first product that exceeds BF16."""
-    if (error := bad_scale(scale)) is not None:
+    if (error := _bad_scale(scale)) is not None:
         return error
     pairs = packed.view(np.uint8)
     codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(packed.shape[0], -1).astype(np.float32) - 8
@@ -129,20 +129,9 @@ def bad_group(weights: U16, bits: int = 4) -> ValueAt:
     return ValueAt(row=row, column=column, what=f"overflow: {value} rounds to an INT{bits} value that exceeds bfloat16")
 
 
-def bad_scale(scale: F32) -> ValueAt | None:
-    """Find the first scale that is negative or not finite. Nothing if all are good."""
-    bad = (scale.view(np.uint32) > 0x7F7FFFFF).reshape(scale.shape)
-    if not bad.any():
-        return None
-    row, column = _first(bad)
-    value = float(scale[row, column])
-    what = f"negative scale {value}" if math.isfinite(value) else f"non-finite scale {value}"
-    return ValueAt(row=row, column=column, what=what, of="scale")
-
-
 def bad_divisor(scale: F32) -> ValueAt | None:
     """Find the first scale that is bad, or that is zero: codes at it would be w/0. Nothing if all are good."""
-    if (error := bad_scale(scale)) is not None or scale.all():
+    if (error := _bad_scale(scale)) is not None or scale.all():
         return error
     row, column = _first(scale == 0)
     return ValueAt(row=row, column=column, what="a scale of zero", of="scale")
@@ -151,6 +140,16 @@ def bad_divisor(scale: F32) -> ValueAt | None:
 def has_infinity(weights: U16) -> bool:
     """Return whether any of these BF16 bits is NaN or infinite."""
     return bool((weights & 0x7FFF >= INFINITY).any())
+
+
+def _bad_scale(scale: F32) -> ValueAt | None:
+    bad = (scale.view(np.uint32) > 0x7F7FFFFF).reshape(scale.shape)
+    if not bad.any():
+        return None
+    row, column = _first(bad)
+    value = float(scale[row, column])
+    what = f"negative scale {value}" if math.isfinite(value) else f"non-finite scale {value}"
+    return ValueAt(row=row, column=column, what=what, of="scale")
 
 
 def _spread(scale: F32, block: tuple[int, int], shape: tuple[int, ...]) -> F32:

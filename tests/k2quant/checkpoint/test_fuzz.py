@@ -92,6 +92,15 @@ def _fp8(model: Model, dice: np.random.Generator, base: str, rows: int, width: i
     model.add(home, f"{base}.weight_scale_inv", "F32", scale)
 
 
+def _foreign_fp8(model: Model, dice: np.random.Generator, base: str, suffix: str) -> None:
+    """Add block FP8 under a name of the scale, in BF16 or F8_E8M0."""
+    model.add(FIRST, f"{base}.weight", "F8_E4M3", dice.integers(0, 0x7F, (32, 64), np.uint8))
+    if dice.random() < 0.5:
+        model.add(SECOND, f"{base}.{suffix}", "BF16", _bf16(dice, 1, 1) & 0x7FFF)
+    else:
+        model.add(SECOND, f"{base}.{suffix}", "F8_E8M0", dice.integers(0, 0x7F, (1, 1), np.uint8))
+
+
 def _int4(model: Model, dice: np.random.Generator, base: str, file: str, group: int = 32) -> None:
     model.add(file, f"{base}.weight_scale", "BF16", _bf16(dice, 32, 64 // group) & 0x7FFF)
     model.add(file, f"{base}.weight_packed", "I32", dice.integers(-(2**31), 2**31, (32, 8), np.int32))
@@ -142,12 +151,14 @@ def fused_model(dice: np.random.Generator) -> Model:
 
 
 def mixed_model(dice: np.random.Generator) -> Model:
-    """Every dtype at once: F32, F16, BF16, FP8 and INT4 of another group size."""
+    """Every dtype at once: F32, F16, BF16, FP8 in both layouts and INT4 of another group size."""
     model = Model()
     model.add(FIRST, f"{EXPERTS}0.up_proj.weight", "F32", dice.standard_normal((32, 64), np.float32))
     model.add(FIRST, f"{EXPERTS}1.up_proj.weight", "F16", dice.standard_normal((32, 64)).astype(np.float16))
     _fp8(model, dice, f"{EXPERTS}2.up_proj", 32, 64, SECOND)
     _int4(model, dice, f"{EXPERTS}3.up_proj", SECOND, group=int(dice.choice([2, 16, 32])))
+    _foreign_fp8(model, dice, f"{EXPERTS}4.up_proj", "weight_scale_inv")
+    _foreign_fp8(model, dice, f"{EXPERTS}5.up_proj", "weight_scale")
     model.add(SECOND, "model.layers.1.self_attn.rotary_emb.inv_freq", "F32", dice.random(8, np.float32))
     _others(model, dice, FIRST)
     return model
@@ -568,8 +579,9 @@ def as_bf16(tensors: dict[str, tuple[str, list[int], bytes]]) -> dict[str, bytes
         base, _, suffix = name.rpartition(".")
         if dtype == "F8_E4M3" and suffix == "weight":
             codes = _e4m3(np.frombuffer(data, np.uint8)).reshape(shape)
-            _, blocks, raw = tensors[f"{base}.weight_scale_inv"]
-            scale = np.frombuffer(raw, np.float32).reshape(blocks)
+            suffix = "weight_scale_inv" if f"{base}.weight_scale_inv" in tensors else "weight_scale"
+            kind, blocks, raw = tensors[f"{base}.{suffix}"]
+            scale = _floats(kind, raw).reshape(blocks)
             height = 128 if blocks[0] == -(-shape[0] // 128) else 1
             spread = scale.repeat(height, 0)[: shape[0]].repeat(128, 1)[:, : shape[1]]
             result[name] = _to_bf16(codes * spread).tobytes()
@@ -595,6 +607,8 @@ def as_bf16(tensors: dict[str, tuple[str, list[int], bytes]]) -> dict[str, bytes
 def _floats(dtype: str, data: bytes) -> NDArray[np.float32]:
     if dtype == "BF16":
         return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F8_E8M0":
+        return np.exp2(np.frombuffer(data, np.uint8).astype(np.float64) - 127).astype(np.float32)
     return np.frombuffer(data, np.float16 if dtype == "F16" else np.float32).astype(np.float32)
 
 
@@ -656,6 +670,8 @@ def options(number: int, to: FormatName) -> dict[str, Any]:
         chosen["scope"] = dice.choice(["linear", "experts"])
     if to == "int4" and dice.random() < 0.3:
         chosen["grid"] = dice.choice(["moonshot", "compressed-tensors"])
+    if to == "fp8" and dice.random() < 0.3:
+        chosen["layout"] = dice.choice(["deepseek", "compressed-tensors"])
     return chosen
 
 

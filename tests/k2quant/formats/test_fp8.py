@@ -192,9 +192,14 @@ class Bad:
     def __init__(self, folder: Path) -> None:
         self.source, self.destination = folder / "source", folder / "destination"
 
-    def write(self, *scales: tuple[str, str, NDArray[Any]], block: object = None) -> None:
-        """Write 160 x 128 ones with these scales: suffix, dtype and values; the second lies in another shard."""
-        first: Shard = {f"{BASE}.weight": ("F8_E4M3", np.full((160, 128), 0x38, np.uint8))}
+    def write(self, *scales: tuple[str, str, NDArray[Any]], block: object = None, code: int = 0x38) -> None:
+        """Write 160 x 128 ones, one code of them another, with these scales: suffix, dtype and values.
+
+        The second scale lies in another shard.
+        """
+        codes = np.full((160, 128), 0x38, np.uint8)
+        codes[130, 7] = code
+        first: Shard = {f"{BASE}.weight": ("F8_E4M3", codes)}
         second: Shard = {"model.norm.weight": ("BF16", np.full(64, 0x3F80, np.uint16))}
         for number, (suffix, dtype, values) in enumerate(scales):
             (second if number else first)[f"{BASE}.{suffix}"] = (dtype, values)
@@ -472,6 +477,15 @@ def test_scales_of_both_names(bad: Bad) -> None:
     bad.write(("weight_scale", "F32", ONES), ("weight_scale_inv", "F32", ONES * 2))
     bad.refused(MalformedFile, f"{BASE}.weight", "scaled twice, by weight_scale_inv and by weight_scale")
     assert len(k2quant.inspect(bad.source).problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "scale", "words"), [(0x7F, 1.0, "NaN code 0x7F"), (0x7E, 3e38, "overflow: 448 * 3e+38")]
+)
+def test_a_bad_value_is_not_relabelled(bad: Bad, code: int, scale: float, words: str) -> None:
+    """No silent damage: what cannot be decoded is refused under its new name too, with its row and column."""
+    bad.write(("weight_scale_inv", "F32", np.array([[1.0], [scale]], np.float32)), code=code)
+    bad.refused(BadValue, f"{BASE}.weight", words, "row 130, column 7", to="fp8", layout=OTHER)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (160,), (160, 1)])
