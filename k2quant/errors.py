@@ -173,3 +173,7 @@ class Inconclusive(CheckFailed):
     """A gate could tell neither that the candidate is good enough nor that it is not."""
 
     exit_code: ClassVar[int] = 4
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint is not in all what its config says, and is read all the same."""

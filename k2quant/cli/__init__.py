@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from k2quant.cli.parts.lazy import LazyGroup
+from k2quant.cli.parts.screen import remarks
 from k2quant.ground.version import __version__
 
 
@@ -21,7 +22,8 @@ class _Commands(LazyGroup):
         # the time of `inspect`. A command makes no cycles worth collecting before it ends.
         gc.disable()
         try:
-            return super().invoke(ctx)
+            with remarks():
+                return super().invoke(ctx)
         except K2QuantError as error:
             click.echo(f"k2quant: {error}", err=True)
             ctx.exit(error.exit_code)

@@ -74,12 +74,17 @@ def broken_promises(config: Mapping[str, Any] | None, found: Inventory) -> list[
     checks: tuple[Callable[[Mapping[str, Any], Inventory], Iterator[str]], ...] = (
         _layers,
         _predictors,
-        left_out,
         _dense,
         _experts,
     )
-    broken = [sentence for check in checks for sentence in check(text, found)]
-    return [f"config.json: {sentence}" for sentence in (*broken, *_vision(config, found), *_head(config, found))]
+    broken = [f"config.json: {sentence}" for check in checks for sentence in check(text, found)]
+    return [*broken, *overruled(config, found), *(f"config.json: {sentence}" for sentence in _parts(config, found))]
+
+
+def overruled(config: Mapping[str, Any], found: Inventory) -> list[str]:
+    """Return a sentence for each promise that does not keep a model from running, and that it does not keep either."""
+    sentences = (*_left_out(language_config(config), found), *_two_heads(config, found))
+    return [f"config.json: {sentence}" for sentence in sentences]
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -130,7 +135,7 @@ def _predictors(text: Mapping[str, Any], found: Inventory) -> Iterator[str]:
         )
 
 
-def left_out(text: Mapping[str, Any], found: Inventory) -> Iterator[str]:
+def _left_out(text: Mapping[str, Any], found: Inventory) -> Iterator[str]:
     """Name the layers that predict further tokens although nothing promises them: engines leave them out."""
     begin, promised = _number(text, "num_hidden_layers"), _number(text, "num_nextn_predict_layers")
     more = sorted(layer for layer in found.predictors if begin is not None and layer >= begin + (promised or 0))
@@ -212,27 +217,28 @@ def _first_missing(found: Inventory, layer: int, promised: int) -> str:
     return f"{found.prefixes[layer]}mlp.experts.{number}.{part}"
 
 
-def _vision(config: Mapping[str, Any], found: Inventory) -> Iterator[str]:
-    """Look for the tensors of the vision tower and the projector that `vision_config` promises."""
-    if not isinstance(config.get("vision_config"), dict):
-        return
-    words = {"vision": "a vision tower", "projector": "a projector"}
+def _parts(config: Mapping[str, Any], found: Inventory) -> Iterator[str]:
+    """Look for the vision tower and the projector that `vision_config` promises, and for the head."""
+    words = {"vision": "a vision tower", "projector": "a projector"} if _sees(config) else {}
     missing = [word for kind, word in words.items() if kind not in found.parts]
     if missing:
         yield (
             f"vision_config is there, but no tensor of {' or of '.join(missing)}; an engine that loads them "
             "fails, or computes with what its memory held"
         )
-
-
-def _head(config: Mapping[str, Any], found: Inventory) -> Iterator[str]:
-    """Compare head and embedding with `tie_word_embeddings`."""
-    if "embedding" not in found.parts:
-        return
-    if tied(config) and "head" in found.parts:
-        yield (
-            "tie_word_embeddings is true, but there is a head of its own, `lm_head`; both are kept, while engines that "
-            "take one for the other may leave the head out"
-        )
-    if not tied(config) and "head" not in found.parts and _number(language_config(config), "vocab_size") is not None:
+    embeds = "embedding" in found.parts and _number(language_config(config), "vocab_size") is not None
+    if embeds and "head" not in found.parts and not tied(config):
         yield f"tie_word_embeddings is not true, but `lm_head` is missing; {_UNFIT}"
+
+
+def _sees(config: Mapping[str, Any]) -> bool:
+    return isinstance(config.get("vision_config"), dict)
+
+
+def _two_heads(config: Mapping[str, Any], found: Inventory) -> Iterator[str]:
+    """Name a head that `tie_word_embeddings` makes superfluous."""
+    if tied(config) and {"embedding", "head"} <= found.parts:
+        yield (
+            "tie_word_embeddings is true, but there is a head of its own, `lm_head`; it is kept and used, while "
+            "engines that take the embedding for it may leave it out"
+        )

@@ -26,7 +26,6 @@ _FIXED: dict[str, Any] = {
     "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
     "moe_layer_freq": 1,
-    "tie_word_embeddings": False,
 }
 """What transformers' DeepSeek-V3 and the kernels take for granted; K2's configs say so, and may leave it out."""
 
@@ -42,6 +41,7 @@ def _is_number(value: object) -> bool:
 
 _SIZE: Check = ("a whole number from 1 to 2147483647", lambda v: type(v) is int and 0 < v < _LARGEST)
 _COUNT: Check = ("a whole number from 0 to 1000000", lambda v: type(v) is int and 0 <= v <= 1_000_000)
+_PERHAPS: Check = ("a whole number from 0 to 1000000, or null", lambda v: v is None or _COUNT[1](v))
 _OPTIONAL: Check = ("a whole number from 1 to 2147483647, or null", lambda v: v is None or _SIZE[1](v))
 _FACTOR: Check = ("a number above 0, at most 1e9", lambda v: _is_number(v) and 0 < v <= 1e9)
 _BASE: Check = ("a number above 1, at most 1e9", lambda v: _is_number(v) and 1 < v <= 1e9)
@@ -81,11 +81,14 @@ _OTHERS: dict[str, Check] = {
     "attention_dropout": _SHARE,
     "initializer_range": _FACTOR,
     "num_key_value_heads": _OPTIONAL,
-    "num_nextn_predict_layers": _COUNT,
+    "num_nextn_predict_layers": _PERHAPS,
     "rope_interleave": _FLAG,
     "rope_theta": _BASE,
 }
 """What it may name besides."""
+
+_OURS: dict[str, Check] = {"tie_word_embeddings": ("true, false or null", lambda v: v is None or type(v) is bool)}
+"""What transformers is not told, for `Assembly` sees to it."""
 
 _ROPE: dict[str, Check] = {
     "type": _ROPE_KIND,
@@ -140,6 +143,7 @@ def _checked(text: Mapping[str, Any], file: Path) -> dict[str, Any]:
     for key, wanted in _FIXED.items():
         if text.get(key, wanted) != wanted:
             raise UnsupportedFormat(key, file=file, expected=repr(wanted), found=repr(text[key])[:200])
+    _taken(text, _OURS, file)
     keys = _taken(text, _NEEDED | _OTHERS, file)
     keys |= {key: checked_ids(text[key], keys["vocab_size"], key, file) for key in TOKEN_IDS if key in text}
     _check_experts(keys, file)

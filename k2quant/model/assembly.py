@@ -5,8 +5,7 @@ Everything that names, dtypes and shapes can tell is checked here, before a weig
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.carrying import check_decodable, remarks
 from k2quant.conversion.config import check_source
+from k2quant.conversion.promises import inventory, overruled, tied
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
 from k2quant.formats.activations import flow
 from k2quant.formats.format import Format
@@ -38,7 +38,8 @@ from k2quant.model.modules import (
     SpeaksCheckpoint,
 )
 
-_LOG = logging.getLogger("k2quant")
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
+"""The modules that are one where a config ties them."""
 
 
 class Placed(NamedTuple):
@@ -90,10 +91,16 @@ class Assembly:
             raise problems[0]
         check_source(checkpoint.config, weights)
         check_decodable(checkpoint.config)
-        for remark in remarks(checkpoint.config, weights):
-            _LOG.warning("note: %s", remark)
         self.config = architecture(checkpoint)
+        found = inventory(weights)
+        self.remarks = (*overruled(checkpoint.config or {}, found), *remarks(checkpoint.config, weights))
+        """What the checkpoint says of the model that is not so, or that it does without, a sentence each."""
+        self._predictors = found.predictors
         self._sources = _by_name(weights)
+        self.tied = tied(checkpoint.config or {}) and HEAD not in self._sources
+        """Whether the head is the embedding, which the checkpoint then has only once."""
+        if self.tied and EMBEDDING in self._sources:
+            self._sources[HEAD] = self._sources[EMBEDDING]
         _check_layers(self.config, self._sources.values())
         self.model = _skeleton(skeleton, self.config)
         self.model.assembly = self
@@ -176,7 +183,7 @@ class Assembly:
                     )
                 used.add(full)
         for name in self._sources.keys() - used:
-            if not _left_out(name, self.config):
+            if not _left_out(name, self.config, self._predictors):
                 source = self._sources[name]
                 raise CheckpointError(
                     "the model has no place for it",
@@ -280,12 +287,14 @@ def _empty(source: StoredWeight, stored: Format, shape: tuple[int, ...], device:
     return stored.packed(shape, on=device)
 
 
-def _left_out(name: str, config: DeepseekV3Config) -> bool:
+def _left_out(name: str, config: DeepseekV3Config, predictors: Collection[int]) -> bool:
     """Tell whether a model does without a tensor.
 
-    So it does without stray rotary buffers, scales of activations, and layers that only predict further tokens.
+    So it does without stray rotary buffers, scales of activations, and layers that only predict further tokens. Such
+    layers lie behind the decoder's, whether the config promises them or not.
     """
     if name.endswith(".rotary_emb.inv_freq") or flow(names.split(name)[1]) is not None:
         return True
     layer, extra = names.layer(name), config.num_nextn_predict_layers or 0
-    return layer is not None and config.num_hidden_layers <= layer < config.num_hidden_layers + extra
+    end = config.num_hidden_layers
+    return layer is not None and layer >= end and (layer < end + extra or layer in predictors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast, get_args
@@ -13,7 +14,7 @@ from transformers import GenerationConfig
 from k2quant.checkpoint.files.paths import inside, read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from k2quant.errors import UsageError
+from k2quant.errors import CheckpointWarning, UsageError
 from k2quant.ground.units import one_of
 from k2quant.model.architecture import TOKEN_IDS, checked_ids
 from k2quant.model.assembly import Assembly
@@ -39,7 +40,9 @@ def load_model(
     """Load a K2 checkpoint as a transformers causal LM, its quantised weights packed as they are on disk.
 
     The suffixes of the tensors decide what is BF16, block-FP8 or INT4; formats may be mixed. Of K2.5 and later, the
-    language model is loaded. No code of the checkpoint is run.
+    language model is loaded. No code of the checkpoint is run. Layers that only predict further tokens (MTP) are left
+    out; if the config does not promise them, a `CheckpointWarning` says so. A head that is tied to the embedding and
+    not there is the embedding; one that is there is used, with a warning.
 
     Args:
         path: folder of the checkpoint; or the checkpoint, opened.
@@ -64,9 +67,20 @@ def load_model(
     assembly = assemble(checkpoint, device=execution_device(device), dtype=dtype, backend=backend)
     mapping = spread(assembly, device, max_memory)
     fill(assembly, resident(assembly, mapping), progress=progress)
+    _tie(assembly)
     place(assembly, mapping)
     _take_generation_config(assembly)
     return cast("K2ForCausalLM", assembly.model)
+
+
+def _tie(assembly: Assembly) -> None:
+    """Have head and embedding share their memory, where the checkpoint has one tensor for both and one device has both.
+
+    Elsewhere each has a copy; a model whose copies were changed apart is not saved.
+    """
+    head, embedding = assembly.model.lm_head, assembly.model.model.embed_tokens
+    if assembly.tied and not head.weight.is_meta and head.weight.device == embedding.weight.device:
+        head.weight = embedding.weight
 
 
 def _take_generation_config(assembly: Assembly) -> None:
@@ -84,6 +98,8 @@ def _take_generation_config(assembly: Assembly) -> None:
 def assemble(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype | str, backend: Backend) -> Assembly:
     """Check the options and build the model without its weights.
 
+    Warns with `CheckpointWarning` of what the config says in vain and the model does without.
+
     Raises:
         UsageError: an option makes no sense.
         CheckpointError: see `Assembly`.
@@ -94,4 +110,7 @@ def assemble(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
         dtype = DTYPES[dtype]
     if dtype not in DTYPES.values():
         raise UsageError(f"dtype: expected {', '.join(DTYPES)}, found {dtype}")
-    return Assembly(checkpoint, skeleton=K2ForCausalLM, dtype=dtype, backend=backend, device=device)
+    assembly = Assembly(checkpoint, skeleton=K2ForCausalLM, dtype=dtype, backend=backend, device=device)
+    for text in assembly.remarks:  # said where it is found, so that a process says each but once
+        warnings.warn(f"{checkpoint.folder}: {text}", CheckpointWarning, stacklevel=1)
+    return assembly

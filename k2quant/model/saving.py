@@ -24,7 +24,7 @@ from k2quant.checkpoint.writing.writer import ShardWriter
 from k2quant.errors import CheckpointError, DestinationForeign, MissingTensor, OutputError, UsageError
 from k2quant.formats.dtypes import as_memory, torch_dtype
 from k2quant.ground import names
-from k2quant.model.assembly import Assembled, Placed
+from k2quant.model.assembly import EMBEDDING, HEAD, Assembled, Placed
 from k2quant.model.filling import WINDOW
 from k2quant.model.matrices import Matrix
 
@@ -98,12 +98,26 @@ class _Tensors:
         if not isinstance(state, Mapping | None):
             raise UsageError(f"state: expected a map from names to tensors, found {type(state).__name__}")
         rest = dict(state or {})
+        if model.assembly.tied:
+            _untie(rest)
         for name, module in model.named_modules():
             for placed in _placed(model, name, module):
-                self._places |= {entry.name: (placed.matrix, suffix) for suffix, entry in placed.source.parts.items()}
+                for suffix, entry in placed.source.parts.items():
+                    self._put(entry.name, placed.matrix, suffix)
                 self._take(placed, rest)
         if rest:
             raise UsageError(f"state: the model has no tensor `{next(iter(rest))}`")
+
+    def _put(self, name: str, matrix: Matrix, suffix: str) -> None:
+        """Note where a tensor is; the embedding that is the head too is in two places."""
+        before, self._places[name] = self._places.get(name), (matrix, suffix)
+        if before is None:
+            return
+        first, second = before[0].parts()[suffix], matrix.parts()[suffix]
+        if second.is_meta:
+            self._places[name] = before
+        elif not first.is_meta and not _equal(first, second):
+            raise UsageError(f"`{name}` is the head too, but the model has two that differ; {_TIED}")
 
     def _take(self, placed: Placed, rest: dict[str, Tensor]) -> None:
         """Take what is given for one weight out of the rest, checked as a whole."""
@@ -129,6 +143,27 @@ class _Tensors:
         matrix, suffix = self._places[entry.name]
         value = matrix.parts()[suffix]
         return None if value.is_meta else value.detach()
+
+
+_TIED = "config.json ties them, and the checkpoint has room for one"
+
+
+def _untie(state: dict[str, Tensor]) -> None:
+    """Take the head out of a state whose embedding it is.
+
+    Raises:
+        UsageError: the state has two that differ.
+    """
+    head, name = state.pop(f"{HEAD}.weight", None), f"{EMBEDDING}.weight"
+    if head is not None and not _equal(state.setdefault(name, head), head):
+        raise UsageError(f"state: `{name}` and `{HEAD}.weight` differ; {_TIED}")
+
+
+def _equal(first: object, second: object) -> bool:
+    """Tell whether two tensors are one, or have the same values."""
+    if first is second or not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return first is second
+    return first.shape == second.shape and torch.equal(first.detach().cpu(), second.detach().cpu())
 
 
 def _placed(model: Assembled, name: str, module: nn.Module) -> Iterator[Placed]:

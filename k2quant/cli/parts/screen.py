@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import click
 
@@ -14,6 +16,26 @@ import click
 def remark(text: str) -> None:
     """Say something that is no result."""
     click.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def remarks() -> Iterator[None]:
+    """Show what is warned of a checkpoint as a remark, without the line of code that says it."""
+    from k2quant.errors import CheckpointWarning, printable
+
+    before = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+        if issubclass(category, CheckpointWarning):
+            remark(printable(str(message)))
+        else:
+            before(message, category, *rest, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 @contextlib.contextmanager

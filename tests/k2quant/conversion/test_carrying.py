@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,14 @@ from k2quant.checkpoint.reader import CONFIG, INDEX, open_checkpoint
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.cli import main
 from k2quant.conversion.plan import Options, Plan, make_plan
-from k2quant.errors import CheckpointError, DtypeMismatch, MalformedFile, ShapeMismatch, UnsupportedFormat
+from k2quant.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    DtypeMismatch,
+    MalformedFile,
+    ShapeMismatch,
+    UnsupportedFormat,
+)
 from k2quant.formats.known import FormatName
 from k2quant.model import load_model
 from k2quant.nano.demo import K2_CONFIG
@@ -439,7 +445,7 @@ def test_a_block_that_was_left_behind_is_still_read(tmp_path: Path) -> None:
 # --- a model ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_without_its_scales_says_so(k2_source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_without_its_scales_says_so(k2_source: Path, tmp_path: Path) -> None:
     """The kind: static FP8. The model computes in BF16 without the scales, says so, and saves them as they were."""
     folder = tmp_path / "src"
     shutil.copytree(k2_source, folder)
@@ -451,9 +457,9 @@ def test_a_model_without_its_scales_says_so(k2_source: Path, tmp_path: Path, cap
     config["quantization_config"] |= {"activation_scheme": "static", "kv_cache_scheme": KV}
     for name, content in ((INDEX, index), (CONFIG, config)):
         (folder / name).write_text(json.dumps(content))
-    with caplog.at_level(logging.WARNING, logger="k2quant"):
+    with pytest.warns(CheckpointWarning) as heard:
         model = load_model(folder)
-    said = "\n".join(caplog.messages)
+    said = "\n".join(str(warning.message) for warning in heard)
     assert "1 input_scale, 1 k_scale, 1 v_scale" in said
     assert "kv_cache_scheme, static activations" in said
     assert "weights have no input_scale" in said
@@ -462,17 +468,14 @@ def test_a_model_without_its_scales_says_so(k2_source: Path, tmp_path: Path, cap
         assert (tmp_path / "saved" / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_a_model_of_bf16_weights_loads_whatever_block_is_left(
-    k2_bf16: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_of_bf16_weights_loads_whatever_block_is_left(k2_bf16: Path, tmp_path: Path) -> None:
     """BF16 weights beside an FP8 block load as BF16, with a word; a key that may say what codes mean is refused."""
     folder = tmp_path / "src"
     shutil.copytree(k2_bf16, folder)
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"quantization_config": FP8_BLOCK}))
-    with caplog.at_level(logging.WARNING, logger="k2quant"):
+    with pytest.warns(CheckpointWarning, match="no weight is quantised"):
         load_model(folder)
-    assert "no weight is quantised" in caplog.messages[0]
     (folder / CONFIG).write_text(json.dumps(config | {"quantization_config": FP8_BLOCK | {"of_a_later_day": 1}}))
     with pytest.raises(UnsupportedFormat, match="of_a_later_day"):
         load_model(folder)

@@ -156,7 +156,7 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "two heads": (
         says(tie_word_embeddings=True),
-        "tie_word_embeddings is true, but there is a head of its own, `lm_head`; both are kept",
+        "tie_word_embeddings is true, but there is a head of its own, `lm_head`; it is kept and used",
     ),
     "no head": (without("lm_head.weight"), "tie_word_embeddings is not true, but `lm_head` is missing"),
 }

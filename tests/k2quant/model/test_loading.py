@@ -302,7 +302,7 @@ BAD: dict[str, Edit] = {
     "no groups": lambda config, _: config.pop("n_group"),
     "another activation": lambda config, _: config.update(hidden_act="gelu"),
     "another scoring": lambda config, _: config.update(scoring_func="softmax"),
-    "tied embeddings": lambda config, _: config.update(tie_word_embeddings=True),
+    "tied embeddings as text": lambda config, _: config.update(tie_word_embeddings="yes"),
     "grouped-query heads": lambda config, _: config.update(num_key_value_heads=2),
     "another model": lambda config, _: config.update(model_type="kimi_k3"),
     "another quantization": lambda config, _: config.update(quantization_config={"quant_method": "gptq"}),
