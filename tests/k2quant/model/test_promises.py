@@ -53,7 +53,8 @@ def behind(tensors: Shard, *own: str) -> Shard:
 def logits(model: Any) -> Tensor:
     """Return a model's logits."""
     with torch.no_grad():
-        return model(IDS).logits
+        found: Tensor = model(IDS).logits
+    return found
 
 
 def quiet(path: Path, **options: Any) -> Any:

@@ -11,10 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import nn
 
+from k2quant.checking.comparison import compare, unlike
+from k2quant.checking.inspection import inspect
+from k2quant.checking.verify import verify
 from k2quant.checkpoint.reader import INDEX, Checkpoint, open_checkpoint
 from k2quant.checkpoint.writing.in_memory import Shard
+from k2quant.cli import main
 from k2quant.conversion.convert import convert
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.model import load_model, save_model
@@ -123,6 +128,36 @@ def test_a_change_goes_to_the_live_tensor_alone(what: str, request: pytest.Fixtu
             wanted[entry.start : entry.stop] = bytes(entry.nbytes)
         assert (tmp_path / "saved" / path.name).read_bytes() == wanted, path.name
     assert not load_model(tmp_path / "saved").state_dict()[case.changed].any()
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_no_reader_looks_at_old_copies(what: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Stale copies: comparing and converting see what the index names; inspect counts the rest as old copies."""
+    case = CASES[what]
+    source = written(case, tmp_path / "source", request)
+    whole = request.getfixturevalue(case.fixture)
+    assert not [finding for finding in compare(whole, source, workers=1) if unlike(finding)]
+    done = convert(source, tmp_path / "out", to="int4")
+    assert not verify(source, done.folder, workers=1).failures
+    assert not [
+        finding
+        for finding in compare(convert(whole, tmp_path / "whole", to="int4").folder, done.folder, workers=1)
+        if unlike(finding)
+    ]
+    found = inspect(source)
+    assert (sorted(found.stale), found.unlisted) == (sorted(case.stale), [])
+
+
+def test_a_stray_is_no_old_copy(bf16: Path, tmp_path: Path) -> None:
+    """Stale copies: what the index names nowhere is listed apart from what it looks for elsewhere."""
+    stray = "model.layers.1.mlp.experts.90.up_proj.weight"
+    head = {HEAD: tensors_of(open_checkpoint(bf16))[HEAD]}
+    source = overlaid(bf16, tmp_path / "source", {HEAD: old("BF16", 3, 64), stray: old("BF16", 2, 2)}, head)
+    found = inspect(source)
+    assert (found.stale, found.unlisted) == ([HEAD], [stray])
+    words = CliRunner().invoke(main, ["inspect", str(source)], catch_exceptions=False).stdout
+    assert f"1 tensors lie in shards but not in the index, such as {stray}" in words
+    assert f"1 old copies lie in shards where the index does not look for them, such as {HEAD}" in words
 
 
 def moved(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
