@@ -20,6 +20,7 @@ from k2quant.checkpoint.panels import PIECE_BYTES
 from k2quant.checkpoint.reading import read_into
 from k2quant.errors import BadValue, CheckpointError, DtypeMismatch, MalformedFile, MissingTensor, UnsupportedFormat
 from k2quant.formats.dtypes import DTYPES, FLOATS, TensorSpec
+from k2quant.merge import layouts
 from k2quant.merge.settings import Settings, read_settings
 
 CONFIG = "adapter_config.json"
@@ -27,10 +28,12 @@ WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
 
 _PREFIX = re.compile(r"base_model\.model\.")
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:(?:\.(?P<adapter>[^.]+))?\.weight)?")
 _WHOLE = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.(?P<adapter>[^.]+))?)?\.(?P<suffix>[^.]+)")
 _OTHER_PARTS = ("lora_", "trainable_tokens", "original_module", "base_layer")
 """Parts of names that no tensor of a plain LoRA or of a module that is saved whole has."""
+
+_AS_PEFT = "save or convert the adapter as PEFT does: lora_A.weight and lora_B.weight for each module"
 
 _EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT saves them unasked when the vocabulary was resized
 
@@ -148,13 +151,18 @@ def _whole_name(name: str, entry: TensorEntry, settings: Settings) -> str:
     """Return the name in the model of a tensor that replaces the base's."""
     match = _WHOLE.fullmatch(name)
     if match is None or any(part.startswith(_OTHER_PARTS) for part in name.split(".")):
-        raise UnsupportedFormat("not part of a plain LoRA adapter", tensor=entry.name, file=entry.file)
+        raise _foreign("not part of a plain LoRA adapter", name, entry)
     module = match["module"]
     if not any(_is_in(module, saved) for saved in (*settings.saved, *_EMBEDDINGS)):
-        raise UnsupportedFormat(
-            "neither a factor nor of a module that modules_to_save names", tensor=entry.name, file=entry.file
-        )
+        raise _foreign("neither a factor nor of a module that modules_to_save names", name, entry)
     return f"{module}.{match['suffix']}"
+
+
+def _foreign(message: str, name: str, entry: TensorEntry) -> UnsupportedFormat:
+    """Refuse a tensor, with whose layout it is where the name tells."""
+    layout = layouts.unread(name)
+    remedy = _AS_PEFT if layout else None
+    return UnsupportedFormat(message, tensor=entry.name, file=entry.file, found=layout, remedy=remedy)
 
 
 def _is_in(module: str, saved: str) -> bool:

@@ -17,8 +17,7 @@ def right(shard: ShardHeader, change: LowRank, scratch: Scratch) -> F64:
     """Return the factor `[r, K]` that all rows of the weight share."""
     if change.transposed:
         return read(shard, change.pair.b, slice(None), _of_expert(change), scratch).T
-    start = change.expert * change.rank
-    return read(shard, change.pair.a, slice(start, start + change.rank), slice(None), scratch)
+    return read(shard, change.pair.a, _ranks(change), slice(None), scratch)
 
 
 def left(shard: ShardHeader, change: LowRank, start: int, stop: int, scratch: Scratch) -> F64:
@@ -26,8 +25,12 @@ def left(shard: ShardHeader, change: LowRank, start: int, stop: int, scratch: Sc
     rows = slice(change.first_row + start, change.first_row + stop)
     if not change.transposed:
         return read(shard, change.pair.b, rows, _of_expert(change), scratch)
-    first = change.expert * change.rank
-    return read(shard, change.pair.a, slice(first, first + change.rank), rows, scratch).T
+    return read(shard, change.pair.a, _ranks(change), rows, scratch).T
+
+
+def _ranks(change: LowRank) -> slice:
+    """Return the rows of A that belong to a weight."""
+    return slice(change.first_rank, change.first_rank + change.rank)
 
 
 def _of_expert(change: LowRank) -> slice:

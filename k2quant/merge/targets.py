@@ -10,6 +10,7 @@ from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
 from k2quant.ground import names
+from k2quant.merge import layouts
 from k2quant.merge.adapter import Adapter, Pair
 
 LARGEST_RANK = 4096
@@ -23,18 +24,23 @@ _FUSED = re.compile(r"(?P<experts>.+\.mlp\.experts)(?:\.base_layer)*")
 class LowRank(NamedTuple):
     """scaling * B @ A for one matrix `[N, K]`.
 
-    Factors of all experts of a layer lie in one pair: A is `[E*r, K]`, expert by expert, and B `[rows, r*E]`, its
-    columns by rank and then by expert. PEFT before 0.19 took a parameter's rows for its inputs: there A is
-    `[E*r, rows]` and B `[K, r*E]`.
+    Factors of all experts of a layer lie in one pair. PEFT's: A is `[E*r, K]`, expert by expert, and B `[rows, r*E]`,
+    its columns by rank and then by expert; before 0.19 it took a parameter's rows for its inputs: there A is
+    `[E*r, rows]` and B `[K, r*E]`. Stacked ones: A is `[E*r, K]` and B `[E*N, r]`, both expert by expert.
     """
 
     pair: Pair
+    """Both as matrices."""
     rank: int
     scaling: float
-    expert: int = 0
-    experts: int = 1
+    first_rank: int = 0
+    """The row of A that is this weight's first."""
     first_row: int = 0
-    """The row of the fused parameter that is this weight's first."""
+    """The row of B, or of the fused parameter, that is this weight's first."""
+    expert: int = 0
+    """The column of B that is this weight's first."""
+    experts: int = 1
+    """Columns from one of this weight's to the next."""
     transposed: bool = False
     """Whether the factors are those of the transposed weight."""
 
@@ -96,16 +102,19 @@ def _low_rank(
     adapter: Adapter, module: str, pair: Pair, index: Mapping[str, StoredWeight]
 ) -> Iterator[tuple[StoredWeight, LowRank]]:
     """Yield what a pair of factors does to which weight; nothing where there is none."""
+    if stack := layouts.stacked_experts(module):
+        yield from _stacked(adapter, stack, pair, index)
+        return
     for entry in pair:
         if len(entry.shape) != 2 or not entry.nbytes:
             raise ShapeMismatch(
-                "a factor is a matrix",
+                "a factor is a matrix, unless it is stacked by expert",
                 tensor=entry.name,
                 file=entry.file,
                 expected="[rows, columns]",
                 found=entry.shape,
             )
-    weight = index.get(_canonical(f"{module}.weight") or "")
+    weight = index.get(_canonical(f"{layouts.usual(module)}.weight") or "")
     if weight is not None:
         rank = _rank(adapter, pair, module, 1)
         _check_matrix(weight, pair)
@@ -127,11 +136,15 @@ def _rank(adapter: Adapter, pair: Pair, name: str, experts: int) -> int:
             expected=f"{rank}{each}, as the config has it",
             found=f"lora_A of {pair.a.shape} and lora_B of {pair.b.shape}",
         )
+    _check_rank(pair, rank)
+    return rank
+
+
+def _check_rank(pair: Pair, rank: int) -> None:
     if rank > LARGEST_RANK:
         raise UnsupportedFormat(
             "the rank", tensor=pair.a.name, file=pair.a.file, expected=f"at most {LARGEST_RANK}", found=rank
         )
-    return rank
 
 
 def _check_matrix(weight: StoredWeight, pair: Pair) -> None:
@@ -143,6 +156,34 @@ def _check_matrix(weight: StoredWeight, pair: Pair) -> None:
             expected="lora_A [r, columns] and lora_B [rows, r]",
             found=f"{pair.a.shape} and {pair.b.shape}",
         )
+
+
+def _stacked(
+    adapter: Adapter, stack: layouts.Stack, pair: Pair, index: Mapping[str, StoredWeight]
+) -> Iterator[tuple[StoredWeight, LowRank]]:
+    """Yield what factors `[E, r, K]` and `[E, N, r]` do to the experts; one factor may serve all of them."""
+    weights = list(_of_experts(_canonical(f"{stack.experts}.") or "", stack.projection, index))
+    if not weights:
+        return
+    (rows, width), experts = _one_shape(stack.name, weights), len(weights)
+    rank, counts = adapter.settings.rank_of(stack.name), [entry.shape[0] for entry in pair if entry.shape]
+    shapes = {"lora_A": (experts, rank, width), "lora_B": (experts, rows, rank)}
+    fit = all(entry.shape in {shape, (1, *shape[1:])} for entry, shape in zip(pair, shapes.values(), strict=True))
+    if not fit or experts not in counts:
+        raise ShapeMismatch(
+            f"factors stacked by expert do not fit `{stack.name}`",
+            tensor=pair.a.name,
+            file=pair.a.file,
+            expected=" and ".join(f"{side} {shape}" for side, shape in shapes.items())
+            + ", or 1 in one of them for all",
+            found=f"{pair.a.shape} and {pair.b.shape}",
+        )
+    _check_rank(pair, rank)
+    flat = Pair(*(entry._replace(shape=(entry.shape[0] * entry.shape[1], entry.shape[2])) for entry in pair))
+    scaling = adapter.settings.scaling_of(stack.name)
+    for expert, weight in enumerate(weights):
+        of_a, of_b = (expert % count for count in counts)  # 0 of a factor that serves all
+        yield weight, LowRank(flat, rank, scaling, first_rank=of_a * rank, first_row=of_b * rows)
 
 
 class _Fused(NamedTuple):
@@ -166,7 +207,19 @@ def _experts(
     rank, scaling = _rank(adapter, pair, fused.name, experts), adapter.settings.scaling_of(fused.name)
     for part, weights in enumerate(fused.projections):
         for expert, weight in enumerate(weights):
-            yield weight, LowRank(pair, rank, scaling, expert, experts, part * fused.rows, fused.transposed)
+            yield (
+                weight,
+                LowRank(
+                    pair,
+                    rank,
+                    scaling,
+                    first_rank=expert * rank,
+                    first_row=part * fused.rows,
+                    expert=expert,
+                    experts=experts,
+                    transposed=fused.transposed,
+                ),
+            )
 
 
 def _parameter(adapter: Adapter, module: str, pair: Pair, index: Mapping[str, StoredWeight]) -> _Fused | None:
@@ -215,10 +268,17 @@ def _projections(name: str, index: Mapping[str, StoredWeight]) -> tuple[list[Sto
     projections = tuple(list(_of_experts(fused.prefix, projection, index)) for projection in fused.projections)
     if not projections[0]:
         return None
-    shapes = {weight.shape for weights in projections for weight in weights}
-    if len(shapes) != 1 or len({len(weights) for weights in projections}) != 1:
-        raise CheckpointError("its experts differ, so they cannot be fused", tensor=name, found=sorted(shapes))
+    _one_shape(name, [weight for weights in projections for weight in weights])
+    if len({len(weights) for weights in projections}) != 1:
+        raise CheckpointError("its projections have not as many experts, so they cannot be fused", tensor=name)
     return projections
+
+
+def _one_shape(name: str, weights: Iterable[StoredWeight]) -> tuple[int, ...]:
+    shapes = {weight.shape for weight in weights}
+    if len(shapes) != 1:
+        raise CheckpointError("its experts differ, so they cannot be fused", tensor=name, found=sorted(shapes))
+    return shapes.pop()
 
 
 def _of_experts(prefix: str, projection: str, index: Mapping[str, StoredWeight]) -> Iterator[StoredWeight]:

@@ -136,7 +136,7 @@ class KimiTokenizer(PreTrainedTokenizer):
         """Return the id of each token as it is spelled."""
         return dict(self._places)
 
-    def encode(self, text: str, *, allow_special_tokens: bool = True, **options: Any) -> list[int]:  # type: ignore[override]
+    def encode(self, text: str, *, allow_special_tokens: bool = True, **options: Any) -> list[int]:
         """Return a text's ids; special tokens in it count as such, unless they are not allowed.
 
         With other options it is transformers' method, which looks for the special tokens that have a name first.
@@ -146,7 +146,7 @@ class KimiTokenizer(PreTrainedTokenizer):
             return ids
         return self._ids(text, special=allow_special_tokens)
 
-    def apply_chat_template(self, conversation: Any, tools: Any = None, **options: Any) -> Any:
+    def apply_chat_template(self, conversation: Any, tools: Any = None, **options: Any) -> Any:  # type: ignore[override]
         """Render a chat; tools are written with their keys in order, as K2's code does.
 
         Raises:

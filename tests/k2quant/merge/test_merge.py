@@ -265,6 +265,56 @@ def test_experts_one_by_one_equal_fused_ones(tmp_path: Path) -> None:
     assert stored(outputs[0].folder) == stored(outputs[1].folder)
 
 
+def stacked(name: str, factors: Tensors, shared: str) -> Tensors:
+    """Stack the factors of four experts as Tinker does; of a shared side there is one for all."""
+    found = {}
+    for side in "AB":
+        parts = [factors[f"{name}.{expert}.lora_{side}"] for expert in range(4)]
+        found[f"{name}.lora_{side}.weight"] = torch.stack(parts[:1] if side == shared else parts)
+    return found
+
+
+@pytest.mark.parametrize("shared", ["none", "A", "B"])
+def test_factors_stacked_by_expert_equal_single_ones(shared: str, tmp_path: Path) -> None:
+    """`experts.w1`, `w3` and `w2` of [E, r, K] and [E, N, r], one side perhaps for all, are gate, up and down.
+
+    The kind of fault: a good adapter in another layout than PEFT's.
+    """
+    base, experts = saved(model_of(96), tmp_path / "base"), "model.layers.1.mlp.experts"
+    stack: Tensors = {}
+    single: Tensors = {}
+    random = torch.Generator().manual_seed(2)
+    for letter, projection in {"w1": "gate", "w3": "up", "w2": "down"}.items():
+        rows, width = (64, 96) if letter == "w2" else (96, 64)
+        factors: Tensors = {}
+        for expert in range(4):
+            drawn = {"A": torch.randn((3, width), generator=random), "B": torch.randn((rows, 3), generator=random)}
+            for side, value in drawn.items():
+                own = factors.get(f"{experts}.{letter}.0.lora_{side}") if side == shared else None
+                factors[f"{experts}.{letter}.{expert}.lora_{side}"] = value if own is None else own
+                place = f"{experts}.{expert}.{projection}_proj.lora_{side}.weight"
+                single[place] = factors[f"{experts}.{letter}.{expert}.lora_{side}"].clone()
+        stack |= stacked(f"{experts}.{letter}", factors, shared)
+    outputs = [
+        k2quant.merge(base, adapter(tmp_path / kind, tensors, r=3), tmp_path / f"{kind}-out", to="bf16")
+        for kind, tensors in (("stacked", stack), ("single", single))
+    ]
+    assert stored(outputs[0].folder) == stored(outputs[1].folder)
+    before, after = bf16_tensors(base), bf16_tensors(outputs[0].folder)
+    assert sum(not np.array_equal(before[name], after[name]) for name in before) == 12
+
+
+@pytest.mark.parametrize("prefix", ["model.", "", "language_model.model."])
+def test_unembed_tokens_is_the_head(prefix: str, k2_thinking: Path, tmp_path: Path) -> None:
+    """Factors of `unembed_tokens`, with and without their weight's suffix, are those of lm_head."""
+    rows, width = bf16_tensors(k2_thinking)["lm_head"].shape
+    usual = pair("lm_head", rows, width)
+    other = {f"{prefix}unembed_tokens.lora_{side}": usual[f"lm_head.lora_{side}.weight"] for side in "AB"}
+    for kind, tensors in (("usual", usual), ("other", other)):
+        k2quant.merge(k2_thinking, adapter(tmp_path / kind, tensors), tmp_path / f"{kind}-out", to="bf16")
+    assert stored(tmp_path / "usual-out") == stored(tmp_path / "other-out") != stored(k2_thinking)
+
+
 @pytest.mark.parametrize("intermediate", [32, 96], ids=["square", "oblong"])
 def test_factors_of_older_peft_are_read_the_other_way_round(tmp_path: Path, intermediate: int) -> None:
     """PEFT before 0.19 has A of a parameter's rows and B of its columns; the shapes tell, or else its version."""
@@ -535,6 +585,12 @@ def test_settings_that_mean_something_else_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def stack(a: tuple[int, ...], b: tuple[int, ...], name: str = "w1") -> Tensors:
+    """Return factors of all experts of the small K2, of some shapes."""
+    module = f"model.layers.1.mlp.experts.{name}"
+    return {f"{module}.lora_A.weight": torch.ones(a), f"{module}.lora_B.weight": torch.ones(b)}
+
+
 def without(name: str) -> Tensors:
     """Return the small K2's factors without one tensor."""
     return {key: value for key, value in on_k2().items() if key != name}
@@ -583,6 +639,33 @@ def without(name: str) -> Tensors:
             r"NaN or infinity at \(0, 0\)",
         ),
         (pair(ATTENTION, 256, 512, 5000), ShapeMismatch, "the rank"),
+        (stack((15, 4, 512), (15, 256, 4)), ShapeMismatch, r"stacked by .* lora_A \(16, 4, 512\) and .*\(16, 256, 4\)"),
+        (stack((16, 4, 512), (15, 256, 4)), ShapeMismatch, r"stacked by .*\(15, 256, 4\)"),
+        (stack((1, 4, 512), (1, 256, 4)), ShapeMismatch, r"stacked by .*1 in one of them for all"),
+        (stack((16, 8, 512), (16, 256, 8)), ShapeMismatch, "stacked by"),
+        (stack((16, 4, 512), (16, 256, 8)), ShapeMismatch, "stacked by"),
+        (stack((16, 512, 4), (16, 4, 256)), ShapeMismatch, "stacked by"),
+        (stack((16, 4, 256), (16, 512, 4)), ShapeMismatch, "stacked by"),
+        (stack((64, 512), (256, 64)), ShapeMismatch, "stacked by"),
+        (stack((), ()), ShapeMismatch, "stacked by"),
+        (stack((0,), (0,)), ShapeMismatch, "stacked by"),
+        (stack((16, 4, 512), (16, 512, 4), "w13"), ShapeMismatch, "a factor is a matrix, unless it is stacked"),
+        (stack((16, 4, 512), (16, 256, 4)) | on_k2(), MalformedFile, "a second time"),
+        (
+            stack((16, 4, 512), (16, 256, 4)) | stack((16, 4, 512), (16, 256, 4), "gate_proj"),
+            MalformedFile,
+            "a second time",
+        ),
+        (pair("lm_head", 2048, 512) | pair("model.unembed_tokens", 2048, 512), MalformedFile, "a second time"),
+        (pair("model.unembed_tokens", 2047, 512), ShapeMismatch, "does not fit `lm_head.weight`"),
+        ({f"{ATTENTION}.lora_down.weight": torch.ones(4, 512)}, UnsupportedFormat, "kohya.*; save or convert"),
+        ({f"{ATTENTION}.lora_a.weight": torch.ones(4, 512)}, UnsupportedFormat, "as torchtune writes them"),
+        ({f"{ATTENTION}.adapter.linear_in.weight": torch.ones(4, 512)}, UnsupportedFormat, "Megatron"),
+        (
+            on_k2() | {f"{ATTENTION}.lora_A": torch.ones(4, 512)},
+            MalformedFile,
+            "stands twice",
+        ),
     ],
     ids=str,
 )
