@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from k2quant.cli import main
 from k2quant.errors import CheckpointError, MissingExtra, UnsupportedFormat
-from k2quant.eval.asking.models import _added_tokens
+from k2quant.eval.asking.models import _added_tokens, _tokenizer
 from k2quant.model.generation import load_tokenizer, open_tokenizer
 from k2quant.model.generation.kimi import PATTERN, pieces
 from k2quant.model.passes.texts import read_text
@@ -151,6 +152,15 @@ def test_all_that_reads_text_reads_it(ranks: dict[bytes, int], k2_thinking: Path
     text = read_text(tmp_path / "text.txt", tokenizer)
     assert text.batches[0][0].tolist() == truth.encode("it's 12345 and 世界")
     assert text.unread == ""
+
+
+def test_a_folder_of_a_tokenizer_alone_will_do(kimi: Path, ranks: dict[bytes, int]) -> None:
+    """Where a server has the model, --tokenizer names a folder without weights; one that lies is still named."""
+    request: Any = SimpleNamespace(trust_remote_code=False)
+    assert _tokenizer(kimi, request).encode("it's") == published(ranks).encode("it's")
+    (kimi / "tiktoken.model").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"tiktoken\.model: not every byte"):
+        _tokenizer(kimi, request)
 
 
 # --- what is missing or old -------------------------------------------------------------------------------------------
