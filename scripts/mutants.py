@@ -21,6 +21,7 @@ from mutation.running import changed, copied, tested, warm
 from mutation.targets import TARGETS
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
+_MEMORY = Path("/dev/shm")  # noqa: S108  a fresh folder of our own is made in it
 _LIMIT = 3600  # seconds of the run that watches
 _SLACK = 60.0  # seconds that a change's tests may take beyond five times what they took
 
@@ -156,7 +157,7 @@ def main() -> None:
     """Try the changes, print a line for each that survives and one for each module; leave with 3 if any survives."""
     given = arguments()
     listed, survivors, rows = reasons(), [], []
-    with tempfile.TemporaryDirectory(prefix="k2quant-mutants-") as name:
+    with tempfile.TemporaryDirectory(prefix="k2quant-mutants-", dir=_MEMORY if _MEMORY.is_dir() else None) as name:
         work = Path(name).resolve()
         (work / "checkout").mkdir()
         copied(_CHECKOUT, work / "checkout")

@@ -6,6 +6,7 @@ Nothing is written to the checkout: a change goes into the copy, which commands 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -65,10 +66,12 @@ def warm(folder: Path) -> None:
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     os.environ |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # to look for plugins takes longer than most runs
     for name in _SLOW_TO_IMPORT:
         importlib.import_module(name)
     if known := [name for name in sys.modules if name.partition(".")[0] == "k2quant"]:
         raise AssertionError(f"{known} would not be read again")
+    gc.freeze()  # else each fork looks through all that was imported, again and again
 
 
 def tested(
@@ -127,7 +130,16 @@ def _run(tests: Sequence[str], plugin: Any, scratch: Path, result: Callable[[], 
         sys.dont_write_bytecode = not write
         import pytest
 
-        options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", f"--basetemp={scratch / 'tests'}"]
+        options = [
+            "-x",
+            "-q",
+            "--tb=line",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "_hypothesis_pytestplugin",
+            f"--basetemp={scratch / 'tests'}",
+        ]
         code = int(pytest.main([*(options[1:] if write else options), *tests], plugins=[plugin]))
         (scratch / "result.json").write_text(json.dumps(result()), encoding="utf-8")
     except BaseException:  # noqa: BLE001  a fork must not go on as its parent
