@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-_SWITCHES = ("--soft-lock", "--trust-remote-code")
+_SWITCHES = ("--follow-links", "--soft-lock", "--trust-remote-code")
 _EVERY = 5.0  # seconds between two lines
 
 
@@ -29,7 +29,11 @@ def main(arguments: list[str]) -> int:
         if len(files) != 1 or flags - {"--restart", *_SWITCHES}:
             usage = " ".join(f"[{switch}]" for switch in ("--restart", *_SWITCHES))
             raise UsageError(f"usage: accelerate launch -m k2quant.qat JOB.yaml {usage}")
-        job = read_job(Path(files[0]), trust_remote_code="--trust-remote-code" in flags)
+        job = read_job(
+            Path(files[0]),
+            trust_remote_code="--trust-remote-code" in flags,
+            follow_links="--follow-links" in flags,
+        )
         soft_lock = "--soft-lock" in flags
         train(job, restart="--restart" in flags, soft_lock=soft_lock, progress=show.step, stage=show.say)
     except K2QuantError as error:

@@ -27,6 +27,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    follow_links: bool = False,
     progress: Progress | None = None,
 ) -> K2ForCausalLM:
     """Load a K2 checkpoint as a transformers causal LM with dense weights, to be trained.
@@ -38,6 +39,7 @@ def load(
         path: folder of a checkpoint in any format, mixed too; or the checkpoint, opened.
         dtype: of the master weights, float32 or bfloat16. Every BF16 value is exact in both.
         device: one device.
+        follow_links: whether links of the folder may lead out of it.
         progress: called with the bytes read and all bytes.
 
     Raises:
@@ -47,7 +49,7 @@ def load(
     """
     if dtype not in MASTERS.values():
         raise UsageError(f"dtype: expected float32 or bfloat16 to train, found {dtype}")
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path))
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path), follow_links=follow_links)
     place = checked_device(device)
     assembly = _assembled(checkpoint, place, dtype)
     fill(assembly, [(name, module, place) for name, module in assembly.model.named_modules()], progress=progress)

@@ -100,7 +100,7 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
     check_folders(job)
     run = Run(Path(job.output))
     run.check_folder()
-    source = open_checkpoint(Path(job.model))
+    source = open_checkpoint(Path(job.model), follow_links=job.follow_links)
     model = skeleton(source)
     prepare(model, job.quantize)
     found = prepared(model)
@@ -147,7 +147,7 @@ def read_data(job: Job, config: Any) -> tuple[Rows, Rows]:
     longest = config.max_position_embeddings
     if job.data.length > longest:
         raise UsageError(f"data: length {job.data.length} is more than the {longest} tokens that the model reads")
-    tokenizer = load_tokenizer(Path(job.model), trust_remote_code=job.trust_remote_code)
+    tokenizer = load_tokenizer(Path(job.model), trust_remote_code=job.trust_remote_code, follow_links=job.follow_links)
     source = DataSource(path=job.data.path, split=job.data.split, config=job.data.config)
     return split(load_rows(source, tokenizer, length=job.data.length, vocabulary=config.vocab_size), job.data.held_out)
 

@@ -50,18 +50,18 @@ def describe(request: Request, progress: Progress | None) -> Model:
         if why := no_folder(place):
             raise UsageError(f"{place}: {why}")
     if folder is None:
-        tokens = tokenizer_hash(request.tokenizer) if request.tokenizer else None
+        tokens = tokenizer_hash(request.tokenizer, follow_links=request.follow_links) if request.tokenizer else None
         return Model(folder=None, model_hash=None, tokenizer_hash=tokens, max_length=request.max_length or _LONGEST)
     if request.backend == "k2quant":
         from k2quant.model.generation import load_tokenizer
 
         # One that is code, or is none, is refused before terabytes are hashed.
-        load_tokenizer(folder, trust_remote_code=request.trust_remote_code)
+        load_tokenizer(folder, trust_remote_code=request.trust_remote_code, follow_links=request.follow_links)
     return Model(
         folder=folder,
-        model_hash=model_hash(folder, progress=progress),
-        tokenizer_hash=tokenizer_hash(request.tokenizer or folder),
-        max_length=request.max_length or _positions(folder),
+        model_hash=model_hash(folder, follow_links=request.follow_links, progress=progress),
+        tokenizer_hash=tokenizer_hash(request.tokenizer or folder, follow_links=request.follow_links),
+        max_length=request.max_length or _positions(folder, follow_links=request.follow_links),
     )
 
 
@@ -78,9 +78,9 @@ def _folder(request: Request) -> Path:
         raise UsageError(f"{request.model}: no such folder, and not on the hub: {said}"[:300]) from error
 
 
-def _positions(folder: Path) -> int:
+def _positions(folder: Path, *, follow_links: bool) -> int:
     """Return how many tokens a model's config has room for."""
-    path = inside(folder, "config.json")
+    path = inside(folder, "config.json", follow_links=follow_links)
     if not path.exists():
         return _LONGEST
     config = parse_object(read_limited(path, _CONFIG_LIMIT), file=path)
@@ -122,8 +122,12 @@ def _packed(model: Model, request: Request, progress: Progress | None) -> tuple[
     from k2quant.model.generation import load_tokenizer
 
     assert model.folder  # noqa: S101  a local model has one
-    tokenizer = load_tokenizer(model.folder, trust_remote_code=request.trust_remote_code)
-    return load_model(model.folder, device=request.device, dtype=request.dtype, progress=progress), tokenizer
+    tokenizer = load_tokenizer(
+        model.folder, trust_remote_code=request.trust_remote_code, follow_links=request.follow_links
+    )
+    return load_model(
+        model.folder, device=request.device, dtype=request.dtype, follow_links=request.follow_links, progress=progress
+    ), tokenizer
 
 
 def _transformers(model: Model, request: Request) -> tuple[Any, Any]:
@@ -148,11 +152,14 @@ def _tokenizer(folder: Path | None, request: Request, config: Any = None) -> Any
 
     assert folder  # noqa: S101  callers have one
     try:
-        return open_tokenizer(folder, config=config, trust_remote_code=request.trust_remote_code)
+        return open_tokenizer(
+            folder, config=config, trust_remote_code=request.trust_remote_code, follow_links=request.follow_links
+        )
     except CheckpointError:
         if not (folder / CONFIG).exists():
             raise
-        return load_tokenizer(folder, trust_remote_code=request.trust_remote_code)  # such as a config of Kimi K2's
+        # such as a config of Kimi K2's
+        return load_tokenizer(folder, trust_remote_code=request.trust_remote_code, follow_links=request.follow_links)
 
 
 def _added_tokens(tokenizer: Any) -> list[int]:

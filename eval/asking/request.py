@@ -53,6 +53,8 @@ class Request:
     """The checkpoint that a server serves, so that the run has a model hash."""
     chat_template: bool = False
     """Whether prompts go through the tokenizer's chat template."""
+    follow_links: bool = False
+    """Whether links of the model's folder, and of the tokenizer's, may lead out of it."""
     trust_remote_code: bool = False
     """Whether the checkpoint's own code may run: its tokenizer's, and for `hf` and `vllm` its model's."""
     unsafe_code: bool = False

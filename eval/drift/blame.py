@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.errors import Incomparable, UsageError
 from k2quant.eval.drift.findings import Blame
 from k2quant.eval.drift.measuring import Bench, Progress
@@ -54,6 +54,7 @@ def find_blame(
     backend: Backend = "auto",
     passes: int = PASSES,
     progress: Progress | None = None,
+    follow_links: bool = False,
     trust_remote_code: bool = False,
 ) -> Blame:
     """Find the tensor classes, layers and weights whose return to the baseline takes the damage away.
@@ -70,6 +71,7 @@ def find_blame(
         backend: `auto` for the fused kernels, `reference` for plain torch.
         passes: forward passes at most; with few of them the search ends at larger groups.
         progress: called after each pass.
+        follow_links: whether links of both folders may lead out of them.
         trust_remote_code: whether the baseline's own tokenizer code may run.
 
     Raises:
@@ -79,9 +81,10 @@ def find_blame(
         UsageError: an option makes no sense, or the text is too short.
         OutputError: the disk is full.
     """
-    mixer = Mixer(open_checkpoint(Path(base)), open_checkpoint(Path(candidate)))
-    sides = _sides(Path(base), Path(candidate))
-    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    one, other = (open_checkpoint(Path(folder), follow_links=follow_links) for folder in (base, candidate))
+    mixer = Mixer(one, other)
+    sides = _sides(one, other)
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code, follow_links=follow_links)
     read = read_text(text, tokenizer, context=context, limit_tokens=tokens, lines=lines)
     if read.chunks < LEAST_CHUNKS:
         raise UsageError(
@@ -95,14 +98,16 @@ def find_blame(
         return _blame(mixer, changed, bench, sides)
 
 
-def _sides(base: Path, candidate: Path) -> tuple[Side, Side]:
+def _sides(base: Checkpoint, candidate: Checkpoint) -> tuple[Side, Side]:
     """Name both; the baseline's tokenizer reads the text, so that the candidate's may be missing, but not another."""
-    hashes = tokenizer_hash(base), tokenizer_hash(candidate)
+    both = (base, candidate)
+    hashes = [tokenizer_hash(model.folder, follow_links=model.follow_links) for model in both]
     if hashes[1] not in {None, hashes[0]}:
-        raise Incomparable("another tokenizer, which reads another text", file=candidate, expected=f"that of {base}")
+        expected = f"that of {base.folder}"
+        raise Incomparable("another tokenizer, which reads another text", file=candidate.folder, expected=expected)
     one, other = (
-        Side(folder=str(folder), model=folder.resolve().name, model_hash=None, tokenizer_hash=tokenizer)
-        for folder, tokenizer in zip((base, candidate), hashes, strict=True)
+        Side(folder=str(model.folder), model=model.folder.resolve().name, model_hash=None, tokenizer_hash=tokenizer)
+        for model, tokenizer in zip(both, hashes, strict=True)
     )
     return one, other
 

@@ -64,6 +64,7 @@ def measure_fidelity(
     device: str | torch.device = "cpu",
     dtype: str = "bfloat16",
     backend: Backend = "auto",
+    follow_links: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Fidelity:
@@ -81,6 +82,7 @@ def measure_fidelity(
         device: where layers compute.
         dtype: of activations and of what is not quantised.
         backend: `auto` for the fused kernels, `reference` for plain torch.
+        follow_links: whether links of both folders may lead out of them.
         trust_remote_code: whether the baseline's own tokenizer code may run.
         progress: called as the work goes on.
 
@@ -98,12 +100,12 @@ def measure_fidelity(
     """
     folders = Path(base), Path(candidate)
     one_of("dtype", dtype, tuple(DTYPES))
-    config, sides = _checked(*folders)
-    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+    config, sides = _checked(*folders, follow_links=follow_links)
+    tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code, follow_links=follow_links)
     read = read_text(text, tokenizer, context=context, limit_tokens=tokens, lines=lines)
     _check_fits(read, config, folders[0])
     tick = _ticking(progress, 2 * config.num_hidden_layers)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "follow_links": follow_links}
     with tempfile.TemporaryDirectory(prefix="k2quant-") as place:
         shapes = [(*batch.shape, config.hidden_size) for batch in read.batches]
         kept = Activations(Path(place), shapes, DTYPES[dtype], budget=_BUDGET, identity={}, lasting=False)
@@ -118,13 +120,14 @@ def measure_fidelity(
             return _compared(first, second, passes, read, sides, config, folders)
 
 
-def _checked(base: Path, candidate: Path) -> tuple[Any, tuple[Side, Side]]:
+def _checked(base: Path, candidate: Path, *, follow_links: bool) -> tuple[Any, tuple[Side, Side]]:
     """Return the config that both models share, and their names.
 
     Raises:
         Incomparable: they do not share it.
     """
-    one, other = (architecture(open_checkpoint(folder)) for folder in (base, candidate))
+    both = (base, candidate)
+    one, other = (architecture(open_checkpoint(folder, follow_links=follow_links)) for folder in both)
     for key in _ALIKE:
         wanted, found = getattr(one, key), getattr(other, key)
         if found != wanted:
@@ -134,7 +137,7 @@ def _checked(base: Path, candidate: Path) -> tuple[Any, tuple[Side, Side]]:
                 expected=f"{wanted}, as in {base}",
                 found=found,
             )
-    hashes = tokenizer_hash(base), tokenizer_hash(candidate)
+    hashes = [tokenizer_hash(folder, follow_links=follow_links) for folder in both]
     if hashes[0] != hashes[1]:
         raise Incomparable(
             "another tokenizer, which reads another text",

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,14 @@ _TOKENIZER_NAMES = {
 _WHERE_DATA_LIES = ("custom_dataset", "dataset_path", "dataset_kwargs", "metadata")
 
 
-def model_hash(folder: Path, *, progress: Callable[[int, int], None] | None = None) -> str:
+def model_hash(folder: Path, *, follow_links: bool = False, progress: Callable[[int, int], None] | None = None) -> str:
     """Return the SHA-256, in hex, of a model's config, generation config and shards: of their names and every byte.
 
     Times, the folder's name and place, links and other files beside them play no part.
 
     Args:
         folder: of a checkpoint in safetensors.
+        follow_links: whether its links may lead out of it.
         progress: called with the bytes read and all bytes.
 
     Raises:
@@ -47,17 +49,23 @@ def model_hash(folder: Path, *, progress: Callable[[int, int], None] | None = No
         CheckpointError: the index does not parse, or a name or link leaves the folder.
     """
     names = [name for name in ("config.json", "generation_config.json") if (folder / name).exists()]
-    return _content_hash(folder, [*names, *_shards(folder)], progress)
+    here = partial(inside, folder, follow_links=follow_links)
+    return _content_hash([here(name) for name in (*names, *_shards(folder, here))], progress)
 
 
-def tokenizer_hash(folder: Path) -> str | None:
+def tokenizer_hash(folder: Path, *, follow_links: bool = False) -> str | None:
     """Return the SHA-256, in hex, of a tokenizer's files, chat templates and code included; None where there are none.
+
+    Args:
+        folder: where they lie.
+        follow_links: whether its links may lead out of it.
 
     Raises:
         CheckpointError: a link leaves the folder.
     """
     names = [entry.name for entry in folder.iterdir() if _of_tokenizer(entry.name) and entry.is_file()]
-    return _content_hash(folder, names, None) if names else None
+    paths = [inside(folder, name, follow_links=follow_links) for name in names]
+    return _content_hash(paths, None) if paths else None
 
 
 def _of_tokenizer(name: str) -> bool:
@@ -90,9 +98,9 @@ def _name(value: object) -> str:
     return str(getattr(value, "__qualname__", value))
 
 
-def _shards(folder: Path) -> list[str]:
+def _shards(folder: Path, here: Callable[[str], Path]) -> list[str]:
     if (folder / _INDEX).exists():
-        path = inside(folder, _INDEX)
+        path = here(_INDEX)
         shards = parse_object(read_limited(path, _INDEX_LIMIT), file=path).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
             raise MalformedFile("no map of weights", file=path, expected="weight_map: {tensor: shard}")
@@ -104,16 +112,16 @@ def _shards(folder: Path) -> list[str]:
     return names
 
 
-def _content_hash(folder: Path, names: list[str], progress: Callable[[int, int], None] | None) -> str:
+def _content_hash(paths: list[Path], progress: Callable[[int, int], None] | None) -> str:
     counter = _Counter(progress)
     digests: dict[str, str] = {}
 
-    def read(name: str) -> None:
-        digests[name] = _file_hash(inside(folder, name), counter)
+    def read(path: Path) -> None:
+        digests[path.name] = _file_hash(path, counter)
 
     try:
-        counter.total = sum((folder / name).stat().st_size for name in names)
-        pool.run(iter(names), read, workers=min(_THREADS, len(names), os.cpu_count() or 1), tick=counter.show)
+        counter.total = sum(path.stat().st_size for path in paths)
+        pool.run(iter(paths), read, workers=min(_THREADS, len(paths), os.cpu_count() or 1), tick=counter.show)
     except FileNotFoundError as error:
         raise MissingTensor("a file of the model is not there", file=error.filename) from error
     return digest(digests)

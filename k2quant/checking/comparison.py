@@ -153,13 +153,16 @@ def _value_tasks(pair: _Pair) -> list[_Task]:
     ]
 
 
-def compare(first: Path, second: Path, *, workers: int, progress: Progress | None = None) -> list[Finding]:
+def compare(
+    first: Path, second: Path, *, workers: int, follow_links: bool = False, progress: Progress | None = None
+) -> list[Finding]:
     """Compare every tensor of two checkpoints.
 
     Args:
         first: folder of the checkpoint that counts as the truth.
         second: folder of the other.
         workers: threads.
+        follow_links: whether links of both folders may lead out of them.
         progress: called as the work goes on.
 
     Returns:
@@ -168,7 +171,7 @@ def compare(first: Path, second: Path, *, workers: int, progress: Progress | Non
     Raises:
         CheckpointError: one of the folders holds no sound checkpoint.
     """
-    a, b = open_checkpoint(first), open_checkpoint(second)
+    a, b = (open_checkpoint(folder, follow_links=follow_links) for folder in (first, second))
     ours, theirs = _weights(a), _weights(b)
     pairs = {key: _Pair(weight, theirs[key], {}) for key, weight in ours.items() if key in theirs}
     _Comparison(a, b, list(pairs.values()), progress).run(workers)

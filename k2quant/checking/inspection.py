@@ -54,13 +54,17 @@ class Inspection(NamedTuple):
     """What is worth saying, though it stops nothing."""
 
 
-def inspect(folder: str | os.PathLike[str]) -> Inspection:
+def inspect(folder: str | os.PathLike[str], *, follow_links: bool = False) -> Inspection:
     """Describe a checkpoint without reading a weight.
+
+    Args:
+        folder: of the checkpoint.
+        follow_links: whether its links may lead out of it.
 
     Raises:
         CheckpointError: the folder holds no checkpoint, or its index or a header lies.
     """
-    checkpoint = open_checkpoint(Path(folder))
+    checkpoint = open_checkpoint(Path(folder), follow_links=follow_links)
     weights, problems = group_tensors(checkpoint.tensors)
     wrong = _config_problems(checkpoint, weights)
     found, stale = inventory(weights), frozenset(checkpoint.stale)

@@ -51,6 +51,7 @@ def verify(
     *,
     against: str | os.PathLike[str] | None = None,
     workers: int | None = None,
+    follow_links: bool = False,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare a converted checkpoint with its source.
@@ -64,15 +65,22 @@ def verify(
         destination: folder of the converted checkpoint, whoever converted it.
         against: a k2quant_report.json; each weight's figures must be as good as it says.
         workers: threads; None takes one for each core.
+        follow_links: whether links of both folders may lead out of them.
         progress: called as the work goes on.
 
     Raises:
         CheckpointError: one of the folders holds no sound checkpoint.
     """
-    findings = compare(Path(source), Path(destination), workers=checked_workers(workers), progress=progress)
+    findings = compare(
+        Path(source),
+        Path(destination),
+        workers=checked_workers(workers),
+        follow_links=follow_links,
+        progress=progress,
+    )
     stored = read_report(Path(against))["tensors"] if against is not None else None
-    failures = _config_failure(Path(destination))
-    idle = set() if failures else _idle_scales(Path(destination), findings)
+    failures = _config_failure(Path(destination), follow_links=follow_links)
+    idle = set() if failures else _idle_scales(Path(destination), findings, follow_links=follow_links)
     for finding in findings:
         if finding.name in idle:
             continue
@@ -82,9 +90,9 @@ def verify(
     return Verification(findings, failures)
 
 
-def _config_failure(folder: Path) -> dict[str, str]:
+def _config_failure(folder: Path, *, follow_links: bool) -> dict[str, str]:
     """Say why an engine could not load the tensors with the config beside them."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, follow_links=follow_links)
     try:
         check_output(checkpoint.config, group_tensors(checkpoint.tensors).weights)
     except CheckpointError as error:
@@ -92,9 +100,9 @@ def _config_failure(folder: Path) -> dict[str, str]:
     return {}
 
 
-def _idle_scales(folder: Path, findings: list[Finding]) -> set[str]:
+def _idle_scales(folder: Path, findings: list[Finding], *, follow_links: bool) -> set[str]:
     """Return the scales that were left out, and for which the config that is there has no use."""
-    config = open_checkpoint(folder).config
+    config = open_checkpoint(folder, follow_links=follow_links).config
     missing = [finding.name for finding in findings if finding.relation == "missing"]
     return {name for name in missing if flow(suffix := names.split(name)[1]) and not spoken_of(config, suffix)}
 
@@ -167,9 +175,19 @@ def _numbers(figures: dict[str, Any]) -> bool:
 
 
 def verify_checksums(
-    folder: str | os.PathLike[str], *, workers: int | None = None, progress: Progress | None = None
+    folder: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    follow_links: bool = False,
+    progress: Progress | None = None,
 ) -> Verification:
     """Compare a converted checkpoint with the checksums in its own report.
+
+    Args:
+        folder: of the converted checkpoint.
+        workers: threads; None takes one for each core.
+        follow_links: whether its links may lead out of it.
+        progress: called as the work goes on.
 
     Raises:
         CheckpointError: the folder holds no sound checkpoint, or no report.
@@ -177,7 +195,7 @@ def verify_checksums(
     here = Path(folder)
     check_folder(here)
     report = read_report(here / REPORT)
-    checkpoint = open_checkpoint(here)
+    checkpoint = open_checkpoint(here, follow_links=follow_links)
     expected = {
         (f"{base}.{suffix}" if base else suffix): crc
         for name, facts in report["tensors"].items()
@@ -192,7 +210,7 @@ def verify_checksums(
         name: f"crc32 {crc}, the report has {expected[name]}" for name, crc in found.items() if crc != expected[name]
     }
     for name, facts in report.get("files", {}).items():
-        if why := _file_failure(here, name, facts):
+        if why := _file_failure(checkpoint, name, facts):
             failures[name] = why
     return Verification([], failures)
 
@@ -230,11 +248,11 @@ def _pieces(entries: list[TensorEntry]) -> Iterator[_Piece]:
             yield _Piece(entry, start, min(start + PIECE_BYTES, entry.nbytes))
 
 
-def _file_failure(folder: Path, name: str, facts: dict[str, Any]) -> str | None:
-    path = folder / name
+def _file_failure(checkpoint: Checkpoint, name: str, facts: dict[str, Any]) -> str | None:
+    path = checkpoint.folder / name
     if ".." in Path(name).parts or Path(name).is_absolute():
         return "leaves the folder"
-    check_inside(folder, path)
+    check_inside(checkpoint.folder, path, follow_links=checkpoint.follow_links)
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != facts.get("size"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, Checkpoint
-from k2quant.errors import CheckpointError, UnsafePath
+from k2quant.errors import UnsafePath
 
 _OWN = {CONFIG, REPORT, INCOMPLETE}  # written anew, or meant for the source alone
 _NOTES = re.compile(r"k2quant_\w+\.(json|html|txt|lock(\.soft)?)")  # of our commands, about the source's own folder
@@ -59,14 +59,10 @@ def other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
             if _WEIGHTS.fullmatch(path.name) or describes_quantization(below):
                 left_out.append(below)
                 continue
-            check_inside(source.folder, path)
+            check_inside(source.folder, path, follow_links=source.follow_links)
             if not below.isprintable():  # journal and report could not name it
                 raise UnsafePath("not a plain file name", file=repr(below), remedy="rename or remove it")
             if path.is_file():
                 os.close(open_regular(path))  # a pointer in its place, or no right to read it, is said now
                 copied.append(below)
-            elif path.is_symlink() and not path.exists():
-                raise CheckpointError(
-                    "a link to a file that is not there", file=path, remedy="fetch that file, or remove the link"
-                )
     return tuple(copied), tuple(left_out)

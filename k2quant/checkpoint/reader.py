@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,16 @@ class Checkpoint:
     """Tensors that lie in a shard where the index does not look for them. Nobody reads them."""
     config: dict[str, Any] | None
     """What config.json holds, or None where there is none."""
+    follow_links: bool = False
+    """Whether links of the folder may lead out of it; all that reads the folder later asks the same."""
+
+    def path(self, name: str) -> Path:
+        """Return the path of a file of the folder.
+
+        Raises:
+            UnsafePath: the name, or a link that may not be followed, leads out of it.
+        """
+        return inside(self.folder, name, follow_links=self.follow_links)
 
     @property
     def stale(self) -> tuple[str, ...]:
@@ -65,20 +77,25 @@ class Checkpoint:
         }
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, follow_links: bool = False) -> Checkpoint:
     """Read a checkpoint's index, headers and config.
+
+    Args:
+        folder: of the checkpoint.
+        follow_links: whether its links may lead out of it. Then whoever made the folder chooses which files are read,
+            and copied along; index and shards are checked as ever, and names in the index never lead out.
 
     Raises:
         CheckpointError: the folder holds no checkpoint, or one that lies about itself.
     """
     try:
-        return _open(folder)
+        return _open(folder, follow_links=follow_links)
     except OSError as error:
         message = "cannot be read"
         raise CheckpointError(message, file=error.filename or folder, found=error.strerror or str(error)) from error
 
 
-def _open(folder: Path) -> Checkpoint:
+def _open(folder: Path, *, follow_links: bool) -> Checkpoint:
     check_folder(folder)
     if (folder / INCOMPLETE).exists():
         raise CheckpointError(
@@ -86,8 +103,9 @@ def _open(folder: Path) -> Checkpoint:
             file=folder,
             remedy="run the command that wrote it again: a conversion resumes, a save begins anew",
         )
-    weight_map = _weight_map(folder)
-    shards = {name: read_header(inside(folder, name)) for name in sorted(set(weight_map.values()), key=_natural)}
+    here = partial(inside, folder, follow_links=follow_links)
+    weight_map = _weight_map(folder, here)
+    shards = {name: read_header(here(name)) for name in sorted(set(weight_map.values()), key=_natural)}
     missing = next((name for name, file in weight_map.items() if name not in shards[file].tensors), None)
     if missing is not None:
         raise MissingTensor(
@@ -101,7 +119,7 @@ def _open(folder: Path) -> Checkpoint:
                 listed.append(entry)
             else:
                 unlisted.append(entry.name)
-    return Checkpoint(folder, shards, _unfused(listed), tuple(unlisted), _read_config(folder))
+    return Checkpoint(folder, shards, _unfused(listed), tuple(unlisted), _read_config(here(CONFIG)), follow_links)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -109,9 +127,9 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d{1,18})", name)]
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _weight_map(folder: Path, here: Callable[[str], Path]) -> dict[str, str]:
     """Return which shard holds which tensor, from the index or, without one, from a single shard's header."""
-    index = inside(folder, INDEX)
+    index = here(INDEX)
     if index.exists():
         content = parse_object(read_limited(index, _INDEX_LIMIT), file=index)
         weight_map = content.get("weight_map")
@@ -125,11 +143,11 @@ def _weight_map(folder: Path) -> dict[str, str]:
             raise UnsupportedFormat(
                 "the index names a file that is not safetensors", file=index, found=repr(stray)[:200], remedy=_NO_PICKLE
             )
-        absent = next((file for file in set(weight_map.values()) if not inside(folder, file).exists()), None)
+        absent = next((file for file in set(weight_map.values()) if not here(file).exists()), None)
         if absent is not None:
             raise MissingTensor("the index names a file that is not there", file=folder / absent)
         return weight_map
-    single = inside(folder, SINGLE)
+    single = here(SINGLE)
     if single.exists():
         return dict.fromkeys(read_header(single).tensors, SINGLE)
     raise _nothing_to_read(folder)
@@ -153,8 +171,7 @@ def _nothing_to_read(folder: Path) -> CheckpointError:
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any] | None:
-    path = inside(folder, CONFIG)
+def _read_config(path: Path) -> dict[str, Any] | None:
     return parse_object(read_limited(path, _CONFIG_LIMIT), file=path) if path.exists() else None
 
 

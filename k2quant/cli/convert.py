@@ -59,7 +59,7 @@ def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) 
 
     refuse_nested(source, destination)
     choice = conversion.choice(options)
-    plan = make_plan(open_checkpoint(source), choice)
+    plan = make_plan(open_checkpoint(source, follow_links=options["follow_links"]), choice)
     codecs_of(options["device"])
     workers = checked_workers(options["workers"])
     conversion.dry_run(plan, destination, restart=options["restart"], workers=workers, as_json=as_json)

@@ -19,6 +19,7 @@ from k2quant.cli.parts.screen import progress, remark
 @options.device()
 @options.dtype()
 @options.backend()
+@options.follow_links()
 @click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own tokenizer code.")
 @click.option("--json", "as_json", is_flag=True, help="Print text and times as JSON, all at the end.")
 def command(
@@ -29,6 +30,7 @@ def command(
     dtype: str,
     backend: str,
     *,
+    follow_links: bool,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -45,9 +47,16 @@ def command(
 
     silence()
     gc.enable()  # decoding makes tensors for as long as it runs
-    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code, follow_links=follow_links)
     with progress("loading") as show:
-        model = load_model(path, device=device, dtype=dtype, backend=backend, progress=show)  # type: ignore[arg-type]  # click checked it
+        model = load_model(
+            path,
+            device=device,
+            dtype=dtype,
+            backend=backend,  # type: ignore[arg-type]  # click checked it
+            follow_links=follow_links,
+            progress=show,
+        )
     done = generate(
         model,
         tokenizer,

@@ -101,7 +101,7 @@ def _dry_run(base: Path, adapter: Path, destination: Path, *, as_json: bool, **o
     refuse_nested(base, destination)
     refuse_nested(adapter, destination)
     choice = conversion.choice(options)
-    prepared = make_merge_plan(base, adapter, choice)
+    prepared = make_merge_plan(base, adapter, choice, follow_links=options["follow_links"])
     workers = checked_workers(options["workers"])
     conversion.dry_run(
         prepared.plan,

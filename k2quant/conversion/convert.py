@@ -59,6 +59,7 @@ def convert(
     allow_split: bool = False,
     workers: int | None = None,
     device: str = "cpu",
+    follow_links: bool = False,
     restart: bool = False,
     soft_lock: bool = False,
     sha256: bool = False,
@@ -81,6 +82,8 @@ def convert(
         allow_split: write what engines fuse (experts of a layer, gate and up, q_a and kv_a) in several formats too.
         workers: threads; None takes one for each core that this process may use.
         device: where the arithmetic runs, `cpu` or `cuda`.
+        follow_links: read files that links in the source lead to, wherever they lie; only for a folder of your own,
+            for whoever made its links chooses which files are read, and copied along.
         restart: throw away what an earlier run of other options or another source left in the destination.
         soft_lock: where the destination's file system has no locks, lock it by a file. What a killed run leaves of it
             is removed by the next one on the same machine; where another finds it, it must be deleted by hand.
@@ -97,7 +100,8 @@ def convert(
     """
     here, there = Path(source), Path(destination)
     refuse_nested(here, there)
-    plan = make_plan(open_checkpoint(here), Options(to, scope, ignore, grid, shard_size, layout, allow_split))
+    options = Options(to, scope, ignore, grid, shard_size, layout, allow_split)
+    plan = make_plan(open_checkpoint(here, follow_links=follow_links), options)
     return carry_out(
         plan,
         there,
@@ -232,7 +236,7 @@ def _report(plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: i
 def _complete(folder: Path, plan: Plan, report: dict[str, Any], *, sha256: bool) -> None:
     """Write everything but the shards, config.json last."""
     for name in plan.copies:
-        check_inside(plan.source.folder, plan.source.folder / name)
+        check_inside(plan.source.folder, plan.source.folder / name, follow_links=plan.source.follow_links)
         copy_file(plan.source.folder / name, folder / name)
         report["files"][name] = _file_facts(folder / name, sha256=sha256)
     last = {INDEX: plan.index} | ({} if plan.config is None else {CONFIG: plan.config})

@@ -71,6 +71,7 @@ def merge(
     shard_size: int | None = None,
     allow_split: bool = False,
     workers: int | None = None,
+    follow_links: bool = False,
     restart: bool = False,
     soft_lock: bool = False,
     sha256: bool = False,
@@ -94,6 +95,7 @@ def merge(
         shard_size: largest output shard in bytes.
         allow_split: write what engines fuse in several formats too.
         workers: threads.
+        follow_links: whether links in the base may lead out of it.
         restart: throw away what an earlier run left.
         soft_lock: lock by a file where there is no other way.
         sha256: note digests of the files.
@@ -111,7 +113,8 @@ def merge(
     here, there, update = Path(base), Path(destination), Path(adapter)
     refuse_nested(here, there)
     refuse_nested(update, there)
-    prepared = make_merge_plan(here, update, Options(to, scope, ignore, grid, shard_size, layout, allow_split))
+    options = Options(to, scope, ignore, grid, shard_size, layout, allow_split)
+    prepared = make_merge_plan(here, update, options, follow_links=follow_links)
     return carry_out(
         prepared.plan,
         there,
@@ -124,7 +127,7 @@ def merge(
     )
 
 
-def make_merge_plan(base: Path, adapter: Path, options: Options) -> MergePlan:
+def make_merge_plan(base: Path, adapter: Path, options: Options, *, follow_links: bool = False) -> MergePlan:
     """Plan a merge. The adapter is read once, for its digest and for NaN; of the base, headers alone.
 
     Raises:
@@ -132,7 +135,7 @@ def make_merge_plan(base: Path, adapter: Path, options: Options) -> MergePlan:
         UsageError: the options make no sense.
     """
     update = open_adapter(adapter)
-    plan = make_plan(open_checkpoint(base), options, substituted=True)
+    plan = make_plan(open_checkpoint(base, follow_links=follow_links), options, substituted=True)
     changes = resolve(update, (job.weight for job in plan.jobs()))
     for job in plan.jobs():
         _check_writable(job, changes.get(job.weight.main.name))

@@ -11,7 +11,7 @@ from typing import cast, get_args
 import torch
 from transformers import GenerationConfig
 
-from k2quant.checkpoint.files.paths import inside, read_limited
+from k2quant.checkpoint.files.paths import read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.errors import CheckpointWarning, UsageError
@@ -35,6 +35,7 @@ def load_model(
     dtype: torch.dtype | str = torch.bfloat16,
     backend: Backend = "auto",
     max_memory: Mapping[int | str, int | str] | None = None,
+    follow_links: bool = False,
     progress: Progress | None = None,
 ) -> K2ForCausalLM:
     """Load a K2 checkpoint as a transformers causal LM, its quantised weights packed as they are on disk.
@@ -52,6 +53,7 @@ def load_model(
         dtype: of activations and of what is not quantised: bfloat16, float16 or float32.
         backend: `auto` for the fused kernels of the device, `reference` for plain torch.
         max_memory: with `auto`, the most that each device may take, such as `{0: "70GiB", "cpu": "100GiB"}`.
+        follow_links: whether links of the folder may lead out of it.
         progress: called with the bytes read and all bytes.
 
     Returns:
@@ -63,7 +65,7 @@ def load_model(
             names and shapes can tell is checked before weights are read.
         UsageError: an option makes no sense.
     """
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path))
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path), follow_links=follow_links)
     assembly = assemble(checkpoint, device=execution_device(device), dtype=dtype, backend=backend)
     mapping = spread(assembly, device, max_memory)
     fill(assembly, resident(assembly, mapping), progress=progress)
@@ -85,8 +87,7 @@ def _tie(assembly: Assembly) -> None:
 
 def _take_generation_config(assembly: Assembly) -> None:
     """Have the model end where its checkpoint says that it ends; without such a file, config.json decides."""
-    folder = assembly.checkpoint.folder
-    path = inside(folder, "generation_config.json")
+    path = assembly.checkpoint.path("generation_config.json")
     if not path.exists():
         return
     settings = parse_object(read_limited(path, _SETTINGS_LIMIT), file=path)

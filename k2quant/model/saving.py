@@ -241,7 +241,7 @@ def _check_places(source: Checkpoint) -> None:
     Raises:
         CheckpointError: they are not what they were when the model was loaded.
     """
-    now = open_checkpoint(source.folder)
+    now = open_checkpoint(source.folder, follow_links=source.follow_links)
     for name in (*source.tensors, *now.tensors):
         meant, found = source.tensors.get(name), now.tensors.get(name)
         if meant != found:

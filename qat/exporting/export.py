@@ -95,6 +95,7 @@ def export_run(
     base: str | os.PathLike[str] | None = None,
     shard_size: int | None = None,
     workers: int | None = None,
+    follow_links: bool = False,
     restart: bool = False,
     soft_lock: bool = False,
     progress: Progress | None = None,
@@ -108,6 +109,7 @@ def export_run(
         base: where the model lies that the training began with; None: where it lay then.
         shard_size: as in `export`, like the others.
         workers: threads.
+        follow_links: whether links of the model's folder may lead out of it.
         restart: throw away what an earlier export left.
         soft_lock: lock by a file where there is no other way.
         progress: called with the bytes done and all bytes.
@@ -120,8 +122,7 @@ def export_run(
     job = read_job(folder) if untrained else Run(folder).job()
     if to not in {None, job.quantize.to}:
         raise UsageError(f"{folder} was trained for {job.quantize.to}, not for {to}; use `k2quant convert` for that")
-    if base is not None:
-        job = dataclasses.replace(job, model=str(base))
+    job = dataclasses.replace(job, model=job.model if base is None else str(base), follow_links=follow_links)
     if why := no_folder(job.model):
         raise UsageError(f"model: {job.model}: {why}; if it was moved, name its place with --model")
     model = load_start(job) if untrained else load_run(folder, job)
@@ -138,7 +139,7 @@ def export_run(
 
 def load_start(job: Job) -> nn.Module:
     """Return a job's model before its first step, prepared for the width of the export."""
-    model = load(Path(job.model), dtype=MASTERS[job.training.masters])
+    model = load(Path(job.model), dtype=MASTERS[job.training.masters], follow_links=job.follow_links)
     return prepare(model, dataclasses.replace(job.quantize, bits=job.final_bits))
 
 
@@ -154,7 +155,7 @@ def load_run(folder: Path, job: Job) -> nn.Module:
         raise CheckpointError(
             "no checkpoint", file=run.checkpoints, remedy="train first: k2quant qat train with the same job"
         )
-    source = open_checkpoint(Path(job.model))
+    source = open_checkpoint(Path(job.model), follow_links=job.follow_links)
     run.check_model(contents(source))
     model = load(source, dtype=MASTERS[job.training.masters])
     step = checkpoints.step_of(found[-1])

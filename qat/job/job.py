@@ -14,7 +14,7 @@ from k2quant.kernels.codecs.grids import PACKED_BITS, largest_code
 from k2quant.qat.config import QATConfig
 from k2quant.qat.job.sections import Data, Distillation, Optimizer, Saving, Training
 
-_NO_PART = {"model", "output", "saving", "trust_remote_code"}  # in what decides the trained weights
+_NO_PART = {"model", "output", "saving", "follow_links", "trust_remote_code"}  # in what decides the trained weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +33,8 @@ class Job:
     optimizer: Optimizer = field(default_factory=Optimizer)
     distill: Distillation | None = None
     saving: Saving = field(default_factory=Saving)
+    follow_links: bool = False
+    """Whether links of the model's folder, and of the teacher's, may lead out of it; an option of the command line."""
     trust_remote_code: bool = False
     """Whether a tokenizer that is code may run; the command line's own option, never a key of a file."""
 

@@ -17,12 +17,18 @@ from k2quant.qat.job.job import Job
 from k2quant.qat.job.limits import whole
 from k2quant.qat.job.sections import Data
 
+_SWITCHES = ("follow_links", "trust_remote_code")  # of the command line, never of a file
 _LIMIT = 2**20  # bytes of a job file
-_NO_KEYS = {"bits", "trust_remote_code"}  # of a file's top: they are read from elsewhere
+_NO_KEYS = {"bits", *_SWITCHES}  # of a file's top: they are read from elsewhere
 
 
-def read_job(path: Path, *, trust_remote_code: bool = False) -> Job:
+def read_job(path: Path, *, trust_remote_code: bool = False, follow_links: bool = False) -> Job:
     """Read a job file.
+
+    Args:
+        path: of the file.
+        trust_remote_code: whether a tokenizer that is code may run.
+        follow_links: whether links of the model's folder, and of the teacher's, may lead out of it.
 
     Raises:
         UsageError: it cannot be read, is no YAML mapping, lacks a key or has an unknown one, or a value makes no sense
@@ -36,7 +42,7 @@ def read_job(path: Path, *, trust_remote_code: bool = False) -> Job:
         _check_effect(job)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
-    return replace(_located(job), trust_remote_code=trust_remote_code)
+    return replace(_located(job), trust_remote_code=trust_remote_code, follow_links=follow_links)
 
 
 def _check_effect(job: Job) -> None:
@@ -81,8 +87,8 @@ def job_from(content: Mapping[Any, Any]) -> Job:
         UsageError: see `read_job`.
     """
     content = dict(content)
-    if "trust_remote_code" in content:
-        raise UsageError("trust_remote_code is no key of a file; it is an option of the command line")
+    if given := next((name for name in _SWITCHES if name in content), None):
+        raise UsageError(f"{given} is no key of a file; it is an option of the command line")
     ramp: tuple[tuple[int, int | None], ...] = ()
     quantize = content.get("quantize")
     if isinstance(quantize, Mapping) and isinstance(quantize.get("bits"), Mapping):

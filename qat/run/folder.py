@@ -183,7 +183,8 @@ class Run:
         content = self._manifest().get("job")
         if not isinstance(content, dict):
             raise MalformedFile("lacks the job", file=path)
-        content.pop("trust_remote_code", None)
+        for switch in ("follow_links", "trust_remote_code"):  # asked for anew each time
+            content.pop(switch, None)
         try:
             return job_from(content)
         except UsageError as error:

@@ -22,20 +22,21 @@ from k2quant.qat.run.shards import is_sharded, like, whole
 
 
 @torch.no_grad()
-def restore(found: Prepared, experts: Sequence[str], base: Path) -> None:
+def restore(found: Prepared, experts: Sequence[str], base: Path, *, follow_links: bool = False) -> None:
     """Give experts the weights that training began with, and plain scales.
 
     Args:
         found: of a prepared model, sharded or not.
         experts: names such as `model.layers.3.mlp.experts.17`.
         base: the checkpoint that training began with.
+        follow_links: whether its links may lead out of it.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     if not experts:
         return
-    source = open_checkpoint(base)
+    source = open_checkpoint(base, follow_links=follow_links)
     weights = {key(weight): weight for weight in group_tensors(source.tensors).weights}
     chosen = set(experts)
     for target in found.targets:

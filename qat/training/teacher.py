@@ -89,7 +89,8 @@ class Teacher:
 
 def _frozen(folder: Path, job: Job, device: torch.device) -> nn.Module:
     """Load a teacher that never changes, in BF16 values."""
-    model = load(folder, dtype=torch.bfloat16 if job.training.precision == "bfloat16" else torch.float32, device=device)
+    dtype = torch.bfloat16 if job.training.precision == "bfloat16" else torch.float32
+    model = load(folder, dtype=dtype, device=device, follow_links=job.follow_links)
     ours = _vocabulary(job)
     if model.config.vocab_size != ours:
         raise UsageError(f"distill: the teacher knows {model.config.vocab_size} tokens, the student {ours}")
@@ -101,7 +102,7 @@ def _frozen(folder: Path, job: Job, device: torch.device) -> nn.Module:
 
 def _vocabulary(job: Job) -> int:
     """Return how many tokens the student knows."""
-    student: Any = open_checkpoint(Path(job.model)).config or {}
+    student: Any = open_checkpoint(Path(job.model), follow_links=job.follow_links).config or {}
     return int(student.get("text_config", student)["vocab_size"])  # the student was built from it
 
 

@@ -130,7 +130,7 @@ class Trainer:
         self.rows, held_out = read_data(job, self.model.config)
         for note in self.rows.notes():
             stage(f"note: {note}")
-        source, files = open_checkpoint(Path(job.model)), None
+        source, files = open_checkpoint(Path(job.model), follow_links=job.follow_links), None
         with self._final_width():
             export, _ = plan_export(self.model, source)  # a result that cannot be saved is not worth a step
         if processes.leads:
@@ -149,16 +149,27 @@ class Trainer:
         """Note what is trained, or check that it is what was begun; return the digests of the teacher's files."""
         stage("reading the digests of the model")
         job = self.job
-        model = contents(open_checkpoint(Path(job.model)))
+        model = contents(open_checkpoint(Path(job.model), follow_links=job.follow_links))
         named = job.distill.teacher if job.distill else None
-        teacher = contents(open_checkpoint(Path(named))) if named else model if job.distill else None
+        teacher = (
+            contents(open_checkpoint(Path(named), follow_links=job.follow_links))
+            if named
+            else model
+            if job.distill
+            else None
+        )
         facts = {"data": self.rows.digest, "held_out": held_out.digest, "model": model, "teacher": teacher}
         self._run.begin(job, facts, restart=restart)
         return teacher
 
     def _load(self) -> nn.Module:
         job, settings = self.job, self.job.training
-        model = load(job.model, dtype=MASTERS[settings.masters], device=self.processes.device)
+        model = load(
+            job.model,
+            dtype=MASTERS[settings.masters],
+            device=self.processes.device,
+            follow_links=job.follow_links,
+        )
         if settings.experts is not None:
             model.set_experts_implementation(settings.experts)
         if settings.gradient_checkpointing:
@@ -366,7 +377,8 @@ class Trainer:
                 self.prepared.set_bits(self.job.final_bits)
         starved = self._monitors.starved(self.job.training.least_tokens, self.processes.total)
         if trained:
-            fallback.restore(self.prepared, [name for name, _ in starved], Path(self.job.model))
+            names = [name for name, _ in starved]
+            fallback.restore(self.prepared, names, Path(self.job.model), follow_links=self.job.follow_links)
             last = self._evaluate(steps)
             _tell(sinks, last)
             self._save(steps)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from k2quant.checkpoint.files.pointers import POINTER_LIMIT, refuse_pointer
-from k2quant.errors import DestinationForeign, MalformedFile, UnsafePath
+from k2quant.errors import CheckpointError, DestinationForeign, MalformedFile, UnsafePath
 
 PARTIAL = ".partial"
 """Suffix of a file that is being written; it is renamed when it is whole and on the disk."""
@@ -28,12 +28,13 @@ def boundary(folder: Path) -> Path:
     return real
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str, *, follow_links: bool = False) -> Path:
     """Return the path of a file of the folder, refusing names and links that lead out of it.
 
     Args:
         folder: the checkpoint's folder.
         name: a plain file name, as an index holds it.
+        follow_links: whether a link may lead anywhere; a name never may.
 
     Raises:
         UnsafePath: the name has a separator, is `.` or `..`, or the file is a link out of the folder.
@@ -43,22 +44,38 @@ def inside(folder: Path, name: str) -> Path:
             "not a plain file name", file=repr(name), remedy="a checkpoint's files lie directly in its folder"
         )
     path = folder / name
-    check_inside(folder, path)
+    check_inside(folder, path, follow_links=follow_links)
     return path
 
 
-def check_inside(folder: Path, path: Path) -> None:
-    """Refuse a path whose links lead out of the folder.
+def check_inside(folder: Path, path: Path, *, follow_links: bool = False) -> None:
+    """Refuse a path whose links lead out of the folder, or nowhere but to themselves.
+
+    Args:
+        folder: the folder.
+        path: of a file in it.
+        follow_links: whether links may lead anywhere.
 
     Raises:
         UnsafePath: it does.
+        CheckpointError: it is a link to nothing.
     """
     try:
         real = path.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links
         raise UnsafePath("cannot be resolved", file=path, found=str(error)) from error
-    if not real.is_relative_to(boundary(folder)):
-        raise UnsafePath("a link that leaves the folder", file=path, found=real, remedy="copy the file into the folder")
+    if not follow_links and not real.is_relative_to(boundary(folder)):
+        raise UnsafePath(
+            "a link that leaves the folder",
+            file=path,
+            found=real,
+            remedy="copy the file into the folder, or, if all its links are your own, say --follow-links "
+            "(follow_links=True)",
+        )
+    if path.is_symlink() and not real.exists():  # else whoever looks finds nothing, and goes on without it
+        raise CheckpointError(
+            "a link to a file that is not there", file=path, found=real, remedy="fetch that file, or remove the link"
+        )
 
 
 def nearest_folder(path: Path) -> Path:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from k2quant.cli.parts import options
+
 _SHOWN = 50
 
 
@@ -13,8 +15,9 @@ _SHOWN = 50
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; default: one for each core.")
+@options.follow_links()
 @click.option("--json", "as_json", is_flag=True, help="Print every difference as JSON.")
-def command(first: Path, second: Path, *, workers: int | None, as_json: bool) -> None:
+def command(first: Path, second: Path, *, workers: int | None, follow_links: bool, as_json: bool) -> None:
     """List the tensors in which two checkpoints differ, and how. Exits 1 when some do.
 
     \b
@@ -29,7 +32,7 @@ def command(first: Path, second: Path, *, workers: int | None, as_json: bool) ->
     from k2quant.ground.pool import checked_workers
 
     with progress("comparing") as show:
-        findings = compare(first, second, workers=checked_workers(workers), progress=show)
+        findings = compare(first, second, workers=checked_workers(workers), follow_links=follow_links, progress=show)
     differences = [finding for finding in findings if unlike(finding)]
     if as_json:
         click.echo(json.dumps([finding_record(finding) for finding in differences], indent=1))

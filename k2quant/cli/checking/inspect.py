@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from k2quant.cli.parts import options
+
 if TYPE_CHECKING:
     from k2quant.checking.inspection import Inspection
 
@@ -15,8 +17,9 @@ _SHOWN = 10  # problems that a person reads before looking for the cause
 
 @click.command(name="inspect")
 @click.argument("source", type=click.Path(path_type=Path))
+@options.follow_links()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(source: Path, *, as_json: bool) -> None:
+def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
     """Describe the checkpoint in SOURCE: formats, counts, bytes, layers, experts, and what does not fit together.
 
     Exits 1 when something would stop a conversion. What config.json promises in vain is said on stderr and stops none.
@@ -30,7 +33,7 @@ def command(source: Path, *, as_json: bool) -> None:
     from k2quant.checking.inspection import inspect
     from k2quant.cli.parts.screen import remark
 
-    found = inspect(source)
+    found = inspect(source, follow_links=follow_links)
     for text in found.remarks:
         remark(text)
     if as_json:

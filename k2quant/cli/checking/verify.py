@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from k2quant.cli.parts import options
 from k2quant.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -27,9 +28,17 @@ _SHOWN = 20
     "--checksums", is_flag=True, help="Compare SOURCE, a finished conversion, with the checksums in its report."
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; default: one for each core.")
+@options.follow_links()
 @click.option("--json", "as_json", is_flag=True, help="Print every finding as JSON.")
 def command(
-    source: Path, destination: Path | None, *, against: Path | None, checksums: bool, workers: int | None, as_json: bool
+    source: Path,
+    destination: Path | None,
+    *,
+    against: Path | None,
+    checksums: bool,
+    workers: int | None,
+    follow_links: bool,
+    as_json: bool,
 ) -> None:
     """Compare DESTINATION with SOURCE by what their tensors mean, or one folder with its checksums.
 
@@ -49,9 +58,11 @@ def command(
         raise UsageError("--against compares two folders; --checksums reads the folder's own report")
     with progress("verifying") as show:
         if destination is None:
-            done = verify_checksums(source, workers=workers, progress=show)
+            done = verify_checksums(source, workers=workers, follow_links=follow_links, progress=show)
         else:
-            done = verify(source, destination, against=against, workers=workers, progress=show)
+            done = verify(
+                source, destination, against=against, workers=workers, follow_links=follow_links, progress=show
+            )
     _print(done, as_json=as_json)
     if not done.passed:
         raise CheckFailed(f"{len(done.failures)} of {max(len(done.findings), len(done.failures))} checks failed")

@@ -30,6 +30,7 @@ _BEFORE_SEARCH = 3  # passes: the baseline, its noise, the damage
 @options.device()
 @options.dtype("float32", "; narrower ones are faster and hide small damage")
 @options.backend()
+@options.follow_links()
 @click.option("--trust-remote-code", is_flag=True, help="Run the tokenizer code of BASE.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON to a file too.")
@@ -45,6 +46,7 @@ def command(
     device: str,
     dtype: str,
     backend: str,
+    follow_links: bool,
     trust_remote_code: bool,
     as_json: bool,
     output: Path | None,
@@ -76,6 +78,7 @@ def command(
             backend=backend,  # type: ignore[arg-type]  # click checked it
             passes=passes,
             progress=show,
+            follow_links=follow_links,
             trust_remote_code=trust_remote_code,
         )
     give(found.as_dict(), lambda: _show(found, dtype), as_json=as_json, output=output)

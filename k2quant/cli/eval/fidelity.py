@@ -41,6 +41,7 @@ _COLUMNS = (
 @options.device()
 @options.dtype()
 @options.backend()
+@options.follow_links()
 @click.option("--trust-remote-code", is_flag=True, help="Run the tokenizer code of BASE.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON to a file too.")
@@ -55,6 +56,7 @@ def command(
     device: str,
     dtype: str,
     backend: str,
+    follow_links: bool,
     trust_remote_code: bool,
     as_json: bool,
     output: Path | None,
@@ -85,6 +87,7 @@ def command(
             device=device,
             dtype=dtype,
             backend=backend,  # type: ignore[arg-type]  # click checked it
+            follow_links=follow_links,
             trust_remote_code=trust_remote_code,
             progress=show,
         )

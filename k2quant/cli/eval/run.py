@@ -73,6 +73,7 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
     help="Folder of a served model's tokenizer, to score text.  [default: that of --served-from]",
 )
 @click.option("--chat-template", is_flag=True, help="Put prompts through the tokenizer's chat template.")
+@options.follow_links()
 @click.option(
     "--trust-remote-code", is_flag=True, help="Run the checkpoint's own code: tokenizer, with hf and vllm model."
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from k2quant.cli.parts.options import Option, soft_lock
+from k2quant.cli.parts.options import Option, follow_links, soft_lock
 from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FORMATS
 from k2quant.kernels.codecs.grids import Grid
@@ -57,6 +57,7 @@ _RUN = (
         "--dry-run", is_flag=True, help="Print what it would cost, write nothing; exit 1 if the disk is too small."
     ),
     click.option("--restart", is_flag=True, help="Throw away what an earlier run left in DESTINATION."),
+    follow_links(),
     soft_lock(),
     click.option("--sha256", is_flag=True, help="Also note a sha256 of each file in the report."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),

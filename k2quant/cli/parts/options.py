@@ -39,6 +39,16 @@ def trust_remote_code() -> Option[Any]:
     )
 
 
+def follow_links() -> Option[Any]:
+    """Whether links of a checkpoint may lead out of its folder."""
+    return click.option(
+        "--follow-links",
+        is_flag=True,
+        help="Read files outside the checkpoint's folder where its links lead there. For folders of your own: whoever "
+        "made the links chooses which of your files are read, and copied along.",
+    )
+
+
 def soft_lock() -> Option[Any]:
     """What keeps two runs out of one folder where the file system cannot."""
     return click.option(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from k2quant.cli.parts import conversion
-from k2quant.cli.parts.options import soft_lock
+from k2quant.cli.parts.options import follow_links, soft_lock
 from k2quant.cli.parts.screen import progress
 from k2quant.formats.known import FORMATS
 
@@ -24,6 +24,7 @@ from k2quant.formats.known import FORMATS
 @click.option("--shard-size", metavar="SIZE", help="Tensor bytes of a shard, such as 5GB; default: as the base.")
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one for each core.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left in DST.")
+@follow_links()
 @soft_lock()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
@@ -35,6 +36,7 @@ def command(
     shard_size: str | None,
     workers: int | None,
     restart: bool,
+    follow_links: bool,
     soft_lock: bool,
     as_json: bool,
 ) -> None:
@@ -63,6 +65,7 @@ def command(
             shard_size=parse_size(shard_size) if shard_size else None,
             workers=workers,
             restart=restart,
+            follow_links=follow_links,
             soft_lock=soft_lock,
             progress=show,
         )

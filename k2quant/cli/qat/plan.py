@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts.options import trust_remote_code
+from k2quant.cli.parts.options import follow_links, trust_remote_code
 
 if TYPE_CHECKING:
     from k2quant.qat.planning import JobPlan
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 @click.command(name="plan")
 @click.argument("job", metavar="JOB.yaml", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="That will train.")
+@follow_links()
 @trust_remote_code()
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-def command(job: Path, *, processes: int, trust_remote_code: bool, as_json: bool) -> None:
+def command(job: Path, *, processes: int, follow_links: bool, trust_remote_code: bool, as_json: bool) -> None:
     """Say what JOB.yaml would train, what memory that takes, and whether its result could be saved.
 
     Nothing is trained, and of the model only headers and a few weights are read. Ends with an error if no routed expert
@@ -31,7 +32,7 @@ def command(job: Path, *, processes: int, trust_remote_code: bool, as_json: bool
     from k2quant.qat.job import read_job
     from k2quant.qat.planning import plan_job
 
-    plan = plan_job(read_job(job, trust_remote_code=trust_remote_code), processes=processes)
+    plan = plan_job(read_job(job, trust_remote_code=trust_remote_code, follow_links=follow_links), processes=processes)
     if as_json:
         import json
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts.options import soft_lock, trust_remote_code
+from k2quant.cli.parts.options import follow_links, soft_lock, trust_remote_code
 from k2quant.cli.parts.screen import remark, training
 
 if TYPE_CHECKING:
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 @click.argument("job", metavar="JOB.yaml", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left in the output folder.")
 @soft_lock()
+@follow_links()
 @trust_remote_code()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(job: Path, *, restart: bool, soft_lock: bool, trust_remote_code: bool, as_json: bool) -> None:
+def command(
+    job: Path, *, restart: bool, soft_lock: bool, follow_links: bool, trust_remote_code: bool, as_json: bool
+) -> None:
     """Train what JOB.yaml says, in one process; the same command after a kill goes on from the last checkpoint.
 
     On several devices: accelerate launch -m k2quant.qat JOB.yaml, or torchrun in the place of accelerate.
@@ -36,7 +39,7 @@ def command(job: Path, *, restart: bool, soft_lock: bool, trust_remote_code: boo
     from k2quant.qat.job import read_job
     from k2quant.qat.training.training import train
 
-    read = read_job(job, trust_remote_code=trust_remote_code)
+    read = read_job(job, trust_remote_code=trust_remote_code, follow_links=follow_links)
     with training("training") as progress:
         stage = None if as_json else remark
         result = train(read, restart=restart, soft_lock=soft_lock, progress=progress, stage=stage)

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
-from k2quant.checkpoint.files.paths import inside, read_limited
+from k2quant.checkpoint.files.paths import read_limited
 from k2quant.errors import CheckpointError, MissingExtra, UnsupportedFormat
 from k2quant.model.generation.ranks import TIKTOKEN, read_ranks
 from k2quant.model.generation.words import Words, read_words, settings_of
@@ -58,13 +58,13 @@ def is_kimi(folder: Path) -> bool:
 
 
 def open_kimi(folder: Path) -> KimiTokenizer:
-    """Return the tokenizer of a folder for which `is_kimi` holds.
+    """Return the tokenizer of a folder for which `is_kimi` holds, and whose files have been checked to lie in it.
 
     Raises:
         MissingExtra: tiktoken is not installed.
         CheckpointError: one of its files lies, or its code splits text in another way than K2's.
     """
-    path = inside(folder, TIKTOKEN)
+    path = folder / TIKTOKEN
     _check_installed(path)
     _check_code(folder)
     ranks = read_ranks(path)
@@ -79,7 +79,7 @@ def _check_installed(path: Path) -> None:
 def _check_code(folder: Path) -> None:
     """Refuse a tokenizer whose own code has another pattern; it is read, never run."""
     for path in sorted(folder.glob("tokenization*.py")):
-        text = read_limited(inside(folder, path.name), _CODE_LIMIT).decode("utf-8", "replace")
+        text = read_limited(path, _CODE_LIMIT).decode("utf-8", "replace")
         if "pat_str" in text and not all(part in text for part in PATTERN):
             raise UnsupportedFormat(
                 "splits text by another pattern than K2's tokenizer",

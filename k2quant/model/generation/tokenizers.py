@@ -23,13 +23,14 @@ _MOVED = "bytes_to_unicode"
 """What tokenization_kimi.py of K2's first releases imports from a place that transformers 5 no longer has."""
 
 
-def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = False, follow_links: bool = False) -> Any:
     """Return a checkpoint's tokenizer.
 
     Args:
         path: folder of the checkpoint.
         trust_remote_code: whether the checkpoint's own Python code may run. K2's tokenizer is such code, but is read
             from tiktoken.model without it.
+        follow_links: whether links of the folder may lead out of it.
 
     Raises:
         CheckpointError: there is none that can be loaded.
@@ -37,17 +38,20 @@ def load_tokenizer(path: str | os.PathLike[str], *, trust_remote_code: bool = Fa
         UnsafePath: a file of the folder is a link that leaves it.
     """
     folder = Path(path)
-    config = architecture(open_checkpoint(folder))  # transformers does not know kimi_k2
-    return open_tokenizer(folder, config=config, trust_remote_code=trust_remote_code)
+    config = architecture(open_checkpoint(folder, follow_links=follow_links))  # transformers does not know kimi_k2
+    return open_tokenizer(folder, config=config, trust_remote_code=trust_remote_code, follow_links=follow_links)
 
 
-def open_tokenizer(folder: Path, *, config: Any = None, trust_remote_code: bool = False) -> Any:
+def open_tokenizer(
+    folder: Path, *, config: Any = None, trust_remote_code: bool = False, follow_links: bool = False
+) -> Any:
     """Return the tokenizer of a folder that need hold nothing else.
 
     Args:
         folder: with its files.
         config: of the model, where transformers might not know the folder's own.
-        trust_remote_code: as in `load_tokenizer`.
+        trust_remote_code: as in `load_tokenizer`, like `follow_links`.
+        follow_links: whether links of the folder may lead out of it.
 
     Raises:
         CheckpointError: there is none that can be loaded.
@@ -56,7 +60,7 @@ def open_tokenizer(folder: Path, *, config: Any = None, trust_remote_code: bool 
     """
     if not any((folder / name).exists() for name in (_FAST, "tokenizer_config.json", TIKTOKEN)):
         raise CheckpointError("has no tokenizer", file=folder, remedy="take its files from the model's release")
-    _check_files(folder)
+    _check_files(folder, follow_links=follow_links)
     ours = [_FAST, "tokenizer_config.json"] if (folder / _FAST).exists() else ["its tokenizer's files"]
     remedy = f"are its files whole? take {' and '.join(ours)} from the model's release"
     with blamed(folder, "its tokenizer cannot be loaded", remedy):
@@ -111,15 +115,15 @@ def _codes(folder: Path, word: str) -> list[Path]:
     """Return the folder's files of tokenizer code in which a word stands."""
     found = []
     for path in sorted(folder.glob("tokenization*.py")):
-        with os.fdopen(open_regular(inside(folder, path.name)), "rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
             if word.encode() in file.read(_CODE_LIMIT):
                 found.append(path)
     return found
 
 
-def _check_files(folder: Path) -> None:
+def _check_files(folder: Path, *, follow_links: bool) -> None:
     """Refuse links that leave the folder and files that are none, for transformers follows and opens anything."""
     for entry in folder.iterdir():
-        path = inside(folder, entry.name)
+        path = inside(folder, entry.name, follow_links=follow_links)
         if not path.is_dir():
             os.close(open_regular(path))

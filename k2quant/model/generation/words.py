@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2quant.checkpoint.files import json_kinds as kinds
-from k2quant.checkpoint.files.paths import inside, read_limited
+from k2quant.checkpoint.files.paths import read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import MalformedFile
 
@@ -58,7 +58,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is no JSON object, or a link out of the folder.
     """
-    path = inside(folder, SETTINGS)
+    path = folder / SETTINGS
     return parse_object(read_limited(path, _LIMIT), file=path) if path.exists() else {}
 
 
@@ -73,7 +73,7 @@ def read_words(folder: Path, ranks: Collection[bytes]) -> Words:
         CheckpointError: the file is not there or lies: an id that is no special token's, a token that stands twice or
             is one of the ranks', one that strips blanks, a task without its token.
     """
-    path = inside(folder, SETTINGS)
+    path = folder / SETTINGS
     if not path.exists():
         remedy = f"take {SETTINGS} from the model's release: it names the special tokens"
         raise MalformedFile("is not there", file=path, remedy=remedy)
@@ -149,7 +149,7 @@ def _known(value: object, task: str, ids: Mapping[str, int]) -> str:
 
 def _template(folder: Path, settings: Mapping[str, Any]) -> Any:
     """Return the chat template; its own file goes before the settings, as in transformers."""
-    path = inside(folder, TEMPLATE)
+    path = folder / TEMPLATE
     if path.exists():
         try:
             return read_limited(path, _LIMIT).decode("utf-8")

@@ -69,6 +69,7 @@ def stream_forward(
     budget: int = _BUDGET,
     folder: str | os.PathLike[str] | None = None,
     soft_lock: bool = False,
+    follow_links: bool = False,
 ) -> Iterator[Tensor]:
     """Run batches through a checkpoint, one decoder layer in memory at a time, and yield their logits.
 
@@ -83,6 +84,7 @@ def stream_forward(
         folder: for these files. A killed pass resumes from it after the last whole layer, when it is called again in
             the same way. Without it they are temporary, and nothing can be resumed.
         soft_lock: where its file system has no locks, lock the folder by a file, as `convert` does.
+        follow_links: whether links of the checkpoint's folder may lead out of it.
 
     Returns:
         an iterator that does the work as it is asked for logits `[B, T, vocabulary]` of each batch in turn. They equal
@@ -100,7 +102,7 @@ def stream_forward(
         raise UsageError(f"budget: expected bytes, found {budget!r}")
     hooks = hooks or LayerHooks()
     inputs = _checked(batches)
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path))
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path), follow_links=follow_links)
     assembly = assemble(checkpoint, device=execution_device(device), dtype=dtype, backend=backend)
     _check_tokens(inputs, assembly.config.vocab_size)
     place = None if folder is None else Path(folder)

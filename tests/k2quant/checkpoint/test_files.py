@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from k2quant.checkpoint.files.paths import open_regular
 from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.reader import CONFIG, INDEX, open_checkpoint
 from k2quant.cli import main
-from k2quant.errors import CheckpointError, K2QuantError, MalformedFile, UsageError
+from k2quant.errors import CheckpointError, DestinationStale, K2QuantError, MalformedFile, UnsafePath, UsageError
 from k2quant.report import write_html
 
 BOM = b"\xef\xbb\xbf"
@@ -120,11 +122,12 @@ def test_what_only_looks_like_a_pointer_is_a_file(source: Path, tmp_path: Path, 
     assert (tmp_path / "out" / "notes.txt").read_bytes() == content
 
 
-def test_a_link_to_nothing_is_named(source: Path, tmp_path: Path) -> None:
-    """The kind's brother: a tokenizer that is a link whose file was not fetched was left out without a word."""
-    (source / "tokenizer.json").unlink()
-    (source / "tokenizer.json").symlink_to("tokenizer.that.is.not.there")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: a link to a file that is not there"):
+@pytest.mark.parametrize("name", ["tokenizer.json", CONFIG, INDEX])
+def test_a_link_to_nothing_is_named(source: Path, tmp_path: Path, name: str) -> None:
+    """The kind's brother: tokenizer or config, links to files that were not fetched, were left out without a word."""
+    (source / name).unlink()
+    (source / name).symlink_to("what.is.not.there")
+    with pytest.raises(CheckpointError, match=rf"{name}: a link to a file that is not there"):
         k2quant.convert(source, tmp_path / "out", to="bf16")
     assert not (tmp_path / "out").exists()
 
@@ -276,3 +279,143 @@ def test_a_server_s_folders_are_told_so_too(option: str, tmp_path: Path, monkeyp
     request = dataclasses.replace(request, **{option: Path(HUB)})  # type: ignore[arg-type]  # either is a path
     with pytest.raises(UsageError, match=GET):
         describe(request, None)
+
+
+# --- links out of the folder ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def linked(source: Path, tmp_path: Path) -> Path:
+    """A folder of links to the shards, index and tokenizer of another, with a config of its own."""
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.name != CONFIG:
+            (folder / path.name).symlink_to(path)
+    (folder / CONFIG).write_bytes((source / CONFIG).read_bytes())
+    return folder
+
+
+def test_a_folder_of_links_is_read_with_the_switch_alone(source: Path, linked: Path, tmp_path: Path) -> None:
+    """Field fault, a good checkpoint refused: one set of shards, two configs. Off by default; the refusal names it."""
+    with pytest.raises(UnsafePath, match=r"a link that leaves the folder.*copy the file.*--follow-links"):
+        k2quant.convert(linked, tmp_path / "out", to="bf16")
+    assert not (tmp_path / "out").exists()
+    k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True)
+    k2quant.convert(source, tmp_path / "plain", to="bf16")
+    for path in (tmp_path / "plain").iterdir():
+        assert path.name == "k2quant_report.json" or (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_conversion_of_links_resumes_with_the_switch_alone(linked: Path, tmp_path: Path) -> None:
+    """What asked for the switch asks for it again: a resumed run and a finished one check links as the first did."""
+    stopped = RuntimeError("stopped")
+
+    def stop(done: int, _total: int) -> None:
+        if done:
+            raise stopped
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True, progress=stop)
+    with pytest.raises(UnsafePath):
+        k2quant.convert(linked, tmp_path / "out", to="bf16")
+    assert not k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True).already_done
+    with pytest.raises(UnsafePath):
+        k2quant.convert(linked, tmp_path / "out", to="bf16")
+    assert k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True).already_done
+
+
+def test_a_link_that_leads_elsewhere_since_is_another_source(linked: Path, k2_bf16: Path, tmp_path: Path) -> None:
+    """A finished output of one set of shards is not taken for that of the set to which the links lead now."""
+    k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True)
+    config = json.loads((k2_bf16 / CONFIG).read_text())
+    for path in list(linked.glob("*.safetensors*")):
+        path.unlink()
+        path.symlink_to(k2_bf16 / path.name)
+    (linked / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(DestinationStale):
+        k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True)
+
+
+@pytest.mark.parametrize("name", ["model-1-of-3.safetensors", INDEX, CONFIG, "tokenizer.json"])
+@pytest.mark.parametrize("kind", ["loop", "pipe", "device", "nowhere", "folder"])
+def test_a_link_that_leads_to_no_file_is_an_error(linked: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """With the switch too, a loop, a pipe, a device or nothing behind a link neither hangs nor goes unsaid."""
+    path = next(linked.glob("*1-of-3*")) if name.startswith("model-") else linked / name
+    path.unlink()
+    if kind == "loop":
+        path.symlink_to(path)
+    elif kind == "pipe":
+        os.mkfifo(tmp_path / "pipe")
+        path.symlink_to(tmp_path / "pipe")
+    else:
+        path.symlink_to({"device": "/dev/zero", "nowhere": "/nowhere", "folder": "/"}[kind])
+    begun = time.monotonic()
+    if name == "tokenizer.json" and kind in {"pipe", "device", "folder"}:  # no file, so nothing to copy
+        k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True)
+        assert not (tmp_path / "out" / name).exists()
+        return
+    with pytest.raises(CheckpointError):
+        k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True)
+    assert time.monotonic() - begun < 5
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["../K2/model.safetensors", "/etc/passwd.safetensors", ".."])
+def test_names_of_the_index_never_leave_the_folder(linked: Path, source: Path, file: str) -> None:
+    """The switch is about links of the folder: a path in the index is refused as ever."""
+    index = json.loads((source / INDEX).read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = file
+    (linked / INDEX).unlink()
+    (linked / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError):
+        open_checkpoint(linked, follow_links=True)
+
+
+def test_every_reader_has_the_switch(linked: Path, source: Path, tmp_path: Path) -> None:
+    """Commands that read a checkpoint refuse the links without `--follow-links` and follow them with it."""
+    k2quant.convert(source, tmp_path / "out", to="bf16")
+    shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    (tmp_path / "out").mkdir()
+    for path in (tmp_path / "elsewhere").iterdir():
+        (tmp_path / "out" / path.name).symlink_to(path)
+    for arguments, code in (
+        (["inspect", str(linked)], 0),
+        (["convert", str(linked), str(tmp_path / "new"), "--to", "int4", "--dry-run"], 0),
+        (["verify", str(source), str(tmp_path / "out")], 0),
+        (["verify", "--checksums", str(tmp_path / "out")], 0),
+        (["diff", str(source), str(tmp_path / "out")], 1),
+    ):
+        refused = CliRunner().invoke(main, arguments)
+        assert refused.exit_code == 1, refused.output
+        assert "--follow-links" in refused.output
+        followed = CliRunner().invoke(main, [*arguments, "--follow-links"])
+        assert followed.exit_code == code, followed.output
+        assert "leaves the folder" not in followed.output
+    for command in (
+        ["merge"],
+        ["generate"],
+        ["qat", "plan"],
+        ["qat", "train"],
+        ["qat", "export"],
+        ["eval", "run"],
+        ["eval", "fidelity"],
+        ["eval", "blame"],
+    ):
+        assert "--follow-links" in CliRunner().invoke(main, [*command, "--help"]).output
+
+
+def test_a_model_of_links_is_loaded_and_hashed(linked: Path, source: Path) -> None:
+    """`load_model`, `qat.load` and the hashes of evaluations follow links where they are asked to, and only there."""
+    from k2quant.eval.runs.identity import model_hash, tokenizer_hash
+    from k2quant.qat import load
+
+    for reads in (k2quant.load_model, load):
+        with pytest.raises(UnsafePath):
+            reads(linked)
+        assert reads(linked, follow_links=True).checkpoint.follow_links
+    for hashes in (model_hash, tokenizer_hash):
+        with pytest.raises(UnsafePath):
+            hashes(linked)
+        assert hashes(linked, follow_links=True) == hashes(source)
