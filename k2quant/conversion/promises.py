@@ -154,11 +154,14 @@ def _dense(text: Mapping[str, Any], found: Inventory) -> Iterator[str]:
         return
     decoder = sorted(layer for layer in found.prefixes if _decodes(layer, text, found))
     sparse = [layer for layer in decoder if layer in found.experts and not _mixes(layer, text)]
-    dense = [layer for layer in decoder if layer in found.dense - found.experts.keys() and _mixes(layer, text)]
-    for layers, has, lacks in ((sparse, "routed experts", "a dense MLP"), (dense, "a dense MLP", "routed experts")):
+    dense = [layer for layer in decoder if layer in found.dense and _mixes(layer, text)]
+    for layers, has, lacks in (
+        (sparse, "routed experts", "a dense MLP"),
+        (dense, "a dense MLP", "a mixture of experts"),
+    ):
         if layers:
             yield (
-                f"first_k_dense_replace is {first}, but layer {layers[0]} has {has} in the place of {lacks} (such "
+                f"first_k_dense_replace is {first}, but layer {layers[0]} has {has} where {lacks} belongs (such "
                 f"layers: {len(layers)}); {_UNFIT}"
             )
 

@@ -90,6 +90,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
         both(says(num_nextn_predict_layers=2), predictor(2)),
         "num_nextn_predict_layers is 2, but layer 3 is none that predicts further tokens (missing layers: 1)",
     ),
+    "the layer for further tokens is counted among the decoder's": (
+        both(says(num_nextn_predict_layers=1, num_hidden_layers=3), predictor(2)),
+        "num_nextn_predict_layers is 1, but layer 3 is none that predicts further tokens (missing layers: 1)",
+    ),
     "the layer for further tokens has lost what makes it one": (
         both(says(num_nextn_predict_layers=1), predictor(2), without("eh_proj.weight", "hnorm.weight", "enorm.weight")),
         "num_nextn_predict_layers is 1, but layer 2 is none that predicts further tokens (missing layers: 1)",
@@ -120,15 +124,19 @@ BROKEN: dict[str, tuple[Change, str]] = {
     ),
     "experts where a dense MLP should be": (
         says(first_k_dense_replace=2),
-        "first_k_dense_replace is 2, but layer 1 has routed experts in the place of a dense MLP (such layers: 1)",
+        "first_k_dense_replace is 2, but layer 1 has routed experts where a dense MLP belongs (such layers: 1)",
     ),
     "a dense MLP where experts should be": (
         says(first_k_dense_replace=0),
-        "first_k_dense_replace is 0, but layer 0 has a dense MLP in the place of routed experts (such layers: 1)",
+        "first_k_dense_replace is 0, but layer 0 has a dense MLP where a mixture of experts belongs (such layers: 1)",
+    ),
+    "a dense MLP beside experts": (
+        lambda _, tensors: tensors.update({f"{LAYER}mlp.up_proj.weight": tensors["model.layers.0.mlp.up_proj.weight"]}),
+        "first_k_dense_replace is 1, but layer 1 has a dense MLP where a mixture of experts belongs (such layers: 1)",
     ),
     "every second layer has experts": (
         says(moe_layer_freq=2),
-        "first_k_dense_replace is 1, but layer 1 has routed experts in the place of a dense MLP (such layers: 1)",
+        "first_k_dense_replace is 1, but layer 1 has routed experts where a dense MLP belongs (such layers: 1)",
     ),
     "a projection of an expert is missing": (
         without("experts.3.up_proj.weight"),
@@ -162,6 +170,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
 }
 
 
+SEVERAL = {"experts too many": 2}
+"""Where one change breaks more than one promise."""
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_promise_is_named(what: str, *, nested: bool, whole: Shard, tmp_path: Path) -> None:
@@ -169,6 +181,7 @@ def test_a_broken_promise_is_named(what: str, *, nested: bool, whole: Shard, tmp
     change, sentence = BROKEN[what]
     found = inspect(written(tmp_path / "K2", whole, change, nested=nested))
     assert [text.startswith(f"config.json: {sentence}") for text in found.remarks].count(True) == 1, found.remarks
+    assert len(found.remarks) == SEVERAL.get(what, 1)
     assert not found.problems
 
 
@@ -189,6 +202,22 @@ def test_a_broken_promise_is_named(what: str, *, nested: bool, whole: Shard, tmp
 def test_a_promise_that_is_kept_is_passed_over(change: Change, whole: Shard, tmp_path: Path) -> None:
     """A promise that is kept, is none, or is nonsense that others refuse, is not said to be broken."""
     assert inspect(written(tmp_path / "K2", whole, change)).remarks == []
+
+
+def test_the_outer_config_may_tie(whole: Shard, tmp_path: Path) -> None:
+    """A promise in `text_config` or around it: `tie_word_embeddings` is looked for in both, the inner one counts."""
+    outer = {"model_type": "kimi_k25", "tie_word_embeddings": True}
+    for inner, count in (({}, 1), ({"tie_word_embeddings": False}, 0)):
+        folder, text = tmp_path / f"K2-{count}", NANO | {"num_hidden_layers": 2}
+        text.pop("tie_word_embeddings", None)
+        write_checkpoint(folder, {"model.safetensors": whole}, {**outer, "text_config": text | inner})
+        assert len(inspect(folder).remarks) == count
+
+
+def test_a_router_without_rows_is_passed_over(whole: Shard, tmp_path: Path) -> None:
+    """A router's tensor without dimensions promises nothing, and breaks nothing here."""
+    bias = {f"{LAYER}mlp.gate.e_score_correction_bias": ("F32", np.zeros((), np.float32))}
+    assert inspect(written(tmp_path / "K2", whole | bias, says())).remarks == []
 
 
 def test_a_vision_tower_that_is_not_there_is_named(k25: Path, tmp_path: Path) -> None:
