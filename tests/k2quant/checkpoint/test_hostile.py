@@ -473,11 +473,11 @@ def test_index_names_an_absent_file(case: Case) -> None:
 
 
 def test_index_names_a_dangling_link(case: Case) -> None:
-    """A link to nothing is a file that is not there."""
+    """A link to nothing is a file that is not there, and is named with what it leads to."""
     case.write(fp8())
     (case.source / SHARDS[1]).unlink()
     (case.source / SHARDS[1]).symlink_to("nothing.safetensors")
-    case.refused(MissingTensor, SHARDS[1])
+    case.refused(CheckpointError, SHARDS[1], "a link to a file that is not there", "nothing.safetensors")
 
 
 def test_index_names_an_absent_tensor(case: Case) -> None:

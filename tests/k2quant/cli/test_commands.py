@@ -80,7 +80,7 @@ def test_errors_are_one_line_without_a_traceback(tmp_path: Path) -> None:
 def test_errors_carry_nothing_to_the_terminal(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     """Line breaks and escape codes in a name arrive as text, on one line, whoever raised the error."""
 
-    def refuse(_source: Path) -> None:
+    def refuse(_source: Path, **_options: object) -> None:
         raise error("x\n\x1b[31mRED\u202e")
 
     monkeypatch.setattr("k2quant.checking.inspection.open_checkpoint", refuse)
