@@ -26,7 +26,7 @@ LINES: dict[str, tuple[Callable[[list[bytes]], list[bytes]], str]] = {
     "no base64": (lambda lines: [*lines, b"a$b= 496"], "line 497 is no token"),
     "a pointer of git-lfs": (
         lambda _: [b"version https://git-lfs.github.com/spec/v1", b"size 5"],
-        "line 1 is no token",
+        "a git-lfs pointer, not the file itself",
     ),
     "no rank": (lambda lines: [*lines, b"AAAA"], "line 497 is no token"),
     "a rank below 0": (lambda lines: [*lines, line(b"\0\0\0", -1)], "line 497 is no token"),
