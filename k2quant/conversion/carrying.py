@@ -95,7 +95,7 @@ def remarks(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> I
     if block is None:
         return
     if claims := sorted(_facts(block)):
-        yield f"config.json asks engines for {listed(claims)}; k2quant computes with neither but in the model's dtype"
+        yield f"config.json asks engines for {listed(claims)}; k2quant runs models without, in their own dtype"
     static = {name for name, found in _used(block) if found == "input"}
     missing = _unscaled((w for w in weights if w.format is not None and w.format.name in static), scales)
     if missing:
