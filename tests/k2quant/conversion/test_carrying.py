@@ -268,6 +268,8 @@ def test_a_key_that_nobody_knows_is_refused_where_codes_are_converted(tmp_path: 
             planned(source, "fp8", substituted=True)
         assert any(key in remark for remark in k2quant.inspect(source).remarks)
         assert not k2quant.inspect(source).problems
+    silent = fp8_source(tmp_path / "silent", nothing=None, no=False, text="", several=[], whole={})
+    assert planned(silent, "bf16").remarks == ()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
