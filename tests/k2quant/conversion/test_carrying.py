@@ -203,6 +203,19 @@ def test_static_activations_stay_where_every_fp8_weight_has_its_scale(tmp_path: 
     assert "static activations" in plan.remarks[0]
 
 
+def test_only_scales_of_inputs_beside_fp8_weights_count(tmp_path: Path) -> None:
+    """A scale of an output makes no input static; one beside a weight that stays BF16 goes, the others stay."""
+    outputs: Shard = {f"{base}.output_scale": SCALE for base in EXPERTS}
+    source = fp8_source(tmp_path / "outputs", outputs, activation_scheme="static")
+    assert block_of(planned(source, "fp8", substituted=True))["activation_scheme"] == "dynamic"
+    stray: Shard = {"lm_head.input_scale": SCALE}
+    source = fp8_source(tmp_path / "stray", INPUTS, bf16("lm_head"), stray, activation_scheme="static")
+    assert {*INPUTS, *stray} <= names_of(planned(source, "fp8"))
+    plan = planned(source, "fp8", substituted=True)
+    assert INPUTS.keys() <= names_of(plan)
+    assert not stray.keys() & names_of(plan)
+
+
 def test_powers_of_two_are_promised_only_of_scales_that_are_copied(tmp_path: Path) -> None:
     """`scale_fmt: ue8m0` is no longer true once a weight is rounded anew, as by a merge: it goes with a word."""
     source = fp8_source(tmp_path / "src", scale_fmt="ue8m0")
@@ -211,6 +224,7 @@ def test_powers_of_two_are_promised_only_of_scales_that_are_copied(tmp_path: Pat
     for plan in (planned(source, "fp8", substituted=True), planned(mixed, "fp8")):
         assert "scale_fmt" not in block_of(plan)
         assert plan.remarks == ("left out, for it tells of the codes as they were: scale_fmt",)
+    assert planned(source, "int4").remarks == planned(source, "bf16").remarks == ()  # which have no such scales
 
 
 def test_the_cache_goes_where_a_config_can_speak_of_it(tmp_path: Path) -> None:
