@@ -253,7 +253,8 @@ def _continued(group: Mapping[str, Any], found: list[dict[str, Any]], recast: Re
     flows = {
         name: found[0][name]
         for name in _FLOWS
-        if found[0].get(name) and (recast.copied or recast.scaled or not is_static(found[0][name]))
+        if found[0].get(name)
+        and (recast.copied or not is_static(found[0][name]) or (recast.scaled and name == "input_activations"))
     }
     return {**group, **flows, "weights": found[0]["weights"] if recast.copied else group["weights"]}
 

@@ -229,9 +229,11 @@ def test_powers_of_two_are_promised_only_of_scales_that_are_copied(tmp_path: Pat
 
 def test_the_cache_goes_where_a_config_can_speak_of_it(tmp_path: Path) -> None:
     """The kind: scales beyond the weights. FP8 -> INT4 keeps scheme and scales; INT4 -> FP8, and BF16, name them."""
-    plan = planned(fp8_source(tmp_path / "fp8", CACHE, kv_cache_scheme=KV), "int4")
-    assert block_of(plan)["kv_cache_scheme"] == KV
-    assert CACHE.keys() <= names_of(plan)
+    source = fp8_source(tmp_path / "fp8", CACHE, kv_cache_scheme=KV, dequantize=True)
+    for plan in (planned(source, "int4"), planned(source, "fp8", substituted=True)):
+        assert block_of(plan)["kv_cache_scheme"] == KV
+        assert CACHE.keys() <= names_of(plan)
+        assert block_of(plan).get("dequantize", False) == (block_of(plan)["quant_method"] == "fp8")
     source = int4_source(tmp_path / "int4", CACHE, kv_cache_scheme=KV)
     for to in ("fp8", "bf16"):
         plan = planned(source, to)
@@ -268,6 +270,32 @@ def test_activations_of_int4_stay_with_int4(tmp_path: Path) -> None:
     for to in ("fp8", "bf16"):
         remarks = planned(source, to).remarks
         assert remarks == ("left out, for the output's config does not say it: input_activations",)
+
+
+def test_static_activations_of_int4_stay_with_their_scales(tmp_path: Path) -> None:
+    """New codes leave the scales of inputs true where each weight has one; those of outputs go with a word."""
+    outputs: Shard = {f"{base}.output_scale": SCALE for base in EXPERTS}
+    group = {"input_activations": STATIC, "output_activations": STATIC}
+    source = int4_source(tmp_path / "src", INPUTS, outputs, group=group)
+    plan = planned(source, "int4", substituted=True)
+    found = block_of(plan)["config_groups"]["group_0"]
+    assert (found["input_activations"], found["output_activations"]) == (STATIC, None)
+    assert INPUTS.keys() <= names_of(plan)
+    assert not outputs.keys() & names_of(plan)
+    assert plan.remarks[0].endswith("does not say it: output_activations")
+    plan = planned(int4_source(tmp_path / "none", outputs, group=group), "int4", substituted=True)
+    assert block_of(plan)["config_groups"]["group_0"]["input_activations"] is None
+
+
+@pytest.mark.parametrize("flow", ["input", "output"])
+def test_verify_misses_scales_that_the_config_speaks_of(tmp_path: Path, flow: str) -> None:
+    """Scales may be missing beside dynamic activations, and not beside static ones."""
+    scales: Shard = {f"{base}.{flow}_scale": SCALE for base in EXPERTS}
+    for name, scheme, failed in (("static", STATIC, set(scales)), ("dynamic", DYNAMIC, set())):
+        group = {f"{flow}_activations": scheme}
+        source = int4_source(tmp_path / f"{name} with", scales, group=group)
+        done = k2quant.verify(source, int4_source(tmp_path / f"{name} without", group=group))
+        assert done.failures.keys() == failed
 
 
 def test_a_key_that_nobody_knows_is_refused_where_codes_are_converted(tmp_path: Path) -> None:
