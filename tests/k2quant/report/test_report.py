@@ -269,6 +269,16 @@ def test_pictures_are_named_and_take_colours_and_font_from_the_page(int4: Path, 
         assert not re.search(r"font(-family)?:", picture)
 
 
+def test_remarks_are_on_the_page(int4: Path, tmp_path: Path) -> None:
+    """What a conversion had to say is on its page; a report of an earlier release has nothing to say."""
+    report = read(int4) | {"remarks": ["the output splits what engines fuse"]}
+    assert "<dt>note</dt><dd>the output splits what engines fuse</dd>" in page(
+        write(tmp_path / "said", report), tmp_path
+    )
+    del report["remarks"]
+    assert "<dt>note</dt>" not in page(write(tmp_path / "silent", report), tmp_path)
+
+
 def test_hostile_names_are_text(int4: Path, tmp_path: Path) -> None:
     """Markup in names of source, tensors, shards, options and folder shows as text and is no element."""
     report, evil = read(int4), EVIL
