@@ -145,10 +145,18 @@ class TestKeys:
         with pytest.raises(UsageError, match=r"job\.yaml"):
             read(tmp_path, text)
 
-    def test_code_may_not_run_by_file(self) -> None:
-        """Whether code may run is said on the command line, never in a file."""
-        with pytest.raises(UsageError, match="option of the command line"):
-            job_from({**LEAST, "trust_remote_code": True})
+    @pytest.mark.parametrize("switch", ["trust_remote_code", "follow_links"])
+    def test_trust_is_not_given_by_file(self, switch: str) -> None:
+        """Whether code may run and links be followed is said on the command line, never in a file."""
+        with pytest.raises(UsageError, match=f"{switch} is no key of a file; it is an option of the command line"):
+            job_from({**LEAST, switch: True})
+
+    def test_links_that_are_followed_make_no_other_training(self, tmp_path: Path) -> None:
+        """A run that was begun with `--follow-links` is the same training without it, where the files lie in place."""
+        (tmp_path / "job.yaml").write_text(yaml.safe_dump(LEAST))
+        followed = read_job(tmp_path / "job.yaml", follow_links=True)
+        assert followed.follow_links
+        assert followed.identity() == read_job(tmp_path / "job.yaml").identity()
 
     def test_empty_section(self, tmp_path: Path) -> None:
         """A section with nothing under it is there, with its defaults: `distill:` alone distils."""

@@ -139,7 +139,7 @@ def written(value: Any) -> Any:
 def as_yaml(job: Job, path: Path) -> Path:
     """Write a job's file."""
     content = written(json.loads(json.dumps(asdict(job))))
-    content.pop("trust_remote_code")
+    del content["trust_remote_code"], content["follow_links"]
     content.pop("bits")
     path.write_text(json.dumps({**content, "saving": {"every": job.saving.every}}))  # JSON is YAML
     return path
@@ -612,7 +612,7 @@ def test_impossible_jobs(sources: Path, ram: Path, name: str, change: dict[str, 
     """A job that cannot be done ends in one line and its exit code before the first step, planned or trained."""
     job = make_job(sources, str(ram / "run"), **change)
     content = written(json.loads(json.dumps(asdict(job))))
-    content.pop("trust_remote_code")
+    del content["trust_remote_code"], content["follow_links"]
     content["quantize"]["bits"] = dict(content.pop("bits")) or content["quantize"]["bits"]
     import yaml
 
@@ -649,6 +649,19 @@ def test_plan(home: Path) -> None:
     assert facts["memory"]["gradients"] == sum(tensor.nbytes for tensor in weights(job).values())
     assert facts["trained"] == sum(tensor.numel() for tensor in weights(job).values())
     assert facts["export_bytes"] == export_run(home / "run", home / "export").report["bytes_written"]
+
+
+def test_plan_follows_links_when_it_is_told_to(home: Path) -> None:
+    """A model whose files are links to elsewhere is planned with `--follow-links`, and with that alone."""
+    job = make_job(home)
+    linked = home / "linked"
+    linked.mkdir()
+    for file in Path(job.model).iterdir():
+        (linked / file.name).symlink_to(file.absolute())
+    path = as_yaml(replace(job, model=str(linked)), home / "job.yaml")
+    assert "--follow-links" in command("plan", path).stderr
+    followed = command("plan", path, "--follow-links")
+    assert followed.exit_code == 0, followed.output
 
 
 def test_plan_looks_at_the_output(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
