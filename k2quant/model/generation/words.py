@@ -131,9 +131,8 @@ def _named(settings: Mapping[str, Any], ids: Mapping[str, int]) -> dict[str, str
 
 
 def _extra(settings: Mapping[str, Any], ids: Mapping[str, int]) -> list[str]:
-    named = settings.get("extra_special_tokens") or settings.get(
-        "additional_special_tokens"
-    )  # of transformers 5; before
+    older = settings.get("additional_special_tokens")  # the name before transformers 5
+    named = settings.get("extra_special_tokens") or older
     if named is None:
         return [token for token in _EXTRA if token in ids]
     return [_known(value, "extra_special_tokens", ids) for value in kinds.values(named)]
