@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types torture package kernels-aot clean
+.PHONY: demo test lint types torture mutants package kernels-aot clean
 
 demo: $(READY)  ## write a small K2, take it through every format and back, check every step
 	$(BIN)/k2quant demo demo-run
@@ -21,6 +21,10 @@ types: $(READY)  ## strict types
 
 torture: $(READY)  ## kill a conversion at 50 random points and compare what the resumed runs write
 	K2QUANT_KILLS=50 $(BIN)/pytest tests/k2quant/conversion/test_kill.py
+
+mutants: $(READY)  ## change the rules one place at a time and see that a test notices; MODULE=k2quant/checkpoint/header.py SAMPLE=20
+	$(BIN)/pip install --quiet --constraint constraints-dev.txt --editable ".[mutants]"
+	$(BIN)/python scripts/mutants.py $(MODULE) $(if $(SAMPLE),--sample $(SAMPLE))
 
 package: $(READY)  ## build wheel and sdist, install the wheel alone elsewhere and convert with it
 	$(BIN)/python scripts/check_package.py

@@ -113,7 +113,7 @@ class _Membership:
 
 
 def _whole(node: Any) -> bool:
-    return node.value.lower().startswith("0x") or node.value.replace("_", "").isdigit()
+    return bool(node.value.lower().startswith("0x") or node.value.replace("_", "").isdigit())
 
 
 def _operators() -> list[Any]:
@@ -148,10 +148,19 @@ def mutants(module: str, source: str) -> list[Mutant]:
             for start, _ in operator.mutation_positions(node):
                 if not _left_alone(node):
                     code = MutationVisitor.mutate_code(source, operator, count)
-                    if code not in {None, source, *found}:
+                    if code is not None and code != source and code not in found and _compiles(code):
                         found[code] = _mutant(module, source, code, node, start[0])
                 count += 1
     return sorted(found.values(), key=lambda mutant: (mutant.line, mutant.after))
+
+
+def _compiles(code: str) -> bool:
+    """Tell whether a change is still Python; one that is not would be noticed by anything."""
+    try:
+        compile(code, "", "exec", dont_inherit=True)
+    except SyntaxError:
+        return False
+    return True
 
 
 def _mutant(module: str, source: str, code: str, node: Any, line: int) -> Mutant:
@@ -212,6 +221,7 @@ def _says_nothing(child: Any, parent: Any) -> bool:
         child.type in _SKIPPED_TYPES
         or (kind == "annassign" and child is parent.children[1])
         or (kind in {"param", "funcdef"} and child is parent.annotation)
+        or (kind == "tfpdef" and child is not first)
         or (kind == "parameters" and child.type == "operator")  # the star before keywords
         or (kind == "argument" and first.type == "name" and first.value in _SKIPPED_ARGUMENTS)
         or (kind == "if_stmt" and _for_types(parent))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,12 +34,13 @@ class Watch(Steady):
     def __init__(self, path: Path) -> None:
         self.seconds: dict[str, float] = {}
         self.lines: dict[str, list[int]] = {}
-        self._file = str(path)
+        self._file = os.path.realpath(path)
+        self._real = cache(os.path.realpath)
         self._sinks: list[set[int]] = []
         self._fixtures: defaultdict[str, set[int]] = defaultdict(set)
 
     def _called(self, frame: FrameType, _event: str, _argument: Any) -> Any:
-        return self._ran if frame.f_code.co_filename == self._file else None
+        return self._ran if self._real(frame.f_code.co_filename) == self._file else None  # by a link, too
 
     def _ran(self, frame: FrameType, _event: str, _argument: Any) -> Any:
         for sink in self._sinks:
@@ -57,7 +60,7 @@ class Watch(Steady):
             return (yield)
         finally:
             sys.settrace(None)
-            threading.settrace(None)  # type: ignore[arg-type]  # the way to end it
+            threading.settrace(None)
             self._sinks.pop()
             self.seconds[item.nodeid] = time.perf_counter() - start
             names: Sequence[str] = getattr(item, "fixturenames", ())

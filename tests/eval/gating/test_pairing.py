@@ -180,7 +180,7 @@ def test_a_task_of_which_more_than_half_says_nothing_is_a_fault_of_the_harness(
     """Two of four hollow outputs may be the model's; three of four are not, on whichever side."""
     full, empty = (task(*(item(n, hollow=n < count) for n in range(4))) for count in (0, hollow))
     tasks = (empty, full) if side == "baseline" else (full, empty)
-    pairs = pair(*map(run, tasks))
+    pairs = pair(run(tasks[0]), run(tasks[1]))
     if not refused:
         check_outputs(pairs)
         return

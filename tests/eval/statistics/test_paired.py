@@ -221,7 +221,8 @@ class TestLevel:
         """The outcomes that pass, or fail, are all that can: with the next one in the order of Z alpha is exceeded."""
         curve = (paired.rejection if upper else paired.acceptance)(n, margin, alpha)
         lost, k = curve + (0 if upper else 1), np.arange(n + 1)  # beside the curve
-        beside = paired.score(*((values[(lost >= 0) & (lost <= k)]) for values in (lost, k - lost)), n, margin)
+        there = (lost >= 0) & (lost <= k)
+        beside = paired.score(lost[there], (k - lost)[there], n, margin)
         threshold = beside.min() + 1e-9 if upper else beside.max() - 1e-9
         wider = exact.score_curve(n, margin, threshold)
         largest = exact.LargestChance(n, margin, upper=upper)

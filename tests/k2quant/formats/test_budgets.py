@@ -44,3 +44,18 @@ def test_an_int4_scale_excuses_what_the_largest_weight_asks_for(amax: float, out
     """Under a scale of 2, an error of 1.1 is half a step for a largest weight of 14, and too much for one of 7."""
     before, after = bits(amax, 2.90625), bits(amax, 4.0)
     assert Int4().outside(before, after, int4_parts(2.0)) == outside
+
+
+@pytest.mark.parametrize(("units", "outside"), [(8, 0), (9, 1)])
+def test_where_scales_are_subnormal_two_to_the_minus_130_is_nothing(units: int, outside: int) -> None:
+    """Eight units of BF16's smallest number are 2^-130: a group whose scale vanished may lose that, and not nine."""
+    before = np.full((1, 32), units, np.uint16)
+    found = Int4().outside(before, np.zeros((1, 32), np.uint16), int4_parts(0.0))
+    assert found == 32 * outside
+
+
+def test_each_row_has_a_step_of_its_own() -> None:
+    """A row is not excused by the large weights of the row beside it."""
+    before, after = np.concatenate((bits(70.0), bits(7.0, 3.4375))), np.concatenate((bits(70.0), bits(7.0, 4.0)))
+    parts = {"weight_packed": np.zeros((2, 4), np.int32), "weight_scale": float_to_bf16(np.array([[10.0], [1.0]]))}
+    assert Int4().outside(before, after, parts) == 1

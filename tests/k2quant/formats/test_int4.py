@@ -156,6 +156,8 @@ def test_values_are_counted_eight_to_a_word() -> None:
     assert Int4().extent({"weight_packed": words}) == (1, 16)
     other = np.array([[0x12345679, 0x000000F0]], np.int32)
     assert Int4().codes_changed({"weight_packed": words}, {"weight_packed": other}) == 2
+    eighth = np.array([[0x12345670, 0]], np.int32)  # the highest bit of a nibble is not the next one's
+    assert Int4().codes_changed({"weight_packed": words}, {"weight_packed": eighth}) == 1
     high = np.array([[0x22345678, 0x00100001]], np.int32)
     assert Int4().codes_changed({"weight_packed": high}, {"weight_packed": words}) == 3
 
@@ -165,7 +167,8 @@ def test_steps_are_the_scales_as_float32(dtype: Any) -> None:
     """BF16 bits are widened, F16 and F32 are what they are."""
     scale = np.array([[0x3F00]], np.uint16) if dtype is np.uint16 else np.array([[0.5]], dtype)
     steps = Int4().steps({"weight_scale": scale})
-    assert (steps.dtype, steps.tolist()) == (np.float32, [[0.5]])
+    assert steps.dtype == np.float32
+    assert steps.tolist() == [[0.5]]
 
 
 SCHEME: dict[str, Any] = {"num_bits": 4, "symmetric": True, "type": "int", "group_size": 32, "strategy": "group"}
@@ -221,7 +224,9 @@ def test_a_group_size_that_is_not_said_means_groups() -> None:
 
 def test_only_groups_of_32_with_bf16_scales_are_multiplied() -> None:
     """And whole ones; everything else is told what it lacks."""
+    assert Int4.trained
     assert Int4().unrunnable((3, 64)) is None
+    assert Int4().unrunnable((2, 48, 64)) is None  # a stack of matrices
     assert Int4().unrunnable((3, 48)) == ("a multiple of 32 columns", (3, 48))
     assert Int4(group=64).unrunnable((3, 64)) is not None
     assert Int4(scale_dtype="F32").unrunnable((3, 64)) is not None

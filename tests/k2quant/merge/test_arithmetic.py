@@ -7,6 +7,7 @@ import pytest
 
 from k2quant.checkpoint.panels import Panel
 from k2quant.formats.bf16 import Bf16
+from k2quant.formats.format import Parts
 from k2quant.formats.int4 import Int4
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.values import U16, float_to_bf16
@@ -21,14 +22,14 @@ def bits(*values: float) -> U16:
 
 
 def test_an_update_is_measured_against_what_is_stored() -> None:
-    """Of an update of 2, -1, 0.5 and 0 the weights got 1, -3, 0 and 0: the sums are these."""
-    exact = np.array([[2.0, -1.0, 0.5, 0.0]])
-    without, after = bits(1, 1, 1, 1), bits(2, -2, 1, 1)
+    """Of an update of 5, -1, 0.5 and 0 the weights got 2, -3, 0 and 0: the sums are these."""
+    exact = np.array([[5.0, -1.0, 0.5, 0.0]])
+    without, after = bits(1, 1, 1, 1), bits(3, -2, 1, 1)
     found = effect(ROUNDING, exact, Panel({"weight": after}, after), Panel({"weight": without}, without), Bf16())
-    assert found.update == 4 + 1 + 0.25
-    assert found.effective == 1 + 9
-    assert found.inner == 2 * 1 + 1 * 3
-    assert found.lost == 1 + 1 + 0.25  # (2 - 1)^2; all of 1, for it moved by 2 too much; all of 0.25
+    assert found.update == 25 + 1 + 0.25
+    assert found.effective == 4 + 9
+    assert found.inner == 5 * 2 + 1 * 3
+    assert found.lost == 9 + 1 + 0.25  # (5 - 2)^2; all of 1, for it moved by 2 too much; all of 0.25
     assert found.codes_changed == 2
     assert (found.groups, found.groups_below_half_step) == (0, 0)
     assert (found.count, found.changed, found.energy, found.error, found.worst) == (4, 1, 2.0, 3.0, 4.0)
@@ -57,7 +58,7 @@ def test_bf16_is_widened_exactly() -> None:
 
 def test_a_band_is_a_view_of_its_rows_in_every_tensor() -> None:
     """What is written to a band is written to the panel."""
-    outputs = {"weight_packed": np.zeros((4, 8), np.int32), "weight_scale": np.zeros((4, 2), np.uint16)}
+    outputs: Parts = {"weight_packed": np.zeros((4, 8), np.int32), "weight_scale": np.zeros((4, 2), np.uint16)}
     band = band_of(Int4(), outputs, 1, 3)
     assert {suffix: array.shape for suffix, array in band.items()} == {"weight_packed": (2, 8), "weight_scale": (2, 2)}
     band["weight_scale"][...] = 1
