@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from k2quant.checkpoint.reader import CONFIG, INDEX, REPORT
+from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 from k2quant.checkpoint.writing.destination import Destination
 from k2quant.conversion import resume
 from k2quant.conversion.plan import Plan
@@ -230,6 +230,7 @@ def test_a_journal_begins_with_what_is_made_and_what_is_done(source: Path, out: 
     assert list(resume.begin(as_destination(half), made, fresh=False)) == ["one"]
     assert half.begun == [head(made), record()]
     assert half.begun[0]["files"] == resume.output_files(made)
+    assert half.begun[0]["journal"] == 1  # another number is another shape, and older journals say 1
     assert half.unlinked == [CONFIG, INDEX, REPORT]
     whole = Folder(out, [head(made), record(), record("two")])
     assert list(resume.begin(as_destination(whole), made, fresh=False)) == ["one", "two"]
@@ -304,6 +305,7 @@ def test_a_report_without_a_size_is_of_no_whole_folder(files: Any, source: Path,
     ("journal", "report", "names"),
     [
         ([{"files": ["one", 2, "three"]}], None, ["one", "three"]),
+        ([{"files": ["one"]}, {"files": ["two"]}, record()], {"files": {"two": {}}}, ["one"]),
         ([{"files": "one"}], None, []),
         ([{}], {"files": {"two": {}}}, []),
         ([], {"files": {"one": {"size": 1}, "two": None}}, ["one", "two"]),
@@ -328,3 +330,12 @@ def test_what_begin_would_find_is_found_without_a_touch(tmp_path: Path, source: 
     assert resume.standing_shards(plan(source), tmp_path / "empty", restart=False) == {}
     assert resume.standing_shards(plan(source), tmp_path / "empty", restart=True) == {}
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_begun_anew_nothing_that_stands_counts(source: Path, out: Path) -> None:
+    """A shard that the journal has is found, unless the folder is to be written anew."""
+    made = plan(source)
+    (out / ".k2quant").mkdir()
+    Destination(out, report=REPORT, incomplete=INCOMPLETE).begin([head(made), record()])
+    assert resume.standing_shards(made, out, restart=False) == {"one": record()}
+    assert resume.standing_shards(made, out, restart=True) == {}
