@@ -100,7 +100,7 @@ def convert(
     """
     here, there = Path(source), Path(destination)
     refuse_nested(here, there)
-    options = Options(to, scope, ignore, grid, shard_size, layout, allow_split)
+    options = Options(to, scope, ignore, grid, shard_size, layout=layout, allow_split=allow_split)
     plan = make_plan(open_checkpoint(here, follow_links=follow_links), options)
     return carry_out(
         plan,

@@ -113,7 +113,7 @@ def merge(
     here, there, update = Path(base), Path(destination), Path(adapter)
     refuse_nested(here, there)
     refuse_nested(update, there)
-    options = Options(to, scope, ignore, grid, shard_size, layout, allow_split)
+    options = Options(to, scope, ignore, grid, shard_size, layout=layout, allow_split=allow_split)
     prepared = make_merge_plan(here, update, options, follow_links=follow_links)
     return carry_out(
         prepared.plan,
