@@ -127,9 +127,14 @@ def _flow(weight: StoredWeight) -> Flow | None:
 
 
 def _requantised(job: Job) -> bool:
-    """Tell whether codes are decoded or made."""
-    formats = (job.weight.format, job.target)
-    return job.target is not None and any(each is not None and each.quantised for each in formats)
+    """Tell whether codes are decoded or made; those whose scales are only widened are as they were.
+
+    A config group may name the dtype of the scales, so that a weight with one counts as made.
+    """
+    stored, target = job.weight.format, job.target
+    if stored is not None and target is not None and stored.relabels(target):
+        return stored.config_group() is not None or target.config_group() is not None
+    return target is not None and any(each is not None and each.quantised for each in (stored, target))
 
 
 def _unscaled(weights: Iterable[StoredWeight], scales: Iterable[StoredWeight]) -> list[str]:

@@ -110,7 +110,7 @@ class Recipe:
         Raises:
             UsageError: one of them is this recipe's doing.
         """
-        changed = {engines.fused(weight.base) for weight in weights if self.format_of(weight)} if splits else set()
+        changed = {engines.fused(weight.base) for weight in weights if self._recasts(weight)} if splits else set()
         made = [split for split in splits if split.fused in changed]
         if made:
             more = f" ({len(made)} such groups)" if len(made) > 1 else ""
@@ -139,8 +139,13 @@ class Recipe:
 
     def _stays(self, weight: StoredWeight) -> bool:
         """Tell whether a quantised weight is copied although no rule takes it."""
-        quantised = weight.format is not None and weight.format.quantised and self.format_of(weight) is None
+        quantised = weight.format is not None and weight.format.quantised and not self._recasts(weight)
         return quantised and not any(rule.takes(weight.base) for rule in self.rules)
+
+    def _recasts(self, weight: StoredWeight) -> bool:
+        """Tell whether a weight gets other values or another format, more than a layout of its own."""
+        target = self.format_of(weight)
+        return target is not None and weight.format is not None and not weight.format.relabels(target)
 
     def rounding(self, stored: Format) -> Format:
         """Return a format with the rounding rule that was asked for it, to write new values in it."""
