@@ -192,9 +192,9 @@ def test_the_dry_run_says_it_too(tmp_path: Path) -> None:
 
 def test_static_activations_stay_where_every_fp8_weight_has_its_scale(tmp_path: Path) -> None:
     """Merged values leave the scales of activations true; a weight that comes to FP8 without one makes them dynamic."""
-    source = fp8_source(tmp_path / "src", INPUTS, activation_scheme="static")
+    source = fp8_source(tmp_path / "src", INPUTS, activation_scheme="Static")  # transformers takes any case
     plan = planned(source, "fp8", substituted=True)
-    assert block_of(plan)["activation_scheme"] == "static"
+    assert block_of(plan)["activation_scheme"] == "Static"
     assert INPUTS.keys() <= names_of(plan)
     other = fp8_source(tmp_path / "more", INPUTS, bf16(f"{ATTENTION}.o_proj"), activation_scheme="static")
     plan = planned(other, "fp8")
