@@ -408,6 +408,8 @@ def test_every_reader_has_the_switch(linked: Path, source: Path, tmp_path: Path)
 
 def test_a_model_of_links_is_loaded_and_hashed(linked: Path, source: Path) -> None:
     """`load_model`, `qat.load` and the hashes of evaluations follow links where they are asked to, and only there."""
+    from k2quant.eval.asking.models import describe
+    from k2quant.eval.asking.request import Request
     from k2quant.eval.runs.identity import model_hash, tokenizer_hash
     from k2quant.qat import load
 
@@ -419,3 +421,7 @@ def test_a_model_of_links_is_loaded_and_hashed(linked: Path, source: Path) -> No
         with pytest.raises(UnsafePath):
             hashes(linked)
         assert hashes(linked, follow_links=True) == hashes(source)
+    request = Request(model="k2", tasks=("gsm8k",), backend="api", base_url="http://x/v1", served_from=linked)
+    with pytest.raises(UnsafePath):
+        describe(request, None)
+    assert describe(dataclasses.replace(request, follow_links=True), None).model_hash == model_hash(source)
