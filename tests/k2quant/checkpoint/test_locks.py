@@ -285,6 +285,26 @@ def test_only_one_of_many_takes_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("lustre")
+def test_what_another_took_over_first_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that found a dead one's lock does not remove the lock of the run that was faster to take it over."""
+    _write(tmp_path / "lock", started=2)
+    theirs = (tmp_path / f"lock{SOFT}").read_bytes()
+    _write(tmp_path / "other")
+
+    def is_dead(holder: Any) -> bool:
+        """Take the lock for a dead one's, and let another be faster."""
+        dead: bool = holder.started == 2
+        if dead:
+            (tmp_path / f"lock{SOFT}").write_bytes((tmp_path / f"other{SOFT}").read_bytes())
+        return dead
+
+    monkeypatch.setattr("k2quant.checkpoint.files.locks._Holder.is_dead", is_dead)
+    with pytest.raises(DestinationInUse, match="another k2quant works here"):
+        take(tmp_path / "lock", folder=tmp_path, soft=True)
+    assert (tmp_path / f"lock{SOFT}").read_bytes() not in {theirs, b""}
+
+
+@pytest.mark.usefixtures("lustre")
 def test_a_take_over_that_was_killed_says_what_to_delete(tmp_path: Path) -> None:
     """A run that was killed while it removed a dead one's lock leaves a file, which the message names."""
     _write(tmp_path / "lock", started=1)
