@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -258,7 +259,7 @@ def test_a_disk_that_is_too_small_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """30 bytes are missing: 30 free ones will do."""
-    monkeypatch.setattr(resume.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     found = Folder(out)
     if enough:
         resume.begin(as_destination(found), plan(source), fresh=False)

@@ -57,5 +57,8 @@ def test_where_scales_are_subnormal_two_to_the_minus_130_is_nothing(units: int, 
 def test_each_row_has_a_step_of_its_own() -> None:
     """A row is not excused by the large weights of the row beside it."""
     before, after = np.concatenate((bits(70.0), bits(7.0, 3.4375))), np.concatenate((bits(70.0), bits(7.0, 4.0)))
-    parts = {"weight_packed": np.zeros((2, 4), np.int32), "weight_scale": float_to_bf16(np.array([[10.0], [1.0]]))}
+    parts: Parts = {
+        "weight_packed": np.zeros((2, 4), np.int32),
+        "weight_scale": float_to_bf16(np.array([[10.0], [1.0]])),
+    }
     assert Int4().outside(before, after, parts) == 1
