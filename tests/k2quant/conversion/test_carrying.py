@@ -399,6 +399,17 @@ def test_an_order_of_columns_that_is_past_is_read(tmp_path: Path, order: object)
     assert new["actorder"] is None
 
 
+def test_a_strategy_that_is_not_named_follows_from_the_group_size(tmp_path: Path) -> None:
+    """As compressed-tensors infers it: -1 is one scale a row, and that is what the tensors must have."""
+    weights = WEIGHTS | {"strategy": None, "group_size": -1}
+    rows: Shard = {f"{EXPERTS[0]}.weight_scale": ("BF16", np.full((64, 1), 0x3F80, np.uint16))}
+    group = {"targets": ["Linear"], "weights": weights}
+    block = int4_block(group=group)
+    assert planned(written(tmp_path / "rows", block, int4(EXPERTS[0]), rows), "bf16").remarks == ()
+    with pytest.raises(CheckpointError, match="one group a row"):
+        planned(written(tmp_path / "groups", block, int4(EXPERTS[0])), "bf16")
+
+
 NO_SCALES: list[tuple[type[CheckpointError], str, Any]] = [
     (DtypeMismatch, "I8", np.ones(1, np.int8)),
     (ShapeMismatch, "F32", np.ones((0,), np.float32)),
