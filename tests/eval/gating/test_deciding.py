@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,9 +27,9 @@ class Found:
     bad: float = 0.5
     worse: float = 0.5
     """Of losses; of gains it is 1."""
-    power: float = 0.9
+    power: float | None = 0.9
+    """None: as much as the share of flips that it is asked for."""
     needed: int | None = 1000
-    asked: list[tuple[Any, ...]] = field(default_factory=list)
 
 
 def run(name: str, tasks: Mapping[str, tuple[int, int, int]], *, candidate: bool) -> Run:
@@ -86,7 +86,12 @@ def decide(monkeypatch: pytest.MonkeyPatch) -> Decide:
             interval=lambda _lost, _gained, _n, _alpha: (-0.01, 0.02),
         )
         monkeypatch.setattr(MODULE, "paired", fake)
-        monkeypatch.setattr(MODULE, "chance_of_pass", lambda n, _margin, _alpha, _flips: of(n).power)
+        powers = {n: one.power for n, one in by_n.items()}
+        monkeypatch.setattr(
+            MODULE,
+            "chance_of_pass",
+            lambda n, _margin, _alpha, flips: flips if powers.get(n, 0.9) is None else of(n).power,
+        )
         pool = of(sum(n for n, _, _ in tasks.values()))
         monkeypatch.setattr(MODULE, "plan", lambda **_: SimpleNamespace(items=pool.needed))
         name = "base" if same_model else "candidate"
@@ -274,6 +279,17 @@ def test_a_group_gives_its_margin_to_tasks_that_have_none(decide: Decide) -> Non
         margins = {task.name: task.margin for task in decide(tasks, tasks=named).tasks}
         assert margins == {"s": 0.1, "t": 0.2}
     assert {task.margin for task in decide(tasks, tasks={"g": 0.1, "s": None}, margin=0.03).tasks} == {0.03, 0.1}
+
+
+def test_power_is_that_of_the_share_of_flips_that_was_seen(decide: Decide) -> None:
+    """Six of 400, lost and gained alike."""
+    assert decide({"t": (400, 5, 1)}, {400: Found(power=None)}).pooled.power == 6 / 400
+
+
+def test_two_models_are_compared_unless_something_else_is_said() -> None:
+    """Without a word it is no A/A run, and 300 items without a flip pass at the usual policy."""
+    verdict = gate(*(run(name, {"t": (300, 0, 0)}, candidate=name != "base") for name in ("base", "candidate")))
+    assert (verdict.same_model, verdict.decision, verdict.policy) == (False, "PASS", Policy())
 
 
 def test_sides_and_policy_are_what_was_compared(decide: Decide) -> None:

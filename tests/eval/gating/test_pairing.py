@@ -135,6 +135,25 @@ def test_tasks_that_only_one_run_has_must_be_left_out_by_name() -> None:
         pair(one, other, ["t", "x"])
 
 
+def test_five_names_of_those_that_are_absent_are_shown() -> None:
+    """A message is a line, however many are missing."""
+    names = [f"x{number}" for number in range(6)]
+    base, candidate = both()
+    with pytest.raises(UsageError, match="has no task x0, x1, x2, x3, x4; it has t"):
+        pair(run(base), run(candidate), names)
+    with pytest.raises(Incomparable, match=r"found x0, x1, x2, x3, x4$"):
+        pair(run(base, *(both(name)[0] for name in names)), run(candidate), ["t", *names])
+
+
+def test_documents_that_stand_twice_in_one_run_each_are_other_items() -> None:
+    """The same documents and as many items, but one run has the first twice and the other the second."""
+    first, second = (Key(f"doc{n}", "prompt", "target") for n in (1, 2))
+    base = task(item(0, key=first), item(1, key=first), item(2, key=second))
+    candidate = task(item(0, key=first), item(1, key=second), item(2, key=second))
+    with pytest.raises(Incomparable, match="0 of 2 prompts or targets differ, the first of document 0"):
+        pair(run(base), run(candidate))
+
+
 @pytest.mark.parametrize(("change", "what"), [({"metric": "f1"}, "metric"), ({"filter": "strict"}, "filter")])
 def test_another_metric_or_filter_is_another_score(change: dict[str, Any], what: str) -> None:
     """The same answers, scored otherwise, are not compared."""
