@@ -1,0 +1,165 @@
+"""Exact chances on few items, where every outcome can be looked at one by one."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy.stats import binom  # type: ignore[import-untyped]  # it has no types
+
+from k2quant.errors import UsageError
+from k2quant.eval.statistics import exact, paired
+from k2quant.eval.statistics.binomial import Counts
+
+UPPER = pytest.mark.parametrize("upper", [False, True])
+
+
+def one_by_one(n: int, margin: float, threshold: float) -> list[int]:
+    """Return the most losses of each number of flips whose Z reaches the threshold, by asking for each."""
+    return [
+        max((lost for lost in range(k + 1) if float(paired.score(lost, k - lost, n, margin)) >= threshold), default=-1)
+        for k in range(n + 1)
+    ]
+
+
+def summed(curve: Counts, n: int, flips: float, losses: float, *, upper: bool) -> float:
+    """Return the chance of the outcomes under or above a curve, as a sum over all numbers of flips."""
+    k = np.arange(n + 1)
+    inside = binom.sf(curve, k, losses) if upper else binom.cdf(curve, k, losses)
+    return float((binom.pmf(k, n, flips) * inside).sum())
+
+
+THRESHOLDS = [-9.0, -1.0, 0.0, 0.4, float(paired.score(2, 3, 12, 0.05)), float(paired.score(5, 0, 12, 0.05)), 9.0]
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+@pytest.mark.parametrize("margin", [0.05, 0.3])
+def test_a_curve_holds_every_outcome_whose_z_reaches_the_threshold(threshold: float, margin: float) -> None:
+    """And no other: a Z that is the threshold reaches it. Curves that are known to lie around it change nothing."""
+    expected = one_by_one(12, margin, threshold)
+    assert exact.score_curve(12, margin, threshold).tolist() == expected
+    around = np.array(expected) - 1, np.array(expected) + 1
+    around = np.maximum(around[0], -1), np.minimum(around[1], np.arange(13))
+    assert exact.score_curve(12, margin, threshold, within=around).tolist() == expected
+    assert exact.score_curve(12, margin, threshold, within=(np.array(expected),) * 2).tolist() == expected
+    assert exact.score_curve(12, margin, threshold, flips=np.array([3, 4, 11])).tolist() == [
+        expected[k] for k in (3, 4, 11)
+    ]
+
+
+@UPPER
+@pytest.mark.parametrize(("n", "margin"), [(1, 0.05), (12, 0.05), (13, 0.3), (3000, 0.01)])
+@pytest.mark.parametrize("threshold", [-3.0, 0.0, 1.6])
+def test_a_chance_is_the_sum_over_all_outcomes(
+    n: int,
+    margin: float,
+    threshold: float,
+    upper: bool,  # noqa: FBT001  a parameter of the test
+) -> None:
+    """From no flips at all to nothing but flips, also where only a part of the sum is looked at."""
+    curve = exact.score_curve(n, margin, threshold)
+    for flips in (0.0, 0.001, 0.02, 0.3, 0.7, 0.999, 1.0):
+        for losses in (0.0, 0.2, 0.5, 0.97, 1.0):
+            found = exact.chance(curve, n, flips, losses, upper=upper)
+            assert found == pytest.approx(summed(curve, n, flips, losses, upper=upper), abs=1e-11)
+            if not upper:
+                assert exact.chance(curve, n, flips, losses) == found
+                assert exact.score_chance(threshold, n, margin, flips, losses) == pytest.approx(found, abs=1e-12)
+
+
+@UPPER
+@pytest.mark.parametrize(("n", "margin"), [(5, 0.3), (12, 0.05), (40, 0.1)])
+def test_the_largest_chance_is_that_of_the_worst_share_of_flips(n: int, margin: float, upper: bool) -> None:  # noqa: FBT001  a parameter of the test
+    """No share of a fine grid has a larger one, and some share has it; at the margin all flips are losses."""
+    largest = exact.LargestChance(n, margin, upper=upper)
+    assert (largest.n, largest.margin, largest.upper) == (n, margin, upper)
+    for threshold in (-1.0, 0.3, 1.0):
+        curve = exact.score_curve(n, margin, threshold)
+        shares = np.linspace(margin, 1.0, 400)
+        fine = [summed(curve, n, share, (share + margin) / (2 * share), upper=upper) for share in shares]
+        found = largest.of(curve)
+        assert max(fine) <= found + 1e-9
+        assert found == pytest.approx(max(fine), abs=2e-3)
+        assert found <= 1
+        peaks = largest.peaks(curve)
+        assert 1 <= len(peaks) <= 4
+        assert max(peaks.values()) == pytest.approx(found, abs=1e-12)
+        assert all(margin <= share <= 1 and largest.at(curve, share) == height for share, height in peaks.items())
+    all_lost = exact.score_curve(n, margin, 0.3)
+    assert largest.at(all_lost, margin) == pytest.approx(summed(all_lost, n, margin, 1.0, upper=upper), abs=1e-12)
+
+
+@UPPER
+def test_a_peak_is_closed_in_on(upper: bool) -> None:  # noqa: FBT001  a parameter of the test
+    """Nothing a thousandth of a standard deviation beside it is higher."""
+    n, margin = 60, 0.05
+    largest = exact.LargestChance(n, margin, upper=upper)
+    curve = exact.score_curve(n, margin, 0.8 if not upper else -0.8)
+    share, height = max(largest.peaks(curve).items(), key=lambda peak: peak[1])
+    near = 1e-3 * math.sqrt(share * (1 - share) / n)
+    assert all(largest.at(curve, min(1.0, max(margin, share + step))) <= height + 1e-9 for step in (-near, near))
+
+
+@pytest.mark.parametrize(("n", "margin"), [(1, 0.05), (30, 0.3), (1000, 0.01), (5000, 0.02)])
+def test_shares_of_flips_lie_close_enough_to_miss_no_maximum(n: int, margin: float) -> None:
+    """From the margin to 1, half a standard deviation apart at most, and forty within twenty flips of either end."""
+    grid = exact._grid(n, margin)  # noqa: SLF001  what the package looks at
+    assert (grid[0], grid[-1]) == (margin, 1.0)
+    assert all(low < high for low, high in pairwise(grid))
+    angles = [math.asin(math.sqrt(share)) for share in grid]
+    assert max(high - low for low, high in pairwise(angles)) <= 0.5 / (2 * math.sqrt(n)) * (1 + 1e-9)
+    reach = min(20 / n, 1 - margin) * (1 + 1e-9)
+    below, above = (
+        [step for step in steps if step > 1e-12]
+        for steps in ([share - margin for share in grid], [1 - share for share in grid])
+    )
+    assert sum(step <= reach for step in below) >= 40
+    assert min(below) == pytest.approx(0.02 / n)
+    assert min(above) == pytest.approx(0.02 / n)
+    if reach < 0.5:
+        assert sum(step <= reach for step in above) >= 40
+
+
+@UPPER
+@pytest.mark.parametrize(("n", "margin", "alpha"), [(8, 0.1, 0.2), (9, 0.3, 0.05), (1, 0.4, 0.45), (3, 0.05, 0.4)])
+def test_the_critical_curve_is_the_largest_set_that_holds_alpha(
+    n: int,
+    margin: float,
+    alpha: float,
+    upper: bool,  # noqa: FBT001  a parameter of the test
+) -> None:
+    """Outcomes are taken in the order of Z, best or worst first, while no share of flips has more than alpha."""
+    largest = exact.LargestChance(n, margin, upper=upper)
+    outcomes = {float(paired.score(lost, k - lost, n, margin)) for k in range(n + 1) for lost in range(k + 1)}
+    expected = exact.score_curve(n, margin, -99.0 if upper else 99.0)
+    for seen in sorted(outcomes, reverse=not upper):
+        curve = exact.score_curve(n, margin, seen + 1e-9 if upper else seen - 1e-9)
+        if largest.of(curve) > alpha:
+            break
+        expected = curve
+    found = exact.critical_curve(n, margin, alpha, upper=upper)
+    assert found.tolist() == expected.tolist()
+    assert not found.flags.writeable
+
+
+def test_arguments_that_make_no_sense_are_refused() -> None:
+    """No items, a margin of 1, an alpha of a half; one item and shares just below are allowed."""
+    for arguments, message in (((0, 0.1, 0.1), "n: "), ((5, 1.0, 0.1), "margin"), ((5, 0.1, 0.5), "alpha")):
+        with pytest.raises(UsageError, match=message):
+            exact.critical_curve(*arguments, upper=False)
+    assert exact.critical_curve(1, 0.9, 0.49, upper=False).tolist() == [0, 0]
+
+
+@UPPER
+def test_outcomes_of_one_z_count_together_however_it_is_rounded(upper: bool) -> None:  # noqa: FBT001  a parameter of the test
+    """Some outcomes have one Z but for its last bits: each has the p-value of both."""
+    n, margin = 20, 0.1
+    outcomes = [(lost, k - lost) for k in range(n + 1) for lost in range(k + 1)]
+    scores = sorted((float(paired.score(*outcome, n, margin)), outcome) for outcome in outcomes)
+    twins = [(one, other) for (a, one), (b, other) in pairwise(scores) if 0 < b - a < 1e-12]
+    for one, other in twins[:5]:
+        values = [(paired.p_bad if upper else paired.p_good)(*outcome, n, margin) for outcome in (one, other)]
+        assert values[0] == values[1]
+    assert twins
