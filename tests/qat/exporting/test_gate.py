@@ -42,7 +42,7 @@ class Export:
         target = Target(name="experts.codes", module=module, parameter="codes", parts=())
         self.places: dict[str, Any] = {
             "codes": Place(target, Part("codes", None, slice(None)), self.codes, moves=True),
-            "plain": Place(None, None, self.plain, moves=True),
+            "plain": Place(None, Part("plain", None, slice(None)), self.plain, moves=True),
             "vector": Place(None, None, self.vector, moves=False),
             "empty": Place(None, None, torch.empty(0), moves=False),
         }
@@ -110,6 +110,13 @@ def test_the_sign_of_a_zero_is_no_difference(export: Export) -> None:
     """INT4 has but one zero."""
     export.seen = torch.where(export.seen == 0, -0.0, export.seen)
     assert export.check() == 4
+
+
+def test_the_smallest_value_is_not_zero(export: Export) -> None:
+    """Beside a weight of one it would vanish; here it is another value."""
+    row, column = (export.seen == 0).nonzero()[0].tolist()
+    export.seen[row, column] = 2.0**-120
+    assert f"1 values differ, the first at row {row}, column {column}" in export.refused()
 
 
 @pytest.mark.parametrize(("row", "column"), [(0, 0), (129, 31), (299, 5)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from k2quant.errors import UsageError
 from k2quant.formats.bf16 import Bf16
@@ -13,6 +14,7 @@ from k2quant.kernels.codecs import reference
 from k2quant.qat.rounding import estimators, scales
 from k2quant.qat.rounding.rules import ROUNDED, Rule, as_bf16, check_packed
 from k2quant.qat.rounding.scales import LearnedScale
+from k2quant.qat.rounding.targets import Target
 
 
 @pytest.mark.parametrize("bits", [8, 5, 1, 0])
@@ -96,3 +98,18 @@ def test_a_scale_is_its_start_times_the_ratio_and_never_vanishes() -> None:
     found.scale().sum().backward()
     assert found.ratio.grad is not None
     assert found.ratio.grad.tolist()[0][0] == 1.0
+
+
+def test_a_target_has_the_scales_that_stand_beside_its_parameter() -> None:
+    """By the parameter's name; without the child, without that name, or with something else there, it has none."""
+    module = nn.Module()
+    module.register_parameter("weight", nn.Parameter(torch.ones(2, 32)))
+    target = Target(name="layer.weight", module=module, parameter="weight", parts=())
+    assert scales.learned_scale(target) is None
+    found = LearnedScale(torch.ones(2, 32), 4)
+    module.add_module(scales.CHILD, nn.ModuleDict({"other": found}))
+    assert scales.learned_scale(target) is None
+    module.add_module(scales.CHILD, nn.ModuleDict({"weight": nn.Identity()}))
+    assert scales.learned_scale(target) is None
+    module.add_module(scales.CHILD, nn.ModuleDict({"weight": found}))
+    assert scales.learned_scale(target) is found
