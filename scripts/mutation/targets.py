@@ -3,47 +3,38 @@
 from __future__ import annotations
 
 _CODECS = "tests/arithmetic/codecs"
-_CONVERSION = (
-    "tests/k2quant/conversion/test_convert.py",
-    "tests/k2quant/conversion/test_safety.py",
-    "tests/k2quant/conversion/test_placing.py",
-)
-_FORMATS = (
-    "tests/k2quant/formats",
-    "tests/k2quant/conversion/test_convert.py",
-    "tests/k2quant/checking/test_verify.py",
-)
-_CHECKPOINT = ("tests/k2quant/checkpoint/test_hostile.py", "tests/k2quant/checkpoint/test_header.py")
+_FORMATS = "tests/k2quant/formats"
+_CHECKPOINT = "tests/k2quant/checkpoint"
+_CONVERSION = "tests/k2quant/conversion"
+_ROUNDING = ("tests/qat/rounding", "tests/qat/test_prepare.py")
+_MADE_UP = f"{_FORMATS}/test_made_up_format.py"
+_CONVERTED = (f"{_CONVERSION}/test_convert.py", "tests/k2quant/checking/test_verify.py")
 
 TARGETS: dict[str, tuple[str, ...]] = {
-    "k2quant/formats/bf16.py": (*_FORMATS, *_CHECKPOINT),
-    "k2quant/formats/fp8.py": (*_FORMATS, *_CHECKPOINT),
-    "k2quant/formats/int4.py": (*_FORMATS, *_CHECKPOINT),
-    "k2quant/formats/compressed_tensors.py": (*_FORMATS, *_CHECKPOINT),
-    "k2quant/conversion/recipe.py": (*_CONVERSION, "tests/k2quant/formats"),
-    "k2quant/conversion/config.py": (*_CONVERSION, *_CHECKPOINT),
-    "k2quant/conversion/resume.py": _CONVERSION,
-    "k2quant/conversion/placing.py": _CONVERSION,
-    "k2quant/checkpoint/header.py": _CHECKPOINT,
-    "k2quant/checkpoint/reader.py": _CHECKPOINT,
-    "k2quant/checkpoint/weights.py": (*_CHECKPOINT, "tests/k2quant/formats"),
-    "kernels/codecs/reference/bf16.py": (
-        f"{_CODECS}/test_bf16.py",
-        f"{_CODECS}/test_fp8.py",
-        f"{_CODECS}/test_int4.py",
-    ),
+    "k2quant/formats/bf16.py": (f"{_FORMATS}/test_bf16.py", _MADE_UP),
+    "k2quant/formats/fp8.py": (_FORMATS, *_CONVERTED, f"{_CHECKPOINT}/test_hostile.py"),
+    "k2quant/formats/int4.py": (f"{_FORMATS}/test_int4.py", f"{_FORMATS}/test_budgets.py", _MADE_UP),
+    "k2quant/formats/compressed_tensors.py": (f"{_FORMATS}/test_compressed_tensors.py", _MADE_UP),
+    "k2quant/conversion/recipe.py": (_FORMATS, *_CONVERTED),
+    "k2quant/conversion/config.py": (*_CONVERTED, f"{_CHECKPOINT}/test_hostile.py"),
+    "k2quant/conversion/resume.py": (f"{_CONVERSION}/test_resume.py", f"{_CONVERSION}/test_safety.py"),
+    "k2quant/conversion/placing.py": (f"{_CONVERSION}/test_placing.py", f"{_CONVERSION}/test_convert.py"),
+    "k2quant/checkpoint/header.py": (f"{_CHECKPOINT}/test_header.py", f"{_CHECKPOINT}/test_hostile.py"),
+    "k2quant/checkpoint/reader.py": (f"{_CHECKPOINT}/test_hostile.py", f"{_CONVERSION}/test_safety.py"),
+    "k2quant/checkpoint/weights.py": (f"{_CHECKPOINT}/test_weights.py", f"{_CHECKPOINT}/test_hostile.py"),
+    "kernels/codecs/reference/bf16.py": tuple(f"{_CODECS}/test_{name}.py" for name in ("bf16", "fp8", "int4")),
     "kernels/codecs/reference/fp8.py": (f"{_CODECS}/test_fp8.py", f"{_CODECS}/test_choose_store.py"),
     "kernels/codecs/reference/int4.py": (f"{_CODECS}/test_int4.py", f"{_CODECS}/test_choose_store.py"),
-    "qat/rounding/rules.py": ("tests/qat/rounding", "tests/qat/test_prepare.py"),
-    "qat/rounding/scales.py": ("tests/qat/rounding", "tests/qat/test_prepare.py"),
-    "qat/rounding/estimators.py": ("tests/qat/rounding", "tests/qat/test_prepare.py"),
+    "qat/rounding/rules.py": _ROUNDING,
+    "qat/rounding/scales.py": _ROUNDING,
+    "qat/rounding/estimators.py": _ROUNDING,
     "qat/exporting/gate.py": ("tests/qat/exporting",),
     "k2quant/merge/arithmetic.py": ("tests/k2quant/merge",),
     "k2quant/merge/update.py": ("tests/k2quant/merge",),
     "eval/gating/gate.py": ("tests/eval/gating",),
     "eval/gating/pairing.py": ("tests/eval/gating",),
     "eval/gating/verdict.py": ("tests/eval/gating",),
-    "eval/statistics/exact.py": ("tests/eval/statistics/test_paired.py",),
-    "eval/statistics/paired.py": ("tests/eval/statistics/test_paired.py",),
+    "eval/statistics/exact.py": ("tests/eval/statistics/test_exact.py", "tests/eval/statistics/test_paired.py"),
+    "eval/statistics/paired.py": ("tests/eval/statistics/test_exact.py", "tests/eval/statistics/test_paired.py"),
 }
 """Module by its path, and test files or folders by theirs."""
