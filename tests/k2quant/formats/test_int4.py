@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.errors import CheckpointError, DtypeMismatch, MissingTensor, ShapeMismatch, UnsupportedFormat
@@ -13,6 +14,8 @@ from k2quant.formats.bf16 import Bf16
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.format import Neighbours
 from k2quant.formats.int4 import Int4
+from k2quant.kernels.codecs import cpu, reference
+from k2quant.kernels.codecs.values import U16, bf16_to_float, float_to_bf16
 
 
 def entry(suffix: str, dtype: str, shape: tuple[int, ...], nbytes: int = 4) -> TensorEntry:
@@ -239,3 +242,37 @@ def test_the_config_of_a_release() -> None:
     assert Int4.claims(group)
     block = Int4().config(["model.layers.1.mlp.experts.0.up_proj"], ["lm_head"])
     assert block["config_groups"]["group_0"]["weights"] == group
+
+
+def on_a_grid() -> U16:
+    """Return BF16 bits `[2, 96]` of whole numbers up to 5 in size: codes at a scale of 1, which amax/7 would miss."""
+    values = np.resize(np.arange(-5, 6), (2, 96)).astype(np.float32)
+    return float_to_bf16(values)
+
+
+def test_choosing_and_storing_is_encoding() -> None:
+    """A scale for each 32 columns of each row; codes at it are the ones that encoding gives."""
+    weights = on_a_grid()
+    scales = Int4().choose(weights, cpu.CODECS)
+    assert bf16_to_float(scales).tolist() == [[1.0] * 3] * 2
+    stored, encoded = (
+        {"weight_packed": np.zeros((2, 12), np.int32), "weight_scale": np.zeros((2, 3), np.uint16)} for _ in range(2)
+    )
+    figures = Int4().store(weights, scales, stored, cpu.CODECS)
+    assert figures == Int4().encode(weights, encoded, cpu.CODECS)
+    assert all((stored[suffix] == encoded[suffix]).all() for suffix in stored)
+    out = np.zeros_like(weights)
+    Int4().decode(stored, out, cpu.CODECS)
+    assert out.tolist() == weights.tolist()
+
+
+def test_training_stores_the_scales_of_plain_rounding() -> None:
+    """Though the weights lie on a grid whose scale could be recovered: the forward pass does not do that either."""
+    weights = torch.from_numpy(on_a_grid().view(np.int16)).view(torch.bfloat16)
+    stored = Int4().exported(weights, 4)
+    plain = reference.plain_int4_scale(weights, "moonshot")
+    assert torch.equal(stored["weight_scale"], plain)
+    assert not (plain == 1).any()
+    assert torch.equal(
+        reference.int4_to_bf16(stored["weight_packed"], plain.float(), 32), Int4().fake_quantized(weights, 4)
+    )
