@@ -58,8 +58,8 @@ def test_a_weight_that_also_stands_there_packed_is_refused() -> None:
 )
 def test_nothing_explains_a_difference_but_the_sign_of_a_zero(before: int, after: int, outside: int) -> None:
     """One bit is one weight that differs."""
-    pair = (np.array([[0x3F80, bits]], np.uint16) for bits in (before, after))
-    assert Bf16().outside(*pair, {}) == outside
+    one, other = (np.array([[0x3F80, bits]], np.uint16) for bits in (before, after))
+    assert Bf16().outside(one, other, {}) == outside
 
 
 def test_bf16_is_copied_and_wider_floats_are_rounded() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from k2quant.errors import MalformedFile, UnsupportedFormat
 from k2quant.formats.compressed_tensors import block, ignore_list, scheme, schemes
+from k2quant.formats.format import Format
 from k2quant.formats.int4 import Int4
 
 EXPERT = "model.layers.1.mlp.experts.{}.up_proj"
@@ -25,7 +26,8 @@ class Other(Int4):
 def test_the_largest_group_is_every_linear_and_the_others_name_their_modules() -> None:
     """Sorted, wherever the largest stands; with two packings each group says its own."""
     few, many = [EXPERT.format(2), EXPERT.format(1)], [EXPERT.format(n) for n in (3, 4, 5)]
-    for groups in ([(Int4(), few), (Other(), many)], [(Int4(), many), (Other(), few)]):
+    orders: list[list[tuple[Format, list[str]]]] = [[(Int4(), few), (Other(), many)], [(Int4(), many), (Other(), few)]]
+    for groups in orders:
         found = block(groups, [])
         made = found["config_groups"]
         targets = [made[f"group_{number}"]["targets"] for number in (0, 1)]

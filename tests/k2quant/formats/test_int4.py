@@ -12,7 +12,7 @@ from k2quant.checkpoint.header import TensorEntry
 from k2quant.errors import CheckpointError, DtypeMismatch, MissingTensor, ShapeMismatch, UnsupportedFormat
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.format import Neighbours
+from k2quant.formats.format import Neighbours, Parts
 from k2quant.formats.int4 import Int4
 from k2quant.kernels.codecs import cpu, reference
 from k2quant.kernels.codecs.values import U16, bf16_to_float, float_to_bf16
@@ -250,14 +250,16 @@ def on_a_grid() -> U16:
     return float_to_bf16(values)
 
 
+def _filled() -> Parts:
+    return {"weight_packed": np.zeros((2, 12), np.int32), "weight_scale": np.zeros((2, 3), np.uint16)}
+
+
 def test_choosing_and_storing_is_encoding() -> None:
     """A scale for each 32 columns of each row; codes at it are the ones that encoding gives."""
     weights = on_a_grid()
     scales = Int4().choose(weights, cpu.CODECS)
     assert bf16_to_float(scales).tolist() == [[1.0] * 3] * 2
-    stored, encoded = (
-        {"weight_packed": np.zeros((2, 12), np.int32), "weight_scale": np.zeros((2, 3), np.uint16)} for _ in range(2)
-    )
+    stored, encoded = _filled(), _filled()
     figures = Int4().store(weights, scales, stored, cpu.CODECS)
     assert figures == Int4().encode(weights, encoded, cpu.CODECS)
     assert all((stored[suffix] == encoded[suffix]).all() for suffix in stored)
