@@ -23,7 +23,7 @@ from mutation.targets import TARGETS
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _MEMORY = Path("/dev/shm")  # noqa: S108  a fresh folder of our own is made in it
 _LIMIT = 3600  # seconds of the run that watches
-_SLACK = 60.0  # seconds that a change's tests may take beyond five times what they took
+_SLACK = 10.0  # seconds that the tests of a change may take beyond four times what they took
 
 
 class Outcome(NamedTuple):
@@ -134,7 +134,7 @@ def module_tried(work: Path, module: str, left: list[Mutant], answering: Sequenc
     noticed: Counter[str] = Counter()
     for mutant in left:
         tests = sorted(before.reaching(mutant, source), key=lambda test: -noticed[test] / (0.1 + before.seconds[test]))
-        limit = _SLACK + 5 * sum(before.seconds[test] for test in tests)
+        limit = _SLACK + 4 * sum(before.seconds[test] for test in tests)
         outcome = tried(folder, scratch, mutant, tests, limit)
         noticed[outcome.by] += outcome.state == "killed"
         yield outcome
