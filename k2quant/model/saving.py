@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k2quant.checkpoint.beside import other_files
+from k2quant.checkpoint.beside import describes_quantization, other_files
 from k2quant.checkpoint.files.paths import copy_file, read_limited, write_whole
 from k2quant.checkpoint.header import ShardHeader, TensorEntry
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, Checkpoint, open_checkpoint
@@ -313,7 +313,8 @@ def _cut(entry: TensorEntry, value: Tensor) -> Iterator[tuple[int, memoryview]]:
 
 def _write_rest(folder: Path, source: Checkpoint) -> None:
     """Copy the other files, then the index, and config.json last."""
-    copies, _ = other_files(source)
+    copies, left_out = other_files(source)
+    copies += tuple(filter(describes_quantization, left_out))  # formats stay, so it is as true as it was
     last = [name for name in (INDEX, CONFIG) if (source.folder / name).exists()]
     for name in copies:
         if not (folder / name).exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,14 @@ def test_saving_keeps_foreign_headers_and_fused_tensors(k2_bf16: Path, tmp_path:
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     save_model(loaded, tmp_path / "saved")
     assert_equal_folders(source, tmp_path / "saved")
+
+
+def test_saving_keeps_what_other_tools_say_of_the_quantization(k2_bf16: Path, tmp_path: Path) -> None:
+    """A conversion leaves `hf_quant_config.json` behind; a saved model keeps formats, and this file."""
+    source = Path(shutil.copytree(k2_bf16, tmp_path / "src"))
+    (source / "hf_quant_config.json").write_text("{}")
+    load_model(source).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "hf_quant_config.json").read_text() == "{}"
 
 
 def test_what_was_changed_is_saved(k2_bf16: Path, tmp_path: Path) -> None:
