@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from mutation.targets import TARGETS
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _MEMORY = Path("/dev/shm")  # noqa: S108  a fresh folder of our own is made in it
 _LIMIT = 3600  # seconds of the run that watches
-_SLACK = 10.0  # seconds that the tests of a change may take beyond four times what they took
+_SLACK = 60.0  # seconds that the tests of a change may take beyond eight times what they took, wherever they hang
 
 
 class Outcome(NamedTuple):
@@ -111,17 +111,18 @@ def watched(folder: Path, scratch: Path, module: str, tests: Sequence[str]) -> W
     return Watched(**answer.content)
 
 
-def tried(folder: Path, scratch: Path, mutant: Mutant, tests: Sequence[str], limit: float) -> Outcome:
+def tried(folder: Path, scratch: Path, mutant: Mutant, tests: Sequence[str], seconds: Mapping[str, float]) -> Outcome:
     """Run the tests that may meet a change, with the change."""
-    from mutation.watching import Select
+    from mutation.watching import ENDLESS, Select
 
     if not tests:
         return Outcome(mutant, "unseen", "", 0.0)
-    select = Select(tests)
+    select = Select(tests, seconds)
+    limit = _SLACK + 8 * sum(seconds[test] for test in tests)
     files = sorted({test.partition("::")[0] for test in tests})
     with changed(folder / mutant.module, mutant.code):
         answer = tested(files, select, limit=limit, scratch=scratch, result=lambda: select.failed, write=False)
-    state = {None: "timeout", 0: "survived", 5: "unseen"}.get(answer.code, "killed")
+    state = {None: "timeout", ENDLESS: "timeout", 0: "survived", 5: "unseen"}.get(answer.code, "killed")
     return Outcome(mutant, state, answer.content or f"exit {answer.code}", answer.seconds)
 
 
@@ -134,8 +135,7 @@ def module_tried(work: Path, module: str, left: list[Mutant], answering: Sequenc
     noticed: Counter[str] = Counter()
     for mutant in left:
         tests = sorted(before.reaching(mutant, source), key=lambda test: -noticed[test] / (0.1 + before.seconds[test]))
-        limit = _SLACK + 4 * sum(before.seconds[test] for test in tests)
-        outcome = tried(folder, scratch, mutant, tests, limit)
+        outcome = tried(folder, scratch, mutant, tests, before.seconds)
         noticed[outcome.by] += outcome.state == "killed"
         yield outcome
 
