@@ -21,6 +21,8 @@ K2QuantError
 ├── MissingExtra         a command whose optional part is not installed           (exit 1)
 └── CheckFailed          a check said no                                          (exit 3)
     └── Inconclusive         a gate could tell neither way                            (exit 4)
+
+Beside it stands CheckpointWarning: what a checkpoint says of itself is not so, and stops nothing.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, Checkpo
 from k2quant.errors import UnsafePath
 
 _OWN = {CONFIG, REPORT, INCOMPLETE}  # written anew, or meant for the source alone
-_NOTES = re.compile(r"k2quant_\w+\.(json|html|txt|lock(\.soft)?)")  # of our commands, about the source's own folder
+_NOTES = re.compile(r"k2quant_\w+\.(json|html|txt|lock(\.soft(\.taking)?)?)")  # of our commands, about the source
 _QUANTIZED_ELSEWHERE = {
     "hf_quant_config.json",  # ModelOpt
     "quantize_config.json",  # GPTQ

@@ -71,13 +71,12 @@ def group_tensors(tensors: Mapping[str, TensorEntry]) -> Grouping:
 
 
 def _doubled(weights: list[StoredWeight]) -> list[CheckpointError]:
-    """Return what is wrong where one weight stands under two spellings of its layer: which is right, nobody knows."""
-    spellings = {names.spelling(weight.base) for weight in weights} - {None}
-    first: dict[tuple[int, str], StoredWeight] = {}
+    """Return what is wrong where one weight stands under two spellings of its name: which is right, nobody knows."""
+    first: dict[str, StoredWeight] = {}
     problems: list[CheckpointError] = []
-    for weight in weights if len(spellings) > 1 else ():
-        place = names.place(weight.base if weight.format else weight.main.name)
-        if place is not None and (other := first.setdefault(place, weight)) is not weight:
+    for weight in weights:
+        name = names.unprefixed(weight.base if weight.format else weight.main.name)
+        if (other := first.setdefault(name, weight)) is not weight:
             same = "stands for the same weight as another"
             problems.append(MalformedFile(same, tensor=weight.main.name, file=weight.main.file, found=other.main.name))
     return problems

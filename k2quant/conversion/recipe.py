@@ -127,13 +127,20 @@ class Recipe:
         if unfit:
             said.append(
                 f"`{shown(unfit[0])}` stays quantised as in the source ({len(unfit)} such): engines that absorb it "
-                "(MLA) want it in BF16 or FP8; convert to bf16 first, then with --scope linear"
+                "(MLA) want it in BF16 or FP8; convert to bf16 first, then again"
             )
         spared = [base for base, _ in kept if any(rule.spares(base) for rule in self.rules)]
         if spared:
             said.append(
                 f"--ignore spares `{shown(spared[0])}`, which stays quantised as in the source ({len(spared)} such): "
                 "to have it in BF16, convert to bf16 first"
+            )
+        named = {*unfit, *spared}
+        others = [base for base, _ in kept if base not in named]
+        if others:
+            said.append(
+                f"`{shown(others[0])}` is out of scope and stays quantised as in the source ({len(others)} such): to "
+                "have it in BF16, convert to bf16 first"
             )
         return said
 

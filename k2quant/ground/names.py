@@ -146,6 +146,11 @@ def fused_experts(name: str) -> FusedExperts | None:
     return FusedExperts(name[: match.start("projection")], projections)
 
 
+def unprefixed(name: str) -> str:
+    """Return what all spellings of a name share, such as `layers.3.mlp.gate.weight` or `embed_tokens.weight`."""
+    return name.removeprefix("language_model.").removeprefix("model.").removeprefix("language_model.")
+
+
 def in_language_model(name: str) -> str | None:
     """Return a tensor's name as a language model that stands alone has it, such as `model.layers.3.mlp.gate.weight`.
 

@@ -35,7 +35,7 @@ def _ranks(change: LowRank) -> slice:
 
 def _of_expert(change: LowRank) -> slice:
     """Return the columns of B that belong to an expert."""
-    return slice(change.expert, None, change.experts)
+    return slice(change.first_column, None, change.column_step)
 
 
 def read(shard: ShardHeader, entry: TensorEntry, rows: slice, columns: slice, scratch: Scratch) -> F64:

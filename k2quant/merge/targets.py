@@ -37,9 +37,9 @@ class LowRank(NamedTuple):
     """The row of A that is this weight's first."""
     first_row: int = 0
     """The row of B, or of the fused parameter, that is this weight's first."""
-    expert: int = 0
+    first_column: int = 0
     """The column of B that is this weight's first."""
-    experts: int = 1
+    column_step: int = 1
     """Columns from one of this weight's to the next."""
     transposed: bool = False
     """Whether the factors are those of the transposed weight."""
@@ -215,8 +215,8 @@ def _experts(
                     scaling,
                     first_rank=expert * rank,
                     first_row=part * fused.rows,
-                    expert=expert,
-                    experts=experts,
+                    first_column=expert,
+                    column_step=experts,
                     transposed=fused.transposed,
                 ),
             )

@@ -22,7 +22,7 @@ _SHOWN = 10  # problems that a person reads before looking for the cause
 def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
     """Describe the checkpoint in SOURCE: formats, counts, bytes, layers, experts, and what does not fit together.
 
-    Exits 1 when something would stop a conversion. What config.json promises in vain is said on stderr and stops none.
+    Exits 1 when something would stop a conversion. What is worth saying and stops none is said on stderr.
 
     \b
     Example:
@@ -35,7 +35,7 @@ def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
 
     found = inspect(source, follow_links=follow_links)
     for text in found.remarks:
-        remark(text)
+        remark(f"note: {text}")
     if as_json:
         click.echo(json.dumps({**found._asdict(), "rows": [row._asdict() for row in found.rows]}, indent=1))
     else:
@@ -66,8 +66,6 @@ def _show(found: Inspection) -> None:
             f"{len(found.stale)} old copies lie in shards where the index does not look for them, such as "
             f"{found.stale[0]}"
         )
-    for remark in found.remarks:
-        click.echo(f"note: {remark}")
     for problem in found.problems[:_SHOWN]:
         click.echo(f"problem: {problem}")
     if len(found.problems) > _SHOWN:

@@ -14,20 +14,22 @@ import click
 
 
 def remark(text: str) -> None:
-    """Say something that is no result."""
-    click.echo(text, err=True)
+    """Say something that is no result, as one line that a terminal can show, whatever of a file stands in it."""
+    from k2quant.errors import printable
+
+    click.echo(printable(text), err=True)
 
 
 @contextlib.contextmanager
 def remarks() -> Iterator[None]:
     """Show what is warned of a checkpoint as a remark, without the line of code that says it."""
-    from k2quant.errors import CheckpointWarning, printable
+    from k2quant.errors import CheckpointWarning
 
     before = warnings.showwarning
 
     def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
         if issubclass(category, CheckpointWarning):
-            remark(printable(str(message)))
+            remark(str(message))
         else:
             before(message, category, *rest, **more)
 

@@ -39,6 +39,13 @@ def test_a_pattern_that_spares_what_is_quantised_already_says_so(k2_thinking: Pa
     assert not k2quant.convert(k2_thinking, tmp_path / "fp8", to="fp8", ignore=(r"layers\.1\.",)).report["remarks"]
 
 
+def test_what_is_out_of_scope_and_stays_quantised_is_said(k2_source: Path, tmp_path: Path) -> None:
+    """FP8 attention of a source stays FP8 where only the experts were asked for: nobody need find that out later."""
+    (said,) = k2quant.convert(k2_source, tmp_path / "out", to="fp8", scope="experts").report["remarks"]
+    assert re.search(r"is out of scope and stays quantised as in the source \(\d+ such\).*convert to bf16 first", said)
+    assert not k2quant.convert(k2_source, tmp_path / "all", to="fp8").report["remarks"]
+
+
 @pytest.mark.parametrize("pattern", ["lm_head", r"mlp\.gate$", r"layers\.0\.", "norm", "embed"])
 def test_a_pattern_of_what_no_scope_takes_is_found(k2_source: Path, tmp_path: Path, pattern: str) -> None:
     """Whoever spares what is spared anyway has named something that is there: no error."""
