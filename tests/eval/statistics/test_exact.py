@@ -86,6 +86,9 @@ def test_the_largest_chance_is_that_of_the_worst_share_of_flips(n: int, margin: 
         peaks = largest.peaks(curve)
         assert 1 <= len(peaks) <= 4
         assert max(peaks.values()) == pytest.approx(found, abs=1e-12)
+        heights = [-1.0, *(largest.at(curve, share) for share in largest.grid), -1.0]
+        tops = sum(a <= b >= c for a, b, c in zip(heights, heights[1:], heights[2:], strict=False))
+        assert len(peaks) == min(4, tops)  # one for each, and none for its neighbours
         assert all(margin <= share <= 1 and largest.at(curve, share) == height for share, height in peaks.items())
     all_lost = exact.score_curve(n, margin, 0.3)
     assert largest.at(all_lost, margin) == pytest.approx(summed(all_lost, n, margin, 1.0, upper=upper), abs=1e-12)
