@@ -147,7 +147,7 @@ def keys(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, Field[Any]]]:
     """Yield the keys of a job file with their types."""
     hints = typing.get_type_hints(kind)
     for part in fields(kind):
-        if kind is Job and part.name in {"bits", "trust_remote_code"}:  # no keys of a file
+        if kind is Job and part.name in {"bits", "follow_links", "trust_remote_code"}:  # no keys of a file
             continue
         inner = [one for one in (hints[part.name], *typing.get_args(hints[part.name])) if is_dataclass(one)]
         if inner:

@@ -97,7 +97,7 @@ def test_float32_source_becomes_bf16(tiny: Path, tmp_path: Path) -> None:
 
 def test_transformers_accepts_our_fp8_config(tiny: Path, tmp_path: Path) -> None:
     """FineGrainedFP8Config takes the block that we write, and its own list of modules that stay as they are."""
-    k2quant.convert(tiny, tmp_path / "fp8", to="fp8", ignore=(r"layers\.0\.mlp\.up_proj",))
+    k2quant.convert(tiny, tmp_path / "fp8", to="fp8", ignore=(r"layers\.0\.mlp\.up_proj",), allow_split=True)
     block = json.loads((tmp_path / "fp8" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     config = TRANSFORMERS.FineGrainedFP8Config.from_dict(block)
     assert tuple(config.weight_block_size) == (128, 128)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,16 +13,8 @@ import pytest
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 from k2quant.checkpoint.writing.destination import Destination
 from k2quant.conversion import resume
-from k2quant.conversion.plan import Plan
+from k2quant.conversion.plan import Options, Plan
 from k2quant.errors import DestinationStale, OutputError, UsageError
-
-
-@dataclass
-class Asked:
-    """The options that a plan was made from."""
-
-    to: str = "int4"
-    ignore: tuple[str, ...] = ("a", "b")
 
 
 class Folder:
@@ -78,7 +70,7 @@ def plan(folder: Path, **changes: Any) -> Plan:
         (folder / "tokenizer").write_bytes(b"xyz")
     known: dict[str, Any] = {
         "values": None,
-        "options": Asked(),
+        "options": Options(to="int4", ignore=("a", "b")),
         "copies": ["tokenizer"],
         "shards": shards,
         "bytes_written": 50,
@@ -137,7 +129,7 @@ def test_two_runs_are_one_where_options_source_and_other_files_are(source: Path)
     status = (source / "tokenizer").stat()
     assert first == {
         "values": None,
-        "options": {"to": "int4", "ignore": ["a", "b"]},
+        "options": {**asdict(Options(to="int4")), "ignore": ["a", "b"]},
         "source": {"index": "abc", "other_files": {"tokenizer": [3, status.st_mtime_ns]}},
     }
 

@@ -156,7 +156,7 @@ def test_all_that_reads_text_reads_it(ranks: dict[bytes, int], k2_thinking: Path
 
 def test_a_folder_of_a_tokenizer_alone_will_do(kimi: Path, ranks: dict[bytes, int]) -> None:
     """Where a server has the model, --tokenizer names a folder without weights; one that lies is still named."""
-    request: Any = SimpleNamespace(trust_remote_code=False)
+    request: Any = SimpleNamespace(trust_remote_code=False, follow_links=False)
     assert _tokenizer(kimi, request).encode("it's") == published(ranks).encode("it's")
     (kimi / "tiktoken.model").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"tiktoken\.model: not every byte"):
