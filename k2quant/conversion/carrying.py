@@ -61,7 +61,10 @@ def carried(
     if block is not None and source is not None and not stale and _same_method(source, block):
         used.add(("", "cache"))  # engines look for them by name, whether or not there is a scheme
     left = [] if recast.copied else [scale for scale in scales if not _is_used(scale, written, used)]
-    remarks = [*_stale(config, (job.weight for job in jobs)), *_left_behind(source, block), *_left_out(left)]
+    remarks = [*_stale(config, (job.weight for job in jobs)), *_left_behind(source, block)]
+    if not stale:
+        remarks += _newly_quantised(source, block)
+    remarks += _left_out(left)
     return Carried(block, frozenset(scale.main.name for scale in left), tuple(remarks))
 
 
@@ -210,6 +213,24 @@ def _left_behind(source: Mapping[str, Any] | None, block: Mapping[str, Any] | No
         told = [name for name, key in keys.items() if key.fate in {"codes", "loading"} and not empty(source.get(name))]
         if lost := [name for name in told if name not in block]:
             yield f"left out, for it tells of the codes as they were: {listed(lost)}"
+
+
+def _newly_quantised(source: Mapping[str, Any] | None, block: Mapping[str, Any] | None) -> Iterator[str]:
+    """Say that the output's block has inputs quantised which the source's leaves as they are."""
+    if alone := [name for name, before in _inputs(source).items() if False in before - _inputs(block).get(name, before)]:
+        yield f"engines will quantise the inputs of {listed(alone)} weights, which by the source's config stay as they are"
+
+
+def _inputs(block: Mapping[str, Any] | None) -> dict[str, set[bool]]:
+    """Return, for each format of which a block speaks, whether inputs are quantised; both where its groups differ."""
+    if block is None:
+        return {}
+    if block.get("quant_method") != compressed_tensors.METHOD:  # a method of its own says how, not whether
+        return {kind.name: {True} for kind in FORMATS.values() if kind.method == block.get("quant_method")}
+    found: dict[str, set[bool]] = {}
+    for group in block["config_groups"].values():
+        found.setdefault(meant_by(group, block).name, set()).add(not empty(group.get("input_activations")))
+    return found
 
 
 def _left_out(scales: list[StoredWeight]) -> Iterator[str]:

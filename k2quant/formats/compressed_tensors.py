@@ -247,14 +247,16 @@ def carried(
 
 
 def _continued(group: Mapping[str, Any], found: list[dict[str, Any]], recast: Recast) -> dict[str, Any]:
-    """Return a group with what the source's groups of the same format, if they agree, say beyond the codes."""
+    """Return a group with what the source's groups of the same format, if they agree, say beyond the codes.
+
+    Activations that the source does not quantise stay so: nobody who made it has seen what becomes of them.
+    """
     if not found or any(said(other) != said(found[0]) for other in found):
         return dict(group)
     flows = {
-        name: found[0][name]
+        name: found[0].get(name)
         for name in _FLOWS
-        if found[0].get(name)
-        and (recast.copied or not is_static(found[0][name]) or (recast.scaled and name == "input_activations"))
+        if recast.copied or not is_static(found[0].get(name)) or (recast.scaled and name == "input_activations")
     }
     return {**group, **flows, "weights": found[0]["weights"] if recast.copied else group["weights"]}
 
@@ -270,14 +272,18 @@ def is_static(scheme: object) -> bool:
 
 
 def flows(group: Mapping[str, Any]) -> list[str]:
-    """Return what a group says of activations, in words; FP8 weights by dynamic FP8 activations go without saying."""
-    weights = group["weights"]
+    """Return what a group says of activations, in words; FP8 weights by dynamic FP8 inputs go without saying."""
+    usual = _is_float8(group["weights"]) and _is_float8(group.get("input_activations"))
     return [
         name
         for name in _FLOWS
-        if group.get(name)
-        and not (weights.get("type") == "float" and weights.get("num_bits") == 8 and not is_static(group[name]))
+        if group.get(name) and not (usual and name == "input_activations" and not is_static(group[name]))
     ]
+
+
+def _is_float8(scheme: object) -> bool:
+    """Tell whether a scheme has 8-bit floats; where it does not count the bits, compressed-tensors takes 8."""
+    return isinstance(scheme, dict) and scheme.get("type") == "float" and scheme.get("num_bits", 8) == 8
 
 
 def _check_packing(packing: object, known: Mapping[str, str]) -> None:

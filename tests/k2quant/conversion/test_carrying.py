@@ -163,6 +163,79 @@ def test_groups_of_one_format_that_differ_keep_their_targets(tmp_path: Path) -> 
     assert plan.remarks == ()
 
 
+FP8_WEIGHTS: dict[str, Any] = {
+    "num_bits": 8,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "block",
+    "block_structure": [128, 128],
+}
+FP8_INPUTS: dict[str, Any] = {**KV, "strategy": "group", "group_size": 128, "dynamic": True}
+
+
+def other_fp8(base: str) -> Shard:
+    """Return a block-FP8 weight of 64 x 64 ones in compressed-tensors' layout."""
+    weight, scale = fp8(base).values()
+    return {f"{base}.weight": weight, f"{base}.weight_scale": scale}
+
+
+def other_fp8_source(folder: Path, *more: Shard, **flows: Any) -> Path:
+    """Write two FP8 experts in that layout, and a block whose one group says this of activations."""
+    groups = {"group_0": {"targets": ["Linear"], "weights": FP8_WEIGHTS, **flows}}
+    block = int4_block(format="float-quantized", config_groups=groups)
+    return written(folder, block, *map(other_fp8, EXPERTS), *more)
+
+
+@pytest.mark.parametrize("inputs", [None, FP8_INPUTS, KV | {"type": "int", "strategy": "token", "dynamic": True}])
+@pytest.mark.parametrize("more", [{}, bf16(f"{ATTENTION}.o_proj")], ids=["copied", "with new codes"])
+def test_fp8_of_weights_alone_stays_so(tmp_path: Path, inputs: dict[str, Any] | None, more: Shard) -> None:
+    """The kind: keys that are dropped. W8A16 has no inputs of FP8, W8A8 has those that it had, with new codes too."""
+    source = open_checkpoint(other_fp8_source(tmp_path, more, input_activations=inputs))
+    plan = make_plan(source, Options(to="fp8", layout="compressed-tensors", shard_size=5000))
+    assert block_of(plan)["config_groups"]["group_0"]["input_activations"] == inputs
+    assert plan.remarks == ()
+
+
+def test_a_layout_that_cannot_leave_inputs_alone_says_so(tmp_path: Path) -> None:
+    """The kind: keys that are dropped. DeepSeek's block always means FP8 inputs; INT4 and BF16 have none, as before."""
+    said = "engines will quantise the inputs of fp8 weights, which by the source's config stay as they are"
+    alone = other_fp8_source(tmp_path / "alone", input_activations=None)
+    assert planned(alone, "fp8").remarks == (said,)
+    assert planned(alone, "int4").remarks == planned(alone, "bf16").remarks == ()
+    usual = other_fp8_source(tmp_path / "usual", input_activations=FP8_INPUTS)
+    assert planned(usual, "fp8").remarks == planned(usual, "bf16").remarks == ()
+
+
+def test_groups_of_fp8_that_differ_in_their_inputs_are_told_apart(tmp_path: Path) -> None:
+    """With new codes both become one group with FP8 inputs, and that is said."""
+    groups = {
+        "a": {"targets": [EXPERTS[0]], "weights": FP8_WEIGHTS, "input_activations": FP8_INPUTS},
+        "b": {"targets": [EXPERTS[1]], "weights": FP8_WEIGHTS},
+    }
+    block = int4_block(format="float-quantized", config_groups=groups)
+    source = open_checkpoint(written(tmp_path, block, *map(other_fp8, EXPERTS), bf16(f"{ATTENTION}.o_proj")))
+    plan = make_plan(source, Options(to="fp8", layout="compressed-tensors"))
+    assert block_of(plan)["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
+    assert "engines will quantise the inputs of fp8 weights" in plan.remarks[0]
+
+
+@pytest.mark.parametrize(
+    "flows",
+    [
+        {"input_activations": FP8_INPUTS | {"type": "int"}},
+        {"input_activations": FP8_INPUTS | {"num_bits": 4}},
+        {"input_activations": FP8_INPUTS, "output_activations": FP8_INPUTS},
+    ],
+    ids=["int8", "fp4", "outputs"],
+)
+def test_activations_that_are_not_those_of_block_fp8_are_said(tmp_path: Path, flows: dict[str, Any]) -> None:
+    """The kind: keys that are dropped. INT8 inputs, or quantised outputs, of FP8 weights are not what FP8 means."""
+    source = other_fp8_source(tmp_path, **flows)
+    name = list(flows)[-1]
+    for to in ("fp8", "bf16"):
+        assert planned(source, to).remarks == (f"left out, for the output's config does not say it: {name}",)
+
+
 # --- weights that change ----------------------------------------------------------------------------------------------
 
 
