@@ -78,16 +78,22 @@ def check_finished(folder: Destination, report: dict[str, Any], plan: Plan) -> N
     if changed:
         raise _stale(folder, "finished", changed)
     last = {INDEX: len(plan.index)} | ({} if plan.config is None else {CONFIG: len(plan.config)})
-    for name, size in (_sizes(report) | last).items():
-        path = folder.folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise DestinationStale(
-                "was finished, but is not whole any more",
-                file=path,
-                expected=f"{size} bytes",
-                found=f"{path.stat().st_size} bytes" if path.is_file() else "nothing",
-                remedy="write it anew with --restart",
-            )
+    sizes = _sizes(report)
+    for name, size in (sizes | last | sizes).items():
+        _check_size(folder.folder / name, size, "was finished, but is not whole any more")
+    for name, size in last.items():  # the options are the same: another release says more, or less, of them
+        _check_size(folder.folder / name, size, f"was finished by k2quant {report.get('version')}, which wrote another")
+
+
+def _check_size(path: Path, size: object, message: str) -> None:
+    if not path.is_file() or path.stat().st_size != size:
+        raise DestinationStale(
+            message,
+            file=path,
+            expected=f"{size} bytes",
+            found=f"{path.stat().st_size} bytes" if path.is_file() else "nothing",
+            remedy="write it anew with --restart",
+        )
 
 
 def _completed(options: object) -> object:

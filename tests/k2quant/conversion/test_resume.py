@@ -16,6 +16,8 @@ from k2quant.conversion import resume
 from k2quant.conversion.plan import Options, Plan
 from k2quant.errors import DestinationStale, OutputError, UsageError
 
+ASKED = Options("int4", ignore=("a", "b"))
+
 
 class Folder:
     """A destination: what its journal and report say, and what was done to it."""
@@ -70,7 +72,7 @@ def plan(folder: Path, **changes: Any) -> Plan:
         (folder / "tokenizer").write_bytes(b"xyz")
     known: dict[str, Any] = {
         "values": None,
-        "options": Options(to="int4", ignore=("a", "b")),
+        "options": ASKED,
         "copies": ["tokenizer"],
         "shards": shards,
         "bytes_written": 50,
@@ -129,7 +131,7 @@ def test_two_runs_are_one_where_options_source_and_other_files_are(source: Path)
     status = (source / "tokenizer").stat()
     assert first == {
         "values": None,
-        "options": {**asdict(Options(to="int4")), "ignore": ["a", "b"]},
+        "options": {**asdict(ASKED), "ignore": ["a", "b"]},
         "source": {"index": "abc", "other_files": {"tokenizer": [3, status.st_mtime_ns]}},
     }
 
@@ -263,17 +265,18 @@ def test_a_disk_that_is_too_small_is_refused(
 
 
 def test_a_finished_folder_is_that_of_the_same_call_and_whole(source: Path, out: Path) -> None:
-    """Every file of the report has its size, and index and config those of the plan, where there is one."""
+    """Every file of the report has its size there; index and config have those of the plan, where there is one."""
     made = plan(source)
     for name, size in ((INDEX, 5), (CONFIG, 3)):
         (out / name).write_bytes(bytes(size))
-    report = resume.identity(made) | {"files": {"one": {"size": 10}, "two": {"size": 10}}}
+    shards = {"one": {"size": 10}, "two": {"size": 10}}
+    report = resume.identity(made) | {"files": {**shards, INDEX: {"size": 5}, CONFIG: {"size": 3}}}
     finished = as_destination(Folder(out, report=report))
     resume.check_finished(finished, report, made)
     with pytest.raises(DestinationStale, match="finished conversion of other options and another source"):
         resume.check_finished(finished, report | {"options": {}, "source": {}}, made)
     (out / CONFIG).write_bytes(bytes(4))
-    resume.check_finished(finished, report, plan(source, config=None))
+    resume.check_finished(finished, report | {"files": shards}, plan(source, config=None))
     for name, content, found in ((CONFIG, bytes(4), "4 bytes"), (INDEX, None, "nothing"), ("two", bytes(9), "9 bytes")):
         path = out / name
         before = path.read_bytes()
@@ -283,6 +286,21 @@ def test_a_finished_folder_is_that_of_the_same_call_and_whole(source: Path, out:
             resume.check_finished(finished, report, made)
         assert name in str(caught.value)
         path.write_bytes(before)
+
+
+@pytest.mark.parametrize("name", [INDEX, CONFIG])
+def test_a_whole_folder_of_a_release_that_writes_another_config_is_not_called_damaged(
+    name: str, source: Path, out: Path
+) -> None:
+    """The kind: a message that is not so. All files are as its report has them: what differs is what would be made."""
+    made = plan(source)
+    sizes = {INDEX: 5, CONFIG: 3} | {name: 9}
+    for file, size in sizes.items():
+        (out / file).write_bytes(bytes(size))
+    report = resume.identity(made) | {"version": "0.9", "files": {f: {"size": size} for f, size in sizes.items()}}
+    with pytest.raises(DestinationStale, match=r"was finished by k2quant 0\.9, which wrote another") as caught:
+        resume.check_finished(as_destination(Folder(out, report=report)), report, made)
+    assert "--restart" in str(caught.value)
 
 
 @pytest.mark.parametrize("files", [{"one": 10}, {"one": {}}, {"one": {"size": "10"}}])
