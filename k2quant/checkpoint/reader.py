@@ -62,15 +62,24 @@ class Checkpoint:
         """Those of `unlisted` that are old copies: the index looks for the same tensor in another place."""
         return tuple(name for name in self.unlisted if name in self.tensors or _first_part(name) in self.tensors)
 
+    def config_bytes(self) -> bytes:
+        """Return what stands in config.json, which is there.
+
+        Raises:
+            MalformedFile: it has grown beyond all measure since it was read, or is no regular file any more.
+            UnsafePath: it has become a link out of the folder.
+            OSError: it cannot be read.
+        """
+        return read_limited(self.path(CONFIG), _CONFIG_LIMIT)
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies this source: sizes, times and header digests of its shards, and its config."""
-        config = self.folder / CONFIG
         return {
             "shards": {
                 name: {"size": shard.size, "mtime_ns": shard.mtime_ns, "header_sha256": shard.sha256}
                 for name, shard in self.shards.items()
             },
-            "config_sha256": hashlib.sha256(read_limited(config, _CONFIG_LIMIT)).hexdigest() if self.config else None,
+            "config_sha256": hashlib.sha256(self.config_bytes()).hexdigest() if self.config else None,
             "tensors_sha256": hashlib.sha256(
                 "\n".join(f"{entry.file} {name}" for name, entry in self.tensors.items()).encode()
             ).hexdigest(),

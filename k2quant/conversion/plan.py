@@ -21,7 +21,7 @@ from k2quant.conversion.placing import Job, ShardPlan, as_json, index_of, place
 from k2quant.conversion.promises import broken_promises, inventory
 from k2quant.conversion.recipe import Recipe, make_recipe
 from k2quant.errors import CheckpointError, UsageError
-from k2quant.formats.format import Layout, Scope
+from k2quant.formats.format import Layout, Scope, listed
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
 from k2quant.ground.units import one_of
@@ -155,7 +155,8 @@ def plan_of(
     shards = place(weights, recipe, options.shard_size)
     try:
         found, rounded = _carried(source, shards, recipe, substituted=substituted)
-        edited, (copies, left_out) = _config(source, found, rounded=rounded), other_files(source)
+        config_json = _config(source, found, rounded=rounded)
+        copies, left_out = other_files(source)
     except OSError as error:
         message = "cannot be read"
         raise CheckpointError(message, file=error.filename or source.folder, found=error.strerror) from error
@@ -169,7 +170,7 @@ def plan_of(
         *recipe.remarks(weights),
         *found.remarks,
     )
-    return Plan(source, recipe, options, shards, index_of(shards), edited, copies, left_out, remarks=remarks)
+    return Plan(source, recipe, options, shards, index_of(shards), config_json, copies, left_out, remarks=remarks)
 
 
 def _carried(
@@ -205,7 +206,7 @@ def _config(source: Checkpoint, found: Carried, *, rounded: bool) -> bytes | Non
         return None
     if found.block is None and not rounded and not config.quantization_blocks(source.config):
         # Whatever else stands there stays as it is; but engines read no file that begins with a byte-order mark.
-        return without_mark((source.folder / CONFIG).read_bytes(), file=source.folder / CONFIG)
+        return without_mark(source.config_bytes(), file=source.folder / CONFIG)
     return as_json(config.edited(source.config, found.block, rounded_to_bf16=rounded))
 
 
@@ -213,18 +214,26 @@ def _remarks(source: Checkpoint, left_out: tuple[str, ...]) -> Iterator[str]:
     """Say what of the source's files is not in the output."""
     weights = [name for name in left_out if not describes_quantization(name)]
     if weights:
-        yield f"left out, for the index does not name them: {', '.join(weights)}"
+        yield f"left out, for the index does not name them: {listed(map(relatives.shown, weights))}"
     if described := [name for name in left_out if name not in weights]:
-        yield f"left out, for it describes another quantization than the output has: {', '.join(described)}"
+        yield (
+            "left out, for it describes another quantization than the output has: "
+            f"{listed(map(relatives.shown, described))}"
+        )
     stale = frozenset(source.stale)
     if strays := [name for name in source.unlisted if name not in stale]:
-        yield f"left out, for the index does not name them: {len(strays):,} tensors of the shards, such as {strays[0]}"
+        such = relatives.shown(strays[0])
+        yield f"left out, for the index does not name them: {len(strays):,} tensors of the shards, such as {such}"
     if stale:
-        yield f"left out, for the index looks elsewhere for them: {len(stale):,} old copies, such as {min(stale)}"
+        such = relatives.shown(min(stale))
+        yield f"left out, for the index looks elsewhere for them: {len(stale):,} old copies, such as {such}"
 
 
 def describe(plan: Plan) -> dict[str, dict[str, int]]:
-    """Count the weights of each class by what is done with them: `copied`, `relabelled`, or `FORMAT -> FORMAT`."""
+    """Count the weights of each class by what is done with them: `copied`, `relabelled`, or `FORMAT -> FORMAT`.
+
+    A weight is relabelled whose codes and scales stay as they are, under other names or with scales widened to float32.
+    """
     table: dict[str, dict[str, int]] = {}
     for job in plan.jobs():
         done = "copied"

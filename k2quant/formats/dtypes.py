@@ -46,6 +46,9 @@ DTYPES = {
 FLOATS = ("BF16", "F16", "F32")
 """The dtypes in which a weight that is not quantised may be stored."""
 
+SCALES = (*FLOATS, "F8_E8M0")
+"""The dtypes that `widened` reads: all of them exact in float32."""
+
 
 class TensorSpec(NamedTuple):
     """What a header says of one tensor."""
@@ -68,10 +71,6 @@ def row_bytes(spec: TensorSpec) -> int:
 def as_array(data: NDArray[np.uint8], spec: TensorSpec) -> NDArray[Any]:
     """View bytes as the array that a spec describes."""
     return data.view(DTYPES[spec.dtype].numpy).reshape(spec.shape)
-
-
-SCALES = (*FLOATS, "F8_E8M0")
-"""The dtypes that `widened` reads: all of them exact in float32."""
 
 
 def widened(scale: NDArray[Any]) -> NDArray[np.float32]:

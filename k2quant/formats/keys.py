@@ -48,7 +48,8 @@ class Recast(NamedTuple):
     """What a conversion does to weights, as far as it decides which keys are still true."""
 
     copied: bool
-    """Whether every weight that is quantised, before or afterwards, is copied byte for byte."""
+    """Whether every weight that is quantised, before or afterwards, keeps its codes and scales under a block that still
+    describes them: copied byte for byte, or with scales widened to float32 of which no block says the dtype."""
     scaled: bool
     """Whether every weight that a config would say static activations of has their scale."""
 

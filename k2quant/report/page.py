@@ -60,7 +60,7 @@ def _phrase(way: Way, total: Sum) -> str:
     if way == NARROWED:
         return f"rounded {some} F16 or F32 to BF16"
     if source == target and total.figures is None:
-        return f"kept codes and scales of {tensors(total.tensors)} in {source} under other names"
+        return f"kept codes and scales of {tensors(total.tensors)} in {source}, under other names or as float32 scales"
     if total.figures is None:
         return f"wrote {some} {source} as {target}, bit-equal to {_TIMES}"
     if total.figures.exact:
