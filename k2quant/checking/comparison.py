@@ -172,6 +172,15 @@ def compare(
         CheckpointError: one of the folders holds no sound checkpoint.
     """
     a, b = (open_checkpoint(folder, follow_links=follow_links) for folder in (first, second))
+    return compare_opened(a, b, workers=workers, progress=progress)
+
+
+def compare_opened(a: Checkpoint, b: Checkpoint, *, workers: int, progress: Progress | None = None) -> list[Finding]:
+    """Compare every tensor of two checkpoints that are open; see `compare`.
+
+    Raises:
+        CheckpointError: one of them is not sound.
+    """
     ours, theirs = _weights(a), _weights(b)
     pairs = {key: _Pair(weight, theirs[key], {}) for key, weight in ours.items() if key in theirs}
     _Comparison(a, b, list(pairs.values()), progress).run(workers)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from k2quant.checking.comparison import Finding, Progress, compare
+from k2quant.checking.comparison import Finding, Progress, compare_opened
 from k2quant.checkpoint.files.checksum import combine, crc32
 from k2quant.checkpoint.files.paths import check_inside, read_limited
 from k2quant.checkpoint.files.sources import check_folder
@@ -21,7 +21,7 @@ from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.weights import group_tensors
 from k2quant.checkpoint.writing.destination import REPORT_LIMIT
 from k2quant.conversion.carrying import spoken_of
-from k2quant.conversion.config import check_output
+from k2quant.conversion.config import believed, check_output
 from k2quant.errors import CheckpointError, MalformedFile
 from k2quant.formats.activations import flow
 from k2quant.formats.known import FORMATS
@@ -58,7 +58,8 @@ def verify(
 
     A weight in the same format must be byte-equal; one that became BF16 must be bit-equal to what its codes mean; one
     that was rounded must lie within the rounding of its format (`Format.outside`). Scales of activations and of the KV
-    cache may be missing where the config of the converted checkpoint does not speak of them.
+    cache may be missing where the config of the converted checkpoint does not speak of them, those of the cache only
+    where it has another `quant_method` than the source's.
 
     Args:
         source: folder of the source.
@@ -71,16 +72,12 @@ def verify(
     Raises:
         CheckpointError: one of the folders holds no sound checkpoint.
     """
-    findings = compare(
-        Path(source),
-        Path(destination),
-        workers=checked_workers(workers),
-        follow_links=follow_links,
-        progress=progress,
-    )
+    threads = checked_workers(workers)
+    before, after = (open_checkpoint(Path(folder), follow_links=follow_links) for folder in (source, destination))
+    findings = compare_opened(before, after, workers=threads, progress=progress)
     stored = read_report(Path(against))["tensors"] if against is not None else None
-    failures = _config_failure(Path(destination), follow_links=follow_links)
-    idle = set() if failures else _idle_scales(Path(destination), findings, follow_links=follow_links)
+    failures = _config_failure(after)
+    idle = set() if failures else _idle_scales(before, after, findings)
     for finding in findings:
         if finding.name in idle:
             continue
@@ -90,9 +87,8 @@ def verify(
     return Verification(findings, failures)
 
 
-def _config_failure(folder: Path, *, follow_links: bool) -> dict[str, str]:
+def _config_failure(checkpoint: Checkpoint) -> dict[str, str]:
     """Say why an engine could not load the tensors with the config beside them."""
-    checkpoint = open_checkpoint(folder, follow_links=follow_links)
     try:
         check_output(checkpoint.config, group_tensors(checkpoint.tensors).weights)
     except CheckpointError as error:
@@ -100,11 +96,14 @@ def _config_failure(folder: Path, *, follow_links: bool) -> dict[str, str]:
     return {}
 
 
-def _idle_scales(folder: Path, findings: list[Finding], *, follow_links: bool) -> set[str]:
-    """Return the scales that were left out, and for which the config that is there has no use."""
-    config = open_checkpoint(folder, follow_links=follow_links).config
+def _idle_scales(before: Checkpoint, after: Checkpoint, findings: list[Finding]) -> set[str]:
+    """Return the scales that were left out, and for which engines have no use by the config that is there."""
     missing = [finding.name for finding in findings if finding.relation == "missing"]
-    return {name for name in missing if flow(suffix := names.split(name)[1]) and not spoken_of(config, suffix)}
+    idle = {name: suffix for name in missing if flow(suffix := names.split(name)[1])}
+    if not idle:
+        return set()
+    source = believed(before.config, group_tensors(before.tensors).weights)
+    return {name for name, suffix in idle.items() if not spoken_of(after.config, source, suffix)}
 
 
 def _failure(finding: Finding) -> str | None:

@@ -12,7 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from k2quant.checkpoint.weights import StoredWeight
-from k2quant.conversion.config import is_stale, keys_of, meant_by, quantization_of
+from k2quant.conversion import relatives
+from k2quant.conversion.config import (
+    believed,
+    claimed,
+    is_stale,
+    keys_of,
+    meant_by,
+    quantization_blocks,
+    quantization_of,
+    unclaimed,
+)
 from k2quant.conversion.placing import Job
 from k2quant.errors import UnsupportedFormat
 from k2quant.formats import compressed_tensors
@@ -20,6 +30,17 @@ from k2quant.formats.activations import Flow, flow
 from k2quant.formats.format import listed
 from k2quant.formats.keys import FILE, Recast, empty, shown, uncarried
 from k2quant.formats.known import FORMATS
+
+_NAMED = 5  # keys in a remark
+
+
+class _Uses(NamedTuple):
+    """Which scales a block takes from the checkpoint."""
+
+    cache: bool
+    """Those of the KV cache."""
+    flows: frozenset[tuple[str, Flow]]
+    """Those of inputs or outputs, beside weights of a format."""
 
 
 class Carried(NamedTuple):
@@ -47,37 +68,44 @@ def carried(
     Raises:
         UnsupportedFormat: the source's block has a key of which k2quant knows nothing, and codes are converted.
     """
-    jobs, source = list(jobs), quantization_of(config)
+    jobs = list(jobs)
+    weights = [job.weight for job in jobs]
+    source = believed(config, weights)
     scales = [job.weight for job in jobs if _flow(job.weight) is not None]
     recast = Recast(
         copied=fresh is not None and not substituted and not any(map(_requantised, jobs)),
         scaled=not _unscaled((job.weight for job in jobs if job.written and job.written.quantised), scales),
     )
     if source is not None and not recast.copied:
-        check_decodable({"quantization_config": source})
-    stale = is_stale(config, (job.weight for job in jobs))
-    block = _block(None if stale else source, fresh, recast)
-    used, written = _used(block), {job.weight.base: job.written.name for job in jobs if job.written}
-    if block is not None and source is not None and not stale and _same_method(source, block):
-        used.add(("", "cache"))  # engines look for them by name, whether or not there is a scheme
-    left = [] if recast.copied else [scale for scale in scales if not _is_used(scale, written, used)]
-    remarks = [*_stale(config, (job.weight for job in jobs)), *_left_behind(source, block)]
-    if not stale:
-        remarks += _newly_quantised(source, block)
-    remarks += _left_out(left)
+        _check_decodable(source)
+    block = _block(source, fresh, recast)
+    uses, written = _uses(block, source), {job.weight.base: job.written.name for job in jobs if job.written}
+    left = [] if recast.copied else [scale for scale in scales if not _is_used(scale, written, uses)]
+    remarks = dict.fromkeys(
+        [
+            *_overruled(config, weights),
+            *(text for each in quantization_blocks(config or {}) for text in _left_behind(each, block)),
+            *_newly_quantised(source, block),
+            *_left_out(left),
+        ]
+    )
     return Carried(block, frozenset(scale.main.name for scale in left), tuple(remarks))
 
 
-def check_decodable(config: dict[str, Any] | None) -> None:
-    """Refuse a block with a key of which k2quant knows nothing: it may say what the codes mean.
+def check_decodable(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> None:
+    """Refuse a block with a key of which k2quant knows nothing, unless there are no codes.
 
     Raises:
         UnsupportedFormat: it has one.
     """
-    block = quantization_of(config) or {}
+    _check_decodable(believed(config, weights) or {})
+
+
+def _check_decodable(block: Mapping[str, Any]) -> None:
+    """Refuse a block with a key of which k2quant knows nothing: it may say what the codes mean."""
     for key in _unknown(block):
         raise UnsupportedFormat(
-            f"quantization_config: {key}",
+            f"quantization_config: {relatives.shown(key)}",
             file=FILE,
             expected="a key that k2quant knows, for this one may say what the codes mean",
             found=shown(block[key]),
@@ -90,8 +118,9 @@ def remarks(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> I
 
     Only for a config that was checked.
     """
-    weights, block = list(weights), quantization_of(config)
-    yield from _stale(config, weights)
+    weights = list(weights)
+    block = believed(config, weights)
+    yield from _overruled(config, weights)
     scales = [weight for weight in weights if _flow(weight) is not None]
     if scales:
         yield f"{_counted(scales)}: scales of activations or of the KV cache, which engines use and k2quant does not"
@@ -99,18 +128,27 @@ def remarks(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> I
         return
     if claims := sorted(_facts(block)):
         yield f"config.json asks engines for {listed(claims)}; k2quant runs models without, in their own dtype"
-    static = {name for name, found in _used(block) if found == "input"}
+    static = {name for name, found in _uses(block).flows if found == "input"}
     missing = _unscaled((w for w in weights if w.format is not None and w.format.name in static), scales)
     if missing:
-        yield f"activations are static, but {len(missing):,} weights have no input_scale, such as {missing[0]}"
+        such = relatives.shown(missing[0])
+        yield f"activations are static, but {len(missing):,} weights have no input_scale, such as {such}"
     if unknown := _unknown(block):
-        yield f"config.json: quantization_config has {listed(unknown)}, of which k2quant knows nothing"
+        more = f" and {len(unknown) - _NAMED:,} more" if len(unknown) > _NAMED else ""
+        few = listed(map(relatives.shown, unknown[:_NAMED]))
+        yield f"config.json: quantization_config has {few}{more}, of which k2quant knows nothing"
 
 
-def spoken_of(config: dict[str, Any] | None, suffix: str) -> bool:
-    """Tell whether a config, which was checked, takes scales of this suffix from the checkpoint."""
-    found = flow(suffix)
-    return any(each == found for _, each in _used(quantization_of(config)))
+def spoken_of(config: dict[str, Any] | None, source: Mapping[str, Any] | None, suffix: str) -> bool:
+    """Tell whether engines take scales of this suffix from an output.
+
+    Args:
+        config: the output's config, which was checked.
+        source: the quantization block of the source, if it is believed.
+        suffix: that of the scales.
+    """
+    found, uses = flow(suffix), _uses(quantization_of(config), source)
+    return uses.cache if found == "cache" else any(each == found for _, each in uses.flows)
 
 
 def _unknown(block: Mapping[str, Any]) -> list[str]:
@@ -119,10 +157,18 @@ def _unknown(block: Mapping[str, Any]) -> list[str]:
     return [] if keys is None else uncarried(block, keys)
 
 
-def _stale(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> Iterator[str]:
+def _overruled(config: dict[str, Any] | None, weights: list[StoredWeight]) -> Iterator[str]:
+    """Say in what the tensors are believed, and not the config."""
+    blocks = quantization_blocks(config or {})
     if is_stale(config, weights):
-        method = (quantization_of(config) or {}).get("quant_method")
+        method = blocks[0].get("quant_method")
         yield f"config.json speaks of {method}, but no weight is quantised: the tensors are believed, not the config"
+    for name, others in unclaimed(config, weights).items():
+        spoken = listed(sorted({each for block in blocks for each in claimed(block)}))
+        yield (
+            f"config.json speaks of {spoken} alone, but {len(others):,} weights are {name}, such as "
+            f"{relatives.shown(others[0])}: the tensors are believed, engines would take the codes for values"
+        )
 
 
 def _flow(weight: StoredWeight) -> Flow | None:
@@ -165,28 +211,38 @@ def _block(source: dict[str, Any] | None, fresh: dict[str, Any] | None, recast: 
     return kind.carried(fresh, source, recast)
 
 
-def _used(block: Mapping[str, Any] | None) -> set[tuple[str, Flow]]:
-    """Return for which formats a block takes which scales from the checkpoint."""
+def _uses(block: Mapping[str, Any] | None, source: Mapping[str, Any] | None = None) -> _Uses:
+    """Return which scales engines take from the checkpoint by a block.
+
+    Args:
+        block: the block.
+        source: that of the source. Scales of the cache stay with its method, for engines look for them by name, whether
+            or not there is a scheme.
+    """
     if block is None:
-        return set()
-    found: set[tuple[str, Flow]] = set() if empty(block.get("kv_cache_scheme")) else {("", "cache")}
+        return _Uses(cache=False, flows=frozenset())
+    same = source is not None and _same_method(source, block)
+    return _Uses(cache=same or not empty(block.get("kv_cache_scheme")), flows=frozenset(_static_flows(block)))
+
+
+def _static_flows(block: Mapping[str, Any]) -> Iterator[tuple[str, Flow]]:
     if block.get("quant_method") != compressed_tensors.METHOD:
-        return found | {
+        yield from (
             (kind.name, "input")
             for kind in FORMATS.values()
             if kind.method == block.get("quant_method") and kind.static_inputs(block)
-        }
+        )
+        return
+    flows: dict[str, Flow] = {"input_activations": "input", "output_activations": "output"}
     for group in block["config_groups"].values():
         name = meant_by(group, block).name
-        flows: dict[str, Flow] = {"input_activations": "input", "output_activations": "output"}
-        found |= {(name, each) for key, each in flows.items() if compressed_tensors.is_static(group.get(key))}
-    return found
+        yield from ((name, each) for key, each in flows.items() if compressed_tensors.is_static(group.get(key)))
 
 
-def _is_used(scale: StoredWeight, written: Mapping[str, str], used: set[tuple[str, Flow]]) -> bool:
+def _is_used(scale: StoredWeight, written: Mapping[str, str], uses: _Uses) -> bool:
     """Tell whether a scale is one that a block takes, by the formats in which weights are written."""
     found = _flow(scale)
-    return any(each == found and (each == "cache" or written.get(scale.base) == name) for name, each in used)
+    return uses.cache if found == "cache" else (written.get(scale.base), found) in uses.flows
 
 
 def _facts(block: Mapping[str, Any] | None) -> list[str]:
@@ -202,10 +258,8 @@ def _facts(block: Mapping[str, Any] | None) -> list[str]:
     return [*facts, "static activations"] if static else facts
 
 
-def _left_behind(source: Mapping[str, Any] | None, block: Mapping[str, Any] | None) -> Iterator[str]:
-    """Say which keys of the source's block are not in the output's."""
-    if source is None:
-        return
+def _left_behind(source: Mapping[str, Any], block: Mapping[str, Any] | None) -> Iterator[str]:
+    """Say which keys of a block of the source are not in the output's."""
     if lost := [fact for fact in _facts(source) if fact not in _facts(block)]:
         yield f"left out, for the output's config does not say it: {listed(lost)}"
     keys = keys_of(source) or {}
@@ -217,8 +271,11 @@ def _left_behind(source: Mapping[str, Any] | None, block: Mapping[str, Any] | No
 
 def _newly_quantised(source: Mapping[str, Any] | None, block: Mapping[str, Any] | None) -> Iterator[str]:
     """Say that the output's block has inputs quantised which the source's leaves as they are."""
-    if alone := [name for name, before in _inputs(source).items() if False in before - _inputs(block).get(name, before)]:
-        yield f"engines will quantise the inputs of {listed(alone)} weights, which by the source's config stay as they are"
+    after = _inputs(block)
+    alone = [name for name, before in _inputs(source).items() if False in before - after.get(name, before)]
+    if alone:
+        whose = f"the inputs of {listed(alone)} weights"
+        yield f"engines will quantise {whose}, which by the source's config stay as they are"
 
 
 def _inputs(block: Mapping[str, Any] | None) -> dict[str, set[bool]]:
@@ -241,4 +298,5 @@ def _left_out(scales: list[StoredWeight]) -> Iterator[str]:
 def _counted(scales: list[StoredWeight]) -> str:
     """Return how many scales there are of each name, and one of them."""
     counts = Counter(next(iter(scale.parts)) for scale in scales)
-    return f"{listed(f'{count:,} {name}' for name, count in counts.items())}, such as {scales[0].main.name}"
+    such = relatives.shown(scales[0].main.name)
+    return f"{listed(f'{count:,} {name}' for name, count in counts.items())}, such as {such}"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from k2quant.checkpoint.weights import StoredWeight
-from k2quant.conversion.relatives import check_model_type
+from k2quant.conversion import relatives
 from k2quant.errors import CheckpointError, MalformedFile, UnsupportedFormat
 from k2quant.formats import compressed_tensors
 from k2quant.formats.activations import check_scale, flow
@@ -58,7 +58,7 @@ def quantization_of(config: dict[str, Any] | None) -> dict[str, Any] | None:
         for key, value in block.items():
             if key in found and key not in _BY_NAME and found[key] != value:
                 raise CheckpointError(
-                    f"two quantization blocks contradict each other in {key}",
+                    f"two quantization blocks contradict each other in {relatives.shown(key)}",
                     file="config.json",
                     expected=shown(found[key]),
                     found=shown(value),
@@ -66,6 +66,11 @@ def quantization_of(config: dict[str, Any] | None) -> dict[str, Any] | None:
                 )
         found |= {key: value for key, value in block.items() if key not in found}
     return found if blocks else None
+
+
+def believed(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> dict[str, Any] | None:
+    """Return what a config says of its quantization; None if it says nothing, or no weight is quantised."""
+    return None if is_stale(config, weights) else quantization_of(config)
 
 
 def keys_of(block: Mapping[str, Any]) -> Mapping[str, Key] | None:
@@ -101,15 +106,15 @@ def is_stale(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> 
 def _check(config: dict[str, Any] | None, weights: list[StoredWeight], *, stale: bool) -> None:
     if config is None:
         return
-    weights = list(weights)
-    check_model_type(config, weights)
+    relatives.check_model_type(config, weights)
     stored: dict[str, list[tuple[Format, tuple[int, ...]]]] = {name: [] for name in FORMATS}
     for weight in weights:
         if weight.format is not None:
             stored[weight.format.name].append((weight.format, weight.shape))
     for block in quantization_blocks(config):
         _check_block(block, None if stale else stored)
-    quantization_of(config)
+    if not stale:
+        quantization_of(config)
 
 
 def _check_block(block: dict[str, Any], stored: dict[str, list[tuple[Format, tuple[int, ...]]]] | None) -> None:
@@ -119,7 +124,7 @@ def _check_block(block: dict[str, Any], stored: dict[str, list[tuple[Format, tup
     meant = next((kind for name, kind in known.items() if name == method), None)
     if meant is None:
         expected = " or ".join(name for name in known if name)
-        raise UnsupportedFormat("quant_method", file="config.json", expected=expected, found=repr(method))
+        raise UnsupportedFormat("quant_method", file="config.json", expected=expected, found=shown(method))
     check_keys(block, keys_of(block) or {})
     if not empty(block.get("kv_cache_scheme")):
         compressed_tensors.check_arguments(block["kv_cache_scheme"], "kv_cache_scheme")
@@ -138,6 +143,27 @@ def _check_block(block: dict[str, Any], stored: dict[str, list[tuple[Format, tup
             raise contradiction(kind.stands_for, "none")
 
 
+def claimed(block: Mapping[str, Any]) -> set[str]:
+    """Return the names of the formats of which a block speaks that was checked."""
+    if block.get("quant_method") == compressed_tensors.METHOD:
+        return {meant_by(group, block).name for group in block["config_groups"].values()}
+    return {kind.name for kind in FORMATS.values() if kind.method == block.get("quant_method")}
+
+
+def unclaimed(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> dict[str, list[str]]:
+    """Return the quantised formats of which a config does not speak, each with the names of its weights.
+
+    Only for a config that was checked. One without a block speaks of nothing, and nothing is returned.
+    """
+    blocks = quantization_blocks(config or {})
+    spoken = {name for block in blocks for name in claimed(block)}
+    found: dict[str, list[str]] = {}
+    for weight in weights if blocks else ():
+        if weight.format is not None and weight.format.quantised and weight.format.name not in spoken:
+            found.setdefault(weight.format.name, []).append(weight.main.name)
+    return found
+
+
 def meant_by(group: Mapping[str, Any], block: Mapping[str, Any]) -> type[Format]:
     """Return the format that a config group of compressed-tensors means, in a block that was checked."""
     return _kind_of(compressed_tensors.packing_of(group, block), group["weights"])
@@ -148,12 +174,12 @@ def _kind_of(packing: str, scheme: dict[str, Any]) -> type[Format]:
     kinds = [kind for kind in FORMATS.values() if kind.packing == packing]
     found = next((kind for kind in kinds if kind.claims(scheme)), None)
     if found is None:
-        words = {key: scheme.get(key) for key in ("num_bits", "type", "symmetric")}
+        words = {key: shown(scheme.get(key)) for key in ("num_bits", "type", "symmetric")}
         raise UnsupportedFormat(
             "the scheme of the weights",
             file="config.json",
             expected=" or ".join(kind.scheme_words for kind in kinds),
-            found=listed(words.items()),
+            found=listed(f"{key} {value}" for key, value in words.items()),
         )
     return found
 
@@ -170,6 +196,10 @@ def check_output(config: dict[str, Any] | None, weights: Iterable[StoredWeight])
     if quantised and not quantization_blocks(config or {}):
         raise CheckpointError(
             "no quantization_config", file="config.json", expected=f"one for {listed(sorted(quantised))} weights"
+        )
+    for name, others in unclaimed(config, weights).items():
+        raise contradiction(
+            f"weights of {listed(sorted(quantised - {name}))}", f"{len(others):,} of {name}, such as {others[0]}"
         )
 
 

@@ -292,7 +292,7 @@ def _check_packing(packing: object, known: Mapping[str, str]) -> None:
             "compressed-tensors format",
             file="config.json",
             expected=" or ".join(f"{name} ({what})" for name, what in known.items()),
-            found=repr(packing),
+            found=shown(packing),
         )
 
 

@@ -27,7 +27,7 @@ from k2quant.formats.format import (
     listed,
     matrix,
 )
-from k2quant.formats.keys import Key, Recast, carry, is_flag, is_object, is_texts
+from k2quant.formats.keys import Key, Recast, carry, is_flag, is_object, is_texts, shown
 from k2quant.ground import names
 from k2quant.kernels.codecs.grids import BLOCK
 
@@ -327,14 +327,14 @@ class Fp8(Format):
         called = _NAMES[layout]
         key, value = called.fixed
         if block.get(key, value) != value:
-            raise UnsupportedFormat(key, file="config.json", expected=value, found=repr(block[key]))
+            raise UnsupportedFormat(key, file="config.json", expected=value, found=shown(block[key]))
         kinds = {each for each, _ in stored if isinstance(each, cls)}
         if {kind.layout for kind in kinds} != {layout}:
             found = listed(sorted(kind.scale_suffix for kind in kinds)) or "none"
             raise contradiction(f"block-FP8 weights with {called.scale}, as {called.method} says", found)
         blocks, size = sorted({kind.block for kind in kinds}), block.get(called.size)
         if blocks != ([tuple(size)] if isinstance(size, list) else None):
-            raise contradiction(f"{called.size} {size}", f"scales for blocks of {listed(blocks)}")
+            raise contradiction(f"{called.size} {shown(size)}", f"scales for blocks of {listed(blocks)}")
 
     @classmethod
     def carried(cls, fresh: dict[str, Any], source: Mapping[str, Any], recast: Recast) -> dict[str, Any]:

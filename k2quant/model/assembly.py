@@ -90,7 +90,7 @@ class Assembly:
         if problems:
             raise problems[0]
         check_source(checkpoint.config, weights)
-        check_decodable(checkpoint.config)
+        check_decodable(checkpoint.config, weights)
         self.config = architecture(checkpoint)
         found = inventory(weights)
         self.remarks = (*overruled(checkpoint.config or {}, found), *remarks(checkpoint.config, weights))

@@ -325,6 +325,19 @@ def test_scales_without_a_scheme_stay_with_the_method_that_reads_them(tmp_path: 
     assert "1 k_scale" in plan.remarks[0]
 
 
+@pytest.mark.parametrize("missing", ["k_scale", "v_scale"])
+def test_verify_misses_scales_of_the_cache_that_engines_find_by_name(tmp_path: Path, missing: str) -> None:
+    """The kind: scales beyond the weights. Lost with the method that reads them, they fail; left out with it, not."""
+    source = fp8_source(tmp_path / "src", CACHE)
+    lost = {name: scale for name, scale in CACHE.items() if not name.endswith(missing)}
+    found = k2quant.verify(source, fp8_source(tmp_path / "lost", lost))
+    assert found.failures == {f"{ATTENTION}.{missing}": "is missing"}
+    k2quant.convert(source, tmp_path / "int4", to="int4")
+    assert k2quant.verify(source, tmp_path / "int4").passed
+    stale = written(tmp_path / "stale", FP8_BLOCK, *map(bf16, EXPERTS), CACHE)
+    assert k2quant.verify(stale, k2quant.convert(stale, tmp_path / "fp8", to="fp8").folder).passed
+
+
 def test_bf16_has_no_scales_even_where_it_is_copied(tmp_path: Path) -> None:
     """A script made BF16 and left scales behind, with a block or without: no engine reads them, so they go."""
     for number, block in enumerate([FP8_BLOCK | {"activation_scheme": "static"}, None]):
@@ -524,6 +537,22 @@ def test_blocks_that_contradict_each_other_are_refused(tmp_path: Path, key: str,
         planned(source("other", second), "fp8")
 
 
+# --- a block that does not speak of all ---
+
+
+def test_a_source_with_more_formats_than_its_config_says_is_read_by_its_tensors(tmp_path: Path) -> None:
+    """The kind: wrong without a word. INT4's block beside an FP8 weight: a reader is told, and verify fails it."""
+    attention = f"{ATTENTION}.o_proj"
+    source = int4_source(tmp_path / "src", fp8(attention))
+    said = f"config.json speaks of int4 alone, but 1 weights are fp8, such as {attention}.weight: the tensors"
+    assert k2quant.inspect(source).problems == []
+    assert k2quant.inspect(source).remarks[0].startswith(said)
+    assert planned(source, "bf16").remarks[0].startswith(said)
+    failures = k2quant.verify(source, source).failures
+    assert list(failures) == [CONFIG]
+    assert f"expected weights of int4, found 1 of fp8, such as {attention}.weight" in failures[CONFIG]
+
+
 # --- a block that was left behind -------------------------------------------------------------------------------------
 
 
@@ -560,6 +589,29 @@ def test_nothing_that_such_a_block_says_goes_along(tmp_path: Path) -> None:
     )
 
 
+def test_such_a_block_refuses_nothing_by_keys_that_tell_of_codes(tmp_path: Path) -> None:
+    """The kind: good checkpoints refused. There are no codes whose meaning an unknown key could change."""
+    source = written(tmp_path / "src", FP8_BLOCK | {"of_a_later_day": 1}, *map(bf16, EXPERTS))
+    assert len(k2quant.inspect(source).remarks) == 1
+    for to in ("bf16", "fp8", "int4"):
+        plan = planned(source, to)
+        assert "no weight is quantised" in plan.remarks[0]
+        assert "of_a_later_day" not in block_of(plan)
+
+
+def test_two_such_blocks_need_not_agree(tmp_path: Path) -> None:
+    """The kind: good checkpoints refused. What neither is believed in cannot contradict; what each says is named."""
+    other = FP8_BLOCK | {"weight_block_size": [1, 128], "modules_to_convert": ["lm_head"]}
+    more = {"text_config": {"quantization_config": other}}
+    source = written(tmp_path / "src", FP8_BLOCK, *map(bf16, EXPERTS), **more)
+    assert k2quant.inspect(source).problems == []
+    plan = planned(source, "fp8")
+    assert json.loads(plan.config or b"")["text_config"]["quantization_config"] == FP8_BLOCK
+    assert "modules_to_convert" in plan.remarks[1]
+    int4_too = written(tmp_path / "two", int4_block(), *map(bf16, EXPERTS), **more)
+    assert planned(int4_too, "bf16").config is not None
+
+
 def test_a_block_that_was_left_behind_is_still_read(tmp_path: Path) -> None:
     """Rotated weights are rotated as BF16 too, and another method's block is nobody's to drop."""
     for number, block in enumerate(
@@ -568,6 +620,25 @@ def test_a_block_that_was_left_behind_is_still_read(tmp_path: Path) -> None:
         source = written(tmp_path / str(number), block, *map(bf16, EXPERTS))  # type: ignore[arg-type]  # a lie
         with pytest.raises((UnsupportedFormat, MalformedFile)):
             planned(source, "bf16")
+
+
+# --- what reaches a terminal ---
+
+
+def test_no_key_or_name_of_a_file_reaches_the_terminal_as_it_is(tmp_path: Path) -> None:
+    """The kind: hostile input. Codes for the terminal are escaped, and what is long is cut, in remarks as in errors."""
+    bad = "\x1b[2J\u202e" + "k" * 100_000
+    many = {f"{bad}{number}": 1 for number in range(20)}
+    source = fp8_source(tmp_path / "src", {f"{ATTENTION}.{'x' * 10_000}.k_scale": SCALE}, **many)
+    (tmp_path / "src" / "\x1b[31m.safetensors").write_bytes(b"")
+    remarks = [*k2quant.inspect(source).remarks, *planned(source, "fp8").remarks]
+    assert any("and 15 more, of which k2quant knows nothing" in remark for remark in remarks)
+    assert any("\\x1b[31m.safetensors" in remark for remark in remarks)
+    assert all(remark.isprintable() and len(remark) < 2000 for remark in remarks)
+    with pytest.raises(UnsupportedFormat) as caught:
+        planned(source, "bf16")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------
@@ -597,13 +668,21 @@ def test_a_model_without_its_scales_says_so(k2_source: Path, tmp_path: Path) -> 
 
 
 def test_a_model_of_bf16_weights_loads_whatever_block_is_left(k2_bf16: Path, tmp_path: Path) -> None:
-    """BF16 weights beside an FP8 block load as BF16, with a word; a key that may say what codes mean is refused."""
+    """BF16 weights beside an FP8 block load as BF16, with a word, even where a key might say what codes mean."""
     folder = tmp_path / "src"
     shutil.copytree(k2_bf16, folder)
     config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | {"quantization_config": FP8_BLOCK}))
+    (folder / CONFIG).write_text(json.dumps(config | {"quantization_config": FP8_BLOCK | {"of_a_later_day": 1}}))
     with pytest.warns(CheckpointWarning, match="no weight is quantised"):
         load_model(folder)
-    (folder / CONFIG).write_text(json.dumps(config | {"quantization_config": FP8_BLOCK | {"of_a_later_day": 1}}))
+
+
+def test_a_model_of_codes_is_refused_with_a_key_that_may_say_what_they_mean(k2_source: Path, tmp_path: Path) -> None:
+    """Beside FP8 weights the same key stops it."""
+    folder = tmp_path / "src"
+    shutil.copytree(k2_source, folder)
+    config = json.loads((folder / CONFIG).read_text())
+    config["quantization_config"] |= {"of_a_later_day": 1}
+    (folder / CONFIG).write_text(json.dumps(config))
     with pytest.raises(UnsupportedFormat, match="of_a_later_day"):
         load_model(folder)
