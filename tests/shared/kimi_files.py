@@ -6,10 +6,12 @@ import base64
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from k2quant.model.generation.splitting import PATTERN
 from k2quant.model.passes.texts import SAMPLE
 
 TEXT = (
@@ -79,6 +81,16 @@ def settings(first: int) -> dict[str, Any]:
         "tokenizer_class": "TikTokenTokenizer",
         "unk_token": "[UNK]",
     }
+
+
+def code(parts: Sequence[str] = PATTERN, *, more: str = "") -> str:
+    """Return code as K2's tokenization_kimi.py is laid out, which fails where it is run."""
+    lines = "".join(f'            r"""{part}""",  # an alternative\n' for part in parts)
+    return (
+        'import tiktoken\n\nVOCAB_FILES_NAMES = {"vocab_file": "tiktoken.model"}\nraise RuntimeError\n\n\n'
+        f'class TikTokenTokenizer:\n    pat_str = "|".join(\n        [\n{lines}        ]\n    )\n\n'
+        f"    def __init__(self):\n        self.model = tiktoken.Encoding(pat_str=self.pat_str)\n{more}"
+    )
 
 
 def write_files(folder: Path, ranks: dict[bytes, int]) -> None:

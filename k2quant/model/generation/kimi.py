@@ -1,7 +1,8 @@
 """K2's tokenizer, read from tiktoken.model without code of the checkpoint; ids equal those of the code that ships.
 
-That code, tokenization_kimi.py, hands text to tiktoken with the pattern below and lets special tokens in it count, in
-pieces that tiktoken can bear. Whatever else it does is transformers' own class for tokenizers in Python, as here.
+That code, tokenization_kimi.py, hands text to tiktoken with the pattern of `splitting` and lets special tokens in it
+count, in pieces that tiktoken can bear. Whatever else it does is transformers' own class for tokenizers in Python, as
+here.
 """
 
 from __future__ import annotations
@@ -14,26 +15,10 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
-from k2quant.checkpoint.files.paths import read_limited
-from k2quant.errors import CheckpointError, MissingExtra, UnsupportedFormat
+from k2quant.errors import CheckpointError, MissingExtra
 from k2quant.model.generation.ranks import TIKTOKEN, read_ranks
+from k2quant.model.generation.splitting import PATTERN, check_code
 from k2quant.model.generation.words import Words, read_words, settings_of
-
-_BEFORE = r"[^\r\n\p{L}\p{N}]?"
-_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
-_BEHIND = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PATTERN = (
-    r"[\p{Han}]+",
-    f"{_BEFORE}{_UPPER}*{_LOWER}+{_BEHIND}",
-    f"{_BEFORE}{_UPPER}+{_LOWER}*{_BEHIND}",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-)
-"""How K2 splits text before pairs are merged, alternative by alternative: `pat_str` of its tokenization_kimi.py."""
 
 MOST = 400_000
 """Characters that its code hands to tiktoken at once."""
@@ -43,7 +28,6 @@ LONGEST_RUN = 25_000
 INSTALL = "pip install 'k2quant[tokenizer]'"
 
 _CLASS = "TikTokenTokenizer"
-_CODE_LIMIT = 2**22  # bytes of a file of code
 _RUNS = re.compile(r"\s+|\S+")
 _AS_CODE = "tools_ts_str"
 """What templates from K2.5 on call the tools that code of the checkpoint has written as TypeScript."""
@@ -66,7 +50,7 @@ def open_kimi(folder: Path) -> KimiTokenizer:
     """
     path = folder / TIKTOKEN
     _check_installed(path)
-    _check_code(folder)
+    check_code(folder, settings_of(folder))
     ranks = read_ranks(path)
     return KimiTokenizer(folder, ranks, read_words(folder, ranks))
 
@@ -74,18 +58,6 @@ def open_kimi(folder: Path) -> KimiTokenizer:
 def _check_installed(path: Path) -> None:
     if find_spec("tiktoken") is None:
         raise MissingExtra("is read with tiktoken, which is not installed", file=path, remedy=INSTALL)
-
-
-def _check_code(folder: Path) -> None:
-    """Refuse a tokenizer whose own code has another pattern; it is read, never run."""
-    for path in sorted(folder.glob("tokenization*.py")):
-        text = read_limited(path, _CODE_LIMIT).decode("utf-8", "replace")
-        if "pat_str" in text and not all(part in text for part in PATTERN):
-            raise UnsupportedFormat(
-                "splits text by another pattern than K2's tokenizer",
-                file=path,
-                remedy="if you trust that code, say --trust-remote-code",
-            )
 
 
 class KimiTokenizer(PreTrainedTokenizer):

@@ -18,13 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k2quant.cli import main
-from k2quant.errors import CheckpointError, MissingExtra, UnsupportedFormat
+from k2quant.errors import CheckpointError, MissingExtra, UnsafePath, UnsupportedFormat
 from k2quant.eval.asking.models import _added_tokens, _tokenizer
 from k2quant.model.generation import load_tokenizer, open_tokenizer
-from k2quant.model.generation.kimi import PATTERN, pieces
+from k2quant.model.generation.kimi import pieces
+from k2quant.model.generation.splitting import PATTERN
 from k2quant.model.passes.texts import read_text
 from k2quant.qat.data.examples import Reader, example_of
-from kimi_files import NAMED, write_files
+from kimi_files import NAMED, code, write_files
 
 PARTS = [
     *("a", "B", " ", "  ", "\n", "\r\n", "\t", "\u3000", "\x1c", "中", "文字abc", "é", "ß", "ǅ", "́", "1", "234"),
@@ -135,7 +136,7 @@ def test_all_that_reads_text_reads_it(ranks: dict[bytes, int], k2_thinking: Path
     folder, ranks = tmp_path / "K2", filled(ranks, 2048)  # rows of the small model's embedding
     shutil.copytree(k2_thinking, folder)
     write_files(folder, ranks)
-    (folder / "tokenization_kimi.py").write_text(f"pat_str = {PATTERN!r}\nraise RuntimeError".replace("\\\\", "\\"))
+    (folder / "tokenization_kimi.py").write_text(code())
     command = ["generate", str(folder), "--prompt", "The quick 中文", "--max-new-tokens", "2", "--json"]
     shown = CliRunner().invoke(main, command)
     assert shown.exit_code == 0, shown.stderr
@@ -213,11 +214,92 @@ def test_code_without_its_ranks_names_the_missing_file(kimi: Path) -> None:
     assert "tokenizer.json" not in str(caught.value)
 
 
-def test_a_tokenizer_of_another_pattern_is_refused(kimi: Path) -> None:
-    """Code in the folder that splits text otherwise says that ids would not be equal; it is read, not run."""
-    (kimi / "tokenization_kimi.py").write_text(f"pat_str = {'|'.join(PATTERN[1:])!r}\nraise RuntimeError")
-    with pytest.raises(UnsupportedFormat, match=r"tokenization_kimi\.py: splits text by another pattern"):
+OTHER_PATTERNS = {
+    "a part less": code(PATTERN[1:]),
+    "a part more": code([*PATTERN[:4], r"[/]+", *PATTERN[4:]]),
+    "another order": code([PATTERN[1], PATTERN[0], *PATTERN[2:]]),
+    "one that is K2's no longer": code([*PATTERN[:3], r"\p{N}", *PATTERN[4:]]),
+    "under another name": 'import tiktoken\nPATTERN = r"\\p{L}+|\\s+"\n',
+    "none that can be seen": "import tiktoken\nfrom somewhere import pattern\n",
+    "two": code(more='OTHER = r"""\\p{L}+|\\s+"""\n'),
+    "two of K2's": code(more=code()),
+    "something joined to it": code().replace("    )\n", '    ) + r"|x"\n', 1),
+    "something else between": code().replace('"|".join', '"".join'),
+    "in comments alone": "import tiktoken\n" + "".join(f"# {line}\n" for line in code().splitlines()),
+    "no code": code() + "(" * 9,
+    "strings without an end": code() + 'x = """',
+    "brackets without an end": "import tiktoken\n" + "[" * 20_000,
+}
+
+
+@pytest.mark.parametrize("case", OTHER_PATTERNS)
+def test_a_tokenizer_of_another_pattern_is_refused(case: str, kimi: Path) -> None:
+    """Code in the folder that does not split text as K2's does says that ids would not be equal; it is read, not run.
+
+    The kind of fault: ids that are wrong without a word.
+    """
+    (kimi / "tokenization_kimi.py").write_text(OTHER_PATTERNS[case])
+    with pytest.raises(UnsupportedFormat, match=r"tokenization_kimi\.py: splits text by another pattern.*if you trust"):
         open_tokenizer(kimi)
+
+
+WHERE_IT_IS_NAMED: dict[str, Any] = {
+    "a list": {"AutoTokenizer": ["bpe.TikTokenTokenizer", None]},
+    "text": {"AutoTokenizer": "bpe.TikTokenTokenizer"},
+    "the old way": ["bpe.TikTokenTokenizer", None],
+    "a repository": {"AutoTokenizer": ["somebody/model--bpe.TikTokenTokenizer", None]},
+    "through another": {"AutoTokenizer": ["wrapped.TikTokenTokenizer", None]},
+}
+
+
+@pytest.mark.parametrize("case", WHERE_IT_IS_NAMED)
+def test_code_counts_under_whatever_name_the_settings_have_for_it(case: str, kimi: Path) -> None:
+    """The file that auto_map names is looked at as tokenization*.py is, and what either imports of the folder."""
+    path = kimi / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": WHERE_IT_IS_NAMED[case]}))
+    (kimi / "wrapped.py").write_text("from .bpe import TikTokenTokenizer\n")
+    (kimi / "bpe.py").write_text("from .wrapped import more\n" + code())
+    assert open_tokenizer(kimi).bos_token == "[BOS]"
+    (kimi / "bpe.py").write_text(code(PATTERN[1:]))
+    with pytest.raises(UnsupportedFormat, match=r"bpe\.py: splits text by another pattern"):
+        open_tokenizer(kimi)
+
+
+def test_code_is_found_by_the_models_config_too(kimi: Path) -> None:
+    """Where the tokenizer's settings name no code, transformers goes by config.json, and so do we."""
+    path = kimi / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["auto_map"]
+    path.write_text(json.dumps(settings))
+    (kimi / "config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["bpe.TikTokenTokenizer", None]}}))
+    (kimi / "bpe.py").write_text(code(PATTERN[1:]))
+    with pytest.raises(UnsupportedFormat, match=r"bpe\.py: splits"):
+        open_tokenizer(kimi)
+
+
+@pytest.mark.parametrize("named", ["x/bpe.Class", "/etc/bpe.Class", "a\x00b.Class"])
+def test_code_out_of_the_folder_is_not_looked_at(named: str, kimi: Path) -> None:
+    """A name in auto_map that is no plain file name is refused."""
+    path = kimi / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": [named, None]}}))
+    with pytest.raises(UnsafePath, match="not a plain file name"):
+        open_tokenizer(kimi)
+
+
+LAID_OUT = {
+    "as K2's": code(),
+    "in one line": "import tiktoken\nPATTERN='|'.join([" + ",".join(f'r"{part}"' for part in PATTERN) + "])\n",
+    "another end of line": code().replace("\n", "\r\n"),
+    "a comma behind the list": code().replace("        ]\n", "        ],\n"),
+    "without tiktoken": "class TikTokenTokenizer: pass\n",
+}
+
+
+@pytest.mark.parametrize("case", LAID_OUT)
+def test_the_layout_of_its_code_plays_no_part(case: str, kimi: Path) -> None:
+    """K2's pattern is found however the lines of the code are broken, and code that splits nothing is no trouble."""
+    (kimi / "tokenization_kimi.py").write_bytes(LAID_OUT[case].encode())
+    assert open_tokenizer(kimi).bos_token == "[BOS]"
 
 
 def test_a_tokenizer_of_another_class_is_left_to_transformers(kimi: Path) -> None:
