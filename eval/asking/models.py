@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from k2quant.checkpoint.files.paths import inside, read_limited
 from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.files.strict_json import parse_object
-from k2quant.checkpoint.reader import CONFIG
+from k2quant.checkpoint.reader import CONFIG, open_checkpoint
 from k2quant.errors import CheckpointError, HarnessFault, MissingExtra, UsageError
 from k2quant.eval.asking.request import Request
 from k2quant.eval.asking.server import Server
@@ -148,18 +148,24 @@ def _transformers(model: Model, request: Request) -> tuple[Any, Any]:
 
 
 def _tokenizer(folder: Path | None, request: Request, config: Any = None) -> Any:
-    from k2quant.model.generation import load_tokenizer, open_tokenizer
+    from k2quant.model.architecture import architecture
+    from k2quant.model.generation import open_tokenizer
 
     assert folder  # noqa: S101  callers have one
     try:
         return open_tokenizer(
             folder, config=config, trust_remote_code=request.trust_remote_code, follow_links=request.follow_links
         )
-    except CheckpointError:
+    except CheckpointError as first:
         if not (folder / CONFIG).exists():
             raise
-        # such as a config of Kimi K2's
-        return load_tokenizer(folder, trust_remote_code=request.trust_remote_code, follow_links=request.follow_links)
+        try:  # such as a config of Kimi K2's, which transformers does not know
+            known = architecture(open_checkpoint(folder, follow_links=request.follow_links))
+        except CheckpointError:
+            raise first from None  # what is wrong with the model beside it was not asked
+        return open_tokenizer(
+            folder, config=known, trust_remote_code=request.trust_remote_code, follow_links=request.follow_links
+        )
 
 
 def _added_tokens(tokenizer: Any) -> list[int]:

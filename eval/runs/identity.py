@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from k2quant.checkpoint.beside import of_tokenizer
 from k2quant.checkpoint.files.paths import inside, open_regular, read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import MalformedFile, MissingTensor
@@ -20,17 +21,6 @@ _BLOCK = 2**24  # bytes read at once
 _THREADS = 8
 _INDEX = "model.safetensors.index.json"
 _INDEX_LIMIT = 2**28  # bytes; that of Kimi K2 has 20 MB
-_TOKENIZER_NAMES = {
-    "added_tokens.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tiktoken.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-}
 _WHERE_DATA_LIES = ("custom_dataset", "dataset_path", "dataset_kwargs", "metadata")
 
 
@@ -63,14 +53,9 @@ def tokenizer_hash(folder: Path, *, follow_links: bool = False) -> str | None:
     Raises:
         CheckpointError: a link leaves the folder.
     """
-    names = [entry.name for entry in folder.iterdir() if _of_tokenizer(entry.name) and entry.is_file()]
+    names = [entry.name for entry in folder.iterdir() if of_tokenizer(entry.name) and entry.is_file()]
     paths = [inside(folder, name, follow_links=follow_links) for name in names]
     return _content_hash(paths, None) if paths else None
-
-
-def _of_tokenizer(name: str) -> bool:
-    code = name.startswith("tokenization") and name.endswith(".py")
-    return name in _TOKENIZER_NAMES or name.startswith("chat_template") or code
 
 
 def task_hash(config: Mapping[str, Any], docs: Iterable[Any]) -> str:

@@ -25,6 +25,25 @@ _WEIGHTS = re.compile(
 )
 
 
+_TOKENIZER = {
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tiktoken.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+}
+
+
+def of_tokenizer(name: str) -> bool:
+    """Tell whether a file is a tokenizer's, by its name; chat templates and code are."""
+    code = name.startswith("tokenization") and name.endswith(".py")
+    return name in _TOKENIZER or name.startswith("chat_template") or code
+
+
 def describes_quantization(name: str) -> bool:
     """Tell whether a file beside config.json is one in which other tools say how weights are quantised."""
     return name in _QUANTIZED_ELSEWHERE

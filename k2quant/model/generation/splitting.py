@@ -42,6 +42,20 @@ _RAW = re.compile(r"""[rR]('''|\"""|'|")(.*)\1""", re.DOTALL)
 _SISTER = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.MULTILINE)
 
 
+def code_of(folder: Path) -> list[Path]:
+    """Return the files of a folder that are a tokenizer's code by their names."""
+    return sorted(folder.glob("tokenization*.py"))
+
+
+def read_code(path: Path) -> str:
+    """Return the text of a file of code.
+
+    Raises:
+        MalformedFile: it is larger than code is, or no regular file.
+    """
+    return read_limited(path, _LIMIT).decode("utf-8", "replace")
+
+
 def check_code(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse a tokenizer whose own code splits text otherwise than K2's, or not visibly as K2's does.
 
@@ -53,14 +67,14 @@ def check_code(folder: Path, settings: Mapping[str, Any]) -> None:
         UnsupportedFormat: so it is.
         CheckpointError: the settings name a file of code that no file can be.
     """
-    waiting = sorted({path.name for path in folder.glob("tokenization*.py")} | set(_mapped(folder, settings)))
+    waiting = sorted({path.name for path in code_of(folder)} | set(_mapped(folder, settings)))
     seen: set[str] = set()
     while waiting:
         path = inside(folder, waiting.pop(0), follow_links=True)  # what lies in the folder has been checked
         if path.name in seen or not path.exists():
             continue
         seen.add(path.name)
-        text = read_limited(path, _LIMIT).decode("utf-8", "replace")
+        text = read_code(path)
         if any(word in text for word in _OF_TIKTOKEN) and not _splits_as_k2(text):
             raise UnsupportedFormat(
                 "splits text by another pattern than K2's tokenizer",

@@ -10,15 +10,18 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from k2quant.checkpoint.beside import of_tokenizer
 from k2quant.checkpoint.files.paths import inside, open_regular
-from k2quant.checkpoint.reader import open_checkpoint
-from k2quant.errors import CheckpointError, K2QuantError, MissingExtra
+from k2quant.checkpoint.reader import CONFIG, open_checkpoint
+from k2quant.errors import CheckpointError, K2QuantError, MalformedFile, MissingExtra
 from k2quant.model.architecture import architecture
 from k2quant.model.generation.kimi import INSTALL, is_kimi, open_kimi
 from k2quant.model.generation.ranks import TIKTOKEN
+from k2quant.model.generation.splitting import code_of, read_code
 
 _FAST = "tokenizer.json"
-_CODE_LIMIT = 2**22  # bytes of a file of code that are looked at
+_OWN = {".jinja", ".model", ".py", ".tiktoken"}
+"""Suffixes of what a tokenizer is made of, beside the names that all have."""
 _MOVED = "bytes_to_unicode"
 """What tokenization_kimi.py of K2's first releases imports from a place that transformers 5 no longer has."""
 
@@ -113,17 +116,19 @@ def _of_its_code(folder: Path, error: BaseException) -> K2QuantError | None:
 
 def _codes(folder: Path, word: str) -> list[Path]:
     """Return the folder's files of tokenizer code in which a word stands."""
-    found = []
-    for path in sorted(folder.glob("tokenization*.py")):
-        with os.fdopen(open_regular(path), "rb") as file:
-            if word.encode() in file.read(_CODE_LIMIT):
-                found.append(path)
-    return found
+    return [path for path in code_of(folder) if word in read_code(path)]
 
 
 def _check_files(folder: Path, *, follow_links: bool) -> None:
-    """Refuse links that leave the folder and files that are none, for transformers follows and opens anything."""
+    """Refuse links that leave the folder and files that are none, for transformers follows and opens anything.
+
+    Pointers are refused among the tokenizer's own files: a clone for its sake alone has pointers of all shards.
+    """
     for entry in folder.iterdir():
         path = inside(folder, entry.name, follow_links=follow_links)
-        if not path.is_dir():
+        if path.is_dir():
+            continue
+        if of_tokenizer(path.name) or path.name == CONFIG or path.suffix in _OWN:
             os.close(open_regular(path))
+        elif not path.is_file():
+            raise MalformedFile("not a regular file", file=path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k2quant.cli import main
-from k2quant.errors import CheckpointError, MissingExtra, UnsafePath, UnsupportedFormat
+from k2quant.errors import CheckpointError, MalformedFile, MissingExtra, UnsafePath, UnsupportedFormat
 from k2quant.eval.asking.models import _added_tokens, _tokenizer
 from k2quant.model.generation import load_tokenizer, open_tokenizer
 from k2quant.model.generation.kimi import pieces
@@ -164,6 +166,45 @@ def test_a_folder_of_a_tokenizer_alone_will_do(kimi: Path, ranks: dict[bytes, in
         _tokenizer(kimi, request)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4998123456\n"
+
+
+def test_a_clone_for_the_tokenizer_alone_will_do(kimi: Path, tmp_path: Path) -> None:
+    """Where shards and pictures are pointers the tokenizer is read; its own files may be none, nor links out.
+
+    The kind of fault: a good folder that is refused.
+    """
+    for name in ("model-00001-of-000062.safetensors", "model.safetensors.index.json", "figure.png"):
+        (kimi / name).write_bytes(LFS)
+    assert open_tokenizer(kimi).encode("a")
+    (tmp_path / "outside").write_bytes(b"1")
+    (kimi / "figure2.png").symlink_to(tmp_path / "outside")
+    with pytest.raises(UnsafePath, match=r"figure2\.png: a link that leaves the folder"):
+        open_tokenizer(kimi)
+    (kimi / "figure2.png").unlink()
+    os.mkfifo(kimi / "pipe")
+    with pytest.raises(MalformedFile, match="pipe: not a regular file"):
+        open_tokenizer(kimi)
+    (kimi / "pipe").unlink()
+    for name in ("tiktoken.model", "config.json", "tokenization_kimi.py", "vocabulary.tiktoken"):
+        before = (kimi / name).read_bytes() if (kimi / name).exists() else None
+        (kimi / name).write_bytes(LFS)
+        with pytest.raises(MalformedFile, match=f"{re.escape(name)}: a git-lfs pointer"):
+            open_tokenizer(kimi)
+        (kimi / name).unlink()
+        if before is not None:
+            (kimi / name).write_bytes(before)
+
+
+def test_the_cause_is_not_lost_to_the_model_beside_it(kimi: Path) -> None:
+    """What is wrong with a tokenizer is said, not that the model in its folder is of another family."""
+    request: Any = SimpleNamespace(trust_remote_code=False, follow_links=False)
+    (kimi / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (kimi / "tiktoken.model").write_bytes(LFS)
+    with pytest.raises(CheckpointError, match=r"tiktoken\.model: a git-lfs pointer"):
+        _tokenizer(kimi, request)
+
+
 # --- what is missing or old -------------------------------------------------------------------------------------------
 
 
@@ -259,7 +300,7 @@ def test_code_counts_under_whatever_name_the_settings_have_for_it(case: str, kim
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": WHERE_IT_IS_NAMED[case]}))
     (kimi / "wrapped.py").write_text("from .bpe import TikTokenTokenizer\n")
     (kimi / "bpe.py").write_text("from .wrapped import more\n" + code())
-    assert open_tokenizer(kimi).bos_token == "[BOS]"
+    assert open_tokenizer(kimi).encode("a")
     (kimi / "bpe.py").write_text(code(PATTERN[1:]))
     with pytest.raises(UnsupportedFormat, match=r"bpe\.py: splits text by another pattern"):
         open_tokenizer(kimi)
@@ -299,7 +340,7 @@ LAID_OUT = {
 def test_the_layout_of_its_code_plays_no_part(case: str, kimi: Path) -> None:
     """K2's pattern is found however the lines of the code are broken, and code that splits nothing is no trouble."""
     (kimi / "tokenization_kimi.py").write_bytes(LAID_OUT[case].encode())
-    assert open_tokenizer(kimi).bos_token == "[BOS]"
+    assert open_tokenizer(kimi).encode("a")
 
 
 def test_a_tokenizer_of_another_class_is_left_to_transformers(kimi: Path) -> None:
