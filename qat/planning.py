@@ -31,8 +31,8 @@ from k2quant.qat.preparing import Prepared, prepare, prepared
 from k2quant.qat.rounding import adapters, scales
 from k2quant.qat.rounding.rules import Rule, check_packed, plain_rule
 from k2quant.qat.rounding.survey import coverage
-from k2quant.qat.rounding.targets import canonical
-from k2quant.qat.run.folder import Run
+from k2quant.qat.rounding.targets import bases_digest, canonical
+from k2quant.qat.run.folder import TARGETS, Run
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -111,7 +111,7 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
     if job.training.batch % processes:
         raise UsageError(f"training: batch {job.training.batch} is no multiple of the {processes} processes")
     rows, held_out = read_data(job, model.config)
-    run.compare(job, {"data": rows.digest, "held_out": held_out.digest})
+    run.compare(job, {"data": rows.digest, "held_out": held_out.digest, TARGETS: bases_digest(found.targets)})
     sizes, top_k = _Sizes.of(job, model), (job.distill.top_k if job.distill else None) or 0
     return JobPlan(
         coverage=coverage(model, found.targets),

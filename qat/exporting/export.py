@@ -30,8 +30,9 @@ from k2quant.qat.job import Job, read_job
 from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.preparing import prepare, prepared
 from k2quant.qat.rounding.rules import check_packed
+from k2quant.qat.rounding.targets import bases_digest
 from k2quant.qat.run import checkpoints
-from k2quant.qat.run.folder import Run
+from k2quant.qat.run.folder import TARGETS, Run
 from k2quant.qat.run.state import restore_weights
 
 
@@ -148,6 +149,7 @@ def load_run(folder: Path, job: Job) -> nn.Module:
 
     Raises:
         CheckpointError: there is no finished checkpoint, it is damaged, or the base has changed.
+        DestinationStale: other weights were fake-quantised than this version takes for the same job.
     """
     run = Run(folder)
     found = checkpoints.found(run.checkpoints)
@@ -166,6 +168,7 @@ def load_run(folder: Path, job: Job) -> nn.Module:
             "train on"
         )
     prepare(model, dataclasses.replace(job.quantize, bits=job.final_bits))
+    run.compare(job, {TARGETS: bases_digest(prepared(model).targets)})
     with checkpoints.resuming(found[-1]):
         checkpoints.read_state(found[-1], run.digest())
         restore_weights(model, found[-1])

@@ -6,8 +6,9 @@ transformers chooses to run them with reads the same two parameters.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,12 @@ def find_targets(model: nn.Module, config: QATConfig) -> list[Target]:
     for target in found:
         _check(target, config)
     return found
+
+
+def bases_digest(targets: Iterable[Target]) -> str:
+    """Return a sha256 of which weights are fake-quantised: of their names in a checkpoint, whatever their order."""
+    bases = sorted(part.base for target in targets for part in target.parts)
+    return hashlib.sha256("\n".join(bases).encode()).hexdigest()
 
 
 def _bases(model: nn.Module, candidates: list[Target]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from k2quant.checkpoint.files.locks import locked_file
 from k2quant.checkpoint.files.paths import read_limited, refuse_foreign, write_whole
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import CheckpointError, DestinationForeign, DestinationStale, MalformedFile, OutputError, UsageError
+from k2quant.formats.known import FORMATS
 from k2quant.ground.version import __version__
 from k2quant.qat.job import Job, job_from
 
@@ -23,6 +24,10 @@ MANIFEST = "k2quant_qat.json"
 """Says what is trained here; written before anything else."""
 FACTS = ("data", "held_out", "model", "teacher")
 """Keys of the manifest: digests of what a training is made of."""
+TARGETS = "targets"
+"""Key of the manifest: a digest of what is fake-quantised, for what a scope takes is no more than a word."""
+_BEGUN = "begun_as"
+"""Key of the manifest: the identity that checkpoints were written under, where it would be written otherwise now."""
 _LOCK = "k2quant_qat.lock"
 _LIMIT = 2**24
 _OWN = (
@@ -107,8 +112,12 @@ class Run:
             self._clear()
         elif (self.folder / MANIFEST).exists():
             self.compare(job, facts)
-            if self._manifest().get("job") == manifest["job"]:
-                return  # else the same files at other places
+            found = self._manifest()
+            if found.get("job") == manifest["job"] and TARGETS in found:
+                return  # else the same files at other places, or begun by an earlier version
+            begun = found.get(_BEGUN, found.get("identity"))
+            if begun != manifest["identity"]:
+                manifest[_BEGUN] = begun
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
     def compare(self, job: Job, facts: Mapping[str, Any]) -> None:
@@ -119,11 +128,14 @@ class Run:
             facts: digests of what it needs, or of some of it.
 
         Raises:
-            DestinationStale: another job, model or data was begun here.
+            DestinationStale: another job, model or data was begun here, or other weights were fake-quantised.
         """
         if not (self.folder / MANIFEST).exists():
             return
         wanted, found = {"identity": job.identity(), **facts}, self._manifest()
+        if TARGETS not in found:
+            wanted.pop(TARGETS, None)
+            found = {**found, "identity": self._meant(found.get("identity"), wanted["identity"])}
         changed = [key for key, value in wanted.items() if found.get(key) != value]
         if changed:
             raise DestinationStale(
@@ -131,6 +143,27 @@ class Run:
                 file=self.folder,
                 remedy="train anew with --restart, or name another `output`",
             )
+
+    def _meant(self, theirs: object, ours: Mapping[str, Any]) -> object:
+        """Return an identity of a version that noted no targets as it would be written now.
+
+        The scope `linear` took every projection then, which is `projections` now.
+
+        Raises:
+            DestinationStale: this version would take less.
+        """
+        quantize = theirs.get("quantize") if isinstance(theirs, dict) else None
+        form = FORMATS.get(str(quantize.get("to"))) if isinstance(quantize, dict) else None
+        if not isinstance(theirs, dict) or form is None or not form.unfit or quantize.get("scope") != "linear":
+            return theirs
+        if theirs == ours:
+            raise DestinationStale(
+                f"was begun by a version whose `scope: linear` took {', '.join(form.unfit)} too",
+                file=self.folder,
+                remedy="say `scope: projections` in its job and train on, to the end if it is not there; "
+                "or train anew with --restart",
+            )
+        return {**theirs, "quantize": {**quantize, "scope": "projections"}}
 
     def digest(self) -> str:
         """Return what tells this training from another: a sha256 of job, data and model.
@@ -140,6 +173,7 @@ class Run:
         """
         manifest = self._manifest()
         decisive = {key: manifest.get(key) for key in ("identity", *FACTS)}
+        decisive["identity"] = manifest.get(_BEGUN, decisive["identity"])
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def check_model(self, files: Mapping[str, str]) -> None:
@@ -201,7 +235,7 @@ def _said(changed: list[str], found: Mapping[str, Any], wanted: Mapping[str, Any
     """Name what differs, of the job its keys."""
     theirs = found.get("identity")
     if "identity" not in changed or not isinstance(theirs, dict):
-        return " and ".join(changed)
+        return " and ".join("choice of weights" if key == TARGETS else key for key in changed)
     return f"job ({', '.join(_keys(wanted['identity'], theirs))})"
 
 

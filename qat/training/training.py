@@ -26,8 +26,9 @@ from k2quant.qat.job import Job, check_folders, refuse_sharded
 from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.planning import read_data, tried
 from k2quant.qat.preparing import Prepared, prepare, prepared
+from k2quant.qat.rounding.targets import bases_digest
 from k2quant.qat.run import checkpoints
-from k2quant.qat.run.folder import Run
+from k2quant.qat.run.folder import TARGETS, Run
 from k2quant.qat.run.history import Evaluation, History, Record, Records, StepRecord, kept_history
 from k2quant.qat.run.shards import whole
 from k2quant.qat.run.state import restore_weights, trained_tensors
@@ -159,6 +160,7 @@ class Trainer:
             else None
         )
         facts = {"data": self.rows.digest, "held_out": held_out.digest, "model": model, "teacher": teacher}
+        facts[TARGETS] = bases_digest(self.prepared.targets)
         self._run.begin(job, facts, restart=restart)
         return teacher
 

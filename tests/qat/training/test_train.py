@@ -27,6 +27,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from k2quant.cli import main
+from k2quant.conversion import recipe
 from k2quant.errors import (
     BadValue,
     CheckpointError,
@@ -40,6 +41,7 @@ from k2quant.errors import (
 from k2quant.qat import preparing
 from k2quant.qat.exporting.export import export_run
 from k2quant.qat.job import Job, job_from
+from k2quant.qat.planning import plan_job
 from k2quant.qat.run import checkpoints
 from k2quant.qat.run.folder import Run
 from k2quant.qat.run.history import HISTORY, read_history
@@ -371,6 +373,74 @@ def test_other_data_or_model(home: Path) -> None:
         export_run(home / "run", home / "export")
     assert not (home / "export").exists()
     assert train(job, restart=True).resumed == 0
+
+
+def noted(run: Path) -> dict[str, Any]:
+    """Return what a run's manifest says."""
+    found: dict[str, Any] = json.loads((run / "k2quant_qat.json").read_text())
+    return found
+
+
+def forget_targets(run: Path) -> None:
+    """Leave a manifest as versions wrote it that did not note which weights are fake-quantised."""
+    manifest = noted(run)
+    del manifest["targets"], manifest["job"]["follow_links"]
+    (run / "k2quant_qat.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_of_an_earlier_meaning_of_linear(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun when INT4's `linear` took kv_b_proj too: neither trained on nor exported as it is; `projections` does both.
+
+    The kind of fault: a word whose meaning has changed, and values that are wrong without a word.
+    """
+
+    def linear(scope: str = "linear") -> Job:
+        return make_job(home, quantize={"scope": scope}, training={"steps": 2})
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(recipe, "is_unfit", lambda *_: False)
+        interrupted(linear(), 1)
+    forget_targets(home / "run")
+    before = noted(home / "run")
+    match = r"`scope: linear` took kv_b_proj too; say `scope: projections` .* --restart"
+    for act in (lambda: train(linear()), lambda: plan_job(linear()), lambda: export_run(home / "run", home / "out")):
+        with pytest.raises(DestinationStale, match=match):
+            act()
+    assert noted(home / "run") == before
+    assert not (home / "out").exists()
+    plan_job(linear("projections"))
+    assert train(linear("projections")).resumed == 1
+    assert train(linear("projections")).resumed == 2
+    with pytest.raises(DestinationStale, match=r"another job \(quantize\.scope\)"):
+        train(linear())
+    export_run(home / "run", home / "out")
+    train(make_job(home, "whole", quantize={"scope": "projections"}, training={"steps": 2}))
+    export_run(home / "whole", home / "expected")
+    for shard in (home / "expected").glob("*.safetensors"):
+        assert (home / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_a_run_that_noted_no_targets_goes_on(home: Path) -> None:
+    """Where the scope's meaning is as it was, a run of an earlier version is trained on, and notes its targets."""
+    job = make_job(home, training={"steps": 2})
+    interrupted(job, 1)
+    targets = noted(home / "run")["targets"]
+    forget_targets(home / "run")
+    plan_job(job)
+    assert train(job).resumed == 1
+    assert noted(home / "run")["targets"] == targets
+    forget_targets(home / "run")
+    export_run(home / "run", home / "out")
+
+
+def test_other_targets_are_another_training(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Should a version take other weights for the same words, a run is neither trained on nor exported."""
+    job = make_job(home, quantize={"scope": "linear"}, training={"steps": 1})
+    train(job)
+    monkeypatch.setattr(recipe, "is_unfit", lambda *_: False)
+    for act in (lambda: train(job), lambda: plan_job(job), lambda: export_run(home / "run", home / "out")):
+        with pytest.raises(DestinationStale, match="holds a training of another choice of weights"):
+            act()
 
 
 def test_a_damaged_manifest_does_not_stop_a_restart(home: Path) -> None:
