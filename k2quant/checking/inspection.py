@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion import carrying, config, relatives
@@ -80,14 +81,30 @@ def inspect(folder: str | os.PathLike[str], *, follow_links: bool = False) -> In
         quantization=_quantization(checkpoint),
         unlisted=[name for name in checkpoint.unlisted if name not in stale],
         stale=[name for name in checkpoint.unlisted if name in stale],
-        problems=[str(problem) for problem in problems + wrong],
-        remarks=[
-            *relatives.remarks(checkpoint.config, weights),
-            *_of_splits(weights),
-            *broken_promises(checkpoint.config, found),
-            *([] if wrong else carrying.remarks(checkpoint.config, weights)),
-        ],
+        problems=[str(problem) for problem in problems + wrong + _file_problems(checkpoint)],
+        remarks=[] if problems else _remarks(checkpoint, weights, sound=not wrong),  # of a part nothing can be said
     )
+
+
+def _remarks(checkpoint: Checkpoint, weights: list[StoredWeight], *, sound: bool) -> list[str]:
+    """Return what is worth saying; of what the config carries along only where it is sound."""
+    return [
+        *relatives.remarks(checkpoint.config, weights),
+        *_of_splits(weights),
+        *broken_promises(checkpoint.config, inventory(weights)),
+        *(carrying.remarks(checkpoint.config, weights) if sound else ()),
+    ]
+
+
+def _file_problems(checkpoint: Checkpoint) -> list[CheckpointError]:
+    """Look at the files that a conversion copies along."""
+    try:
+        other_files(checkpoint)
+    except CheckpointError as problem:
+        return [problem]
+    except OSError as error:
+        return [CheckpointError("cannot be read", file=error.filename or checkpoint.folder, found=error.strerror)]
+    return []
 
 
 def _config_problems(checkpoint: Checkpoint, weights: list[StoredWeight]) -> list[CheckpointError]:

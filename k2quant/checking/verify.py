@@ -114,7 +114,9 @@ def _failure(finding: Finding) -> str | None:
         case "extra":
             return "is not in the source"
         case "differs" if finding.formats[0] == finding.formats[1]:
-            return f"was to be copied, but {finding.bytes_changed or 'all'} bytes differ"
+            values = finding.figures is not None and not finding.figures.changed
+            same = ", though every value is the same" if values else ""
+            return f"was to be copied, but {finding.bytes_changed or 'all'} bytes differ{same}"
         case "differs" if finding.figures is None:
             return "has another shape or kind"
         case "differs" if finding.outside:

@@ -100,9 +100,25 @@ def _weight(suffix: str, entry: TensorEntry, beside: Neighbours, tensors: Mappin
 def _check_partner(suffix: str, entry: TensorEntry, beside: Neighbours) -> None:
     """Refuse a partner that has no weight, or one that no format of ours uses."""
     if not any(kind.owns(suffix, beside) for kind in FORMATS.values()):
-        astray = MissingTensor("a partner without its weight", tensor=entry.name, file=entry.file)
         weight = next(filter(None, map(beside.get, _mains())), None)
-        raise _refusal(suffix, entry, beside) or (_unknown(weight, beside) if weight else astray)
+        astray = MissingTensor(
+            "a partner without its weight",
+            tensor=entry.name,
+            file=entry.file,
+            found=f"`{weight.name}` of {weight.dtype}, which has none" if weight else None,
+            remedy="take the tensor out of the index, if a cast left it behind" if weight else None,
+        )
+        unknown = _unknown(weight, beside) if weight and not _is_read(weight, beside) else None
+        raise _refusal(suffix, entry, beside) or unknown or astray
+
+
+def _is_read(weight: Entry, beside: Neighbours) -> bool:
+    """Tell whether a format takes a main tensor, if only with other partners."""
+    suffix = names.split(weight.name)[1]
+    try:
+        return any(kind.recognise(suffix, weight, beside) for kind in FORMATS.values())
+    except CheckpointError:
+        return True
 
 
 def _mains() -> dict[str, None]:

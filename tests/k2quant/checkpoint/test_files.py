@@ -71,6 +71,24 @@ def test_a_pointer_of_git_lfs_is_named_wherever_it_stands(source: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_inspect_names_a_pointer_beside_the_weights(source: Path) -> None:
+    """What stops a conversion is a problem for `inspect` too, though no weight is concerned."""
+    (source / "tokenizer.json").write_bytes(pointer())
+    (problem,) = k2quant.inspect(source).problems
+    assert "tokenizer.json: a git-lfs pointer" in problem
+
+
+def test_inspect_concludes_nothing_from_what_it_cannot_read(source: Path) -> None:
+    """Where a weight cannot be read, the problem is said, and not that experts or quantised weights are missing."""
+    index = json.loads((source / INDEX).read_text())
+    lost = next(name for name in index["weight_map"] if name.endswith("weight_scale_inv"))
+    del index["weight_map"][lost]
+    (source / INDEX).write_text(json.dumps(index))
+    found = k2quant.inspect(source)
+    assert any(lost in problem for problem in found.problems)
+    assert found.remarks == []
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 def test_a_pointer_in_an_adapter_is_named(k2_source: Path, tmp_path: Path, name: str) -> None:
     """The kind's brother in merge: neither of an adapter's files may be a pointer."""

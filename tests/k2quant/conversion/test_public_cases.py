@@ -212,6 +212,21 @@ def test_fp8_of_another_kind_is_named_by_its_dtype(k2_source: Path, tmp_path: Pa
         k2quant.convert(source, tmp_path / "out", to="bf16")
 
 
+def test_scales_that_a_cast_left_behind_are_named_as_such(k2_source: Path, tmp_path: Path) -> None:
+    """BF16 beside a `weight_scale_inv`: the message speaks of the scale and of what to do, not of BF16.
+
+    Kind: leavings of another tool, and a message that leads nowhere. deepseek-ai/DeepSeek-V3.2-Exp#59.
+    """
+    name = "model.layers.0.self_attn.o_proj.weight"
+
+    def as_bf16(tensors: Shard) -> None:
+        tensors[name] = ("BF16", np.zeros(tensors[name][1].shape, np.uint16))
+
+    source = rewritten(k2_source, tmp_path / "src", as_bf16)
+    with pytest.raises(CheckpointError, match=rf"{name}_scale_inv`.*of BF16, which has none; take the tensor"):
+        k2quant.convert(source, tmp_path / "out", to="int4")
+
+
 @pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "quant_model_description.json"])
 def test_another_tools_word_on_quantization_is_left_out(k2_bf16: Path, tmp_path: Path, file: str) -> None:
     """A file in which ModelOpt, GPTQ or ModelSlim says how weights are quantised is not carried along, and named.
