@@ -122,7 +122,7 @@ def _of_splits(weights: list[StoredWeight]) -> list[str]:
 
 def _model_type(checkpoint: Checkpoint) -> str | None:
     found = (checkpoint.config or {}).get("model_type")
-    return str(found) if found is not None else None
+    return relatives.shown(found) if found is not None else None
 
 
 def _quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:

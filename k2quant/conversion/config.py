@@ -174,12 +174,12 @@ def _kind_of(packing: str, scheme: dict[str, Any]) -> type[Format]:
     kinds = [kind for kind in FORMATS.values() if kind.packing == packing]
     found = next((kind for kind in kinds if kind.claims(scheme)), None)
     if found is None:
-        words = {key: shown(scheme.get(key)) for key in ("num_bits", "type", "symmetric")}
+        words = {key: scheme.get(key) for key in ("num_bits", "type", "symmetric")}
         raise UnsupportedFormat(
             "the scheme of the weights",
             file="config.json",
             expected=" or ".join(kind.scheme_words for kind in kinds),
-            found=listed(f"{key} {value}" for key, value in words.items()),
+            found=listed(f"{key} {shown(value)}" for key, value in words.items()),
         )
     return found
 

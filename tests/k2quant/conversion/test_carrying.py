@@ -22,6 +22,7 @@ from k2quant.errors import (
     DtypeMismatch,
     MalformedFile,
     ShapeMismatch,
+    UnsafePath,
     UnsupportedFormat,
 )
 from k2quant.formats.known import FormatName
@@ -537,7 +538,7 @@ def test_blocks_that_contradict_each_other_are_refused(tmp_path: Path, key: str,
         planned(source("other", second), "fp8")
 
 
-# --- a block that does not speak of all ---
+# --- a block that does not speak of all -------------------------------------------------------------------------------
 
 
 def test_a_source_with_more_formats_than_its_config_says_is_read_by_its_tensors(tmp_path: Path) -> None:
@@ -622,7 +623,7 @@ def test_a_block_that_was_left_behind_is_still_read(tmp_path: Path) -> None:
             planned(source, "bf16")
 
 
-# --- what reaches a terminal ---
+# --- what reaches a terminal ------------------------------------------------------------------------------------------
 
 
 def test_no_key_or_name_of_a_file_reaches_the_terminal_as_it_is(tmp_path: Path) -> None:
@@ -639,6 +640,35 @@ def test_no_key_or_name_of_a_file_reaches_the_terminal_as_it_is(tmp_path: Path) 
         planned(source, "bf16")
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 1000
+
+
+def test_a_type_of_model_is_said_as_a_terminal_can_show_it(tmp_path: Path) -> None:
+    """The kind: hostile input. `inspect` prints it whatever it is."""
+    source = written(tmp_path, None, *map(bf16, EXPERTS), model_type="\x1b[2J" + "k" * 100_000)
+    found = k2quant.inspect(source).model_type or ""
+    assert found.startswith("\\x1b[2Jk")
+    assert len(found) < 300
+
+
+# --- a config that changes meanwhile ----------------------------------------------------------------------------------
+
+
+def test_a_config_that_grew_since_it_was_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kind: hostile input. One that is copied as it is was read within the same limit as one that is edited."""
+    source = open_checkpoint(written(tmp_path / "src", None, *map(bf16, EXPERTS)))
+    assert make_plan(source, Options(to="bf16")).config == (tmp_path / "src" / CONFIG).read_bytes()
+    monkeypatch.setattr("k2quant.checkpoint.reader._CONFIG_LIMIT", 10)
+    with pytest.raises(MalformedFile, match="too large"):
+        make_plan(source, Options(to="bf16"))
+
+
+def test_a_config_that_became_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    """The kind: hostile input. What was checked when the folder was opened is checked when it is read again."""
+    source = open_checkpoint(written(tmp_path / "src", None, *map(bf16, EXPERTS)))
+    (tmp_path / "src" / CONFIG).rename(tmp_path / CONFIG)
+    (tmp_path / "src" / CONFIG).symlink_to(tmp_path / CONFIG)
+    with pytest.raises(UnsafePath):
+        make_plan(source, Options(to="bf16"))
 
 
 # --- a model ----------------------------------------------------------------------------------------------------------

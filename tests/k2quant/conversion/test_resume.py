@@ -16,8 +16,6 @@ from k2quant.conversion import resume
 from k2quant.conversion.plan import Options, Plan
 from k2quant.errors import DestinationStale, OutputError, UsageError
 
-ASKED = Options("int4", ignore=("a", "b"))
-
 
 class Folder:
     """A destination: what its journal and report say, and what was done to it."""
@@ -72,7 +70,7 @@ def plan(folder: Path, **changes: Any) -> Plan:
         (folder / "tokenizer").write_bytes(b"xyz")
     known: dict[str, Any] = {
         "values": None,
-        "options": ASKED,
+        "options": Options(to="int4", ignore=("a", "b")),
         "copies": ["tokenizer"],
         "shards": shards,
         "bytes_written": 50,
@@ -131,7 +129,7 @@ def test_two_runs_are_one_where_options_source_and_other_files_are(source: Path)
     status = (source / "tokenizer").stat()
     assert first == {
         "values": None,
-        "options": {**asdict(ASKED), "ignore": ["a", "b"]},
+        "options": {**asdict(Options(to="int4")), "ignore": ["a", "b"]},
         "source": {"index": "abc", "other_files": {"tokenizer": [3, status.st_mtime_ns]}},
     }
 
