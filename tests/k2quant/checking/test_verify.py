@@ -10,7 +10,7 @@ import pytest
 
 import k2quant
 from k2quant.checkpoint.header import TensorEntry
-from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
 
 EXPERT = "model.layers.1.mlp.experts.{}.{}_proj"
@@ -38,6 +38,21 @@ def test_verify_finds_one_wrong_bit(k2_source: Path, tmp_path: Path) -> None:
     assert list(k2quant.verify_checksums(tmp_path / "out").failures) == [name]
     found = k2quant.verify(k2_source, tmp_path / "out")
     assert list(found.failures) == [f"{EXPERT.format(0, 'up')}.weight"]
+
+
+def test_each_folder_is_opened_once(k2_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared, what the config says and what may be missing are asked of one reading of the headers."""
+    out = k2quant.convert(k2_source, tmp_path / "out", to="int4").folder
+    opened = []
+
+    def count(folder: Path, *, follow_links: bool) -> Checkpoint:
+        opened.append(folder)
+        return open_checkpoint(folder, follow_links=follow_links)
+
+    for module in ("verify", "comparison"):
+        monkeypatch.setattr(f"k2quant.checking.{module}.open_checkpoint", count)
+    assert k2quant.verify(k2_source, out).passed
+    assert opened == [k2_source, out]
 
 
 def test_verify_fails_what_is_worse_than_the_report(k2_source: Path, tmp_path: Path) -> None:

@@ -296,6 +296,7 @@ def test_a_relabelled_checkpoint_is_known_to_every_command(k2_source: Path, rela
     assert describe(plan)["routed experts"] == {"relabelled": 96}
     page = write_html(relabelled, tmp_path / "page.html").read_text()
     assert "kept codes and scales of" in page
+    assert "under other names or as float32 scales" in page
     assert OTHER in page
 
 
