@@ -134,7 +134,7 @@ def make_merge_plan(base: Path, adapter: Path, options: Options, *, follow_links
         CheckpointError: base or adapter cannot be read, or the adapter does not fit, or is none that can be merged.
         UsageError: the options make no sense.
     """
-    update = open_adapter(adapter)
+    update = open_adapter(adapter, follow_links=follow_links)
     plan = make_plan(open_checkpoint(base, follow_links=follow_links), options, substituted=True)
     changes = resolve(update, (job.weight for job in plan.jobs()))
     for job in plan.jobs():

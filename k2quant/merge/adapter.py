@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,36 +60,43 @@ class Adapter:
     """By the module's name, without `base_model.model.`."""
     whole: dict[str, TensorEntry]
     """Tensors that replace the base's, by their name in the model."""
+    follow_links: bool = False
+    """Whether links of the folder may lead out of it."""
 
     def digests(self) -> dict[str, str]:
         """Return a sha256 of each of its files."""
         found = {}
         for name in (CONFIG, WEIGHTS):
-            with os.fdopen(open_regular(inside(self.folder, name)), "rb") as file:
+            with os.fdopen(open_regular(inside(self.folder, name, follow_links=self.follow_links)), "rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
         return found
 
 
-def open_adapter(folder: Path) -> Adapter:
+def open_adapter(folder: Path, *, follow_links: bool = False) -> Adapter:
     """Read an adapter's config and header.
+
+    Args:
+        folder: as save_pretrained of PEFT wrote it.
+        follow_links: whether links of the folder may lead out of it.
 
     Raises:
         CheckpointError: the folder holds no adapter, one that lies about itself, or none that can be merged.
     """
     try:
-        return _open(folder)
+        return _open(folder, follow_links=follow_links)
     except OSError as error:
         message = "cannot be read"
         raise CheckpointError(message, file=error.filename or folder, found=error.strerror or str(error)) from error
 
 
-def _open(folder: Path) -> Adapter:
+def _open(folder: Path, *, follow_links: bool) -> Adapter:
     check_folder(folder)
+    here = partial(inside, folder, follow_links=follow_links)
     for name in (CONFIG, WEIGHTS):
-        if not inside(folder, name).exists():
+        if not here(name).exists():
             raise _missing(folder, name)
-    settings = read_settings(inside(folder, CONFIG))
-    shard = _by_path(read_header(inside(folder, WEIGHTS)))
+    settings = read_settings(here(CONFIG))
+    shard = _by_path(read_header(here(WEIGHTS)))
     factors: dict[str, dict[str, TensorEntry]] = {}
     whole: dict[str, TensorEntry] = {}
     for entry in shard.tensors.values():
@@ -98,7 +106,8 @@ def _open(folder: Path) -> Adapter:
             _add(factors.setdefault(match["module"], {}), match["side"], entry)
         else:
             _add(whole, _whole_name(name, entry, settings), entry)
-    adapter = Adapter(folder, settings, shard, {module: _pair(sides) for module, sides in factors.items()}, whole)
+    pairs = {module: _pair(sides) for module, sides in factors.items()}
+    adapter = Adapter(folder, settings, shard, pairs, whole, follow_links)
     _check_saved(adapter)
     return adapter
 

@@ -43,6 +43,7 @@ def export(
     base: str | os.PathLike[str] | Checkpoint | None = None,
     shard_size: int | None = None,
     workers: int | None = None,
+    follow_links: bool = False,
     restart: bool = False,
     soft_lock: bool = False,
     progress: Progress | None = None,
@@ -56,6 +57,7 @@ def export(
             without; None where the model came from `k2quant.qat.load`.
         shard_size: largest output shard in bytes; None keeps the base's shards.
         workers: threads; None takes one for each core.
+        follow_links: whether links of `base` may lead out of its folder; of a model's own checkpoint, `load` was told.
         restart: throw away what an earlier export left in the destination.
         soft_lock: where its file system has no locks, lock it by a file.
         progress: called with the bytes done and all bytes.
@@ -66,7 +68,7 @@ def export(
         CheckFailed: what was written is not, bit for bit, what the forward pass sees; the folder is not finished.
         OutputError: the destination is not ours, in use, holds another training, or the disk failed.
     """
-    source, there = _base(model, base), Path(destination)
+    source, there = _base(model, base, follow_links=follow_links), Path(destination)
     refuse_nested(source.folder, there)
     plan, trained = plan_export(model, source, shard_size=shard_size)
 
@@ -214,11 +216,11 @@ def _check_again(folder: Path, check: Callable[[Path], None]) -> None:
         ) from error
 
 
-def _base(model: nn.Module, base: str | os.PathLike[str] | Checkpoint | None) -> Checkpoint:
+def _base(model: nn.Module, base: str | os.PathLike[str] | Checkpoint | None, *, follow_links: bool) -> Checkpoint:
     if isinstance(base, Checkpoint):
         return base
     if base is not None:
-        return open_checkpoint(Path(base))
+        return open_checkpoint(Path(base), follow_links=follow_links)
     found = getattr(model, "checkpoint", None)
     if not isinstance(found, Checkpoint):
         raise UsageError("base: name the checkpoint that the training began with; the model does not know it")

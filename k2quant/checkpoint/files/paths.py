@@ -28,13 +28,13 @@ def boundary(folder: Path) -> Path:
     return real
 
 
-def inside(folder: Path, name: str, *, follow_links: bool = False) -> Path:
+def inside(folder: Path, name: str, *, follow_links: bool | None = None) -> Path:
     """Return the path of a file of the folder, refusing names and links that lead out of it.
 
     Args:
         folder: the checkpoint's folder.
         name: a plain file name, as an index holds it.
-        follow_links: whether a link may lead anywhere; a name never may.
+        follow_links: whether a link may lead anywhere; a name never may. None: no, and nobody can allow it.
 
     Raises:
         UnsafePath: the name has a separator, is `.` or `..`, or the file is a link out of the folder.
@@ -48,13 +48,13 @@ def inside(folder: Path, name: str, *, follow_links: bool = False) -> Path:
     return path
 
 
-def check_inside(folder: Path, path: Path, *, follow_links: bool = False) -> None:
+def check_inside(folder: Path, path: Path, *, follow_links: bool | None = None) -> None:
     """Refuse a path whose links lead out of the folder, or nowhere but to themselves.
 
     Args:
         folder: the folder.
         path: of a file in it.
-        follow_links: whether links may lead anywhere.
+        follow_links: whether links may lead anywhere; None: no, and nobody can allow it.
 
     Raises:
         UnsafePath: it does.
@@ -65,13 +65,9 @@ def check_inside(folder: Path, path: Path, *, follow_links: bool = False) -> Non
     except (OSError, RuntimeError) as error:  # a loop of links
         raise UnsafePath("cannot be resolved", file=path, found=str(error)) from error
     if not follow_links and not real.is_relative_to(boundary(folder)):
-        raise UnsafePath(
-            "a link that leaves the folder",
-            file=path,
-            found=real,
-            remedy="copy the file into the folder, or, if all its links are your own, say --follow-links "
-            "(follow_links=True)",
-        )
+        switch = ", or, if all its links are your own, say --follow-links (follow_links=True)"
+        remedy = "copy the file into the folder" + ("" if follow_links is None else switch)
+        raise UnsafePath("a link that leaves the folder", file=path, found=real, remedy=remedy)
     if path.is_symlink() and not real.exists():  # else whoever looks finds nothing, and goes on without it
         raise CheckpointError(
             "a link to a file that is not there", file=path, found=real, remedy="fetch that file, or remove the link"

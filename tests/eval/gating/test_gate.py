@@ -556,8 +556,9 @@ class TestReading:
         path = home / f"samples_t_{TIME}.jsonl"
         path.rename(tmp_path / "elsewhere.jsonl")
         path.symlink_to(tmp_path / "elsewhere.jsonl")
-        with pytest.raises(MalformedResults, match="leaves the folder"):
+        with pytest.raises(MalformedResults, match="leaves the folder") as caught:
             read_run(home)
+        assert "--follow-links" not in str(caught.value)  # nobody could say it
 
     def test_samples_of_several_runs_are_not_mixed(self, tmp_path: Path) -> None:
         """Where a folder holds two runs, one of them has to be named."""

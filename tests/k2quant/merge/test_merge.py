@@ -39,6 +39,7 @@ from k2quant.errors import (
     MalformedFile,
     MissingTensor,
     ShapeMismatch,
+    UnsafePath,
     UnsupportedFormat,
     UsageError,
 )
@@ -680,6 +681,22 @@ def test_tensors_that_do_not_fit_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_of_links_is_merged_where_links_are_followed(k2_source: Path, tmp_path: Path) -> None:
+    """The way out that the refusal of a link names is one for the adapter too, not for the base alone.
+
+    The kind of fault: a remedy that does not help.
+    """
+    kept = adapter(tmp_path / "kept", on_k2())
+    (tmp_path / "adapter").mkdir()
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / "adapter" / name).symlink_to(kept / name)
+    with pytest.raises(UnsafePath, match="--follow-links"):
+        k2quant.merge(k2_source, tmp_path / "adapter", tmp_path / "out", to="int4")
+    k2quant.merge(k2_source, tmp_path / "adapter", tmp_path / "out", to="int4", follow_links=True)
+    k2quant.merge(k2_source, kept, tmp_path / "expected", to="int4")
+    assert stored(tmp_path / "out") == stored(tmp_path / "expected")
+
+
 def test_folders_that_hold_no_adapter_are_refused(k2_source: Path, tmp_path: Path) -> None:
     """No folder, an empty one, a pickle, a link that leaves it, broken JSON or a cut file: an error with a name."""
 
@@ -695,7 +712,7 @@ def test_folders_that_hold_no_adapter_are_refused(k2_source: Path, tmp_path: Pat
     (update / WEIGHTS).rename(update / "adapter_model.bin")
     refused(UnsupportedFormat, "pickled weights are never loaded")
     (update / WEIGHTS).symlink_to(k2_source / "model-1-of-3.safetensors")
-    refused(CheckpointError, "leaves the folder")
+    refused(CheckpointError, "leaves the folder.*--follow-links")
     (update / WEIGHTS).unlink()
     data = (update / "adapter_model.bin").read_bytes()
     (update / WEIGHTS).write_bytes(data[:-1])

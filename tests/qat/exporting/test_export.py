@@ -25,6 +25,7 @@ from k2quant.errors import (
     DestinationStale,
     MissingTensor,
     ShapeMismatch,
+    UnsafePath,
     UnsupportedFormat,
     UsageError,
 )
@@ -505,6 +506,17 @@ def refused(error: type[Exception], model: Any, folder: Path, match: str | None,
         qat.export(model, folder, **options)
     assert "\n" not in str(caught.value)
     assert not folder.exists()
+
+
+def test_a_base_of_links_is_read_where_links_are_followed(base: Path, ram: Path) -> None:
+    """The base that an export names may be a folder of links, like the one that a training loads; not unasked."""
+    (ram / "linked").mkdir()
+    for path in base.iterdir():
+        (ram / "linked" / path.name).symlink_to(path)
+    model = ready(base)
+    refused(UnsafePath, model, ram / "out", "--follow-links", base=ram / "linked")
+    qat.export(model, ram / "out", base=ram / "linked", follow_links=True)
+    assert (ram / "out" / "config.json").is_file()
 
 
 def test_what_cannot_be_exported_is_refused_at_once(base: Path, ram: Path) -> None:
