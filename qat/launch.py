@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _SWITCHES = ("--follow-links", "--soft-lock", "--trust-remote-code")
 _EVERY = 5.0  # seconds between two lines
@@ -16,7 +19,8 @@ def main(arguments: list[str]) -> int:
 
     Args:
         arguments: the job's file; `--restart` to throw away what an earlier run left; `--trust-remote-code` to let a
-            tokenizer run that is code; `--soft-lock` to lock the output folder by a file where there is no other way.
+            tokenizer run that is code; `--soft-lock` to lock the output folder by a file where there is no other way;
+            `--follow-links` to read a model's files where its links lead out of its folder.
     """
     from k2quant.errors import K2QuantError, UsageError
     from k2quant.qat.job import read_job
@@ -25,6 +29,8 @@ def main(arguments: list[str]) -> int:
     flags = {argument for argument in arguments if argument.startswith("-")}
     files = [argument for argument in arguments if argument not in flags]
     show = _Lines(leads=os.environ.get("RANK", "0") == "0")
+    before = warnings.showwarning
+    warnings.showwarning = show.warned(before)
     try:
         if len(files) != 1 or flags - {"--restart", *_SWITCHES}:
             usage = " ".join(f"[{switch}]" for switch in ("--restart", *_SWITCHES))
@@ -39,6 +45,8 @@ def main(arguments: list[str]) -> int:
     except K2QuantError as error:
         print(f"k2quant: {error}", file=sys.stderr)  # noqa: T201  this is a command
         return error.exit_code
+    finally:
+        warnings.showwarning = before
     show.say(f"{job.output}: trained; export it with k2quant qat export {job.output} DST")
     return 0
 
@@ -55,6 +63,19 @@ class _Lines:
         """Write a line, if this process is the first."""
         if self._leads:
             print(text, file=sys.stderr, flush=True)  # noqa: T201  this is a command
+
+    def warned(self, others: Callable[..., None]) -> Callable[..., None]:
+        """Return what shows warnings: those of a checkpoint as lines, without the line of code that says it."""
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+            from k2quant.errors import CheckpointWarning, printable
+
+            if issubclass(category, CheckpointWarning):
+                self.say(printable(str(message)))
+            else:
+                others(message, category, *rest, **more)
+
+        return show
 
     def step(self, done: int, total: int, loss: float) -> None:
         """Say how far it is, but not too often."""

@@ -20,7 +20,7 @@ from k2quant.cli.parts.screen import progress, remark
 @options.dtype()
 @options.backend()
 @options.follow_links()
-@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own tokenizer code.")
+@options.trust_remote_code()
 @click.option("--json", "as_json", is_flag=True, help="Print text and times as JSON, all at the end.")
 def command(
     path: Path,

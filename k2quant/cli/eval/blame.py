@@ -31,7 +31,7 @@ _BEFORE_SEARCH = 3  # passes: the baseline, its noise, the damage
 @options.dtype("float32", "; narrower ones are faster and hide small damage")
 @options.backend()
 @options.follow_links()
-@click.option("--trust-remote-code", is_flag=True, help="Run the tokenizer code of BASE.")
+@options.trust_remote_code("BASE's tokenizer's")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON to a file too.")
 def command(

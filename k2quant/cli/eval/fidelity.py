@@ -42,7 +42,7 @@ _COLUMNS = (
 @options.dtype()
 @options.backend()
 @options.follow_links()
-@click.option("--trust-remote-code", is_flag=True, help="Run the tokenizer code of BASE.")
+@options.trust_remote_code("BASE's tokenizer's")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON to a file too.")
 def command(

@@ -74,9 +74,7 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
 )
 @click.option("--chat-template", is_flag=True, help="Put prompts through the tokenizer's chat template.")
 @options.follow_links()
-@click.option(
-    "--trust-remote-code", is_flag=True, help="Run the checkpoint's own code: tokenizer, with hf and vllm model."
-)
+@options.trust_remote_code(more=" With hf and vllm the model's code, too.")
 @click.option("--confirm-unsafe-code", is_flag=True, help="Let tasks run the code that the model writes.")
 @options.soft_lock()
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")

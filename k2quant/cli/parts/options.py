@@ -32,10 +32,15 @@ def dtype(default: str = "bfloat16", more: str = "") -> Option[Any]:
     )
 
 
-def trust_remote_code() -> Option[Any]:
-    """Whether a checkpoint's own code may run."""
+def trust_remote_code(whose: str = "the tokenizer's", more: str = "") -> Option[Any]:
+    """Whether a checkpoint's own code may run.
+
+    Args:
+        whose: which tokenizer's, where a command has several checkpoints.
+        more: what the command has to say besides.
+    """
     return click.option(
-        "--trust-remote-code", is_flag=True, help="Run the tokenizer's own Python code; K2's is read without it."
+        "--trust-remote-code", is_flag=True, help=f"Run {whose} own Python code; K2's is read without it.{more}"
     )
 
 
