@@ -50,7 +50,8 @@ class Options:
     layout: Layout | None = None
     """None: deepseek."""
     allow_split: bool = False
-    """Whether what engines fuse may come out in several formats."""
+    """Whether what engines fuse may come out in several formats. A conversion's report says so, and another permission
+    is another run; a training's job may change it, for it notes the weights themselves."""
 
     def __post_init__(self) -> None:
         one_of("format", self.to, tuple(FORMATS))

@@ -90,7 +90,7 @@ class Job:
         """Return what decides the trained weights, but for the files that it names, whose contents are compared."""
         whole = json.loads(json.dumps(asdict(self)))
         whole["training"].pop("shard")  # no more than the number of processes, which may change too
-        whole["quantize"].pop("allow_split")  # a permission; what is quantised, scope and patterns say
+        whole["quantize"].pop("allow_split")  # a permission; what is quantised, its targets say
         whole["data"].pop("path")
         if whole["distill"]:
             whole["distill"].pop("teacher")

@@ -7,6 +7,7 @@ transformers chooses to run them with reads the same two parameters.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from k2quant.checkpoint.reader import Checkpoint
+from k2quant.checkpoint.weights import group_tensors
 from k2quant.conversion.recipe import in_scope
 from k2quant.errors import ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.ground import engines, names
@@ -86,7 +89,8 @@ def find_targets(model: nn.Module, config: QATConfig) -> list[Target]:
         ShapeMismatch: a group does not divide a width.
     """
     candidates = list(_candidates(model))
-    check_found(config.patterns, list(dict.fromkeys(_bases(model, candidates))), "ignore:")
+    if config.patterns:
+        check_found(config.patterns, list(dict.fromkeys(_bases(model, candidates))), "ignore:")
     found = [target for target in candidates if _wanted(target, config)]
     experts = [part for target in found for part in target.parts if names.is_routed_expert(part.base)]
     if not experts:
@@ -104,9 +108,18 @@ def bases_digest(targets: Iterable[Target]) -> str:
 
 
 def _bases(model: nn.Module, candidates: list[Target]) -> Iterator[str]:
-    """Yield the names in which a pattern may be found: of matrices as a checkpoint has them, then of all modules."""
+    """Yield the names in which a pattern may be found: those of the model's checkpoint, where the export looks for it.
+
+    Of a model that knows none, its matrices and tensors as a checkpoint would have them.
+    """
+    checkpoint = getattr(model, "checkpoint", None)
+    if isinstance(checkpoint, Checkpoint):
+        yield from (weight.base for weight in group_tensors(checkpoint.tensors).weights)
+        return
     yield from (part.base for target in candidates for part in target.parts)
-    yield from (canonical(name) for name, _ in model.named_modules())
+    stacks = {target.name for target in candidates if target.height is not None}
+    own = itertools.chain(model.named_parameters(), model.named_buffers())
+    yield from (names.split(canonical(name))[0] for name, _ in own if name not in stacks)
 
 
 def _check_fused(candidates: list[Target], found: set[Target], config: QATConfig) -> None:

@@ -153,8 +153,10 @@ class Run:
             DestinationStale: this version would take less.
         """
         quantize = theirs.get("quantize") if isinstance(theirs, dict) else None
-        form = FORMATS.get(str(quantize.get("to"))) if isinstance(quantize, dict) else None
-        if not isinstance(theirs, dict) or form is None or not form.unfit or quantize.get("scope") != "linear":
+        if not isinstance(theirs, dict) or not isinstance(quantize, dict):
+            return theirs
+        form = FORMATS.get(str(quantize.get("to")))
+        if form is None or not form.unfit or quantize.get("scope") != "linear":
             return theirs
         if theirs == ours:
             raise DestinationStale(

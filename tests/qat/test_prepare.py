@@ -24,6 +24,7 @@ from k2quant.model import load_model
 from k2quant.model.modules import SeparateExperts
 from k2quant.qat import Adapter, QATConfig, prepare
 from k2quant.qat import preparing as prepared_module
+from k2quant.qat.exporting.export import plan_export
 from k2quant.qat.job import Method
 from k2quant.qat.job import Optimizer as OptimizerSettings
 from k2quant.qat.preparing import Prepared, prepared
@@ -576,7 +577,22 @@ def test_a_pattern_that_is_found_nowhere_is_refused() -> None:
     """A pattern that matches nothing would train what it was meant to spare."""
     with pytest.raises(UsageError, match=r"ignore: 'q_a_porj' is found in no name; .*q_a_proj"):
         prepare(build(), QATConfig(to="fp8", ignore=("q_a_porj",)))
-    assert prepare(build(), QATConfig(ignore=("lm_head", r"layers\.0\.", "norm")))
+    assert prepare(build(), QATConfig(ignore=("lm_head", r"layers\.0\.", "norm", r"mlp\.gate$")))
+
+
+@pytest.mark.parametrize("ignore", ["self_attn$", "experts$", "vision_towr"])
+def test_a_pattern_is_looked_for_where_the_export_looks(ignore: str, base: Path) -> None:
+    """Names of modules are no names of weights: `self_attn$` passed, and failed after the training as `--ignore`."""
+    for model in (qat.load(base), build()):
+        with pytest.raises(UsageError, match=r"ignore: .* is found in no name; the nearest names are"):
+            prepare(model, QATConfig(ignore=(ignore,)))
+
+
+def test_a_pattern_of_what_the_model_does_without_is_found(k25: Path) -> None:
+    """`vision_tower` is in the checkpoint, though not in the model: a list of a release's config can be taken over."""
+    model = qat.load(k25)
+    prepare(model, QATConfig(ignore=("vision_tower", "lm_head")))
+    assert plan_export(model, model.checkpoint)
 
 
 def test_packed_weights_are_refused(base: Path, tmp_path: Path) -> None:

@@ -431,11 +431,12 @@ class TestIdentity:
             {"data": {"path": "elsewhere"}},
             {"saving": {"every": 1}},
             {"training": {"steps": 40, "shard": True}},
+            {"quantize": {"allow_split": True}},
         ],
-        ids=["output", "model", "data", "saving", "shard"],
+        ids=["output", "model", "data", "saving", "shard", "permission"],
     )
     def test_same(self, change: dict[str, Any]) -> None:
-        """Where files lie, how often it is saved and over how many it is shared does not make another training."""
+        """Where files lie, how often it is saved, over how many it is shared, what is allowed: the same training."""
         assert job_from({**LEAST, **change}).identity() == job_from(LEAST).identity()
 
     @pytest.mark.parametrize(
