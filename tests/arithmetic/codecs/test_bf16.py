@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from k2quant.kernels.codecs import cpu as codecs
 from k2quant.kernels.codecs.figures import Figures
+from k2quant.kernels.codecs.reference.bf16 import compare, double_to_bf16, valid
 from k2quant.kernels.codecs.values import ValueAt, bf16_to_float
+from k2quant.kernels.codecs.values import double_to_bf16 as in_numpy
 
 
 def rounded(values: NDArray[np.float32] | NDArray[np.float16]) -> NDArray[np.uint16]:
@@ -46,6 +48,38 @@ def test_every_finite_float16_rounds_as_torch_rounds() -> None:
     np.testing.assert_array_equal(rounded(values), expected)
 
 
+def test_float64_is_rounded_once_by_the_reference() -> None:
+    """Rule 1: by float32 and a second rounding, values a little beside a tie would become its even neighbour."""
+    ties = (np.arange(0x3F00, 0x4080, dtype=np.uint32) << 16 | 0x8000).view(np.float32).astype(np.float64)
+    beside = (ties[:, None] * (1 + np.arange(-3, 4) * 2.0**-50)).reshape(-1)
+    any_bits = np.random.default_rng(0).integers(0, 0x7F00 << 16, 10_000, np.uint32).view(np.float32)
+    values = np.concatenate((beside, any_bits.astype(np.float64), [0.0, 1e39, 2.0**-150]))
+    values = np.concatenate((values, -values))
+    found = double_to_bf16(torch.from_numpy(values)).view(torch.uint16).numpy()
+    np.testing.assert_array_equal(found, in_numpy(values))
+    assert double_to_bf16(torch.tensor([1 + 2**-8, 1 + 2**-8 + 2**-50], dtype=torch.float64)).tolist() == [
+        1.0,
+        1.0078125,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [
+        (0, True),
+        (1, True),
+        (0x7F7FFFFF, True),
+        (0x7F800000, False),
+        (0x7FC00000, False),
+        (-1, False),
+        (-(2**31), False),
+    ],
+)
+def test_scales_are_finite_and_have_no_sign(bits: int, expected: bool) -> None:  # noqa: FBT001  a parameter of the test
+    """Rule 6: zero and the largest float32 are scales; infinity, NaN, and -0 are none."""
+    assert valid(torch.tensor([1, bits, 1], dtype=torch.int32).view(torch.float32)) is expected
+
+
 @pytest.mark.parametrize(
     ("value", "what"),
     [
@@ -74,6 +108,13 @@ def test_figures_count_values_and_not_bits() -> None:
     before = np.array([[0x8000, 0x3F80, 0x4000, 0xC040]], np.uint16)  # -0, 1, 2, -3
     after = np.array([[0x0000, 0x3F80, 0x3F80, 0xC080]], np.uint16)  # 0, 1, 1, -4
     assert codecs.bf16.compare(before, after) == Figures(count=4, changed=2, energy=14.0, error=2.0, worst=1.0)
+
+
+def test_figures_of_nothing_are_nothing() -> None:
+    """Rule 1: a tensor without values is as it was, and its worst error is none, in the reference too."""
+    none = np.zeros((0, 32), np.uint16)
+    assert codecs.bf16.compare(none, none) == Figures(0, 0, 0.0, 0.0, 0.0)
+    assert compare(*[torch.zeros((0, 32), dtype=torch.bfloat16)] * 2) == Figures(0, 0, 0.0, 0.0, 0.0)
 
 
 def test_figures_of_extreme_values_do_not_overflow_or_vanish() -> None:

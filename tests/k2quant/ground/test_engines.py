@@ -47,6 +47,7 @@ def test_each_weight_belongs_to_one_module_of_engines(prefix: str, name: str, mo
 def test_splits_are_found_once_for_each_module_with_its_first_members() -> None:
     """A module is split where two members differ; layers do not mix, and members of one format are no split."""
     stored = [
+        ("model.embed_tokens", "bf16"),  # stands alone
         ("model.layers.3.self_attn.q_a_proj", "bf16"),
         ("model.layers.3.mlp.experts.0.up_proj", "int4"),
         ("model.layers.3.mlp.experts.1.up_proj", "bf16"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 import k2quant
 from k2quant.errors import UsageError
+from k2quant.ground.patterns import check_found, may_take_for_ever
 
 NOWHERE = {
     "a typo": (r"kv_b_porj", r"nearest names are `model\.layers\.\d+\.self_attn\.kv_b_proj`"),
@@ -50,3 +52,57 @@ def test_what_is_out_of_scope_and_stays_quantised_is_said(k2_source: Path, tmp_p
 def test_a_pattern_of_what_no_scope_takes_is_found(k2_source: Path, tmp_path: Path, pattern: str) -> None:
     """Whoever spares what is spared anyway has named something that is there: no error."""
     assert k2quant.convert(k2_source, tmp_path / "out", to="int4", ignore=(pattern,)).report["options"]["ignore"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("a" * 500, False),
+        ("a" * 501, True),
+        (r"(ab)", False),
+        (r"(ab)*", True),
+        (r"(ab){2}", True),
+        (r"re:.*a.*b.*", False),
+        (r"re:.*a.+b.*c{2}", True),
+        (r"\*\*\+\{\*", False),
+    ],
+)
+def test_patterns_of_a_file_that_might_never_end_are_told(pattern: str, expected: bool) -> None:  # noqa: FBT001  a parameter of the test
+    """A long one, one that repeats a group, or one with more than three repetitions; escaped letters are none."""
+    assert may_take_for_ever(pattern) is expected
+
+
+def advice(pattern: str, *bases: str) -> list[str]:
+    """Return the names that a pattern which is found nowhere is answered with."""
+    with pytest.raises(UsageError) as caught:
+        check_found([re.compile(pattern)], bases, "--ignore")
+    return re.findall(r"`([^`]*)`", str(caught.value))
+
+
+def test_advice_looks_at_the_first_thousand_kinds_of_names() -> None:
+    """However many names there are: the thousandth is found, the next is not."""
+    bases = ["".join(letters) for letters in product("abcdefghij", repeat=3)][:999]
+    assert advice("zzyzxx", *bases, "zzyzx", "qwerty") == ["zzyzx"]
+    assert "qwerty" not in advice("qwertyy", *bases, "zzyzx", "qwerty")
+
+
+def test_advice_names_two_names_at_most() -> None:
+    """The two that are most like a strange word, or, where no word is, those that are most like the whole."""
+    assert advice("gate_projx", "a.gate_pr", "b.gate_proj", "c.gate_pro", "d.norm") == ["b.gate_proj", "c.gate_pro"]
+    assert advice("gate_projx", "gate_proj.gate_pro", "c.gate_pr") == ["gate_proj.gate_pro"]  # both words are its own
+    assert advice("norms", "a.norm", "b.bias", "c.0.gate") == ["a.norm"]
+    assert advice("norm.layer", "layer.norm", "layer.bias", "zzzz") == ["layer.norm", "layer.bias"]
+    assert advice("layers.7", "layers.6.gate", "layers.12.gate") == ["layers.12.gate"]  # numbers are no strange words
+
+
+def test_advice_looks_at_the_first_four_strange_words() -> None:
+    """A name of many words that nothing has costs no more."""
+    assert advice("qqqq.wwww.zzzz.gat", "gate", "qwzx") == ["gate"]
+    assert advice("qqqq.wwww.zzzz.xxxx.gat", "gate", "qwzx") == ["qwzx", "gate"]  # by the whole
+
+
+def test_a_pattern_is_shown_with_its_first_letters() -> None:
+    """Two hundred of them, the quote among them."""
+    with pytest.raises(UsageError) as caught:
+        check_found([re.compile("#" * 500)], ["lm_head"], "--ignore")
+    assert str(caught.value).startswith(f"--ignore '{'#' * 199} is found in no name")

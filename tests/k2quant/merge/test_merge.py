@@ -444,6 +444,16 @@ def test_figures_say_what_became_of_the_update(base: str, tmp_path: Path, reques
     assert found["groups_below_half_step"] == int((largest < bf16_to_float(steps) / 2).sum())
 
 
+def test_what_replaces_a_matrix_counts_as_an_update_of_it(k2_bf16: Path, tmp_path: Path) -> None:
+    """A matrix of several bands of rows is replaced row by row, and D is what it differs from the base by."""
+    weight = torch.randn((256, 512), generator=torch.Generator().manual_seed(1))
+    update = adapter(tmp_path / "adapter", {f"{ATTENTION}.weight": weight}, modules_to_save=["q_a_proj"])
+    out = k2quant.merge(k2_bf16, update, tmp_path / "out", to="bf16").folder
+    assert bf16_tensors(out)[ATTENTION].tobytes() == weight.to(torch.bfloat16).view(torch.uint16).numpy().tobytes()
+    exact = weight.double().numpy() - bf16_to_float(bf16_tensors(k2_bf16)[ATTENTION])
+    assert figures_of(out, ATTENTION)["update"] == pytest.approx((exact**2).sum(), rel=1e-12)
+
+
 def test_figures_and_bits_do_not_depend_on_the_threads(k2_source: Path, tmp_path: Path) -> None:
     """One thread and three write the same files and the same figures."""
     update = adapter(tmp_path / "adapter", on_k2())
@@ -732,6 +742,43 @@ def test_an_update_that_overflows_is_named(k2_source: Path, tmp_path: Path) -> N
     with pytest.raises(BadValue, match=said) as caught:
         k2quant.merge(k2_source, update, tmp_path / "out", to="int4")
     assert all(str(folder) in str(caught.value) for folder in (update, k2_source))
+
+
+def test_the_one_weight_that_overflows_is_named_by_its_place(k2_bf16: Path, tmp_path: Path) -> None:
+    """Row and column are the weight's own, below the first band of rows too; of the others none is blamed."""
+    tensors = {name: torch.zeros_like(value) for name, value in pair(ATTENTION, 256, 512).items()}
+    tensors[f"{ATTENTION}.lora_A.weight"][1, 37] = 1e30
+    tensors[f"{ATTENTION}.lora_B.weight"][200, 1] = 1e30
+    with pytest.raises(BadValue, match=r"the weight at row 200, column 37 exceeds bfloat16"):
+        k2quant.merge(k2_bf16, adapter(tmp_path / "adapter", tensors), tmp_path / "out", to="bf16")
+
+
+@pytest.mark.parametrize(
+    ("value", "update", "said"),
+    [
+        (math.inf, 0.0, r"non-finite weight 0x7f80 \(inf\) at row 200, column 37"),  # and not: with the update
+        (bf16_fraction(0x7F7F), -1e38, r"overflow: .* at row 200, column 37"),
+    ],
+    ids=["infinite", "too large for INT4 without the update"],
+)
+def test_a_bad_weight_of_the_base_is_the_base_s_own(
+    k2_bf16: Path, tmp_path: Path, value: float, update: float, said: str
+) -> None:
+    """It is named by its place in the base, and the adapter is not blamed; nothing is written."""
+    base = tmp_path / "base"
+    shutil.copytree(k2_bf16, base)
+    for shard in base.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if f"{EXPERT.format(3, 'gate')}.weight" in tensors:
+            tensors[f"{EXPERT.format(3, 'gate')}.weight"][200, 37] = float(value)
+            os.chmod(shard, 0o644)  # noqa: PTH101  a copy of our own
+            save_file(tensors, shard)
+    factors = {name: torch.zeros_like(value) for name, value in pair(EXPERT.format(3, "gate"), 256, 512).items()}
+    factors[f"{EXPERT.format(3, 'gate')}.lora_A.weight"][1, 37] = 1.0
+    factors[f"{EXPERT.format(3, 'gate')}.lora_B.weight"][200, 1] = update / 2
+    with pytest.raises(BadValue, match=said) as caught:
+        k2quant.merge(base, adapter(tmp_path / "adapter", factors), tmp_path / "out", to="int4")
+    assert "update" not in str(caught.value)
 
 
 def test_a_weight_that_stays_float32_is_not_updated(k2_bf16: Path, tmp_path: Path) -> None:
