@@ -410,6 +410,30 @@ def test_whole_tensors_replace_what_is_no_matrix_too(k2_source: Path, tmp_path: 
     assert torch.equal(found[f"{gate}.e_score_correction_bias"], bias)
 
 
+@pytest.mark.parametrize(
+    ("stands", "comes"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2]
+)
+def test_what_replaces_a_vector_takes_its_dtype(
+    k2_bf16: Path, tmp_path: Path, stands: torch.dtype, comes: torch.dtype
+) -> None:
+    """A correction bias stays float32 or BF16 as it is in the base, whatever the adapter's is."""
+    base, name = tmp_path / "base", "model.layers.1.mlp.gate.e_score_correction_bias"
+    shutil.copytree(k2_bf16, base)
+    for shard in base.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if name in tensors:
+            tensors[name] = tensors[name].to(stands)
+            os.chmod(shard, 0o644)  # noqa: PTH101  a copy of our own
+            save_file(tensors, shard)
+    bias = torch.randn(16, generator=torch.Generator().manual_seed(2)).to(comes)
+    update = adapter(tmp_path / "adapter", {name: bias}, modules_to_save=["mlp.gate"])
+    found: Tensors = {}
+    for shard in k2quant.merge(base, update, tmp_path / "out", to="bf16").folder.glob("*.safetensors"):
+        found |= load_file(shard)
+    assert found[name].dtype == stands
+    assert torch.equal(found[name], bias.to(stands))
+
+
 # --- what rounding left of the update -------------------------------------------------------------------------------
 
 
