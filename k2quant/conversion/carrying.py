@@ -79,12 +79,13 @@ def carried(
     if source is not None and not recast.copied:
         _check_decodable(source)
     block = _block(source, fresh, recast)
+    kept = any(job.target and job.weight.format and job.weight.format.relabels(job.target) for job in jobs)
     uses, written = _uses(block, source), {job.weight.base: job.written.name for job in jobs if job.written}
     left = [] if recast.copied else [scale for scale in scales if not _is_used(scale, written, uses)]
     remarks = dict.fromkeys(
         [
             *_overruled(config, weights),
-            *(text for each in quantization_blocks(config or {}) for text in _left_behind(each, block)),
+            *(text for each in quantization_blocks(config or {}) for text in _left_behind(each, block, kept=kept)),
             *_newly_quantised(source, block),
             *_left_out(left),
         ]
@@ -258,12 +259,13 @@ def _facts(block: Mapping[str, Any] | None) -> list[str]:
     return [*facts, "static activations"] if static else facts
 
 
-def _left_behind(source: Mapping[str, Any], block: Mapping[str, Any] | None) -> Iterator[str]:
-    """Say which keys of a block of the source are not in the output's."""
+def _left_behind(source: Mapping[str, Any], block: Mapping[str, Any] | None, *, kept: bool) -> Iterator[str]:
+    """Say which keys of a block of the source are not in the output's; `kept`: codes go along under another method."""
     if lost := [fact for fact in _facts(source) if fact not in _facts(block)]:
         yield f"left out, for the output's config does not say it: {listed(lost)}"
     keys = keys_of(source) or {}
-    if block is not None and _same_method(source, block):
+    renamed = kept and source.get("quant_method") != compressed_tensors.METHOD
+    if block is not None and (renamed or _same_method(source, block)):
         told = [name for name, key in keys.items() if key.fate in {"codes", "loading"} and not empty(source.get(name))]
         if lost := [name for name in told if name not in block]:
             yield f"left out, for it tells of the codes as they were: {listed(lost)}"

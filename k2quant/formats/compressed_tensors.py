@@ -10,6 +10,7 @@ from k2quant.errors import MalformedFile, UnsupportedFormat
 from k2quant.formats.format import listed
 from k2quant.formats.keys import (
     FILE,
+    ROTATIONS,
     Key,
     Recast,
     carry,
@@ -51,11 +52,7 @@ KEYS = {
         fits=lambda value: is_object(value) and value.get("format") == "dense",
     ),
     "moe_sparsity_config": Key(fate="meaning", expected="an object", fits=is_object),
-    "transform_config": Key(
-        fate="codes",
-        expected="none: the weights are rotated, and only the rotations give them back",
-        fits=lambda value: is_object(value) and all(map(empty, value.values())),
-    ),
+    "transform_config": ROTATIONS,
     "dequantize": Key(fate="loading", expected="true or false", fits=is_flag),
     "run_compressed": Key(fate="loading", expected="true or false", fits=is_flag),
     "use_optimized_inference": Key(fate="loading", expected="true or false", fits=is_flag),

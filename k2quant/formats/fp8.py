@@ -27,7 +27,7 @@ from k2quant.formats.format import (
     listed,
     matrix,
 )
-from k2quant.formats.keys import Key, Recast, carry, is_flag, is_object, is_texts, shown
+from k2quant.formats.keys import ROTATIONS, Key, Recast, carry, is_flag, is_object, is_texts, shown
 from k2quant.ground import names
 from k2quant.kernels.codecs.grids import BLOCK
 
@@ -77,6 +77,7 @@ _KEYS = {
     "modules_to_not_convert": Key(fate="written", expected="a list of names", fits=is_texts),
     "ignored_layers": Key(fate="written", expected="a list of names", fits=is_texts),
     "modules_to_convert": Key(fate="loading", expected="a list of names", fits=is_texts),
+    "transform_config": ROTATIONS,
     "scale_fmt": Key(fate="codes", expected="float or ue8m0", fits=lambda value: value in ("float", "ue8m0")),
     "expert_dtype": Key(fate="codes", expected="fp8", fits=lambda value: value == "fp8"),
     "activation_scheme": Key(

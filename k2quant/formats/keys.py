@@ -94,6 +94,14 @@ def is_object(value: object) -> bool:
     return isinstance(value, dict)
 
 
+ROTATIONS = Key(
+    fate="codes",
+    expected="none: the weights are rotated, and only the rotations give them back",
+    fits=lambda value: is_object(value) and all(map(empty, value.values())),
+)
+"""`transform_config`, under whatever method it stands (SpinQuant, QuIP)."""
+
+
 def check_keys(block: Mapping[str, Any], keys: Mapping[str, Key], *, inside: str = "") -> None:
     """Refuse values of known keys that are not understood.
 

@@ -25,6 +25,7 @@ from k2quant.errors import (
     UnsafePath,
     UnsupportedFormat,
 )
+from k2quant.formats.format import Layout
 from k2quant.formats.known import FormatName
 from k2quant.model import load_model
 from k2quant.nano.demo import K2_CONFIG
@@ -91,9 +92,9 @@ def int4_source(folder: Path, *more: Shard, group: dict[str, Any] | None = None,
     return written(folder, int4_block(group=group, **block), *map(int4, EXPERTS), *more)
 
 
-def planned(folder: Path, to: FormatName, *, substituted: bool = False) -> Plan:
+def planned(folder: Path, to: FormatName, *, substituted: bool = False, layout: Layout | None = None) -> Plan:
     """Plan a conversion."""
-    return make_plan(open_checkpoint(folder), Options(to=to), substituted=substituted)
+    return make_plan(open_checkpoint(folder), Options(to=to, layout=layout), substituted=substituted)
 
 
 def block_of(plan: Plan) -> dict[str, Any]:
@@ -299,6 +300,8 @@ def test_powers_of_two_are_promised_only_of_scales_that_are_copied(tmp_path: Pat
         assert "scale_fmt" not in block_of(plan)
         assert plan.remarks == ("left out, for it tells of the codes as they were: scale_fmt",)
     assert planned(source, "int4").remarks == planned(source, "bf16").remarks == ()  # which have no such scales
+    renamed = planned(source, "fp8", layout="compressed-tensors")  # the scales are the same, but no key says so there
+    assert renamed.remarks == ("left out, for it tells of the codes as they were: scale_fmt",)
 
 
 def test_the_cache_goes_where_a_config_can_speak_of_it(tmp_path: Path) -> None:
@@ -465,6 +468,7 @@ def test_what_int4_does_not_understand_is_refused_by_name(tmp_path: Path, change
         {"ignored_layers": [1]},
         {"modules_to_convert": {"a": 1}},
         {"dequantize": "yes"},
+        {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
     ],
     ids=json.dumps,
 )

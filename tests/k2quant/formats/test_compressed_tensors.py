@@ -58,16 +58,18 @@ WEIGHTS: dict[str, Any] = {"num_bits": 4}
 
 
 def test_each_group_of_a_mixed_block_has_its_packing() -> None:
-    """Of a plain block all have the block's, whatever they say; without any it is packed."""
+    """Of a plain block all have the block's, and one that says otherwise is refused; without any it is packed."""
     groups = {
         "a": {"weights": WEIGHTS, "format": "int-quantized"},
         "b": {"weights": WEIGHTS, "format": "pack-quantized"},
     }
     mixed = {"format": "mixed-precision", "config_groups": groups}
     assert [packing for packing, _ in schemes(mixed, KNOWN)] == ["int-quantized", "pack-quantized"]
-    plain = mixed | {"format": "pack-quantized"}
-    assert list(schemes(plain, KNOWN)) == [("pack-quantized", WEIGHTS)] * 2
-    assert [packing for packing, _ in schemes({"config_groups": groups}, KNOWN)] == ["pack-quantized"] * 2
+    for plain in ({"format": "pack-quantized"}, {}):
+        alike = {name: {"weights": WEIGHTS} | ({"format": "pack-quantized"} if name == "b" else {}) for name in groups}
+        assert list(schemes(plain | {"config_groups": alike}, KNOWN)) == [("pack-quantized", WEIGHTS)] * 2
+        with pytest.raises(UnsupportedFormat, match="the format of a config group"):
+            list(schemes(plain | {"config_groups": groups}, KNOWN))
 
 
 @pytest.mark.parametrize("packing", ["naive-quantized", None, 5, ["pack-quantized"]])

@@ -54,6 +54,7 @@ FP8_BESIDES: Fates = {
     "fmt": ("e4m3", KEPT, SILENT),
     "ignored_layers": (["lm_head"], REWRITTEN, SILENT),
     "kv_cache_scheme": (CACHE, KEPT, SAID),
+    "transform_config": ({"config_groups": {"R1": {}}, "R": 1}, REFUSED, REFUSED),
 }
 """What releases and engines have besides."""
 
