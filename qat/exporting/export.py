@@ -8,9 +8,11 @@ of the model and compares it with what the forward pass uses. Only then does the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import nn
@@ -22,7 +24,7 @@ from k2quant.conversion.convert import Conversion, carry_out
 from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.resume import refuse_nested
 from k2quant.conversion.stream import Progress
-from k2quant.errors import CheckFailed, CheckpointError, DestinationStale, UsageError
+from k2quant.errors import CheckFailed, CheckpointError, CheckpointWarning, DestinationStale, UsageError
 from k2quant.qat.config import QATConfig
 from k2quant.qat.exporting.gate import check_export
 from k2quant.qat.exporting.trained import Trained
@@ -71,6 +73,20 @@ def export(
     source, there = _base(model, base, follow_links=follow_links), Path(destination)
     refuse_nested(source.folder, there)
     plan, trained = plan_export(model, source, shard_size=shard_size)
+    return _write(plan, trained, there, workers, restart=restart, soft_lock=soft_lock, progress=progress)
+
+
+def _write(
+    plan: Plan,
+    trained: Trained,
+    there: Path,
+    workers: int | None,
+    *,
+    restart: bool,
+    soft_lock: bool,
+    progress: Progress | None,
+) -> Conversion:
+    """Carry an export out, with its gate."""
 
     def check(folder: Path) -> None:
         check_export(folder, plan, trained)
@@ -88,6 +104,24 @@ def export(
     if done.already_done:
         _check_again(there, check)
     return done
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[list[str]]:
+    """Hold warnings of a checkpoint back while the block runs; give a list for what will be said otherwise.
+
+    Behind the block the others are warned of.
+    """
+    said: list[str] = []
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CheckpointWarning)
+            yield said
+    finally:
+        for each in caught:
+            if each.category is not CheckpointWarning or not any(str(each.message).endswith(text) for text in said):
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def export_run(
@@ -128,16 +162,14 @@ def export_run(
     job = dataclasses.replace(job, model=job.model if base is None else str(base), follow_links=follow_links)
     if why := no_folder(job.model):
         raise UsageError(f"model: {job.model}: {why}; if it was moved, name its place with --model")
-    model = load_start(job) if untrained else load_run(folder, job)
-    return export(
-        model,
-        destination,
-        shard_size=shard_size,
-        workers=workers,
-        restart=restart,
-        soft_lock=soft_lock,
-        progress=progress,
-    )
+    there = Path(destination)
+    with said_once() as said:
+        model = load_start(job) if untrained else load_run(folder, job)
+        source = _base(model, None, follow_links=follow_links)
+        refuse_nested(source.folder, there)
+        plan, trained = plan_export(model, source, shard_size=shard_size)
+        said.extend(plan.remarks)
+    return _write(plan, trained, there, workers, restart=restart, soft_lock=soft_lock, progress=progress)
 
 
 def load_start(job: Job) -> nn.Module:

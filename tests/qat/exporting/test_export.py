@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from k2quant.conversion.convert import convert
 from k2quant.errors import (
     BadValue,
     CheckFailed,
+    CheckpointWarning,
     DestinationStale,
     MissingTensor,
     ShapeMismatch,
@@ -34,6 +36,7 @@ from k2quant.formats.known import ExportFormat
 from k2quant.kernels import ops
 from k2quant.qat import Adapter, QATConfig, prepare
 from k2quant.qat.exporting import export as exporting
+from k2quant.qat.exporting.export import said_once
 from k2quant.qat.exporting.gate import check_export
 from k2quant.qat.exporting.trained import Trained
 from k2quant.qat.preparing import prepared
@@ -495,6 +498,23 @@ def test_scales_and_adapters_alone_tell_a_training(base: Path, ram: Path) -> Non
                     parameter.mul_(1.1)
         with pytest.raises(DestinationStale):
             qat.export(model, ram / name)
+
+
+def test_warnings_that_no_note_repeats_are_not_lost() -> None:
+    """What loading alone finds is warned of behind it, and where it fails; other warnings come through as they are."""
+
+    def stopped() -> None:
+        with said_once() as said:
+            for text, kind in (("K2: one", CheckpointWarning), ("K2: two", CheckpointWarning), ("one", FutureWarning)):
+                warnings.warn(text, kind, stacklevel=1)
+            said.append("one")
+            raise UsageError("so")
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(UsageError):
+            stopped()
+    assert [str(each.message) for each in caught] == ["K2: two", "one"]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

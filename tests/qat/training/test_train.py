@@ -780,6 +780,16 @@ def test_plan_for_processes(home: Path) -> None:
     assert (shown.exit_code, "3 processes" in shown.stderr) == (2, True)
 
 
+def test_an_export_says_each_remark_once(home: Path) -> None:
+    """What loading the base and planning the export both find is a note, and no warning beside it."""
+    path = home / "model" / "config.json"
+    block = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": block}))
+    shown = command("export", as_yaml(make_job(home), home / "job.yaml"), home / "out")
+    assert shown.exit_code == 0, shown.stderr
+    assert shown.stderr.count("the tensors are believed") == 1
+
+
 def test_export_to_another_format(home: Path) -> None:
     """A run for INT4 is not exported as FP8."""
     train(make_job(home, training={"steps": 1}))
