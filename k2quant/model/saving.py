@@ -7,21 +7,32 @@ copies that the index has left behind, and other files come from the source.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from k2quant.checkpoint.beside import describes_quantization, other_files
 from k2quant.checkpoint.files.paths import copy_file, read_limited, write_whole
+from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.header import ShardHeader, TensorEntry
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writing.writer import ShardWriter
-from k2quant.errors import CheckpointError, DestinationForeign, MissingTensor, OutputError, UsageError
+from k2quant.conversion.resume import refuse_nested
+from k2quant.errors import (
+    CheckpointError,
+    DestinationForeign,
+    DestinationStale,
+    MissingTensor,
+    OutputError,
+    UsageError,
+)
 from k2quant.formats.dtypes import as_memory, torch_dtype
 from k2quant.ground import names
 from k2quant.model.assembly import EMBEDDING, HEAD, Assembled, Placed
@@ -32,31 +43,34 @@ from k2quant.model.matrices import Matrix
 def save_model(model: Assembled, folder: str | os.PathLike[str], *, state: Mapping[str, Tensor] | None = None) -> None:
     """Write a loaded model as a checkpoint with the shards, names and formats of the one it came from.
 
-    Unchanged weights give the source's bytes, where loading did not round them (as it does F16 and F32 to BF16). A
-    part that waits on disk comes from there. The report of the conversion that made the source is not copied.
+    Unchanged weights give the source's bytes, also where loading rounded them (as it does F16 and F32 to BF16): what
+    rounds to the model's value is written as the source has it. A part that waits on disk comes from there. The report
+    of the conversion that made the source is not copied.
 
     Args:
         model: from `load_model`.
-        folder: where; files that are there already are never overwritten.
+        folder: where; files that are there already are never overwritten, but for those of the same save, stopped.
         state: tensors that take the place of the model's own, named as its `state_dict` names them.
 
     Raises:
         DestinationForeign: the folder holds a checkpoint.
+        DestinationStale: a save of another model was stopped there.
         OutputError: the disk is full or fails; the folder says that it is incomplete.
-        UsageError: `state`, or a tensor of the model, does not fit its place in the files; nothing is written.
+        UsageError: `state`, or a tensor of the model, does not fit its place in the files, or the folder lies in the
+            source's; nothing is written.
         CheckpointError: the source is not what the model was loaded from, or cannot be read any more.
     """
     there, source = Path(folder), model.checkpoint
-    _refuse_overwriting(there, source)
+    begun = _begun(there, source)
     _check_places(source)
     tensors = _Tensors(model, state)
     live = _by_shard(source)
     try:
         there.mkdir(parents=True, exist_ok=True)
-        write_whole(there / INCOMPLETE, _MARK)
+        write_whole(there / INCOMPLETE, begun.mark())
         for name, shard in source.shards.items():
             _write_shard(there / name, shard, live[name], tensors)
-        _write_rest(there, source)
+        _write_rest(there, source, begun)
         (there / INCOMPLETE).unlink()
     except OSError as error:
         raise OutputError(
@@ -205,7 +219,8 @@ def _check_fits(value: Tensor, entry: TensorEntry) -> None:
         )
 
 
-_ROUNDED = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e8m0fnu)
+_WEIGHTS = (torch.bfloat16, torch.float16, torch.float32)
+_ROUNDED = (*_WEIGHTS, torch.float8_e8m0fnu)
 
 
 def _check_given(suffix: str, value: object, entry: TensorEntry) -> None:
@@ -218,13 +233,72 @@ def _check_given(suffix: str, value: object, entry: TensorEntry) -> None:
 
 
 _MARK = b"k2quant is saving a model here, or was stopped while it did. The same call begins anew.\n"
+_MARK_LIMIT = 2**24  # bytes, with the names of files that were there before
+
+
+class _Begun(NamedTuple):
+    """A save, as the file says that stands in its folder until it is finished."""
+
+    source: str
+    """A digest of what is saved from: config, headers, and which files lie beside the weights."""
+    copies: tuple[str, ...]
+    """The files beside the weights, which are copied."""
+    kept: frozenset[str]
+    """Those of the same names that were in the folder before, and stay."""
+
+    def mark(self) -> bytes:
+        """Return what `_begun` reads, after a word for whoever looks."""
+        return _MARK + json.dumps({"source": self.source, "kept": sorted(self.kept)}).encode() + b"\n"
+
+
+def _begun(folder: Path, source: Checkpoint) -> _Begun:
+    """Begin a save, or one that was stopped anew; nothing is written yet.
+
+    Raises:
+        DestinationForeign: the folder holds a checkpoint, or is none.
+        DestinationStale: a save from another source was stopped there.
+        UsageError: the folder lies in the source's, or holds it.
+        CheckpointError: a file beside the weights cannot be read.
+    """
+    try:
+        copies = _copies(source)
+        identity = hashlib.sha256(json.dumps([source.fingerprint(), sorted(copies)]).encode()).hexdigest()
+        stopped = _stopped(folder / INCOMPLETE)
+    except OSError as error:
+        message = "cannot be read"
+        raise CheckpointError(
+            message, file=error.filename or source.folder, found=error.strerror or str(error)
+        ) from error
+    if stopped is None:
+        _refuse_overwriting(folder, source)
+        refuse_nested(source.folder, folder)
+        return _Begun(identity, copies, frozenset(name for name in copies if (folder / name).exists()))
+    kept = stopped.get("kept")
+    if stopped.get("source") != identity or not isinstance(kept, list):
+        raise DestinationStale(
+            "holds a stopped save of another model, or of one whose files have changed since",
+            file=folder,
+            remedy="delete the folder, or name another",
+        )
+    return _Begun(identity, copies, frozenset(filter(copies.__contains__, kept)))
+
+
+def _copies(source: Checkpoint) -> tuple[str, ...]:
+    """Return the files beside the weights that go along."""
+    copies, left_out = other_files(source)
+    return (*copies, *filter(describes_quantization, left_out))  # formats stay, so it is as true as it was
+
+
+def _stopped(mark: Path) -> dict[str, Any] | None:
+    """Return what a save left that was stopped, or None where there is none of ours."""
+    content = read_limited(mark, _MARK_LIMIT) if mark.is_file() else b""
+    if not content.startswith(_MARK):
+        return None
+    return parse_object(content.removeprefix(_MARK) or b"{}", file=mark)
 
 
 def _refuse_overwriting(folder: Path, source: Checkpoint) -> None:
-    """Refuse a folder with a checkpoint, unless it is a save of ours that was stopped."""
-    mark = folder / INCOMPLETE
-    if mark.is_file() and read_limited(mark, 2**16) == _MARK:
-        return
+    """Refuse a folder with a checkpoint."""
     taken = [name for name in (*source.shards, INDEX, CONFIG, INCOMPLETE) if (folder / name).exists()]
     if taken or (folder.exists() and not folder.is_dir()):
         raise DestinationForeign(
@@ -291,7 +365,7 @@ def _pieces(shard: ShardHeader, live: list[TensorEntry], tensors: _Tensors) -> I
     for entry in live:
         yield from _copied(shard, end, entry.start)
         value = tensors.find(entry)
-        yield from _copied(shard, entry.start, entry.stop) if value is None else _cut(entry, value)
+        yield from _copied(shard, entry.start, entry.stop) if value is None else _cut(shard, entry, value)
         end = entry.stop
     yield from _copied(shard, end, shard.size)
 
@@ -303,21 +377,33 @@ def _copied(shard: ShardHeader, begin: int, end: int) -> Iterator[tuple[int, mem
         yield start, piece
 
 
-def _cut(entry: TensorEntry, value: Tensor) -> Iterator[tuple[int, memoryview]]:
+def _cut(shard: ShardHeader, entry: TensorEntry, value: Tensor) -> Iterator[tuple[int, memoryview]]:
     dtype = torch_dtype(entry.dtype)
-    flat, step = value.reshape(-1), WINDOW // dtype.itemsize
+    flat, step, narrow = value.reshape(-1), WINDOW // dtype.itemsize, _loses(value.dtype, dtype)
     for start in range(0, flat.numel(), step):
-        piece = flat[start : start + step].to("cpu", dtype).contiguous()
-        yield entry.start + start * dtype.itemsize, as_memory(piece)
+        place, held = entry.start + start * dtype.itemsize, flat[start : start + step].to("cpu")
+        piece = _unrounded(shard, place, held, dtype) if narrow else held.to(dtype).contiguous()
+        yield place, as_memory(piece)
 
 
-def _write_rest(folder: Path, source: Checkpoint) -> None:
+def _loses(held: torch.dtype, stored: torch.dtype) -> bool:
+    """Tell whether memory cannot hold all values that a file has for a weight that is not quantised."""
+    if stored not in _WEIGHTS or held == stored:
+        return False
+    memory, file = torch.finfo(held), torch.finfo(stored)
+    return memory.eps > file.eps or memory.max < file.max
+
+
+def _unrounded(shard: ShardHeader, place: int, held: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values as the source has them, where they round to those that a model holds, and else the model's."""
+    source = torch.empty(held.shape, dtype=dtype)
+    read_into(shard, place, as_memory(source))
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[held.dtype.itemsize]  # zeros have signs
+    return torch.where(source.to(held.dtype).view(bits) == held.contiguous().view(bits), source, held.to(dtype))
+
+
+def _write_rest(folder: Path, source: Checkpoint, begun: _Begun) -> None:
     """Copy the other files, then the index, and config.json last."""
-    copies, left_out = other_files(source)
-    copies += tuple(filter(describes_quantization, left_out))  # formats stay, so it is as true as it was
     last = [name for name in (INDEX, CONFIG) if (source.folder / name).exists()]
-    for name in copies:
-        if not (folder / name).exists():
-            copy_file(source.folder / name, folder / name)
-    for name in last:
+    for name in (*(name for name in begun.copies if name not in begun.kept), *last):
         copy_file(source.folder / name, folder / name)
