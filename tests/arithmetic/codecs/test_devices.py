@@ -22,7 +22,7 @@ from k2quant.kernels.devices import gpus
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 BLOCKS = pytest.mark.parametrize("block", [(128, 128), (1, 128), (24, 40)], ids=str)
-KINDS = ["gaussian", "subnormal", "any", "few", "fp8", "int4"]
+KINDS = ["gaussian", "subnormal", "any", "few", "fp8", "int4", "neighbours"]
 
 
 @pytest.fixture
@@ -52,6 +52,12 @@ def weights(kind: str, shape: tuple[int, int] = (192, 352)) -> U16:
         out = np.empty(shape, np.uint16)
         codecs("cpu").int4.decode(packed, generator.random((shape[0], shape[1] // 32), np.float32), 32, out)
         return out
+    if kind == "neighbours":  # a largest weight, and two next to each other that may have one code
+        out = np.zeros(shape, np.uint16)
+        out[:, ::128] = generator.integers(0x3F80, 0x4000, out[:, ::128].shape)
+        out[:, 1::128] = generator.integers(0x3C00, 0x3F80, out[:, 1::128].shape)
+        out[:, 2::128] = out[:, 1::128] + generator.integers(0, 3, out[:, 2::128].shape, np.uint16)
+        return out | sign
     sign |= generator.integers(0, {"subnormal": 0x300, "any": 0x7E00, "few": 4}[kind], shape, np.uint16)
     return sign
 

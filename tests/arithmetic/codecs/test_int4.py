@@ -454,3 +454,26 @@ def test_other_widths_belong_to_the_moonshot_grid(bits: int) -> None:
         fake(np.zeros((1, 32), np.uint16), "compressed-tensors", bits=bits)
     with pytest.raises(UsageError, match=message):
         reference.fake_quantize_int4(torch.zeros(1, 32).bfloat16(), "compressed-tensors", bits)
+
+
+def test_the_reference_tells_which_codes_were_clamped() -> None:
+    """Of amax/7.5 on -8..7 the largest weight is 8 and clamped, unless it is negative; of amax/7 none is."""
+    weights = torch.zeros((2, 32), dtype=torch.bfloat16)
+    weights[0, :4] = torch.tensor([7.5, 6.5, -7.5, 1.0])
+    weights[1, :3] = torch.tensor([7.0, -7.0, 6.0])
+    inside = torch.ones((2, 32), dtype=torch.bool)
+    assert torch.equal(reference.int4_inside(weights, "moonshot"), inside)
+    inside[0, 0] = inside[1, 0] = False
+    assert torch.equal(reference.int4_inside(weights, "compressed-tensors"), inside)
+
+
+@pytest.mark.parametrize(("bits", "recover"), [(4, True), (4, False), (3, True), (2, True)])
+def test_the_reference_s_scales_are_those_of_its_encoder(bits: int, recover: bool) -> None:  # noqa: FBT001  a parameter of the test
+    """Recovered with 4 bits where it is asked for, else plain: some mantissas of a group's one weight tell them apart."""
+    weights = torch.zeros((64, 64), dtype=torch.bfloat16)
+    weights[:, ::32] = torch.arange(0x3F80, 0x4000, dtype=torch.int16).view(torch.bfloat16).view(64, 2)
+    scales = reference.int4_scales(weights, "moonshot", recover=recover, bits=bits)
+    _, expected, _ = reference.bf16_to_int4(weights, "moonshot", recover=recover, bits=bits)
+    assert torch.equal(scales, expected)
+    plain = reference.plain_int4_scale(weights, "moonshot", bits)
+    assert torch.equal(scales, plain) is not (recover and bits == 4)

@@ -112,6 +112,18 @@ def names_of(plan: Plan) -> set[str]:
 # --- a re-cut ---------------------------------------------------------------------------------------------------------
 
 
+def test_scales_that_are_only_widened_leave_the_codes_as_they_were(tmp_path: Path) -> None:
+    """FP8 with scales of exponents alone gets float32 ones: a key of which k2quant knows nothing is as true as before.
+
+    Of codes that are made anew it may be wrong, and is refused.
+    """
+    shards = [fp8(base) | {f"{base}.weight_scale_inv": ("F8_E8M0", np.full((1, 1), 127, np.uint8))} for base in EXPERTS]
+    source = written(tmp_path / "source", FP8_BLOCK | {"strange": 1}, *shards)
+    assert block_of(planned(source, "fp8"))["strange"] == 1
+    with pytest.raises(UnsupportedFormat, match="strange"):
+        planned(source, "int4")
+
+
 def test_a_recut_of_fp8_keeps_its_block_to_the_letter(tmp_path: Path) -> None:
     """The kind: keys that are dropped. Static activations, ue8m0, the KV cache, and what k2quant does not know."""
     block = {

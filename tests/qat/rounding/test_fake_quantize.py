@@ -22,6 +22,7 @@ from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.convert import convert
 from k2quant.errors import UsageError
+from k2quant.formats.bf16 import Bf16
 from k2quant.formats.known import ExportFormat
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.grids import Grid
@@ -31,6 +32,7 @@ from k2quant.qat.config import Adapter
 from k2quant.qat.rounding import estimators as rounding
 from k2quant.qat.rounding.adapters import LowRank, adapted, merged, updated
 from k2quant.qat.rounding.estimators import fake_quantize, fake_quantize_learned
+from k2quant.qat.rounding.rules import Rule
 
 LARGEST = {8: 127, 4: 7, 3: 3, 2: 1}
 WIDTHS: list[tuple[Grid, int]] = [("compressed-tensors", 4), *(("moonshot", bits) for bits in LARGEST)]
@@ -156,6 +158,25 @@ def test_each_matrix_of_a_stack_is_rounded_for_itself(height: int, options: dict
     stack *= torch.tensor([1.0, 100.0, 0.01]).view(1, 3, 1, 1)
     alone = torch.stack([fake_quantize(matrix, **options) for matrix in stack.flatten(0, 1)])
     assert torch.equal(fake_quantize(stack, **options), alone.view_as(stack))
+
+
+def test_pieces_are_as_small_as_rows_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temporary copies stay small: no more weights at once than a piece has, but for rows that belong together."""
+    monkeypatch.setattr(rounding, "PIECE", 128)
+    cut = [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert list(rounding.pieces(torch.Size((5, 64)))) == cut
+    assert list(rounding.pieces(torch.Size((3, 1000)))) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert list(rounding.pieces(torch.Size((2, 3, 1000)), 3)) == [slice(0, 3), slice(3, 6)]
+    seen: list[int] = []
+
+    class Watched(Rule):
+        def values(self, weights: Tensor) -> Tensor:
+            seen.append(len(weights))
+            return super().values(weights)
+
+    master = torch.randn(5, 64)
+    rounding.round_into(torch.empty_like(master), master, Watched(Bf16(), 16))
+    assert seen == [2, 2, 1]
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"estimator": "clipped"}])
