@@ -19,7 +19,10 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "k2quant/formats/keys.py": (f"{_FORMATS}/test_keys.py", f"{_CONVERSION}/test_carrying.py"),
     "k2quant/ground/engines.py": ("tests/k2quant/ground/test_engines.py", f"{_CONVERSION}/test_fused.py"),
     "k2quant/ground/patterns.py": ("tests/k2quant/ground/test_patterns.py",),
-    "k2quant/conversion/recipe.py": (*_CONVERTED, f"{_CONVERSION}/test_fused.py", f"{_FORMATS}/test_fp8.py"),
+    "k2quant/conversion/recipe.py": (
+        *(f"{_CONVERSION}/test_{name}.py" for name in ("recipe", "fused", "convert")),
+        f"{_FORMATS}/test_fp8.py",
+    ),
     "k2quant/conversion/config.py": (*_CONVERTED, f"{_CONVERSION}/test_carrying.py", f"{_CHECKPOINT}/test_hostile.py"),
     "k2quant/conversion/carrying.py": (f"{_CONVERSION}/test_carrying.py", f"{_FORMATS}/test_keys.py"),
     "k2quant/conversion/promises.py": (f"{_CONVERSION}/test_promises.py", "tests/k2quant/model/test_promises.py"),
@@ -27,13 +30,15 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "k2quant/conversion/resume.py": (f"{_CONVERSION}/test_resume.py", f"{_CONVERSION}/test_safety.py"),
     "k2quant/conversion/placing.py": (f"{_CONVERSION}/test_placing.py", f"{_CONVERSION}/test_convert.py"),
     "k2quant/checkpoint/header.py": (f"{_CHECKPOINT}/test_header.py", f"{_CHECKPOINT}/test_hostile.py"),
-    "k2quant/checkpoint/reader.py": tuple(f"{_CHECKPOINT}/test_{name}.py" for name in ("hostile", "files")),
+    "k2quant/checkpoint/reader.py": tuple(f"{_CHECKPOINT}/test_{name}.py" for name in ("reader", "hostile", "files")),
     "k2quant/checkpoint/weights.py": (f"{_CHECKPOINT}/test_weights.py", f"{_CHECKPOINT}/test_hostile.py"),
-    "kernels/codecs/reference/bf16.py": tuple(f"{_CODECS}/test_{name}.py" for name in ("bf16", "fp8", "int4")),
+    "kernels/codecs/reference/bf16.py": tuple(f"{_CODECS}/test_{name}.py" for name in ("bf16", "devices")),
     "kernels/codecs/reference/fp8.py": tuple(
-        f"{_CODECS}/test_{name}.py" for name in ("fp8", "powers_of_two", "choose_store")
+        f"{_CODECS}/test_{name}.py" for name in ("devices", "powers_of_two", "choose_store")
     ),
-    "kernels/codecs/reference/int4.py": (f"{_CODECS}/test_int4.py", f"{_CODECS}/test_choose_store.py"),
+    "kernels/codecs/reference/int4.py": tuple(
+        f"{_CODECS}/test_{name}.py" for name in ("int4", "devices", "choose_store")
+    ),
     "qat/rounding/rules.py": _ROUNDING,
     "qat/rounding/scales.py": _ROUNDING,
     "qat/rounding/estimators.py": _ROUNDING,

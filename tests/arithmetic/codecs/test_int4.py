@@ -469,7 +469,7 @@ def test_the_reference_tells_which_codes_were_clamped() -> None:
 
 @pytest.mark.parametrize(("bits", "recover"), [(4, True), (4, False), (3, True), (2, True)])
 def test_the_reference_s_scales_are_those_of_its_encoder(bits: int, recover: bool) -> None:  # noqa: FBT001  a parameter of the test
-    """Recovered with 4 bits where it is asked for, else plain: some mantissas of a group's one weight tell them apart."""
+    """Recovered with 4 bits where it is asked for, else plain: of one weight a group, some mantissas differ."""
     weights = torch.zeros((64, 64), dtype=torch.bfloat16)
     weights[:, ::32] = torch.arange(0x3F80, 0x4000, dtype=torch.int16).view(torch.bfloat16).view(64, 2)
     scales = reference.int4_scales(weights, "moonshot", recover=recover, bits=bits)

@@ -153,6 +153,11 @@ def test_arguments_that_make_no_sense_are_refused() -> None:
         with pytest.raises(UsageError, match=message):
             exact.critical_curve(*arguments, upper=False)
     assert exact.critical_curve(1, 0.9, 0.49, upper=False).tolist() == [0, 0]
+    for p_value in (paired.p_good, paired.p_bad):
+        for margin in (0.0, 1.0, 1.5):
+            with pytest.raises(UsageError, match="margin"):
+                p_value(1, 0, 5, margin)
+        assert 0 < p_value(1, 0, 5, 0.9) <= 1
 
 
 @UPPER
