@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.figures import Figures
 
 Relation = Literal["bit-equal", "codes equal", "values equal", "differs", "missing", "extra"]
-"""`bit-equal`: the same bytes, or the same BF16 bits once both are BF16. `codes equal`: quantised, and all its tensors
-have the same bytes. `values equal`: as BF16 they differ in nothing but the sign of zeros."""
+"""`bit-equal`: the same bytes, or the same BF16 bits once both are BF16, to which F16 and F32 are rounded. `codes
+equal`: quantised, and all its tensors have the same bytes. `values equal`: as BF16 they differ in nothing but the sign
+of zeros."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes compared so far and in all."""
@@ -42,6 +43,8 @@ class Finding(NamedTuple):
     """Weights that are further off than the rounding of the second checkpoint's format can explain."""
     bytes_changed: int = 0
     """Bytes that differ, for tensors that were compared as bytes."""
+    rounded: bool = False
+    """Whether a side has F16 or F32, which were rounded to BF16 before values were compared."""
 
     def how(self) -> str:
         """Say in words how the weight differs."""
@@ -60,7 +63,14 @@ class Finding(NamedTuple):
                 if figures.changed
                 else "same values"
             )
+            facts += ["once rounded to BF16"] if self.rounded else []
         return ", ".join(facts) or "another shape or kind"
+
+
+def rounding_note(findings: Iterable[Finding]) -> str | None:
+    """Say of how many weights only what is left of them in BF16 was compared; None of none."""
+    count = sum(finding.rounded for finding in findings)
+    return f"F16 and F32 were compared as BF16, to which they were rounded: {count:,} of the tensors" if count else None
 
 
 def unlike(finding: Finding) -> bool:
@@ -105,7 +115,13 @@ class _Pair:
         formats = (first.name if first else None, second.name if second else None)
         figures = sum((f for _, f in sorted(self.figures.items())), start=_no_figures()) if self.figures else None
         return Finding(
-            self.first.main.name, self._relation(figures), formats, figures, self.outside, self.bytes_changed
+            self.first.main.name,
+            self._relation(figures),
+            formats,
+            figures,
+            self.outside,
+            self.bytes_changed,
+            rounded=figures is not None and any(map(_wide, (self.first, self.second))),
         )
 
     def _relation(self, figures: Figures | None) -> Relation:
@@ -118,6 +134,11 @@ class _Pair:
         if figures.changed:
             return "differs"
         return "bit-equal" if self.identical else "values equal"
+
+
+def _wide(weight: StoredWeight) -> bool:
+    """Tell whether a weight is of more bits than the BF16 as which it is compared."""
+    return weight.format is not None and not weight.format.quantised and weight.main.dtype in {"F16", "F32"}
 
 
 def _no_figures() -> Figures:

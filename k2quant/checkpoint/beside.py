@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, Checkpoint
@@ -49,30 +50,47 @@ def describes_quantization(name: str) -> bool:
     return name in _QUANTIZED_ELSEWHERE
 
 
-def other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
+PASSED_OVER = "left out, for they are neither files nor folders, or links to folders"
+"""What is said of `Beside.passed_over`; links to files are followed or refused."""
+
+
+class Beside(NamedTuple):
+    """What lies in a checkpoint's folder beside the weights, by paths below it."""
+
+    copied: tuple[str, ...]
+    """Tokenizer, code, licence."""
+    left_out: tuple[str, ...]
+    """Weights that the index does not name, and what other tools say of a quantization."""
+    passed_over: tuple[str, ...]
+    """What is neither file nor folder, and links to folders that are not followed."""
+
+
+def other_files(source: Checkpoint) -> Beside:
     """Return the files beside the weights that are copied (tokenizer, code, licence), and those that are not.
 
-    Weights that the index does not name are not, nor what other tools say of a quantization.
-
-    Hidden files and folders, and what is no file, are passed over.
+    Where links are followed, one to a folder counts as that folder, unless it was looked into already or holds the
+    checkpoint's own. Hidden files and folders do not count.
 
     Raises:
         UnsafePath: one is a link that leaves the folder, or has a name that is not printable.
         CheckpointError: one is a pointer to its content, or a link to nothing.
-        OSError: one cannot be read.
+        OSError: one, or a folder, cannot be read.
     """
     copied: list[str] = []
     left_out: list[str] = []
+    passed_over: list[str] = []
     expected = {INDEX, *source.shards}
-    for folder, folders, files in os.walk(source.folder):
+    followed: set[Path] = set()
+    for folder, folders, files in os.walk(source.folder, onerror=_raise, followlinks=source.follow_links):
         here = Path(folder)
+        inner = here.relative_to(source.folder)
         taken = {name for name in folders if name in _OWN or _WEIGHTS.fullmatch(name)}  # a file of ours may go there
-        left_out += sorted(str((here / name).relative_to(source.folder)) for name in taken)
-        folders[:] = sorted(
-            name for name in set(folders) - taken if not name.startswith(".") and not (here / name).is_symlink()
-        )
+        left_out += sorted(str(inner / name) for name in taken)
+        seen = sorted(name for name in set(folders) - taken if not name.startswith("."))
+        folders[:] = [name for name in seen if _is_entered(source, here / name, followed)]
+        passed_over += [str(inner / name) for name in seen if name not in folders]
         for path in (here / name for name in sorted(files) if not name.startswith(".")):
-            below = str(path.relative_to(source.folder))
+            below = str(inner / path.name)
             if below in _OWN or below in expected or _NOTES.fullmatch(below):
                 continue
             if _WEIGHTS.fullmatch(path.name) or describes_quantization(below):
@@ -84,4 +102,21 @@ def other_files(source: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
             if path.is_file():
                 os.close(open_regular(path))  # a pointer in its place, or no right to read it, is said now
                 copied.append(below)
-    return tuple(copied), tuple(left_out)
+            else:
+                passed_over.append(below)
+    return Beside(tuple(copied), tuple(left_out), tuple(passed_over))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_entered(source: Checkpoint, folder: Path, followed: set[Path]) -> bool:
+    """Tell whether what lies in a folder belongs to the checkpoint; one behind a link does once, if links count."""
+    if not folder.is_symlink():
+        return True
+    real = folder.resolve()
+    if not source.follow_links or real in followed or source.folder.resolve().is_relative_to(real):
+        return False
+    followed.add(real)
+    return True

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from k2quant.checkpoint.beside import describes_quantization, other_files
+from k2quant.checkpoint.beside import PASSED_OVER, Beside, describes_quantization, other_files
 from k2quant.checkpoint.files.strict_json import without_mark
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, PIECE_BYTES, ROW_STEP
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
@@ -157,21 +157,31 @@ def plan_of(
     try:
         found, rounded = _carried(source, shards, recipe, substituted=substituted)
         config_json = _config(source, found, rounded=rounded)
-        copies, left_out = other_files(source)
+        beside = other_files(source)
     except OSError as error:
         message = "cannot be read"
         raise CheckpointError(message, file=error.filename or source.folder, found=error.strerror) from error
     if found.left:
         shards = place((w for w in weights if w.main.name not in found.left), recipe, options.shard_size)
     remarks = (
-        *_remarks(source, left_out),
+        *_remarks(source, beside),
         *relatives.remarks(source.config, weights),
         *broken_promises(source.config, inventory(weights)),
         *relatives.split_remarks(splits, "the output"),
         *recipe.remarks(weights),
         *found.remarks,
     )
-    return Plan(source, recipe, options, shards, index_of(shards), config_json, copies, left_out, remarks=remarks)
+    return Plan(
+        source,
+        recipe,
+        options,
+        shards,
+        index_of(shards),
+        config_json,
+        beside.copied,
+        beside.left_out,
+        remarks=remarks,
+    )
 
 
 def _carried(
@@ -211,16 +221,18 @@ def _config(source: Checkpoint, found: Carried, *, rounded: bool) -> bytes | Non
     return as_json(config.edited(source.config, found.block, rounded_to_bf16=rounded))
 
 
-def _remarks(source: Checkpoint, left_out: tuple[str, ...]) -> Iterator[str]:
+def _remarks(source: Checkpoint, beside: Beside) -> Iterator[str]:
     """Say what of the source's files is not in the output."""
-    weights = [name for name in left_out if not describes_quantization(name)]
+    weights = [name for name in beside.left_out if not describes_quantization(name)]
     if weights:
         yield f"left out, for the index does not name them: {listed(map(relatives.shown, weights))}"
-    if described := [name for name in left_out if name not in weights]:
+    if described := [name for name in beside.left_out if name not in weights]:
         yield (
             "left out, for it describes another quantization than the output has: "
             f"{listed(map(relatives.shown, described))}"
         )
+    if beside.passed_over:
+        yield f"{PASSED_OVER}: {listed(map(relatives.shown, beside.passed_over))}"
     stale = frozenset(source.stale)
     if strays := [name for name in source.unlisted if name not in stale]:
         such = relatives.shown(strays[0])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from k2quant.checkpoint.beside import describes_quantization, other_files
+from k2quant.checkpoint.beside import PASSED_OVER, describes_quantization, other_files
 from k2quant.checkpoint.files.paths import copy_file, read_limited, write_whole
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.header import ShardHeader, TensorEntry
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writing.writer import ShardWriter
+from k2quant.conversion.relatives import shown
 from k2quant.conversion.resume import refuse_nested
 from k2quant.errors import (
     CheckpointError,
+    CheckpointWarning,
     DestinationForeign,
     DestinationStale,
     MissingTensor,
@@ -34,6 +37,7 @@ from k2quant.errors import (
     UsageError,
 )
 from k2quant.formats.dtypes import as_memory, torch_dtype
+from k2quant.formats.format import listed
 from k2quant.ground import names
 from k2quant.model.assembly import EMBEDDING, HEAD, Assembled, Placed
 from k2quant.model.filling import WINDOW
@@ -45,7 +49,7 @@ def save_model(model: Assembled, folder: str | os.PathLike[str], *, state: Mappi
 
     Unchanged weights give the source's bytes, also where loading rounded them (as it does F16 and F32 to BF16): what
     rounds to the model's value is written as the source has it. A part that waits on disk comes from there. The report
-    of the conversion that made the source is not copied.
+    of the conversion that made the source is not copied; what else is left out, a `CheckpointWarning` names.
 
     Args:
         model: from `load_model`.
@@ -136,8 +140,8 @@ class _Tensors:
     def _take(self, placed: Placed, rest: dict[str, Tensor]) -> None:
         """Take what is given for one weight out of the rest, checked as a whole."""
         entries = placed.source.parts
-        names_of = {suffix: names.in_language_model(entry.name) or "" for suffix, entry in entries.items()}
-        given = {suffix: rest.pop(name) for suffix, name in names_of.items() if name in rest}
+        foundof = {suffix: names.in_language_model(entry.name) or "" for suffix, entry in entries.items()}
+        given = {suffix: rest.pop(name) for suffix, name in foundof.items() if name in rest}
         if not given:
             return
         try:
@@ -284,9 +288,17 @@ def _begun(folder: Path, source: Checkpoint) -> _Begun:
 
 
 def _copies(source: Checkpoint) -> tuple[str, ...]:
-    """Return the files beside the weights that go along."""
-    copies, left_out = other_files(source)
-    return (*copies, *filter(describes_quantization, left_out))  # formats stay, so it is as true as it was
+    """Return the files beside the weights that go along; a word tells of those that do not."""
+    beside = other_files(source)
+    described = tuple(filter(describes_quantization, beside.left_out))  # formats stay, so it is as true as it was
+    strays = [name for name in beside.left_out if name not in described]
+    for why, found in ((_STRAYS, strays), (PASSED_OVER, beside.passed_over)):
+        if found:
+            warnings.warn(f"{source.folder}: {why}: {listed(map(shown, found))}", CheckpointWarning, stacklevel=1)
+    return (*beside.copied, *described)
+
+
+_STRAYS = "left out, for the index does not name them"
 
 
 def _stopped(mark: Path) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ def command(first: Path, second: Path, *, workers: int | None, follow_links: boo
     """
     import json
 
-    from k2quant.checking.comparison import compare, unlike
+    from k2quant.checking.comparison import compare, rounding_note, unlike
     from k2quant.cli.checking.verify import finding_record, table
     from k2quant.cli.parts.screen import progress
     from k2quant.ground.pool import checked_workers
@@ -43,6 +43,7 @@ def command(first: Path, second: Path, *, workers: int | None, follow_links: boo
             click.echo(f"... and {len(differences) - _SHOWN} more")
         click.echo(table(differences))
     else:
-        click.echo(f"no difference in {len(findings)} tensors")
+        note = rounding_note(findings)
+        click.echo(f"no difference in {len(findings)} tensors" + (f"; {note}" if note else ""))
     if differences:
         raise SystemExit(1)

@@ -96,6 +96,7 @@ def finding_record(finding: Finding) -> dict[str, Any]:
 
 def table(findings: list[Finding]) -> str:
     """Return a table of findings: a line for each class, relation and pair of formats."""
+    from k2quant.checking.comparison import rounding_note
     from k2quant.ground.names import TENSOR_CLASSES, tensor_class
     from k2quant.kernels.codecs.figures import Figures
 
@@ -111,4 +112,5 @@ def table(findings: list[Finding]) -> str:
         figures = sums[key]
         rounding = f"{figures.sqnr_db:>6.2f} dB {figures.worst:>12.3g}" if figures.changed else ""
         lines.append(f"{key[0]:<16} {key[1]:<16} {counts[key]:>8,}  {key[2]:<13} {rounding}".rstrip())
-    return "\n".join(lines)
+    note = rounding_note(findings)
+    return "\n".join([*lines, note] if note else lines)

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from click.testing import CliRunner
 
 import k2quant
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
+from k2quant.checkpoint.writing.in_memory import write_checkpoint
+from k2quant.cli import main
+from k2quant.formats.dtypes import as_bits
 
 EXPERT = "model.layers.1.mlp.experts.{}.{}_proj"
 
@@ -128,3 +133,31 @@ def test_config_is_verified_too(k2_source: Path, tmp_path: Path) -> None:
         assert k2quant.verify(k2_source, tmp_path / folder).passed
     (tmp_path / "int4" / "config.json").unlink()
     assert list(k2quant.verify(k2_source, tmp_path / "int4").failures) == ["config.json"]
+
+
+def test_values_that_were_rounded_to_be_compared_are_told_apart(tmp_path: Path) -> None:
+    """Wrong without a word: F32 beside its BF16 is equal only once it is rounded, and verify and diff say so."""
+    generator = np.random.default_rng(0)
+    exact = generator.standard_normal((128, 64)).astype(np.float32)
+    near = exact * np.float32(1 + 2**-20)
+    bf16 = torch.from_numpy(exact).to(torch.bfloat16)
+    name = "model.layers.0.mlp.down_proj.weight"
+    for folder, tensor in (
+        ("exact", ("F32", exact)),
+        ("near", ("F32", near)),
+        ("bf16", ("BF16", as_bits(bf16))),
+    ):
+        write_checkpoint(tmp_path / folder, {"model.safetensors": {name: tensor}}, {"model_type": "kimi_k2"})
+
+    def said(*command: str) -> str:
+        names = {"exact", "near", "bf16"}
+        places = [str(tmp_path / part) if part in names else part for part in command]
+        return CliRunner().invoke(main, places, catch_exceptions=False).output
+
+    words = "F16 and F32 were compared as BF16, to which they were rounded: 1 of the tensors"
+    assert words in said("verify", "exact", "bf16")
+    assert f"no difference in 1 tensors; {words}" in said("diff", "bf16", "exact")
+    assert "once rounded to BF16" in said("diff", "exact", "near")
+    assert words in said("diff", "exact", "near")
+    for alike in (("diff", "exact", "exact"), ("verify", "bf16", "bf16")):
+        assert "rounded" not in said(*alike)
