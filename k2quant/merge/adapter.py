@@ -105,7 +105,7 @@ def _open(folder: Path, *, follow_links: bool) -> Adapter:
         if match := _FACTOR.fullmatch(name):
             _add(factors.setdefault(match["module"], {}), match["side"], entry)
         else:
-            _add(whole, _whole_name(name, entry, settings), entry)
+            _add(whole, _whole_name(name, entry, settings, shard), entry)
     pairs = {module: _pair(sides) for module, sides in factors.items()}
     adapter = Adapter(folder, settings, shard, pairs, whole, follow_links)
     _check_saved(adapter)
@@ -156,20 +156,20 @@ def _pair(sides: dict[str, TensorEntry]) -> Pair:
     raise MissingTensor(f"has no lora_{other} beside it", tensor=entry.name, file=entry.file)
 
 
-def _whole_name(name: str, entry: TensorEntry, settings: Settings) -> str:
+def _whole_name(name: str, entry: TensorEntry, settings: Settings, shard: ShardHeader) -> str:
     """Return the name in the model of a tensor that replaces the base's."""
     match = _WHOLE.fullmatch(name)
     if match is None or any(part.startswith(_OTHER_PARTS) for part in name.split(".")):
-        raise _foreign("not part of a plain LoRA adapter", name, entry)
+        raise _foreign("not part of a plain LoRA adapter", name, entry, shard)
     module = match["module"]
     if not any(_is_in(module, saved) for saved in (*settings.saved, *_EMBEDDINGS)):
-        raise _foreign("neither a factor nor of a module that modules_to_save names", name, entry)
+        raise _foreign("neither a factor nor of a module that modules_to_save names", name, entry, shard)
     return f"{module}.{match['suffix']}"
 
 
-def _foreign(message: str, name: str, entry: TensorEntry) -> UnsupportedFormat:
-    """Refuse a tensor, with whose layout it is where the name tells."""
-    layout = layouts.unread(name)
+def _foreign(message: str, name: str, entry: TensorEntry, shard: ShardHeader) -> UnsupportedFormat:
+    """Refuse a tensor, with whose layout it is where its name tells, or that of another of the file."""
+    layout = next(filter(None, map(layouts.unread, (name, *shard.tensors))), None)
     remedy = _AS_PEFT if layout else None
     return UnsupportedFormat(message, tensor=entry.name, file=entry.file, found=layout, remedy=remedy)
 

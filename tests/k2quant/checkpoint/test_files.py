@@ -19,7 +19,15 @@ from k2quant.checkpoint.files.paths import open_regular
 from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.reader import CONFIG, INDEX, open_checkpoint
 from k2quant.cli import main
-from k2quant.errors import CheckpointError, DestinationStale, K2QuantError, MalformedFile, UnsafePath, UsageError
+from k2quant.errors import (
+    CheckpointError,
+    CheckpointWarning,
+    DestinationStale,
+    K2QuantError,
+    MalformedFile,
+    UnsafePath,
+    UsageError,
+)
 from k2quant.report import write_html
 
 BOM = b"\xef\xbb\xbf"
@@ -342,6 +350,79 @@ def test_a_conversion_of_links_resumes_with_the_switch_alone(linked: Path, tmp_p
     with pytest.raises(UnsafePath):
         k2quant.convert(linked, tmp_path / "out", to="bf16")
     assert k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True).already_done
+
+
+def remarks_of(folder: Path, out: Path, *, follow_links: bool = False) -> list[str]:
+    """Convert a folder and return what is said of it."""
+    report = k2quant.convert(folder, out, to="bf16", follow_links=follow_links).report
+    return [str(text) for text in report["remarks"] if "links to folders" in text]
+
+
+def test_links_to_folders_are_named_or_followed(source: Path, tmp_path: Path) -> None:
+    """Silent wrong, a file that is dropped: linked folders are folders with the switch, and else are named."""
+    assets = tmp_path / "elsewhere" / "assets"
+    (assets / "deep").mkdir(parents=True)
+    (assets / "deep" / "vocab.txt").write_text("a")
+    (assets / "again").symlink_to(assets)
+    (assets / "up").symlink_to(tmp_path)
+    (source / "assets").symlink_to(assets)
+    (source / "more").symlink_to(assets)
+    (said,) = remarks_of(source, tmp_path / "named")
+    assert said.endswith("links to folders: assets, more")
+    assert not (tmp_path / "named" / "assets").exists()
+    (said,) = remarks_of(source, tmp_path / "followed", follow_links=True)
+    assert said.endswith("links to folders: more, assets/again, assets/up")
+    assert list((tmp_path / "followed").rglob("*.txt")) == [tmp_path / "followed/assets/deep/vocab.txt"]
+    assert not (tmp_path / "followed" / "assets").is_symlink()
+
+
+def test_a_link_between_the_sources_own_folders_is_named(source: Path, tmp_path: Path) -> None:
+    """Silent wrong, a file that is dropped: of a link that does not lead out of the folder a word is said too."""
+    (source / "assets").mkdir()
+    (source / "assets" / "vocab.txt").write_text("a")
+    (source / "same").symlink_to("assets")
+    (said,) = remarks_of(source, tmp_path / "out")
+    assert said.endswith("links to folders: same")
+    assert (tmp_path / "out" / "assets" / "vocab.txt").read_text() == "a"
+
+
+def test_what_is_no_file_is_named(source: Path, tmp_path: Path) -> None:
+    """Silent wrong, a file that is dropped: a pipe in a tokenizer's place is not read, but named."""
+    (source / "tokenizer.json").unlink()
+    os.mkfifo(source / "tokenizer.json")
+    (source / "x.json").symlink_to("/dev/zero")
+    (said,) = remarks_of(source, tmp_path / "out", follow_links=True)
+    assert said.endswith("links to folders: tokenizer.json, x.json")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silent wrong, a file that is dropped: what lies in a locked folder is not just left out."""
+    real = os.scandir
+
+    def locked(path: Any) -> Any:
+        if str(path).endswith("assets"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    (source / "assets").mkdir()
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(CheckpointError, match=r"assets: cannot be read, found Permission denied"):
+        k2quant.convert(source, tmp_path / "out", to="bf16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_save_names_what_it_leaves_out(source: Path, tmp_path: Path) -> None:
+    """Silent wrong, a file that is dropped: a saved model warns of each kind."""
+    (source / "extra.safetensors").write_bytes(b"")
+    (source / "assets").symlink_to(tmp_path)
+    model = k2quant.load_model(source)
+    with pytest.warns(CheckpointWarning) as caught:
+        model.save_pretrained(tmp_path / "saved")
+    words = [str(warning.message).partition(": ")[2] for warning in caught]
+    assert words[0] == "left out, for the index does not name them: extra.safetensors"
+    assert words[1].endswith("links to folders: assets")
 
 
 def test_a_link_that_leads_elsewhere_since_is_another_source(linked: Path, k2_bf16: Path, tmp_path: Path) -> None:

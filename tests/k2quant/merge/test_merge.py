@@ -694,6 +694,12 @@ def without(name: str) -> Tensors:
         (pair("lm_head", 2048, 512) | pair("model.unembed_tokens", 2048, 512), MalformedFile, "a second time"),
         (pair("model.unembed_tokens", 2047, 512), ShapeMismatch, "does not fit `lm_head.weight`"),
         ({f"{ATTENTION}.lora_down.weight": torch.ones(4, 512)}, UnsupportedFormat, "kohya.*; save or convert"),
+        (
+            {f"{ATTENTION}.alpha": torch.ones(1), f"{ATTENTION}.lora_down.weight": torch.ones(4, 512)},
+            UnsupportedFormat,
+            r"\.alpha`.*neither a factor.*kohya.*; save or convert",
+        ),
+        (on_k2() | {f"{ATTENTION}.alpha": torch.ones(1)}, UnsupportedFormat, "alpha.*modules_to_save names$"),
         ({f"{ATTENTION}.lora_a.weight": torch.ones(4, 512)}, UnsupportedFormat, "as torchtune writes them"),
         ({f"{ATTENTION}.adapter.linear_in.weight": torch.ones(4, 512)}, UnsupportedFormat, "Megatron"),
         (
