@@ -111,7 +111,8 @@ class LargestChance:
             left, right = (low + top) / 2, (top + high) / 2
             heights = {left: self.at(curve, left), right: self.at(curve, right), top: height}
             best = max(heights, key=lambda flips: heights[flips])
-            low, high = (low, top) if best == left else (top, high) if best == right else (left, right)
+            # In this order: at an end of the grid, where nothing lies on one side, `left` or `right` is `top` itself.
+            low, high = (left, right) if best == top else (low, top) if best == left else (top, high)
             top, height = best, heights[best]
         return top, height
 

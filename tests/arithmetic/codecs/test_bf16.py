@@ -50,8 +50,9 @@ def test_every_finite_float16_rounds_as_torch_rounds() -> None:
 
 def test_float64_is_rounded_once_by_the_reference() -> None:
     """Rule 1: by float32 and a second rounding, values a little beside a tie would become its even neighbour."""
-    ties = (np.arange(0x3F00, 0x4080, dtype=np.uint32) << 16 | 0x8000).view(np.float32).astype(np.float64)
-    beside = (ties[:, None] * (1 + np.arange(-3, 4) * 2.0**-50)).reshape(-1)
+    low = np.arange(0x7FFF, 0x8002, dtype=np.uint32)  # a tie, and the float32 values next to it
+    ties = (np.arange(0x3F00, 0x4080, dtype=np.uint32)[:, None] << 16 | low).view(np.float32).astype(np.float64)
+    beside = (ties[..., None] * (1 + np.arange(-3, 4) * 2.0**-50)).reshape(-1)
     any_bits = np.random.default_rng(0).integers(0, 0x7F00 << 16, 10_000, np.uint32).view(np.float32)
     values = np.concatenate((beside, any_bits.astype(np.float64), [0.0, 1e39, 2.0**-150]))
     values = np.concatenate((values, -values))

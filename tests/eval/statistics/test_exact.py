@@ -105,6 +105,28 @@ def test_a_peak_is_closed_in_on(upper: bool) -> None:  # noqa: FBT001  a paramet
     assert all(largest.at(curve, min(1.0, max(margin, share + step))) <= height + 1e-9 for step in (-near, near))
 
 
+class Pointed(exact.LargestChance):
+    """Chances with one maximum, at a share that is given."""
+
+    top = 0.0
+
+    def at(self, curve: Counts, flips: float) -> float:  # noqa: ARG002  what the package asks for
+        """Return less, the further away a share is."""
+        return 1 - abs(flips - self.top)
+
+
+@pytest.mark.parametrize("place", [0, 1, -3, -2])
+@pytest.mark.parametrize("part", [0.2, 0.8])
+def test_a_peak_between_any_two_points_of_the_grid_is_closed_in_on(place: int, part: float) -> None:
+    """Also between the first two and the last two, whichever of them is nearer."""
+    pointed = Pointed(30, 0.1, upper=False)
+    start, end = pointed.grid[place], pointed.grid[place + 1]
+    pointed.top = start + part * (end - start)
+    ((share, height),) = pointed.peaks(np.zeros(31, np.int64)).items()
+    assert share == pytest.approx(pointed.top, abs=1e-3 * (end - start))
+    assert height == pytest.approx(1)
+
+
 @pytest.mark.parametrize(("n", "margin"), [(1, 0.05), (30, 0.3), (1000, 0.01), (5000, 0.02)])
 def test_shares_of_flips_lie_close_enough_to_miss_no_maximum(n: int, margin: float) -> None:
     """From the margin to 1, half a standard deviation apart at most, and forty within twenty flips of either end."""
@@ -145,6 +167,18 @@ def test_the_critical_curve_is_the_largest_set_that_holds_alpha(
     found = exact.critical_curve(n, margin, alpha, upper=upper)
     assert found.tolist() == expected.tolist()
     assert not found.flags.writeable
+
+
+@UPPER
+@pytest.mark.parametrize("threshold", [0.4, 1.2])
+def test_a_chance_that_is_alpha_to_the_last_bit_holds_it(threshold: float, upper: bool) -> None:  # noqa: FBT001  a parameter of the test
+    """A set is tightened no further than to the one whose chance is alpha."""
+    n, margin, flips = 12, 0.1, 0.4
+    curve = exact.score_curve(n, margin, -threshold if upper else threshold)
+    largest = exact.LargestChance(n, margin, upper=upper)
+    critical = exact._Critical(largest, largest.at(curve, flips))  # noqa: SLF001  one step of the search
+    critical.tighten(flips)
+    assert critical.curve.tolist() == curve.tolist()
 
 
 def test_arguments_that_make_no_sense_are_refused() -> None:
