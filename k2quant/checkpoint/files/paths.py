@@ -62,8 +62,9 @@ def check_inside(folder: Path, path: Path, *, follow_links: bool | None = None) 
     """
     try:
         real = path.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
-        raise UnsafePath("cannot be resolved", file=path, found=str(error)) from error
+    except (OSError, RuntimeError) as error:
+        found = error.strerror if isinstance(error, OSError) else "links that lead back to themselves"
+        raise UnsafePath("cannot be resolved", file=path, found=found, remedy="remove or mend the link") from error
     if not follow_links and not real.is_relative_to(boundary(folder)):
         switch = ", or, if all its links are your own, say --follow-links (follow_links=True)"
         remedy = "copy the file into the folder" + ("" if follow_links is None else switch)
@@ -88,11 +89,22 @@ def open_regular(path: Path) -> int:
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not block
     try:
-        _check_content(path, descriptor)
+        with _named(path):
+            _check_content(path, descriptor)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say of an error of reading which file it was: of an open one the kernel does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _check_content(path: Path, descriptor: int) -> None:
@@ -109,7 +121,7 @@ def read_limited(path: Path, limit: int) -> bytes:
     Raises:
         MalformedFile: it is larger than `limit` bytes, or no regular file.
     """
-    with os.fdopen(open_regular(path), "rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file, _named(path):
         data = file.read(limit + 1)
     if len(data) > limit:
         raise MalformedFile("too large", file=path, expected=f"at most {limit} bytes")

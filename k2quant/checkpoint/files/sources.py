@@ -16,6 +16,8 @@ _ID = re.compile(
 )
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
 
+_OF_FILES = (".safetensors", ".json")  # what no model's name ends with
+
 
 def no_folder(path: str | os.PathLike[str]) -> str | None:
     """Say why a path is no folder of a checkpoint, and what to do: "what it is; what to do". None where it is one."""
@@ -44,12 +46,17 @@ def _explained(path: str) -> tuple[str, str | None]:
         return "not a folder", None
     address = _HUB.match(path)
     hub_id = _ID.fullmatch(path, address.end() if address else 0)
-    if hub_id:
-        what = "an address on the Hugging Face hub, not a folder" if address else "no such folder"
-        return what, f"{'' if address else 'if it is a model on the Hugging Face hub, '}{_download(hub_id)}"
+    if address and hub_id:
+        return "an address on the Hugging Face hub, not a folder", _download(hub_id)
     if _ADDRESS.match(path):
         return "an address, not a folder", "copy the checkpoint to a folder here first"
-    return "no such folder", None
+    remedies = []
+    name, above = Path(path).name, Path(path).parent
+    if above.name and os.path.isdir(above):  # noqa: PTH112  it never raises
+        remedies.append(f"{above} is there, but has no {name}")
+    if hub_id and not name.endswith(_OF_FILES):
+        remedies.append(f"if it is a model on the Hugging Face hub, {_download(hub_id)}")
+    return "no such folder", "; ".join(remedies) or None
 
 
 def _download(hub_id: re.Match[str]) -> str:

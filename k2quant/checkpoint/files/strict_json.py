@@ -76,7 +76,19 @@ def parse_object(data: bytes, *, file: object) -> dict[str, Any]:
         )
         if b"\\u" in data:
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        found = f"byte {error.object[error.start]:#04x}"
+        raise MalformedFile(
+            "not valid JSON", file=file, expected="UTF-8", found=found, remedy="save it as UTF-8"
+        ) from error
+    except RecursionError as error:
+        raise MalformedFile(
+            "not valid JSON",
+            file=file,
+            found="brackets within brackets, deeper than any reader goes",
+            remedy="no checkpoint has such; take the file from its release again",
+        ) from error
+    except ValueError as error:
         raise MalformedFile("not valid JSON", file=file, found=str(error)[:200]) from error
     if not isinstance(value, dict):
         raise MalformedFile("not a JSON object", file=file, found=type(value).__name__)

@@ -228,6 +228,44 @@ def test_a_name_of_the_hub_is_told_how_to_get_it(
         assert ("hf download" in said) == (words != "no such folder" and "s3:" not in given)
 
 
+@pytest.mark.parametrize("name", ["model-00001.safetensors", "config.json", "fp9"])
+def test_a_slip_in_a_folder_that_is_there_is_no_name_of_the_hub(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that helps nobody: a mistyped file is not to be downloaded; where both may be meant, both are said."""
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    said = no_folder(f"models/{name}")
+    assert said is not None
+    assert said.startswith(f"no such folder; models is there, but has no {name}")
+    assert ("hf download" in said) == (name == "fp9")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"model_type": "\xe9"}', "not valid JSON, expected UTF-8, found byte 0xe9; save it as UTF-8"),
+        (b'{"a":' + b"[" * 100_000, "not valid JSON, found brackets within brackets, .*from its release again"),
+    ],
+)
+def test_a_config_that_no_reader_takes_says_what_to_do(source: Path, content: bytes, words: str) -> None:
+    """A message that helps nobody: Latin-1 and endless nesting are named in words, not in Python's."""
+    (source / CONFIG).write_bytes(content)
+    with pytest.raises(MalformedFile, match=words):
+        open_checkpoint(source)
+
+
+def test_a_link_to_what_cannot_be_read_is_named(linked: Path, tmp_path: Path) -> None:
+    """A message that helps nobody: of a file that opens and gives an error the path is said, not its folder's."""
+    (linked / "x.json").symlink_to("/proc/self/mem")
+    with pytest.raises(CheckpointError, match=r"linked/x\.json: cannot be read, found Input/output error"):
+        k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True)
+    (linked / "x.json").unlink()
+    (linked / "x.json").symlink_to("x.json")
+    with pytest.raises(CheckpointError, match=r"x\.json: .*; (remove or mend the link|fetch that file, or remove)"):
+        k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True)
+
+
 @pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", INDEX, CONFIG])
 def test_a_file_of_the_checkpoint_points_to_its_folder(tmp_path: Path, name: str) -> None:
     """A shard, the index or the config in place of the folder: the folder is named."""

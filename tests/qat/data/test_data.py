@@ -222,7 +222,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         "a git-lfs pointer, not the file",
     ),
-    "Latin-1": (b'{"text": "ab"}\n{"text": "\xe9"}', "line 2: not valid JSON.*utf-8"),
+    "Latin-1": (b'{"text": "ab"}\n{"text": "\xe9"}', "line 2: not valid JSON.*UTF-8"),
     "UTF-16": ('{"text": "a"}'.encode("utf-16"), "line 1: the encoding, expected UTF-8, found UTF-16"),
     "deep": (b'{"text": ' + b"[" * 100_000, "line 1: not valid JSON"),
     "an empty file": (b"", "no examples"),
