@@ -15,6 +15,7 @@ from k2quant.checkpoint.reading import check_constants, read_into
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.ground import pool
+from k2quant.ground.units import counted
 
 if TYPE_CHECKING:
     from k2quant.formats.transcode import Scratch
@@ -70,7 +71,9 @@ class Finding(NamedTuple):
 def rounding_note(findings: Iterable[Finding]) -> str | None:
     """Say of how many weights only what is left of them in BF16 was compared; None of none."""
     count = sum(finding.rounded for finding in findings)
-    return f"F16 and F32 were compared as BF16, to which they were rounded: {count:,} of the tensors" if count else None
+    return (
+        f"F16 and F32 were compared as BF16, to which they were rounded: {counted(count, 'tensor')}" if count else None
+    )
 
 
 def unlike(finding: Finding) -> bool:

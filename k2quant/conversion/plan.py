@@ -24,7 +24,7 @@ from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.format import Layout, Scope, listed
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
-from k2quant.ground.units import one_of
+from k2quant.ground.units import counted, one_of
 from k2quant.kernels.codecs.grids import Grid
 
 _BASE_MEMORY = 220_000_000  # interpreter, numpy, numba and its codecs: whole conversions peaked at 190 MB, measured
@@ -235,11 +235,12 @@ def _remarks(source: Checkpoint, beside: Beside) -> Iterator[str]:
         yield f"{PASSED_OVER}: {listed(map(relatives.shown, beside.passed_over))}"
     stale = frozenset(source.stale)
     if strays := [name for name in source.unlisted if name not in stale]:
-        such = relatives.shown(strays[0])
-        yield f"left out, for the index does not name them: {len(strays):,} tensors of the shards, such as {such}"
+        such, count = relatives.shown(strays[0]), counted(len(strays), "tensor")
+        yield f"left out, for the index does not name them: {count} of the shards, such as {such}"
     if stale:
         such = relatives.shown(min(stale))
-        yield f"left out, for the index looks elsewhere for them: {len(stale):,} old copies, such as {such}"
+        copies = counted(len(stale), "old copy", "old copies")
+        yield f"left out, for the index looks elsewhere for them: {copies}, such as {such}"
 
 
 def describe(plan: Plan) -> dict[str, dict[str, int]]:

@@ -17,6 +17,11 @@ def one_of(what: str, value: object, choices: tuple[str, ...]) -> None:
         raise UsageError(f"unknown {what} {value!r}; expected {', '.join(choices)}")
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """Return how many there are of what: `1 shard`, `1,024 shards`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def size(count: float) -> str:
     """Return bytes as people read them, in powers of 1000: `594.2 GB`."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -282,7 +282,7 @@ def _begun(folder: Path, source: Checkpoint) -> _Begun:
         raise DestinationStale(
             "holds a stopped save of another model, or of one whose files have changed since",
             file=folder,
-            remedy="delete the folder, or name another",
+            remedy="name another folder, or delete what that save left",
         )
     return _Begun(identity, copies, frozenset(filter(copies.__contains__, kept)))
 

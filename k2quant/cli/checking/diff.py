@@ -30,6 +30,7 @@ def command(first: Path, second: Path, *, workers: int | None, follow_links: boo
     from k2quant.cli.checking.verify import finding_record, table
     from k2quant.cli.parts.screen import progress
     from k2quant.ground.pool import checked_workers
+    from k2quant.ground.units import counted
 
     with progress("comparing") as show:
         findings = compare(first, second, workers=checked_workers(workers), follow_links=follow_links, progress=show)
@@ -44,6 +45,6 @@ def command(first: Path, second: Path, *, workers: int | None, follow_links: boo
         click.echo(table(differences))
     else:
         note = rounding_note(findings)
-        click.echo(f"no difference in {len(findings)} tensors" + (f"; {note}" if note else ""))
+        click.echo(f"no difference in {counted(len(findings), 'tensor')}" + (f"; {note}" if note else ""))
     if differences:
         raise SystemExit(1)

@@ -45,11 +45,12 @@ def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
 
 
 def _show(found: Inspection) -> None:
-    from k2quant.ground.units import size
+    from k2quant.ground.units import counted, size
 
     click.echo(
-        f"{found.folder}: {found.model_type or 'no config'}, {size(found.nbytes)} in {found.tensors:,} tensors and "
-        f"{found.shards} shards, {found.layers} layers, {found.experts} experts a layer"
+        f"{found.folder}: {found.model_type or 'no config'}, {size(found.nbytes)} in "
+        f"{counted(found.tensors, 'tensor')} and {counted(found.shards, 'shard')}, "
+        f"{counted(found.layers, 'layer')}, {counted(found.experts, 'expert')} a layer"
     )
     width = max([16, *(len(row.format) for row in found.rows)])
     click.echo(f"\n{'class':<16} {'format':<{width}} {'tensors':>9} {'weights':>18} {'bytes':>10}")
@@ -60,12 +61,12 @@ def _show(found: Inspection) -> None:
     block = found.quantization
     click.echo(f"\nquantization_config: {_summary(block) if block else 'none'}")
     if found.unlisted:
-        click.echo(f"{len(found.unlisted)} tensors lie in shards but not in the index, such as {found.unlisted[0]}")
-    if found.stale:
         click.echo(
-            f"{len(found.stale)} old copies lie in shards where the index does not look for them, such as "
-            f"{found.stale[0]}"
+            f"in shards but not in the index: {counted(len(found.unlisted), 'tensor')}, such as {found.unlisted[0]}"
         )
+    if found.stale:
+        copies = counted(len(found.stale), "old copy", "old copies")
+        click.echo(f"in shards where the index does not look for them: {copies}, such as {found.stale[0]}")
     for problem in found.problems[:_SHOWN]:
         click.echo(f"problem: {problem}")
     if len(found.problems) > _SHOWN:

@@ -93,11 +93,12 @@ def choice(options: dict[str, Any]) -> Options:
 def announce(done: Conversion) -> None:
     """Say on stderr what the user may not expect: that work was there already, and what is worth saying of it."""
     from k2quant.cli.parts.screen import remark
+    from k2quant.ground.units import counted
 
     if not done.already_done:
         _say(done.report["remarks"])
     if done.resumed:
-        remark(f"resumed: {done.resumed} shards were finished before")
+        remark(f"resumed: {counted(done.resumed, 'shard')} finished before")
 
 
 def _say(remarks: Iterable[str]) -> None:
@@ -154,7 +155,7 @@ def dry_run(
     from k2quant.conversion.estimate import estimate
     from k2quant.conversion.plan import describe
     from k2quant.conversion.resume import standing_shards
-    from k2quant.ground.units import duration, size
+    from k2quant.ground.units import counted, duration, size
 
     done = standing_shards(plan, destination, restart=restart)
     cost = estimate(plan, destination, done=done, workers=workers)
@@ -170,7 +171,8 @@ def dry_run(
         for name, value in (more or {}).items():
             click.echo(f"{name:<16} {value}")
         click.echo(f"{'read':<16} {size(cost.bytes_read)}")
-        click.echo(f"{'written':<16} {size(cost.bytes_written)} in {len(plan.shards)} shards, {len(done)} of them done")
+        shards = counted(len(plan.shards), "shard")
+        click.echo(f"{'written':<16} {size(cost.bytes_written)} in {shards}, {len(done)} of them done")
         click.echo(f"{'disk needed':<16} {size(cost.disk_needed)}" + ("" if cost.fits else ", TOO SMALL"))
         click.echo(f"{'disk free':<16} {size(cost.disk_free)}")
         click.echo(f"{'peak memory':<16} {size(cost.peak_memory)}")

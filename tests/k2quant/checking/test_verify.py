@@ -154,9 +154,9 @@ def test_values_that_were_rounded_to_be_compared_are_told_apart(tmp_path: Path) 
         places = [str(tmp_path / part) if part in names else part for part in command]
         return CliRunner().invoke(main, places, catch_exceptions=False).output
 
-    words = "F16 and F32 were compared as BF16, to which they were rounded: 1 of the tensors"
+    words = "F16 and F32 were compared as BF16, to which they were rounded: 1 tensor"
     assert words in said("verify", "exact", "bf16")
-    assert f"no difference in 1 tensors; {words}" in said("diff", "bf16", "exact")
+    assert f"no difference in 1 tensor; {words}" in said("diff", "bf16", "exact")
     assert "once rounded to BF16" in said("diff", "exact", "near")
     assert words in said("diff", "exact", "near")
     for alike in (("diff", "exact", "exact"), ("verify", "bf16", "bf16")):

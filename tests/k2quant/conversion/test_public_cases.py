@@ -84,7 +84,7 @@ def test_tensors_that_the_index_leaves_out_are_named(k2_source: Path, tmp_path: 
     del index["weight_map"][name]
     (source / INDEX).write_text(json.dumps(index))
     dry = CliRunner().invoke(main, ["convert", "--dry-run", "--to", "int4", str(source), str(tmp_path / "out")])
-    assert f"1 tensors of the shards, such as {name}" in dry.stderr
+    assert f"1 tensor of the shards, such as {name}" in dry.stderr
     assert name in converted(source, "int4", tmp_path / "out").stderr
     assert name not in tensors_of(tmp_path / "out")
     assert any(name in text for text in json.loads((tmp_path / "out/k2quant_report.json").read_text())["remarks"])

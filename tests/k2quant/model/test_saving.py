@@ -47,7 +47,7 @@ def test_a_stopped_save_of_another_model_is_refused(
     write_model(tmp_path / "other", seed=1)
     stop(load_model(source), tmp_path / "out", monkeypatch)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    with pytest.raises(DestinationStale, match=r"stopped save of another model.*; delete the folder, or name another"):
+    with pytest.raises(DestinationStale, match=r"stopped save of another model.*; name another folder, or delete what"):
         save_model(load_model(tmp_path / "other"), tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     (source / "later.txt").write_text("a file that came between")

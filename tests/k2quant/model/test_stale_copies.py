@@ -156,8 +156,8 @@ def test_a_stray_is_no_old_copy(bf16: Path, tmp_path: Path) -> None:
     found = inspect(source)
     assert (found.stale, found.unlisted) == ([HEAD], [stray])
     words = CliRunner().invoke(main, ["inspect", str(source)], catch_exceptions=False).stdout
-    assert f"1 tensors lie in shards but not in the index, such as {stray}" in words
-    assert f"1 old copies lie in shards where the index does not look for them, such as {HEAD}" in words
+    assert f"in shards but not in the index: 1 tensor, such as {stray}" in words
+    assert f"in shards where the index does not look for them: 1 old copy, such as {HEAD}" in words
 
 
 def moved(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
