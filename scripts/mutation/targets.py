@@ -20,7 +20,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "k2quant/ground/engines.py": ("tests/k2quant/ground/test_engines.py", f"{_CONVERSION}/test_fused.py"),
     "k2quant/ground/patterns.py": ("tests/k2quant/ground/test_patterns.py",),
     "k2quant/conversion/recipe.py": (
-        *(f"{_CONVERSION}/test_{name}.py" for name in ("recipe", "fused", "convert")),
+        *(f"{_CONVERSION}/test_{name}.py" for name in ("fused", "convert")),
         f"{_FORMATS}/test_fp8.py",
     ),
     "k2quant/conversion/config.py": (*_CONVERTED, f"{_CONVERSION}/test_carrying.py", f"{_CHECKPOINT}/test_hostile.py"),
