@@ -12,6 +12,7 @@ from k2quant.cli.parts import options
 if TYPE_CHECKING:
     from k2quant.checking.inspection import Inspection
 
+_LONGEST = 200  # characters of what a config says
 _SHOWN = 10  # problems that a person reads before looking for the cause
 
 
@@ -74,7 +75,10 @@ def _show(found: Inspection) -> None:
 
 
 def _summary(block: dict[str, object]) -> str:
+    from k2quant.errors import printable
+
     parts = [str(block.get("quant_method"))]
     parts += [f"{key} {block[key]}" for key in ("format", "weight_block_size") if key in block]
     ignore = block.get("ignore")
-    return ", ".join(parts) + (f", {len(ignore)} ignored" if isinstance(ignore, list) else "")
+    said = printable(", ".join(parts))[:_LONGEST]
+    return said + (f", {len(ignore)} ignored" if isinstance(ignore, list) else "")
