@@ -12,7 +12,12 @@ _CONVERTED = (f"{_CONVERSION}/test_convert.py", "tests/k2quant/checking/test_ver
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "k2quant/formats/bf16.py": (f"{_FORMATS}/test_bf16.py", _MADE_UP),
-    "k2quant/formats/fp8.py": (_FORMATS, *_CONVERTED, f"{_CHECKPOINT}/test_hostile.py"),
+    "k2quant/formats/fp8.py": (
+        _FORMATS,
+        *_CONVERTED,
+        f"{_CONVERSION}/test_carrying.py",
+        f"{_CHECKPOINT}/test_hostile.py",
+    ),
     "k2quant/formats/int4.py": (f"{_FORMATS}/test_int4.py", f"{_FORMATS}/test_budgets.py", _MADE_UP),
     "k2quant/formats/compressed_tensors.py": (f"{_FORMATS}/test_compressed_tensors.py", _MADE_UP),
     "k2quant/formats/dtypes.py": (f"{_FORMATS}/test_fp8.py", f"{_FORMATS}/test_int4.py"),
