@@ -1,6 +1,6 @@
 """crc32 of bytes, and of a whole from the crc32 of its parts, so that threads can check pieces of one tensor.
 
-isal multiplies without carries and so takes a tenth of zlib's time for the same polynomial; where it has no wheel,
+isal multiplies without carries and so is several times as fast as zlib for the same polynomial; where it has no wheel,
 zlib gives the same numbers (benchmarks/results/checksums.md).
 
 crc32 is linear over GF(2): appending n zero bytes multiplies the register by x^(8n) modulo the polynomial. This is

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codec_makers import EACH, MAKERS, on_gpu
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs import cpu, reference
 from k2quant.kernels.codecs.figures import Figures
@@ -19,24 +19,6 @@ from k2quant.kernels.codecs.reference.seam import torch_codecs
 from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import F32, I32, U8, U16, ValueAt, bf16_to_float, float_to_bf16
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def on_gpu() -> Codecs:
-    """Return the Triton codecs, interpreted where there is no GPU."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton")
-    from k2quant.kernels.codecs.gpu.seam import cuda_codecs
-
-    return cuda_codecs(DEVICE)
-
-
-MAKERS: dict[str, Callable[[], Codecs]] = {
-    "cpu": lambda: cpu.CODECS,
-    "torch": lambda: torch_codecs(DEVICE),
-    "triton": on_gpu,
-}
-EACH = pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
 BOTH = pytest.mark.parametrize("maker", list(MAKERS.values())[:2], ids=list(MAKERS)[:2])
 BLOCKS = pytest.mark.parametrize("block", [(128, 128), (1, 128)], ids=str)
 WIDTHS: list[tuple[Grid, bool, int]] = [

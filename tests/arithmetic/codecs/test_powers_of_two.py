@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codec_makers import DEVICE, EACH, MAKERS, on_gpu
 from k2quant.kernels import ops
 from k2quant.kernels.codecs import cpu
 from k2quant.kernels.codecs.figures import Figures
@@ -18,7 +18,6 @@ from k2quant.kernels.codecs.reference.seam import torch_codecs
 from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import F32, U8, U16, bf16_to_float, float_to_bf16
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAIN = torch_codecs("cpu")
 
 LARGEST = np.arange(1, 127, dtype=np.uint8)
@@ -29,23 +28,6 @@ NAMED = np.uint8(0x77)
 
 EDGES = [*range(-149, -116), -110, 0, 60, *range(110, 128)]
 """Exponents of scales: subnormal float32, products subnormal in BF16, the middle, and products next to the largest."""
-
-
-def on_gpu() -> Codecs:
-    """Return the Triton codecs, interpreted where there is no GPU."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("needs Triton")
-    from k2quant.kernels.codecs.gpu.seam import cuda_codecs
-
-    return cuda_codecs(DEVICE)
-
-
-MAKERS: dict[str, Callable[[], Codecs]] = {
-    "cpu": lambda: cpu.CODECS,
-    "torch": lambda: torch_codecs(DEVICE),
-    "triton": on_gpu,
-}
-EACH = pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
 
 
 def power(exponent: int, shape: tuple[int, int] = (1, 1)) -> F32:

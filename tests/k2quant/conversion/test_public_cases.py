@@ -14,32 +14,19 @@ from click.testing import CliRunner, Result
 
 import k2quant
 from k2quant.checkpoint.reader import INDEX, open_checkpoint
-from k2quant.checkpoint.reading import read_tensor
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.cli import main
 from k2quant.errors import CheckpointError
-from k2quant.formats.dtypes import TensorSpec, as_array
 from k2quant.formats.known import FormatName
 from k2quant.nano.demo import K2_CONFIG
+from rewritten import tensors_of
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
-def tensors_of(folder: Path) -> Shard:
-    """Return all tensors of a checkpoint."""
-    source = open_checkpoint(folder)
-    return {
-        name: (
-            entry.dtype,
-            as_array(np.frombuffer(read_tensor(source, entry), np.uint8), TensorSpec(entry.dtype, entry.shape)),
-        )
-        for name, entry in source.tensors.items()
-    }
-
-
 def rewritten(source: Path, folder: Path, change: Callable[[Shard], None]) -> Path:
     """Write a checkpoint's tensors anew in one shard, changed, with its config."""
-    tensors = tensors_of(source)
+    tensors = tensors_of(open_checkpoint(source))
     change(tensors)
     write_checkpoint(folder, {"model.safetensors": tensors}, json.loads((source / "config.json").read_text()))
     return folder
@@ -63,11 +50,11 @@ def test_a_correction_bias_stays_in_float32(k2_source: Path, tmp_path: Path, to:
     Kind: a tensor that is no weight loses its precision. sgl-project/sglang#31213, NVIDIA-NeMo/Automodel#2553,
     vllm-project/vllm#50761.
     """
-    count = tensors_of(k2_source)[BIAS][1].size
+    count = tensors_of(open_checkpoint(k2_source))[BIAS][1].size
     bias = np.linspace(6.817, 7.063, count, dtype=np.float32)
     source = rewritten(k2_source, tmp_path / "src", lambda tensors: tensors.update({BIAS: ("F32", bias)}))
     k2quant.convert(source, tmp_path / "out", to=to)
-    dtype, found = tensors_of(tmp_path / "out")[BIAS]
+    dtype, found = tensors_of(open_checkpoint(tmp_path / "out"))[BIAS]
     assert dtype == "F32"
     assert found.tobytes() == bias.tobytes()
 
@@ -86,7 +73,7 @@ def test_tensors_that_the_index_leaves_out_are_named(k2_source: Path, tmp_path: 
     dry = CliRunner().invoke(main, ["convert", "--dry-run", "--to", "int4", str(source), str(tmp_path / "out")])
     assert f"1 tensor of the shards, such as {name}" in dry.stderr
     assert name in converted(source, "int4", tmp_path / "out").stderr
-    assert name not in tensors_of(tmp_path / "out")
+    assert name not in tensors_of(open_checkpoint(tmp_path / "out"))
     assert any(name in text for text in json.loads((tmp_path / "out/k2quant_report.json").read_text())["remarks"])
 
 
