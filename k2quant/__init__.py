@@ -13,6 +13,7 @@ from k2quant.checking.verify import Verification, verify, verify_checksums
 from k2quant.conversion.convert import Conversion, convert
 from k2quant.errors import K2QuantError
 from k2quant.formats.known import FormatName
+from k2quant.ground.spinning import shorten_spinning
 from k2quant.ground.version import __version__
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.merge import merge
@@ -42,6 +43,8 @@ __all__ = [
     "verify",
     "verify_checksums",
 ]
+
+shorten_spinning()
 
 
 def __getattr__(name: str) -> Any:
