@@ -7,51 +7,61 @@ from typing import Any
 
 import click
 
+from k2quant.cli.parts import colour
 from k2quant.cli.parts.lazy import LazyGroup
 from k2quant.cli.parts.screen import remarks
+from k2quant.cli.parts.streams import CUT_OFF, cut_off, open_closed, say
+from k2quant.errors import K2QuantError, printable
 from k2quant.ground.version import __version__
 
 
 class _Commands(LazyGroup):
     """Turns our errors into one line and an exit code."""
 
+    def main(self, *args: Any, **settings: Any) -> Any:
+        open_closed()
+        return super().main(*args, **settings)
+
     def invoke(self, ctx: click.Context) -> Any:
-        from k2quant.errors import K2QuantError, printable
+        import os
 
         # The headers of 140,000 tensors are no garbage, but the collector would walk them again and again: a third of
         # the time of `inspect`. A command makes no cycles worth collecting before it ends.
         gc.disable()
+        ctx.color = colour.wanted(os.environ)
         try:
             with remarks():
                 return super().invoke(ctx)
         except K2QuantError as error:
-            click.echo(f"k2quant: {error}", err=True)
+            say(f"k2quant: {error}")
             ctx.exit(error.exit_code)
         except OSError as error:
+            if isinstance(error, BrokenPipeError) and cut_off():
+                ctx.exit(CUT_OFF)
             place = f"{error.filename}: " if error.filename else ""
-            click.echo(f"k2quant: {printable(f'{place}{error.strerror or error}')}", err=True)
+            say(f"k2quant: {printable(f'{place}{error.strerror or error}')}")
             ctx.exit(1)
         except KeyboardInterrupt:
             resumes = "; the same command resumes" if ctx.invoked_subcommand in {"convert", "merge", "qat"} else ""
-            click.echo(f"k2quant: stopped{resumes}", err=True)
+            say(f"k2quant: stopped{resumes}")
             ctx.exit(130)
 
 
 @click.command(
     cls=_Commands,
     homes={
-        "convert": "k2quant.cli.convert",
-        "merge": "k2quant.cli.merge",
-        "inspect": "k2quant.cli.checking.inspect",
-        "verify": "k2quant.cli.checking.verify",
-        "diff": "k2quant.cli.checking.diff",
-        "report": "k2quant.cli.checking.report",
-        "generate": "k2quant.cli.generate",
-        "qat": "k2quant.cli.qat",
-        "eval": "k2quant.cli.eval",
-        "tune": "k2quant.cli.tune",
-        "demo": "k2quant.cli.demo",
-        "nano": "k2quant.cli.nano",
+        "convert": ("k2quant.cli.convert", "Convert a checkpoint to BF16, block FP8 or INT4."),
+        "merge": ("k2quant.cli.merge", "Merge a LoRA adapter into a checkpoint, in any format."),
+        "inspect": ("k2quant.cli.checking.inspect", "Describe a checkpoint, and what does not fit together."),
+        "verify": ("k2quant.cli.checking.verify", "Check a conversion against its source, or its checksums."),
+        "diff": ("k2quant.cli.checking.diff", "List the tensors in which two checkpoints differ."),
+        "report": ("k2quant.cli.checking.report", "Draw a conversion's report as a page with pictures."),
+        "generate": ("k2quant.cli.generate", "Continue a prompt with a checkpoint in any format."),
+        "qat": ("k2quant.cli.qat", "Train a model to survive rounding, and export it exactly."),
+        "eval": ("k2quant.cli.eval", "Measure and judge what quantisation did to accuracy."),
+        "tune": ("k2quant.cli.tune", "Find the fastest kernel configurations on this GPU."),
+        "demo": ("k2quant.cli.demo", "Try it all on a small K2 that is made here."),
+        "nano": ("k2quant.cli.nano", "Train nano-K2, a K2 in everything but size."),
     },
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )

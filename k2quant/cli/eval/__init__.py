@@ -21,7 +21,13 @@ class _Commands(LazyGroup):
 @click.command(
     name="eval",
     cls=_Commands,
-    homes={name: f"{__name__}.{name}" for name in ("run", "gate", "plan", "fidelity", "blame")},
+    homes={
+        "run": (f"{__name__}.run", "Ask a model the questions of lm-eval's benchmarks."),
+        "gate": (f"{__name__}.gate", "Decide whether a candidate is as good as its baseline."),
+        "plan": (f"{__name__}.plan", "Say how many items a gate needs, before they are paid for."),
+        "fidelity": (f"{__name__}.fidelity", "Measure how far predictions drift, and in which layers."),
+        "blame": (f"{__name__}.blame", "Find the layers and weights that carry the damage."),
+    },
 )
 def command() -> None:
     """Measure what quantisation did to accuracy, decide whether that is good enough, find where it comes from.

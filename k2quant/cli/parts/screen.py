@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
-import click
+from k2quant.cli.parts.streams import say
+from k2quant.cli.parts.volume import volume
+
+Show = Callable[[int, int], None]
+"""Is told what is done, and of how much."""
 
 
 def remark(text: str) -> None:
     """Say something that is no result, as one line that a terminal can show, whatever of a file stands in it."""
+    if volume() != "quiet":
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """Say what a user must know of the data, even one who asked for quiet; a line like a remark."""
     from k2quant.errors import printable
 
-    click.echo(printable(text), err=True)
+    say(printable(text))
 
 
 @contextlib.contextmanager
@@ -29,7 +36,7 @@ def remarks() -> Iterator[None]:
 
     def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
         if issubclass(category, CheckpointWarning):
-            remark(str(message))
+            warn(str(message))
         else:
             before(message, category, *rest, **more)
 
@@ -41,67 +48,55 @@ def remarks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar with rate and time left in bytes while the block runs; nothing when stderr is no terminal."""
-    with _bar(what, "DownloadColumn", "TransferSpeedColumn", "TimeRemainingColumn") as update:
-        yield None if update is None else lambda done, total: update(completed=done, total=total)
+def progress(what: str) -> Iterator[Show | None]:
+    """Show how far a job is in bytes, with rate and time left, while the block runs; nothing where quiet is asked for.
+
+    On a terminal that is a bar which leaves nothing behind, elsewhere a line now and then.
+    """
+    with _shown(what, "BYTES") as tell:
+        yield tell
 
 
 @contextlib.contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show a bar with how many are done and the time left while the block runs; nothing when stderr is no terminal."""
-    with _bar(what, "MofNCompleteColumn", "TimeRemainingColumn") as update:
-        yield None if update is None else lambda done, total: update(completed=done, total=total)
+def counting(what: str) -> Iterator[Show | None]:
+    """Show how many are done and the time left while the block runs, as `progress` does."""
+    with _shown(what, "THINGS") as tell:
+        yield tell
 
 
 @contextlib.contextmanager
-def questions(what: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Show answered questions, rate and time left while the block runs; nothing when stderr is no terminal."""
-    with _bar(what, "MofNCompleteColumn", "TimeRemainingColumn") as update:
-        if update is None:
-            yield None
-            return
-        begun: list[tuple[float, int]] = []
-
-        def show(done: int, total: int) -> None:
-            now = time.perf_counter()
-            if not begun:
-                begun.append((now, done))
-            seconds = now - begun[0][0]
-            rate = (done - begun[0][1]) / seconds if seconds else 0.0
-            update(completed=done, total=total, description=f"{what}, {rate:.1f} a second")
-
-        yield show
+def questions(what: str) -> Iterator[Show | None]:
+    """Show answered questions, rate and time left while the block runs, as `progress` does."""
+    with _shown(what, "ANSWERS") as tell:
+        yield tell
 
 
 @contextlib.contextmanager
 def training(what: str) -> Iterator[Callable[[int, int, float], None] | None]:
-    """Show steps, rate, loss and time left while the block runs; nothing when stderr is no terminal."""
-    begun = time.perf_counter()
-    with _bar(what, "MofNCompleteColumn", "TimeRemainingColumn") as update:
-        if update is None:
+    """Show steps, rate, loss and time left while the block runs, as `progress` does; the rate is that of the steps."""
+    with _shown(what, "STEPS") as tell:
+        if tell is None:
             yield None
-            return
-
-        def show(done: int, total: int, loss: float) -> None:
-            rate = done / (time.perf_counter() - begun)
-            update(completed=done, total=total, description=f"{what}, {rate:.1f} steps/s, loss {loss:.3f}")
-
-        yield show
+        else:
+            yield lambda done, total, loss: tell(done, total, f"loss {loss:.3f}")
 
 
 @contextlib.contextmanager
-def _bar(what: str, *columns: str) -> Iterator[Callable[..., None] | None]:
-    """Show a bar with these columns of rich behind it; give what updates it."""
-    if not sys.stderr.isatty():
+def working(what: str) -> Iterator[None]:
+    """Show that a job of unknown length is at work while the block runs, as `progress` does."""
+    with _shown(what, "THINGS"):
+        yield
+
+
+@contextlib.contextmanager
+def _shown(what: str, measure: str) -> Iterator[Callable[..., None] | None]:
+    """Show a meter, one of those of `meter`; give what it is told by."""
+    if volume() == "quiet":
         yield None
         return
-    from rich import progress as parts
-    from rich.console import Console
+    from k2quant.cli.parts import meter
+    from k2quant.cli.parts.bars import shown
 
-    behind = [getattr(parts, name)() for name in columns]
-    shown = parts.Progress(
-        parts.TextColumn("{task.description}"), parts.BarColumn(), *behind, console=Console(stderr=True), transient=True
-    )
-    with shown:
-        yield partial(shown.update, shown.add_task(what, total=None))
+    counted = meter.Meter(what, getattr(meter, measure))
+    with shown(counted):
+        yield counted.tell

@@ -7,7 +7,15 @@ import click
 from k2quant.cli.parts.lazy import LazyGroup
 
 
-@click.command(name="qat", cls=LazyGroup, homes={name: f"{__name__}.{name}" for name in ("plan", "train", "export")})
+@click.command(
+    name="qat",
+    cls=LazyGroup,
+    homes={
+        "plan": (f"{__name__}.plan", "Say what a job would train, and what memory that takes."),
+        "train": (f"{__name__}.train", "Train what a job says; the same command goes on after a kill."),
+        "export": (f"{__name__}.export", "Write what was trained, bit for bit, as a checkpoint."),
+    },
+)
 def command() -> None:
     """Fine-tune a model so that it survives INT4 or block FP8, and export the very values that were trained.
 

@@ -1,0 +1,187 @@
+"""Tables and sentences that fit the terminal, and lose nothing where they must be folded."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+_NARROWEST = 20
+"""Columns of the narrowest terminal that anything is folded for."""
+
+_Row = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """A column of a table."""
+
+    head: str
+    left: bool = False
+    """Whether words stand at the left; figures stand at the right."""
+    minor: bool = False
+    """Whether it may be left out of a narrow terminal; a line below then says so."""
+    style: Callable[[str], str] = str
+    """Puts colour on a cell as it is printed, with its spaces."""
+
+
+def width() -> int | None:
+    """Return how many columns results have: those of the terminal, or of COLUMNS; None where nothing is folded."""
+    if os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty():
+        return max(shutil.get_terminal_size().columns, _NARROWEST)
+    return None
+
+
+def table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table as lines that fit the terminal.
+
+    Too wide for it, it gets narrow gaps, heads of several lines, then loses minor columns and says so; then the first
+    cell of a row stands on a line of its own, and at last each cell stands behind its head. Piped, it is never folded.
+
+    Args:
+        columns: from left to right; the first names the row.
+        rows: a cell for each column; a last cell that is missing is empty.
+    """
+    cells = [_filled(row, len(columns)) for row in rows]
+    return "\n".join(_lines(columns, cells, width()))
+
+
+def paragraph(text: str, *, indent: str = "", hang: str = "") -> str:
+    """Return a text as lines that fit the terminal, broken at spaces where it has some.
+
+    Args:
+        text: the text; its line breaks are spaces.
+        indent: stands before the first line.
+        hang: stands before each other.
+    """
+    room = width()
+    line = indent + " ".join(text.split("\n"))
+    return line if room is None or cells_of(line) <= room else "\n".join(_folded(text, room, indent, hang))
+
+
+def cells_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: a wide character takes two, an accent none."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(each) else 2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text
+    )
+
+
+def shortened(text: str, room: int) -> str:
+    """Return a text in at most `room` columns: the middle of a long one gives way."""
+    if cells_of(text) <= room:
+        return text
+    head = list(text)
+    tail: list[str] = []
+    for _ in range(len(text) // 2):
+        tail.insert(0, head.pop())
+    while cells_of("".join(head + tail)) > room - 1 and (head or tail):
+        (tail.pop(0) if len(tail) > len(head) else head.pop())
+    return "".join(head) + "…" + "".join(tail)
+
+
+def _filled(row: Sequence[str], count: int) -> _Row:
+    from k2quant.errors import printable
+
+    return tuple(printable(cell) for cell in row) + ("",) * (count - len(row))
+
+
+def _lines(columns: Sequence[Column], rows: Sequence[_Row], room: int | None) -> list[str]:
+    found = _aligned(columns, rows, heads=[[column.head] for column in columns], gap=2)
+    if _fits(found, room):
+        return found
+    for kept in _fewer(columns):
+        some = [columns[place] for place in kept]
+        fewer = [tuple(row[place] for place in kept) for row in rows]
+        for gap in (2, 1):
+            found = _aligned(some, fewer, heads=[column.head.split() for column in some], gap=gap)
+            if _fits(found, room):
+                return found + _left_out(columns, kept, room)
+    return _named(columns, rows, room) or _stacked(columns, rows, room)
+
+
+def _fits(lines: Iterable[str], room: int | None) -> bool:
+    import click
+
+    return room is None or all(cells_of(click.unstyle(line)) <= room for line in lines)
+
+
+def _fewer(columns: Sequence[Column]) -> Iterable[list[int]]:
+    """Yield the places of all columns, then of fewer and fewer: minor ones go, the last first."""
+    kept = list(range(len(columns)))
+    yield kept
+    for place in reversed(range(len(columns))):
+        if columns[place].minor:
+            kept = [each for each in kept if each != place]
+            yield kept
+
+
+def _left_out(columns: Sequence[Column], kept: Sequence[int], room: int | None) -> list[str]:
+    names = ", ".join(column.head for place, column in enumerate(columns) if place not in kept)
+    return _folded(f"(left out on this narrow terminal: {names})", room, "", " ") if names else []
+
+
+def _aligned(
+    columns: Sequence[Column], rows: Sequence[_Row], *, heads: Sequence[Sequence[str]], gap: int, indent: str = ""
+) -> list[str]:
+    """Return lines with each column as wide as its widest cell; heads of several lines stand on one ground."""
+    tall = max((len(head) for head in heads), default=0)
+    above = [("",) * (tall - len(head)) + tuple(head) for head in heads]
+    titles: list[_Row] = list(zip(*above, strict=True))
+    widths = [max(map(cells_of, column), default=0) for column in zip(*titles, *rows, strict=True)]
+    lines = [(row, False) for row in titles] + [(row, True) for row in rows]
+    return [
+        (
+            indent
+            + (" " * gap).join(
+                _cell(column, cell, size, styled=styled)
+                for column, cell, size in zip(columns, row, widths, strict=True)
+            )
+        ).rstrip()
+        for row, styled in lines
+    ]
+
+
+def _cell(column: Column, cell: str, size: int, *, styled: bool) -> str:
+    space = " " * (size - cells_of(cell))
+    shown = column.style(cell) if styled and cell else cell
+    return shown + space if column.left else space + shown
+
+
+def _named(columns: Sequence[Column], rows: Sequence[_Row], room: int | None) -> list[str]:
+    """Return each row as its first cell, and the others aligned below it; nothing where that is too wide too."""
+    rest = columns[1:]
+    heads = [column.head.split() for column in rest]
+    for gap in (2, 1):
+        below = _aligned(rest, [row[1:] for row in rows], heads=heads, gap=gap, indent="  ")
+        if rest and _fits(below, room):
+            tall = max(map(len, heads))
+            lines = [columns[0].head, *below[:tall]]
+            for row, line in zip(rows, below[tall:], strict=True):
+                lines += [*_folded(row[0], room, "", "  "), line]
+            return lines
+    return []
+
+
+def _stacked(columns: Sequence[Column], rows: Sequence[_Row], room: int | None) -> list[str]:
+    """Return each row as its first cell, and each of the others behind its head below it."""
+    lines = []
+    for row in rows:
+        lines += _folded(f"{columns[0].head} {row[0]}".strip(), room, "", "  ")
+        for column, cell in zip(columns[1:], row[1:], strict=True):
+            if cell:
+                first, *more = _folded(f"{column.head} {cell}".strip(), room, "  ", "    ")
+                lines += [first.replace(cell, column.style(cell)) if not more else first, *more]
+    return lines
+
+
+def _folded(text: str, room: int | None, indent: str, hang: str) -> list[str]:
+    if room is None:
+        return [indent + text]
+    folded = textwrap.wrap(text, room, initial_indent=indent, subsequent_indent=hang, break_on_hyphens=False)
+    return folded or [indent.rstrip()]

@@ -1,0 +1,82 @@
+"""How much a command says on stderr: `-q` and `-v`, which every command has."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import click
+
+from k2quant.cli.parts.streams import say
+
+Volume = Literal["quiet", "normal", "verbose"]
+
+_KEY = "k2quant.volume"
+
+
+def volume() -> Volume:
+    """Return how much the command that runs shall say."""
+    ctx = click.get_current_context(silent=True)
+    chosen: Volume = ctx.meta.get(_KEY, "normal") if ctx else "normal"
+    return chosen
+
+
+def volume_options() -> list[click.Option]:
+    """Return the two options; of several the last counts."""
+    return [
+        click.Option(
+            ["-q", "--quiet"],
+            is_flag=True,
+            expose_value=False,
+            callback=_quiet,
+            help="No progress and no notes on stderr: only errors, and warnings about what was read.",
+        ),
+        click.Option(
+            ["-v", "--verbose"],
+            is_flag=True,
+            expose_value=False,
+            callback=_verbose,
+            help="Say on stderr what is being done, and when.",
+        ),
+    ]
+
+
+def _quiet(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001  click's signature
+    if value:
+        ctx.meta[_KEY] = "quiet"
+
+
+def _verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001  click's signature
+    if value:
+        ctx.meta[_KEY] = "verbose"
+        _listen(ctx)
+
+
+def _listen(ctx: click.Context) -> None:
+    """Show what the package logs, with the time of day, until the command line ends."""
+    import logging
+
+    logger = logging.getLogger("k2quant")
+    if any(isinstance(each, logging.StreamHandler) and isinstance(each.stream, _Said) for each in logger.handlers):
+        return  # `k2quant -v convert -v`
+    handler, before = logging.StreamHandler(_Said()), logger.level
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+    def end() -> None:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+    ctx.find_root().call_on_close(end)
+
+
+class _Said:
+    """What a log is written to."""
+
+    @staticmethod
+    def write(text: str) -> None:
+        """Print a line."""
+        from k2quant.errors import printable
+
+        if line := text.rstrip("\n"):
+            say(printable(line))
