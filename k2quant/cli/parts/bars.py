@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 import threading
 import time
@@ -13,7 +12,7 @@ from typing import Any, TextIO
 
 from k2quant.cli.parts.meter import Meter
 from k2quant.cli.parts.streams import say
-from k2quant.cli.parts.tables import cells_of, shortened
+from k2quant.cli.parts.tables import cells_of, shortened, terminal_width
 
 _FRAME = 0.1  # seconds between two drawings
 _LOOK = 1.0  # seconds between two looks at whether a plain line is due
@@ -113,7 +112,7 @@ class _Line:
     def draw(self, meter: Meter) -> None:
         with self.lock:
             if self.free:
-                room = shutil.get_terminal_size().columns - 1  # a full line would wrap on some terminals
+                room = (terminal_width(self._stream) or 80) - 1  # a full line would wrap on some terminals
                 self._write(_ERASE + bar(meter, room, self._fill))
 
     def erase(self) -> None:
@@ -152,7 +151,8 @@ def bar(meter: Meter, room: int, fill: str = "━") -> str:
         room: columns.
         fill: what a bar is made of.
     """
-    facts = meter.facts()
+    share, *more = meter.facts()
+    facts = [f"{share:>4}", *more]
     what = shortened(meter.what, max(room // 3, 8))
     while len(facts) > 1 and cells_of("  ".join([what, *facts])) > room:
         del facts[1 if len(facts) > 2 else -1]  # the amount, the rate, then the time left; never the share

@@ -77,7 +77,7 @@ class Meter:
         facts = [f"{self.share:.0%}", self._measure.amount(min(done, total), total)]
         facts += [self._measure.rate(rate)] if rate and self._measure.rate else []
         facts += [note] if note else []
-        facts += [f"{_coarse(max(total - done, 0) / rate)} left"] if rate else []
+        facts += [f"{_coarse((total - done) / rate)} left"] if rate and done < total else []
         return facts
 
     def _rate(self) -> float:

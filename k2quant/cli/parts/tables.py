@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
 import sys
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TextIO
 
 _NARROWEST = 20
 """Columns of the narrowest terminal that anything is folded for."""
+
+_USUAL = 80
+"""Columns of a terminal that does not say how many it has."""
 
 _Row = tuple[str, ...]
 
@@ -31,9 +35,19 @@ class Column:
 
 def width() -> int | None:
     """Return how many columns results have: those of the terminal, or of COLUMNS; None where nothing is folded."""
-    if os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty():
-        return max(shutil.get_terminal_size().columns, _NARROWEST)
-    return None
+    return terminal_width(sys.stdout)
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Return how many columns a stream has: COLUMNS, where that is set, or those of its terminal; None: it is none."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal() and int(given):
+        return max(int(given), _NARROWEST)
+    if not stream.isatty():
+        return None
+    with contextlib.suppress(OSError, ValueError):  # no size
+        return max(os.get_terminal_size(stream.fileno()).columns or _USUAL, _NARROWEST)
+    return _USUAL
 
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
@@ -80,8 +94,8 @@ def shortened(text: str, room: int) -> str:
     tail: list[str] = []
     for _ in range(len(text) // 2):
         tail.insert(0, head.pop())
-    while cells_of("".join(head + tail)) > room - 1 and (head or tail):
-        (tail.pop(0) if len(tail) > len(head) else head.pop())
+    while cells_of("".join(head + tail)) > room - 1:
+        tail.pop(0) if len(tail) >= len(head) else head.pop()
     return "".join(head) + "…" + "".join(tail)
 
 
@@ -175,8 +189,9 @@ def _stacked(columns: Sequence[Column], rows: Sequence[_Row], room: int | None) 
         lines += _folded(f"{columns[0].head} {row[0]}".strip(), room, "", "  ")
         for column, cell in zip(columns[1:], row[1:], strict=True):
             if cell:
-                first, *more = _folded(f"{column.head} {cell}".strip(), room, "  ", "    ")
-                lines += [first.replace(cell, column.style(cell)) if not more else first, *more]
+                plain = _folded(f"{column.head} {cell}".strip(), room, "  ", "    ")
+                whole = f"  {column.head} {column.style(cell)}" if column.head else f"  {column.style(cell)}"
+                lines += [whole] if len(plain) == 1 else plain
     return lines
 
 
