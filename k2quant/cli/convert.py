@@ -27,9 +27,7 @@ def command(
     Example:
         k2quant convert --to int4 Kimi-K2-Instruct Kimi-K2-Instruct-INT4
     """
-    from k2quant.ground.units import parse_size
-
-    options["shard_size"] = parse_size(shard_size) if shard_size else None
+    options["shard_size"] = conversion.shard_bytes(shard_size)
     if dry_run:
         _dry_run(source, destination, as_json=as_json, **options)
     else:

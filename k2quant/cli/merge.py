@@ -40,9 +40,7 @@ def command(
     Example:
         k2quant merge Kimi-K2-Thinking my-adapter Kimi-K2-Mine --to int4
     """
-    from k2quant.ground.units import parse_size
-
-    options["shard_size"] = parse_size(shard_size) if shard_size else None
+    options["shard_size"] = conversion.shard_bytes(shard_size)
     if dry_run:
         _dry_run(base, adapter, destination, as_json=as_json, **options)
     else:

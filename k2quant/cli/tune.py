@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from k2quant.cli.parts.options import words
+
 if TYPE_CHECKING:
     from k2quant.kernels.tuning.candidates import Cell
     from k2quant.kernels.tuning.choosing import Trial
@@ -20,9 +22,7 @@ _PRODUCTS = ("linear", "w8a8", "gate_up", "down")
 @click.option(
     "--minutes", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Stop then."
 )
-@click.option(
-    "--product", "products", type=click.Choice(_PRODUCTS), multiple=True, help="Only this one; may be repeated."
-)
+@click.option("--product", "products", type=words(_PRODUCTS), multiple=True, help="Only this one; may be repeated.")
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path, dir_okay=False), help="Table to write; default: the user's own."
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from k2quant.cli.parts import options
+from k2quant.errors import CheckFailed
 
 _SHOWN = 50
 
@@ -18,7 +19,7 @@ _SHOWN = 50
 @options.follow_links()
 @click.option("--json", "as_json", is_flag=True, help="Print every difference as JSON.")
 def command(first: Path, second: Path, *, workers: int | None, follow_links: bool, as_json: bool) -> None:
-    """List the tensors in which two checkpoints differ, and how. Exits 1 when some do.
+    """List the tensors in which two checkpoints differ, and how. Exits 3 when some do.
 
     \b
     Example:
@@ -47,4 +48,4 @@ def command(first: Path, second: Path, *, workers: int | None, follow_links: boo
         note = rounding_note(findings)
         click.echo(f"no difference in {counted(len(findings), 'tensor')}" + (f"; {note}" if note else ""))
     if differences:
-        raise SystemExit(1)
+        raise CheckFailed(f"{len(differences):,} of {counted(len(findings), 'tensor')} differ")

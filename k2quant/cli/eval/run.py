@@ -32,7 +32,7 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
 @click.option("--shots", type=click.IntRange(min=0), help="Examples before each question.  [default: the task's own]")
 @click.option(
     "--backend",
-    type=click.Choice(["k2quant", "hf", "vllm", "api"]),
+    type=options.words(["k2quant", "hf", "vllm", "api"]),
     default="k2quant",
     show_default=True,
     help="Packed weights on our kernels, transformers, vLLM, or an OpenAI-style server.",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from k2quant.cli.parts.options import Option, follow_links, soft_lock
+from k2quant.cli.parts.options import Option, follow_links, soft_lock, words
 from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FORMATS
 from k2quant.kernels.codecs.grids import Grid
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from k2quant.conversion.plan import Options, Plan
 
 _FORMAT = (
-    click.option("--to", type=click.Choice(list(FORMATS)), required=True, help="Format to write."),
+    click.option("--to", type=words(FORMATS), required=True, help="Format to write."),
     click.option(
         "--scope",
-        type=click.Choice(get_args(Scope)),
+        type=words(get_args(Scope)),
         help="Which weights get it: the routed experts (default for int4), every projection that engines run so "
         "(linear, default for fp8; of int4 without kv_b_proj), or every projection.",
     ),
@@ -36,18 +36,18 @@ _FORMAT = (
     ),
     click.option(
         "--grid",
-        type=click.Choice(get_args(Grid)),
+        type=words(get_args(Grid)),
         help="INT4 rounding rule: amax/7 on -7..7 (moonshot, default) or amax/7.5 on -8..7.",
     ),
     click.option(
         "--layout",
-        type=click.Choice(get_args(Layout)),
+        type=words(get_args(Layout)),
         help="Whose tensor names and config FP8 is written with: DeepSeek's (deepseek, default) or llm-compressor's.",
     ),
     click.option(
         "--shard-size",
         metavar="SIZE",
-        help="Tensor bytes of a shard, such as 5GB (a larger weight gets its own); default: as the source.",
+        help="Tensor bytes of a shard, such as 5GB, at least 1MB (a larger weight gets its own); default: as the source.",
     ),
     click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one for each core."),
 )
@@ -81,6 +81,29 @@ def _all(options: tuple[Option[Any], ...]) -> Option[Any]:
         return command
 
     return add
+
+
+_LEAST_SHARD = 10**6  # bytes: below that a K2 would fall into tens of thousands of files, each with a header to read
+
+
+def shard_bytes(text: str | None) -> int | None:
+    """Read what `--shard-size` says; None where nothing is said.
+
+    Raises:
+        UsageError: it is no size, or so small that a checkpoint would fall into a file for each weight.
+    """
+    from k2quant.errors import UsageError
+    from k2quant.ground.units import parse_size, size
+
+    if text is None:
+        return None
+    found = parse_size(text)
+    if found < _LEAST_SHARD:
+        raise UsageError(
+            f"--shard-size: expected at least {size(_LEAST_SHARD)}, found {size(found)}: each shard is a file with a "
+            "header of its own, and a larger weight has its own shard in any case; 5GB is usual"
+        )
+    return found
 
 
 def choice(options: dict[str, Any]) -> Options:

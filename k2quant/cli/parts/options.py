@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import click
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 Option = Callable[[_Command], _Command]
+
+
+def words(choices: Iterable[str]) -> click.Choice[str]:
+    """Return the type of an option that takes one of some words, in whatever case it is typed."""
+    return click.Choice(list(choices), case_sensitive=False)
 
 
 def device() -> Option[Any]:
@@ -25,7 +30,7 @@ def dtype(default: str = "bfloat16", more: str = "") -> Option[Any]:
     """
     return click.option(
         "--dtype",
-        type=click.Choice(["bfloat16", "float16", "float32"]),
+        type=words(["bfloat16", "float16", "float32"]),
         default=default,
         show_default=True,
         help=f"Of activations and of what is not quantised{more}.",
@@ -68,7 +73,7 @@ def backend() -> Option[Any]:
     """How packed weights are multiplied."""
     return click.option(
         "--backend",
-        type=click.Choice(["auto", "reference"]),
+        type=words(["auto", "reference"]),
         default="auto",
         show_default=True,
         help="The fused kernels, or plain torch.",

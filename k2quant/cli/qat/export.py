@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from k2quant.cli.parts import conversion
-from k2quant.cli.parts.options import follow_links, soft_lock
+from k2quant.cli.parts.options import follow_links, soft_lock, words
 from k2quant.cli.parts.screen import progress
 from k2quant.formats.known import FORMATS
 
@@ -17,11 +17,13 @@ from k2quant.formats.known import FORMATS
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option(
     "--to",
-    type=click.Choice([name for name, kind in FORMATS.items() if kind.trained]),
+    type=words(name for name, kind in FORMATS.items() if kind.trained),
     help="Format; must be the one that was trained for.",
 )
 @click.option("--model", type=click.Path(path_type=Path), help="Where the model lies now that the training began with.")
-@click.option("--shard-size", metavar="SIZE", help="Tensor bytes of a shard, such as 5GB; default: as the base.")
+@click.option(
+    "--shard-size", metavar="SIZE", help="Tensor bytes of a shard, such as 5GB and at least 1MB; default: as the base."
+)
 @click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one for each core.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left in DST.")
 @follow_links()
@@ -53,7 +55,7 @@ def command(
     """
     import json
 
-    from k2quant.ground.units import duration, parse_size, size
+    from k2quant.ground.units import duration, size
     from k2quant.qat.exporting.export import export_run
 
     with progress(f"{run.name} to {destination.name}") as show:
@@ -62,7 +64,7 @@ def command(
             destination,
             to=to,
             base=model,
-            shard_size=parse_size(shard_size) if shard_size else None,
+            shard_size=conversion.shard_bytes(shard_size),
             workers=workers,
             restart=restart,
             follow_links=follow_links,

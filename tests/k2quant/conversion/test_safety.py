@@ -324,7 +324,7 @@ def test_changed_source(source: Path, destination: Path, change: Callable[[Path]
         ["--to", "int4", "--ignore", "experts.1", "--allow-split"],
         ["--to", "int4", "--allow-split"],
         ["--to", "int4", "--grid", "compressed-tensors"],
-        ["--to", "int4", "--shard-size", "5kB"],
+        ["--to", "int4", "--shard-size", "1MB"],
     ],
     ids=" ".join,
 )
