@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2quant.checkpoint.files.sources import no_folder
+from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import MissingExtra, UsageError
 from k2quant.eval.asking.presets import expand
 from k2quant.eval.asking.recording import write
@@ -54,9 +55,11 @@ def run(
         OutputError: the folder holds something else, or another run.
     """
     check(request)
+    if request.backend == "k2quant":  # before lm-eval is loaded, which takes seconds, and data are fetched
+        if why := no_folder(request.model):
+            raise UsageError(f"{request.model}: {why}")
+        open_checkpoint(Path(request.model), follow_links=request.follow_links)
     harness = _harness()
-    if request.backend == "k2quant" and (why := no_folder(request.model)):  # before data are fetched for it
-        raise UsageError(f"{request.model}: {why}")
     harness.quiet()
     with held(folder, soft_lock=soft_lock):
         tasks = harness.load_tasks(

@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from k2quant.cli.parts import conversion
+from k2quant.cli.parts import conversion, options
 
 
 @click.command(name="convert")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 @conversion.format_options()
-@click.option("--device", default="cpu", show_default=True, help="Where the arithmetic runs: cpu or cuda.")
+@options.device(more="Where the arithmetic runs: cpu or cuda.", others=("cpu",))
 @conversion.run_options()
 def command(
     source: Path, destination: Path, *, dry_run: bool, as_json: bool, shard_size: str | None, **options: Any

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from pathlib import Path
 
 import click
 
 from k2quant.cli.parts import options
 from k2quant.cli.parts.screen import progress, remark
+from k2quant.errors import MalformedFile, UsageError
+
+_STDIN = "-"
+_LIMIT = 2**24  # bytes of a prompt; the 256k tokens that K2 has room for are some 1 MB of text
 
 
 @click.command(name="generate")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="The text to continue, as it is.")
+@click.option("--prompt", help="The text to continue, as it is; - reads it from stdin.")
+@click.option(
+    "--prompt-file",
+    type=click.Path(path_type=Path, allow_dash=True),
+    metavar="FILE",
+    help="Read the text from a file in UTF-8, or from stdin (-). One line break at its end is left out.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Where to stop.")
 @options.device()
 @options.dtype()
@@ -24,12 +35,13 @@ from k2quant.cli.parts.screen import progress, remark
 @click.option("--json", "as_json", is_flag=True, help="Print text and times as JSON, all at the end.")
 def command(
     path: Path,
-    prompt: str,
+    *,
+    prompt: str | None,
+    prompt_file: Path | None,
     max_new_tokens: int,
     device: str,
     dtype: str,
     backend: str,
-    *,
     follow_links: bool,
     trust_remote_code: bool,
     as_json: bool,
@@ -41,8 +53,11 @@ def command(
     \b
     Example:
         k2quant generate K2-INT4 --prompt "The capital of France is" --max-new-tokens 16
+        k2quant generate K2-INT4 --prompt-file question.txt
     """
-    from k2quant.model import load_model
+    text = _prompt(prompt, prompt_file)
+    options.check_early(path, follow_links=follow_links)
+    from k2quant.model import load_model  # only now: it loads torch and transformers
     from k2quant.model.generation import generate, load_tokenizer, silence
 
     silence()
@@ -60,7 +75,7 @@ def command(
     done = generate(
         model,
         tokenizer,
-        prompt,
+        text,
         max_new_tokens=max_new_tokens,
         show=None if as_json else lambda text: click.echo(text, nl=False),
     )
@@ -70,5 +85,42 @@ def command(
     click.echo()
     remark(
         f"{done.prompt_tokens} tokens of prompt in {done.prompt_seconds:.2f} s, "
-        f"{done.new_tokens} new, {done.rate:.1f} a second"
+        f"{done.new_tokens} new, {done.rate:.1f} tokens/s"
     )
+
+
+def _prompt(given: str | None, file: Path | None) -> str:
+    """Return the text to continue.
+
+    Raises:
+        UsageError: none is named, or two are, or it is empty or no text.
+        MalformedFile: the file is none, or too large.
+        OSError: it cannot be read.
+    """
+    from k2quant.ground.units import check_prompt
+
+    if (given is None) == (file is None):
+        raise UsageError("name one text to continue: with --prompt, --prompt-file, or --prompt - to read it from stdin")
+    text = given if given is not None and given != _STDIN else _read(file)
+    check_prompt(text)
+    return text
+
+
+def _read(file: Path | None) -> str:
+    """Return what stands in a file, or comes from stdin where none is named, less one line break at the end.
+
+    An editor and `echo` put it there, and a model that finds it begins another line.
+    """
+    from k2quant.checkpoint.files.paths import read_limited
+
+    if file is None or str(file) == _STDIN:
+        name, data = "stdin", sys.stdin.buffer.read(_LIMIT + 1)
+        if len(data) > _LIMIT:
+            raise MalformedFile("too large", file=name, expected=f"at most {_LIMIT:,} bytes")
+    else:
+        name, data = str(file), read_limited(file, _LIMIT)
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedFile("no text", file=name, expected="UTF-8", found=f"a wrong byte at {error.start:,}") from error
+    return text.removesuffix("\n").removesuffix("\r")

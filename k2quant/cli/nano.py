@@ -44,7 +44,10 @@ def command(folder: Path, *, steps: int | None, seed: int, tasks: Path | None, s
     import json
 
     gc.enable()  # the command line runs without; a training makes cycles at every step
-    from k2quant.nano.benchmark import write_tasks
+    from k2quant.nano.writing import refuse_others
+
+    refuse_others(folder)
+    from k2quant.nano.benchmark import write_tasks  # only now: it loads torch
     from k2quant.nano.run import run
 
     with training("training") as progress:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from k2quant.cli.parts.options import device as device_option
 from k2quant.cli.parts.options import words
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _PRODUCTS = ("linear", "w8a8", "gate_up", "down")
 
 
 @click.command(name="tune")
-@click.option("--device", default="cuda", show_default=True, help="The GPU: cuda or cuda:N.")
+@device_option("cuda", "The GPU: cuda or cuda:N.", others=())
 @click.option(
     "--minutes", type=click.FloatRange(min=0, min_open=True), default=30.0, show_default=True, help="Stop then."
 )

@@ -1,4 +1,4 @@
-"""What people write and read: bytes, seconds, and one word of a few."""
+"""What people write and read: bytes, seconds, one word of a few, and the text that a model continues."""
 
 from __future__ import annotations
 
@@ -15,6 +15,18 @@ def one_of(what: str, value: object, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise UsageError(f"unknown {what} {value!r}; expected {', '.join(choices)}")
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that no tokenizer need look at.
+
+    Raises:
+        UsageError: it is empty, or holds what came from bytes that are no UTF-8.
+    """
+    if not prompt:
+        raise UsageError("the prompt is empty")
+    if any(0xD800 <= ord(character) < 0xE000 for character in prompt):
+        raise UsageError("the prompt holds bytes that are no text; expected UTF-8")
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:

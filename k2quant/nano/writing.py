@@ -1,4 +1,7 @@
-"""nano-K2 on the disk: a K2 checkpoint in BF16, a shard a layer, with everything transformers wants beside it."""
+"""nano-K2 on the disk: a K2 checkpoint in BF16, a shard a layer, with everything transformers wants beside it.
+
+Whose a folder is, is told without torch.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from transformers import DeepseekV3ForCausalLM
+from typing import TYPE_CHECKING, Any
 
 from k2quant.checkpoint.files.locks import locked_file
 from k2quant.checkpoint.files.paths import refuse_foreign, write_whole
@@ -22,9 +19,15 @@ from k2quant.checkpoint.weights import group_tensors
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.errors import CheckpointError, DestinationForeign
 from k2quant.ground import names
-from k2quant.model import load_model
-from k2quant.model.causal_lm import K2ForCausalLM
-from k2quant.nano import architecture, vocabulary
+from k2quant.nano import vocabulary
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from transformers import DeepseekV3ForCausalLM
+
+    from k2quant.model.causal_lm import K2ForCausalLM
 
 MARK = "k2quant_nano.json"
 """The file that says whose folder this is, and how its model is trained; config.json says that it is done."""
@@ -46,13 +49,22 @@ def claimed(folder: Path, *, soft_lock: bool = False) -> Iterator[None]:
         DestinationInUse: another run trains for it.
         OSError: it cannot be made.
     """
-    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
-        raise DestinationForeign("not a folder", file=folder, remedy="name a new folder")
+    refuse_others(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    refuse_foreign(folder, (MARK, _LOCK), "not empty, and no nano-K2", remedy="name a new folder")
     with locked_file(folder / _LOCK, soft=soft_lock):
         yield
         (folder / _LOCK).unlink(missing_ok=True)
+
+
+def refuse_others(folder: Path) -> None:
+    """Refuse a folder that is no nano's; one that is empty or not there is nobody's.
+
+    Raises:
+        DestinationForeign: it holds something that no `k2quant nano` wrote, or is no folder.
+    """
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise DestinationForeign("not a folder", file=folder, remedy="name a new folder")
+    refuse_foreign(folder, (MARK, _LOCK), "not empty, and no nano-K2", remedy="name a new folder")
 
 
 def write(folder: Path, model: DeepseekV3ForCausalLM, note: Mapping[str, Any]) -> None:
@@ -63,6 +75,8 @@ def write(folder: Path, model: DeepseekV3ForCausalLM, note: Mapping[str, Any]) -
         model: of `architecture.CONFIG`, float32.
         note: what `MARK` shall hold: how the model was trained.
     """
+    from k2quant.nano import architecture
+
     shards = _shards(model)
     # The config goes first, as it comes last: in between nothing takes the folder for a checkpoint.
     for name in (CONFIG_FILE, INDEX, *shards):
@@ -106,6 +120,8 @@ def _tensors(model: DeepseekV3ForCausalLM) -> Iterator[tuple[str, Tensor]]:
 
 def _bits(tensor: Tensor) -> NDArray[np.uint16]:
     """Round to BF16 and return the bits."""
+    import torch
+
     return tensor.bfloat16().contiguous().view(torch.uint16).numpy()
 
 
@@ -115,6 +131,10 @@ def load(folder: Path) -> K2ForCausalLM:
     Raises:
         CheckpointError: the folder holds no such checkpoint.
     """
+    import torch
+
+    from k2quant.model import load_model
+
     checkpoint = open_checkpoint(folder)
     if checkpoint.config is None or checkpoint.config.get("vocab_size") != vocabulary.SIZE:
         raise CheckpointError("no nano-K2", file=folder / CONFIG_FILE, remedy="write one with `k2quant nano`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from k2quant.kernels.codecs.seam import Codecs
+from k2quant.kernels.devices.driver import gpu_number
 
 
 def codecs(device: str) -> Codecs:
@@ -15,9 +16,11 @@ def codecs(device: str) -> Codecs:
         from k2quant.kernels.codecs.cpu import CODECS
 
         return CODECS
+    known = "cpu, cuda or cuda:N"
+    gpu_number(device, known=known)  # before torch is loaded
     from k2quant.kernels.devices.gpus import check_cuda, has_triton
 
-    check_cuda(device, known="cpu, cuda or cuda:N", remedy="; use --device cpu")
+    check_cuda(device, known=known, remedy="; use --device cpu")
     if has_triton():
         from k2quant.kernels.codecs.gpu.seam import cuda_codecs
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from k2quant.errors import UsageError
+from k2quant.kernels.devices.driver import gpu_number
 
 
 def check_cuda(device: str, *, known: str = "cuda or cuda:N", remedy: str = "") -> int | None:
@@ -22,14 +23,12 @@ def check_cuda(device: str, *, known: str = "cuda or cuda:N", remedy: str = "") 
     Raises:
         UsageError: it is another name, or there is no such GPU.
     """
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or (":" in device and not index.isdecimal()):
-        raise UsageError(f"unknown device `{device}`: expected {known}")
+    number = gpu_number(device, known=known)
     if not torch.cuda.is_available():
         raise UsageError(f"device `{device}` is not available: torch {torch.__version__} finds no CUDA{remedy}")
-    if index and int(index) >= torch.cuda.device_count():
+    if number is not None and number >= torch.cuda.device_count():
         raise UsageError(f"device `{device}` is not available: there are {torch.cuda.device_count()} CUDA devices")
-    return int(index) if index else None
+    return number
 
 
 def require_gpu(device: str) -> torch.device:

@@ -18,7 +18,6 @@ from pathlib import Path
 from torch import nn
 
 from k2quant.checkpoint.contents import contents
-from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.conversion.convert import Conversion, carry_out
 from k2quant.conversion.plan import Options, Plan, make_plan
@@ -26,9 +25,10 @@ from k2quant.conversion.resume import refuse_nested
 from k2quant.conversion.stream import Progress
 from k2quant.errors import CheckFailed, CheckpointError, CheckpointWarning, DestinationStale, UsageError
 from k2quant.qat.config import QATConfig
+from k2quant.qat.exporting.asked import asked_job
 from k2quant.qat.exporting.gate import check_export
 from k2quant.qat.exporting.trained import Trained
-from k2quant.qat.job import Job, read_job
+from k2quant.qat.job import Job
 from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.preparing import prepare, prepared
 from k2quant.qat.rounding.rules import check_packed
@@ -156,12 +156,7 @@ def export_run(
         CheckpointError: there is no finished checkpoint, or it is damaged.
     """
     untrained = folder.is_file()
-    job = read_job(folder) if untrained else Run(folder).job()
-    if to not in {None, job.quantize.to}:
-        raise UsageError(f"{folder} was trained for {job.quantize.to}, not for {to}; use `k2quant convert` for that")
-    job = dataclasses.replace(job, model=job.model if base is None else str(base), follow_links=follow_links)
-    if why := no_folder(job.model):
-        raise UsageError(f"model: {job.model}: {why}; if it was moved, name its place with --model")
+    job = asked_job(folder, to=to, base=base, follow_links=follow_links)
     there = Path(destination)
     with said_once() as said:
         model = load_start(job) if untrained else load_run(folder, job)

@@ -46,7 +46,7 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Of an answer.  [default: the task's own, or 1024]")
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of prompt and answer.  [default: the model's]")
-@options.device()
+@options.device(others=None)
 @options.dtype()
 @click.option(
     "--include",

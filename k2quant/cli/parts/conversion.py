@@ -47,7 +47,7 @@ _FORMAT = (
     click.option(
         "--shard-size",
         metavar="SIZE",
-        help="Tensor bytes of a shard, such as 5GB, at least 1MB (a larger weight gets its own); default: as the source.",
+        help="Tensor bytes of a shard, such as 5GB; at least 1MB (a larger weight gets its own); default: as before.",
     ),
     click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one for each core."),
 )

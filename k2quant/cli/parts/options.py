@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -16,9 +17,59 @@ def words(choices: Iterable[str]) -> click.Choice[str]:
     return click.Choice(list(choices), case_sensitive=False)
 
 
-def device() -> Option[Any]:
-    """Where a model computes."""
-    return click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:N, or auto to spread it.")
+def device(
+    default: str = "cpu",
+    more: str = "cpu, cuda, cuda:N, or auto to spread it.",
+    *,
+    others: tuple[str, ...] | None = ("cpu", "auto"),
+) -> Option[Any]:
+    """Where something is computed; what cannot be one is refused before torch is loaded.
+
+    Args:
+        default: what is meant where nothing is said.
+        more: what the command has to say of the choice.
+        others: what may be named beside `cuda` and `cuda:N`; None: what torch knows.
+    """
+
+    def check(ctx: click.Context, _: click.Parameter, value: str) -> str:
+        name = value.lower()
+        if not ctx.resilient_parsing:
+            _check_device(name, others)
+        return name
+
+    return click.option("--device", default=default, show_default=True, callback=check, help=more)
+
+
+def _check_device(name: str, others: tuple[str, ...] | None) -> None:
+    from k2quant.kernels.devices.driver import gpu_number, refuse_without_driver
+
+    if name in (others or ()) or (others is None and not name.startswith("cuda")):
+        return
+    gpu_number(name, known=", ".join([*(others or ()), "cuda, cuda:N"]))
+    refuse_without_driver(name, remedy="" if others == () else "; use --device cpu")
+
+
+def check_early(*folders: Path, follow_links: bool, text: Path | None = None) -> None:
+    """Refuse what cannot be read before torch and transformers are loaded, which takes seconds.
+
+    Args:
+        folders: of checkpoints; their indexes and headers are read.
+        follow_links: whether their links may lead out of them.
+        text: a file to be read later.
+
+    Raises:
+        CheckpointError: a folder holds no checkpoint, or the file is none.
+        OSError: the file cannot be opened.
+    """
+    import os
+
+    from k2quant.checkpoint.files.paths import open_regular
+    from k2quant.checkpoint.reader import open_checkpoint
+
+    for folder in folders:
+        open_checkpoint(folder, follow_links=follow_links)
+    if text is not None:
+        os.close(open_regular(text))
 
 
 def dtype(default: str = "bfloat16", more: str = "") -> Option[Any]:

@@ -56,7 +56,11 @@ def command(
     import json
 
     from k2quant.ground.units import duration, size
-    from k2quant.qat.exporting.export import export_run
+    from k2quant.qat.exporting.asked import asked_job
+
+    size_of_shards = conversion.shard_bytes(shard_size)
+    asked_job(run, to=to, base=model)
+    from k2quant.qat.exporting.export import export_run  # only now: it loads torch
 
     with progress(f"{run.name} to {destination.name}") as show:
         done = export_run(
@@ -64,7 +68,7 @@ def command(
             destination,
             to=to,
             base=model,
-            shard_size=conversion.shard_bytes(shard_size),
+            shard_size=size_of_shards,
             workers=workers,
             restart=restart,
             follow_links=follow_links,

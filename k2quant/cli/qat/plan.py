@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts.options import follow_links, trust_remote_code
+from k2quant.cli.parts.options import check_early, follow_links, trust_remote_code
 
 if TYPE_CHECKING:
     from k2quant.qat.planning import JobPlan
@@ -29,10 +29,14 @@ def command(job: Path, *, processes: int, follow_links: bool, trust_remote_code:
     Example:
         k2quant qat plan job.yaml
     """
-    from k2quant.qat.job import read_job
-    from k2quant.qat.planning import plan_job
+    from k2quant.qat.job import check_folders, read_job
 
-    plan = plan_job(read_job(job, trust_remote_code=trust_remote_code, follow_links=follow_links), processes=processes)
+    read = read_job(job, trust_remote_code=trust_remote_code, follow_links=follow_links)
+    check_folders(read)
+    check_early(Path(read.model), follow_links=follow_links)
+    from k2quant.qat.planning import plan_job  # only now: it loads torch
+
+    plan = plan_job(read, processes=processes)
     if as_json:
         import json
 

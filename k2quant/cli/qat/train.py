@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts.options import follow_links, soft_lock, trust_remote_code
+from k2quant.cli.parts.options import check_early, follow_links, soft_lock, trust_remote_code
 from k2quant.cli.parts.screen import remark, training
 
 if TYPE_CHECKING:
@@ -36,10 +36,13 @@ def command(
     import gc
 
     gc.enable()  # the command line runs without; a training makes cycles at every step
-    from k2quant.qat.job import read_job
-    from k2quant.qat.training.training import train
+    from k2quant.qat.job import check_folders, read_job
 
     read = read_job(job, trust_remote_code=trust_remote_code, follow_links=follow_links)
+    check_folders(read)
+    check_early(Path(read.model), follow_links=follow_links)
+    from k2quant.qat.training.training import train  # only now: it loads torch
+
     with training("training") as progress:
         stage = None if as_json else remark
         result = train(read, restart=restart, soft_lock=soft_lock, progress=progress, stage=stage)

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from k2quant.errors import CheckpointError, UsageError
+from k2quant.ground.units import check_prompt
 from k2quant.model.causal_lm import K2ForCausalLM
 from k2quant.model.generation.tokenizers import blamed
 
@@ -94,10 +95,7 @@ def _short_of_memory() -> Iterator[None]:
 def _tokens(model: K2ForCausalLM, tokenizer: Any, prompt: str) -> torch.Tensor:
     """Return a prompt's tokens, int64 `[1, T]`."""
     folder = model.checkpoint.folder
-    if not prompt:
-        raise UsageError("the prompt is empty")
-    if any(0xD800 <= ord(character) < 0xE000 for character in prompt):
-        raise UsageError("the prompt holds bytes that are no text; expected UTF-8")
+    check_prompt(prompt)
     with blamed(folder, "its tokenizer cannot read the prompt"):
         encoded = tokenizer(prompt, return_tensors="pt", return_offsets_mapping=bool(tokenizer.is_fast))
         ids: torch.Tensor = encoded["input_ids"].to(torch.int64)

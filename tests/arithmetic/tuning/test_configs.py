@@ -380,7 +380,7 @@ def test_tuning_without_a_gpu_says_so(tmp_path: Path) -> None:
     out = tmp_path / "table.json"
     done = CliRunner().invoke(main, ["tune", "--minutes", "1", "-o", str(out)])
     assert done.exit_code == 2
-    assert "finds no CUDA" in done.stderr
+    assert "`cuda` is not available" in done.stderr
     assert not out.exists()
 
 

@@ -485,7 +485,11 @@ def test_generate_streams_what_the_model_says(
     command = ["generate", str(path), "--prompt", PROMPT, "--max-new-tokens", "6"]
     shown = CliRunner().invoke(main, command)
     assert (shown.exit_code, shown.stdout) == (0, text + "\n")
-    assert "a second" in shown.stderr
+    assert "tokens/s" in shown.stderr
+    (tmp_path / "prompt.txt").write_text(f"{PROMPT}\n")
+    for named in ("--prompt=-", f"--prompt-file={tmp_path / 'prompt.txt'}"):
+        elsewhere = CliRunner().invoke(main, [*command[:2], named, *command[4:]], input=f"{PROMPT}\r\n")
+        assert elsewhere.stdout == shown.stdout
     facts = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
     assert (facts["text"], facts["prompt_tokens"], facts["new_tokens"]) == (text, 3, len(wanted))
 
