@@ -218,6 +218,7 @@ def _report(plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: i
         "resumed_shards": resumed,
         "source_name": plan.source.folder.resolve().name,
         **identity(plan),
+        **({} if plan.origin is None else {"origin": dict(plan.origin)}),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "left_out": list(plan.left_out),

@@ -87,6 +87,8 @@ class Plan:
     """Files that are not copied: weights that the index does not name, and what other tools say of a quantization."""
     values: Mapping[str, Any] | None = None
     """What the values depend on that are not the source's own, as JSON has it; None where all are."""
+    origin: Mapping[str, Any] | None = None
+    """Where such values come from, for the report alone: by another name they are no other values."""
     remarks: tuple[str, ...] = ()
     """What is worth saying of source and output, though it stops nothing."""
 

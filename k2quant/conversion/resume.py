@@ -190,7 +190,7 @@ def _stands(folder: Path, record: Record, planned: dict[str, tuple[int, set[str]
 
 def _sound(facts: object) -> bool:
     """Tell whether what a record says of a tensor has the parts that the report needs."""
-    if not isinstance(facts, dict) or facts.keys() - {"figures"} != {"from", "to", "shape", "crc32"}:
+    if not isinstance(facts, dict) or facts.keys() - {"figures", "substituted"} != {"from", "to", "shape", "crc32"}:
         return False
     figures = facts.get("figures", {})
     return isinstance(facts["crc32"], dict) and isinstance(facts["shape"], list) and isinstance(figures, dict)

@@ -79,8 +79,8 @@ class _Log:
         for suffix, checksum in checksums.items():
             self.checksums.setdefault(suffix, {})[position] = checksum
 
-    def record(self, job: Job) -> Record:
-        """Return what the report says of this job."""
+    def record(self, job: Job, *, substituted: bool) -> Record:
+        """Return what the report says of this job; `substituted`: its values were not the source's."""
         source = job.weight.format
         record: Record = {
             "from": source.name if source else None,
@@ -91,6 +91,8 @@ class _Log:
                 for suffix in job.outputs
             },
         }
+        if substituted:
+            record["substituted"] = True
         if self.figures:
             first, *rest = (figures for _, figures in sorted(self.figures.items()))
             record["figures"] = asdict(sum(rest, start=first))
@@ -120,10 +122,14 @@ class _Task(NamedTuple):
     stop: int
 
 
+def _is_substituted(job: Job, substitute: Substitute | None) -> bool:
+    return substitute is not None and substitute.replaces(job.weight)
+
+
 def _tasks_of(shard: _Shard, substitute: Substitute | None) -> list[_Task]:
     tasks = []
     for number, job in enumerate(shard.plan.jobs):
-        if job.target is not None or (substitute is not None and substitute.replaces(job.weight)):
+        if job.target is not None or _is_substituted(job, substitute):
             tasks += [_Task(shard, number, None, start, stop) for start, stop in panel_rows(job.weight.shape)]
             continue
         for suffix, entry in job.weight.parts.items():
@@ -335,7 +341,8 @@ class Stream:
             "shard": shard.plan.file,
             "size": shard.plan.size,
             "tensors": {
-                job.output_main.name: log.record(job) for job, log in zip(shard.plan.jobs, shard.logs, strict=True)
+                job.output_main.name: log.record(job, substituted=_is_substituted(job, self._substitute))
+                for job, log in zip(shard.plan.jobs, shard.logs, strict=True)
             },
         }
         if self._sha256:

@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -164,7 +165,16 @@ def export_run(
         refuse_nested(source.folder, there)
         plan, trained = plan_export(model, source, shard_size=shard_size)
         said.extend(plan.remarks)
+    plan = dataclasses.replace(plan, origin=_origin(folder, untrained=untrained))
     return _write(plan, trained, there, workers, restart=restart, soft_lock=soft_lock, progress=progress)
+
+
+def _origin(folder: Path, *, untrained: bool) -> dict[str, Any]:
+    """Return what a report says of a run whose last checkpoint is exported, or of a job's file."""
+    if untrained:
+        return {"job": folder.name}
+    last = checkpoints.found(Run(folder).checkpoints)[-1]
+    return {"run": folder.resolve().name, "step": checkpoints.step_of(last)}
 
 
 def load_start(job: Job) -> nn.Module:
