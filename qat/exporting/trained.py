@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from k2quant.checkpoint.panels import naming, read_values
 from k2quant.checkpoint.weights import StoredWeight
-from k2quant.conversion.convert import codecs_of
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
 from k2quant.errors import BadValue, MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.formats.activations import flow
 from k2quant.formats.dtypes import as_bits, torch_dtype
 from k2quant.formats.format import Parts
-from k2quant.formats.transcode import Scratch, to_bf16
 from k2quant.ground import names
+from k2quant.qat.exporting.distance import Distance
 from k2quant.qat.preparing import Prepared
 from k2quant.qat.rounding import adapters, scales
 from k2quant.qat.rounding.rules import as_bf16
@@ -44,13 +41,6 @@ class Place(NamedTuple):
     """Whether it is trained."""
 
 
-class _Buffers(threading.local):
-    """A thread's own."""
-
-    def __init__(self) -> None:
-        self.base, self.written = Scratch(), Scratch()
-
-
 class Trained:
     """A `stream.Substitute` with the weights of a model."""
 
@@ -67,7 +57,7 @@ class Trained:
         if not found.enabled:
             raise UsageError("fake quantisation is off: the model does not run on what would be exported")
         self.prepared = found
-        self._source, self._codecs, self._buffers = plan.source, codecs_of("cpu"), _Buffers()
+        self._distance = Distance(plan.source)
         self.places: dict[str, Place] = dict(_places(model, found))
         """By name in the language model, `.weight` left out."""
         self.jobs = {name: job for job in plan.jobs() if (name := key(job.weight)) in self.places}
@@ -93,13 +83,13 @@ class Trained:
         return name in self.places and not self._stays(name)
 
     def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, Figures | None]:
-        """Return rows of the tensors that are written, by suffix, and how far they are from the base's, both as BF16.
+        """Return rows of the tensors that are written, by suffix, and how far their values are from the base's.
 
         Raises:
             BadValue: a weight is not finite.
         """
         parts = self._parts(job, start, stop)
-        return parts, self._compared(job, start, stop, parts)
+        return parts, self._distance.measured(job, start, stop, parts)
 
     def _parts(self, job: Job, start: int, stop: int) -> Parts:
         target, part, tensor, _ = self.places[key(job.weight)]
@@ -112,16 +102,6 @@ class Trained:
         if not seen.isfinite().all():
             raise BadValue("not finite, so nothing is exported", tensor=job.weight.base, remedy=_REMEDY)
         return {suffix: as_bits(seen.to(torch_dtype(job.output_main.dtype)))}
-
-    def _compared(self, job: Job, start: int, stop: int, parts: Parts) -> Figures | None:
-        """Measure rows of a weight that are written against those of the base; None for what is no weight."""
-        weight, written = job.weight, job.written
-        if weight.format is None or written is None:
-            return None
-        base = read_values(self._source, weight, start, stop, codecs=self._codecs, scratch=self._buffers.base)
-        after = to_bf16(written, parts, codecs=self._codecs, scratch=self._buffers.written)
-        with naming(weight, start):  # of a bad value it is the base's: what is written was checked
-            return self._codecs.floats.compare(base.values, after)
 
     def _stays(self, name: str) -> bool:
         """Tell whether a weight that is not fake-quantised is copied from the base, which holds it quantised."""
