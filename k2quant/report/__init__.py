@@ -1,4 +1,4 @@
-"""Draw the report of a finished conversion as one HTML page: no scripts, no network, pictures as inline SVG.
+"""Draw the report of a conversion, a merge or an export as one HTML page: no scripts, no network, inline SVG.
 
 Everything on the page is computed from `k2quant_report.json`; matplotlib draws the pictures.
 """
@@ -11,8 +11,8 @@ from k2quant.checkpoint.files.paths import write_whole
 from k2quant.checkpoint.files.sources import check_folder
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.errors import MalformedFile, OutputError, UsageError
-from k2quant.report.content import read
 from k2quant.report.page import page
+from k2quant.report.reading import read
 
 PAGE = "k2quant_report.html"
 """The page's name in the folder of the conversion, unless another is asked for."""

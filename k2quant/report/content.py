@@ -1,4 +1,4 @@
-"""What a k2quant_report.json says, checked, with the sums that the page shows."""
+"""What a report is about, with the sums that the page shows."""
 
 from __future__ import annotations
 
@@ -6,24 +6,41 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from heapq import nsmallest
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from k2quant.checking.verify import read_report
-from k2quant.checkpoint.files import json_kinds as kinds
-from k2quant.errors import MalformedFile, ShapeMismatch
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.known import FORMATS
 from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.kernels.codecs.figures import Figures
+from k2quant.merge.figures import MergeFigures
+from k2quant.report.origins import Exported, Origin, label
 
-Way = tuple[str | None, str | None]
-"""Formats before and after. Before: None for a tensor that is no weight. After: None for one that was copied."""
 
-NARROWED: Way = (Bf16.name, Bf16.name)
+class Way(NamedTuple):
+    """What was done with a tensor."""
+
+    source: str | None
+    """Its format before; None for one that is no weight."""
+    target: str | None
+    """Its format afterwards; None for one that stays in its own."""
+    substituted: bool = False
+    """Whether other values took the place of the source's: trained ones, or those with an update added."""
+
+    @property
+    def copied(self) -> bool:
+        """Whether every byte is the source's."""
+        return self.target is None and not self.substituted
+
+    @property
+    def written(self) -> str | None:
+        """The format in which it stands in the output; None for a tensor that is no weight."""
+        return self.target or self.source
+
+
+NARROWED = Way(Bf16.name, Bf16.name)
 """The way of F16 and F32 weights that became BF16; a weight that is BF16 already is copied."""
 
 _Key = TypeVar("_Key", bound=Hashable)
@@ -39,7 +56,9 @@ class Tensor(NamedTuple):
     way: Way
     shape: tuple[int, ...]
     figures: Figures | None
-    """What rounding did, where there was rounding."""
+    """What rounding did, where there was rounding; of an export's tensor that moved, how far it is from the base's."""
+    update: MergeFigures | None = None
+    """What rounding left of an update."""
 
 
 @dataclass(slots=True)
@@ -50,6 +69,10 @@ class Sum:
     values: int = 0
     figures: Figures | None = None
     """Of those that were rounded; None where none was."""
+    updated: int = 0
+    """How many of them have figures of an update."""
+    update: MergeFigures | None = None
+    """Theirs."""
     lowest: float = math.inf
     """SQNR of the worst tensor among them, dB."""
     highest: float = -math.inf
@@ -65,6 +88,9 @@ class Sum:
             self.figures = self.figures + figures if self.figures else figures
             self.lowest = min(self.lowest, ratio)
             self.highest = max(self.highest, ratio)
+        if tensor.update is not None:
+            self.updated += 1
+            self.update = self.update + tensor.update if self.update else tensor.update
 
     def merge(self, other: Sum) -> None:
         """Count what another sum has counted."""
@@ -72,6 +98,9 @@ class Sum:
         self.values += other.values
         if other.figures is not None:
             self.figures = (self.figures or Figures()) + other.figures
+        if other.update is not None:
+            self.updated += other.updated
+            self.update = self.update + other.update if self.update else other.update
         self.lowest = min(self.lowest, other.lowest)
         self.highest = max(self.highest, other.highest)
 
@@ -97,6 +126,8 @@ class Report:
     options: dict[str, Any]
     source: dict[str, Any]
     """The source's fingerprint."""
+    origin: Origin
+    """Whose values the output has."""
     remarks: tuple[str, ...]
     """What was said of source and output, though it stopped nothing."""
     tensors: list[Tensor]
@@ -116,7 +147,17 @@ class Report:
     @property
     def to(self) -> str:
         """The format that was asked for, as people write it."""
-        return str(self.options["to"]).upper()
+        return label(self.options["to"], self.origin)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the figures are how far training and rounding together took the weights: no error."""
+        return isinstance(self.origin, Exported) and self.origin.moved
+
+    @property
+    def measured(self) -> bool:
+        """Whether the report knows what became of every value: exports of earlier releases do not."""
+        return not isinstance(self.origin, Exported) or self.origin.measured
 
     @property
     def figures(self) -> Figures | None:
@@ -136,7 +177,7 @@ class Report:
     def rows(self) -> dict[str, dict[Way, Sum]]:
         """Return the sums by class and way: classes in their usual order, what was rounded first."""
         found = self.sums(lambda cell: (cell.kind, cell.way))
-        order = sorted(found, key=lambda key: (found[key].figures is None, key[1][1] is None, str(key)))
+        order = sorted(found, key=lambda key: (found[key].figures is None, key[1].copied, str(key)))
         return {
             kind: {way: found[kind, way] for other, way in order if other == kind}
             for kind in TENSOR_CLASSES
@@ -156,6 +197,16 @@ class Report:
             if any(other == kind for other, _ in found)
         }
 
+    def updates(self) -> dict[str, dict[int | None, Sum]]:
+        """Return the sums of what was updated by class and layer, both in order; None for what lies in no layer."""
+        found = self.sums(lambda cell: (cell.kind, cell.layer))
+        order = sorted(found, key=lambda key: (TENSOR_CLASSES.index(key[0]), -1 if key[1] is None else key[1]))
+        by_kind: dict[str, dict[int | None, Sum]] = {}
+        for kind, layer in order:
+            if found[kind, layer].updated:
+                by_kind.setdefault(kind, {})[layer] = found[kind, layer]
+        return by_kind
+
     def worst(self, count: int) -> list[tuple[Tensor, Figures]]:
         """Return the tensors of the lowest SQNR among those that changed, lowest first."""
         changed = ((t, t.figures) for t in self.tensors if t.figures is not None and not t.figures.exact)
@@ -168,75 +219,8 @@ class Report:
         """
         before, after = dict.fromkeys(FORMATS, 0), dict.fromkeys(FORMATS, 0)
         for (way, shape), count in Counter((tensor.way, tensor.shape) for tensor in self.tensors).items():
-            for where, name in ((before, way[0]), (after, way[1] or way[0])):
+            for where, name in ((before, way.source), (after, way.written)):
                 if name is not None:
                     stored = FORMATS[name].asked_for()
                     where[name] += count * stored.state(shape)[stored.main].nbytes
         return before, after
-
-
-def read(path: Path) -> Report:
-    """Read a report, trusting nothing in it.
-
-    Raises:
-        MalformedFile: a part is missing or of the wrong kind.
-    """
-    report = read_report(path)
-    try:
-        return Report(
-            source_name=kinds.text(report["source_name"]),
-            version=kinds.text(report["version"]),
-            finished=datetime.fromisoformat(kinds.text(report["finished"])).astimezone(UTC),
-            seconds=kinds.number(report["seconds"]),
-            bytes_read=kinds.whole(report["bytes_read"]),
-            bytes_written=kinds.whole(report["bytes_written"]),
-            options=_options(report["options"]),
-            source=kinds.mapping(report["source"]),
-            remarks=tuple(kinds.text(said) for said in kinds.values(report.get("remarks", []))),
-            tensors=[_tensor(name, facts) for name, facts in report["tensors"].items()],
-        )
-    except KeyError as error:
-        raise MalformedFile("lacks a part of a report", file=path, expected=error) from error
-    except (ValueError, TypeError, OverflowError) as error:
-        raise MalformedFile("a part is not what a report holds", file=path, found=str(error)[:200]) from error
-
-
-def _tensor(name: str, facts: dict[str, Any]) -> Tensor:
-    source, target, kind = facts["from"], facts["to"], facts["class"]
-    if kind not in TENSOR_CLASSES or source not in {*FORMATS, None} or target not in {*FORMATS, None}:
-        raise ValueError(f"class {kind!r}, from {source!r} to {target!r} of {name!r}")
-    shape = tuple(kinds.whole(length, limit=2**40) for length in facts["shape"])
-    if len(shape) > 8 or not all(_holds(form, shape) for form in (source, target) if form is not None):
-        raise ValueError(f"shape {shape} of {name!r}")
-    layer, figures = facts["layer"], facts.get("figures")
-    if figures is not None:
-        counts = (kinds.whole(figures[key]) for key in ("count", "changed"))
-        figures = Figures(*counts, *(kinds.number(figures[key]) for key in ("energy", "error", "worst")))
-    return Tensor(
-        name, kind, None if layer is None else kinds.whole(layer, limit=10**6), (source, target), shape, figures
-    )
-
-
-def _holds(name: str, shape: tuple[int, ...]) -> bool:
-    """Tell whether a weight of this shape can be in a format."""
-    kind = FORMATS[name]
-    if kind.quantised and len(shape) != 2:
-        return False
-    try:
-        kind.asked_for().state(shape)
-    except ShapeMismatch:
-        return False
-    return True
-
-
-def _options(value: object) -> dict[str, Any]:
-    options = kinds.mapping(value)
-    shard_size = options["shard_size"]
-    return {
-        "to": FORMATS[kinds.text(options["to"])].name,
-        "scope": None if options["scope"] is None else kinds.text(options["scope"]),
-        "ignore": [kinds.text(pattern) for pattern in kinds.values(options["ignore"])],
-        "grid": None if options["grid"] is None else kinds.text(options["grid"]),
-        "layout": None if options.get("layout") is None else kinds.text(options["layout"]),  # older reports have none
-        "shard_size": None if shard_size is None else kinds.whole(shard_size),
-    }

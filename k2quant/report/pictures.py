@@ -1,4 +1,4 @@
-"""The three pictures of a report: error by layer, error by tensor class, size by format."""
+"""The pictures of every report: error by layer, error by tensor class, size by format."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from k2quant.ground.units import size
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.report.content import Report, Sum, Way
 from k2quant.report.drawing import PARTS, WIDE, Canvas, colour, figure, legend
+from k2quant.report.origins import Origin
 from k2quant.report.words import DASH, decibels, outcome, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MARKERS = "os^DvPX*<>ph"
+MARKERS = "os^DvPX*<>ph"
 """One for each class, as matplotlib names them."""
-_MARKS = "\u25cf\u25a0\u25b2\u25c6\u25bc\u271a\u2716\u2605\u25c0\u25b6\u2b1f\u2b22"
+MARKS = "\u25cf\u25a0\u25b2\u25c6\u25bc\u271a\u2716\u2605\u25c0\u25b6\u2b1f\u2b22"
 """The same as text."""
 
 _LEAST_SPAN = 2.0  # dB; an axis that blows up hundredths of a decibel shows nothing but itself
@@ -41,22 +42,34 @@ def by_layer(report: Report) -> str:
 
     def draw(axes: Axes, canvas: Canvas) -> None:
         for kind, points in series.items():
-            _draw_line(axes, canvas, _number(kind), points)
+            _draw_line(axes, canvas, class_number(kind), points)
         _scale_layers(axes, canvas)
 
-    lowest, kind = min(((point, kind) for kind in series for point in series[kind]), key=lambda pair: pair[0].all)
+    worst, kind = min(((point, kind) for kind in series for point in series[kind]), key=lambda pair: pair[0].all)
+    lowest = f"{kind} of layer {worst.layer}, {decibels(worst.all)}"
+    words = (
+        f"Lower is further. Furthest: {lowest}. A line is all of a class in a layer, its band goes from the furthest "
+        "tensor to the nearest."
+        if report.moved
+        else f"Higher is better. Lowest: {lowest}. A line is all of a class in a layer, its band goes from the worst "
+        "tensor to the best."
+    )
     return figure(
-        "Error by layer: SQNR in dB",
-        f"Higher is better. Lowest: {kind} of layer {lowest.layer}, {decibels(lowest.all)}. "
-        "A line is all of a class in a layer, its band goes from the worst tensor to the best.",
+        f"{_measured(report)} by layer: SQNR in dB",
+        words,
         draw,
         (380, 300),
-        legend=legend((_MARKS[_number(kind)], f"class-{_number(kind)}", kind) for kind in series),
-        table=_layers_table(layers),
+        legend=legend((MARKS[class_number(kind)], f"class-{class_number(kind)}", kind) for kind in series),
+        table=_layers_table(layers, report.origin),
     )
 
 
-def _number(kind: str) -> int:
+def _measured(report: Report) -> str:
+    return "Distance from the base" if report.moved else "Error"
+
+
+def class_number(kind: str) -> int:
+    """Return the number of a class's colour and mark."""
     return TENSOR_CLASSES.index(kind)
 
 
@@ -78,15 +91,20 @@ def _draw_line(axes: Axes, canvas: Canvas, number: int, points: list[_Point]) ->
         axes.fill_between(layers, low, high, color=paint, alpha=0.16, linewidth=0)
     else:
         axes.vlines(layers, low, high, color=paint, alpha=0.4, linewidth=4)
-    axes.plot(layers, values, color=paint, marker=_MARKERS[number], markersize=canvas.font / 2.6, linewidth=1.6)
+    axes.plot(layers, values, color=paint, marker=MARKERS[number], markersize=canvas.font / 2.6, linewidth=1.6)
 
 
 def _scale_layers(axes: Axes, canvas: Canvas) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     low, high = axes.get_ylim()
     room = max(_LEAST_SPAN - (high - low), 0) / 2
     axes.set_ylim(low - room, high + room)
+    lay_layers(axes, canvas, "SQNR (dB)")
+
+
+def lay_layers(axes: Axes, canvas: Canvas, label: str) -> None:
+    """Lay out a picture of layers, from left to right; `label` is what stands upwards."""
+    from matplotlib.ticker import MaxNLocator
+
     left, right = axes.get_xlim()
     if right - left < 1:  # a single layer
         axes.set_xlim((left + right) / 2 - 0.6, (left + right) / 2 + 0.6)
@@ -94,12 +112,14 @@ def _scale_layers(axes: Axes, canvas: Canvas) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.grid(axis="y", linewidth=0.8)
     axes.set_xlabel("decoder layer")
-    axes.set_ylabel("SQNR (dB)")
+    axes.set_ylabel(label)
 
 
-def _layers_table(layers: dict[str, dict[int, Sum]]) -> str:
+def _layers_table(layers: dict[str, dict[int, Sum]], origin: Origin) -> str:
+    way = Way(None, None, substituted=origin is not None)
+
     def cell(total: Sum | None) -> str:
-        return outcome((None, None), total.figures) if total else DASH
+        return outcome(way, total.figures, origin) if total else DASH
 
     numbers = sorted({layer for found in layers.values() for layer in found})
     rows = [[str(layer), *(cell(found.get(layer)) for found in layers.values())] for layer in numbers]
@@ -115,12 +135,12 @@ class _Bar(NamedTuple):
 
 def by_class(report: Report) -> str:
     """Draw a bar for each class; one that lost nothing gets a word instead."""
-    bars = [_bar(kind, ways) for kind, ways in report.rows().items()]
+    bars = [_bar(kind, ways, report.origin) for kind, ways in report.rows().items()]
 
     def draw(axes: Axes, canvas: Canvas) -> None:
         for row, bar in enumerate(bars):
             if bar.ratio is not None:
-                axes.barh(row, bar.ratio, color=colour(f"class-{_number(bar.kind)}"), height=0.62)
+                axes.barh(row, bar.ratio, color=colour(f"class-{class_number(bar.kind)}"), height=0.62)
             axes.annotate(
                 bar.words,
                 (max(bar.ratio or 0, 0), row),
@@ -131,25 +151,35 @@ def by_class(report: Report) -> str:
             )
         ratios = [bar.ratio for bar in bars if bar.ratio is not None] or [1.0]
         room = 1.12 if canvas is WIDE else 1.4  # for the words behind the longest bar
-        _lay_bars(axes, [bar.kind for bar in bars], (min(0, *ratios, 0), max(*ratios, 1) * room), "SQNR (dB)")
+        lay_bars(axes, [bar.kind for bar in bars], (min(0, *ratios, 0), max(*ratios, 1) * room), "SQNR (dB)")
 
-    without = " Classes without a bar lost nothing." if any(bar.ratio is None for bar in bars) else ""
+    without = any(bar.ratio is None for bar in bars)
+    words = (
+        f"Lower is further: 6 dB less is twice the way.{' Classes without a bar did not move.' * without}"
+        if report.moved
+        else f"Higher is better: 6 dB more is half the error.{' Classes without a bar lost nothing.' * without}"
+    )
     return figure(
-        "Error by tensor class: SQNR in dB",
-        f"Higher is better: 6 dB more is half the error.{without}",
+        f"{_measured(report)} by tensor class: SQNR in dB",
+        words,
         draw,
         (64 + 34 * len(bars), 58 + 28 * len(bars)),
     )
 
 
-def _bar(kind: str, ways: dict[Way, Sum]) -> _Bar:
+def _bar(kind: str, ways: dict[Way, Sum], origin: Origin) -> _Bar:
     figures = [total.figures for total in ways.values() if total.figures is not None]
     ratio = sum(figures, start=Figures()).sqnr_db
     if math.isfinite(ratio):
         return _Bar(kind, ratio, f"{ratio:.2f} dB")
+    if figures and ratio < 0:
+        return _Bar(kind, None, "no signal")
+    if any(way.substituted for way in ways):
+        way = next(way for way in ways if way.substituted)
+        return _Bar(kind, None, outcome(way, None, origin))
     if figures:
-        return _Bar(kind, None, "exact: nothing to round away" if ratio > 0 else "no signal")
-    copied = all(target is None for _, target in ways)
+        return _Bar(kind, None, "exact: nothing to round away")
+    copied = all(way.copied for way in ways)
     return _Bar(kind, None, "exact: copied" if copied else "exact: code \N{MULTIPLICATION SIGN} scale")
 
 
@@ -171,7 +201,7 @@ def by_format(report: Report) -> str:
                 if parts[number] / largest * canvas.width * 0.8 > canvas.font * len(words) * 0.7:
                     axes.text(left + width / 2, row, words, ha="center", va="center", color=colour("on"))
                 left += width
-        _lay_bars(axes, ["before", "after"], (0, largest / step * 1.02), f"size ({unit})")
+        lay_bars(axes, ["before", "after"], (0, largest / step * 1.02), f"size ({unit})")
 
     sides = (before, after)
     rows = [[PARTS[number], *(size(side[number]) if side[number] else DASH for side in sides)] for number in shown]
@@ -191,7 +221,7 @@ def _unit(count: int) -> tuple[str, int]:
     return ("B", "kB", "MB", "GB", "TB")[exponent], 1000**exponent
 
 
-def _lay_bars(axes: Axes, names: list[str], limits: tuple[float, float], label: str) -> None:
+def lay_bars(axes: Axes, names: list[str], limits: tuple[float, float], label: str) -> None:
     """Lay out horizontal bars, the first on top."""
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(axis="y", length=0, labelcolor=colour("ink"))

@@ -9,9 +9,11 @@ from collections.abc import Iterable
 
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.report.content import NARROWED, Way
+from k2quant.report.origins import Exported, Merged, Origin
 
 _NAME_SHOWN = 200  # characters of a name; K2's longest has 63
 DASH = "&ndash;"
+TIMES = "code&nbsp;&times;&nbsp;scale"
 
 
 def plain(value: object, limit: int = _NAME_SHOWN) -> str:
@@ -64,19 +66,45 @@ def amount(value: float) -> str:
     return f"{value:#.3g}".rstrip(".")
 
 
-def formats(way: Way) -> str:
+def done(origin: Origin) -> str:
+    """Return what was done with a tensor whose values are not the source's, as a participle."""
+    match origin:
+        case Merged():
+            return "merged"
+        case Exported(run=str()):
+            return "trained"
+        case Exported():
+            return "exported"
+    return "replaced"
+
+
+def formats(way: Way, origin: Origin = None) -> str:
     """Return the formats before and after."""
-    source, target = (name.upper() if name else None for name in way)
+    source, target = (name.upper() if name else None for name in (way.source, way.target))
+    apart = f", {done(origin)}" if way.substituted else ""
     if target is None:
-        return f"{source or 'other'}, copied"
-    return f"{'F16/F32' if way == NARROWED else source} &rarr; {target}"
+        return f"{source or 'other'}{apart or ', copied'}"
+    narrowed = way._replace(substituted=False) == NARROWED
+    return f"{'F16/F32' if narrowed else source} &rarr; {target}{apart}"
 
 
-def outcome(way: Way, figures: Figures | None) -> str:
+def outcome(way: Way, figures: Figures | None, origin: Origin = None) -> str:
     """Say how good the values of a way came through."""
-    if figures is not None:
-        return "exact" if figures.exact else decibels(figures.sqnr_db)
-    return "rounded once" if way == NARROWED else "exact"
+    if figures is not None and not figures.exact:
+        return decibels(figures.sqnr_db)
+    if not way.substituted:
+        return "rounded once" if figures is None and way == NARROWED else "exact"
+    match origin:
+        case Merged():
+            return "rounded once"
+        case Exported(measured=True):
+            return "unchanged"
+    return "not measured"
+
+
+def tile(label: str, value: str, note: str) -> str:
+    """Return a number that matters."""
+    return f"<li><span>{label}</span><strong>{value}</strong><small>{note}</small></li>"
 
 
 def table(heads: list[str], rows: Iterable[list[str]], *, css: str = "", label: str) -> str:

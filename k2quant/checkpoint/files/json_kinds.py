@@ -41,3 +41,10 @@ def number(value: object, low: float = 0.0, high: float = 1e100) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{value!r:.100} where a number stands")
     return float(value)
+
+
+def truth(value: object) -> bool:
+    """Return true or false, or raise TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r:.100} where true or false stands")
+    return value
