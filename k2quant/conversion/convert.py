@@ -19,8 +19,9 @@ from k2quant.checkpoint.files.paths import check_inside, copy_file, write_whole
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, open_checkpoint
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.writing.destination import locked
-from k2quant.conversion.plan import Options, Plan, make_plan
+from k2quant.conversion.plan import Options, Plan, make_plan, options_of
 from k2quant.conversion.resume import begin, check_finished, clear, identity, refuse_nested
+from k2quant.conversion.rules import METHOD, Recipes, read_recipe
 from k2quant.conversion.stream import Progress, Record, Stream, Substitute
 from k2quant.errors import OutputError, UnsupportedFormat
 from k2quant.formats.format import Layout, Scope
@@ -49,8 +50,9 @@ class Conversion(NamedTuple):
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
+    to: FormatName | None = None,
     *,
-    to: FormatName,
+    recipe: Recipes | None = None,
     scope: Scope | None = None,
     ignore: tuple[str, ...] = (),
     grid: Grid | None = None,
@@ -73,6 +75,8 @@ def convert(
         source: folder of the checkpoint, in any of the formats, mixed too.
         destination: folder to write; empty, new, or of an earlier run of the same call.
         to: `bf16`, `fp8` or `int4`.
+        recipe: in place of `to`, `scope`, `ignore`, `grid` and `layout`, rules for classes and patterns: a YAML or JSON
+            file, what such a file holds, or another conversion's folder, to convert as that was; see docs/recipes.md.
         scope: `experts` (default for int4), `linear` (default for fp8; as int4 it leaves out `kv_b_proj`, which MLA
             engines do not run so) or `projections` (all of them).
         ignore: regular expressions; a weight in whose name, without its `.weight`, one is found stays out of scope.
@@ -100,7 +104,16 @@ def convert(
     """
     here, there = Path(source), Path(destination)
     refuse_nested(here, there)
-    options = Options(to, scope, ignore, grid, shard_size, layout=layout, allow_split=allow_split)
+    options = chosen(
+        recipe,
+        to=to,
+        scope=scope,
+        ignore=ignore,
+        grid=grid,
+        shard_size=shard_size,
+        layout=layout,
+        allow_split=allow_split,
+    )
     plan = make_plan(open_checkpoint(here, follow_links=follow_links), options)
     return carry_out(
         plan,
@@ -180,6 +193,15 @@ def carry_out(
         ) from error
 
 
+def chosen(recipe: Recipes | None, **options: Any) -> Options:
+    """Return what was asked for, in arguments or by a recipe.
+
+    Raises:
+        UsageError: it makes no sense, or both say one thing.
+    """
+    return Options(**options) if recipe is None else options_of(read_recipe(recipe), **options)
+
+
 def codecs_of(device: str) -> Codecs:
     """Return the arithmetic of a device.
 
@@ -219,6 +241,7 @@ def _report(plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: i
         "source_name": plan.source.folder.resolve().name,
         **identity(plan),
         **({} if plan.origin is None else {"origin": dict(plan.origin)}),
+        "recipe": plan.options.in_force.as_json(method=METHOD if plan.values is None else None),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "left_out": list(plan.left_out),

@@ -6,9 +6,10 @@ each to another machine.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, fields
+from typing import Any
 
 from k2quant.checkpoint.beside import PASSED_OVER, Beside, describes_quantization, other_files
 from k2quant.checkpoint.files.strict_json import without_mark
@@ -20,11 +21,12 @@ from k2quant.conversion.carrying import Carried, carried
 from k2quant.conversion.placing import Job, ShardPlan, as_json, index_of, place
 from k2quant.conversion.promises import broken_promises, inventory
 from k2quant.conversion.recipe import Recipe, make_recipe
+from k2quant.conversion.rules import WrittenRecipe, WrittenRule, in_force, recipe_from
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.format import Layout, Scope, listed
-from k2quant.formats.known import FORMATS, FormatName
+from k2quant.formats.known import FormatName
 from k2quant.ground import names
-from k2quant.ground.units import counted, one_of
+from k2quant.ground.units import counted
 from k2quant.kernels.codecs.grids import Grid
 
 _BASE_MEMORY = 220_000_000  # interpreter, numpy, numba and its codecs: whole conversions peaked at 190 MB, measured
@@ -35,11 +37,14 @@ _BYTES_PER_WEIGHT = 8  # of a panel in flight: at most 4 read (F32), 2 as BF16, 
 class Options:
     """What the user asked for; two runs with equal options write the same bytes.
 
+    It is one format, with what belongs to it, or a list of rules.
+
     Raises:
         UsageError: a value that does not exist, or makes no sense.
     """
 
-    to: FormatName
+    to: FormatName | None = None
+    """None: `rules` say it."""
     scope: Scope | None = None
     """None: as Moonshot ships this format."""
     ignore: tuple[str, ...] = ()
@@ -53,20 +58,87 @@ class Options:
     """Whether what engines fuse may come out in several formats. A conversion's report says so, and another permission
     is another run; a training's job may change it, for it notes the weights themselves."""
 
+    rules: tuple[WrittenRule, ...] = ()
+    """What a recipe says that `to`, `scope`, `ignore`, `grid` and `layout` cannot say; the first that takes a weight
+    counts."""
+
     def __post_init__(self) -> None:
-        one_of("format", self.to, tuple(FORMATS))
-        if self.scope is not None:
-            one_of("scope", self.scope, get_args(Scope))
-        if self.grid is not None:
-            one_of("grid", self.grid, get_args(Grid))
-        if self.layout is not None:
-            one_of("layout", self.layout, get_args(Layout))
-        if not isinstance(self.ignore, tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):
+        if self.rules and (given := self._said()):
+            raise UsageError(f"a recipe says in its rules what {listed(f'`{name}=`' for name in given)} would")
+        if self.to is None and not self.rules:
+            raise UsageError("say which format to write, `to=`, or by which recipe, `recipe=`")
+        if not isinstance(self.ignore, tuple):
             raise UsageError(f"ignore is {self.ignore!r}; expected a tuple of regular expressions")
         if self.shard_size is not None and (type(self.shard_size) is not int or self.shard_size < 1):
             raise UsageError(f"shard_size is {self.shard_size!r}; expected bytes, at least 1")
         if type(self.allow_split) is not bool:
             raise UsageError(f"allow_split is {self.allow_split!r}; expected true or false")
+        _ = self.written  # a rule checks its words when it is made
+
+    def _said(self) -> list[str]:
+        return [name for name in _OF_A_RULE if getattr(self, name)]
+
+    @property
+    def written(self) -> tuple[WrittenRule, ...]:
+        """The rules, one where a format was asked for."""
+        if self.to is None:
+            return self.rules
+        return (WrittenRule(to=self.to, scope=self.scope, ignore=self.ignore, grid=self.grid, layout=self.layout),)
+
+    @property
+    def in_force(self) -> WrittenRecipe:
+        """The recipe that says the same, with its defaults."""
+        return WrittenRecipe(rules=in_force(self.written), shard_size=self.shard_size, allow_split=self.allow_split)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what journals and reports say of it; `rules` stand there only where there are some."""
+        said = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "rules"}
+        rules = {"rules": [rule.as_json() for rule in self.rules]} if self.rules else {}
+        return {**said, "ignore": list(self.ignore), **rules}
+
+
+_OF_A_RULE = ("to", "scope", "ignore", "grid", "layout")
+
+
+def options_of(recipe: WrittenRecipe, **more: Any) -> Options:
+    """Return what a recipe asks for, as its arguments would if they could say it.
+
+    Args:
+        recipe: the recipe.
+        more: arguments that stand beside it; of these `shard_size` and `allow_split`, where the recipe has none.
+
+    Raises:
+        UsageError: another is given, or both say one thing.
+    """
+    given = [name for name in _OF_A_RULE if more.get(name)]
+    given += [name for name in ("shard_size", "allow_split") if more.get(name) and getattr(recipe, name)]
+    if given:
+        raise UsageError(
+            f"{listed(f'`{name}=`' for name in given)} beside `recipe=`, which says it already; choose one"
+        )
+    beyond: dict[str, Any] = {
+        "shard_size": recipe.shard_size or more.get("shard_size"),
+        "allow_split": recipe.allow_split or more.get("allow_split", False),
+    }
+    rule = recipe.rules[0]
+    if len(recipe.rules) > 1 or rule.narrowed:
+        return Options(rules=recipe.rules, **beyond)
+    plain: dict[str, Any] = {name: getattr(rule, name) for name in _OF_A_RULE}
+    return Options(**plain, **beyond)
+
+
+def options_from(content: object) -> Options:
+    """Return the options that a journal or report says.
+
+    Raises:
+        UsageError: they make no sense.
+        TypeError: they are none.
+    """
+    if not isinstance(content, dict):
+        raise TypeError(f"{content!r:.100} where options stand")
+    said = dict(content)
+    rules = recipe_from({"rules": said.pop("rules")}).rules if "rules" in said else ()
+    return Options(**{**said, "ignore": tuple(said.get("ignore", ()))}, rules=rules)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +204,7 @@ def make_plan(source: Checkpoint, options: Options, *, substituted: bool = False
     if problems:
         raise problems[0]
     config.check_source(source.config, weights)
-    recipe = make_recipe(
-        options.to,
-        weights,
-        scope=options.scope,
-        ignore=options.ignore,
-        grid=options.grid,
-        layout=options.layout,
-    )
+    recipe = make_recipe(options.written, weights)
     return plan_of(source, weights, recipe, options, substituted=substituted)
 
 
@@ -198,19 +263,20 @@ def _carried(
         )
     quantised: dict[str, list[str]] = {}
     kept: list[str] = []
-    rounded = False
+    rounded = floats = False
     jobs = [job for shard in shards for job in shard.jobs]
     for job in jobs:
         if job.written is None:
             continue
-        rounded |= job.target is not None and job.weight.format is not None and job.weight.main.dtype in {"F16", "F32"}
+        if job.weight.format is not None and job.weight.main.dtype in {"F16", "F32"} and not job.written.quantised:
+            rounded |= job.target is not None
+            floats |= job.target is None
         if job.written.quantised:
             quantised.setdefault(job.written.name, []).append(job.name)
         elif len(job.weight.shape) == 2 and job.weight.main.nbytes:
             kept.append(job.name)
     block = config.quantization_block({recipe.formats[name]: bases for name, bases in quantised.items()}, kept)
-    rounded &= not recipe.quantises  # else what is out of scope keeps its dtype
-    return carried(source.config, jobs, block, substituted=substituted), rounded
+    return carried(source.config, jobs, block, substituted=substituted), rounded and not floats
 
 
 def _config(source: Checkpoint, found: Carried, *, rounded: bool) -> bytes | None:
@@ -243,6 +309,13 @@ def _remarks(source: Checkpoint, beside: Beside) -> Iterator[str]:
         such = relatives.shown(min(stale))
         copies = counted(len(stale), "old copy", "old copies")
         yield f"left out, for the index looks elsewhere for them: {copies}, such as {such}"
+
+
+def taken(plan: Plan) -> list[tuple[WrittenRule, int]]:
+    """Return each rule that is in force with the number of weights that it takes, those that are copied too."""
+    counts = Counter(id(plan.recipe.rule_of(job.weight)) for job in plan.jobs() if job.weight.format is not None)
+    rules = zip(plan.options.in_force.rules, plan.recipe.rules, strict=True)
+    return [(written, counts[id(rule)]) for written, rule in rules]
 
 
 def describe(plan: Plan) -> dict[str, dict[str, int]]:

@@ -6,17 +6,18 @@ Defaults follow what Moonshot ships: INT4 releases quantise the routed experts, 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.relatives import shown
+from k2quant.conversion.rules import WrittenRule, in_force
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.bf16 import Bf16
-from k2quant.formats.format import Format, Layout, Scope
+from k2quant.formats.format import Format, Scope, listed
 from k2quant.formats.known import FORMATS
 from k2quant.ground import engines, names
 from k2quant.ground.patterns import check_found
-from k2quant.kernels.codecs.grids import Grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +29,20 @@ class Rule:
     """Which weights, see `k2quant.formats.format.Scope`; None: every weight."""
     ignore: tuple[re.Pattern[str], ...] = ()
     """Weights in whose name one of these is found are out of scope."""
+    classes: tuple[str, ...] = ()
+    """Classes that it takes, of `names.TENSOR_CLASSES`; empty: all."""
+    match: tuple[re.Pattern[str], ...] = ()
+    """It takes weights in whose name one of these is found; empty: all."""
 
     def takes(self, base: str) -> bool:
         """Tell whether a weight is to be stored in the format."""
-        return in_scope(base, self.scope, self.format) and not self.spares(base)
+        return in_scope(base, self.scope, self.format) and self.means(base) and not self.spares(base)
+
+    def means(self, base: str) -> bool:
+        """Tell whether classes and patterns name a weight."""
+        if self.match and not any(pattern.search(base) for pattern in self.match):
+            return False
+        return not self.classes or names.tensor_class(f"{base}.weight") in self.classes
 
     def spares(self, base: str) -> bool:
         """Tell whether a pattern of `ignore` is found in a weight's name."""
@@ -67,7 +78,10 @@ class Recipe:
         kinds = {rule.format.name: rule.format for rule in self.rules}
         other = next((rule.format for rule in self.rules if rule.format != kinds[rule.format.name]), None)
         if other is not None:
-            raise UsageError(f"a recipe asks for {other.name} in two ways: {other} and {kinds[other.name]}")
+            raise UsageError(
+                f"a recipe asks for {other.name} in two ways, {kinds[other.name]} and {other}: config.json has one "
+                "group for a format"
+            )
 
     @property
     def formats(self) -> dict[str, Format]:
@@ -87,11 +101,14 @@ class Recipe:
         """
         if weight.format is None:
             return None
-        for rule in self.rules:
-            if rule.takes(weight.base):
-                return None if weight.format.same(rule.format) else rule.format
+        if (rule := self.rule_of(weight)) is not None:
+            return None if weight.format.same(rule.format) else rule.format
         asked = self.formats.get(weight.format.name, Bf16()) if weight.format.quantised else weight.format
         return None if weight.format.same(asked) else asked
+
+    def rule_of(self, weight: StoredWeight) -> Rule | None:
+        """Return the first rule that takes a weight, if one does."""
+        return next((rule for rule in self.rules if rule.takes(weight.base)), None)
 
     def splits(self, weights: list[StoredWeight]) -> list[engines.Split]:
         """Return what engines fuse and the output has in several formats."""
@@ -115,8 +132,8 @@ class Recipe:
         if made:
             more = f" ({len(made)} such groups)" if len(made) > 1 else ""
             raise UsageError(
-                f"this would split what engines fuse: {made[0]}{more}; take all of them or none with --scope and "
-                "--ignore, or write it all the same with --allow-split"
+                f"this would split what engines fuse: {made[0]}{more}; take all of them or none with `scope=` "
+                "and `ignore=`, or write it all the same with `allow_split=True`"
             )
 
     def remarks(self, weights: list[StoredWeight]) -> list[str]:
@@ -132,7 +149,7 @@ class Recipe:
         spared = [base for base, _ in kept if any(rule.spares(base) for rule in self.rules)]
         if spared:
             said.append(
-                f"--ignore spares `{shown(spared[0])}`, which stays quantised as in the source ({len(spared)} such): "
+                f"`ignore=` spares `{shown(spared[0])}`, which stays quantised as in the source ({len(spared)} such): "
                 "to have it in BF16, convert to bf16 first"
             )
         named = {*unfit, *spared}
@@ -160,55 +177,79 @@ class Recipe:
         return stored.rounded_as(asked) if asked else stored
 
 
-def make_recipe(
-    to: str,
-    weights: list[StoredWeight],
-    *,
-    scope: Scope | None = None,
-    ignore: tuple[str, ...] = (),
-    grid: Grid | None,
-    layout: Layout | None = None,
-) -> Recipe:
+def make_recipe(written: Sequence[WrittenRule], weights: list[StoredWeight]) -> Recipe:
     """Make the recipe of a conversion from what the user asked for and what the source holds.
 
     Args:
-        to: the name of a format.
+        written: the rules; the first that takes a weight counts.
         weights: what the source holds.
-        scope: which weights get the format; None: as Moonshot ships it.
-        ignore: regular expressions of weights that do not.
-        grid: the rounding rule; None for the default.
-        layout: what its tensors are called; None for the default.
 
     Raises:
-        UsageError: an option that has no meaning for this format, or a regular expression that is broken or is found in
-            no name.
+        UsageError: a key that has no meaning for its format, a regular expression that is broken or is found in no
+            name, or one of several rules that takes nothing.
         CheckpointError: nothing is in scope.
         UnsupportedFormat: the source cannot be rewritten in this format.
     """
-    kind = FORMATS[to]
-    if kind.default_scope is None and (scope or ignore):
-        raise UsageError(f"--scope and --ignore have no meaning with --to {to}: everything becomes {to.upper()}")
-    if grid and not kind.grids:
-        owners = " and ".join(name.upper() for name, other in FORMATS.items() if other.grids)
-        raise UsageError(f"--grid has no meaning with --to {to}: it is the rounding rule of {owners}")
-    if layout and not kind.layouts:
-        owners = " and ".join(name.upper() for name, other in FORMATS.items() if other.layouts)
-        raise UsageError(f"--layout has no meaning with --to {to}: it says whose names {owners} is written with")
-    target = kind.asked_for(((weight.format, weight.main) for weight in weights if weight.format), grid, layout)
-    patterns = tuple(_compile(pattern) for pattern in ignore)
-    check_found(patterns, [weight.base for weight in weights], "--ignore")
-    rule = Rule(format=target, scope=scope or kind.default_scope, ignore=patterns)
-    if kind.quantised and not any(rule.takes(weight.base) for weight in weights if weight.format):
-        raise CheckpointError(
-            "no weight is in scope",
-            expected="tensors such as model.layers.1.mlp.experts.0.gate_proj.weight",
-            remedy="see `k2quant inspect`, and --scope and --ignore",
-        )
-    return Recipe((rule,))
+    resolved = in_force(tuple(written))
+    recipe = Recipe(tuple(_rule(rule, weights) for rule in resolved))
+    _check_taken(recipe, resolved, weights)
+    return recipe
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _rule(written: WrittenRule, weights: list[StoredWeight]) -> Rule:
+    """Make one rule, whose patterns are found somewhere."""
+    stored = ((weight.format, weight.main) for weight in weights if weight.format)
+    bases = [weight.base for weight in weights]
+    patterns = {name: tuple(_compile(each, written, name) for each in getattr(written, name)) for name in _PATTERNS}
+    for name, found in patterns.items():
+        check_found(found, bases, written.called(name))
+    target = FORMATS[written.to].asked_for(stored, written.grid, written.layout)
+    return Rule(format=target, scope=written.scope, classes=written.classes, **patterns)
+
+
+def _check_taken(recipe: Recipe, written: tuple[WrittenRule, ...], weights: list[StoredWeight]) -> None:
+    """Refuse rules that take nothing: what somebody meant by them would not come about.
+
+    Raises:
+        UsageError: one of a recipe.
+        CheckpointError: the only one, and something was to be quantised.
+    """
+    held = [weight for weight in weights if weight.format]
+    taken = {id(recipe.rule_of(weight)) for weight in held}
+    for rule, asked in zip(recipe.rules, written, strict=True):
+        if id(rule) in taken:
+            continue
+        if asked.place and (asked.narrowed or len(written) > 1):
+            raise UsageError(f"{asked.place}: takes no weight: {_why(rule, asked, held)}")
+        if rule.format.quantised:
+            raise CheckpointError(
+                "no weight is in scope",
+                expected="tensors such as model.layers.1.mlp.experts.0.gate_proj.weight",
+                remedy="see `k2quant inspect`, and `scope=` and `ignore=`",
+            )
+
+
+def _why(rule: Rule, asked: WrittenRule, held: list[StoredWeight]) -> str:
+    """Say why a rule takes nothing: others come before it, a class is not there, or engines do not run them so."""
+    mine = [weight.base for weight in held if rule.takes(weight.base)]
+    if mine:
+        return f"rules before it take all {len(mine):,} that it would, such as `{shown(mine[0])}`; put it before them"
+    here = {names.tensor_class(f"{weight.base}.weight") for weight in held}
+    if asked.classes and not here & set(asked.classes):
+        return f"the checkpoint has no weight of {listed(asked.classes)}; it has {listed(sorted(here))}"
+    named = [weight.base for weight in held if rule.means(weight.base)]
+    if not named:
+        return "no weight is of its classes and has one of its patterns in its name"
+    if all(map(rule.spares, named)):
+        return f"`ignore` spares all {len(named):,} that it names, such as `{shown(named[0])}`"
+    return f"none of the {len(named):,} that it names is in scope ({rule.scope}), such as `{shown(named[0])}`"
+
+
+_PATTERNS = ("match", "ignore")
+
+
+def _compile(pattern: str, written: WrittenRule, name: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UsageError(f"--ignore {pattern!r} is no regular expression: {error}") from error
+        raise UsageError(f"{written.called(name)} {pattern!r} is no regular expression: {error}") from error

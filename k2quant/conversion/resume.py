@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
 from k2quant.checkpoint.files.paths import PARTIAL
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 from k2quant.checkpoint.writing.destination import Destination
-from k2quant.conversion.plan import Options, Plan
+from k2quant.conversion.plan import Plan, options_from
 from k2quant.conversion.stream import Record
 from k2quant.errors import DestinationStale, OutputError, UsageError
 from k2quant.ground.version import __version__
@@ -38,7 +37,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     others = {name: (plan.source.folder / name).stat() for name in plan.copies}
     return {
         "values": plan.values,
-        "options": {**asdict(plan.options), "ignore": list(plan.options.ignore)},
+        "options": plan.options.as_json(),
         "source": plan.source.fingerprint()
         | {"other_files": {name: [status.st_size, status.st_mtime_ns] for name, status in others.items()}},
     }
@@ -73,8 +72,7 @@ def check_finished(folder: Destination, report: dict[str, Any], plan: Plan) -> N
         DestinationStale: so it is.
     """
     wanted = identity(plan)
-    found = {key: report.get(key) for key in wanted} | {"options": _completed(report.get("options"))}
-    changed = [key for key, value in wanted.items() if found[key] != value]
+    changed = _changed(report, wanted)
     if changed:
         raise _stale(folder, "finished", changed)
     last = {INDEX: len(plan.index)} | ({} if plan.config is None else {CONFIG: len(plan.config)})
@@ -96,10 +94,24 @@ def _check_size(path: Path, size: object, message: str) -> None:
         )
 
 
-def _completed(options: object) -> object:
-    """Return a report's options as this release has them: those that came later were as their defaults are."""
-    defaults = {each.name: each.default for each in fields(Options) if each.default is not MISSING}
-    return {**defaults, **options} if isinstance(options, dict) else options
+def _changed(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values are not those that this call wants; options are compared by what they come to."""
+    return [
+        key
+        for key, value in wanted.items()
+        if found.get(key) != value and not (key == "options" and _in_force(found.get(key)) == _in_force(value))
+    ]
+
+
+def _in_force(options: object) -> object:
+    """Return what the options of a journal or report come to; as they are where they are none of this release.
+
+    Options that came later than a report were as their defaults are.
+    """
+    try:
+        return options_from(options).in_force
+    except (UsageError, TypeError, ValueError):
+        return options
 
 
 def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationStale:
@@ -151,7 +163,7 @@ def finished_shards(folder: Destination, plan: Plan) -> dict[str, Record]:
         raise DestinationStale(
             "was being emptied by --restart", file=folder.folder, remedy="run that again, or name another folder"
         )
-    changed = [key for key, value in _head(plan).items() if journal[0].get(key) != value]
+    changed = _changed(journal[0], _head(plan))
     if changed:
         raise _stale(folder, "half-finished", changed)
     planned = {shard.file: (shard.size, {job.output_main.name for job in shard.jobs}) for shard in plan.shards}

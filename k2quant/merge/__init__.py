@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checkpoint.panels import ROW_STEP
 from k2quant.checkpoint.reader import open_checkpoint
-from k2quant.conversion.convert import Conversion, carry_out, codecs_of
+from k2quant.conversion.convert import Conversion, carry_out, chosen, codecs_of
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.resume import refuse_nested
+from k2quant.conversion.rules import Recipes
 from k2quant.conversion.stream import Progress
 from k2quant.errors import DtypeMismatch
 from k2quant.formats.format import Layout, Scope
@@ -62,8 +63,9 @@ def merge(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
     destination: str | os.PathLike[str],
+    to: FormatName | None = None,
     *,
-    to: FormatName,
+    recipe: Recipes | None = None,
     scope: Scope | None = None,
     ignore: tuple[str, ...] = (),
     grid: Grid | None = None,
@@ -88,6 +90,7 @@ def merge(
         adapter: folder with adapter_config.json and adapter_model.safetensors.
         destination: folder to write; empty, new, or of an earlier run of the same call.
         to: `bf16`, `fp8` or `int4`.
+        recipe: in its place, rules for classes and patterns; as in `convert`.
         scope: as in `convert`, like the others.
         ignore: regular expressions of weights that stay out of scope.
         grid: INT4 rounding rule.
@@ -113,7 +116,16 @@ def merge(
     here, there, update = Path(base), Path(destination), Path(adapter)
     refuse_nested(here, there)
     refuse_nested(update, there)
-    options = Options(to, scope, ignore, grid, shard_size, layout=layout, allow_split=allow_split)
+    options = chosen(
+        recipe,
+        to=to,
+        scope=scope,
+        ignore=ignore,
+        grid=grid,
+        shard_size=shard_size,
+        layout=layout,
+        allow_split=allow_split,
+    )
     prepared = make_merge_plan(here, update, options, follow_links=follow_links)
     return carry_out(
         prepared.plan,
@@ -159,7 +171,7 @@ def _check_writable(job: Job, change: Change | None) -> None:
             file=main.file,
             expected="BF16",
             found=dtype,
-            remedy="merge --to bf16, then convert",
+            remedy="merge with `to=bf16`, then convert",
         )
 
 

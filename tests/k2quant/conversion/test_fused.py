@@ -19,6 +19,7 @@ from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.cli import main
 from k2quant.conversion.plan import Options, make_plan, plan_of
 from k2quant.conversion.recipe import Recipe, Rule, in_scope, make_recipe
+from k2quant.conversion.rules import WrittenRule
 from k2quant.errors import CheckpointError, DestinationStale, UsageError
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.format import Format, Scope
@@ -40,7 +41,7 @@ def test_a_policy_that_splits_what_engines_fuse_is_refused(
     k2_bf16: Path, tmp_path: Path, options: dict[str, Any], reason: str
 ) -> None:
     """Fused groups split: engines look at the first member alone, so the reason and both names are said, and how to."""
-    with pytest.raises(UsageError, match=f"(?s){reason}.*--allow-split"):
+    with pytest.raises(UsageError, match=f"(?s){reason}.*`allow_split=True`"):
         k2quant.convert(k2_bf16, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
@@ -163,7 +164,7 @@ def test_what_stays_quantised_is_named_by_its_first_weight() -> None:
     recipe = Recipe((Rule(format=Int4(), scope="experts", ignore=(re.compile(r"experts\.1\."),)),))
     absorbed, spared, others = recipe.remarks(held)
     assert absorbed.startswith(f"`{LAYER.format(1, ABSORBED)}` stays quantised as in the source (2 such): engines")
-    assert spared.startswith(f"--ignore spares `{LAYER.format(1, EXPERT.format(1))}`, which stays quantised")
+    assert spared.startswith(f"`ignore=` spares `{LAYER.format(1, EXPERT.format(1))}`, which stays quantised")
     assert "(2 such)" in spared
     assert others.startswith(f"`{LAYER.format(1, OUT)}` is out of scope and stays quantised as in the source (2 such)")
     assert recipe.remarks(weights(Int4(), OUT, layers=(5,)))[0].startswith(f"`{LAYER.format(5, OUT)}` is out of scope")
@@ -184,6 +185,6 @@ def test_a_split_of_what_engines_fuse_is_refused_with_its_number(layers: tuple[i
 def test_a_quantisation_of_nothing_is_refused() -> None:
     """A source without weights in scope; into BF16 nothing needs be in scope."""
     with pytest.raises(CheckpointError, match="no weight is in scope"):
-        make_recipe("int4", weights(Bf16(), OUT), grid=None)
-    assert make_recipe("int4", weights(Bf16(), EXPERT.format(0)), grid=None).quantises
-    assert not make_recipe("bf16", [], grid=None).quantises
+        make_recipe([WrittenRule(to="int4")], weights(Bf16(), OUT))
+    assert make_recipe([WrittenRule(to="int4")], weights(Bf16(), EXPERT.format(0))).quantises
+    assert not make_recipe([WrittenRule(to="bf16")], []).quantises
