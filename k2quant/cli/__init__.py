@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from k2quant.cli.parts import colour
+from k2quant.cli.parts.flags import in_flags
 from k2quant.cli.parts.lazy import LazyGroup
 from k2quant.cli.parts.screen import remarks
 from k2quant.cli.parts.streams import CUT_OFF, cut_off, open_closed, say
@@ -33,7 +34,7 @@ class _Commands(LazyGroup):
             with remarks():
                 return super().invoke(ctx)
         except K2QuantError as error:
-            say(f"k2quant: {error}")
+            say(f"k2quant: {in_flags(str(error))}")
             ctx.exit(error.exit_code)
         except OSError as error:
             if isinstance(error, BrokenPipeError) and cut_off():

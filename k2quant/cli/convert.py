@@ -28,6 +28,7 @@ def command(
         k2quant convert --to int4 Kimi-K2-Instruct Kimi-K2-Instruct-INT4
     """
     options["shard_size"] = conversion.shard_bytes(shard_size)
+    options["recipe"] = conversion.read_stdin(options["recipe"])
     if dry_run:
         _dry_run(source, destination, as_json=as_json, **options)
     else:
@@ -40,7 +41,7 @@ def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) 
     from k2quant.cli.parts.screen import progress
     from k2quant.conversion.convert import convert
 
-    with progress(f"{source.name} to {options['to']}") as show:
+    with progress(f"{source.name} to {conversion.target(options)}") as show:
         done = convert(source, destination, progress=show, **options)
     conversion.announce(done)
     click.echo(

@@ -41,6 +41,7 @@ def command(
         k2quant merge Kimi-K2-Thinking my-adapter Kimi-K2-Mine --to int4
     """
     options["shard_size"] = conversion.shard_bytes(shard_size)
+    options["recipe"] = conversion.read_stdin(options["recipe"])
     if dry_run:
         _dry_run(base, adapter, destination, as_json=as_json, **options)
     else:
@@ -54,7 +55,7 @@ def _merge(base: Path, adapter: Path, destination: Path, *, as_json: bool, **opt
     from k2quant.merge import merge
     from k2quant.merge.figures import by_class
 
-    with progress(f"{base.name} with {adapter.name} to {options['to']}") as show:
+    with progress(f"{base.name} with {adapter.name} to {conversion.target(options)}") as show:
         done = merge(base, adapter, destination, progress=show, **options)
     conversion.announce(done)
     rows = by_class(done.report["tensors"])

@@ -24,7 +24,7 @@ from k2quant.conversion.recipe import Recipe, make_recipe
 from k2quant.conversion.rules import WrittenRecipe, WrittenRule, in_force, recipe_from
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.format import Layout, Scope, listed
-from k2quant.formats.known import FormatName
+from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
 from k2quant.ground.units import counted
 from k2quant.kernels.codecs.grids import Grid
@@ -86,15 +86,24 @@ class Options:
         return (WrittenRule(to=self.to, scope=self.scope, ignore=self.ignore, grid=self.grid, layout=self.layout),)
 
     @property
+    def main(self) -> FormatName:
+        """The format that an output is called by: of several the first that is quantised."""
+        asked = [rule.to for rule in self.written]
+        return next((name for name in asked if FORMATS[name].quantised), asked[0])
+
+    @property
     def in_force(self) -> WrittenRecipe:
         """The recipe that says the same, with its defaults."""
         return WrittenRecipe(rules=in_force(self.written), shard_size=self.shard_size, allow_split=self.allow_split)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what journals and reports say of it; `rules` stand there only where there are some."""
+        """Return what journals and reports say of it.
+
+        `rules` stand there only where there are some; `to` is then the format that an output is called by.
+        """
         said = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "rules"}
         rules = {"rules": [rule.as_json() for rule in self.rules]} if self.rules else {}
-        return {**said, "ignore": list(self.ignore), **rules}
+        return {**said, "to": self.main, "ignore": list(self.ignore), **rules}
 
 
 _OF_A_RULE = ("to", "scope", "ignore", "grid", "layout")
@@ -137,7 +146,10 @@ def options_from(content: object) -> Options:
     if not isinstance(content, dict):
         raise TypeError(f"{content!r:.100} where options stand")
     said = dict(content)
-    rules = recipe_from({"rules": said.pop("rules")}).rules if "rules" in said else ()
+    rules: tuple[WrittenRule, ...] = ()
+    if "rules" in said:
+        rules = recipe_from({"rules": said.pop("rules")}).rules
+        said["to"] = None
     return Options(**{**said, "ignore": tuple(said.get("ignore", ()))}, rules=rules)
 
 

@@ -18,7 +18,7 @@ from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.files.strict_yaml import Placed, parse_mapping
 from k2quant.checkpoint.reader import REPORT
 from k2quant.checkpoint.writing.destination import REPORT_LIMIT
-from k2quant.errors import CheckpointError, UsageError
+from k2quant.errors import CheckpointError, UsageError, printable
 from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground.names import TENSOR_CLASSES
@@ -34,9 +34,6 @@ METHOD = "rtn"
 
 LIMIT = 2**20
 """Bytes of a recipe; a report may be as large as reports are."""
-
-Recipes = str | os.PathLike[str] | Mapping[str, Any]
-"""What `read_recipe` takes."""
 
 _NARROWED: Scope = "linear"
 _SHOWN = 100  # characters of a value in a message
@@ -91,6 +88,15 @@ class WrittenRule:
         said = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "place"}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in said.items() if value}
 
+    def summary(self) -> str:
+        """Return what it says, in a line: `int4 moonshot: linear, of routed experts, without router`."""
+        kind = " ".join(word for word in (self.to, self.grid, self.layout) if word)
+        takes: list[str] = [self.scope or "everything"]
+        takes += [f"of {' and '.join(self.classes)}"] if self.classes else []
+        takes += [f"with {' or '.join(self.match)}"] if self.match else []
+        takes += [f"without {' or '.join(self.ignore)}"] if self.ignore else []
+        return printable(f"{kind}: {', '.join(takes)}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenRecipe:
@@ -115,6 +121,10 @@ class WrittenRecipe:
             "shard_size": self.shard_size,
             "allow_split": self.allow_split,
         }
+
+
+Recipes = str | os.PathLike[str] | Mapping[str, Any] | WrittenRecipe
+"""What `read_recipe` takes."""
 
 
 def in_force(rules: tuple[WrittenRule, ...]) -> tuple[WrittenRule, ...]:
@@ -192,8 +202,12 @@ def read_recipe(source: Recipes) -> WrittenRecipe:
     Raises:
         UsageError: it cannot be read, or a key or a value makes no sense; the message says where.
     """
+    if isinstance(source, WrittenRecipe):
+        return source
     if isinstance(source, Mapping):
         return recipe_from(source)
+    if not isinstance(source, str | os.PathLike):
+        raise UsageError(f"recipe is {_shown(source)}; expected a path, or what such a file holds")
     path = Path(source)
     if path.is_dir():
         path = path / REPORT

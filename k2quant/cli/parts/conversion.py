@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -19,7 +18,15 @@ if TYPE_CHECKING:
     from k2quant.conversion.plan import Options, Plan
 
 _FORMAT = (
-    click.option("--to", type=words(FORMATS), required=True, help="Format to write."),
+    click.option("--to", type=words(FORMATS), help="Format to write."),
+    click.option(
+        "--config",
+        "recipe",
+        type=click.Path(path_type=Path, allow_dash=True),
+        metavar="RECIPE",
+        help="In place of --to, --scope, --ignore, --grid and --layout: a YAML file of rules (docs/recipes.md), - for "
+        "stdin, or another conversion's folder, to convert as that was.",
+    ),
     click.option(
         "--scope",
         type=words(get_args(Scope)),
@@ -106,11 +113,35 @@ def shard_bytes(text: str | None) -> int | None:
     return found
 
 
+_ASKED = ("to", "scope", "ignore", "grid", "shard_size", "layout", "allow_split")
+
+
 def choice(options: dict[str, Any]) -> Options:
     """Return what the options of `format_options` ask for."""
-    from k2quant.conversion.plan import Options
+    from k2quant.conversion.convert import chosen
 
-    return Options(**{field.name: options[field.name] for field in fields(Options)})
+    return chosen(options["recipe"], **{name: options[name] for name in _ASKED})
+
+
+def read_stdin(recipe: Path | None) -> Any:
+    """Return what `--config` names; of `-` the recipe itself, read from stdin.
+
+    Raises:
+        UsageError: what stands there is no recipe.
+    """
+    if recipe is None or str(recipe) != "-":
+        return recipe
+    import sys
+
+    from k2quant.conversion.rules import LIMIT, parse_recipe
+
+    return parse_recipe(sys.stdin.buffer.read(LIMIT + 1), file="stdin")
+
+
+def target(options: dict[str, Any]) -> str:
+    """Return what a run makes, for the bar: a format, or by which recipe."""
+    recipe = options["recipe"]
+    return str(options["to"]) if recipe is None else f"what {recipe.name if isinstance(recipe, Path) else '-'} says"
 
 
 def announce(done: Conversion) -> None:
@@ -176,7 +207,7 @@ def dry_run(
     import json
 
     from k2quant.conversion.estimate import estimate
-    from k2quant.conversion.plan import describe
+    from k2quant.conversion.plan import describe, taken
     from k2quant.conversion.resume import standing_shards
     from k2quant.ground.units import counted, duration, size
 
@@ -187,8 +218,11 @@ def dry_run(
     if as_json:
         work = {"shards": len(plan.shards), "shards_done": len(done), "work": describe(plan)}
         work["remarks"] = list(plan.remarks)
+        work["rules"] = [{**rule.as_json(), "weights": count} for rule, count in taken(plan)]
         click.echo(json.dumps({**cost._asdict(), "fits": cost.fits, **work, **(more or {})}))
     else:
+        for number, (rule, count) in enumerate(taken(plan) if plan.options.rules else (), 1):
+            click.echo(f"{f'rule {number}':<16} {counted(count, 'weight')} to {rule.summary()}")
         for kind, row in describe(plan).items():
             click.echo(f"{kind:<16} " + ", ".join(f"{count} {what}" for what, count in row.items()))
         for name, value in (more or {}).items():

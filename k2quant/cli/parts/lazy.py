@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from k2quant.cli.parts.flags import noted
 from k2quant.cli.parts.volume import volume_options
 
 
@@ -30,14 +31,14 @@ class LazyGroup(click.Group):
         """Return the names."""
         return list(self._homes)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  click's signature
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Load a command; like the group it gets `-q` and `-v`."""
         if cmd_name not in self._homes:
             return None
         command: click.Command = import_module(self._homes[cmd_name][0]).command
         if not any(param.name == "quiet" for param in command.params):
             command.params += volume_options()
-        return command
+        return noted(ctx, command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  click's
         """List the commands with their lines; none is loaded for that."""

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from k2quant.cli.parts.flags import in_flags
 from k2quant.cli.parts.streams import say
 from k2quant.cli.parts.volume import volume
 
@@ -24,7 +25,7 @@ def warn(text: str) -> None:
     """Say what a user must know of the data, even one who asked for quiet; a line like a remark."""
     from k2quant.errors import printable
 
-    say(printable(text))
+    say(in_flags(printable(text)))
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ NOWHERE = {
 def test_a_pattern_that_is_found_in_no_name_is_an_error(k2_source: Path, tmp_path: Path, kind: str) -> None:
     """A pattern that matches nothing would quantise what it was meant to spare: the nearest names are said instead."""
     pattern, said = NOWHERE[kind]
-    with pytest.raises(UsageError, match=rf"--ignore .* is found in no name; .*{said}") as caught:
+    with pytest.raises(UsageError, match=rf"`ignore=` .* is found in no name; .*{said}") as caught:
         k2quant.convert(k2_source, tmp_path / "out", to="int4", ignore=("o_proj", pattern))
     assert len(str(caught.value)) < 1000
     assert not (tmp_path / "out").exists()
@@ -37,7 +37,7 @@ def test_a_pattern_that_spares_what_is_quantised_already_says_so(k2_thinking: Pa
     """What is out of scope is copied, INT4 as INT4: whoever wanted BF16 there is told that it is none, and how."""
     done = k2quant.convert(k2_thinking, tmp_path / "out", to="int4", ignore=(r"layers\.1\.",))
     (said,) = done.report["remarks"]
-    assert re.search(r"--ignore spares `model\.layers\.1\.mlp\.experts\..*\(48 such\).*bf16 first", said)
+    assert re.search(r"`ignore=` spares `model\.layers\.1\.mlp\.experts\..*\(48 such\).*bf16 first", said)
     assert not k2quant.convert(k2_thinking, tmp_path / "fp8", to="fp8", ignore=(r"layers\.1\.",)).report["remarks"]
 
 
@@ -75,7 +75,7 @@ def test_patterns_of_a_file_that_might_never_end_are_told(pattern: str, expected
 def advice(pattern: str, *bases: str) -> list[str]:
     """Return the names that a pattern which is found nowhere is answered with."""
     with pytest.raises(UsageError) as caught:
-        check_found([re.compile(pattern)], bases, "--ignore")
+        check_found([re.compile(pattern)], bases, "`ignore=`")
     return re.findall(r"`([^`]*)`", str(caught.value))
 
 
@@ -104,5 +104,5 @@ def test_advice_looks_at_the_first_four_strange_words() -> None:
 def test_a_pattern_is_shown_with_its_first_letters() -> None:
     """Two hundred of them, the quote among them."""
     with pytest.raises(UsageError) as caught:
-        check_found([re.compile("#" * 500)], ["lm_head"], "--ignore")
-    assert str(caught.value).startswith(f"--ignore '{'#' * 199} is found in no name")
+        check_found([re.compile("#" * 500)], ["lm_head"], "`ignore=`")
+    assert str(caught.value).startswith(f"`ignore=` '{'#' * 199} is found in no name")
