@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from k2quant.eval.drift.findings import Blame, Fidelity
 from k2quant.eval.gating.verdict import Comparison, Side, Verdict
 from k2quant.eval.report.drift_pictures import blame_facts, blame_pictures, drift_pictures, fidelity_facts
+from k2quant.eval.report.flips import CSS as FLIPS_CSS
 from k2quant.eval.report.flips import flips
 from k2quant.eval.report.pictures import accuracies, drops, power_curve
+from k2quant.eval.report.tasks import CSS as TASKS_CSS
+from k2quant.eval.report.tasks import KINDS, tasks
 from k2quant.eval.report.wording import (
     TOOL,
     chance,
@@ -31,7 +34,6 @@ from k2quant.report.words import DASH, code, table, text
 
 _SENTENCE = 1000  # letters of a reason or a warning
 _WARNINGS, _TASKS = 50, 1000
-_KINDS = {"PASS": "good", "FAIL": "bad", "INCONCLUSIVE": "unsure"}
 
 _CSS = """\
 .verdict{border:0;padding:26px 30px;margin:16px 0 20px}
@@ -51,17 +53,8 @@ _CSS = """\
 .tiles li:first-child{flex:1.3 0 210px}
 .tiles strong{white-space:normal}
 .prose :is(th,td){text-align:left;white-space:normal}
-.flips{table-layout:fixed;margin-top:8px}
-.flips :is(th,td){text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}
-.flips :is(th,td):first-child{width:15%;white-space:normal}
-.flips :is(th,td):nth-child(2){width:37%}
-.flips i{color:var(--muted)}
 @media (max-width:860px){
 .tiles li:first-child{flex-basis:100%}
-.flips,.flips tbody,.flips tr,.flips :is(th,td){display:block;width:auto!important;padding:2px 0;border:0}
-.flips thead{display:none}
-.flips tr{border-bottom:1px solid var(--line);padding:12px 0}
-.flips td::before{content:attr(data-head);display:block;color:var(--muted);font-size:.85rem}
 }
 """
 
@@ -73,13 +66,13 @@ def page(verdict: Verdict, fidelity: Fidelity | None, blame: Blame | None) -> st
     return document(
         f"{headline(verdict)} - {models} - k2quant",
         f"{_header(verdict)}\n<main>\n{sections}\n</main>\n",
-        css=_CSS,
+        css=f"{_CSS}{TASKS_CSS}{FLIPS_CSS}",
         head=f'<meta name="generator" content="{TOOL}">\n',
     )
 
 
 def _header(verdict: Verdict) -> str:
-    kind = "noise" if verdict.same_model else _KINDS[verdict.decision]
+    kind = "noise" if verdict.same_model else KINDS[verdict.decision]
     reason = f"{verdict.reason[:1].upper()}{verdict.reason[1:]}"
     return (
         f"<header><p class=eyebrow>k2quant accuracy gate</p><p class=meta>{code(verdict.candidate.model)} against "
@@ -93,7 +86,7 @@ def _sections(verdict: Verdict, fidelity: Fidelity | None, blame: Blame | None) 
     yield _tiled(_tiles(verdict))
     yield drops(verdict)
     yield accuracies(verdict)
-    yield _tasks(verdict)
+    yield tasks(verdict)
     yield power_curve(verdict)
     if fidelity is not None:
         yield _fidelity_note(fidelity)
@@ -171,41 +164,6 @@ def _tiled(tiles: Iterator[tuple[str, str, str]]) -> str:
 
 def _minus(words: str) -> str:
     return words.replace("-", "&minus;")
-
-
-def _tasks(verdict: Verdict) -> str:
-    heads = [
-        *("task", "verdict", "n", "baseline", "candidate", "drop [interval], pp", "lost / gained"),
-        *("margin", "p good", "p bad", "p worse", "power", "needed"),
-    ]
-    found = rows(verdict)[: _TASKS + 1]
-    left_out = len(verdict.tasks) + 1 - len(found)
-    more = (
-        f"<p class=note>{left_out:,} tasks are left out here; <code>gate.json</code> has all.</p>" if left_out else ""
-    )
-    return (
-        "<section class=card><h2>Every task</h2><p class=note>p good is small where the drop is shown to be below the "
-        "margin, p bad where it is shown to be above it (of tasks adjusted by Holm, since one of many may look bad by "
-        "chance). p worse is McNemar's: it finds damage of any size, and no verdict rests on it.</p>"
-        f"{table(heads, [_cells(row, verdict) for row in found], css='words', label='every task')}{more}</section>"
-    )
-
-
-def _cells(row: Comparison, verdict: Verdict) -> list[str]:
-    said = outcome(verdict, row)
-    return [
-        f"<b>{title(row, verdict)}</b>" if row is verdict.pooled else code(row.name),
-        f"<span class='badge {_KINDS[row.decision]}'>{said}</span>" if said else "none",
-        f"{row.n:,}",
-        percent(row.base_accuracy),
-        percent(row.candidate_accuracy),
-        _minus(f"{signed(row.drop)} {interval(*row.interval)}"),
-        f"{row.lost:,} / {row.gained:,}",
-        margin(row.margin),
-        *(text(chance(p)) for p in (row.p_good, row.p_bad, row.p_worse)),
-        f"{row.power:.0%}",
-        DASH if row.needed is None else f"{row.needed:,}",
-    ]
 
 
 def _who(verdict: Verdict) -> str:

@@ -7,7 +7,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from k2quant.eval.gating.verdict import Comparison, Verdict
-from k2quant.eval.report.chart_rows import Row, draw_interval, heights, lay_rows, room
+from k2quant.eval.report.chart_rows import Row, draw_interval, draw_upright, heights, lay_rows, room
 from k2quant.eval.report.wording import confidence, interval, margin, percent, rows, signed, title
 from k2quant.ground.intervals import wilson
 from k2quant.report.drawing import WIDE, Canvas, colour, figure, legend
@@ -30,13 +30,14 @@ def drops(verdict: Verdict) -> str:
     one_margin = all(abs(row.margin - verdict.pooled.margin) < _SAME for row in shown)
 
     def draw(axes: Axes, canvas: Canvas) -> None:
-        axes.axvline(0, color=colour("muted"), linewidth=1)
+        draw_upright(axes, canvas, 0, len(found), color=colour("muted"), linewidth=1)
         for place, row in enumerate(found):
             draw_interval(axes, canvas, place, row.span, row.paint, "D" if row.strong else "o")
             if not one_margin:
-                _draw_margin(axes, place, row.comparison.margin)
+                _draw_margin(axes, canvas, place, row.comparison.margin)
         if one_margin:
-            axes.axvline(100 * verdict.pooled.margin, color=colour("bad"), linewidth=1.4, linestyle=(0, (4, 3)))
+            dashes = {"color": colour("bad"), "linewidth": 1.4, "linestyle": (0, (4, 3))}
+            draw_upright(axes, canvas, 100 * verdict.pooled.margin, len(found), **dashes)
         edges = [edge for row in found for edge in (*row.span, 100 * row.comparison.margin, 0.0)]
         lay_rows(axes, canvas, [row.words for row in found], room(edges, 1), "drop in accuracy (percentage points)")
 
@@ -74,8 +75,9 @@ class _Drop:
         self.words = Row(title(comparison, verdict), f"{signed(comparison.drop)} {interval(low, high)}", self.strong)
 
 
-def _draw_margin(axes: Axes, place: int, value: float) -> None:
-    axes.plot([100 * value] * 2, [place - 0.3, place + 0.3], color=colour("bad"), linewidth=1.4, linestyle=(0, (3, 2)))
+def _draw_margin(axes: Axes, canvas: Canvas, place: int, value: float) -> None:
+    up = 0.3 if canvas is WIDE else 0.24
+    axes.plot([100 * value] * 2, [place - up, place + 0.3], color=colour("bad"), linewidth=1.4, linestyle=(0, (3, 2)))
 
 
 def _shown(verdict: Verdict) -> tuple[list[Comparison], str]:
