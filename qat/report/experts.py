@@ -108,7 +108,16 @@ def router_agreement(routers: Sequence[RouterSummary]) -> str:
     lowest = min(range(len(shares)), key=shares.__getitem__)
 
     def draw(axes: Axes, canvas: Canvas) -> None:
-        axes.plot(places, shares, color=colour("candidate"), marker="o", markersize=canvas.font / 2.6, linewidth=1.6)
+        line = "-" if len(shares) > 2 else "none"  # two values are two dots
+        axes.plot(
+            places,
+            shares,
+            linestyle=line,
+            color=colour("candidate"),
+            marker="o",
+            markersize=canvas.font / 2.6,
+            linewidth=1.6,
+        )
         low, high = axes.get_ylim()
         axes.set_ylim(max(min(low, 99), -2), min(max(high, low + 1), 100.5))
         _scale(axes, canvas, places, label, "agreement (%)")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
+from k2quant.ground.intervals import wilson
 from k2quant.ground.units import duration
 from k2quant.ground.version import __version__
+from k2quant.qat.report.bars import answers_right, loss_recovered
 from k2quant.qat.report.experts import expert_load, oscillation, router_agreement, starved
 from k2quant.qat.report.pictures import divergence, held_out, schedule, training, width
-from k2quant.qat.report.recovery import Recovery, headline, nats, recovery, steps, target
+from k2quant.qat.report.recovery import CAVEAT, Recovery, headline, nats, percent, recovery, steps, target
 from k2quant.qat.run.history import Evaluation, Records
 from k2quant.qat.run.summary import Summary
 from k2quant.report.document import document
@@ -75,15 +77,18 @@ def _beside(found: Recovery) -> str:
     """Say what the headline leaves out."""
     if not found.told:
         return "; a gap below three standard errors has no share that means anything"
-    if not 0 < found.share <= 1:
-        return _minus(f", a share of {100 * found.share:,.0f}%")
-    return ""
+    if found.share > 1:
+        return ", below the start point in BF16: what lies beyond that is more training, and no recovery"
+    return "" if found.share > 0 else ", no lower than that of the rounded start point"
 
 
 def _sections(history: Records, summary: Summary) -> Iterator[str]:
-    yield _warning(history)
+    yield "" if summary.control else _warning(history)
     tiles = (*_results(history), *_efforts(history), *_extent(history, summary))
     yield f"<ul class=tiles>{''.join(tiles)}</ul>"
+    if history.evaluations:
+        yield loss_recovered(history.evaluations[-1])
+        yield answers_right(history.evaluations[-1])
     yield held_out(history.evaluations)
     yield training(history.steps)
     yield divergence(history.steps)
@@ -97,16 +102,19 @@ def _sections(history: Records, summary: Summary) -> Iterator[str]:
 
 
 def _warning(history: Records) -> str:
-    """Warn where training, not fake quantisation, may have lowered the loss."""
+    """Say what the headline has to be read with, and where it is seen that training alone lowered the loss."""
     last = history.evaluations[-1] if history.evaluations else None
-    if last is None or last.unrounded is None or last.start is None or last.unrounded >= last.start:
+    if last is None or recovery(last) is None:
         return ""
+    seen = ""
+    if last.unrounded is not None and last.start is not None and last.unrounded < last.start:
+        seen = (
+            f" Here the loss without any rounding fell too, from {_nats(last.start)} to {_nats(last.unrounded)}, by "
+            f"{_nats(last.start - last.unrounded)} nats a token, and the loss with rounding holds that gain."
+        )
     return (
-        "<section class='card warnings'><h2>Read the headline with care</h2><p>Continued training alone also lowers "
-        f"the loss: without any rounding it fell from {_nats(last.start)} to {_nats(last.unrounded)}, by "
-        f"{_nats(last.start - last.unrounded)} nats a token. The loss with rounding holds that gain too. The "
-        "fair comparison is a control run: the same steps on the same data without fake quantisation, then plain "
-        "rounding.</p></section>"
+        f"<section class='card warnings'><h2>Read the headline with care</h2><p>{text(CAVEAT, _SENTENCE)}.{seen}</p>"
+        "</section>"
     )
 
 
@@ -117,13 +125,42 @@ def _results(history: Records) -> Iterator[str]:
     error = "" if last.standard_error is None else f" &plusmn; {_nats(last.standard_error)}"
     yield _tile("Held-out loss", _nats(last.loss), f"{error} nats a token, fake-quantised, after {steps(last.step)}")
     yield from _cost(last)
+    yield from _answers(last)
+
+
+def _answers(last: Evaluation) -> Iterator[str]:
+    found = last.answers
+    if found is None:
+        return
+    before = "" if found.start_rounded is None else f"{percent(found.start_rounded, found.count)} &rarr; "
+    beside = "" if found.start is None else f", {percent(found.start, found.count)} in BF16 at the start"
+    low, high = (100 * end for end in wilson(found.right, found.count))
+    yield _tile(
+        "Answers right",
+        f"{before}{percent(found.right, found.count)}",
+        f"rounded, at the start and now{beside}; {found.right:,} of {found.count:,} held out, 95% interval {low:.1f} "
+        f"to {high:.1f}%",
+    )
 
 
 def _cost(last: Evaluation) -> Iterator[str]:
     found = recovery(last)
-    if found is not None and last.unrounded is not None:
-        now = last.loss - last.unrounded
+    if found is None or last.unrounded is None:
+        return
+    now = last.loss - last.unrounded
+    if now > 0:
         yield _tile("Cost of rounding", f"{_nats(found.gap)} &rarr; {_nats(now)}", "nats a token, at the start and now")
+    else:
+        better = (
+            f"{nats(-now)} nats better with its rounding than without: its weights have grown into the codes"
+            if now
+            else "as good with its rounding as without"
+        )
+        yield _tile(
+            "Cost of rounding",
+            f"{_nats(found.gap)} &rarr; none",
+            f"nats a token at the start; the trained model is {better}",
+        )
 
 
 def _efforts(history: Records) -> Iterator[str]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _COLUMNS = 500  # of a curve; more could not be told apart on a screen, and would make the page large
 _SMOOTH = 25  # the smoothed curve is a mean of one part in so many of all steps
 _ROWS = 200  # evaluations in a table
+_LINE = 3  # values that make a line; two are two dots
 _WIDTHS = 12  # widths of codes that are named in the picture
 
 
@@ -84,7 +85,10 @@ def _error(last: Evaluation) -> str:
 def _draw_points(axes: Axes, canvas: Canvas, found: _Series) -> None:
     steps, values = zip(*found.points, strict=True)
     size = canvas.font / 2.2 if len(steps) <= canvas.width / 16 else 0
-    axes.plot(steps, values, color=colour(found.paint), marker=found.marker, markersize=size, linewidth=1.8)
+    line = "-" if len(steps) >= _LINE else "none"
+    axes.plot(
+        steps, values, linestyle=line, color=colour(found.paint), marker=found.marker, markersize=size, linewidth=1.8
+    )
 
 
 def _losses(evaluations: Sequence[Evaluation]) -> str:
@@ -137,8 +141,9 @@ def _curve(title: str, note: str, steps: Sequence[StepRecord], values: list[floa
 
     def draw(axes: Axes, canvas: Canvas) -> None:
         if stride == 1:
-            dot = "o" if len(values) == 1 else None  # a single step makes no line
-            axes.plot(numbers, values, color=colour("base"), alpha=0.45, linewidth=1, marker=dot)
+            few = len(values) < _LINE
+            look = {"marker": "o", "linestyle": "none"} if few else {}
+            axes.plot(numbers, values, color=colour("base"), alpha=1 if few else 0.45, linewidth=1, **look)
         else:
             parts = [values[begin : begin + stride] for begin in range(0, len(values), stride)]
             low, high = [min(part) for part in parts], [max(part) for part in parts]
@@ -149,7 +154,8 @@ def _curve(title: str, note: str, steps: Sequence[StepRecord], values: list[floa
         _scale(axes, canvas, label)
         axes.set_ylim(*_limits(values, smooth[window - 1 :]))
 
-    raw = ("\u2014", "each step") if stride == 1 else ("\u2592", f"lowest to highest of {stride:,} steps")
+    one = "\u25cf" if len(values) < _LINE else "\u2014"
+    raw = (one, "each step") if stride == 1 else ("\u2592", f"lowest to highest of {stride:,} steps")
     marks = [(raw[0], "base", raw[1])]
     if window > 1:
         marks.append(("\u2501", "candidate", f"mean of the last {window:,} steps"))
@@ -179,9 +185,15 @@ def schedule(steps: Sequence[StepRecord]) -> str:
     stride = -(-len(steps) // _COLUMNS)
     shown = [*steps[::stride], steps[-1]]
 
+    line = {} if len(steps) >= _LINE else {"marker": "o", "linestyle": "none"}
+
     def draw(axes: Axes, canvas: Canvas) -> None:
         axes.plot(
-            [record.step for record in shown], [record.rate for record in shown], color=colour("base"), linewidth=1.8
+            [record.step for record in shown],
+            [record.rate for record in shown],
+            color=colour("base"),
+            linewidth=1.8,
+            **line,
         )
         _scale(axes, canvas, "learning rate")
         low, high = min(record.rate for record in shown), max(record.rate for record in shown)

@@ -1,11 +1,17 @@
-"""How much of what rounding costs came back, and what may be said of it."""
+"""How much of the loss that rounding adds came back, how many answers are right, and what may be said of it."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from k2quant.qat.run.history import Evaluation, Records
+from k2quant.qat.run.history import Answers, Evaluation, Records
 
+CAVEAT = (
+    "Part of what a training gains is more training, which has nothing to do with rounding. A control says how much: "
+    "the same job with `training: {fake_quantize: false}` and an output of its own, rounded only when it is measured "
+    "and exported. What QAT adds is the difference between the two rounded models"
+)
+"""What every figure of a run without its control has to be read with; plain text without a full stop."""
 LEAST = 3.0
 """Standard errors below which a gap is noise: no share of it is given."""
 
@@ -54,12 +60,34 @@ def headline(history: Records, *, control: bool = False) -> str:
     found = recovery(last)
     if found is None:
         return f"Held-out loss {nats(last.loss)} nats a token after {steps(last.step)}"
-    cost = f"rounding{target(history)} costs"
+    return f"{_share(found, who, target(history))}{_also(last.answers)}"
+
+
+def _share(found: Recovery, who: str, to: str) -> str:
     if not found.told:
-        return f"What {cost} here is too small a gap to speak of"
-    if found.share <= 0:
-        return f"{who} recovers nothing of what {cost}"
-    return f"{who} recovers {whole_percent(found.share) if found.share <= 1 else 'more than all'} of what {cost}"
+        return f"The loss that rounding{to} adds is too small here to speak of"
+    added = f"the loss that rounding{to} adds"
+    if found.share > 1:
+        return f"{who} recovers all of {added}, and {nats(found.regained - found.gap)} nats a token more"
+    return f"{who} recovers {whole_percent(found.share) if found.share > 0 else 'nothing'} of {added}"
+
+
+def _also(answers: Answers | None) -> str:
+    """Return how many answers are right as the end of a sentence; a share of a loss is no share of them."""
+    if answers is None:
+        return ""
+    start = [
+        f"{percent(right, answers.count)} {of}"
+        for right, of in ((answers.start_rounded, "rounded untrained"), (answers.start, "in BF16"))
+        if right is not None
+    ]
+    beside = f" ({', '.join(start)})" if start else ""
+    return f"; {percent(answers.right, answers.count)} of the answers are right{beside}"
+
+
+def percent(right: int, count: int) -> str:
+    """Return a share of answers: `68.1%`; in whole percent where there are fewer than 100."""
+    return f"{100 * right / count:.{1 if count >= 100 else 0}f}%"
 
 
 def target(history: Records) -> str:

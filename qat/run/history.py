@@ -48,6 +48,22 @@ class StepRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """How many of the held-out answers are wholly right: what a loss does not say."""
+
+    count: int
+    """All of them."""
+    right: int
+    """Of the model as it is quantised now, or would be exported."""
+    unrounded: int
+    """Of the same master weights in BF16."""
+    start_rounded: int | None = None
+    """Of the start point after plain rounding; None where an earlier version measured it, which counted none."""
+    start: int | None = None
+    """Of the start point in BF16; None likewise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """Cross-entropy of a held-out text, nats a token, always of the same rows."""
 
@@ -66,6 +82,8 @@ class Evaluation:
     gap_error: float | None = None
     """Standard error of `start_rounded - start`, row by row. The rows are the same, so it is far smaller than that of
     either; None: `standard_error` has to stand in for it."""
+    answers: Answers | None = None
+    """None where the rows hold no answers, or an earlier version wrote this."""
 
 
 class Records(NamedTuple):
@@ -87,6 +105,25 @@ def _or_none(kind: _Kind) -> _Kind:
 _count, _size = partial(kinds.whole, least=1, limit=2**53), partial(kinds.whole, limit=2**53)
 _real, _positive = partial(kinds.number, low=-_LARGEST), partial(kinds.number, high=_LARGEST)
 _time = partial(kinds.number, high=1e12)
+
+
+def _answers(value: object) -> Answers:
+    facts = kinds.mapping(value)
+    if facts.keys() != set(Answers.__slots__):
+        raise ValueError(f"answers with the keys {', '.join(sorted(facts))}")
+    count = _count(facts["count"])
+    part = partial(kinds.whole, limit=count + 1)
+    return Answers(
+        count=count,
+        right=part(facts["right"]),
+        unrounded=part(facts["unrounded"]),
+        start_rounded=_or_none(part)(facts["start_rounded"]),
+        start=_or_none(part)(facts["start"]),
+    )
+
+
+_ADDED = {"answers"}
+"""Fields that histories of earlier versions lack."""
 
 _FIELDS: dict[str, tuple[type[Record], dict[str, _Kind]]] = {
     "step": (
@@ -113,6 +150,7 @@ _FIELDS: dict[str, tuple[type[Record], dict[str, _Kind]]] = {
             "start_rounded": _or_none(_real),
             "start": _or_none(_real),
             "gap_error": _or_none(_positive),
+            "answers": _or_none(_answers),
         },
     ),
 }
@@ -259,9 +297,9 @@ def _parsed(data: bytes, path: Path) -> Iterator[Record]:
 
 def _record(values: dict[str, Any]) -> Record:
     kind, fields = _FIELDS.get(str(values.get("kind")), (None, {}))
-    if kind is None or values.keys() != {"kind", *fields}:
+    if kind is None or values.keys() | _ADDED & fields.keys() != {"kind", *fields}:
         raise ValueError(f"keys {', '.join(sorted(values))} of kind {values.get('kind')!r}")
-    return kind(**{name: checked(values[name]) for name, checked in fields.items()})
+    return kind(**{name: checked(values[name]) for name, checked in fields.items() if name in values})
 
 
 def _line(record: Record) -> bytes:

@@ -70,4 +70,5 @@ def _held_out(record: Evaluation) -> dict[str, float | None]:
         "held_out/unrounded": record.unrounded,
         "held_out/start_rounded": record.start_rounded,
         "held_out/start": record.start,
+        "held_out/answers_right": None if record.answers is None else record.answers.right / record.answers.count,
     }

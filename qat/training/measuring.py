@@ -1,4 +1,4 @@
-"""The loss on held-out rows: of the model as it will be exported, of its weights in BF16, and of the start point."""
+"""Loss and answers on held-out rows: of the model as it will be exported, of its weights in BF16, of its start."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from k2quant.errors import BadValue, MalformedFile
 from k2quant.qat.data.packing import Rows, batch
 from k2quant.qat.preparing import Prepared
-from k2quant.qat.run.history import Evaluation
-from k2quant.qat.training.task import Task, losses
+from k2quant.qat.run.history import Answers, Evaluation
+from k2quant.qat.training.task import Judged, Task, judged
 
 _AT_ONCE = 8  # rows of a forward pass
-_START = ("start", "start_rounded", "gap_error")
+_LOSSES = ("start", "start_rounded", "gap_error")
+_RIGHT = ("start_right", "start_rounded_right")
 
 
 class Measures:
@@ -33,6 +34,7 @@ class Measures:
         """
         self._task, self._prepared, self._rows, self._device = task, found, rows, device
         self._start: dict[str, float | None] = {}
+        self._right: dict[str, int] = {}
 
     def begin(self, *, file: object) -> None:
         """Measure the start point; the prepared model has the width of the export.
@@ -46,9 +48,9 @@ class Measures:
         if not len(self._rows.tokens):
             return
         with self._prepared.unquantised():
-            plain, counts = self._losses()
-        rounded, _ = self._losses()
-        start, start_rounded = _mean(plain, counts), _mean(rounded, counts)
+            plain = self._judged()
+        rounded, counts = self._judged(), plain.learnt
+        start, start_rounded = _mean(plain.losses, counts), _mean(rounded.losses, counts)
         if not (math.isfinite(start) and math.isfinite(start_rounded)):
             raise BadValue(
                 "the held-out loss of the start point is not finite",
@@ -59,8 +61,9 @@ class Measures:
         self._start = {
             "start": start,
             "start_rounded": start_rounded,
-            "gap_error": _error(rounded - plain, counts),
+            "gap_error": _error(rounded.losses - plain.losses, counts),
         }
+        self._right = dict(zip(_RIGHT, (int(plain.right.sum()), int(rounded.right.sum())), strict=True))
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Measure the model as it is now; None without held-out rows.
@@ -70,17 +73,38 @@ class Measures:
         """
         if not len(self._rows.tokens):
             return None
-        seen, counts = self._losses()
+        seen = self._judged()
         with self._prepared.unquantised():
-            plain, _ = self._losses()
-        loss, unrounded = _mean(seen, counts), _mean(plain, counts)
+            plain = self._judged()
+        counts = seen.learnt
+        loss, unrounded = _mean(seen.losses, counts), _mean(plain.losses, counts)
         if not (math.isfinite(loss) and math.isfinite(unrounded)):
             raise BadValue(
                 f"the held-out loss after step {step} is not finite",
                 found=f"{loss} rounded, {unrounded} in BF16",
                 remedy="the last checkpoint stands; try a lower rate or a longer warm-up",
             )
-        return Evaluation(step=step, loss=loss, standard_error=_error(seen, counts), unrounded=unrounded, **self._start)
+        return Evaluation(
+            step=step,
+            loss=loss,
+            standard_error=_error(seen.losses, counts),
+            unrounded=unrounded,
+            answers=self._answers(seen, plain),
+            **self._start,
+        )
+
+    def _answers(self, seen: Judged, plain: Judged) -> Answers | None:
+        """Return how many answers are right; None where the rows hold text alone, which answers nothing."""
+        if not (count := int(seen.answers.sum())):
+            return None
+        start, rounded = (self._right.get(name) for name in _RIGHT)
+        return Answers(
+            count=count,
+            right=int(seen.right.sum()),
+            unrounded=int(plain.right.sum()),
+            start_rounded=rounded,
+            start=start,
+        )
 
     def run(self, before: Callable[[Mapping[str, Tensor]], object]) -> None:
         """Run the model over the first rows, for whoever watches.
@@ -91,11 +115,11 @@ class Measures:
         for first in range(0, min(len(self._rows.tokens), _AT_ONCE), _AT_ONCE):
             rows = self._batch(first)
             before(rows)
-            losses(self._task, rows)
+            judged(self._task, rows)
 
-    def state(self) -> dict[str, float | None]:
+    def state(self) -> dict[str, float | int | None]:
         """Return what is known of the start point."""
-        return dict(self._start)
+        return {**self._start, **self._right}
 
     def restore(self, state: Any, *, file: object) -> None:
         """Take over what `state` gave.
@@ -103,16 +127,20 @@ class Measures:
         Raises:
             MalformedFile: it gave something else.
         """
-        if not isinstance(state, Mapping) or not state.keys() <= set(_START):
+        if not isinstance(state, Mapping) or not state.keys() <= {*_LOSSES, *_RIGHT}:
             raise MalformedFile("does not hold the losses of the start point", file=file, found=f"{state!r:.100}")
-        if not all(value is None or type(value) is float for value in state.values()):
+        right = {name: value for name, value in state.items() if name in _RIGHT}
+        start = {name: value for name, value in state.items() if name not in _RIGHT}
+        if not all(value is None or type(value) is float for value in start.values()):
             raise MalformedFile("a loss of the start point is no number", file=file, found=f"{state!r:.100}")
-        self._start = dict(state)
+        if not all(type(value) is int and value >= 0 for value in right.values()):
+            raise MalformedFile("right answers of the start point are no count", file=file, found=f"{state!r:.100}")
+        self._start, self._right = start, right
 
-    def _losses(self) -> tuple[Tensor, Tensor]:
-        """Return summed loss and learnt tokens of each row."""
-        found = [losses(self._task, self._batch(first)) for first in range(0, len(self._rows.tokens), _AT_ONCE)]
-        return torch.cat([loss for loss, _ in found]), torch.cat([count for _, count in found])
+    def _judged(self) -> Judged:
+        """Return what the model makes of each row."""
+        found = [judged(self._task, self._batch(first)) for first in range(0, len(self._rows.tokens), _AT_ONCE)]
+        return Judged(*map(torch.cat, zip(*found, strict=True)))
 
     def _batch(self, first: int) -> dict[str, Tensor]:
         indices = torch.arange(first, min(first + _AT_ONCE, len(self._rows.tokens)))

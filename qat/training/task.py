@@ -39,14 +39,17 @@ class Task(nn.Module):
     def forward(self, batch: dict[str, Tensor], hints: Hints | None = None, *, summed: bool = True) -> Tensor:
         """Return float32 `[2]`: cross-entropy and divergence, each summed over the learnt tokens, in nats.
 
+        Not summed it is `[2, T]`: of each learnt token its cross-entropy, and 1 where it is the likeliest one, else 0.
+
         Args:
             batch: rows.
             hints: what the teacher says of them.
-            summed: False gives the cross-entropy of each learnt token, `[T]`.
+            summed: whether over the tokens.
         """
         logits, targets = learnt_logits(self.model, batch, self._precision)
         if not summed:
-            return functional.cross_entropy(logits, targets, reduction="none")
+            likeliest = (logits.argmax(-1) == targets).float()
+            return torch.stack([functional.cross_entropy(logits, targets, reduction="none"), likeliest])
         entropy = functional.cross_entropy(logits, targets, reduction="sum")
         if hints is None or self._distill is None:
             return torch.stack([entropy, torch.zeros_like(entropy)])
@@ -73,10 +76,35 @@ def learnt_logits(model: nn.Module, batch: dict[str, Tensor], precision: torch.d
     return logits.float(), batch["targets"][learnt]
 
 
+class Judged(NamedTuple):
+    """What a model makes of rows; all `[B]`."""
+
+    losses: Tensor
+    """Summed over the learnt tokens, float64, in nats."""
+    learnt: Tensor
+    """Tokens, int64."""
+    answers: Tensor
+    """Documents that begin with what is not learnt, as a prompt is, int64."""
+    right: Tensor
+    """Answers whose every learnt token is the likeliest after the right ones before it, int64. Of one completion, that
+    is what greedy decoding would give."""
+
+
 @torch.no_grad()
-def losses(task: Task, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return for each row the summed loss of its learnt tokens, float64 `[B]`, and how many they are, int64 `[B]`."""
-    each = task(batch, summed=False).double().cpu()
-    counts = (batch["targets"] != NO_TARGET).sum(1).cpu()
+def judged(task: Task, batch: dict[str, Tensor]) -> Judged:
+    """Return what a task's model makes of rows, as `batch` gives them."""
+    each, likeliest = task(batch, summed=False).cpu()
+    targets, positions = batch["targets"].cpu(), batch["position_ids"].cpu()
+    learnt = targets != NO_TARGET
+    counts = learnt.sum(1)
     row = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    return torch.zeros(len(counts), dtype=torch.float64).index_add_(0, row, each), counts
+    losses = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, row, each.double())
+    starts = positions == 0
+    document = (starts.flatten().cumsum(0) - 1).view_as(starts)
+    wrong = torch.zeros(int(starts.sum()), dtype=torch.int64).index_add_(0, document[learnt], 1 - likeliest.long())
+    asked = torch.zeros_like(wrong).index_add_(0, document[learnt], torch.ones_like(document[learnt])) > 0
+    asked &= ~learnt[starts]
+    home = starts.nonzero()[:, 0]
+    answers = torch.zeros_like(counts).index_add_(0, home[asked], torch.ones_like(home[asked]))
+    right = torch.zeros_like(counts).index_add_(0, home[asked], (wrong[asked] == 0).long())
+    return Judged(losses, counts, answers, right)

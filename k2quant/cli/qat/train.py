@@ -77,9 +77,13 @@ def _show(result: Result, *, control: bool) -> None:
         click.echo("\nno rows were held out, so no loss was measured")
     else:
         _show_losses(result.evaluation)
-        click.echo(f"\n{headline(read_history(result.folder / HISTORY), control=control)}.")
+        said = headline(read_history(result.folder / HISTORY), control=control)
+        click.echo(f"\n{said.replace('; ', ';\n')}.")
+        if result.evaluation.answers is None:
+            click.echo("A share of a loss is no share of answers: those k2quant eval gate compares.")
         if not control:
-            click.echo("Training alone may account for some of it: `training: {fake_quantize: false}` is the control.")
+            click.echo("Part of it is more training, not recovery. The control says how much:")
+            click.echo("the same job with `training: {fake_quantize: false}` and another `output`.")
     if result.starved:
         click.echo(
             f"{result.starved} experts saw too few tokens and keep post-training rounding; the report lists them."
@@ -89,13 +93,17 @@ def _show(result: Result, *, control: bool) -> None:
 
 
 def _show_losses(last: Evaluation) -> None:
+    from k2quant.qat.report.recovery import percent
+
+    answers = last.answers
     rows = [
-        ("start, in BF16", last.start),
-        ("start, rounded", last.start_rounded),
-        ("trained, rounded", last.loss),
-        ("trained, in BF16", last.unrounded),
+        ("start, in BF16", last.start, answers and answers.start),
+        ("start, rounded", last.start_rounded, answers and answers.start_rounded),
+        ("trained, rounded", last.loss, answers and answers.right),
+        ("trained, in BF16", last.unrounded, answers and answers.unrounded),
     ]
-    click.echo("\nheld-out loss, nats a token")
-    for name, loss in rows:
+    click.echo("\nheld out            nats a token" + (f"   right of {answers.count:,} answers" if answers else ""))
+    for name, loss, right in rows:
         if loss is not None:
-            click.echo(f"  {name:<18} {loss:>9.4f}")
+            share = f"   {percent(right, answers.count):>7}" if answers and right is not None else ""
+            click.echo(f"  {name:<18} {loss:>11.4f}{share}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
@@ -18,8 +19,8 @@ from hypothesis import strategies as st
 from k2quant.errors import BadValue, MalformedFile, OutputError
 from k2quant.qat.report import PAGE, write_report
 from k2quant.qat.report.page import page
-from k2quant.qat.report.recovery import headline, recovery
-from k2quant.qat.run.history import HISTORY, Evaluation, History, Record, Records, StepRecord, read_history
+from k2quant.qat.report.recovery import headline, nats, recovery
+from k2quant.qat.run.history import HISTORY, Answers, Evaluation, History, Record, Records, StepRecord, read_history
 from k2quant.qat.run.summary import (
     SUMMARY,
     Coverage,
@@ -95,6 +96,14 @@ STEPS = st.builds(
     tokens=st.integers(0, 2**40),
     seconds=FLOATS,
 )
+ANSWERED = st.builds(
+    Answers,
+    count=st.just(9),
+    right=st.integers(0, 9),
+    unrounded=st.integers(0, 9),
+    start_rounded=st.none() | st.integers(0, 9),
+    start=st.none() | st.integers(0, 9),
+)
 EVALUATIONS = st.builds(
     Evaluation,
     step=st.just(0),
@@ -104,6 +113,7 @@ EVALUATIONS = st.builds(
     start_rounded=st.none() | FLOATS,
     start=st.none() | FLOATS,
     gap_error=st.none() | FLOATS,
+    answers=st.none() | ANSWERED,
 )
 RECORDS = st.lists(STEPS | EVALUATIONS, max_size=6).map(
     lambda found: [replace(record, step=number) for number, record in enumerate(found, 1)]
@@ -199,6 +209,9 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, record: Rec
 
 
 GOOD = json.dumps({"kind": "step", **asdict(step(1))})
+ANSWERING = json.dumps(
+    {"kind": "evaluation", **asdict(evaluation(2, answers=Answers(count=9, right=6, unrounded=3, start=8)))}
+)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +234,14 @@ GOOD = json.dumps({"kind": "step", **asdict(step(1))})
         GOOD.replace('"step": 1', '"step": 0'),
         GOOD,
         "[" * 100_000,
+        ANSWERING.replace('"right": 6', '"right": 10'),
+        ANSWERING.replace('"right": 6', '"right": 6.0'),
+        ANSWERING.replace('"right": 6', '"rights": 6'),
+        ANSWERING.replace('"count": 9', '"count": 0'),
+        ANSWERING.replace('"start": 8', '"start": -1'),
+        ANSWERING.replace('"answers": {', '"answers": [{').replace("}}", "}]}"),
     ],
-    ids=lambda line: repr(line)[:40],
+    ids=lambda line: repr(line)[-40:],
 )
 def test_damage_is_named_with_its_line(tmp_path: Path, line: str) -> None:
     """A whole line that is not a record, or comes twice, ends in an error with its number, for reader and writer."""
@@ -232,6 +251,17 @@ def test_damage_is_named_with_its_line(tmp_path: Path, line: str) -> None:
         read_history(path)
     with pytest.raises(MalformedFile, match="line 2"):
         History(path)
+
+
+def test_histories_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    """They counted no answers, and a run that they began goes on."""
+    path = tmp_path / HISTORY
+    values = {"kind": "evaluation", **asdict(evaluation(0))}
+    del values["answers"]
+    path.write_text(f"{json.dumps(values)}\n")
+    assert read_history(path).evaluations == (evaluation(0),)
+    History(path).append(evaluation(1, answers=ANSWERS))
+    assert [found.answers for found in read_history(path).evaluations] == [None, ANSWERS]
 
 
 def test_histories_that_are_no_files_are_refused(tmp_path: Path) -> None:
@@ -309,22 +339,22 @@ def test_summaries_that_are_no_json_are_refused(tmp_path: Path, text: str) -> No
         read_summary(tmp_path)
 
 
-SMALL = "What rounding to INT2 costs here is too small a gap to speak of"
+SMALL = "The loss that rounding to INT2 adds is too small here to speak of"
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "QAT recovers 63% of what rounding to INT2 costs"),
-        ({"loss": 2.1}, "QAT recovers 100% of what rounding to INT2 costs"),
-        ({"loss": 2.1001}, "QAT recovers 99% of what rounding to INT2 costs"),
-        ({"loss": 2.0999}, "QAT recovers more than all of what rounding to INT2 costs"),
-        ({"loss": 2.1999}, "QAT recovers less than 1% of what rounding to INT2 costs"),
-        ({"loss": 2.2}, "QAT recovers nothing of what rounding to INT2 costs"),
+        ({}, "QAT recovers 63% of the loss that rounding to INT2 adds"),
+        ({"loss": 2.1}, "QAT recovers 100% of the loss that rounding to INT2 adds"),
+        ({"loss": 2.1001}, "QAT recovers 99% of the loss that rounding to INT2 adds"),
+        ({"loss": 2.0999}, "QAT recovers all of the loss that rounding to INT2 adds, and 0.0001 nats a token more"),
+        ({"loss": 2.1999}, "QAT recovers less than 1% of the loss that rounding to INT2 adds"),
+        ({"loss": 2.2}, "QAT recovers nothing of the loss that rounding to INT2 adds"),
         ({"gap_error": 0.0334}, SMALL),
-        ({"gap_error": 0.0332}, "QAT recovers 63% of what rounding to INT2 costs"),
+        ({"gap_error": 0.0332}, "QAT recovers 63% of the loss that rounding to INT2 adds"),
         ({"gap_error": None, "standard_error": 0.0334}, SMALL),
-        ({"gap_error": None, "standard_error": None}, "QAT recovers 63% of what rounding to INT2 costs"),
+        ({"gap_error": None, "standard_error": None}, "QAT recovers 63% of the loss that rounding to INT2 adds"),
         ({"start_rounded": 2.1}, SMALL),
         ({"start": None}, "Held-out loss 2.1370 nats a token after 100 steps"),
     ],
@@ -338,7 +368,7 @@ def test_headline_is_of_the_last_evaluation() -> None:
     """Earlier evaluations and widths of a ramp do not enter it."""
     steps = (step(1, bits=None), step(2, bits=8), step(3, bits=3))
     records = Records(steps, (evaluation(1, loss=2.2), evaluation(3, loss=2.15)))
-    assert headline(records) == "QAT recovers 50% of what rounding to INT3 costs"
+    assert headline(records) == "QAT recovers 50% of the loss that rounding to INT3 adds"
     assert headline(Records(steps, ())) == "3 steps trained; nothing was evaluated"
     found = recovery(evaluation())
     assert found is not None
@@ -348,10 +378,94 @@ def test_headline_is_of_the_last_evaluation() -> None:
 
 @pytest.mark.parametrize(("unrounded", "warned"), [(2.09, True), (2.1, False), (2.12, False), (None, False)])
 def test_training_that_helps_by_itself_is_pointed_out(unrounded: float | None, *, warned: bool) -> None:
-    """Where the loss fell without rounding too, the page asks for a control run."""
-    shown = page(history(100, evaluation(unrounded=unrounded)), summary(), "run")
-    assert ("control run" in shown) is warned
-    assert ("fell from 2.1000 to 2.0900, by 0.0100" in shown) is warned
+    """Every page but a control's own asks for a control; where the loss fell without rounding too, it says how far."""
+    records = history(100, evaluation(unrounded=unrounded))
+    shown = page(records, summary(), "run")
+    assert "A control says how much" in shown
+    assert ("fell too, from 2.1000 to 2.0900, by 0.0100" in shown) is warned
+    assert "A control says how much" not in page(records, summary(control=True), "run")
+
+
+ANSWERS = Answers(count=200, right=136, unrounded=98, start_rounded=1, start=167)
+
+
+def test_answers_stand_beside_the_loss_they_are_no_share_of() -> None:
+    """Headline, tile and a bar of their own say how many answers are right, rounded and in BF16."""
+    records = history(100, evaluation(answers=ANSWERS))
+    said = "QAT recovers 63% of the loss that rounding to INT2 adds; 68.0% of the answers are right"
+    assert headline(records) == f"{said} (0.5% rounded untrained, 83.5% in BF16)"
+    text = check(page(records, summary(), "run")).text
+    for words in (
+        "0.5% → 68.0%",
+        "rounded, at the start and now, 83.5% in BF16 at the start; 136 of 200 held out, 95% interval 61.2 to 74.1%",
+        "Answers that came back",
+        "start, BF16: 83.5%",
+        "trained, rounded: 68.0%",
+    ):
+        assert words in text, words
+
+
+def test_answers_of_an_unknown_start_are_said_without_it() -> None:
+    """A run that an earlier version began never counted those of its start: no bar is drawn of what is not known."""
+    records = history(10, evaluation(10, answers=Answers(count=9, right=6, unrounded=3)))
+    assert headline(records).endswith("adds; 67% of the answers are right")
+    text = check(page(records, summary(), "run")).text
+    assert "Answers that came back" not in text
+    assert "Answers right67%" in text
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (2.137, "0.1000 → 0.0170nats a token, at the start and now"),
+        (2.12, "0.1000 → nonenats a token at the start; the trained model is as good with its rounding as without"),
+        (
+            2.05,
+            "0.1000 → nonenats a token at the start; the trained model is 0.0700 nats better with its rounding than",
+        ),
+    ],
+)
+def test_a_cost_is_never_negative(loss: float, said: str) -> None:
+    """A model that is better with its rounding than without pays nothing for it, and the page says that in words."""
+    assert said in check(page(history(100, evaluation(loss=loss)), summary(), "run")).text
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (2.137, "0.0370 above the start point in BF16"),
+        (2.1, "as low as the start point in BF16"),
+        (2.05, "0.0500 below the start point in BF16"),
+        (2.3, "0.2000 above the start point in BF16"),
+    ],
+)
+def test_recovery_is_one_bar(loss: float, said: str) -> None:
+    """BF16, trained and rounded stand on one axis, with their losses; without a start point there is no bar."""
+    html = page(history(100, evaluation(loss=loss)), summary(), "run")
+    text = check(html).text
+    assert said in text
+    assert f"start, BF16: 2.1000 ● trained, rounded: {nats(loss)} ■ start, rounded: 2.2000" in " ".join(
+        text.replace("\u25cf", " \u25cf").replace("\u25a0", " \u25a0").split()
+    )
+    assert "Loss that came back" not in page(history(100, evaluation(start=None)), summary(), "run")
+
+
+def lines(html: str, title: str) -> int:
+    """Return how many curves of three or more points the wide picture of a title has."""
+    figure = html.split(f"<h2>{title}</h2>")[1].split("</figure>", maxsplit=1)[0]
+    wide = figure.split("</svg>", maxsplit=1)[0]
+    return len(
+        re.findall(r'<path d="M [^"]*" [^>]*style="fill: none; stroke: var\(--(?:candidate|class-1|base)\)', wide)
+    )
+
+
+@pytest.mark.parametrize(("count", "drawn"), [(1, 0), (2, 0), (3, 2)])
+def test_fewer_than_three_points_are_dots(count: int, drawn: int) -> None:
+    """A line between two measurements would say what nobody measured between them."""
+    losses = tuple(evaluation(number) for number in range(count))
+    html = page(history(count, *losses), summary(), "run")
+    assert lines(html, "Held-out loss") == drawn
+    assert lines(html, "Training loss") == (count >= 3)
 
 
 class Reader(HTMLParser):
@@ -408,7 +522,7 @@ def test_page_shows_what_was_recorded(tmp_path: Path) -> None:
     assert path == tmp_path / PAGE
     found = check(path.read_text())
     for words in (
-        "QAT recovers 63% of what rounding to INT2 costs",
+        "QAT recovers 63% of the loss that rounding to INT2 adds",
         "by 0.1000 ± 0.0020 nats a token, from 2.1000 to 2.2000",
         "0.1000 → 0.0170",
         "819,200",
@@ -423,7 +537,7 @@ def test_page_shows_what_was_recorded(tmp_path: Path) -> None:
     ):
         assert words in found.text, words
     pictures = [attributes["class"] for tag, attributes in found.elements if tag == "svg"]
-    assert pictures.count("wide") == pictures.count("narrow") == 4
+    assert pictures.count("wide") == pictures.count("narrow") == 5
 
 
 def test_page_of_next_to_nothing() -> None:
