@@ -85,10 +85,15 @@ def _error(last: Evaluation) -> str:
 def _draw_points(axes: Axes, canvas: Canvas, found: _Series) -> None:
     steps, values = zip(*found.points, strict=True)
     size = canvas.font / 2.2 if len(steps) <= canvas.width / 16 else 0
-    line = "-" if len(steps) >= _LINE else "none"
+    line, _ = _line(len(steps))
     axes.plot(
         steps, values, linestyle=line, color=colour(found.paint), marker=found.marker, markersize=size, linewidth=1.8
     )
+
+
+def _line(count: int) -> tuple[str, str]:
+    """Return line and marker of so many values: a line between two would say what nobody measured there."""
+    return ("-", "") if count >= _LINE else ("none", "o")
 
 
 def _losses(evaluations: Sequence[Evaluation]) -> str:
@@ -141,9 +146,9 @@ def _curve(title: str, note: str, steps: Sequence[StepRecord], values: list[floa
 
     def draw(axes: Axes, canvas: Canvas) -> None:
         if stride == 1:
-            few = len(values) < _LINE
-            look = {"marker": "o", "linestyle": "none"} if few else {}
-            axes.plot(numbers, values, color=colour("base"), alpha=1 if few else 0.45, linewidth=1, **look)
+            line, dot = _line(len(values))
+            faint = 1 if dot else 0.45
+            axes.plot(numbers, values, linestyle=line, marker=dot, color=colour("base"), alpha=faint, linewidth=1)
         else:
             parts = [values[begin : begin + stride] for begin in range(0, len(values), stride)]
             low, high = [min(part) for part in parts], [max(part) for part in parts]
@@ -185,15 +190,16 @@ def schedule(steps: Sequence[StepRecord]) -> str:
     stride = -(-len(steps) // _COLUMNS)
     shown = [*steps[::stride], steps[-1]]
 
-    line = {} if len(steps) >= _LINE else {"marker": "o", "linestyle": "none"}
+    line, dot = _line(len(steps))
 
     def draw(axes: Axes, canvas: Canvas) -> None:
         axes.plot(
             [record.step for record in shown],
             [record.rate for record in shown],
+            linestyle=line,
+            marker=dot,
             color=colour("base"),
             linewidth=1.8,
-            **line,
         )
         _scale(axes, canvas, "learning rate")
         low, high = min(record.rate for record in shown), max(record.rate for record in shown)

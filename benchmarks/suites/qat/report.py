@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
-from suites.qat.summaries import Interval, Results, Row, against, difference, interval, rows
+from suites.qat.summaries import Interval, Row, interval
 
-KINDS = ["plain", "learned", "distilled"]
-BITS = (2, 3, 4)
 TIME, MEMORY = 1.25, 1.15
 """Bars on a QAT step against a plain one."""
 
@@ -30,11 +28,17 @@ rounded afterwards. Gap: what rounding costs the control. Gained: how far an arm
 Recovered: the second over the first, the mean of the seeds' ratios. Intervals are 95% t-intervals over seeds. A ratio
 is given where every seed's gap is above three standard errors.
 
+{comes_to}
+
 ## Bars
 
 {bars}
 
 ## Recovery
+
+Right: answers wholly right, of all items and seeds. The control in BF16 is what the same steps teach without any
+rounding; the start point of seed 0, trained no further, has {start} of the gate's items. Gap, gained and recovered
+are of the loss.
 
 {recovery}
 
@@ -79,11 +83,10 @@ short a batch.
 """
 
 
-def page(facts: dict[str, Any], results: Results) -> str:
-    """Return the page."""
-    found = rows(results, KINDS, BITS)
-    same = sum(one["export_scores_the_same"] for one in results.values())
-    items = next(iter(results.values()))["rounded"]["count"]
+def page(facts: dict[str, Any]) -> str:
+    """Return the page of what the JSON file holds."""
+    found, arms = rows_of(facts), facts["arms"]
+    same = sum(one["export_scores_the_same"] for one in arms)
     return PAGE.format(
         **facts["machine"],
         command=facts["command"],
@@ -92,16 +95,21 @@ def page(facts: dict[str, Any], results: Results) -> str:
         batch=facts["batch"],
         warmup=facts["warmup"],
         rates=", ".join(f"{rate:g} for INT{bits}" for bits, rate in facts["rates"].items()),
-        items=items,
+        items=arms[0]["rounded"]["count"],
+        comes_to=_comes_to(found, facts["gates"]["rows"]),
+        start=f"{facts['gates']['rows'][0]['base']:.1%}",
         bars=table(
             ["bar", "measured", "met"], [(b["bar"], b["measured"], "yes" if b["met"] else "NO") for b in facts["bars"]]
         ),
         recovery=_recovery(found),
         seeds_table=_seeds(found),
-        without=_without(results),
-        variants=_variants(results),
-        exports=f"{same} of {len(results)} scored the same to the last bit",
-        commits=", ".join(sorted({one["commit"] for one in results.values()})),
+        without=", ".join(
+            f"INT{row.bits} {'-' if row.share is None else _percent(row.share)}"
+            for row in rows_of(facts, "without_seed_0")
+        ),
+        variants=_variants(facts["variants"]),
+        exports=f"{same} of {len(arms)} scored the same to the last bit",
+        commits=", ".join(sorted({one["commit"] for one in arms})),
         margin=facts["gates"]["margin"],
         gates=_gates(facts["gates"]["rows"]),
         peers=_peers(facts["peers"]),
@@ -113,18 +121,37 @@ def page(facts: dict[str, Any], results: Results) -> str:
     )
 
 
-def bars(facts: dict[str, Any], results: Results) -> Iterator[dict[str, Any]]:
+def rows_of(facts: dict[str, Any], key: str = "rows") -> list[Row]:
+    """Return rows as the JSON file has them."""
+    return [
+        Row(
+            **{
+                **one,
+                **{name: one[name] and Interval(*one[name]) for name in ("gap", "gained", "share")},
+                "shares": tuple(one["shares"]),
+                "accuracy": tuple(one["accuracy"]),
+            }
+        )
+        for one in facts[key]
+    ]
+
+
+def bars(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield every bar with what was measured."""
-    found = {(one.kind, one.bits): one for one in rows(results, KINDS, BITS)}
+    found = {(one.kind, one.bits): one for one in rows_of(facts)}
     for bits, least in ((2, 0.5), (3, 0.3)):
         share = found["plain", bits].share
         yield _bar(
-            f"INT{bits}: at least {least:.0%} recovered, lower 95% bound",
-            "gap too small to tell" if share is None else f"{_percent(share)}",
+            f"INT{bits}: at least {least:.0%} of the loss recovered, lower 95% bound",
+            "gap too small to tell" if share is None else f"{_percent(share)}; {_right(found['plain', bits])}",
             met=share is not None and share.low >= least,
         )
     four = found["plain", 4]
-    yield _bar("INT4: better than the control with 95% confidence", _nats(four.gained), met=four.gained.low > 0)
+    yield _bar(
+        "INT4: a lower loss than the control with 95% confidence",
+        f"{_nats(four.gained)}; {_right(four)}",
+        met=four.gained.low > 0,
+    )
     times, held = facts["cost"]["fused"]["seconds"], facts["cost"]["fused"]["memory"]
     ratio = median(times["k2quant"]) / median(times["none"])
     yield _bar(f"a QAT step: at most {TIME}x the time of a plain one", f"{ratio:.3f}x", met=ratio <= TIME)
@@ -135,8 +162,8 @@ def bars(facts: dict[str, Any], results: Results) -> Iterator[dict[str, Any]]:
     ):
         ratio = _typical(held["k2quant"], kind, part) / _typical(held["none"], kind, part)
         yield _bar(f"a QAT step: at most {MEMORY}x the peak memory, {of}", f"{ratio:.3f}x", met=ratio <= MEMORY)
-    same = all(one["export_scores_the_same"] for one in results.values())
-    yield _bar("every export scores as its training, to the last bit", f"{len(results)} exports", met=same)
+    same = all(one["export_scores_the_same"] for one in facts["arms"])
+    yield _bar("every export scores as its training, to the last bit", f"{len(facts['arms'])} exports", met=same)
 
 
 def _bar(bar: str, measured: str, *, met: bool) -> dict[str, Any]:
@@ -144,19 +171,40 @@ def _bar(bar: str, measured: str, *, met: bool) -> dict[str, Any]:
 
 
 def _recovery(found: list[Row]) -> str:
-    head = ["bits", "arm", "gap", "gained", "recovered", "right: control in BF16", "control rounded", "arm"]
+    head = ["bits", "arm", "right", "control rounded", "control in BF16", "loss recovered", "gap", "gained"]
     lines = [
         (
             f"INT{row.bits}",
             row.kind,
+            *(f"{100 * row.accuracy[which]:.1f}%" for which in (2, 1, 0)),
+            "gap too small" if row.share is None else _percent(row.share),
             _nats(row.gap),
             _nats(row.gained),
-            "gap too small" if row.share is None else _percent(row.share),
-            *(f"{100 * share:.1f}%" for share in row.accuracy),
         )
         for row in found
     ]
     return table(head, lines)
+
+
+def _comes_to(found: list[Row], gates: list[dict[str, Any]]) -> str:
+    """Say what plain STE comes to at each width, in answers before losses."""
+    verdicts = {one["name"]: one["decision"] for one in gates}
+    said = [
+        f"- INT{row.bits}: {_right(row)}"
+        + ("" if row.share is None else f"; {row.share.mean:.1%} of the loss that rounding adds came back")
+        + f". Through the gate, seed 0: {verdicts[f'INT{row.bits}, QAT, plain STE']}, the rounded control "
+        + f"{verdicts[f'INT{row.bits}, control, rounded']}."
+        for row in found
+        if row.kind == "plain"
+    ]
+    head = "What it comes to, plain STE against the rounded control. A share of the loss is no share of answers."
+    return head + "\n\n" + "\n".join(said)
+
+
+def _right(row: Row) -> str:
+    """Say how many answers are right: of the control rounded, of the arm, and of the control in BF16."""
+    whole, before, now = row.accuracy
+    return f"{before:.1%} -> {now:.1%} of answers right, of {whole:.1%} in BF16"
 
 
 def _seeds(found: list[Row]) -> str:
@@ -166,19 +214,11 @@ def _seeds(found: list[Row]) -> str:
     )
 
 
-def _without(results: Results) -> str:
-    rest = {arm: found for arm, found in results.items() if arm[0] != 0}
-    found = rows(rest, ["plain"], BITS)
-    return ", ".join(f"INT{row.bits} {'-' if row.share is None else _percent(row.share)}" for row in found)
-
-
-def _variants(results: Results) -> str:
+def _variants(found: list[dict[str, Any]]) -> str:
     lines = []
-    for bits in BITS:
-        for kind in ("learned", "distilled"):
-            found = against(results, kind, "plain", bits)
-            if found is not None:
-                lines.append((f"INT{bits}", kind, _nats(found), _said(found)))
+    for one in found:
+        below = Interval(*one["below_plain"])
+        lines.append((f"INT{one['bits']}", one["kind"], _nats(below), _said(below)))
     return table(["bits", "arm", "below plain STE", ""], lines)
 
 
@@ -219,13 +259,13 @@ def _peers(facts: dict[str, Any]) -> str:
     for bits in sorted({bits for _, _, bits in by_key}):
         seeds = sorted({s for s, tool, b in by_key if b == bits and tool == "torchao" and (s, "k2quant", b) in by_key})
         ours, theirs = ([by_key[s, tool, bits] for s in seeds] for tool in ("k2quant", "torchao"))
-        gains = [difference(t, o)[0] for o, t in zip(ours, theirs, strict=True)]
+        gains = [t["loss"] - o["loss"] for o, t in zip(ours, theirs, strict=True)]
         gain = interval(gains) if len(gains) > 1 else None
         lines.append(
             (
                 f"INT{bits}",
                 len(seeds),
-                *(f"{sum(sum(one['losses']) / one['count'] for one in arm) / len(arm):.4f}" for arm in (ours, theirs)),
+                *(f"{sum(one['loss'] for one in arm) / len(arm):.4f}" for arm in (ours, theirs)),
                 "-" if gain is None else f"{_nats(gain)}, {_said(gain)}",
                 *(
                     f"{sum(one['right'] for one in arm) / sum(one['count'] for one in arm):.1%}"

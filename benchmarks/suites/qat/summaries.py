@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Two-sided 95% points of Student's t by the number of seeds (degrees of freedom: one less)."""
 
+KINDS = ["plain", "learned", "distilled"]
+BITS = (2, 3, 4)
+
 Results = dict[tuple[int, str, int], dict[str, Any]]
 """By seed, kind and bits."""
 
@@ -36,6 +39,21 @@ class Row(NamedTuple):
     shares: tuple[float, ...]
     accuracy: tuple[float, float, float]
     """Answers wholly right: control in BF16, control rounded, trained; shares over all seeds."""
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Return what the page says of all arms, as the JSON file keeps it: the losses of single items are not kept."""
+    rest = {arm: found for arm, found in results.items() if arm[0] != 0}
+    return {
+        "rows": [one._asdict() for one in rows(results, KINDS, BITS)],
+        "without_seed_0": [one._asdict() for one in rows(rest, ["plain"], BITS)],
+        "variants": [
+            {"bits": bits, "kind": kind, "below_plain": found}
+            for bits in BITS
+            for kind in KINDS[1:]
+            if (found := against(results, kind, "plain", bits)) is not None
+        ],
+    }
 
 
 def read(folder: Path) -> Results:

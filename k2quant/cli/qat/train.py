@@ -78,7 +78,7 @@ def _show(result: Result, *, control: bool) -> None:
     else:
         _show_losses(result.evaluation)
         said = headline(read_history(result.folder / HISTORY), control=control)
-        click.echo(f"\n{said.replace('; ', ';\n')}.")
+        click.echo("\n" + said.replace("; ", ";\n") + ".")
         if result.evaluation.answers is None:
             click.echo("A share of a loss is no share of answers: those k2quant eval gate compares.")
         if not control:
@@ -97,10 +97,10 @@ def _show_losses(last: Evaluation) -> None:
 
     answers = last.answers
     rows = [
-        ("start, in BF16", last.start, answers and answers.start),
-        ("start, rounded", last.start_rounded, answers and answers.start_rounded),
-        ("trained, rounded", last.loss, answers and answers.right),
-        ("trained, in BF16", last.unrounded, answers and answers.unrounded),
+        ("start, in BF16", last.start, answers.start if answers else None),
+        ("start, rounded", last.start_rounded, answers.start_rounded if answers else None),
+        ("trained, rounded", last.loss, answers.right if answers else None),
+        ("trained, in BF16", last.unrounded, answers.unrounded if answers else None),
     ]
     click.echo("\nheld out            nats a token" + (f"   right of {answers.count:,} answers" if answers else ""))
     for name, loss, right in rows:
