@@ -16,7 +16,11 @@ _LINES = 8
 _LETTERWISE = 80  # longer stretches than that are compared word by word
 _ALIKE = 0.5  # stretches with less in common are two different ones: their few common letters are chance
 
-_VISIBLE = {" ": "\N{OPEN BOX}", "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n", "\t": "\N{RIGHTWARDS ARROW TO BAR}"}
+_VISIBLE = {
+    " ": "\N{OPEN BOX}",
+    "\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}\n",
+    "\t": "\N{RIGHTWARDS ARROW TO BAR}",
+}
 """How blanks are shown where they make the difference."""
 
 
@@ -50,7 +54,9 @@ def differences(one: str, other: str) -> tuple[str, str]:
 
 def _common(one: str, other: str) -> int:
     """Return how many letters both begin with."""
-    return next((place for place, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other)))
+    return next(
+        (place for place, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other))
+    )
 
 
 _Pieces = tuple[list[_Piece], list[_Piece]]

@@ -62,7 +62,9 @@ def _listed(found: Iterable[Flip]) -> tuple[str, int]:
     names = names[: SHOWN // (2 * _OPEN)]
     sizes = [len(some) for (task, _), some in groups.items() if task in names]
     room = next(room for room in range(SHOWN, 0, -1) if sum(min(size, room) for size in sizes) <= SHOWN)
-    listed = "".join(_task(task, {kind: groups.get((task, kind), []) for kind in (True, False)}, room) for task in names)
+    listed = "".join(
+        _task(task, {kind: groups.get((task, kind), []) for kind in (True, False)}, room) for task in names
+    )
     return listed, sum(map(len, groups.values())) - sum(min(size, room) for size in sizes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from k2quant.eval.drift.findings import Blame, Fidelity
-from k2quant.eval.gating.verdict import Comparison, Side, Verdict
+from k2quant.eval.gating.verdict import Side, Verdict
 from k2quant.eval.report.drift_pictures import blame_facts, blame_pictures, drift_pictures, fidelity_facts
 from k2quant.eval.report.flips import CSS as FLIPS_CSS
 from k2quant.eval.report.flips import flips
@@ -20,17 +20,13 @@ from k2quant.eval.report.wording import (
     interval,
     margin,
     needed,
-    outcome,
     percent,
     points,
-    rows,
     short,
-    signed,
-    title,
 )
 from k2quant.ground.version import __version__
 from k2quant.report.document import document
-from k2quant.report.words import DASH, code, table, text
+from k2quant.report.words import code, text
 
 _SENTENCE = 1000  # letters of a reason or a warning
 _WARNINGS, _TASKS = 50, 1000

@@ -33,7 +33,9 @@ def tasks(verdict: Verdict) -> str:
     """Return the card with both tables; the pool stands first."""
     found = rows(verdict)[: _MOST + 1]
     left_out = len(verdict.tasks) + 1 - len(found)
-    more = f"<p class=note>{left_out:,} tasks are left out here; <code>gate.json</code> has all.</p>" if left_out else ""
+    more = (
+        f"<p class=note>{left_out:,} tasks are left out here; <code>gate.json</code> has all.</p>" if left_out else ""
+    )
     deciding = ["verdict", "n", "baseline", "candidate", _DROP, "lost", "gained", "power", "needed"]
     tests = ["margin", "p good", "p bad", "p worse"]
     return (
@@ -51,9 +53,7 @@ def _table(label: str, heads: list[str], found: list[tuple[str, list[str]]]) -> 
     """Return a table; on a narrow screen each row is a block in which its heads stand before its cells."""
     columns = "".join(f"<th scope=col>{head}</th>" for head in ("task", *heads))
     body = "".join(f"<tr><th scope=row class=wide>{name}</th>{_cells(heads, cells)}</tr>\n" for name, cells in found)
-    return (
-        f'<table class="tasks words" aria-label="{label}"><thead><tr>{columns}</tr></thead>\n<tbody>\n{body}</tbody></table>'
-    )
+    return f'<table class="tasks words" aria-label="{label}"><thead><tr>{columns}</tr></thead>\n<tbody>\n{body}</tbody></table>'
 
 
 def _cells(heads: list[str], cells: list[str]) -> str:

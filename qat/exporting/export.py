@@ -34,7 +34,7 @@ from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.preparing import prepare, prepared
 from k2quant.qat.rounding.rules import check_packed
 from k2quant.qat.rounding.targets import bases_digest
-from k2quant.qat.run import checkpoints
+from k2quant.qat.run import checkpoints, naming
 from k2quant.qat.run.folder import TARGETS, Run
 from k2quant.qat.run.state import restore_weights
 
@@ -191,7 +191,7 @@ def load_run(folder: Path, job: Job) -> nn.Module:
         DestinationStale: other weights were fake-quantised than this version takes for the same job.
     """
     run = Run(folder)
-    found = checkpoints.found(run.checkpoints)
+    found = naming.found(run.checkpoints)
     if not found:
         raise CheckpointError(
             "no checkpoint", file=run.checkpoints, remedy="train first: k2quant qat train with the same job"
@@ -199,7 +199,7 @@ def load_run(folder: Path, job: Job) -> nn.Module:
     source = open_checkpoint(Path(job.model), follow_links=job.follow_links)
     run.check_model(contents(source))
     model = load(source, dtype=MASTERS[job.training.masters])
-    step = checkpoints.step_of(found[-1])
+    step = naming.step_of(found[-1])
     bits = job.bits_at(step - 1)
     if bits not in {None, job.final_bits}:
         raise UsageError(

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -27,38 +26,18 @@ from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writing.writer import ShardWriter
 from k2quant.errors import BadValue, CheckpointError, MalformedFile, OutputError
 from k2quant.formats.dtypes import TensorSpec, as_memory, torch_dtype
+from k2quant.qat.run.naming import STATE, found, path_of, step_of
 
-STATE = "state.json"
 FILES = "files"
 """Key of `state.json`: the files beside it with the sha256 of each; parts that had nothing to keep have none."""
 STEP = "step"
 TRAINING = "training"
 """Key of `state.json`: the digest of what is trained."""
 _STATE_LIMIT = 2**26
-_NAME = re.compile(r"step-(?P<step>[0-9]{8})")
 _DTYPES = {torch_dtype(name): name for name in ("BF16", "F16", "F32", "F8_E4M3", "BOOL", "I8", "U8", "I32", "I64")}
 """What state is kept in, by torch's type."""
 
 Tensors = Mapping[str, Tensor]
-
-
-def path_of(folder: Path, step: int) -> Path:
-    """Return where the checkpoint of a step lies."""
-    return folder / f"step-{step:08}"
-
-
-def found(folder: Path) -> list[Path]:
-    """Return the finished checkpoints of a folder, the newest last."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / STATE).is_file())
-
-
-def step_of(path: Path) -> int:
-    """Return the step that a checkpoint was saved after."""
-    match = _NAME.fullmatch(path.name)
-    assert match  # noqa: S101  `found` gave it
-    return int(match["step"])
 
 
 def save(

@@ -22,6 +22,8 @@ from k2quant.qat.job import Job, job_from
 
 MANIFEST = "k2quant_qat.json"
 """Says what is trained here; written before anything else."""
+DONE = "finished.json"
+"""Says that the training is done, and sizes and times of the files that it was made of; `result` reads it."""
 FACTS = ("data", "held_out", "model", "teacher")
 """Keys of the manifest: digests of what a training is made of."""
 TARGETS = "targets"
@@ -31,6 +33,7 @@ _BEGUN = "begun_as"
 _LOCK = "k2quant_qat.lock"
 _LIMIT = 2**24
 _OWN = (
+    DONE,
     "checkpoints",
     "tensorboard",
     "teacher.safetensors",

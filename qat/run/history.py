@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2quant.checkpoint.files import json_kinds as kinds
-from k2quant.checkpoint.files.paths import read_limited, write_whole
+from k2quant.checkpoint.files.paths import open_regular, read_limited, write_whole
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import BadValue, MalformedFile
 
@@ -19,6 +19,7 @@ HISTORY = "history.jsonl"
 """Name of the history in the folder of a run."""
 
 _LIMIT = 2**30  # bytes of a history: four million steps
+_END = 2**16  # bytes
 _LARGEST = 1e100  # of any number here; a picture can still be drawn of it
 _REMEDY = "put the file back, or begin anew with --restart; k2quant qat export works without it"
 
@@ -232,10 +233,32 @@ def read_history(path: Path) -> Records:
         records, _ = _read(path)
     except OSError as error:
         raise MalformedFile("cannot be read", file=path, found=error.strerror or str(error)) from error
+    return _sorted(records)
+
+
+def _sorted(found: Iterable[Record]) -> Records:
+    records = list(found)
     return Records(
         tuple(record for record in records if isinstance(record, StepRecord)),
         tuple(record for record in records if isinstance(record, Evaluation)),
     )
+
+
+def read_end(path: Path) -> Records:
+    """Return the last records of a history, some hundred of them, however long it is; a torn last line is passed over.
+
+    Raises:
+        MalformedFile: a line of the end is damaged or out of order, or the file cannot be read.
+    """
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(size - _END, 0))
+            data = file.read(_END)
+    except OSError as error:
+        raise MalformedFile("cannot be read", file=path, found=error.strerror or str(error)) from error
+    begin = data.find(b"\n") + 1 if size > _END else 0
+    return _sorted(_parsed(data[begin : data.rfind(b"\n") + 1], path))
 
 
 def kept_history(path: Path, step: int, evaluated: Sequence[int]) -> Records:

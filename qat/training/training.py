@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +26,10 @@ from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.planning import read_data, tried
 from k2quant.qat.preparing import Prepared, prepare, prepared
 from k2quant.qat.rounding.targets import bases_digest
-from k2quant.qat.run import checkpoints
+from k2quant.qat.run import checkpoints, naming
 from k2quant.qat.run.folder import TARGETS, Run
 from k2quant.qat.run.history import Evaluation, History, Record, Records, StepRecord, kept_history
+from k2quant.qat.run.result import Result, note_done, stamps
 from k2quant.qat.run.shards import whole
 from k2quant.qat.run.state import restore_weights, trained_tensors
 from k2quant.qat.run.tensorboard import Board
@@ -44,23 +44,6 @@ from k2quant.qat.training.teacher import Teacher
 Sink = Callable[[Record], None]
 Progress = Callable[[int, int, float], None]
 """Called with the steps done, all steps and the last loss."""
-
-
-class Result(NamedTuple):
-    """What a training came to."""
-
-    folder: Path
-    steps: int
-    resumed: int
-    """The step of the checkpoint that it went on from; 0 for none."""
-    seconds: float
-    """Of this call."""
-    evaluation: Evaluation | None
-    """The last one; None without held-out rows."""
-    starved: int
-    """Experts that keep post-training rounding."""
-    notes: tuple[str, ...]
-    """What the user should know of the data."""
 
 
 def train(
@@ -94,7 +77,7 @@ def train(
     plain = not job.training.fake_quantize or any(bits is None for _, bits in job.bits)
     unused = plain and job.quantize.estimator == "learned"
     processes = Processes(shard=job.training.shard, unused=unused)
-    run = Run(Path(job.output))
+    run, made_of = Run(Path(job.output)), stamps(job)
     try:
         held = run.held(soft_lock=soft_lock) if processes.leads else contextlib.nullcontext()
         with _reproducible(job, processes.device), held:
@@ -103,12 +86,17 @@ def train(
             resumed = trainer.resume()
             say("training")
             evaluation, starved = trainer.run(resumed, progress)
+            notes = tuple(trainer.rows.notes())
+            result = Result(
+                run.folder, job.training.steps, resumed, time.monotonic() - begun, evaluation, starved, notes
+            )
+            if processes.leads:
+                note_done(run, result, made_of)
+            return result
     except OSError as error:
         raise OutputError(
             "cannot be written", file=error.filename or run.folder, found=error.strerror or str(error)
         ) from error
-    notes = tuple(trainer.rows.notes())
-    return Result(run.folder, job.training.steps, resumed, time.monotonic() - begun, evaluation, starved, notes)
 
 
 class Trainer:
@@ -184,11 +172,11 @@ class Trainer:
 
     def resume(self) -> int:
         """Go on from the last checkpoint, if there is one; return its step, or 0."""
-        found = checkpoints.found(self._run.checkpoints)
+        found = naming.found(self._run.checkpoints)
         if not found:
             return 0
         path = found[-1]
-        step = checkpoints.step_of(path)
+        step = naming.step_of(path)
         with checkpoints.resuming(path):
             self._restore(path, step)
         return step
@@ -199,7 +187,7 @@ class Trainer:
         restore_weights(self.model, path)
         self._optimizers.restore(dict(checkpoints.read_tensors(optimizer)), file=optimizer)
         self._monitors.restore(dict(checkpoints.read_tensors(path / "watch.safetensors")), lead=self.processes.leads)
-        self._measures.restore(state.get("start"), file=path / checkpoints.STATE)
+        self._measures.restore(state.get("start"), file=path / naming.STATE)
         self.prepared.refresh()
 
     def run(self, first: int, progress: Progress | None) -> tuple[Evaluation | None, int]:

@@ -12,18 +12,26 @@ from k2quant.cli.parts.screen import remark, training
 
 if TYPE_CHECKING:
     from k2quant.qat.run.history import Evaluation
-    from k2quant.qat.training.training import Result
+    from k2quant.qat.run.result import Result
 
 
 @click.command(name="train")
 @click.argument("job", metavar="JOB.yaml", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left in the output folder.")
+@click.option("--check", is_flag=True, help="Of a training that is done, read every byte again, not sizes and times.")
 @soft_lock()
 @follow_links()
 @trust_remote_code()
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    job: Path, *, restart: bool, soft_lock: bool, follow_links: bool, trust_remote_code: bool, as_json: bool
+    job: Path,
+    *,
+    restart: bool,
+    check: bool,
+    soft_lock: bool,
+    follow_links: bool,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Train what JOB.yaml says, in one process; the same command after a kill goes on from the last checkpoint.
 
@@ -37,15 +45,18 @@ def command(
 
     gc.enable()  # the command line runs without; a training makes cycles at every step
     from k2quant.qat.job import check_folders, read_job
+    from k2quant.qat.run.result import finished
 
     read = read_job(job, trust_remote_code=trust_remote_code, follow_links=follow_links)
     check_folders(read)
-    check_early(Path(read.model), follow_links=follow_links)
-    from k2quant.qat.training.training import train  # only now: it loads torch
+    result = None if restart or check else finished(read)
+    if result is None:
+        check_early(Path(read.model), follow_links=follow_links)
+        from k2quant.qat.training.training import train
 
-    with training("training") as progress:
-        stage = None if as_json else remark
-        result = train(read, restart=restart, soft_lock=soft_lock, progress=progress, stage=stage)
+        with training("training") as progress:
+            stage = None if as_json else remark
+            result = train(read, restart=restart, soft_lock=soft_lock, progress=progress, stage=stage)
     for note in result.notes:
         remark(f"note: {note}")
     if as_json:
@@ -66,10 +77,13 @@ def _facts(result: Result) -> dict[str, Any]:
 def _show(result: Result, *, control: bool) -> None:
     from k2quant.ground.units import duration
     from k2quant.qat.report.recovery import headline
-    from k2quant.qat.run.history import HISTORY, read_history
+    from k2quant.qat.run.history import HISTORY, read_end
 
     if result.resumed == result.steps:
         click.echo(f"{result.folder}: trained before, nothing to do")
+        if result.checked == "times":
+            click.echo("It is the same job, and its files have the sizes and times that they had. No byte of")
+            click.echo("them was read again: --check does that.")
     else:
         since = f" from step {result.resumed}" if result.resumed else ""
         click.echo(f"{result.folder}: {result.steps} steps{since} in {duration(result.seconds)}")
@@ -77,7 +91,7 @@ def _show(result: Result, *, control: bool) -> None:
         click.echo("\nno rows were held out, so no loss was measured")
     else:
         _show_losses(result.evaluation)
-        said = headline(read_history(result.folder / HISTORY), control=control)
+        said = headline(read_end(result.folder / HISTORY), control=control)
         click.echo("\n" + said.replace("; ", ";\n") + ".")
         if result.evaluation.answers is None:
             click.echo("A share of a loss is no share of answers: those k2quant eval gate compares.")

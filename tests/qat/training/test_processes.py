@@ -27,7 +27,7 @@ from k2quant.qat.exporting.export import export_run
 from k2quant.qat.job import Job, job_from
 from k2quant.qat.loading import load
 from k2quant.qat.preparing import prepare, prepared
-from k2quant.qat.run import checkpoints
+from k2quant.qat.run import checkpoints, naming
 from k2quant.qat.run.folder import Run
 from k2quant.qat.run.history import read_history
 from k2quant.qat.training.processes import Processes, check_sharded
@@ -91,7 +91,7 @@ def losses(job: Job) -> list[float]:
 
 def state(job: Job) -> dict[str, Any]:
     """Return what the last checkpoint says of itself."""
-    return checkpoints.read_state(checkpoints.found(Run(Path(job.output)).checkpoints)[-1])
+    return checkpoints.read_state(naming.found(Run(Path(job.output)).checkpoints)[-1])
 
 
 def differing(one: Job, other: Job) -> tuple[int, int]:
@@ -110,8 +110,8 @@ def differing(one: Job, other: Job) -> tuple[int, int]:
 
 def again_from_first(job: Job) -> None:
     """Take a run back to its first checkpoint."""
-    last = checkpoints.found(Run(Path(job.output)).checkpoints)[-1]
-    (last / checkpoints.STATE).unlink()
+    last = naming.found(Run(Path(job.output)).checkpoints)[-1]
+    (last / naming.STATE).unlink()
 
 
 LATER: dict[str, Any] = {

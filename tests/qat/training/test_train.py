@@ -42,7 +42,7 @@ from k2quant.qat import preparing
 from k2quant.qat.exporting.export import export_run
 from k2quant.qat.job import Job, job_from
 from k2quant.qat.planning import plan_job
-from k2quant.qat.run import checkpoints
+from k2quant.qat.run import checkpoints, naming
 from k2quant.qat.run.folder import Run
 from k2quant.qat.run.history import HISTORY, read_history
 from k2quant.qat.run.summary import read_summary
@@ -112,7 +112,7 @@ def interrupted(job: Job, step: int) -> None:
 
 def weights(job: Job) -> dict[str, torch.Tensor]:
     """Return what the last checkpoint of a run holds."""
-    return load_file(checkpoints.found(Run(Path(job.output)).checkpoints)[-1] / "weights.safetensors")
+    return load_file(naming.found(Run(Path(job.output)).checkpoints)[-1] / "weights.safetensors")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -263,7 +263,7 @@ def test_muon_moves_every_projection(home: Path) -> None:
     """With BF16 masters too, Muon has the projections and AdamW the rest: attention is no exception."""
     job = make_job(home, optimizer={"method": "muon"}, training={"masters": "bfloat16", "steps": 1})
     train(job)
-    state = load_file(checkpoints.found(Run(Path(job.output)).checkpoints)[-1] / "optimizer.safetensors")
+    state = load_file(naming.found(Run(Path(job.output)).checkpoints)[-1] / "optimizer.safetensors")
     by_adam = {name.split("|")[0] for name in state if name.endswith("|exp_avg")}
     by_muon = {name.split("|")[0] for name in state if name.endswith("|momentum_buffer")}
     assert sum(".experts." in name for name in by_muon) == 8 * 3
@@ -298,7 +298,7 @@ def test_loss_that_is_not_finite(home: Path, monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(training.Trainer, "_gradients", broken)
         with pytest.raises(BadValue, match=r"not finite at step 3.*last checkpoint stands"):
             train(job)
-    assert [checkpoints.step_of(path) for path in checkpoints.found(home / "run" / "checkpoints")] == [1, 2]
+    assert [naming.step_of(path) for path in naming.found(home / "run" / "checkpoints")] == [1, 2]
     assert train(job).resumed == 2
 
 
@@ -309,7 +309,7 @@ def test_killed_before_the_first_checkpoint(home: Path) -> None:
     """A run that ended before anything was saved begins anew, and comes to the same."""
     job = make_job(home, saving={"every": 3})
     interrupted(job, 2)
-    assert not checkpoints.found(home / "run" / "checkpoints")
+    assert not naming.found(home / "run" / "checkpoints")
     assert train(job).resumed == 0
     train(make_job(home, "reference", saving={"every": 3}))
     assert contents(home / "run") == contents(home / "reference")
@@ -706,7 +706,7 @@ def test_plan(home: Path) -> None:
     assert (facts["rows"], facts["held_out"], facts["epochs"]) == (36, 4, pytest.approx(16 / 36))
     job = make_job(home, optimizer={"method": "muon"})
     train(job)
-    kept = checkpoints.found(home / "run" / "checkpoints")[-1]
+    kept = naming.found(home / "run" / "checkpoints")[-1]
     moments = sum(
         tensor.nbytes
         for name, tensor in load_file(kept / "optimizer.safetensors").items()
@@ -864,7 +864,7 @@ def kill_one(sources: Path, folder: Path, changes: dict[str, Any], dice: random.
 
     def moment(child: int) -> None:
         begun = time.monotonic()
-        while not checkpoints.found(folder / "run" / "checkpoints") and time.monotonic() < begun + 60:
+        while not naming.found(folder / "run" / "checkpoints") and time.monotonic() < begun + 60:
             time.sleep(0.002)
         time.sleep(dice.random() * 0.3)
         with contextlib.suppress(ProcessLookupError):
@@ -927,7 +927,7 @@ def kill_at_operations(sources: Path, folder: Path) -> int:
             train(other)
 
         kills += forked(act)
-        last = checkpoints.found(folder / "run" / "checkpoints")[-1:]
+        last = naming.found(folder / "run" / "checkpoints")[-1:]
         whole = [set(load_file(path / "weights.safetensors")) for path in last if checkpoints.read_state(path)]
         if last and not whole:
             sys.exit(f"killed at {place}, the last checkpoint is not whole")
