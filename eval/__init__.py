@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from k2quant.ground.extras import need
+
 if TYPE_CHECKING:
     from k2quant.eval.asking.running import run
     from k2quant.eval.drift.blame import find_blame
@@ -34,6 +36,8 @@ __all__ = ["Policy", "Verdict", "find_blame", "gate", "measure_fidelity", "plan"
 
 def __getattr__(name: str) -> Any:
     """Load a function and what it needs when it is first asked for."""
+    if name in {"find_blame", "measure_fidelity"}:
+        need("run", "running a model")
     if name in _HOMES:
         return getattr(import_module(f"k2quant.eval.{_HOMES[name]}"), name)
     msg = f"module {__name__!r} has no attribute {name!r}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from k2quant.ground.extras import need
 from k2quant.qat.config import Adapter, QATConfig
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     """Load what works on tensors, and torch with it, when it is first asked for."""
     if name in _HOMES:
+        need("run", f"k2quant.qat.{name}")
         return getattr(import_module(f"k2quant.qat.{_HOMES[name]}"), name)
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

@@ -23,8 +23,8 @@ def main(arguments: list[str]) -> int:
             `--follow-links` to read a model's files where its links lead out of its folder.
     """
     from k2quant.errors import K2QuantError, UsageError
+    from k2quant.ground.extras import need
     from k2quant.qat.job import read_job
-    from k2quant.qat.training.training import train
 
     flags = {argument for argument in arguments if argument.startswith("-")}
     files = [argument for argument in arguments if argument not in flags]
@@ -35,6 +35,9 @@ def main(arguments: list[str]) -> int:
         if len(files) != 1 or flags - {"--restart", *_SWITCHES}:
             usage = " ".join(f"[{switch}]" for switch in ("--restart", *_SWITCHES))
             raise UsageError(f"usage: accelerate launch -m k2quant.qat JOB.yaml {usage}")
+        need("qat", "training")
+        from k2quant.qat.training.training import train
+
         job = read_job(
             Path(files[0]),
             trust_remote_code="--trust-remote-code" in flags,

@@ -19,6 +19,7 @@ from k2quant.eval.asking.request import Request, check
 from k2quant.eval.runs.folder import JOURNAL, MANIFEST, begin, finished, held, tidy
 from k2quant.eval.runs.identity import digest, task_hash
 from k2quant.eval.runs.journal import Journal, Progress, Resuming
+from k2quant.ground.extras import install, need
 from k2quant.ground.version import __version__
 
 if TYPE_CHECKING:
@@ -98,14 +99,14 @@ def _harness() -> Any:
     Raises:
         MissingExtra: it is not installed.
     """
+    need("eval", "asking a benchmark's questions")
     try:
         from k2quant.eval.asking import harness
     except (ImportError, NameError) as error:  # lm-eval without its extra `api` ends in a NameError
         if (getattr(error, "name", None) or "").startswith("k2quant"):
             raise
-        raise MissingExtra(
-            "lm-eval is not installed, or not whole", found=str(error)[:200], remedy='pip install "k2quant[eval]"'
-        ) from error
+        remedy = install("eval")
+        raise MissingExtra("lm-eval is not whole", found=str(error)[:200], remedy=remedy) from error
     return harness
 
 

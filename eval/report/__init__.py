@@ -17,6 +17,7 @@ from k2quant.eval.report.junit import junit
 from k2quant.eval.report.markdown import markdown
 from k2quant.eval.report.page import page
 from k2quant.eval.report.wording import TOOL
+from k2quant.ground.extras import need
 
 __all__ = ["Reports", "github_annotations", "job_summary", "publish_to_github", "write_reports"]
 
@@ -54,7 +55,9 @@ def write_reports(
     Raises:
         DestinationForeign: a file of such a name is not ours.
         OutputError: the reports cannot be written.
+        MissingExtra: matplotlib is not installed.
     """
+    need("report", "drawing the gate's page")
     names = ("gate.html", "gate.md", "gate.xml", "gate.json")
     html, text, xml, data = paths = [Path(folder) / name for name in names]
     for path in paths:

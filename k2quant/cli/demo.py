@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from k2quant.cli.parts.screen import questions, training
+from k2quant.cli.parts.screen import questions, remark, training
 
 
 @click.command(name="demo")
@@ -29,10 +29,30 @@ def command(folder: Path, *, steps: int | None) -> None:
     """
     from k2quant.nano.demo import run
 
+    trains, judges = (steps != 0 and there for there in _installed())
+    if steps != 0 and not judges:
+        remark(_left_out(trains=trains))
     run(folder)
-    if steps != 0:
+    if trains:
         _nano(folder / "nano", steps)
+    if judges:
         _gate(folder)
+
+
+def _installed() -> tuple[bool, bool]:
+    """Return whether nano-K2 can be trained here, and whether it can be asked and judged with pictures too."""
+    from k2quant.ground.extras import lacking
+
+    return not lacking("run"), not (lacking("eval") or lacking("report"))
+
+
+def _left_out(*, trains: bool) -> str:
+    """Say before the demo begins where it will end, and what it lacks."""
+    from k2quant.ground.extras import install, lacking, listed
+
+    ends = "after nano-K2, without the gate" if trains else "after the conversions, without nano-K2 and the gate"
+    lacks = listed((*lacking("eval"), *lacking("report")))
+    return f"note: this demo ends {ends}: {lacks} not installed; {install('eval')}"
 
 
 def _nano(folder: Path, steps: int | None) -> None:

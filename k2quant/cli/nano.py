@@ -43,6 +43,9 @@ def command(folder: Path, *, steps: int | None, seed: int, tasks: Path | None, s
     import gc
     import json
 
+    from k2quant.ground.extras import need
+
+    need("run", "`k2quant nano`")
     gc.enable()  # the command line runs without; a training makes cycles at every step
     from k2quant.nano.writing import refuse_others
 

@@ -39,6 +39,9 @@ def command(device: str, minutes: float, products: tuple[str, ...], *, out: Path
         k2quant tune --minutes 10
     """
     from k2quant.cli.parts.screen import remark
+    from k2quant.ground.extras import need
+
+    need("run", "`k2quant tune`")
     from k2quant.kernels.devices.gpus import require_gpu
     from k2quant.kernels.products.tables.configs import Product, file_name, user_tables, write_table
 

@@ -11,6 +11,7 @@ from k2quant.checkpoint.files.paths import write_whole
 from k2quant.checkpoint.files.sources import check_folder
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.errors import MalformedFile, OutputError, UsageError
+from k2quant.ground.extras import need
 from k2quant.report.page import page
 from k2quant.report.reading import read
 
@@ -33,7 +34,9 @@ def write_html(folder: Path, output: Path | None = None) -> Path:
         MalformedFile: it holds no report, or one that does not parse, or its conversion is not finished.
         UsageError: `output` is no name of a page.
         OutputError: the page cannot be written.
+        MissingExtra: matplotlib is not installed.
     """
+    need("report", "drawing a report")
     target = folder / PAGE if output is None else output
     if target.suffix.lower() not in {".html", ".htm"} or target.is_dir():
         raise UsageError(f"{target} is no name for a page; end it in .html")

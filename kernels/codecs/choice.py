@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from k2quant.ground.extras import need
 from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.devices.driver import gpu_number
 
@@ -11,6 +12,7 @@ def codecs(device: str) -> Codecs:
 
     Raises:
         UsageError: there is no such device here.
+        MissingExtra: torch is not installed, and it is another than the CPU.
     """
     if device == "cpu":
         from k2quant.kernels.codecs.cpu import CODECS
@@ -18,6 +20,7 @@ def codecs(device: str) -> Codecs:
         return CODECS
     known = "cpu, cuda or cuda:N"
     gpu_number(device, known=known)  # before torch is loaded
+    need("run", f"device `{device}`")
     from k2quant.kernels.devices.gpus import check_cuda, has_triton
 
     check_cuda(device, known=known, remedy="; use --device cpu")

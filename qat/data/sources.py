@@ -12,6 +12,7 @@ from typing import Any
 from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.files.strict_json import parse_object, without_mark
 from k2quant.errors import MalformedFile, MissingExtra, UsageError
+from k2quant.ground.extras import install
 from k2quant.qat.data.examples import KEYS, Example, Reader, example_of
 from k2quant.qat.data.packing import Rows, pack
 
@@ -142,7 +143,7 @@ def _of_dataset(source: DataSource, progress: Progress) -> Iterator[tuple[str, d
         raise MissingExtra(
             f"{source.path} does not exist here, and to read it as a dataset, `datasets` must be installed",
             found=str(error)[:200],
-            remedy='pip install "k2quant[qat]"',
+            remedy=install("qat"),
         ) from error
     try:
         table = datasets.load_dataset(source.path, name=source.config, split=source.split)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from k2quant.errors import MissingExtra
+from k2quant.ground.extras import install
 from k2quant.qat.run.history import Evaluation, Record, StepRecord
 
 if TYPE_CHECKING:
@@ -46,9 +47,8 @@ def _writer(folder: Path, purge_step: int) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise MissingExtra(
-            "TensorBoard is not installed", remedy="pip install k2quant[qat], or leave TensorBoard out"
-        ) from error
+        remedy = f"{install('qat')}, or leave TensorBoard out"
+        raise MissingExtra("TensorBoard is not installed", remedy=remedy) from error
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 

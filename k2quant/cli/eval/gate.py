@@ -63,7 +63,10 @@ def command(
     from k2quant.eval import gate
     from k2quant.eval.drift.reading import read_blame, read_fidelity
     from k2quant.eval.report import publish_to_github, write_reports
+    from k2quant.ground.extras import need
 
+    if output is not None:
+        need("report", "drawing the gate's page")
     if output is None and (fidelity or blame):
         raise UsageError("--fidelity and --blame are drawn into the report; name its folder with -o")
     drift = read_fidelity(fidelity) if fidelity else None

@@ -55,6 +55,9 @@ def command(
     """
     import json
 
+    from k2quant.ground.extras import need
+
+    need("qat", "`k2quant qat export`")
     from k2quant.ground.units import duration, size
     from k2quant.qat.exporting.asked import asked_job
 

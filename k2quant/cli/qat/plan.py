@@ -29,6 +29,9 @@ def command(job: Path, *, processes: int, follow_links: bool, trust_remote_code:
     Example:
         k2quant qat plan job.yaml
     """
+    from k2quant.ground.extras import need
+
+    need("qat", "`k2quant qat plan`")
     from k2quant.qat.job import check_folders, read_job
 
     read = read_job(job, trust_remote_code=trust_remote_code, follow_links=follow_links)

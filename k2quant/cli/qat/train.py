@@ -43,6 +43,9 @@ def command(
     """
     import gc
 
+    from k2quant.ground.extras import need
+
+    need("qat", "`k2quant qat train`")
     gc.enable()  # the command line runs without; a training makes cycles at every step
     from k2quant.qat.job import check_folders, read_job
     from k2quant.qat.run.result import finished

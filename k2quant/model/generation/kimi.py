@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
 from k2quant.errors import CheckpointError, MissingExtra
+from k2quant.ground.extras import install, lacking
 from k2quant.model.generation.ranks import TIKTOKEN, read_ranks
 from k2quant.model.generation.splitting import PATTERN, check_code
 from k2quant.model.generation.words import Words, read_words, settings_of
@@ -24,8 +24,6 @@ MOST = 400_000
 """Characters that its code hands to tiktoken at once."""
 LONGEST_RUN = 25_000
 """Characters, all blank or none of them, that it hands over in a row."""
-
-INSTALL = "pip install 'k2quant[tokenizer]'"
 
 _CLASS = "TikTokenTokenizer"
 _RUNS = re.compile(r"\s+|\S+")
@@ -56,8 +54,8 @@ def open_kimi(folder: Path) -> KimiTokenizer:
 
 
 def _check_installed(path: Path) -> None:
-    if find_spec("tiktoken") is None:
-        raise MissingExtra("is read with tiktoken, which is not installed", file=path, remedy=INSTALL)
+    if lacking("tokenizer"):
+        raise MissingExtra("is read with tiktoken, which is not installed", file=path, remedy=install("tokenizer"))
 
 
 class KimiTokenizer(PreTrainedTokenizer):

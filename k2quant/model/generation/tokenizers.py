@@ -14,8 +14,9 @@ from k2quant.checkpoint.beside import of_tokenizer
 from k2quant.checkpoint.files.paths import inside, open_regular
 from k2quant.checkpoint.reader import CONFIG, open_checkpoint
 from k2quant.errors import CheckpointError, K2QuantError, MalformedFile, MissingExtra
+from k2quant.ground.extras import install
 from k2quant.model.architecture import architecture
-from k2quant.model.generation.kimi import INSTALL, is_kimi, open_kimi
+from k2quant.model.generation.kimi import is_kimi, open_kimi
 from k2quant.model.generation.ranks import TIKTOKEN
 from k2quant.model.generation.splitting import code_of, read_code
 
@@ -109,7 +110,7 @@ def _of_its_code(folder: Path, error: BaseException) -> K2QuantError | None:
         return CheckpointError(what, file=code, remedy=again + alone)
     found = " ".join(said.split())[:300]
     if "tiktoken" in said:
-        return MissingExtra("its tokenizer needs tiktoken", file=folder, found=found, remedy=INSTALL)
+        return MissingExtra("its tokenizer needs tiktoken", file=folder, found=found, remedy=install("tokenizer"))
     remedy = "install the package that its tokenizer's code asks for"
     return MissingExtra("its tokenizer is code that cannot be imported", file=folder, found=found, remedy=remedy)
 
