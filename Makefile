@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types torture mutants package kernels-aot clean
+.PHONY: demo test lint types torture mutants package kernels-aot site clean
 
 demo: $(READY)  ## write a small K2, take it through every format and back, check every step
 	$(BIN)/k2quant demo demo-run
@@ -31,6 +31,10 @@ package: $(READY)  ## build wheel and sdist, install the wheel alone elsewhere a
 
 kernels-aot: $(READY)  ## compile every shipped kernel configuration for three GPU architectures and gate the results
 	$(BIN)/python benchmarks/kernels_aot.py
+
+site: $(READY)  ## the documents as a site in build/site; a warning is an error
+	$(BIN)/pip install --quiet --constraint constraints-dev.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean:
 	rm -rf demo-run build dist *.egg-info

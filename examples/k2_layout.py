@@ -6,7 +6,7 @@
 
 Names, dtypes, shapes and shards are those of moonshotai/Kimi-K2-Instruct: 61 layers, 384 experts, block FP8, 61 shards.
 Each shard has a true header; behind it lies a hole that reads as zeros and takes no disk, on a file system that knows
-sparse files. So this is for looking and for dry runs: there is nothing in it to convert, and copying it may fill a disk.
+sparse files. It is for looking and for dry runs: there is nothing in it to convert, and copying it may fill a disk.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"{folder}: {error.strerror}")
     kept = sum(path.stat().st_blocks * 512 for path in folder.iterdir())
-    print(f"{folder}: the layout of {total / 1e12:.2f} TB in {kept / 1e6:.0f} MB on the disk, no weights")
+    sys.stdout.write(f"{folder}: the layout of {total / 1e12:.2f} TB in {kept / 1e6:.0f} MB on the disk, no weights\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What mkdocs calls while it builds the site: the repository's own pages as they are, and every command's help.
 
-The site has the folders of the repository, so a link that works beside the files works on the site. What a page links to
-comes along: other pages as pages, anything else as a copy.
+The site has the folders of the repository, so a link that works beside the files works on the site. What a page links
+to comes along: other pages as pages, anything else as a copy.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ WIDTH = 100
 """Columns of a page of help."""
 _FENCED = re.compile(r"^ *```.*?^ *```[^\n]*$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
-_LOADED = re.compile(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//|<link\b[^>]*\bhref=[\"']?(?:https?:)?//")
+_LOADED = re.compile(
+    r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//|<link\b[^>]*\bhref=[\"']?(?:https?:)?//"
+)
 
 
 def on_startup(**_: Any) -> None:
-    """Lay out the package for the reader of docstrings, who follows no links and skips folders without `__init__.py`."""
+    """Lay out the package for the reader of docstrings: links followed, and an `__init__.py` in each folder."""
     shutil.rmtree(SOURCE, ignore_errors=True)
     shutil.copytree(ROOT / "k2quant", SOURCE / "k2quant", ignore=shutil.ignore_patterns("__pycache__"))
     for module in list(SOURCE.rglob("k2quant/**/*.py")):
@@ -111,7 +113,7 @@ def _to_readme(link: re.Match[str], home: Path) -> str:
 
 def _help(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[str]:
     """Yield a heading and the help of a command, then of those below it."""
-    context = click.Context(command, info_name=name.split()[-1], parent=parent, terminal_width=WIDTH)
+    context = click.Context(command, info_name=name.rsplit(maxsplit=1)[-1], parent=parent, terminal_width=WIDTH)
     yield f"{'#' * (1 + len(name.split()))} {name}\n\n```text\n{command.get_help(context)}\n```\n"
     if isinstance(command, click.Group):
         for below in command.list_commands(context):
