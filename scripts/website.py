@@ -24,7 +24,7 @@ SOURCE = ROOT / "build" / "source"
 """Where mkdocs.yml has the docstrings read."""
 COMMANDS = "<!-- commands -->"
 """Where docs/cli.md wants the help of every command."""
-WIDTH = 100
+WIDTH = 78
 """Columns of a page of help."""
 _FENCED = re.compile(r"^ *```.*?^ *```[^\n]*$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
@@ -114,7 +114,7 @@ def _to_readme(link: re.Match[str], home: Path) -> str:
 def _help(command: click.Command, name: str, parent: click.Context | None = None) -> Iterator[str]:
     """Yield a heading and the help of a command, then of those below it."""
     context = click.Context(command, info_name=name.rsplit(maxsplit=1)[-1], parent=parent, terminal_width=WIDTH)
-    yield f"{'#' * (1 + len(name.split()))} {name}\n\n```text\n{command.get_help(context)}\n```\n"
+    yield f"{'##' if name.count(' ') < 2 else '###'} {name}\n\n```text\n{command.get_help(context)}\n```\n"
     if isinstance(command, click.Group):
         for below in command.list_commands(context):
             found = command.get_command(context, below)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +38,11 @@ class Block:
     def place(self) -> str:
         """Page and line."""
         return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def end(self) -> int:
+        """Line of its last fence, from 1."""
+        return self.line + len(self.text.splitlines()) + 1
 
     def shell(self) -> str:
         """Return what a shell would get: the block, or of a session what stands behind its prompts."""
@@ -89,3 +97,65 @@ def commands(shell: str) -> Iterator[list[str]]:
                     words = words[1:]
                 yield words
                 words = []
+
+
+# --- running them ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A block of a page that a reader pastes into a shell, and the output that the page shows below it."""
+
+    block: Block
+    output: Block | None
+    """The `text` block that follows with nothing but empty lines between; None without one."""
+
+
+def steps(page: Path) -> list[Step]:
+    """Return the shell blocks of a page that run as they stand: those without a note that begins with `not run`."""
+    lines = page.read_text().splitlines()
+    every = blocks(page)
+    found = []
+    for block, after in zip(every, [*every[1:], None], strict=True):
+        if block.language == "sh" and not block.note.startswith("not run"):
+            shown = after is not None and after.language == "text" and not "".join(lines[block.end : after.line - 1])
+            found.append(Step(block=block, output=after if shown else None))
+    return found
+
+
+def stage(folder: Path) -> None:
+    """Make a folder look like a clone with its environment: the examples, and a `.venv` whose programs are ours."""
+    programs = folder / ".venv" / "bin"
+    programs.mkdir(parents=True, exist_ok=True)
+    for name, words in (("python", f"{sys.executable}"), ("k2quant", f"{sys.executable} -m k2quant")):
+        (programs / name).write_text(f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {words} "$@"\n')
+        (programs / name).chmod(0o755)
+    (programs / "activate").write_text(f"PATH={shlex.quote(str(programs))}:$PATH\n")
+    if not (folder / "examples").exists():
+        (folder / "examples").symlink_to(ROOT / "examples")
+
+
+def run_step(step: Step, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block in a staged folder as bash runs what is pasted; stdout has stderr in it, as on a terminal."""
+    activated = f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}"
+    environment = os.environ | {"COLUMNS": "80", "NO_COLOR": "1", "PATH": activated}
+    return subprocess.run(
+        ["/bin/bash", "-c", step.block.text],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def skeleton(text: str) -> list[str]:
+    """Return the words of each line without numbers, units and drawing: what stays when the numbers change."""
+    units = r"\b(?:[kMGT]?B|h|min|m?s|dB|pp)\b"
+    found = []
+    for line in text.splitlines():
+        words = re.findall(r"[A-Za-z_]{2,}", re.sub(units, " ", re.sub(r"[\d.,]+", " ", line)))
+        if words:
+            found.append(" ".join(words))
+    return found
