@@ -1,7 +1,7 @@
 """Everything of the kernels that other code calls.
 
-    weight = prepare_int4(weight_packed, weight_scale)
-    y = int4_linear(x, weight)
+weight = prepare_int4(weight_packed, weight_scale)
+y = int4_linear(x, weight)
 """
 
 from __future__ import annotations

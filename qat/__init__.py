@@ -1,9 +1,9 @@
 """Quantization-aware training: what is trained is, bit for bit, what is served.
 
-    model = k2quant.qat.load("Kimi-K2-Base", dtype=torch.float32)
-    k2quant.qat.prepare(model, k2quant.qat.QATConfig(to="int4"))
-    ...                                          # any training loop
-    k2quant.qat.export(model, "Kimi-K2-QAT-INT4")
+model = k2quant.qat.load("Kimi-K2-Base", dtype=torch.float32)
+k2quant.qat.prepare(model, k2quant.qat.QATConfig(to="int4"))
+...                                          # any training loop
+k2quant.qat.export(model, "Kimi-K2-QAT-INT4")
 
 Importing this package loads no torch; each name loads what it needs.
 """
