@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from k2quant.cli.parts import colour
 from k2quant.cli.parts.flags import in_flags
 from k2quant.cli.parts.lazy import LazyGroup
 from k2quant.cli.parts.screen import remarks
-from k2quant.cli.parts.streams import CUT_OFF, cut_off, open_closed, say
+from k2quant.cli.parts.terminal import colour
+from k2quant.cli.parts.terminal.streams import CUT_OFF, cut_off, open_closed, say
 from k2quant.errors import K2QuantError, printable
 from k2quant.ground.version import __version__
 

@@ -173,8 +173,8 @@ def _origin(folder: Path, *, untrained: bool) -> dict[str, Any]:
     """Return what a report says of a run whose last checkpoint is exported, or of a job's file."""
     if untrained:
         return {"job": folder.name}
-    last = checkpoints.found(Run(folder).checkpoints)[-1]
-    return {"run": folder.resolve().name, "step": checkpoints.step_of(last)}
+    last = naming.found(Run(folder).checkpoints)[-1]
+    return {"run": folder.resolve().name, "step": naming.step_of(last)}
 
 
 def load_start(job: Job) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from k2quant.cli.parts.flags import noted
-from k2quant.cli.parts.volume import volume_options
+from k2quant.cli.parts.terminal.volume import volume_options
 
 
 class LazyGroup(click.Group):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from k2quant.cli.parts.flags import in_flags
-from k2quant.cli.parts.streams import say
-from k2quant.cli.parts.volume import volume
+from k2quant.cli.parts.terminal.streams import say
+from k2quant.cli.parts.terminal.volume import volume
 
 Show = Callable[[int, int], None]
 """Is told what is done, and of how much."""
@@ -95,8 +95,8 @@ def _shown(what: str, measure: str) -> Iterator[Callable[..., None] | None]:
     if volume() == "quiet":
         yield None
         return
-    from k2quant.cli.parts import meter
-    from k2quant.cli.parts.bars import shown
+    from k2quant.cli.parts.terminal import meter
+    from k2quant.cli.parts.terminal.bars import shown
 
     counted = meter.Meter(what, getattr(meter, measure))
     with shown(counted):

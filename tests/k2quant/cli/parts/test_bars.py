@@ -12,11 +12,11 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from k2quant.cli.parts import bars
-from k2quant.cli.parts.bars import FIRST, LEAST, MOST, Cadence, bar, plain
 from k2quant.cli.parts.lazy import LazyGroup
-from k2quant.cli.parts.meter import BYTES, STEPS, Meter
 from k2quant.cli.parts.screen import counting, progress, remark, training, warn
+from k2quant.cli.parts.terminal import bars
+from k2quant.cli.parts.terminal.bars import FIRST, LEAST, MOST, Cadence, bar, plain
+from k2quant.cli.parts.terminal.meter import BYTES, STEPS, Meter
 from terminal import Seen, on_terminal
 
 _JOB = """
@@ -101,7 +101,7 @@ def test_a_dumb_terminal_gets_no_codes() -> None:
 @pytest.mark.parametrize("what", ["K2 to int4", "月之暗面的模型" * 9, "a-folder-with-a-very-long-name" * 5])
 def test_a_bar_is_never_longer_than_its_line(room: int, what: str) -> None:
     """Whatever the width and the name, the line fits and says the share."""
-    from k2quant.cli.parts.tables import cells_of
+    from k2quant.cli.parts.terminal.tables import cells_of
 
     line = bar(told((0, 0), (10, 350), what=what), room)
     assert cells_of(line) <= room

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from k2quant.cli.parts.colour import verdict, wanted
+from k2quant.cli.parts.terminal.colour import verdict, wanted
 
 
 def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 import pytest
 
-from k2quant.cli.parts.colour import verdict
-from k2quant.cli.parts.tables import Column, cells_of, paragraph, shortened, table
+from k2quant.cli.parts.terminal.colour import verdict
+from k2quant.cli.parts.terminal.tables import Column, cells_of, paragraph, shortened, table
 
 COLUMNS = (
     Column(head="task", left=True),
@@ -121,7 +121,7 @@ def test_columns_that_are_no_number_and_terminals_without_a_size(
         def isatty(self) -> bool:
             return True
 
-    from k2quant.cli.parts.tables import terminal_width
+    from k2quant.cli.parts.terminal.tables import terminal_width
 
     for given in ("", "0", "-5", "wide", "²"):
         monkeypatch.setenv("COLUMNS", given)

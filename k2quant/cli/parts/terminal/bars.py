@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from k2quant.cli.parts.meter import Meter
-from k2quant.cli.parts.streams import say
-from k2quant.cli.parts.tables import cells_of, shortened, terminal_width
+from k2quant.cli.parts.terminal.meter import Meter
+from k2quant.cli.parts.terminal.streams import say
+from k2quant.cli.parts.terminal.tables import cells_of, shortened, terminal_width
 
 _FRAME = 0.1  # seconds between two drawings
 _LOOK = 1.0  # seconds between two looks at whether a plain line is due

@@ -6,7 +6,7 @@ from typing import Literal
 
 import click
 
-from k2quant.cli.parts.streams import say
+from k2quant.cli.parts.terminal.streams import say
 
 Volume = Literal["quiet", "normal", "verbose"]
 
