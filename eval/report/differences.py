@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import SequenceMatcher
 from itertools import groupby
 from operator import itemgetter
@@ -13,7 +13,7 @@ from typing import NamedTuple
 _ROOM = 240  # letters shown of an answer
 _BEFORE = 60  # letters shown before the first difference, where the beginning has no room
 _LINES = 8
-_LETTERWISE = 80  # longer stretches than that are compared word by word
+_LETTERWISE = 40  # longer answers are compared word by word
 _ALIKE = 0.5  # stretches with less in common are two different ones: their few common letters are chance
 
 _VISIBLE = {
@@ -52,8 +52,8 @@ def differences(one: str, other: str) -> tuple[str, str]:
     )
 
 
-def _common(one: str, other: str) -> int:
-    """Return how many letters both begin with."""
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """Return how many letters or words both begin with."""
     return next(
         (place for place, (x, y) in enumerate(zip(one, other, strict=False)) if x != y), min(len(one), len(other))
     )
@@ -62,45 +62,47 @@ def _common(one: str, other: str) -> int:
 _Pieces = tuple[list[_Piece], list[_Piece]]
 
 
-def _compared(one: str, other: str) -> tuple[list[_Piece], list[_Piece]]:
+def _compared(one: str, other: str) -> _Pieces:
     """Cut both into what they share and what they do not."""
-    head = _common(one, other)
-    tail = min(_common(one[::-1], other[::-1]), len(one) - head, len(other) - head)
-    middles = [words[head : len(words) - tail] for words in (one, other)]
-    inner = _matched(*middles)
+    letterwise = max(len(one), len(other)) <= _LETTERWISE
+    ours, theirs = (list(words) if letterwise else re.findall(r"\w+|\s|[^\w\s]", words) for words in (one, other))
+    head = _common(ours, theirs)
+    tail = min(_common(ours[::-1], theirs[::-1]), len(ours) - head, len(theirs) - head)
+    middles = [parts[head : len(parts) - tail] for parts in (ours, theirs)]
+    inner = (_placewise if letterwise and len(ours) == len(theirs) else _matched)(*middles)
     return tuple(  # type: ignore[return-value]  # of two
-        [_Piece(words[:head], marked=False), *pieces, _Piece(words[len(words) - tail :], marked=False)]
-        for pieces, words in zip(inner, (one, other), strict=True)
+        [_piece(parts[:head]), *pieces, _piece(parts[len(parts) - tail :])]
+        for pieces, parts in zip(inner, (ours, theirs), strict=True)
     )
 
 
-def _matched(one: str, other: str) -> tuple[list[_Piece], list[_Piece]]:
+def _piece(parts: Iterable[str], *, marked: bool = False) -> _Piece:
+    return _Piece("".join(parts), marked)
+
+
+def _matched(one: list[str], other: list[str]) -> _Pieces:
     """Compare what stands between a common beginning and a common end."""
-    if len(one) == len(other) <= _LETTERWISE:
-        return _placewise(one, other)
-    wordwise = max(len(one), len(other)) > _LETTERWISE
-    ours, theirs = (re.findall(r"\w+|\s|.", words, re.DOTALL) if wordwise else list(words) for words in (one, other))
-    matcher = SequenceMatcher(None, ours, theirs, autojunk=False)
+    matcher = SequenceMatcher(None, one, other, autojunk=False)
     if matcher.ratio() < _ALIKE:
-        return [_Piece(one, marked=True)], [_Piece(other, marked=True)]
-    found: tuple[list[_Piece], list[_Piece]] = ([], [])
+        return [_piece(one, marked=True)], [_piece(other, marked=True)]
+    found: _Pieces = ([], [])
     for kind, begin, end, low, high in matcher.get_opcodes():
-        found[0].append(_Piece("".join(ours[begin:end]), marked=kind != "equal"))
-        found[1].append(_Piece("".join(theirs[low:high]), marked=kind != "equal"))
+        found[0].append(_piece(one[begin:end], marked=kind != "equal"))
+        found[1].append(_piece(other[low:high], marked=kind != "equal"))
     return found
 
 
-def _placewise(one: str, other: str) -> tuple[list[_Piece], list[_Piece]]:
+def _placewise(one: list[str], other: list[str]) -> _Pieces:
     """Compare letter by letter: in a font of one width, those of one place stand one below the other."""
     differ = [x != y for x, y in zip(one, other, strict=True)]
     if sum(differ) > _ALIKE * len(differ):
         differ = [True] * len(differ)
     return tuple(  # type: ignore[return-value]  # of two
         [
-            _Piece("".join(letter for _, letter in run), marked=marked)
-            for marked, run in groupby(zip(differ, words, strict=True), key=itemgetter(0))
+            _piece((letter for _, letter in run), marked=marked)
+            for marked, run in groupby(zip(differ, letters, strict=True), key=itemgetter(0))
         ]
-        for words in (one, other)
+        for letters in (one, other)
     )
 
 

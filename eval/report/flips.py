@@ -32,7 +32,7 @@ mark{color:inherit;background:none;font-weight:700;border-bottom:2px solid}
 """
 
 _OPEN = 3  # of a task and a kind that are not folded away
-_PROMPT, _TARGET, _LINES = 300, 240, 8  # letters and lines of a passage
+_PROMPT, _TARGET, _LINES = 200, 240, 8  # letters and lines of a passage
 
 
 def flips(verdict: Verdict) -> str:

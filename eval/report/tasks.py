@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from k2quant.eval.gating.verdict import Comparison, Verdict
 from k2quant.eval.report.wording import chance, interval, margin, outcome, percent, rows, signed, title
 from k2quant.report.words import DASH, code, text
@@ -13,10 +15,11 @@ CSS = """\
 .tasks :is(th,td){padding-left:9px;padding-right:9px}
 .tasks th:first-child{padding-left:0;white-space:normal}
 .tasks tbody th wbr{display:inline}
-@media (max-width:860px){
+@media (max-width:1100px){
 .tasks,.tasks tbody{display:block}
 .tasks thead{display:none}
-.tasks tr{display:grid;grid-template-columns:1fr 1fr;gap:4px 16px;border-bottom:1px solid var(--line);padding:12px 0}
+.tasks tr{display:grid;grid-template-columns:repeat(auto-fill,minmax(140px,1fr));gap:4px 16px;
+border-bottom:1px solid var(--line);padding:12px 0}
 .tasks tr:last-child{border:0}
 .tasks tbody :is(th,td){display:block;border:0;padding:0;min-width:0;text-align:left;white-space:normal}
 .tasks .wide{grid-column:1/-1}
@@ -38,22 +41,27 @@ def tasks(verdict: Verdict) -> str:
     )
     deciding = ["verdict", "n", "baseline", "candidate", _DROP, "lost", "gained", "power", "needed"]
     tests = ["margin", "p good", "p bad", "p worse"]
+    names = [_name(row, verdict) for row in found]
+    first = _table("every task", deciding, zip(names, (_deciding(row, verdict) for row in found), strict=True))
+    second = _table("tests of every task", tests, zip(names, map(_tests, found), strict=True))
     return (
-        "<section class=card><h2>Every task</h2><p class=note>Lost: items only the baseline has right. Power: the chance "
-        "of PASS if nothing was lost; needed: the items that would give the power wanted.</p>"
-        f"{_table('every task', deciding, [(_name(row, verdict), _deciding(row, verdict)) for row in found])}{more}"
-        "<details><summary>Margins and p-values</summary><p class=note>p good is small where the drop is shown to be "
-        "below the margin, p bad where it is shown to be above it (of tasks adjusted by Holm, since one of many may look "
-        "bad by chance). p worse is McNemar's: it finds damage of any size, and no verdict rests on it.</p>"
-        f"{_table('tests of every task', tests, [(_name(row, verdict), _tests(row)) for row in found])}</details></section>"
+        "<section class=card><h2>Every task</h2><p class=note>Lost: items only the baseline has right. Power: the "
+        "chance of PASS if nothing was lost; needed: the items that would give the power wanted.</p>"
+        f"{first}{more}<details><summary>Margins and p-values</summary><p class=note>p good is small where the drop is "
+        "shown to be below the margin, p bad where it is shown to be above it (of tasks adjusted by Holm, since one of "
+        "many may look bad by chance). p worse is McNemar's: it finds damage of any size, and no verdict rests on it."
+        f"</p>{second}</details></section>"
     )
 
 
-def _table(label: str, heads: list[str], found: list[tuple[str, list[str]]]) -> str:
+def _table(label: str, heads: list[str], found: Iterable[tuple[str, list[str]]]) -> str:
     """Return a table; on a narrow screen each row is a block in which its heads stand before its cells."""
     columns = "".join(f"<th scope=col>{head}</th>" for head in ("task", *heads))
     body = "".join(f"<tr><th scope=row class=wide>{name}</th>{_cells(heads, cells)}</tr>\n" for name, cells in found)
-    return f'<table class="tasks words" aria-label="{label}"><thead><tr>{columns}</tr></thead>\n<tbody>\n{body}</tbody></table>'
+    return (
+        f'<table class="tasks words" aria-label="{label}"><thead><tr>{columns}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody></table>"
+    )
 
 
 def _cells(heads: list[str], cells: list[str]) -> str:

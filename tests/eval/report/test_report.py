@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from matplotlib import style
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import DestinationForeign, MalformedResults, OutputError
@@ -23,9 +26,11 @@ from k2quant.eval.drift.reading import read_blame, read_fidelity
 from k2quant.eval.gating.policy import Policy
 from k2quant.eval.gating.verdict import Comparison, Decision, Flip, Side, Verdict
 from k2quant.eval.report import Reports, github_annotations, job_summary, publish_to_github, write_reports
+from k2quant.eval.report.drift_pictures import blame_pictures
 from k2quant.eval.report.markdown import markdown
 from k2quant.eval.report.pictures import _curve, accuracies, drops, power_curve
 from k2quant.ground.intervals import Estimate
+from k2quant.report.drawing import NARROW
 
 EVIL = (
     "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>]]>&amp;\x1b[31m\x00\u202e\n"
@@ -247,8 +252,9 @@ def test_an_aa_run_has_no_verdict(tmp_path: Path) -> None:
 def test_every_number_of_a_task_is_there(full: tuple[Reports, Page]) -> None:
     """Page and Markdown show items, accuracies, drop with interval, flips, margin and power of each task."""
     reports, page = full
-    cells = "200 52.5% 50.0% +2.50 [\N{MINUS SIGN}0.08, +5.08] 5 / 0 1 pp 0.012 0.98 0.40 42% 2,473"
+    cells = "200 52.5% 50.0% +2.50 [\N{MINUS SIGN}0.08, +5.08] 5 0 42% 2,473"
     assert f"mmlu_stem INCONCLUSIVE {cells}" in page.text
+    assert "mmlu_stem 1 pp 0.012 0.98 0.40" in page.text
     row = "| `mmlu_stem` | 200 | 52.5% | 50.0% | +2.50 pp | [-0.08, +5.08] | 5 / 0 | 1 pp | 42% | INCONCLUSIVE |"
     assert row in reports.markdown.read_text()
 
@@ -284,11 +290,13 @@ def test_warnings_are_everywhere(full: tuple[Reports, Page]) -> None:
 
 
 def test_flips_stand_side_by_side(full: tuple[Reports, Page]) -> None:
-    """Lost items come first, with prompt, target and both answers, line breaks kept."""
+    """Lost items and gained ones are apart, with prompt and both answers, line breaks kept; Markdown lists all."""
     reports, page = full
-    rows = re.findall(r"<span class='badge (?:good|bad)'>(lost|gained)</span><br>", page.html)
-    assert rows == ["lost"] * 7 + ["gained"]
-    assert '<td data-head="prompt ends with">Q: 2 + 2?\nA:</td><td data-head="target">4</td>' in page.html
+    assert re.findall(r"<span class='badge (?:good|bad)'>(lost|gained)</span>(\d+)", page.html) == [
+        ("lost", "7"),
+        ("gained", "1"),
+    ]
+    assert '<dt>#7</dt><dd class="">Q: 2 + 2?\nA:</dd>' in page.html
     line = "| lost | `mmlu_stem` | 7 | <code>Q: 2 + 2&#63;"
     assert line.replace("&#63;", "&#63; A:</code> | <code>4</code> |") in reports.markdown.read_text()
 
@@ -407,7 +415,7 @@ def test_many_flips_are_cut_and_counted(tmp_path: Path) -> None:
     many = verdict(flips=(flip(),) * 100_000)
     reports, page = written(tmp_path, many)
     assert "99,800 more are left out here; gate.json has all." in page.text
-    assert page.html.count("class='badge bad'>lost") == 200
+    assert page.html.count("<dl class=flip>") == 200
     assert len(page.html) < 500_000
     assert "99,800 flips left out here" in reports.markdown.read_text()
     assert reports.json.read_text().count('"doc_id"') == 100_000
@@ -445,6 +453,38 @@ def test_accuracy_at_its_ends_is_drawn() -> None:
     picture = accuracies(verdict(tasks=(perfect, hopeless)))
     assert "100.0% → 100.0%" in picture
     assert "0.0% → 0.0%" in picture
+
+
+@pytest.mark.parametrize("own_margins", [False, True])
+def test_no_line_strikes_through_a_label(own_margins: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    """On a narrow screen, where names stand inside the picture, no line and no bar runs through one."""
+    struck: list[str] = []
+    seen: list[str] = []
+
+    def look(_: str, __: str, draw: Any, sizes: tuple[int, int], **___: Any) -> str:
+        picture = Figure(figsize=(NARROW.width / 72, sizes[1] / 72), layout="constrained")
+        FigureCanvasSVG(picture)
+        with style.context(["default", {"font.size": NARROW.font}]):
+            draw(picture.add_subplot(), NARROW)
+            picture.draw_without_rendering()
+            axes = picture.axes[0]
+            marks = [*axes.lines, *axes.patches, *(line for line in axes.get_xgridlines() if line.get_visible())]
+            for words in axes.texts:
+                box = words.get_window_extent()
+                seen.append(words.get_text())
+                struck.extend(words.get_text() for mark in marks if mark.get_window_extent().padded(0.1).overlaps(box))
+        return ""
+
+    for module in ("pictures", "drift_pictures"):
+        monkeypatch.setattr(f"k2quant.eval.report.{module}.figure", look)
+    shown = verdict()
+    if own_margins:
+        shown = replace(shown, tasks=tuple(replace(task, margin=0.02) for task in shown.tasks))
+    drops(shown)
+    accuracies(shown)
+    tuple(blame_pictures(blame()))
+    assert len(seen) == 2 * (4 + 4 + 1 + 2)
+    assert struck == []
 
 
 # --- whose words they must not trust ---------------------------------------------------------------------------------
