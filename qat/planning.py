@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from k2quant.checkpoint.files.paths import nearest_folder
 from k2quant.checkpoint.panels import panel_rows
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.conversion.plan import Plan, make_plan
-from k2quant.errors import CheckFailed, UsageError
+from k2quant.errors import CheckFailed, CheckpointError, OutputError, UsageError
 from k2quant.formats.dtypes import as_bits
 from k2quant.ground import names
 from k2quant.kernels.codecs.choice import codecs
@@ -32,7 +32,8 @@ from k2quant.qat.rounding import adapters, scales
 from k2quant.qat.rounding.rules import Rule, check_packed, plain_rule
 from k2quant.qat.rounding.survey import coverage
 from k2quant.qat.rounding.targets import bases_digest, canonical
-from k2quant.qat.run.folder import TARGETS, Run
+from k2quant.qat.run import naming
+from k2quant.qat.run.folder import MANIFEST, TARGETS, Run
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -71,6 +72,10 @@ class JobPlan:
     """Of the exported checkpoint."""
     notes: tuple[str, ...]
     """What the user should know of the data."""
+    begun: int | None
+    """Step of the output's last checkpoint, 0 where there is none yet; None where nothing of this job lies there."""
+    obstacle: str | None
+    """Why `train` would be refused the output as it is."""
     tried: tuple[str, ...]
     """Weights of the base that were encoded, decoded and compared: one of each class that is fake-quantised."""
 
@@ -88,18 +93,18 @@ class JobPlan:
 def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
     """Plan a job; of the model only headers and a few matrices are read.
 
+    What lies in the output stops no plan: the plan says what it means for a training.
+
     Args:
         job: from `read_job`.
         processes: that will train.
 
     Raises:
         UsageError: no routed expert would be fake-quantised, or another setting makes no sense for this model.
-        CheckpointError: model, data or output cannot be used, or the result could not be saved.
+        CheckpointError: model or data cannot be used, or the result could not be saved.
         CheckFailed: what would be stored of a weight is not what the forward pass would see.
     """
     check_folders(job)
-    run = Run(Path(job.output))
-    run.check_folder()
     source = open_checkpoint(Path(job.model), follow_links=job.follow_links)
     model = skeleton(source)
     prepare(model, job.quantize)
@@ -111,7 +116,8 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
     if job.training.batch % processes:
         raise UsageError(f"training: batch {job.training.batch} is no multiple of the {processes} processes")
     rows, held_out = read_data(job, model.config)
-    run.compare(job, {"data": rows.digest, "held_out": held_out.digest, TARGETS: bases_digest(found.targets)})
+    facts = {"data": rows.digest, "held_out": held_out.digest, TARGETS: bases_digest(found.targets)}
+    begun, obstacle = _output(job, facts)
     sizes, top_k = _Sizes.of(job, model), (job.distill.top_k if job.distill else None) or 0
     return JobPlan(
         coverage=coverage(model, found.targets),
@@ -129,8 +135,23 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
         disk_free=shutil.disk_usage(nearest_folder(Path(job.output))).free,
         export_bytes=export.bytes_written,
         notes=(*rows.notes(), *export.remarks),
+        begun=begun,
+        obstacle=obstacle,
         tried=tuple(tried(job, source, found, export)),
     )
+
+
+def _output(job: Job, facts: Mapping[str, str]) -> tuple[int | None, str | None]:
+    """Return the step that a training would go on from, if it was begun, and why it would be refused, if so."""
+    run = Run(Path(job.output))
+    try:
+        run.check_folder()
+        run.compare(job, facts)
+    except (OutputError, CheckpointError) as error:
+        return None, str(error)
+    if not (run.folder / MANIFEST).is_file():
+        return None, None
+    return max(map(naming.step_of, naming.found(run.checkpoints)), default=0), None
 
 
 def read_data(job: Job, config: Any) -> tuple[Rows, Rows]:

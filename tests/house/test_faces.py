@@ -48,6 +48,7 @@ OPEN: dict[str, dict[str, str]] = {
         "planning": "what a job would take",
         "report.recovery": "a run's result in one sentence",
         "run.history": "what a run noted of itself",
+        "run.result": "what a training came to, and whether it is done",
         "training.training": "a job's whole training",
     },
 }

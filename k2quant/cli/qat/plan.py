@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from k2quant.cli.parts.options import check_early, follow_links, trust_remote_code
+from k2quant.cli.parts.screen import warn
 
 if TYPE_CHECKING:
     from k2quant.qat.planning import JobPlan
@@ -23,7 +24,7 @@ def command(job: Path, *, processes: int, follow_links: bool, trust_remote_code:
     """Say what JOB.yaml would train, what memory that takes, and whether its result could be saved.
 
     Nothing is trained, and of the model only headers and a few weights are read. Ends with an error if no routed expert
-    would be fake-quantised.
+    would be fake-quantised. An output that `train` would be refused stops no plan; it is warned of.
 
     \b
     Example:
@@ -40,12 +41,14 @@ def command(job: Path, *, processes: int, follow_links: bool, trust_remote_code:
     from k2quant.qat.planning import plan_job  # only now: it loads torch
 
     plan = plan_job(read, processes=processes)
+    if plan.obstacle:
+        warn(f"warning: train would be refused the output: {plan.obstacle}")
     if as_json:
         import json
 
         click.echo(json.dumps(_facts(plan), indent=1))
         return
-    for line in _lines(plan):
+    for line in _lines(plan, steps=read.training.steps):
         click.echo(line)
 
 
@@ -56,7 +59,7 @@ def _facts(plan: JobPlan) -> dict[str, Any]:
     return asdict(plan) | {"coverage": covered, "bytes_needed": plan.bytes_needed, "disk_needed": plan.disk_needed}
 
 
-def _lines(plan: JobPlan) -> list[str]:
+def _lines(plan: JobPlan, *, steps: int) -> list[str]:
     from k2quant.ground.units import size
 
     some, whole = (sum(counts) for counts in zip(*plan.coverage.values(), strict=True))
@@ -77,5 +80,17 @@ def _lines(plan: JobPlan) -> list[str]:
         f"{'epochs':<20} {plan.epochs:.2f}",
         f"{'export':<20} {size(plan.export_bytes)}; tried on {', '.join(plan.tried)}: equal bits",
     ]
+    lines += [f"{'output':<20} {_output(plan, steps)}"]
     lines += [f"{'note':<20} {note}" for note in plan.notes]
     return lines
+
+
+def _output(plan: JobPlan, steps: int) -> str:
+    """Say what `train` would find."""
+    if plan.obstacle:
+        return f"train would be refused it: {plan.obstacle}"
+    if plan.begun is None:
+        return "new"
+    if plan.begun == steps:
+        return "holds this training, done: nothing is left for train to do"
+    return f"holds this training up to step {plan.begun:,}: train goes on from there"

@@ -735,7 +735,10 @@ def test_plan_follows_links_when_it_is_told_to(home: Path) -> None:
 
 
 def test_plan_looks_at_the_output(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that `train` would refuse is refused by `plan`; a disk too small for the checkpoints is said to be."""
+    """What `train` would be refused stops no plan, which warns of it; a disk too small for checkpoints is said to be.
+
+    A run that is begun or done is no obstacle either, and the plan says which of the two it is.
+    """
     path = as_yaml(make_job(home), home / "job.yaml")
     usage = shutil.disk_usage(home)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -747,10 +750,20 @@ def test_plan_looks_at_the_output(home: Path, monkeypatch: pytest.MonkeyPatch) -
     below = as_yaml(make_job(home, "file/run"), home / "below.yaml")
     other = as_yaml(make_job(home, "taken", training={"steps": 3}), home / "other.yaml")
     for job, said in ((path, "no training of ours"), (below, "not a folder"), (other, r"training.steps")):
-        for name in ("plan", "train"):
+        for name, code in (("plan", 0), ("train", 1)):
             shown = command(name, job)
-            assert (shown.exit_code, said in shown.stderr) == (1, True), shown.output
-    assert command("plan", as_yaml(make_job(home, "taken"), home / "taken.yaml")).exit_code == 0
+            assert (shown.exit_code, said in shown.stderr) == (code, True), shown.output
+        assert "warning: train would be refused the output" in command("plan", job).stderr
+        planned = command("plan", job, "--json")
+        assert said in json.loads(planned.stdout)["obstacle"]
+    assert (home / "run" / "thesis.txt").read_text() == "mine"
+    done = as_yaml(make_job(home, "taken"), home / "taken.yaml")
+    assert "output               holds this training, done" in command("plan", done).stdout
+    shutil.rmtree(naming.path_of(home / "taken" / "checkpoints", 4))
+    shown = command("plan", done)
+    assert "holds this training up to step 3: train goes on from there" in shown.stdout
+    assert "warning" not in shown.stderr
+    assert "output               new" in command("plan", as_yaml(make_job(home, "new"), home / "new.yaml")).stdout
 
 
 def test_plan_counts_what_a_teacher_says(home: Path) -> None:
