@@ -22,10 +22,10 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "k2quant/formats/compressed_tensors.py": (f"{_FORMATS}/test_compressed_tensors.py", _MADE_UP),
     "k2quant/formats/dtypes.py": (f"{_FORMATS}/test_fp8.py", f"{_FORMATS}/test_int4.py"),
     "k2quant/formats/keys.py": (f"{_FORMATS}/test_keys.py", f"{_CONVERSION}/test_carrying.py"),
-    "k2quant/ground/engines.py": ("tests/k2quant/ground/test_engines.py", f"{_CONVERSION}/test_fused.py"),
+    "k2quant/ground/engines.py": ("tests/k2quant/ground/test_engines.py", f"{_CONVERSION}/recipes/test_fused.py"),
     "k2quant/ground/patterns.py": ("tests/k2quant/ground/test_patterns.py",),
     "k2quant/conversion/recipe.py": (
-        *(f"{_CONVERSION}/test_{name}.py" for name in ("fused", "convert")),
+        *(f"{_CONVERSION}/{name}.py" for name in ("recipes/test_fused", "test_convert")),
         f"{_FORMATS}/test_fp8.py",
     ),
     "k2quant/conversion/config.py": (*_CONVERTED, f"{_CONVERSION}/test_carrying.py", f"{_CHECKPOINT}/test_hostile.py"),

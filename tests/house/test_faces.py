@@ -43,6 +43,7 @@ OPEN: dict[str, dict[str, str]] = {
         "placement": "a device, checked",
     },
     "k2quant.qat": {
+        "exporting.asked": "the job of a run or a file, without torch",
         "exporting.export": "the export of a run by its folder",
         "job": "has a face of its own",
         "planning": "what a job would take",
