@@ -19,6 +19,7 @@ from k2quant.qat.job.sections import (
     Saving,
     Training,
 )
+from k2quant.qat.job.template import write_template
 
 __all__ = [
     "Data",
@@ -35,4 +36,5 @@ __all__ = [
     "job_from",
     "read_job",
     "refuse_sharded",
+    "write_template",
 ]

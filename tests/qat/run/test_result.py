@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from k2quant.checkpoint.contents import contents
+from k2quant.checkpoint.reader import Checkpoint
 from k2quant.cli import main
 from k2quant.errors import DestinationStale
 from k2quant.qat.job import Job, job_from
 from k2quant.qat.run import naming
 from k2quant.qat.run.folder import DONE
 from k2quant.qat.run.result import finished
-from k2quant.qat.training import training
 from k2quant.qat.training.training import train
 from tiny import job_content, write_data, write_model
 
@@ -79,8 +80,12 @@ def test_json_says_what_was_looked_at(home: Path, monkeypatch: pytest.MonkeyPatc
     """`checked` is times without `--check`, and bytes with it: then everything is read."""
     assert json.loads(command(home / "job.yaml", "--json").stdout)["checked"] == "times"
     read: list[Path] = []
-    before = training.contents
-    monkeypatch.setattr(training, "contents", lambda found: read.append(found.folder) or before(found))
+
+    def noting(found: Checkpoint) -> dict[str, str]:
+        read.append(found.folder)
+        return contents(found)
+
+    monkeypatch.setattr("k2quant.qat.training.training.contents", noting)
     shown = command(home / "job.yaml", "--check")
     assert "trained before, nothing to do\n\n" in shown.stdout
     assert read == [home / "model"]
