@@ -37,11 +37,11 @@ def loss_recovered(last: Evaluation) -> str:
         for (words, look), value in zip(_looks(), (last.start, last.loss, last.start_rounded), strict=True)
     ]
     left = last.loss - last.start
-    what = f"{nats(left)} above" if left > 0 else f"{nats(-left)} below" if left < 0 else "as low as"
+    what = "as low as" if left == 0 else f"{nats(abs(left))} {'above' if left > 0 else 'below'}"
     return _bar(
         "Loss that came back",
         f"Held-out cross-entropy in nats a token; the filled part is what training took off the rounded model. What is "
-        f"served now is {what} the start point in BF16.".replace("-", "&minus;"),
+        f"served now is {what} the start point in BF16.",
         marks,
         "held-out cross-entropy (nats a token)",
     )
@@ -91,7 +91,7 @@ def _bar(title: str, note: str, marks: list[_Mark], label: str, limits: tuple[fl
         axes.set_ylim(-0.5, 0.5)
         _scale(axes, canvas, label)
 
-    entries = [(mark.sign, mark.paint, f"{mark.words}: {mark.said}".replace("-", "&minus;")) for mark in marks]
+    entries = [(mark.sign, mark.paint, f"{mark.words}: {mark.said.replace('-', '&minus;')}") for mark in marks]
     return figure(title, note, draw, (120, 110), legend=legend(entries))
 
 

@@ -64,8 +64,17 @@ def _lead(history: Records) -> str:
     return (
         f"Plain {rounding} raises the held-out loss of the start point by {_gap(found)} nats a token, from "
         f"{_nats(last.start)} to {_nats(last.start_rounded)}. After {steps(last.step)} of training the loss with the "
-        f"same rounding is <b>{_nats(last.loss)}</b>{_beside(found)}."
+        f"same rounding is <b>{_nats(last.loss)}</b>{_beside(found)}.{_start_right(last)}"
     )
+
+
+def _start_right(last: Evaluation) -> str:
+    """Say how many answers the start point has right."""
+    found = last.answers
+    if found is None or found.start is None or found.start_rounded is None:
+        return ""
+    before, whole = percent(found.start_rounded, found.count), percent(found.start, found.count)
+    return f" Of the answers {before} were right when it was rounded untrained, and {whole} in BF16."
 
 
 def _gap(found: Recovery) -> str:
@@ -112,10 +121,12 @@ def _warning(history: Records) -> str:
             f" Here the loss without any rounding fell too, from {_nats(last.start)} to {_nats(last.unrounded)}, by "
             f"{_nats(last.start - last.unrounded)} nats a token, and the loss with rounding holds that gain."
         )
-    return (
-        f"<section class='card warnings'><h2>Read the headline with care</h2><p>{text(CAVEAT, _SENTENCE)}.{seen}</p>"
-        "</section>"
-    )
+    return f"<section class='card warnings'><h2>Read the headline with care</h2><p>{_caveat()}.{seen}</p></section>"
+
+
+def _caveat() -> str:
+    before, setting, after = text(CAVEAT, _SENTENCE).split("`")
+    return f"{before}<code>{setting}</code>{after}"
 
 
 def _results(history: Records) -> Iterator[str]:

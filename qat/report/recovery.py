@@ -76,13 +76,7 @@ def _also(answers: Answers | None) -> str:
     """Return how many answers are right as the end of a sentence; a share of a loss is no share of them."""
     if answers is None:
         return ""
-    start = [
-        f"{percent(right, answers.count)} {of}"
-        for right, of in ((answers.start_rounded, "rounded untrained"), (answers.start, "in BF16"))
-        if right is not None
-    ]
-    beside = f" ({', '.join(start)})" if start else ""
-    return f"; {percent(answers.right, answers.count)} of the answers are right{beside}"
+    return f"; {percent(answers.right, answers.count)} of the answers are right"
 
 
 def percent(right: int, count: int) -> str:
