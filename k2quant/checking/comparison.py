@@ -46,6 +46,8 @@ class Finding(NamedTuple):
     """Bytes that differ, for tensors that were compared as bytes."""
     rounded: bool = False
     """Whether a side has F16 or F32, which were rounded to BF16 before values were compared."""
+    dtypes: tuple[str | None, str | None] = (None, None)
+    """Dtype of the tensor that carries the values, as safetensors has it, in the first and in the second checkpoint."""
 
     def how(self) -> str:
         """Say in words how the weight differs."""
@@ -125,6 +127,7 @@ class _Pair:
             self.outside,
             self.bytes_changed,
             rounded=figures is not None and any(map(_wide, (self.first, self.second))),
+            dtypes=(self.first.main.dtype, self.second.main.dtype),
         )
 
     def _relation(self, figures: Figures | None) -> Relation:
@@ -209,10 +212,16 @@ def compare_opened(a: Checkpoint, b: Checkpoint, *, workers: int, progress: Prog
     pairs = {key: _Pair(weight, theirs[key], {}) for key, weight in ours.items() if key in theirs}
     _Comparison(a, b, list(pairs.values()), progress).run(workers)
     findings = [
-        pairs[key].finding() if key in pairs else Finding(weight.main.name, "missing", (_name(weight), None))
+        pairs[key].finding()
+        if key in pairs
+        else Finding(weight.main.name, "missing", (_name(weight), None), dtypes=(weight.main.dtype, None))
         for key, weight in ours.items()
     ]
-    extra = [Finding(w.main.name, "extra", (None, _name(w))) for key, w in theirs.items() if key not in ours]
+    extra = [
+        Finding(weight.main.name, "extra", (None, _name(weight)), dtypes=(None, weight.main.dtype))
+        for key, weight in theirs.items()
+        if key not in ours
+    ]
     return findings + extra
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from k2quant.cli.parts import conversion, options
+from k2quant.cli.parts.results import suggest
 
 
 @click.command(name="convert")
@@ -44,9 +45,14 @@ def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) 
     with progress(f"{source.name} to {conversion.target(options)}") as show:
         done = convert(source, destination, progress=show, **options)
     conversion.announce(done)
-    click.echo(
-        json.dumps(conversion.summary(done, destination)) if as_json else conversion.last_line(done, destination)
-    )
+    if as_json:
+        click.echo(json.dumps(conversion.summary(done, destination)))
+        return
+    click.echo(conversion.last_line(done, destination))
+    if not done.already_done:
+        click.echo(conversion.quality(done))
+    linked = ("--follow-links",) if options["follow_links"] else ()
+    suggest(("k2quant", "verify", *linked, source, destination), ("k2quant", "report", destination))
 
 
 def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) -> None:

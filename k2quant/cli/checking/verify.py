@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts import options
+from k2quant.cli.parts import options, tables
+from k2quant.cli.parts.colour import verdict
+from k2quant.cli.parts.tables import Column, paragraph
 from k2quant.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
@@ -76,10 +81,51 @@ def _print(done: Verification, *, as_json: bool) -> None:
         click.echo(json.dumps({"passed": done.passed, "failures": done.failures, "findings": findings}, indent=1))
         return
     for name, why in list(done.failures.items())[:_SHOWN]:
-        click.echo(f"FAILED {name} {why}")
+        click.echo(_coloured("FAILED", paragraph(f"FAILED {name} {why}", hang="  ")))
+    if len(done.failures) > _SHOWN:
+        click.echo(f"... and {len(done.failures) - _SHOWN:,} more that failed")
     if done.findings:
-        click.echo(table(done.findings))
-    click.echo("passed" if done.passed else "failed")
+        click.echo(table(done.findings, partial(_result, failures=done.failures)))
+    if done.passed:
+        click.echo(_coloured("passed", paragraph(f"passed: {_passed(done.findings)}")))
+    else:
+        click.echo(verdict("failed"))
+
+
+def _coloured(word: str, lines: str) -> str:
+    """Put colour on the word that lines begin with; before they were folded it would have counted as letters."""
+    return lines.replace(word, verdict(word), 1)
+
+
+def _result(finding: Finding, failures: Mapping[str, str]) -> str:
+    """Say what was found of a weight, in the words of what a conversion may do."""
+    if finding.name in failures:
+        return "FAILED"
+    if finding.relation == "differs" and finding.formats[1]:
+        return f"within {finding.formats[1].upper()} rounding"
+    return _WORDS.get(finding.relation, finding.relation)
+
+
+_WORDS = {
+    "codes equal": "codes and scales equal",
+    "values equal": "equal, but for -0",
+    "missing": "left out, not used",
+}
+"""What is said of relations that pass."""
+
+
+def _passed(findings: list[Finding]) -> str:
+    """Say what passed, in a line."""
+    from k2quant.ground.units import counted
+
+    if not findings:
+        return "every tensor and file has the checksum that the report has"
+    results = Counter(_result(finding, {}) for finding in findings)
+    rounded = {result: count for result, count in results.items() if result.startswith("within")}
+    left = results[_WORDS["missing"]]
+    parts = [f"{len(findings) - sum(rounded.values()) - left:,} equal"]
+    parts += [f"{count:,} {result}" for result, count in rounded.items()] + ([f"{left:,} left out"] if left else [])
+    return f"{counted(len(findings), 'tensor')}: {', '.join(parts)}"
 
 
 def finding_record(finding: Finding) -> dict[str, Any]:
@@ -94,8 +140,13 @@ def finding_record(finding: Finding) -> dict[str, Any]:
     return record
 
 
-def table(findings: list[Finding]) -> str:
-    """Return a table of findings: a line for each class, relation and pair of formats."""
+def table(findings: list[Finding], result: Callable[[Finding], str] = attrgetter("relation")) -> str:
+    """Return a table of findings: a line for each class, pair of formats and result.
+
+    Args:
+        findings: of two checkpoints.
+        result: says what was found of one.
+    """
     from k2quant.checking.comparison import rounding_note
     from k2quant.ground.names import TENSOR_CLASSES, tensor_class
     from k2quant.kernels.codecs.figures import Figures
@@ -103,14 +154,42 @@ def table(findings: list[Finding]) -> str:
     counts: Counter[tuple[str, str, str]] = Counter()
     sums: dict[tuple[str, str, str], Figures] = {}
     for finding in findings:
-        formats = " -> ".join(name or "other" for name in finding.formats)
-        key: tuple[str, str, str] = (tensor_class(finding.name), formats, finding.relation)
+        key: tuple[str, str, str] = (tensor_class(finding.name), _formats(finding), result(finding))
         counts[key] += 1
         sums[key] = sums.get(key, Figures()) + (finding.figures or Figures())
-    lines = [f"{'class':<16} {'formats':<16} {'tensors':>8}  {'result':<13} {'SQNR':>9} {'worst error':>12}"]
+    rows = []
     for key in sorted(counts, key=lambda key: (TENSOR_CLASSES.index(key[0]), *key[1:])):
         figures = sums[key]
-        rounding = f"{figures.sqnr_db:>6.2f} dB {figures.worst:>12.3g}" if figures.changed else ""
-        lines.append(f"{key[0]:<16} {key[1]:<16} {counts[key]:>8,}  {key[2]:<13} {rounding}".rstrip())
+        rounding = (f"{figures.sqnr_db:.2f} dB", f"{figures.worst:.3g}") if figures.changed else ()
+        rows.append((key[0], key[1], f"{counts[key]:,}", key[2], *rounding))
+    lines = [tables.table(_COLUMNS, rows)]
+    if any(figures.changed for figures in sums.values()):
+        lines.append(paragraph(_UNITS))
     note = rounding_note(findings)
-    return "\n".join([*lines, note] if note else lines)
+    return "\n".join([*lines, paragraph(note)] if note else lines)
+
+
+_COLUMNS = (
+    Column(head="class", left=True),
+    Column(head="format", left=True),
+    Column(head="tensors"),
+    Column(head="result", left=True, style=verdict),
+    Column(head="SQNR"),
+    Column(head="worst error", minor=True),
+)
+_UNITS = "SQNR: energy of the weights over that of their errors, in dB. Worst error: of one weight, in its own unit."
+
+
+def _formats(finding: Finding) -> str:
+    """Return what a weight is in both checkpoints: `fp8 -> int4`, or `bf16` where it is the same."""
+    first, second = map(_format, finding.formats, finding.dtypes)
+    return first if first == second else f"{first} -> {second}"
+
+
+def _format(name: str | None, dtype: str | None) -> str:
+    """Return a format that is quantised by its name, and what is none by its dtype, such as `f32`."""
+    from k2quant.formats.known import FORMATS
+
+    if name is not None and FORMATS[name].quantised:
+        return name
+    return dtype.lower() if dtype else name or "none"

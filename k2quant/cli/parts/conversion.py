@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -181,6 +182,24 @@ def last_line(done: Conversion, destination: Path) -> str:
         f"{destination}: {size(report['bytes_read'])} -> {size(report['bytes_written'])} ({ratio:.2f}x) "
         f"in {duration(report['seconds'])}{rate}"
     )
+
+
+def quality(done: Conversion) -> str:
+    """Say what rounding did to which classes of tensors, such as `SQNR: routed experts 20.2 dB, the rest exact`."""
+    from k2quant.ground.names import TENSOR_CLASSES, tensor_class
+    from k2quant.kernels.codecs.figures import Figures
+
+    sums = dict.fromkeys(TENSOR_CLASSES, Figures())
+    exact = False
+    for name, facts in done.report["tensors"].items():
+        found = facts.get("figures") or {}
+        figures = Figures(**{field.name: found[field.name] for field in fields(Figures)}) if found else Figures()
+        sums[tensor_class(name)] += figures
+        exact |= figures.exact
+    rounded = [f"{kind} {figures.sqnr_db:.1f} dB" for kind, figures in sums.items() if not figures.exact]
+    if not rounded:
+        return "exact: every value is as it was"
+    return "SQNR: " + ", ".join(rounded) + (", the rest exact" if exact else "")
 
 
 def dry_run(

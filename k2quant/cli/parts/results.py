@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,18 @@ from typing import Any
 import click
 
 from k2quant.cli.parts.screen import remark
+
+
+def suggest(*commands: tuple[str | Path, ...]) -> None:
+    """Say which commands come next, as they are typed, each on a line of its own.
+
+    They are for whoever sits at a terminal, and no result: on stderr, and only where that is a terminal. A script or a
+    log gets nothing, nor does who asked for quiet.
+    """
+    if not sys.stderr.isatty():
+        return
+    for place, command in enumerate(commands):
+        remark(("      " if place else "next: ") + shlex.join(map(str, command)))
 
 
 def give(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_every_command_has_help_with_an_example_and_every_option_is_explained(na
 
 
 def test_convert_prints_its_result_to_stdout_alone(k2_source: Path, tmp_path: Path) -> None:
-    """Piped, a conversion prints one line, no bar; again, it says that nothing is to do; both exit 0."""
+    """Piped, a conversion prints its result, no bar; again, it says that nothing is to do; both exit 0."""
     done = k2quant("convert", "--to", "int4", k2_source, tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{tmp_path / 'out'}: ")
@@ -129,7 +130,11 @@ def test_verify_and_diff_exit_codes(k2_source: Path, tmp_path: Path) -> None:
     good = k2quant("verify", k2_source, tmp_path / "int4")
     assert good.returncode == 0
     assert "routed experts" in good.stdout
-    assert good.stdout.endswith("passed\n")
+    assert good.stdout.endswith("passed: 142 tensors: 46 equal, 96 within INT4 rounding\n")
+    rows = [re.split(r"\s{2,}", line) for line in good.stdout.splitlines()]
+    assert ["routed experts", "fp8 -> int4", "96", "within INT4 rounding"] in [row[:4] for row in rows]
+    assert ["router", "f32", "2", "bit-equal"] in rows
+    assert "differs" not in good.stdout
     assert k2quant("verify", "--checksums", tmp_path / "int4").returncode == 0
     differ = k2quant("diff", k2_source, tmp_path / "int4")
     assert differ.returncode == 3

@@ -1,0 +1,107 @@
+"""What commands say at their end: how good the result is, and what to type next."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.cli import main
+
+
+def k2quant(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, [*map(str, arguments)])
+
+
+def on_terminal(*arguments: object) -> tuple[str, str]:
+    """Run the command line with stderr on a terminal of 80 columns; return stdout and what is left on the terminal."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "k2quant", *map(str, arguments)]
+    environment = os.environ | {"COLUMNS": "80", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment) as process:
+        os.close(theirs)
+        said = b""
+        while True:
+            try:
+                said += os.read(ours, 4096)
+            except OSError:  # the terminal is closed when the process has ended
+                break
+        assert process.stdout is not None
+        printed = process.stdout.read()
+    os.close(ours)
+    return printed, said.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--to", "int4"], r"SQNR: routed experts 20\.\d dB, the rest exact"),
+        (["--to", "bf16"], r"exact: every value is as it was"),
+        (["--to", "int4", "--scope", "projections"], r"SQNR: routed experts 20\.\d dB, .*attention 20\.\d dB, .*exact"),
+    ],
+    ids=" ".join,
+)
+def test_a_conversion_ends_with_its_quality(options: list[str], words: str, k2_source: Path, tmp_path: Path) -> None:
+    """After the sizes, what rounding did to which classes: on stdout, for it is a result; nothing is suggested."""
+    done = k2quant("convert", *options, k2_source, tmp_path / "out")
+    assert re.fullmatch(rf"[^\n]+MB/s\n{words}\n", done.stdout)
+    assert done.stderr == ""
+
+
+def test_a_conversion_on_a_terminal_says_what_comes_next(k2_source: Path, tmp_path: Path) -> None:
+    """On stderr, each command on a line, quoted as a shell wants it; they work as printed. `-q` leaves them out."""
+    destination = tmp_path / "it's out"
+    printed, said = on_terminal("convert", "--to", "int4", k2_source, destination)
+    verify, report = re.findall(r"(?:next: |      )(k2quant .+)\n", said)
+    assert "k2quant verify" not in printed
+    assert shlex.split(verify) == ["k2quant", "verify", str(k2_source), str(destination)]
+    assert k2quant(*shlex.split(verify)[1:]).exit_code == 0
+    assert k2quant(*shlex.split(report)[1:]).exit_code == 0
+    assert on_terminal("convert", "-q", "--to", "int4", k2_source, destination)[1] == ""
+
+
+def test_verify_says_what_was_found_in_words_of_a_promise(k2_source: Path, k2_thinking: Path) -> None:
+    """What was rounded is within the rounding of its format, not `differs`; a row has the dtypes that are there."""
+    done = k2quant("verify", k2_source, k2_thinking)
+    rows = {tuple(re.split(r"\s{2,}", line)[:4]) for line in done.stdout.splitlines()}
+    assert ("routed experts", "fp8 -> int4", "96", "within INT4 rounding") in rows
+    assert ("attention", "bf16", "3", "bit-equal") in rows
+    assert ("router", "f32", "2", "bit-equal") in rows
+    assert "differs" not in done.stdout
+    assert "dB" in done.stdout.split("SQNR: ")[1]  # the unit is explained
+    assert done.stdout.endswith("\npassed: 142 tensors: 46 equal, 96 within INT4 rounding\n")
+    same = k2quant("verify", k2_thinking, k2_thinking)
+    assert "codes and scales equal" in same.stdout
+    assert same.stdout.endswith("\npassed: 142 tensors: 142 equal\n")
+
+
+def test_verify_says_what_failed(k2_source: Path, k2_thinking: Path) -> None:
+    """The row of what failed says so, and no more failures are listed than a person reads, with how many are left."""
+    done = k2quant("verify", k2_thinking, k2_source)
+    assert done.exit_code == 3
+    assert re.search(r"^routed experts +int4 -> fp8 +96 +within FP8 rounding", done.stdout, re.MULTILINE) is None
+    assert re.search(r"^routed experts +int4 -> fp8 +\d+ +FAILED", done.stdout, re.MULTILINE)
+    listed = [line for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    more = re.search(r"\.\.\. and (\d+) more that failed", done.stdout)
+    assert more is not None
+    assert f"{len(listed) + int(more[1])} of 142 checks failed" in done.stderr
+    assert done.stdout.endswith("\nfailed\n")
+
+
+def test_verify_keeps_its_json(k2_source: Path, k2_thinking: Path) -> None:
+    """Machines read the relations of old, with the dtypes beside them."""
+    found = json.loads(k2quant("verify", "--json", k2_source, k2_thinking).stdout)["findings"]
+    expert = next(each for each in found if ".experts.3.up_proj" in each["name"])
+    assert (expert["relation"], expert["formats"]) == ("differs", ["fp8", "int4"])
+    assert expert["dtypes"] == ["F8_E4M3", "I32"]
+    assert all(each["dtypes"][0] == open_checkpoint(k2_source).tensors[each["name"]].dtype for each in found[:5])
