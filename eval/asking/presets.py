@@ -79,14 +79,5 @@ def expand(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(tasks))
 
 
-def table() -> str:
-    """Return the presets as text, a benchmark a line: how lm-eval asks it, and how the report does."""
-    lines: list[str] = []
-    for preset, benchmarks in PRESETS.items():
-        lines += ["", preset] if lines else [preset]
-        lines += [f"  {b.task:<26} {b.name:<21} {b.here}; in the report: {b.report}" for b in benchmarks]
-    return "\n".join(lines)
-
-
 def _tasks(name: str) -> list[str]:
     return [benchmark.task for benchmark in PRESETS[name]] if name in PRESETS else [name]

@@ -30,6 +30,7 @@ def command(first: Path, second: Path, *, workers: int | None, follow_links: boo
     from k2quant.checking.comparison import compare, rounding_note, unlike
     from k2quant.cli.checking.verify import finding_record, table
     from k2quant.cli.parts.screen import progress
+    from k2quant.cli.parts.tables import paragraph
     from k2quant.ground.pool import checked_workers
     from k2quant.ground.units import counted
 
@@ -40,7 +41,7 @@ def command(first: Path, second: Path, *, workers: int | None, follow_links: boo
         click.echo(json.dumps([finding_record(finding) for finding in differences], indent=1))
     elif differences:
         for finding in differences[:_SHOWN]:
-            click.echo(f"{finding.name}: {finding.how()}")
+            click.echo(paragraph(f"{finding.name}: {finding.how()}", hang="  "))
         if len(differences) > _SHOWN:
             click.echo(f"... and {len(differences) - _SHOWN} more")
         click.echo(table(differences))

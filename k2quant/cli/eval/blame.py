@@ -12,6 +12,7 @@ import click
 from k2quant.cli.parts import options
 from k2quant.cli.parts.results import give
 from k2quant.cli.parts.screen import counting, remark
+from k2quant.cli.parts.tables import Column, paragraph, table
 
 if TYPE_CHECKING:
     from k2quant.eval.drift.findings import Blame, Suspect
@@ -102,10 +103,12 @@ def _show(found: Blame, dtype: str) -> None:
     tables = [_table("tensor class", found.classes)] if found.classes else []
     if found.together:
         tables.append(_table("suspect", [*found.suspects, found.together]))
-    click.echo("\n\n".join("\n".join(lines) for lines in tables))
+    click.echo("\n\n".join(tables) + "\n")
     click.echo(
-        "\nA share is what goes of the damage when the group alone is put back, with its 95% interval. Groups overlap"
-        "\nin effect, so that shares may sum to more than 100%."
+        paragraph(
+            "A share is what goes of the damage when the group alone is put back, with its 95% interval. Groups\n"
+            "overlap in effect, so that shares may sum to more than 100%."
+        )
     )
 
 
@@ -119,10 +122,11 @@ def _nothing(found: Blame, dtype: str) -> str:
     return f"Nothing to blame: the damage cannot be told from the noise of rounding.{advice}"
 
 
-def _table(title: str, rows: Iterable[Suspect]) -> Iterable[str]:
-    rows = list(rows)
-    width = max(len(title), *(len(row.name) for row in rows))
-    yield f"{title:<{width}}  {'tensors':>8}  {'share':>7}  {'95%':>16}"
-    for row in rows:
-        low, high = (f"{100 * edge:.1f}" for edge in row.interval)
-        yield f"{row.name:<{width}}  {row.tensors:>8}  {100 * row.share:>6.1f}%  {f'{low} to {high}%':>16}"
+def _table(title: str, rows: Iterable[Suspect]) -> str:
+    columns = (Column(head=title, left=True), *(Column(head=head) for head in ("tensors", "share", "95%")))
+    return table(columns, map(_row, rows))
+
+
+def _row(suspect: Suspect) -> tuple[str, ...]:
+    low, high = (f"{100 * edge:.1f}" for edge in suspect.interval)
+    return suspect.name, str(suspect.tensors), f"{100 * suspect.share:.1f}%", f"{low} to {high}%"

@@ -11,6 +11,7 @@ import click
 from k2quant.cli.parts import options
 from k2quant.cli.parts.results import give
 from k2quant.cli.parts.screen import counting
+from k2quant.cli.parts.tables import Column, paragraph, table
 
 if TYPE_CHECKING:
     from k2quant.eval.drift.findings import Fidelity, LayerFidelity
@@ -19,15 +20,9 @@ from k2quant.ground.intervals import Estimate
 _NAMED = 16  # experts of a layer that are listed by number
 
 _COLUMNS = (
-    ("layer", 5),
-    ("rel. error", 11),
-    ("cosine", 10),
-    ("KL", 10),
-    ("same experts", 13),
-    ("overlap", 9),
-    ("load shift", 11),
-    ("never", 6),
-    ("starved", 8),
+    *(Column(head=head) for head in ("layer", "rel. error", "cosine", "KL", "same experts", "overlap", "load shift")),
+    Column(head="never", minor=True),
+    Column(head="starved", minor=True),  # named below the table
 )
 
 
@@ -108,10 +103,10 @@ def _show(found: Fidelity) -> None:
     click.echo(f"text       {found.text}, {found.tokens} predictions in {found.chunks} chunks\n")
     for name, value in _figures(found):
         click.echo(f"{name:<28} {value}")
-    click.echo("\n" + " ".join(f"{name:>{width}}" for name, width in _COLUMNS))
-    for layer in found.layers:
-        click.echo(_row(layer))
-    click.echo("\nerror and cosine of each layer's output; KL of what norm and head would predict from it, nats")
+    click.echo("\n" + table(_COLUMNS, map(_row, found.layers)) + "\n")
+    click.echo(
+        paragraph("error and cosine of each layer's output; KL of what norm and head would predict from it, nats")
+    )
     for line in _starved(found):
         click.echo(line)
     click.echo(
@@ -137,13 +132,13 @@ def _with_error(estimate: Estimate) -> str:
     return f"{estimate.value:.4g} +- {estimate.error:.2g}"
 
 
-def _row(layer: LayerFidelity) -> str:
-    """Return a layer's line; a dense layer has no experts to compare."""
+def _row(layer: LayerFidelity) -> list[str]:
+    """Return a layer's cells; a dense layer has no experts to compare."""
     cells = [f"{layer.layer}", f"{layer.relative_mse:.3g}", f"{layer.cosine:.6f}", f"{layer.kl:.3g}"]
     if layer.same_experts is not None and layer.overlap is not None and layer.load_shift is not None:
         cells += [f"{share:.2%}" for share in (layer.same_experts, layer.overlap, layer.load_shift)]
         cells += [str(len(layer.never)), str(len(layer.starved))]
-    return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, _COLUMNS, strict=False))
+    return cells
 
 
 def _starved(found: Fidelity) -> list[str]:

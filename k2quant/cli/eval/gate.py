@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from k2quant.cli.parts import colour
 from k2quant.cli.parts.screen import remark
+from k2quant.cli.parts.tables import Column, paragraph, table
 from k2quant.errors import CheckFailed, Inconclusive, UsageError, printable
 
 if TYPE_CHECKING:
@@ -107,47 +109,57 @@ def _policy(file: Path | None, margin: str | None, alpha: str | None, tasks: str
 
 
 def show(verdict: Verdict) -> None:
-    """Print a verdict for people: a table, the first flips, the reason."""
-    click.echo(printable(f"baseline   {verdict.base.model} ({verdict.base.folder})"))
-    click.echo(printable(f"candidate  {verdict.candidate.model} ({verdict.candidate.folder})") + "\n")
-    heads = ("items", "baseline", "candidate", "drop", "interval", "lost", "gained", "verdict")
+    """Print a verdict for people: what it is and why, a table, the first flips."""
+    word = "NOISE FLOOR" if verdict.same_model else verdict.decision
+    head, *rest = paragraph(f"{word}: {printable(verdict.reason)}").split("\n")
+    click.echo(colour.verdict(word) + head[len(word) :])
+    for line in rest:
+        click.echo(line)
+    click.echo()
+    for name, side in (("baseline", verdict.base), ("candidate", verdict.candidate)):
+        click.echo(paragraph(printable(f"{side.model} ({side.folder})"), indent=f"{name:<11}", hang=" " * 11))
+    click.echo()
     rows = [*verdict.tasks, verdict.pooled] if len(verdict.tasks) > 1 else [verdict.pooled]
-    names = [printable(comparison.name) for comparison in rows]
-    width = max(len("task"), *map(len, names))
-    click.echo(f"{'task':<{width}} " + " ".join(f"{head:>{size}}" for head, size in zip(heads, _WIDTHS, strict=True)))
-    for name, comparison in zip(names, rows, strict=True):
-        click.echo(f"{name:<{width}} {_row(comparison)}")
-    click.echo("\ndrop and its interval in percentage points; lost and gained: items only one of them has right")
-    for flip in verdict.flips[:_FLIPS_SHOWN]:
-        click.echo(
-            printable(
-                f"  {_mark(lost=flip.lost)} {flip.task} {flip.doc_id}: {flip.prompt[-40:]!r} wants "
-                f"{flip.target[:30]!r}: {flip.base_answer[:30]!r} became {flip.candidate_answer[:30]!r}"
-            )
-        )
-    if len(verdict.flips) > _FLIPS_SHOWN:
-        click.echo(f"  and {len(verdict.flips) - _FLIPS_SHOWN} more; -o DIR writes a page with them")
+    click.echo(table(_COLUMNS, map(_row, rows)))
+    click.echo()
+    about = "drop, interval: percentage points; flips: items only the baseline (-) or the candidate (+) has right"
+    click.echo(paragraph(about))
+    _show_flips(verdict)
     for warning in verdict.warnings:
-        click.echo(f"\nnote: {printable(warning)}")
-    click.echo(f"\n{'NOISE FLOOR' if verdict.same_model else verdict.decision}: {printable(verdict.reason)}")
+        click.echo("\n" + paragraph(f"note: {printable(warning)}"))
 
 
-_WIDTHS = (7, 9, 9, 7, 17, 6, 6, 13)
+_COLUMNS = (
+    Column(head="task", left=True),
+    Column(head="verdict", left=True, style=colour.verdict),
+    *(Column(head=head) for head in ("items", "baseline", "candidate", "drop", "interval", "flips")),
+)
 
 
-def _row(comparison: Comparison) -> str:
+def _row(comparison: Comparison) -> tuple[str, ...]:
     low, high = comparison.interval
-    cells = (
+    return (
+        comparison.name,
+        comparison.decision,
         f"{comparison.n:,}",
         f"{comparison.base_accuracy:.2%}",
         f"{comparison.candidate_accuracy:.2%}",
         f"{100 * comparison.drop:+.2f}",
         f"{100 * low:+.2f} to {100 * high:+.2f}",
-        str(comparison.lost),
-        str(comparison.gained),
-        comparison.decision,
+        f"-{comparison.lost} +{comparison.gained}" if comparison.flips else "0",
     )
-    return " ".join(f"{cell:>{size}}" for cell, size in zip(cells, _WIDTHS, strict=True))
+
+
+def _show_flips(verdict: Verdict) -> None:
+    for flip in verdict.flips[:_FLIPS_SHOWN]:
+        said = printable(
+            f"{_mark(lost=flip.lost)} {flip.task} {flip.doc_id}: {flip.prompt[-40:]!r} wants "
+            f"{flip.target[:30]!r}: {flip.base_answer[:30]!r} became {flip.candidate_answer[:30]!r}"
+        )
+        click.echo(paragraph(said, indent="  ", hang=" " * 9))
+    if len(verdict.flips) > _FLIPS_SHOWN:
+        more = f"and {len(verdict.flips) - _FLIPS_SHOWN} more; -o DIR writes a page with them"
+        click.echo(paragraph(more, indent="  ", hang="  "))
 
 
 def _mark(*, lost: bool) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from k2quant.cli.parts.tables import Column, paragraph, table
 from k2quant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,8 +73,11 @@ def command(
 
         click.echo(json.dumps({"pilot": measured, "plans": [each.as_dict() for each in plans]}, indent=1))
         return
-    for line in [*_head(rules, measured), *_table(plans), *_remarks(plans)]:
-        click.echo(line)
+    for line in _head(rules, measured):
+        click.echo(paragraph(line))
+    click.echo(table(_COLUMNS, map(_row, plans)))
+    for line in _remarks(plans):
+        click.echo(paragraph(line))
 
 
 def _plans(rules: dict[str, float], shares: list[float]) -> list[Plan]:
@@ -100,11 +104,9 @@ def _measured(base: Path, candidate: Path) -> dict[str, Any]:
 def _head(rules: dict[str, float], measured: dict[str, Any] | None) -> list[str]:
     """Say what is planned, and on what it rests."""
     drop = f"a true drop of {100 * rules['drop']:g} pp" if rules["drop"] else "no true drop"
-    lines = [
-        f"Items that let a candidate with {drop} pass with a chance of {100 * rules['power']:g}%,",
-        f"and one whose drop is {100 * rules['margin']:g} pp with at most {100 * rules['alpha']:g}%:",
-        "",
-    ]
+    good = f"Items that let a candidate with {drop} pass with a chance of {100 * rules['power']:g}%,"
+    bad = f"and one whose drop is {100 * rules['margin']:g} pp with at most {100 * rules['alpha']:g}%:"
+    lines = [f"{good}\n{bad}", ""]
     if measured:
         counts = f"The pilot: {measured['n']:,} items, {measured['lost']:,} lost, {measured['gained']:,} gained; "
         limit = f"{measured['flips']:.2%} flipped, at most {measured['limit']:.2%} with 95% confidence."
@@ -112,13 +114,12 @@ def _head(rules: dict[str, float], measured: dict[str, Any] | None) -> list[str]
     return lines
 
 
-def _table(plans: list[Plan]) -> list[str]:
-    lines = [f"{'flips':>8} {'items':>12} {'chance of PASS':>16}"]
-    for each in plans:
-        items = f"over {10_000_000:,}" if each.items is None else f"{each.items:,}"
-        reached = "" if each.reached is None else f"{each.reached:.1%}"
-        lines.append(f"{each.flips:>8.2%} {items:>12} {reached:>16}".rstrip())
-    return lines
+_COLUMNS = tuple(Column(head=head) for head in ("flips", "items", "chance of PASS"))
+
+
+def _row(plan: Plan) -> tuple[str, ...]:
+    items = f"over {10_000_000:,}" if plan.items is None else f"{plan.items:,}"
+    return f"{plan.flips:.2%}", items, "" if plan.reached is None else f"{plan.reached:.1%}"
 
 
 def _remarks(plans: list[Plan]) -> list[str]:

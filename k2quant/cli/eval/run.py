@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from k2quant.cli.parts import options
-from k2quant.cli.parts.screen import progress, questions, remark
+from k2quant.cli.parts.screen import progress, questions, remark, warn
+from k2quant.cli.parts.tables import Column, paragraph, table
 
 Progress = Callable[[int, int], None]
 
@@ -18,9 +19,13 @@ Progress = Callable[[int, int], None]
 def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001  click's signature
     if not value or ctx.resilient_parsing:
         return
-    from k2quant.eval.asking.presets import table
+    from k2quant.eval.asking.presets import PRESETS
 
-    click.echo(table())
+    for number, (preset, benchmarks) in enumerate(PRESETS.items()):
+        click.echo(("\n" if number else "") + preset)
+        for each in benchmarks:
+            said = f"{each.name}: {each.here}; in the report: {each.report}"
+            click.echo(paragraph(said, indent=f"  {each.task:<26} ", hang=" " * 29))
     ctx.exit()
 
 
@@ -148,19 +153,23 @@ def _data(pairs: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _show(manifest: dict[str, Any], folder: Path) -> None:
-    rows = [("task", "metric", "n", "value", "stderr")]
+    rows = []
     for name, task in manifest["tasks"].items():
         rows += _rows(name, task["metrics"], str(task["documents"]))
     for name, metrics in manifest["groups"].items():
         rows += _rows(name, metrics, "")
-    widths = [max(len(row[place]) for row in rows) for place in range(5)]
-    for row in rows:
-        left = f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}"
-        click.echo(f"{left}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}  {row[4]:>{widths[4]}}".rstrip())
+    click.echo(table(_COLUMNS, rows))
     for name, task in manifest["tasks"].items():
         if task["truncated"]:
-            remark(f"{name}: {task['truncated']} answers ended at the limit on new tokens; see --max-new-tokens")
+            warn(f"{name}: {task['truncated']} answers ended at the limit on new tokens; see --max-new-tokens")
     remark(f"{folder}: {manifest['seconds']:.0f} s; compare with  k2quant eval gate BASELINE {folder}")
+
+
+_COLUMNS = (
+    Column(head="task", left=True),
+    Column(head="metric", left=True),
+    *(Column(head=head) for head in ("n", "value", "stderr")),
+)
 
 
 def _rows(name: str, metrics: dict[str, Any], count: str) -> list[tuple[str, str, str, str, str]]:

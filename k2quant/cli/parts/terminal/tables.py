@@ -68,13 +68,15 @@ def paragraph(text: str, *, indent: str = "", hang: str = "") -> str:
     """Return a text as lines that fit the terminal, broken at spaces where it has some.
 
     Args:
-        text: the text; its line breaks are spaces.
+        text: the text; its own line breaks stay where all its lines fit.
         indent: stands before the first line.
         hang: stands before each other.
     """
     room = width()
-    line = indent + " ".join(text.split("\n"))
-    return line if room is None or cells_of(line) <= room else "\n".join(_folded(text, room, indent, hang))
+    lines = (indent + text).split("\n")
+    if room is None or all(cells_of(line) <= room for line in lines):
+        return f"\n{hang}".join(lines)
+    return "\n".join(_folded(text, room, indent, hang))
 
 
 def cells_of(text: str) -> int:
@@ -183,15 +185,32 @@ def _named(columns: Sequence[Column], rows: Sequence[_Row], room: int | None) ->
 
 
 def _stacked(columns: Sequence[Column], rows: Sequence[_Row], room: int | None) -> list[str]:
-    """Return each row as its first cell, and each of the others behind its head below it."""
+    """Return each row as its first cell, and below it the others, each behind its head, as many a line as fit."""
     lines = []
     for row in rows:
         lines += _folded(f"{columns[0].head} {row[0]}".strip(), room, "", "  ")
-        for column, cell in zip(columns[1:], row[1:], strict=True):
-            if cell:
-                plain = _folded(f"{column.head} {cell}".strip(), room, "  ", "    ")
-                whole = f"  {column.head} {column.style(cell)}" if column.head else f"  {column.style(cell)}"
-                lines += [whole] if len(plain) == 1 else plain
+        told = [(column, cell) for column, cell in zip(columns[1:], row[1:], strict=True) if cell]
+        lines += _packed(told, room or 0)
+    return lines
+
+
+def _packed(told: Sequence[tuple[Column, str]], room: int) -> list[str]:
+    """Return cells behind their heads with commas between them; one that is too long for a line gets several."""
+    lines: list[str] = []
+    free = 0
+    for place, (column, cell) in enumerate(told):
+        comma = "," * (place + 1 < len(told))
+        plain = f"{column.head} {cell}{comma}".lstrip()
+        size = 1 + cells_of(plain)
+        if size < free:
+            lines[-1] += f" {column.head} {column.style(cell)}{comma}"
+            free -= size
+        elif size < room:
+            lines.append(f"  {column.head} {column.style(cell)}{comma}")
+            free = room - size
+        else:
+            lines += _folded(plain, room, "  ", "    ")
+            free = 0
     return lines
 
 

@@ -68,8 +68,8 @@ def test_the_ways_to_fold_in_their_order(monkeypatch: pytest.MonkeyPatch) -> Non
     assert at(30, monkeypatch)[:4] == [
         "task minerva_math500_with_a_lo",
         "  ng_name",
-        "  verdict PASS",
-        "  items 500",
+        "  verdict PASS, items 500,",
+        "  same experts 98.1%,",
     ]
 
 
