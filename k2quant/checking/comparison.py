@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from k2quant.ground.units import counted
 if TYPE_CHECKING:
     from k2quant.formats.transcode import Scratch
     from k2quant.kernels.codecs.figures import Figures
+
+_log = logging.getLogger(__name__)
 
 Relation = Literal["bit-equal", "codes equal", "values equal", "differs", "missing", "extra"]
 """`bit-equal`: the same bytes, or the same BF16 bits once both are BF16, to which F16 and F32 are rounded. `codes
@@ -209,6 +212,8 @@ def compare_opened(a: Checkpoint, b: Checkpoint, *, workers: int, progress: Prog
         CheckpointError: one of them is not sound.
     """
     ours, theirs = _weights(a), _weights(b)
+    _log.info("%s: %s", a.folder, counted(len(ours), "weight"))
+    _log.info("%s: %s", b.folder, counted(len(theirs), "weight"))
     pairs = {key: _Pair(weight, theirs[key], {}) for key, weight in ours.items() if key in theirs}
     _Comparison(a, b, list(pairs.values()), progress).run(workers)
     findings = [

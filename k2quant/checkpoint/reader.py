@@ -6,7 +6,9 @@ The index is the authority: a tensor that it lacks is missing, whatever the shar
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +22,9 @@ from k2quant.checkpoint.header import ShardHeader, TensorEntry, read_header
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
 from k2quant.formats.dtypes import FLOATS
 from k2quant.ground import names
+from k2quant.ground.units import counted
+
+_log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -97,11 +102,15 @@ def open_checkpoint(folder: Path, *, follow_links: bool = False) -> Checkpoint:
     Raises:
         CheckpointError: the folder holds no checkpoint, or one that lies about itself.
     """
+    begun = time.monotonic()
     try:
-        return _open(folder, follow_links=follow_links)
+        found = _open(folder, follow_links=follow_links)
     except OSError as error:
         message = "cannot be read"
         raise CheckpointError(message, file=error.filename or folder, found=error.strerror or str(error)) from error
+    what = counted(len(found.shards), "shard"), counted(len(found.tensors), "tensor")
+    _log.info("%s: %s, %s; headers read in %.2f s", folder, *what, time.monotonic() - begun)
+    return found
 
 
 def _open(folder: Path, *, follow_links: bool) -> Checkpoint:

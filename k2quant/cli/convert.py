@@ -57,6 +57,7 @@ def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) 
 
 def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
     from k2quant.checkpoint.reader import open_checkpoint
+    from k2quant.cli.parts.screen import working
     from k2quant.conversion.convert import codecs_of
     from k2quant.conversion.plan import make_plan
     from k2quant.conversion.resume import refuse_nested
@@ -64,7 +65,8 @@ def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) 
 
     refuse_nested(source, destination)
     choice = conversion.choice(options)
-    plan = make_plan(open_checkpoint(source, follow_links=options["follow_links"]), choice)
+    with working(f"reading the headers of {source.name}"):
+        plan = make_plan(open_checkpoint(source, follow_links=options["follow_links"]), choice)
     codecs_of(options["device"])
     workers = checked_workers(options["workers"])
     conversion.dry_run(plan, destination, restart=options["restart"], workers=workers, as_json=as_json)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts import conversion
+from k2quant.cli.parts import conversion, tables
+from k2quant.cli.parts.terminal.tables import Column
 
 if TYPE_CHECKING:
     from k2quant.merge.figures import ClassSum
@@ -51,7 +52,7 @@ def command(
 def _merge(base: Path, adapter: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
     import json
 
-    from k2quant.cli.parts.screen import progress, remark
+    from k2quant.cli.parts.screen import progress, warn
     from k2quant.merge import merge
     from k2quant.merge.figures import by_class
 
@@ -66,7 +67,7 @@ def _merge(base: Path, adapter: Path, destination: Path, *, as_json: bool, **opt
     click.echo(table(rows))
     for row in rows:
         if row.figures.lost_share > _MOST:
-            remark(_loss(row))
+            warn(_loss(row))
     click.echo(conversion.last_line(done, destination))
 
 
@@ -82,17 +83,30 @@ def _loss(row: ClassSum) -> str:
 
 def table(rows: list[ClassSum]) -> str:
     """Return what became of the update: a line for each class of tensors."""
-    lines = [f"{'class':<16} {'tensors':>8} {'|D|':>10} {'cosine':>8} {'|E|/|D|':>8} {'lost':>7} {'codes changed':>14}"]
-    for row in rows:
-        figures = row.figures
-        lines.append(
-            f"{row.kind:<16} {row.tensors:>8,} {figures.norm:>10.4g} {figures.cosine:>8.4f} {figures.ratio:>8.3f} "
-            f"{figures.lost_share:>7.1%} {figures.changed_share:>14.1%}"
-        )
-    return "\n".join(lines)
+    return tables.table(_COLUMNS, map(_row, rows))
+
+
+_COLUMNS = (
+    Column(head="class", left=True),
+    *(Column(head=head) for head in ("tensors", "|D|", "cosine", "|E|/|D|", "lost", "codes changed")),
+)
+
+
+def _row(row: ClassSum) -> tuple[str, ...]:
+    figures = row.figures
+    return (
+        row.kind,
+        f"{row.tensors:,}",
+        f"{figures.norm:.4g}",
+        f"{figures.cosine:.4f}",
+        f"{figures.ratio:.3f}",
+        f"{figures.lost_share:.1%}",
+        f"{figures.changed_share:.1%}",
+    )
 
 
 def _dry_run(base: Path, adapter: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
+    from k2quant.cli.parts.screen import working
     from k2quant.conversion.resume import refuse_nested
     from k2quant.ground.pool import checked_workers
     from k2quant.merge import make_merge_plan
@@ -100,7 +114,8 @@ def _dry_run(base: Path, adapter: Path, destination: Path, *, as_json: bool, **o
     refuse_nested(base, destination)
     refuse_nested(adapter, destination)
     choice = conversion.choice(options)
-    prepared = make_merge_plan(base, adapter, choice, follow_links=options["follow_links"])
+    with working(f"reading the headers of {base.name}"):
+        prepared = make_merge_plan(base, adapter, choice, follow_links=options["follow_links"])
     workers = checked_workers(options["workers"])
     conversion.dry_run(
         prepared.plan,

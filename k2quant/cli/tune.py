@@ -61,11 +61,11 @@ def command(device: str, minutes: float, products: tuple[str, ...], *, out: Path
 
 
 def _show(cell: Cell, trials: list[Trial], *, as_json: bool) -> None:
-    from k2quant.cli.parts.screen import remark
+    from k2quant.cli.parts.screen import warn
 
     for trial in trials:
         if trial.refusal:
-            remark(f"refused {cell}: {trial.config}: {trial.refusal}")
+            warn(f"refused {cell}: {trial.config}: {trial.refusal}")
     if as_json:
         for trial in trials:
             click.echo(json.dumps(_plain(cell, trial)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -28,11 +29,14 @@ from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FormatName
 from k2quant.ground import names
 from k2quant.ground.pool import checked_workers
+from k2quant.ground.units import counted
 from k2quant.ground.version import __version__
 from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
     from k2quant.kernels.codecs.seam import Codecs
+
+_log = logging.getLogger(__name__)
 
 
 class Conversion(NamedTuple):
@@ -168,6 +172,8 @@ def carry_out(
             if restart:
                 clear(folder)
             done = begin(folder, plan, fresh=restart)
+            shards = counted(len(plan.shards), "shard")
+            _log.info("%s: %s, %d of them there already; %d at work", there, shards, len(done), threads)
             stream = Stream(
                 plan,
                 folder,

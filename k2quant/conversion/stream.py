@@ -6,6 +6,7 @@ task is done, a thread of its own flushes and renames it and notes it in the jou
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -35,11 +36,14 @@ from k2quant.conversion.plan import Plan
 from k2quant.formats.dtypes import TensorSpec, row_bytes
 from k2quant.formats.format import Format, Parts
 from k2quant.ground import pool
+from k2quant.ground.units import size
 
 if TYPE_CHECKING:
     from k2quant.formats.transcode import Scratch
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.seam import Codecs
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with the bytes of weights read so far and in all."""
@@ -349,6 +353,7 @@ class Stream:
             record["sha256"] = shard.writer.sha256()
         shard.writer.finish()
         self._folder.record(record)
+        _log.info("%s: %s, on the disk", shard.plan.file, size(shard.plan.size))
         with self._lock:
             self._open.discard(shard.writer)
             self._records[shard.plan.file] = record

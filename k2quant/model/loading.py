@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +24,8 @@ from k2quant.model.causal_lm import K2ForCausalLM
 from k2quant.model.filling import Progress, fill
 from k2quant.model.modules import Backend
 from k2quant.model.placement import execution_device, place, resident, spread
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -65,10 +69,12 @@ def load_model(
             names and shapes can tell is checked before weights are read.
         UsageError: an option makes no sense.
     """
+    begun = time.monotonic()
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path), follow_links=follow_links)
     assembly = assemble(checkpoint, device=execution_device(device), dtype=dtype, backend=backend)
     mapping = spread(assembly, device, max_memory)
     fill(assembly, resident(assembly, mapping), progress=progress)
+    _log.info("%s: loaded in %.2f s", checkpoint.folder, time.monotonic() - begun)
     _tie(assembly)
     place(assembly, mapping)
     _take_generation_config(assembly)

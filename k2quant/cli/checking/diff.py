@@ -30,7 +30,7 @@ def command(first: Path, second: Path, *, workers: int | None, follow_links: boo
     from k2quant.checking.comparison import compare, rounding_note, unlike
     from k2quant.cli.checking.verify import finding_record, table
     from k2quant.cli.parts.screen import progress
-    from k2quant.cli.parts.tables import paragraph
+    from k2quant.cli.parts.terminal.tables import paragraph
     from k2quant.ground.pool import checked_workers
     from k2quant.ground.units import counted
 

@@ -32,11 +32,12 @@ def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
     import json
 
     from k2quant.checking.inspection import inspect
-    from k2quant.cli.parts.screen import remark
+    from k2quant.cli.parts.screen import warn, working
 
-    found = inspect(source, follow_links=follow_links)
+    with working(f"reading the headers of {source.name}"):
+        found = inspect(source, follow_links=follow_links)
     for text in found.remarks:
-        remark(f"note: {text}")
+        warn(f"note: {text}")
     if as_json:
         click.echo(json.dumps({**found._asdict(), "rows": [row._asdict() for row in found.rows]}, indent=1))
     else:

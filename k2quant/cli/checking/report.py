@@ -19,6 +19,10 @@ def command(folder: Path, output: Path | None) -> None:
     Example:
         k2quant report Kimi-K2-Instruct-INT4
     """
-    from k2quant.report import write_html
+    from k2quant.cli.parts.screen import working
 
-    click.echo(str(write_html(folder, output)))
+    with working("drawing"):
+        from k2quant.report import write_html
+
+        page = write_html(folder, output)
+    click.echo(str(page))

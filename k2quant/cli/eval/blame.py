@@ -12,7 +12,7 @@ import click
 from k2quant.cli.parts import options
 from k2quant.cli.parts.results import give
 from k2quant.cli.parts.screen import counting, remark
-from k2quant.cli.parts.tables import Column, paragraph, table
+from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 
 if TYPE_CHECKING:
     from k2quant.eval.drift.findings import Blame, Suspect

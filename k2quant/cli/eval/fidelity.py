@@ -11,7 +11,7 @@ import click
 from k2quant.cli.parts import options
 from k2quant.cli.parts.results import give
 from k2quant.cli.parts.screen import counting
-from k2quant.cli.parts.tables import Column, paragraph, table
+from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 
 if TYPE_CHECKING:
     from k2quant.eval.drift.findings import Fidelity, LayerFidelity

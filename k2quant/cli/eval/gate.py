@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from k2quant.cli.parts import colour
-from k2quant.cli.parts.screen import remark
-from k2quant.cli.parts.tables import Column, paragraph, table
+from k2quant.cli.parts.terminal import colour
+from k2quant.cli.parts.screen import remark, working
+from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 from k2quant.errors import CheckFailed, Inconclusive, UsageError, printable
 
 if TYPE_CHECKING:
@@ -74,9 +74,10 @@ def command(
     drift = read_fidelity(fidelity) if fidelity else None
     causes = read_blame(blame) if blame else None
     policy = _policy(policy_file, margin, alpha, tasks)
-    verdict = gate(base, candidate, policy=policy, same_model=same_model)
-    if output is not None:
-        page = write_reports(verdict, output, fidelity=drift, blame=causes).html
+    with working("comparing"):
+        verdict = gate(base, candidate, policy=policy, same_model=same_model)
+        if output is not None:
+            page = write_reports(verdict, output, fidelity=drift, blame=causes).html
     token = secrets.token_hex(16)
     if github:
         for line in publish_to_github(verdict, os.environ, fidelity=drift, blame=causes):

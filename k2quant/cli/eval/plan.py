@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts.tables import Column, paragraph, table
+from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 from k2quant.errors import UsageError
 
 if TYPE_CHECKING:

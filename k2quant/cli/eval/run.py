@@ -11,7 +11,7 @@ import click
 
 from k2quant.cli.parts import options
 from k2quant.cli.parts.screen import progress, questions, remark, warn
-from k2quant.cli.parts.tables import Column, paragraph, table
+from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 
 Progress = Callable[[int, int], None]
 

@@ -157,10 +157,10 @@ def announce(done: Conversion) -> None:
 
 
 def _say(remarks: Iterable[str]) -> None:
-    from k2quant.cli.parts.screen import remark
+    from k2quant.cli.parts.screen import warn
 
     for each in remarks:
-        remark(f"note: {each}")
+        warn(f"note: {each}")
 
 
 def summary(done: Conversion, destination: Path) -> dict[str, Any]:

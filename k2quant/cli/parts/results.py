@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from k2quant.cli.parts.screen import remark
+from k2quant.cli.parts.screen import warn
 
 
 def suggest(*commands: tuple[str | Path, ...]) -> None:
@@ -36,7 +36,7 @@ def give(
         show: prints it as text.
         as_json: whether JSON is printed instead.
         output: the file.
-        note: a remark, made once the file is written and before anything is printed.
+        note: what must be known of it, said once the file is written and before anything is printed.
     """
     from k2quant.checkpoint.files.paths import write_whole
 
@@ -44,7 +44,7 @@ def give(
     if output is not None:
         write_whole(output, data.encode() + b"\n")
     if note is not None:
-        remark(note)
+        warn(note)
     if as_json:
         click.echo(data)
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from k2quant.cli.parts.options import check_early, follow_links, trust_remote_code
-from k2quant.cli.parts.screen import warn
+from k2quant.cli.parts.screen import warn, working
 
 if TYPE_CHECKING:
     from k2quant.qat.planning import JobPlan
@@ -38,9 +38,10 @@ def command(job: Path, *, processes: int, follow_links: bool, trust_remote_code:
     read = read_job(job, trust_remote_code=trust_remote_code, follow_links=follow_links)
     check_folders(read)
     check_early(Path(read.model), follow_links=follow_links)
-    from k2quant.qat.planning import plan_job  # only now: it loads torch
+    with working(f"planning {job.name}"):
+        from k2quant.qat.planning import plan_job  # only now: it loads torch
 
-    plan = plan_job(read, processes=processes)
+        plan = plan_job(read, processes=processes)
     if plan.obstacle:
         warn(f"warning: train would be refused the output: {plan.obstacle}")
     if as_json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from k2quant.cli.parts.options import check_early, follow_links, soft_lock, trust_remote_code
-from k2quant.cli.parts.screen import remark, training
+from k2quant.cli.parts.screen import remark, training, warn
 
 if TYPE_CHECKING:
     from k2quant.qat.run.history import Evaluation
@@ -61,7 +61,7 @@ def command(
             stage = None if as_json else remark
             result = train(read, restart=restart, soft_lock=soft_lock, progress=progress, stage=stage)
     for note in result.notes:
-        remark(f"note: {note}")
+        warn(f"note: {note}")
     if as_json:
         import json
 

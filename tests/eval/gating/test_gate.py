@@ -686,6 +686,24 @@ class TestCommand:
         assert done.exit_code == code
         assert done.stdout.startswith(f"{word}: ")
 
+    @pytest.mark.parametrize("columns", [80, 60])
+    def test_a_verdict_fits_the_terminal(self, columns: int, tmp_path: Path) -> None:
+        """At 80 columns and at 60 no line is longer; the verdict stands first, in its colour."""
+        runs = [
+            write_ours(tmp_path / name, dict.fromkeys("ts", rows), model=name * 90)
+            for name, rows in zip("ab", answers(200, lost=99), strict=True)
+        ]
+        env = {"COLUMNS": str(columns), "FORCE_COLOR": "1"}
+        done = CliRunner().invoke(main, ["eval", "gate", *map(str, runs)], env=env)
+        red = "\x1b[31m\x1b[1mFAIL\x1b[0m"
+        assert done.stdout.startswith(f"{red}: ")
+        assert done.stdout.count(red) == 4
+        assert max(map(len, re.sub("\x1b[^m]*m", "", done.stdout).splitlines())) <= columns
+        assert (
+            "\x1b"
+            not in CliRunner().invoke(main, ["eval", "gate", *map(str, runs)], env=env | {"NO_COLOR": "1"}).stdout
+        )
+
     def test_margins_are_given_in_points(self, tmp_path: Path) -> None:
         """100 items without a flip show a drop below 3 pp, not below 2."""
         assert self._run(tmp_path, answers(100), "--margin", "3pp").exit_code == 0

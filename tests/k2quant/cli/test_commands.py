@@ -33,6 +33,28 @@ def test_help_lists_every_command() -> None:
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
 
 
+@pytest.mark.parametrize("group", [[], ["eval"], ["qat"]])
+def test_summaries_fit(group: list[str]) -> None:
+    """On 80 columns each command has one line in the help of its group, a whole sentence; no module is loaded."""
+    done = CliRunner().invoke(main, [*group, "--help"], env={"COLUMNS": "80"})
+    lines = done.stdout.partition("Commands:\n")[2].splitlines()
+    context = click.Context(main)
+    home = main.get_command(context, group[0]) if group else main
+    assert isinstance(home, click.Group)
+    assert [line.split()[0] for line in lines] == home.list_commands(context)
+    assert all(len(line) <= 80 and line.endswith(".") and not line.endswith("...") for line in lines)
+
+
+def test_verbose_says_what_is_done_and_when(k2_source: Path) -> None:
+    """On stderr, with the time of day; the next command says nothing again."""
+    done = CliRunner().invoke(main, ["-v", "inspect", "-v", "--json", str(k2_source)])
+    json.loads(done.stdout)
+    first, last = done.stderr.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d  .*: 3 shards, \d+ tensors; headers read in .* s", first)
+    assert re.search(r"  ended after .* s, at most .* in memory$", last)
+    assert CliRunner().invoke(main, ["inspect", str(k2_source)]).stderr == ""
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example_and_every_option_is_explained(name: str) -> None:
     """A command's help is a sentence, then an example; each option says what it does."""

@@ -63,6 +63,8 @@ class Meter:
             note: what else is worth a word.
         """
         now = self._clock()
+        if self._told is not None and done < self._samples[0][1]:
+            self._samples.clear()  # another count began
         self._told = now, done, total, note
         self.share = min(max(done / total, 0.0), 1.0) if total > 0 else None
         if not self._samples or now - self._samples[-1][0] >= _APART:

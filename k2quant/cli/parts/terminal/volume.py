@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Literal
 
 import click
 
 from k2quant.cli.parts.terminal.streams import say
+from k2quant.ground.units import duration, size
 
 Volume = Literal["quiet", "normal", "verbose"]
 
@@ -58,16 +60,23 @@ def _listen(ctx: click.Context) -> None:
     logger = logging.getLogger("k2quant")
     if any(isinstance(each, logging.StreamHandler) and isinstance(each.stream, _Said) for each in logger.handlers):
         return  # `k2quant -v convert -v`
-    handler, before = logging.StreamHandler(_Said()), logger.level
+    begun, handler, before = time.perf_counter(), logging.StreamHandler(_Said()), logger.level
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
 
     def end() -> None:
+        logger.info("ended after %s, at most %s in memory", duration(time.perf_counter() - begun), size(_peak_memory()))
         logger.removeHandler(handler)
         logger.setLevel(before)
 
     ctx.find_root().call_on_close(end)
+
+
+def _peak_memory() -> int:
+    import resource
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in kB
 
 
 class _Said:
