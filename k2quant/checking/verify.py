@@ -175,6 +175,22 @@ def _numbers(figures: dict[str, Any]) -> bool:
     return all(isinstance(value, int | float) for value in figures.values())
 
 
+def other_values(folder: str | os.PathLike[str]) -> str | None:
+    """Say why, by its report, a folder's values are by design not those of its source; None where nothing says so.
+
+    This explains and excuses nothing: what differs has failed, whatever a report says of itself.
+    """
+    try:
+        values = read_report(Path(folder) / REPORT).get("values")
+    except CheckpointError:
+        return None
+    if not isinstance(values, dict):
+        return None
+    if "adapter" in values:
+        return "an adapter was merged into it"
+    return "it was exported from a training's model" if "trained" in values else "they are none of the source's own"
+
+
 def verify_checksums(
     folder: str | os.PathLike[str],
     *,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,5 +126,14 @@ def _dry_run(base: Path, adapter: Path, destination: Path, *, as_json: bool, **o
         workers=workers,
         as_json=as_json,
         peak_memory=prepared.peak_memory(workers),
-        more={"merged": len(prepared.changes)},
+        more={"merged": len(prepared.changes), "merged_by_class": _counts(prepared.changes)},
+        marks=dict.fromkeys(prepared.changes, "merged"),
     )
+
+
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    """Count tensors by their class, in the usual order."""
+    from k2quant.ground.names import TENSOR_CLASSES, tensor_class
+
+    found = Counter(map(tensor_class, names))
+    return {kind: found[kind] for kind in TENSOR_CLASSES if kind in found}

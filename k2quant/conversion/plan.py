@@ -330,10 +330,15 @@ def taken(plan: Plan) -> list[tuple[WrittenRule, int]]:
     return [(written, counts[id(rule)]) for written, rule in rules]
 
 
-def describe(plan: Plan) -> dict[str, dict[str, int]]:
+def describe(plan: Plan, marks: Mapping[str, str] | None = None) -> dict[str, dict[str, int]]:
     """Count the weights of each class by what is done with them: `copied`, `relabelled`, or `FORMAT -> FORMAT`.
 
     A weight is relabelled whose codes and scales stay as they are, under other names or with scales widened to float32.
+
+    Args:
+        plan: what will be written.
+        marks: what else is done with some weights, by the names of their main tensors. It takes the place of `copied`,
+            and else stands before the formats: `merged`, `merged, bf16 -> int4`.
     """
     table: dict[str, dict[str, int]] = {}
     for job in plan.jobs():
@@ -341,6 +346,8 @@ def describe(plan: Plan) -> dict[str, dict[str, int]]:
         if job.target is not None and job.weight.format is not None:
             way = f"{job.weight.format.name} -> {job.target.name}"
             done = "relabelled" if job.weight.format.relabels(job.target) else way
+        if mark := (marks or {}).get(job.weight.main.name):
+            done = mark if done == "copied" else f"{mark}, {done}"
         row = table.setdefault(names.tensor_class(job.weight.main.name), {})
         row[done] = row.get(done, 0) + 1
     return {kind: table[kind] for kind in names.TENSOR_CLASSES if kind in table}

@@ -38,9 +38,9 @@ def _checks(report: Report, folder: str) -> Iterator[tuple[str, str]]:
             more = f" --shard-size {shards}" if shards else ""
             yield (
                 (
-                    "Compare it with the training's last checkpoint once more, bit for bit:"
+                    "Compare it bit for bit with the last checkpoint of the training; its folder lies with you:"
                     if run
-                    else "Compare it with the job's model, rounded once more, bit for bit:"
+                    else "Compare it bit for bit with the model of the job, rounded once more; its file lies with you:"
                 ),
                 f"k2quant qat export {shlex.quote(whose)} {here}{more}",
             )

@@ -35,6 +35,11 @@ class Way(NamedTuple):
         return self.target is None and not self.substituted
 
     @property
+    def coded(self) -> bool:
+        """Whether it stands in the output as codes and scales."""
+        return self.written is not None and FORMATS[self.written].quantised
+
+    @property
     def written(self) -> str | None:
         """The format in which it stands in the output; None for a tensor that is no weight."""
         return self.target or self.source
@@ -185,11 +190,14 @@ class Report:
         }
 
     def layers(self) -> dict[str, dict[int, Sum]]:
-        """Return the sums of what was rounded by class and layer, both in order."""
+        """Return the sums of what was rounded to codes by class and layer, both in order.
+
+        What a training moved and nothing rounded is left out: on one scale with it, codes would be a flat line.
+        """
         found = {
             (kind, layer): total
-            for (kind, layer), total in self.sums(lambda cell: (cell.kind, cell.layer)).items()
-            if layer is not None and total.figures is not None
+            for (kind, layer, coded), total in self.sums(lambda c: (c.kind, c.layer, c.way.coded)).items()
+            if layer is not None and coded and total.figures is not None
         }
         return {
             kind: dict(sorted((layer, total) for (other, layer), total in found.items() if other == kind))

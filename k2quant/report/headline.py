@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from k2quant.formats.known import FORMATS
 from k2quant.report.content import NARROWED, Report, Sum, Way
 from k2quant.report.origins import Exported, Merged, Unknown
 from k2quant.report.words import TIMES, code, tensors, text
@@ -134,7 +133,7 @@ def _by_format(ways: Ways) -> dict[str | None, int]:
     """Count the tensors of each quantised format, then those of all others."""
     found: dict[str | None, int] = {}
     for way, total in ways.items():
-        name = way.written if way.written is not None and FORMATS[way.written].quantised else None
+        name = way.written if way.coded else None
         found[name] = found.get(name, 0) + total.tensors
     return dict(sorted(found.items(), key=lambda pair: (pair[0] is None, str(pair[0]))))
 

@@ -65,7 +65,9 @@ def by_layer(report: Report) -> str:
 
 
 def _measured(report: Report) -> str:
-    return "Distance from the base" if report.moved else "Error"
+    if report.moved:
+        return "Distance from the base"
+    return "Error" if report.origin is None else "Error of rounding"
 
 
 def class_number(kind: str) -> int:

@@ -57,7 +57,7 @@ def _tensor(name: str, facts: dict[str, Any], origin: Origin) -> Tensor:
         raise ValueError(f"shape {shape} of {name!r}")
     layer, found = facts["layer"], facts.get("figures")
     figures = None if found is None else _figures(found)
-    if way.substituted and figures is not None and figures.exact and not _is_quantised(way.written):
+    if way.substituted and figures is not None and figures.exact and not way.coded:
         figures = None  # a sum is what it is, and a weight that no training moved is a copy
     return Tensor(
         name,
@@ -77,10 +77,6 @@ def _way(facts: dict[str, Any], origin: Origin) -> Way:
     """
     untold = "update" in (facts.get("figures") or ()) or (isinstance(origin, Exported) and not origin.measured)
     return Way(facts["from"], facts["to"], kinds.truth(facts.get("substituted", untold)))
-
-
-def _is_quantised(name: str | None) -> bool:
-    return name is not None and FORMATS[name].quantised
 
 
 def _figures(found: dict[str, Any]) -> Figures:

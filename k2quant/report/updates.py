@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _KEPT, _LOST = "candidate", "bad"
 _MOST = 0.5  # a share of groups that is worth a word
+_LITTLE = 1.0  # percent of an update; a picture of less is one of nothing
 
 Classes = dict[str, MergeFigures]
 
@@ -28,10 +29,10 @@ def tiles(report: Report) -> Iterator[str]:
         return
     kind, worst = _worst(classes)
     whole = total(classes.values())
-    note = f"of the {kind} update's energy; {share(whole.lost, whole.update)} of all" if len(classes) > 1 else kind
+    note = f"{kind}; {share(whole.lost, whole.update)} of the whole update" if len(classes) > 1 else kind
     yield tile("Update lost", share(worst.lost, worst.update), note)
     changed = share(whole.codes_changed, whole.count)
-    yield tile("Weights changed", changed, f"by the update, of {count(whole.count)} that it is meant for")
+    yield tile("Weights changed", changed, f"of {count(whole.count)} with an update")
 
 
 def section(report: Report, origin: Merged) -> str:
@@ -84,7 +85,7 @@ def _by_class(classes: Classes) -> str:
 
 
 def _by_layer(report: Report) -> str:
-    """Draw the share that is lost in each layer: a line for each class; nothing where there are not two layers."""
+    """Draw the share that is lost in each layer, a line for each class; nothing for one layer, or if little is."""
     found = report.updates()
     series = {
         kind: {layer: _lost(total) for layer, total in layers.items() if layer is not None}
@@ -92,7 +93,7 @@ def _by_layer(report: Report) -> str:
     }
     series = {kind: points for kind, points in series.items() if points}
     numbers = sorted({layer for points in series.values() for layer in points})
-    if len(numbers) < 2:
+    if len(numbers) < 2 or max(max(points.values()) for points in series.values()) < _LITTLE:
         return ""
 
     def draw(axes: Axes, canvas: Canvas) -> None:

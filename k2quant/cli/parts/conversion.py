@@ -211,6 +211,7 @@ def dry_run(
     as_json: bool,
     peak_memory: int | None = None,
     more: dict[str, Any] | None = None,
+    marks: dict[str, str] | None = None,
 ) -> None:
     """Print what a plan would cost; exit 1 if the disk is too small.
 
@@ -221,7 +222,8 @@ def dry_run(
         workers: threads.
         as_json: print JSON.
         peak_memory: bytes, where they are not the plan's own estimate.
-        more: what else there is to say, by name.
+        more: what else there is to say, by name; JSON alone has what is no plain value.
+        marks: what else is done with some weights, as `describe` takes it.
     """
     import json
 
@@ -230,22 +232,23 @@ def dry_run(
     from k2quant.conversion.resume import standing_shards
     from k2quant.ground.units import counted, duration, size
 
-    done = standing_shards(plan, destination, restart=restart)
+    done, table = standing_shards(plan, destination, restart=restart), describe(plan, marks)
     cost = estimate(plan, destination, done=done, workers=workers)
     _say(plan.remarks)
     cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
     if as_json:
-        work = {"shards": len(plan.shards), "shards_done": len(done), "work": describe(plan)}
+        work = {"shards": len(plan.shards), "shards_done": len(done), "work": table}
         work["remarks"] = list(plan.remarks)
         work["rules"] = [{**rule.as_json(), "weights": count} for rule, count in taken(plan)]
         click.echo(json.dumps({**cost._asdict(), "fits": cost.fits, **work, **(more or {})}))
     else:
         for number, (rule, count) in enumerate(taken(plan) if plan.options.rules else (), 1):
             click.echo(f"{f'rule {number}':<16} {counted(count, 'weight')} to {rule.summary()}")
-        for kind, row in describe(plan).items():
+        for kind, row in table.items():
             click.echo(f"{kind:<16} " + ", ".join(f"{count} {what}" for what, count in row.items()))
         for name, value in (more or {}).items():
-            click.echo(f"{name:<16} {value}")
+            if not isinstance(value, dict):
+                click.echo(f"{name:<16} {value}")
         click.echo(f"{'read':<16} {size(cost.bytes_read)}")
         shards = counted(len(plan.shards), "shard")
         click.echo(f"{'written':<16} {size(cost.bytes_written)} in {shards}, {len(done)} of them done")
