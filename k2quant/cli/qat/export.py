@@ -83,10 +83,9 @@ def command(
     if as_json:
         facts = {"destination": str(destination), "already_done": done.already_done, "weights": len(report["tensors"])}
         click.echo(json.dumps(facts | {key: report[key] for key in ("bytes_written", "seconds", "values")}))
-    elif done.already_done:
-        click.echo(f"{destination}: already finished, nothing to do")
-    else:
-        click.echo(
-            f"{destination}: {size(report['bytes_written'])} in {duration(report['seconds'])}; every weight equals, "
-            "bit for bit, what the training's forward pass uses"
-        )
+        return
+    new = f"{size(report['bytes_written'])} in {duration(report['seconds'])}"
+    click.echo(
+        f"{destination}: {'already finished' if done.already_done else new}; every weight equals, bit for bit, what the "
+        "training's forward pass uses"
+    )
