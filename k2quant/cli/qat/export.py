@@ -86,6 +86,6 @@ def command(
         return
     new = f"{size(report['bytes_written'])} in {duration(report['seconds'])}"
     click.echo(
-        f"{destination}: {'already finished' if done.already_done else new}; every weight equals, bit for bit, what the "
-        "training's forward pass uses"
+        f"{destination}: {'already finished' if done.already_done else new}; every weight equals, bit for bit, what "
+        "the training's forward pass uses"
     )
