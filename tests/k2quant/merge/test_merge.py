@@ -515,13 +515,26 @@ def test_the_command_prints_a_table_and_warns_of_a_lost_update(k2_thinking: Path
 
 
 def test_dry_run_writes_nothing(k2_thinking: Path, tmp_path: Path) -> None:
-    """`--dry-run` counts what would be merged and what it would cost; the destination is not made."""
+    """`--dry-run` counts what would be merged, by class, and what it would cost; the destination is not made."""
     adapter(tmp_path / "adapter", on_k2())
     cost = json.loads(CliRunner().invoke(main, arguments(k2_thinking, tmp_path, "--dry-run", "--json")).output)
     assert cost["merged"] == 3
+    assert cost["merged_by_class"] == {"routed experts": 2, "attention": 1}
+    assert cost["work"]["routed experts"] == {"copied": 46, "merged": 2}
+    assert cost["work"]["attention"] == {"copied": 14, "merged": 1}
     assert cost["fits"] is True
     assert not (tmp_path / "out").exists()
-    assert "merged           3" in CliRunner().invoke(main, arguments(k2_thinking, tmp_path, "--dry-run")).output
+    shown = CliRunner().invoke(main, arguments(k2_thinking, tmp_path, "--dry-run")).output
+    assert "merged           3" in shown
+    assert "attention        14 copied, 1 merged" in shown
+    assert "merged_by_class" not in shown
+
+
+def test_dry_run_tells_what_is_merged_from_what_is_converted(k2_bf16: Path, tmp_path: Path) -> None:
+    """A weight that is merged and rounded is counted apart from those that are only rounded."""
+    adapter(tmp_path / "adapter", on_k2())
+    work = json.loads(CliRunner().invoke(main, arguments(k2_bf16, tmp_path, "--dry-run", "--json")).output)["work"]
+    assert work["routed experts"] == {"bf16 -> int4": 46, "merged, bf16 -> int4": 2}
 
 
 def test_other_commands_read_what_a_merge_wrote(k2_thinking: Path, tmp_path: Path) -> None:
@@ -573,6 +586,36 @@ def test_the_report_says_what_was_merged(k2_source: Path, tmp_path: Path) -> Non
     assert (facts["name"], facts["r"], facts["lora_alpha"], facts["use_rslora"]) == ("adapter", 4, 8, True)
     assert (facts["updated"], facts["replaced"]) == (3, 0)
     assert {name: len(digest) for name, digest in facts["sha256"].items()} == {CONFIG: 64, WEIGHTS: 64}
+
+
+def test_the_report_says_which_tensors_are_not_the_bases(k2_source: Path, tmp_path: Path) -> None:
+    """What is updated or replaced is marked, measured or not; of a conversion nothing is."""
+    norm = {"model.norm.weight": torch.full((512,), 1.5)}
+    update = adapter(tmp_path / "adapter", on_k2() | norm, modules_to_save=["norm"])
+    tensors = k2quant.merge(k2_source, update, tmp_path / "out", to="int4").report["tensors"]
+    marked = {name.rpartition(".weight")[0] for name, facts in tensors.items() if facts.get("substituted")}
+    assert marked == {ATTENTION, EXPERT.format(3, "gate"), EXPERT.format(7, "down"), "model.norm"}
+    plain = k2quant.convert(k2_source, tmp_path / "plain", to="int4").report
+    assert not any("substituted" in facts for facts in plain["tensors"].values())
+    assert "origin" not in plain
+
+
+def test_verify_says_that_a_merge_differs_by_design(k2_thinking: Path, tmp_path: Path) -> None:
+    """Against its base a merge fails as before, and the message names the check that passes; a report excuses none."""
+    adapter(tmp_path / "adapter", on_k2())
+    assert CliRunner().invoke(main, arguments(k2_thinking, tmp_path)).exit_code == 0
+    done = CliRunner().invoke(main, ["verify", str(k2_thinking), str(tmp_path / "out")])
+    assert done.exit_code == 3
+    assert "3 of " in done.stderr
+    assert "an adapter was merged into it" in done.stderr
+    assert f"k2quant verify --checksums {tmp_path / 'out'}" in done.stderr
+    report = json.loads((tmp_path / "out" / REPORT).read_text())
+    (tmp_path / "out" / REPORT).write_text(json.dumps(report | {"values": None}))
+    plain = CliRunner().invoke(main, ["verify", str(k2_thinking), str(tmp_path / "out")])
+    assert plain.exit_code == 3
+    assert "by design" not in plain.stderr
+    (tmp_path / "out" / REPORT).write_text("{")
+    assert "by design" not in CliRunner().invoke(main, ["verify", str(k2_thinking), str(tmp_path / "out")]).stderr
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
