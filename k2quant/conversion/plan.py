@@ -97,20 +97,23 @@ class Options:
         return WrittenRecipe(rules=in_force(self.written), shard_size=self.shard_size, allow_split=self.allow_split)
 
     def as_json(self) -> dict[str, Any]:
-        """Return what journals and reports say of it.
+        """Return what journals and reports say of it: the same of a rule as of the arguments that it stands for.
 
-        `rules` stand there only where there are some; `to` is then the format that an output is called by.
+        `rules` stand there only where arguments could not say it; `to` is then the format that an output is called by.
         """
+        first, *others = self.written
+        plain = not others and not first.narrowed
         said = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "rules"}
-        rules = {"rules": [rule.as_json() for rule in self.rules]} if self.rules else {}
-        return {**said, "to": self.main, "ignore": list(self.ignore), **rules}
+        said |= {name: getattr(first, name) for name in _OF_A_RULE} if plain else {"to": self.main}
+        rules = {} if plain else {"rules": [rule.as_json() for rule in self.rules]}
+        return {**said, "ignore": list(said["ignore"]), **rules}
 
 
 _OF_A_RULE = ("to", "scope", "ignore", "grid", "layout")
 
 
 def options_of(recipe: WrittenRecipe, **more: Any) -> Options:
-    """Return what a recipe asks for, as its arguments would if they could say it.
+    """Return what a recipe asks for.
 
     Args:
         recipe: the recipe.
@@ -125,15 +128,11 @@ def options_of(recipe: WrittenRecipe, **more: Any) -> Options:
         raise UsageError(
             f"{listed(f'`{name}=`' for name in given)} beside `recipe=`, which says it already; choose one"
         )
-    beyond: dict[str, Any] = {
-        "shard_size": recipe.shard_size or more.get("shard_size"),
-        "allow_split": recipe.allow_split or more.get("allow_split", False),
-    }
-    rule = recipe.rules[0]
-    if len(recipe.rules) > 1 or rule.narrowed:
-        return Options(rules=recipe.rules, **beyond)
-    plain: dict[str, Any] = {name: getattr(rule, name) for name in _OF_A_RULE}
-    return Options(**plain, **beyond)
+    return Options(
+        rules=recipe.rules,
+        shard_size=recipe.shard_size or more.get("shard_size"),
+        allow_split=recipe.allow_split or more.get("allow_split", False),
+    )
 
 
 def options_from(content: object) -> Options:

@@ -184,9 +184,7 @@ def _check_meaning(rule: WrittenRule, *, alone: bool) -> None:
         given = [name for name in ("scope", "classes", "match", "ignore") if getattr(rule, name)]
         what = " and ".join(rule.called(name) for name in given)
         keep = "; to keep the rest quantised, add a rule for its format" if rule.place else ""
-        raise UsageError(
-            f"{what} without meaning where nothing is quantised: everything becomes {rule.to.upper()}{keep}"
-        )
+        raise UsageError(f"{what} has no meaning with {rule.to} alone: everything becomes {rule.to.upper()}{keep}")
     for name, means in (("grid", "it is the rounding rule of"), ("layout", "it says whose names are written, of")):
         if getattr(rule, name) and not getattr(kind, f"{name}s"):
             owners = " and ".join(other.upper() for other, its in FORMATS.items() if getattr(its, f"{name}s"))

@@ -75,7 +75,7 @@ def test_patterns_of_a_file_that_might_never_end_are_told(pattern: str, expected
 def advice(pattern: str, *bases: str) -> list[str]:
     """Return the names that a pattern which is found nowhere is answered with."""
     with pytest.raises(UsageError) as caught:
-        check_found([re.compile(pattern)], bases, "`ignore=`")
+        check_found([re.compile(pattern)], bases, "ignore")
     return re.findall(r"`([^`]*)`", str(caught.value))
 
 
