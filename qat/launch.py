@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _SWITCHES = ("--follow-links", "--soft-lock", "--trust-remote-code")
+_FLAGS = {flag.strip("-").replace("-", "_"): flag for flag in ("--restart", *_SWITCHES)}
 _EVERY = 5.0  # seconds between two lines
 
 
@@ -23,6 +24,7 @@ def main(arguments: list[str]) -> int:
             `--follow-links` to read a model's files where its links lead out of its folder.
     """
     from k2quant.errors import K2QuantError, UsageError
+    from k2quant.ground.arguments import in_flags
     from k2quant.ground.extras import need
     from k2quant.qat.job import read_job
 
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> int:
         soft_lock = "--soft-lock" in flags
         train(job, restart="--restart" in flags, soft_lock=soft_lock, progress=show.step, stage=show.say)
     except K2QuantError as error:
-        print(f"k2quant: {error}", file=sys.stderr)  # noqa: T201  this is a command
+        print(f"k2quant: {in_flags(str(error), _FLAGS)}", file=sys.stderr)  # noqa: T201  this is a command
         return error.exit_code
     finally:
         warnings.showwarning = before

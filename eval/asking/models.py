@@ -190,13 +190,15 @@ def _served(model: Model, request: Request, tasks: Tasks) -> Any:
     assert request.base_url  # noqa: S101  `run` checked it
     server = Server(url=_endpoint(request.base_url, chat=request.chat), model=request.model, chat=request.chat)
     if tasks.scored and request.chat:
-        raise UsageError(f"chat messages cannot be scored, and {', '.join(tasks.scored)} need it; leave out --chat")
+        raise UsageError(
+            f"chat messages cannot be scored, and {', '.join(tasks.scored)} need it; leave out `chat=True`"
+        )
     server.check_writes()
     tokenizer = None
     if tasks.scored:
         folder = request.tokenizer or request.served_from
         if folder is None:
-            raise UsageError(f"{', '.join(tasks.scored)} need --tokenizer or --served-from: text is scored by tokens")
+            raise UsageError(f"{', '.join(tasks.scored)} need `tokenizer=` or `served_from=`: text is scored by tokens")
         tokenizer = _tokenizer(folder, request)
         server.check_scores(tokenizer.encode("1 2 3 4 5"), tasks.scored)
     lm = served_model(server, tokenizer, at_once=request.batch_size, max_length=model.max_length)

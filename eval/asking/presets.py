@@ -70,7 +70,7 @@ PRESETS: dict[str, tuple[Benchmark, ...]] = {
         *(_HUMANEVAL, _MBPP),
     ),
 }
-"""By name, what to give to `--tasks`; the last needs `--confirm-unsafe-code`."""
+"""By name, what to give to `tasks`; the last needs `unsafe_code`."""
 
 
 def expand(names: Iterable[str]) -> list[str]:

@@ -77,12 +77,14 @@ def check(request: Request) -> None:
     served = {"base_url": request.base_url, "tokenizer": request.tokenizer, "served_from": request.served_from}
     if request.backend == "api":
         if not request.base_url:
-            raise UsageError("the api backend needs the server's URL, such as --base-url http://localhost:8000/v1")
+            raise UsageError("the api backend needs the server's URL, such as `base_url=http://localhost:8000/v1`")
         _check_url(request.base_url)
         if request.chat_template:
-            raise UsageError("a server applies its own chat template; ask for it with --chat")
+            raise UsageError("a server applies its own chat template; ask for it with `chat=True`")
     elif request.chat or any(served.values()):
-        raise UsageError("a server's options (--base-url, --chat, --tokenizer, --served-from) go with --backend api")
+        raise UsageError(
+            "a server's options (`base_url=`, `chat=`, `tokenizer=`, `served_from=`) go with `backend=api`"
+        )
 
 
 def _check_url(url: str) -> None:

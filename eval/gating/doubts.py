@@ -28,21 +28,21 @@ def check_models(base: Run, candidate: Run, pairs: Iterable[Pairs], *, same_mode
             file=candidate.folder,
             expected=f"{base.model_hash:.12}",
             found=f"{candidate.model_hash:.12}",
-            remedy="leave --aa out",
+            remedy="leave `same_model=True` out",
         )
     if same and not same_model:
         raise Incomparable(
             "the same model twice",
             file=candidate.folder,
             found=f"{candidate.model_hash:.12} in both runs",
-            remedy="with --aa the noise between two runs is measured",
+            remedy="with `same_model=True` the noise between two runs is measured",
         )
     if same is None and not same_model and all(task.identical for task in pairs):
         raise Incomparable(
             "the same outputs to the last bit, and nobody recorded whose they are",
             file=candidate.folder,
             remedy="the same model twice, or a cache that answered for both? Run both with `k2quant eval run`; "
-            "with --aa the noise between two runs of one model is measured",
+            "with `same_model=True` the noise between two runs of one model is measured",
         )
 
 
@@ -68,7 +68,7 @@ def _at_chance(where: str, accuracy: float, chance: float, items: int) -> Incomp
         f"the baseline is {where}not clearly better than chance, so there is nothing to lose",
         expected=f"well above {chance:.1%} and the margin",
         found=f"{accuracy:.1%} of {items} items",
-        remedy="take tasks that the baseline can do (--tasks), or more items",
+        remedy="take tasks that the baseline can do (`tasks=`), or more items",
     )
 
 

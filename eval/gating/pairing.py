@@ -90,7 +90,7 @@ def _common(base: Run, candidate: Run, names: Iterable[str]) -> list[str]:
             "the runs have different tasks",
             file=candidate.folder,
             found=f"only in one of them: {', '.join(only[:_SHOWN])}",
-            remedy="name those to compare with --tasks",
+            remedy="name those to compare with `tasks=`",
         )
     wanted = wanted or list(base.tasks)
     if absent := [name for name in wanted if name not in candidate.tasks]:

@@ -177,7 +177,7 @@ def _check_direction(name: str, metric: str, results: Mapping[str, Any], path: P
         raise MalformedResults(
             f"less {metric} is better in task {name}, so 1 does not mean right",
             file=path,
-            remedy="gate tasks whose answers are right or wrong (--tasks)",
+            remedy="gate tasks whose answers are right or wrong (`tasks=`)",
         )
 
 

@@ -114,7 +114,7 @@ def output_specs(weight: StoredWeight, target: Format | None) -> dict[str, Tenso
             file=weight.main.file,
             expected="[N, K]",
             found=weight.shape,
-            remedy="keep it out of the conversion with --ignore",
+            remedy="keep it out of the conversion with `ignore=`",
         )
     return target.state(weight.shape, name=weight.main.name)
 

@@ -90,7 +90,7 @@ def _check_size(path: Path, size: object, message: str) -> None:
             file=path,
             expected=f"{size} bytes",
             found=f"{path.stat().st_size} bytes" if path.is_file() else "nothing",
-            remedy="write it anew with --restart",
+            remedy="write it anew with `restart=True`",
         )
 
 
@@ -122,7 +122,7 @@ def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationSt
     return DestinationStale(
         f"holds a {state} conversion of {what}",
         file=folder.folder,
-        remedy="write it anew with --restart, or name another folder",
+        remedy="write it anew with `restart=True`, or name another folder",
     )
 
 
@@ -161,7 +161,7 @@ def finished_shards(folder: Destination, plan: Plan) -> dict[str, Record]:
         return {}
     if "options" not in journal[0]:
         raise DestinationStale(
-            "was being emptied by --restart", file=folder.folder, remedy="run that again, or name another folder"
+            "was being emptied by `restart=True`", file=folder.folder, remedy="run that again, or name another folder"
         )
     changed = _changed(journal[0], _head(plan))
     if changed:

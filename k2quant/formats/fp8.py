@@ -235,7 +235,7 @@ class Fp8(Format):
                 f"{found.layout} has block FP8 for blocks of 128x128 alone",
                 expected="blocks of 128x128",
                 found=found.label,
-                remedy="convert to bf16 first, or leave out --layout",
+                remedy="convert to bf16 first, or leave out `layout=`",
             )
         return found
 

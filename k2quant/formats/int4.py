@@ -90,7 +90,7 @@ class Int4(Format):
                 tensor=name,
                 expected=f"a width that {self.group} divides",
                 found=shape,
-                remedy="keep it out of the conversion with --ignore",
+                remedy="keep it out of the conversion with `ignore=`",
             )
         return {
             "weight_packed": TensorSpec("I32", (rows, width // 8)),

@@ -23,7 +23,7 @@ def codecs(device: str) -> Codecs:
     need("run", f"device `{device}`")
     from k2quant.kernels.devices.gpus import check_cuda, has_triton
 
-    check_cuda(device, known=known, remedy="; use --device cpu")
+    check_cuda(device, known=known, remedy="; use `device=cpu`")
     if has_triton():
         from k2quant.kernels.codecs.gpu.seam import cuda_codecs
 

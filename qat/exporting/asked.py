@@ -32,5 +32,5 @@ def asked_job(
         raise UsageError(f"{folder} was trained for {job.quantize.to}, not for {to}; use `k2quant convert` for that")
     job = dataclasses.replace(job, model=job.model if base is None else str(base), follow_links=follow_links)
     if why := no_folder(job.model):
-        raise UsageError(f"model: {job.model}: {why}; if it was moved, name its place with --model")
+        raise UsageError(f"model: {job.model}: {why}; if it was moved, name its place with `model=`")
     return job

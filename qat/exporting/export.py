@@ -249,7 +249,7 @@ def _check_again(folder: Path, check: Callable[[Path], None]) -> None:
         raise DestinationStale(
             "holds a finished export of other values",
             file=folder,
-            remedy="write it anew with --restart, or name another folder",
+            remedy="write it anew with `restart=True`, or name another folder",
         ) from error
 
 

@@ -105,6 +105,6 @@ def _refuse(weight: StoredWeight, start: int, found: Tensor, expected: Tensor) -
         file=weight.main.file,
         expected=float(expected[row, column]),
         found=float(found[row, column]),
-        remedy="the folder was not finished: write it anew with --restart; if that ends so too, the disk is failing, "
-        "or this machine computes otherwise than the one that trained",
+        remedy="the folder was not finished: write it anew with `restart=True`; if that ends so too, the disk is "
+        "failing, or this machine computes otherwise than the one that trained",
     )

@@ -135,7 +135,7 @@ def resuming(path: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        remedy = f"delete {path} to go on from the checkpoint before it, or begin anew with --restart"
+        remedy = f"delete {path} to go on from the checkpoint before it, or begin anew with `restart=True`"
         raise MalformedFile(f"a damaged checkpoint: {error}", remedy=remedy) from error
 
 

@@ -144,7 +144,7 @@ class Run:
             raise DestinationStale(
                 f"holds a training of another {_said(changed, found, wanted)}",
                 file=self.folder,
-                remedy="train anew with --restart, or name another `output`",
+                remedy="train anew with `restart=True`, or name another `output`",
             )
 
     def _meant(self, theirs: object, ours: Mapping[str, Any]) -> object:
@@ -166,7 +166,7 @@ class Run:
                 f"was begun by a version whose `scope: linear` took {', '.join(form.unfit)} too",
                 file=self.folder,
                 remedy="say `scope: projections` in its job and train on, to the end if it is not there; "
-                "or train anew with --restart",
+                "or train anew with `restart=True`",
             )
         return {**theirs, "quantize": {**quantize, "scope": "projections"}}
 
@@ -197,7 +197,7 @@ class Run:
             raise DestinationStale(
                 f"was trained from another checkpoint than now lies at `model`: {', '.join(other[:3])} differ",
                 file=self.folder,
-                remedy="put the checkpoint back as it was, or name a copy of it with --model",
+                remedy="put the checkpoint back as it was, or name a copy of it with `model=`",
             )
 
     def _manifest(self) -> dict[str, Any]:

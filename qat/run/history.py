@@ -21,7 +21,7 @@ HISTORY = "history.jsonl"
 _LIMIT = 2**30  # bytes of a history: four million steps
 _END = 2**16  # bytes
 _LARGEST = 1e100  # of any number here; a picture can still be drawn of it
-_REMEDY = "put the file back, or begin anew with --restart; k2quant qat export works without it"
+_REMEDY = "put the file back, or begin anew with `restart=True`; k2quant qat export works without it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,5 +25,5 @@ def check_room(requests: list[Any], room: int) -> None:
 
 def no_room(found: int, room: int) -> HarnessFault:
     """Return what to raise for a prompt of more tokens than there is room for."""
-    remedy = "fewer --shots or --max-new-tokens, or a larger --max-length if the model can take it"
+    remedy = "fewer `shots=` or `max_new_tokens=`, or a larger `max_length=` if the model can take it"
     return HarnessFault("a prompt is too long", expected=f"at most {room} tokens", found=found, remedy=remedy)

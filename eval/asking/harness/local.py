@@ -67,7 +67,7 @@ class _Numbers(LogitsProcessor):
         """
         if scores.isnan().any():
             raise HarnessFault(
-                "the model's logits are no numbers", found="NaN", remedy="is a weight NaN, or --dtype too narrow?"
+                "the model's logits are no numbers", found="NaN", remedy="is a weight NaN, or `dtype=` too narrow?"
             )
         return scores
 

@@ -105,9 +105,7 @@ def load_tasks(
 def _check_code(entries: Iterable[Entry], *, allowed: bool) -> None:
     names = [entry.name for entry in entries if entry.cfg and entry.cfg.get("unsafe_code")]
     if names and not allowed:
-        raise UsageError(
-            f"{', '.join(names)}: runs the code that the model writes; allow it with --confirm-unsafe-code"
-        )
+        raise UsageError(f"{', '.join(names)}: runs the code that the model writes; allow it with `unsafe_code=True`")
     if names:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric of these tasks asks for
 
@@ -153,7 +151,7 @@ def _loading(names: list[str]) -> Iterator[None]:
         remedy = 'install what it needs; what the presets need is in  pip install "lm-eval[ifeval,math]"'
         raise MissingExtra(message, found=said(error), remedy=remedy) from error
     except (Exception, SystemExit) as error:
-        remedy = "without a network, name local data with --data TASK=PATH, or fill the cache of `datasets` before"
+        remedy = "without a network, name local data of the task with `data=`, or fill the cache of `datasets` before"
         raise EvaluationError(
             message, found=said(error), remedy=remedy if isinstance(error, OSError) else None
         ) from error

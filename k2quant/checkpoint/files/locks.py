@@ -108,7 +108,7 @@ def _lock(descriptor: int, folder: Path, *, soft: bool) -> None:
                 "lies on a file system without locks, which keep two runs out of one folder",
                 file=folder,
                 found=f"flock: {error.strerror}",
-                remedy="name a folder on another one, or say --soft-lock (soft_lock=True): then a file is the lock, "
+                remedy="name a folder on another one, or say `soft_lock=True`: then a file is the lock, "
                 "and if a run is killed, you may have to delete it by hand",
             ) from error
 

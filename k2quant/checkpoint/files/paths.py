@@ -66,7 +66,7 @@ def check_inside(folder: Path, path: Path, *, follow_links: bool | None = None) 
         found = error.strerror if isinstance(error, OSError) else "links that lead back to themselves"
         raise UnsafePath("cannot be resolved", file=path, found=found, remedy="remove or mend the link") from error
     if not follow_links and not real.is_relative_to(boundary(folder)):
-        switch = ", or, if all its links are your own, say --follow-links (follow_links=True)"
+        switch = ", or, if all its links are your own, say `follow_links=True`"
         remedy = "copy the file into the folder" + ("" if follow_links is None else switch)
         raise UnsafePath("a link that leaves the folder", file=path, found=real, remedy=remedy)
     if path.is_symlink() and not real.exists():  # else whoever looks finds nothing, and goes on without it

@@ -134,7 +134,9 @@ class Destination:
         begun = self._journal.exists() or self._incomplete.exists()
         if begun and not restart:
             raise DestinationStale(
-                "the journal of an earlier run is damaged", file=self._journal, remedy="write it anew with --restart"
+                "the journal of an earlier run is damaged",
+                file=self._journal,
+                remedy="write it anew with `restart=True`",
             )
         if not begun and self.finished_report() is None:
             raise DestinationForeign(

@@ -80,7 +80,9 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
 @click.option("--chat-template", is_flag=True, help="Put prompts through the tokenizer's chat template.")
 @options.follow_links()
 @options.trust_remote_code(more=" With hf and vllm the model's code, too.")
-@click.option("--confirm-unsafe-code", is_flag=True, help="Let tasks run the code that the model writes.")
+@click.option(
+    "--confirm-unsafe-code", "unsafe_code", is_flag=True, help="Let tasks run the code that the model writes."
+)
 @options.soft_lock()
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 @click.option(
@@ -109,7 +111,6 @@ def command(output: Path, *, tasks: str, data: tuple[str, ...], soft_lock: bool,
     from k2quant.eval import run
     from k2quant.eval.asking.request import Request
 
-    given["unsafe_code"] = given.pop("confirm_unsafe_code")
     names = tuple(filter(None, map(str.strip, tasks.split(","))))
     request = Request(tasks=names, data=_data(data), **given)
     try:

@@ -1,17 +1,14 @@
-"""Arguments of Python, in what errors and remarks say, as the flags of the command that runs.
+"""The flags of the command that runs, in place of what errors and remarks call arguments of Python.
 
-Below the command line a message calls an argument `` `restart=True` ``, or `` `scope=` `` where any value is meant: a
-name, an equals sign, perhaps a value, in backticks. Here each such mark becomes the flag that click has for it. So no
-message says a thing twice, and no flag is written down but where the command declares it.
+They are what click knows of the command: no flag is written down but where it is declared.
 """
 
 from __future__ import annotations
 
-import re
-
 import click
 
-_MARK = re.compile(r"`([a-z][a-z0-9_]*)=([^`\s]*)`")
+from k2quant.ground import arguments
+
 _KEY = "k2quant.command"
 
 
@@ -22,25 +19,10 @@ def noted(ctx: click.Context, command: click.Command) -> click.Command:
 
 
 def in_flags(text: str) -> str:
-    """Return a message as the command line says it: `restart=True` is --restart.
-
-    What the command that runs has no flag for stays as it is.
-    """
+    """Return a message as the command line says it, see `k2quant.ground.arguments`."""
     ctx = click.get_current_context(silent=True)
     command = ctx.meta.get(_KEY) if ctx is not None else None
-    flags = _flags_of(command) if isinstance(command, click.Command) else {}
-
-    def shown(mark: re.Match[str]) -> str:
-        name, value = mark.groups()
-        flag = flags.get(name)
-        if flag is None:
-            return mark[0]
-        return f"{flag} {value}" if value and value != "True" else flag
-
-    return _MARK.sub(shown, text)
-
-
-def _flags_of(command: click.Command) -> dict[str, str]:
-    """Return the flags of a command by the names of what they set."""
+    if not isinstance(command, click.Command):
+        return text
     options = (param for param in command.params if isinstance(param, click.Option))
-    return {option.name: max(option.opts, key=len) for option in options if option.name}
+    return arguments.in_flags(text, {option.name: max(option.opts, key=len) for option in options if option.name})

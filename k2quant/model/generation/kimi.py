@@ -126,7 +126,7 @@ class KimiTokenizer(PreTrainedTokenizer):
             raise CheckpointError(
                 "its chat template takes tools as code of the checkpoint writes them",
                 file=self.name_or_path,
-                remedy="if you trust that code, say --trust-remote-code",
+                remedy="if you trust that code, say `trust_remote_code=True`",
             )
         return super().apply_chat_template(conversation, tools=_ordered(tools), **options)
 

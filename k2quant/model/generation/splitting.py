@@ -80,7 +80,7 @@ def check_code(folder: Path, settings: Mapping[str, Any]) -> None:
                 "splits text by another pattern than K2's tokenizer",
                 file=path,
                 expected="the parts of K2's `pat_str` in their order, and no others",
-                remedy="if you trust that code, say --trust-remote-code",
+                remedy="if you trust that code, say `trust_remote_code=True`",
             )
         waiting += [f"{name}.py" for name in _SISTER.findall(text)]
 

@@ -94,7 +94,7 @@ def _of_its_code(folder: Path, error: BaseException) -> K2QuantError | None:
     """Return what there is to say of a tokenizer that is code, if that is the trouble."""
     said = str(error)
     if "trust_remote_code" in said:
-        trust = "if you trust that code, say --trust-remote-code"
+        trust = "if you trust that code, say `trust_remote_code=True`"
         code = next(iter(_codes(folder, TIKTOKEN)), None)
         if code is None:
             return CheckpointError("its tokenizer is code of the checkpoint", file=folder, remedy=trust)
@@ -105,7 +105,7 @@ def _of_its_code(folder: Path, error: BaseException) -> K2QuantError | None:
     if _MOVED in said:
         code = next(iter(_codes(folder, _MOVED)), folder)
         again = f"take {code.name} anew from the model's release"
-        alone = ", or leave out --trust-remote-code" if (folder / TIKTOKEN).exists() else ""
+        alone = ", or leave out `trust_remote_code=True`" if (folder / TIKTOKEN).exists() else ""
         what = f"imports {_MOVED} from a place that transformers 5 no longer has"
         return CheckpointError(what, file=code, remedy=again + alone)
     found = " ".join(said.split())[:300]

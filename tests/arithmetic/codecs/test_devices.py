@@ -161,7 +161,7 @@ def test_without_triton_a_gpu_runs_the_reference(monkeypatch: pytest.MonkeyPatch
 def test_an_unknown_or_missing_device_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rule 5: a device that is not here is named, with what to do."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match=r"`cuda:1` is not available: .* use --device cpu"):
+    with pytest.raises(UsageError, match=r"`cuda:1` is not available: .* use `device=cpu`"):
         codecs("cuda:1")
     for unknown in ("tpu", "cuda:", "cuda:x", "cpu:0"):
         with pytest.raises(UsageError, match="expected cpu, cuda or cuda:N"):

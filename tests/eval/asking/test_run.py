@@ -459,7 +459,7 @@ def test_code_of_a_model_runs_only_if_allowed(request_: Request, tmp_path: Path)
     folder = tmp_path / "tasks"
     write_task(folder, "coding", [{"question": "a", "answer": "b"}], output_type="generate_until", unsafe_code=True)
     asked = replace(request_, tasks=("coding",), include=(folder,))
-    with pytest.raises(UsageError, match=r"coding: runs the code.*--confirm-unsafe-code"):
+    with pytest.raises(UsageError, match=r"coding: runs the code.*`unsafe_code=True`"):
         run(asked, tmp_path / "run")
 
 

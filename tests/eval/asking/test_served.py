@@ -118,7 +118,7 @@ def test_chat_messages_cannot_be_scored(nano: Path, tasks: Path, url: str, tmp_p
     request = replace(served(nano, tasks, url), tasks=("nano_choice",))
     with pytest.raises(UsageError, match="nano_choice"):
         run(replace(request, chat=True), tmp_path / "chat")
-    with pytest.raises(UsageError, match="--tokenizer or --served-from"):
+    with pytest.raises(UsageError, match="`tokenizer=` or `served_from=`"):
         run(replace(request, served_from=None), tmp_path / "plain")
 
 

@@ -277,7 +277,7 @@ class TestSameModel:
 
     def test_it_is_refused_unless_asked_for(self, decide: Decide) -> None:
         """Two runs of one model would pass every gate."""
-        with pytest.raises(Incomparable, match=r"the same model twice.*--aa"):
+        with pytest.raises(Incomparable, match=r"the same model twice.*`same_model=True`"):
             decide({"t": answers(400)}, models="aa")
 
     def test_it_is_never_a_pass(self, decide: Decide) -> None:
@@ -559,7 +559,7 @@ class TestReading:
         path.symlink_to(tmp_path / "elsewhere.jsonl")
         with pytest.raises(MalformedResults, match="leaves the folder") as caught:
             read_run(home)
-        assert "--follow-links" not in str(caught.value)  # nobody could say it
+        assert "follow_links" not in str(caught.value)  # nobody could say it
 
     def test_samples_of_several_runs_are_not_mixed(self, tmp_path: Path) -> None:
         """Where a folder holds two runs, one of them has to be named."""

@@ -362,7 +362,7 @@ def linked(source: Path, tmp_path: Path) -> Path:
 
 def test_a_folder_of_links_is_read_with_the_switch_alone(source: Path, linked: Path, tmp_path: Path) -> None:
     """Field fault, a good checkpoint refused: one set of shards, two configs. Off by default; the refusal names it."""
-    with pytest.raises(UnsafePath, match=r"a link that leaves the folder.*copy the file.*--follow-links"):
+    with pytest.raises(UnsafePath, match=r"a link that leaves the folder.*copy the file.*`follow_links=True`"):
         k2quant.convert(linked, tmp_path / "out", to="bf16")
     assert not (tmp_path / "out").exists()
     k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True)

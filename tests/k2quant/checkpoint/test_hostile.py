@@ -779,7 +779,7 @@ def test_quantised_weight_that_is_no_matrix(case: Case, dtype: str, shape: tuple
 def test_width_that_32_does_not_divide(case: Case) -> None:
     """INT4 needs a width that 32 divides, and the error says so and what to do."""
     case.write(bf16(64, 48))
-    case.refused(ShapeMismatch, f"{BASE}.weight", "32", "(64, 48)", "--ignore", to="int4")
+    case.refused(ShapeMismatch, f"{BASE}.weight", "32", "(64, 48)", "`ignore=`", to="int4")
 
 
 @pytest.mark.parametrize("other", [bf16(64, 64), fp8()])

@@ -64,7 +64,7 @@ def test_a_file_system_without_locks_is_named(
     _without_flock(monkeypatch, NO_LOCKS[code])
     (tmp_path / "run").mkdir()
     place = HOLDERS[holder](tmp_path / "run", False)
-    with pytest.raises(OutputError, match=r"a file system without locks.*--soft-lock"), place:
+    with pytest.raises(OutputError, match=r"a file system without locks.*`soft_lock=True`"), place:
         pytest.fail("went on without a lock")
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
@@ -93,7 +93,7 @@ def test_a_conversion_without_flock(
     """Without locks `convert` leaves no folder behind; with the switch it converts, and the bytes are the same."""
     k2quant.convert(k2_source, tmp_path / "hard", to="bf16")
     _without_flock(monkeypatch, NO_LOCKS[code])
-    with pytest.raises(OutputError, match=f"without locks.*{os.strerror(NO_LOCKS[code])}.*--soft-lock"):
+    with pytest.raises(OutputError, match=f"without locks.*{os.strerror(NO_LOCKS[code])}.*`soft_lock=True`"):
         k2quant.convert(k2_source, tmp_path / "soft", to="bf16")
     assert not (tmp_path / "soft").exists()
     k2quant.convert(k2_source, tmp_path / "soft", to="bf16", soft_lock=True)
@@ -191,7 +191,7 @@ def test_a_lock_of_another_machine_must_be_deleted_by_hand(tmp_path: Path, chang
     """Nobody can tell whether a process elsewhere, or from before a reboot, is dead; what to delete is said."""
     _write(tmp_path / "lock", **changes)
     for soft in (True, False):
-        with pytest.raises(OutputError, match=rf"delete {tmp_path}/lock\.soft$" if soft else "--soft-lock"):
+        with pytest.raises(OutputError, match=rf"delete {tmp_path}/lock\.soft$" if soft else "`soft_lock=True`"):
             take(tmp_path / "lock", folder=tmp_path, soft=soft)
     (tmp_path / f"lock{SOFT}").unlink()
     take(tmp_path / "lock", folder=tmp_path, soft=True).release()

@@ -298,7 +298,7 @@ def test_a_whole_folder_of_a_release_that_writes_another_config_is_not_called_da
     report = resume.identity(made) | {"version": "0.9", "files": {f: {"size": size} for f, size in sizes.items()}}
     with pytest.raises(DestinationStale, match=r"was finished by k2quant 0\.9, which wrote another") as caught:
         resume.check_finished(as_destination(Folder(out, report=report)), report, made)
-    assert "--restart" in str(caught.value)
+    assert "`restart=True`" in str(caught.value)
 
 
 @pytest.mark.parametrize("files", [{"one": 10}, {"one": {}}, {"one": {"size": "10"}}])

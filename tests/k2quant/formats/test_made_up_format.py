@@ -159,7 +159,7 @@ def test_verify_finds_what_its_rounding_does_not_explain(k2_source: Path, tmp_pa
 
 def test_its_options_are_checked(k2_source: Path, tmp_path: Path) -> None:
     """A format without grids has no `--grid`; one that nobody knows is refused with the names of all."""
-    with pytest.raises(UsageError, match="--grid has no meaning with --to int8: it is the rounding rule of INT4"):
+    with pytest.raises(UsageError, match="`grid=` has no meaning with int8: it is the rounding rule of INT4"):
         convert(k2_source, tmp_path / "out", "int8", grid="moonshot")
     with pytest.raises(UsageError, match="unknown format 'int3'; expected bf16, fp8, int4, int8"):
         convert(k2_source, tmp_path / "out", "int3")

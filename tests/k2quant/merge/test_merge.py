@@ -773,7 +773,7 @@ def test_an_adapter_of_links_is_merged_where_links_are_followed(k2_source: Path,
     (tmp_path / "adapter").mkdir()
     for name in (CONFIG, WEIGHTS):
         (tmp_path / "adapter" / name).symlink_to(kept / name)
-    with pytest.raises(UnsafePath, match="--follow-links"):
+    with pytest.raises(UnsafePath, match="`follow_links=True`"):
         k2quant.merge(k2_source, tmp_path / "adapter", tmp_path / "out", to="int4")
     k2quant.merge(k2_source, tmp_path / "adapter", tmp_path / "out", to="int4", follow_links=True)
     k2quant.merge(k2_source, kept, tmp_path / "expected", to="int4")

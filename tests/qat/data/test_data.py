@@ -289,7 +289,7 @@ class TestHostileFiles:
         (tmp_path / "in" / "a.jsonl").symlink_to(tmp_path / "secret.jsonl")
         with pytest.raises(UnsafePath, match="leaves the folder") as caught:
             load(DataSource(path=str(tmp_path / "in")), letters)
-        assert "--follow-links" not in str(caught.value)  # which is about models
+        assert "follow_links" not in str(caught.value)  # which is about models
 
     def test_a_folder_without_examples_is_refused(self, tmp_path: Path, letters: Any) -> None:
         """No file is no data; an empty file among others is named."""

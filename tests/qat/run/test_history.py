@@ -120,7 +120,7 @@ def test_damaged_history(sources: Path, home: Path, damage: str) -> None:
     with pytest.raises(MalformedFile, match=r"history\.jsonl") as error:
         train(job_of(sources, home))
     assert said in str(error.value)
-    assert "--restart" in str(error.value)
+    assert "`restart=True`" in str(error.value)
     assert "\n" not in str(error.value)
     assert files(home / "run") == before
 

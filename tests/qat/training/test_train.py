@@ -359,7 +359,7 @@ def test_other_data_or_model(home: Path) -> None:
     job = make_job(home)
     train(job)
     write_data(home / "data.jsonl", 41)
-    with pytest.raises(DestinationStale, match=r"data.*--restart"):
+    with pytest.raises(DestinationStale, match=r"data.*`restart=True`"):
         train(job)
     write_data(home / "data.jsonl")
     shard = home / "model" / "model-1-of-2.safetensors"
@@ -402,7 +402,7 @@ def test_a_run_of_an_earlier_meaning_of_linear(home: Path, monkeypatch: pytest.M
         interrupted(linear(), 1)
     forget_targets(home / "run")
     before = noted(home / "run")
-    match = r"`scope: linear` took kv_b_proj too; say `scope: projections` .* --restart"
+    match = r"`scope: linear` took kv_b_proj too; say `scope: projections` .* `restart=True`"
     for act in (lambda: train(linear()), lambda: plan_job(linear()), lambda: export_run(home / "run", home / "out")):
         with pytest.raises(DestinationStale, match=match):
             act()

@@ -123,7 +123,7 @@ def test_tools_that_need_code_are_refused(kimi: Path) -> None:
     (kimi / "chat_template.jinja").write_text("{% if tools_ts_str %}{{ tools_ts_str }}{% else %}{{ tools }}{% endif %}")
     tokenizer = open_tokenizer(kimi)
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "None"
-    with pytest.raises(CheckpointError, match=r"tools as code of the checkpoint writes them; .*--trust-remote-code"):
+    with pytest.raises(CheckpointError, match=r"tools as code of the checkpoint .*`trust_remote_code=True`"):
         tokenizer.apply_chat_template(chat, tools=[{"a": 1}], tokenize=False)
 
 
@@ -347,5 +347,5 @@ def test_a_tokenizer_of_another_class_is_left_to_transformers(kimi: Path) -> Non
     """A tiktoken.model beside a tokenizer that is not K2's is not read as if it were."""
     changes: dict[str, Any] = json.loads((kimi / "tokenizer_config.json").read_text())
     (kimi / "tokenizer_config.json").write_text(json.dumps(changes | {"tokenizer_class": "OtherTokenizer"}))
-    with pytest.raises(CheckpointError, match="--trust-remote-code"):
+    with pytest.raises(CheckpointError, match="`trust_remote_code=True`"):
         open_tokenizer(kimi)
