@@ -391,6 +391,6 @@ def test_boards_that_begin_anew_show_nothing_of_before(tmp_path: Path) -> None:
 def test_missing_tensorboard_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package, an error names what to install, and nothing is written."""
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingExtra, match=r"pip install k2quant\[qat\]"):
+    with pytest.raises(MissingExtra, match=r"pip install .k2quant\[qat\]"):
         Board(tmp_path / "board")
     assert not (tmp_path / "board").exists()
