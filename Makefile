@@ -15,6 +15,7 @@ test: $(READY)  ## the tests, as CI runs them
 lint: $(READY)  ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile
 
 types: $(READY)  ## strict types
 	$(BIN)/mypy
@@ -26,7 +27,7 @@ mutants: $(READY)  ## change the rules one place at a time and see that a test n
 	$(BIN)/pip install --quiet --constraint constraints-dev.txt --editable ".[mutants]"
 	$(BIN)/python scripts/mutants.py $(MODULE) $(if $(SAMPLE),--sample $(SAMPLE))
 
-package: $(READY)  ## build wheel and sdist, install the wheel alone elsewhere and convert with it
+package: $(READY)  ## build wheel and sdist, install the wheel alone elsewhere, then each extra, and do what each promises
 	$(BIN)/python scripts/check_package.py
 
 kernels-aot: $(READY)  ## compile every shipped kernel configuration for three GPU architectures and gate the results

@@ -96,9 +96,8 @@ def test_whatever_is_imported_is_installed_by_something() -> None:
     for name, by in BROUGHT_ALONG.items():
         assert name in {_plain(found[0]) for line in requires(by) or [] if (found := _NAME.match(line))}
     known = brought(None) | brought("all") | BROUGHT_ALONG.keys()
-    strange = {
-        name: module for name, module in used.items() if known.isdisjoint(map(_plain, homes().get(name, [name])))
-    }
+    owned = {name: {*map(_plain, homes().get(name, [name]))} for name in used}
+    strange = {name: used[name] for name, owners in owned.items() if known.isdisjoint(owners)}
     assert strange.keys() <= OFFERED, strange
 
 

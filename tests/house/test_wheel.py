@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from package import differences, package_files
+from package import differences, package_files, packaged
 from places import ROOT
 
 BESIDE = ("pyproject.toml", "README.md", "LICENSE")
-
-
-def packaged(root: Path) -> list[str]:
-    """Return what setuptools would put into a wheel of a checkout, by the checkout's own pyproject.toml."""
-    command = [sys.executable, "-P", "-c", "import setuptools; setuptools.setup()", "--quiet", "build_py"]
-    done = subprocess.run([*command, "--build-lib", "built"], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    built = root / "built"
-    return [path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()]
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +19,15 @@ def package_files(root: Path, package: str = "k2quant") -> set[str]:
         folders[:] = [name for name in folders if name != "__pycache__"]
         found |= {Path(home, name).relative_to(root).as_posix() for name in names if name.endswith(SHIPPED)}
     return found
+
+
+def packaged(root: Path) -> list[str]:
+    """Return what setuptools would put into a wheel of a checkout, by the checkout's own pyproject.toml."""
+    command = [sys.executable, "-P", "-c", "import setuptools; setuptools.setup()", "--quiet", "build_py"]
+    done = subprocess.run([*command, "--build-lib", "built"], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    built = root / "built"
+    return [path.relative_to(built).as_posix() for path in built.rglob("*") if path.is_file()]
 
 
 def differences(root: Path, names: Iterable[str], *, what: str) -> list[str]:
