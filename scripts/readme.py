@@ -10,8 +10,10 @@ docs/first-hour.md unless some are named. A block of shell with a block of `text
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,11 +50,13 @@ def main() -> None:
 
     folder = Path(sys.argv[1]).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    stage(folder)
     if not (folder / "demo-run").is_dir():
-        subprocess.run([folder / ".venv" / "bin" / "k2quant", "demo", "demo-run"], cwd=folder, check=True)
+        subprocess.run([sys.executable, "-m", "k2quant", "demo", "demo-run"], cwd=folder, check=True)
     for name in sys.argv[2:] or PAGES:
-        paste(ROOT / name, folder)
+        with tempfile.TemporaryDirectory(dir=folder) as fresh:
+            stage(Path(fresh))
+            shutil.copytree(folder / "demo-run", Path(fresh, "demo-run"))
+            paste(ROOT / name, Path(fresh))
 
 
 if __name__ == "__main__":

@@ -217,17 +217,6 @@ def test_inspect_lists_what_does_not_fit_together(tmp_path: Path) -> None:
     assert "a partner without its weight" in done.stdout
 
 
-def test_demo_takes_a_small_k2_through_every_format(tmp_path: Path) -> None:
-    """Every promise is kept, again over its own folder too, and a nano-K2 answers from all three formats."""
-    for steps, formats in ((0, []), (2, ["bf16", "fp8", "int4"])):
-        done = k2quant("demo", tmp_path / "demo", "--steps", steps)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("\n  yes ") == 7
-        assert "  NO  " not in done.stdout
-        rows = [line.split() for line in done.stdout.splitlines()]
-        assert [row[0] for row in rows if row and row[0] in {"bf16", "fp8", "int4"}] == formats
-
-
 def test_demo_touches_nothing_that_is_not_its_own(tmp_path: Path) -> None:
     """A folder that no demo made is refused, whatever it holds."""
     (tmp_path / "fp8").mkdir()
