@@ -45,7 +45,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Replace mkdocs' own list, which ends at docs/: pages of the navigation, and what can be reached from them."""
     found = Files([file for file in files if file.src_uri.startswith("assets/")])
     tracked = _tracked()
-    waiting = list(_leaves(config.nav))
+    waiting = [*_leaves(config.nav), *config.extra_css]
     seen = set(waiting)
     while waiting:
         name = waiting.pop()
