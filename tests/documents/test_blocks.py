@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from k2quant.cli import main
+from k2quant.conversion.rules import parse_recipe
 from k2quant.eval.gating.policy import read_policy
 from k2quant.qat.job import job_from
 from pages import PAGES, Block, blocks, commands
@@ -243,11 +244,13 @@ def test_wrong_names_are_found() -> None:
 
 @pytest.mark.parametrize("block", of("yaml"))
 def test_yaml_is_taken_by_what_reads_it(block: Block, tmp_path: Path) -> None:
-    """A whole job or policy of a document passes its reader; pieces of one load."""
+    """A whole job, recipe or policy of a document passes its reader; pieces of one load."""
     content = yaml.safe_load(block.text)
     keys = set(content) if isinstance(content, dict) else set()
     if {"model", "output"} <= keys:
         job_from(content)
+    elif "rules" in keys:
+        parse_recipe(block.text.encode(), file=block.place)
     elif "margin" in keys:
         path = tmp_path / "gate.yaml"
         path.write_text(block.text)
