@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts import conversion, tables
+from k2quant.cli.parts import conversion
+from k2quant.cli.parts.terminal import tables
 from k2quant.cli.parts.terminal.tables import Column
 
 if TYPE_CHECKING:

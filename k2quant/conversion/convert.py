@@ -172,8 +172,8 @@ def carry_out(
             if restart:
                 clear(folder)
             done = begin(folder, plan, fresh=restart)
-            shards = counted(len(plan.shards), "shard")
-            _log.info("%s: %s, %d of them there already; %d at work", there, shards, len(done), threads)
+            whole = counted(len(plan.shards), "shard")
+            _log.info("%s: %s, %d of them there already; %d at work", there, whole, len(done), threads)
             stream = Stream(
                 plan,
                 folder,

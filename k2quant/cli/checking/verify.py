@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts import options, tables
+from k2quant.cli.parts import options
+from k2quant.cli.parts.terminal import tables
 from k2quant.cli.parts.terminal.colour import verdict
 from k2quant.cli.parts.terminal.tables import Column, paragraph
 from k2quant.errors import CheckFailed, UsageError

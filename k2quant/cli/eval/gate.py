@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from k2quant.cli.parts.terminal import colour
 from k2quant.cli.parts.screen import remark, working
+from k2quant.cli.parts.terminal import colour
 from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 from k2quant.errors import CheckFailed, Inconclusive, UsageError, printable
 

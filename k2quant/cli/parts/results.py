@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from k2quant.cli.parts.screen import warn
+from k2quant.cli.parts.screen import remark, warn
 
 
 def suggest(*commands: tuple[str | Path, ...]) -> None:

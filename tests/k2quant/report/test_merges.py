@@ -46,7 +46,7 @@ def merged(k2_thinking: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "peft_version": "0.21.2"}
     (folder / "my-lora" / CONFIG).write_text(json.dumps(settings))
     for to in ("int4", "bf16"):
-        k2quant.merge(k2_thinking, folder / "my-lora", folder / to, to=to)  # type: ignore[arg-type]
+        k2quant.merge(k2_thinking, folder / "my-lora", folder / to, to=to)
     return folder
 
 
