@@ -62,7 +62,8 @@ def find_blame(
     Args:
         base: folder of the baseline, in any format.
         candidate: folder of the same model in another format, or changed.
-        text: a file to run them on; None for the sample that k2quant brings. Only what the text visits can be found.
+        text: a file to run them on, as `measure_fidelity` takes it; None for the sample that k2quant brings. Only what
+            the text visits can be found.
         context: tokens of a chunk. Chunks are what intervals are resampled over; there must be at least 16.
         tokens: how much of the text to read.
         lines: whether each line is a text of its own.
@@ -135,6 +136,7 @@ def _blame(mixer: Mixer, changed: list[Part], bench: Bench, sides: tuple[Side, S
         classes=tuple(suspect(one, changed, kind_of(one, changed)) for one in findings.classes),
         suspects=suspects(findings.suspects, changed),
         together=None if findings.together is None else suspect(findings.together, changed, "all suspects together"),
+        completions=bench.text.completions,
     )
 
 

@@ -75,7 +75,8 @@ def measure_fidelity(
     Args:
         base: folder of the baseline, in any format; its tokenizer is used.
         candidate: folder of the candidate, in any format.
-        text: plain UTF-8; None for the sample that k2quant brings.
+        text: plain UTF-8, or JSON Lines (`.jsonl`) of `prompt` and `completion`, of which prompts are context and only
+            completions are scored; None for the sample that k2quant brings.
         context: tokens of a chunk; chunks know nothing of each other.
         tokens: how much of the text to read.
         lines: whether each line is a text of its own.
@@ -185,7 +186,10 @@ def _ticking(progress: Progress | None, total: int) -> Callable[[], None]:
 
 def _places(text: Text) -> list[Tensor]:
     """Return where layers are read out, for each batch: some of the tokens that predict another, evenly spread."""
-    numbers = [torch.arange(batch.numel()).reshape(batch.shape)[:, :-1].flatten() for batch in text.batches]
+    numbers = [
+        torch.arange(batch.numel()).reshape(batch.shape)[:, :-1][scored]
+        for batch, scored in zip(text.batches, text.scored, strict=True)
+    ]
     count = min(_EARLY, text.predictions)
     wanted = torch.arange(count) * text.predictions // count
     starts = torch.tensor([0, *(len(some) for some in numbers)]).cumsum(0)
@@ -207,12 +211,12 @@ def _compared(
     """Run both passes and compare."""
     predictions = Predictions()
     layers: tuple[LayerFidelity, ...] = ()
-    for ids in text.batches:
+    for ids, scored in zip(text.batches, text.scored, strict=True):
         logits = [next(run) for run in passes]  # the first round runs all the layers
         for folder, some in zip(folders, logits, strict=True):
             check_finite(some, folder, "the logits")
         layers = layers or _layers(first, second, config)
-        predictions.add(ids, *logits)
+        predictions.add(ids, scored, *logits)
         del logits, some  # before the next ones are made: K2's are large
     return predictions.fidelity(text, sides, layers)
 

@@ -65,6 +65,8 @@ class Fidelity:
     layers: tuple[LayerFidelity, ...]
     unread: str = ""
     """Characters of the text that the tokenizer passes over in silence, each once."""
+    completions: bool = False
+    """Whether the text has prompts: predictions of completions alone were compared then, layers on every token."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON holds it."""
@@ -106,6 +108,8 @@ class Blame:
     """The finest groups that were found, largest share first; empty where no damage could be told from none."""
     together: Suspect | None
     """All suspects put back at once; None without suspects."""
+    completions: bool = False
+    """Whether the text has prompts: damage is that of completions alone then."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON holds it."""

@@ -52,7 +52,7 @@ class Bench:
         self._done()
 
     def damage(self, source: Checkpoint) -> Tensor:
-        """Return the KL divergence of a model from the baseline, summed over each chunk: float64 `[C]`."""
+        """Return the KL divergence from the baseline, summed over what is scored of each chunk: float64 `[C]`."""
         logits = stream_forward(source, self.text.batches, **self.options)
         found = torch.cat([self._chunks(number, slice(None), one) for number, one in enumerate(logits)])
         self._done()
@@ -71,11 +71,12 @@ class Bench:
     def _chunks(self, number: int, rows: slice, logits: Tensor) -> Tensor:
         assert self._kept is not None  # noqa: S101  the baseline runs first
         ours = self._kept.get(0, number)[rows, :-1].to(logits.device)
-        return kl(ours, logits[:, :-1]).sum(1).cpu()
+        passed = ~self.text.scored[number][rows].to(logits.device)
+        return kl(ours, logits[:, :-1]).masked_fill(passed, 0).sum(1).cpu()
 
     def mean(self, sums: Tensor) -> Estimate:
         """Return the mean over tokens of sums over chunks."""
-        sizes = torch.tensor([len(row) - 1 for batch in self.text.batches for row in batch])
+        sizes = torch.cat([scored.sum(1) for scored in self.text.scored])
         values = (sums / sizes).repeat_interleave(sizes)
         return clustered(values, torch.arange(len(sizes)).repeat_interleave(sizes))
 

@@ -25,18 +25,20 @@ class Predictions:
         self._chunks: list[Tensor] = []
         self._count = 0
 
-    def add(self, ids: Tensor, base: Tensor, candidate: Tensor) -> None:
-        """Take a batch: its tokens `[B, T]` and both models' logits `[B, T, V]`."""
-        base, candidate, wanted = base[:, :-1], candidate[:, :-1], ids[:, 1:].to(base.device)
+    def add(self, ids: Tensor, scored: Tensor, base: Tensor, candidate: Tensor) -> None:
+        """Take a batch: its tokens `[B, T]`, which count, bool `[B, T - 1]`, and both models' logits `[B, T, V]`."""
+        chunks = (torch.arange(len(ids))[:, None].expand(scored.shape) + self._count)[scored]
+        wanted, scored = ids[:, 1:][scored].to(base.device), scored.to(base.device)
+        base, candidate = base[:, :-1][scored], candidate[:, :-1][scored]
         for figures, values in (
             (self._kl, kl(base, candidate)),
             (self._reverse, kl(candidate, base)),
             (self._base, nll(base, wanted)),
             (self._candidate, nll(candidate, wanted)),
             (self._same, same_top(base, candidate).double()),
-            (self._chunks, torch.arange(len(ids))[:, None].expand(wanted.shape) + self._count),
+            (self._chunks, chunks),
         ):
-            figures.append(values.flatten().cpu())
+            figures.append(values.cpu())
         self._count += len(ids)
 
     def fidelity(self, text: Text, sides: tuple[Side, Side], layers: tuple[LayerFidelity, ...]) -> Fidelity:
@@ -61,6 +63,7 @@ class Predictions:
             log_ratio=clustered(candidate - base, chunks),
             layers=layers,
             unread=text.unread,
+            completions=text.completions,
         )
 
 

@@ -24,6 +24,7 @@ from k2quant.eval.report.wording import (
     perplexity,
     points,
     rows,
+    scored,
     short,
     title,
 )
@@ -135,7 +136,7 @@ def _drift(fidelity: Fidelity | None, blame: Blame | None) -> str:
     found = ""
     if fidelity is not None:
         found += (
-            f"## Fidelity\n\n{_measured(fidelity)}, {fidelity.tokens:,} tokens: KL divergence "
+            f"## Fidelity\n\n{_measured(fidelity)}, {scored(fidelity)}: KL divergence "
             f"{fidelity.kl.value:.3g} \N{PLUS-MINUS SIGN} {fidelity.kl.error:.2g} nats a token "
             f"(median {fidelity.kl_median:.3g}, 99% {fidelity.kl_99:.3g}, max {fidelity.kl_max:.3g}), "
             f"same likeliest token {percent(fidelity.same_top.value)}, "

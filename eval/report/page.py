@@ -22,6 +22,7 @@ from k2quant.eval.report.wording import (
     needed,
     percent,
     points,
+    scored,
     short,
 )
 from k2quant.ground.version import __version__
@@ -106,7 +107,7 @@ def _fidelity_note(fidelity: Fidelity) -> str:
         unread = f" Characters that the tokenizer passes over: {code(fidelity.unread)}."
     return _section(
         "Fidelity",
-        f"{_models(fidelity)} on {code(fidelity.text)}: {fidelity.tokens:,} tokens in {fidelity.chunks:,} chunks, "
+        f"{_models(fidelity)} on {code(fidelity.text)}: {scored(fidelity)} in {fidelity.chunks:,} chunks, "
         "which the errors count as independent. It tells that something changed and where, not whether accuracy did."
         f"{unread}",
     )

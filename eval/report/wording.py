@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from k2quant.eval.drift.findings import Fidelity
 from k2quant.eval.gating.policy import Policy
 from k2quant.eval.gating.verdict import Comparison, Verdict
 from k2quant.report.words import plain
@@ -78,6 +79,11 @@ def chance(probability: float) -> str:
 def perplexity(value: float) -> str:
     """Return a perplexity, from `1.234` over `13,657` to `1.2e+09`."""
     return f"{value:,.0f}" if 1000 <= value < 1_000_000 else f"{value:.4g}"
+
+
+def scored(fidelity: Fidelity) -> str:
+    """Return what was predicted: `4,096 tokens`, or `1,531 tokens of completions`."""
+    return f"{fidelity.tokens:,} tokens{' of completions' if fidelity.completions else ''}"
 
 
 def items(number: int) -> str:

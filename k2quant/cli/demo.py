@@ -103,7 +103,7 @@ def _gate(folder: Path) -> None:
         # No lm-eval, or a nano-K2 of a few steps, which says nothing or nothing that is right.
         click.echo(f"no verdict: {error}")
         return
-    drift = measure_fidelity(*(folder / name for name in names), text=folder / "tasks" / TEXT, lines=True)
+    drift = measure_fidelity(*(folder / name for name in names), text=folder / "tasks" / TEXT)
     page = write_reports(verdict, folder / "gate", fidelity=drift).html
     show(verdict)
     click.echo(f"\nThe report, with pictures: {page}")

@@ -26,8 +26,11 @@ GROUP = "nano"
 CHOICE = "nano_choice"
 """The multiple choice over all families; it is no part of the group."""
 
-TEXT = "nano.txt"
-"""All items as one text, in a random order."""
+TEXT = "nano.jsonl"
+"""All items, in a random order: a prompt and its completion each, as `k2quant eval fidelity` and `blame` read them."""
+
+LINES = "nano.txt"
+"""The same as plain text, an item a line: there questions, which nobody can predict, are scored too."""
 
 TRAIN = "train.jsonl"
 """Items to go on training with, none of them held out, as `k2quant qat train` reads them."""
@@ -39,10 +42,10 @@ _LONGEST = 24  # tokens; the longest right answer has 13 and the stop token
 
 
 def write_tasks(folder: Path, count: int = 60, *, seed: int = 0) -> None:
-    """Write `nano_reverse` and its five sisters, the group `nano` of them, `nano_choice`, `nano.txt` and `train.jsonl`.
+    """Write `nano_reverse` and its five sisters, the group `nano` of them, `nano_choice`, two texts and `train.jsonl`.
 
-    The text has a question with its answer on each line, for `k2quant eval fidelity` and `blame`. The items of
-    `train.jsonl` have a prompt and its completion, for `k2quant qat train`.
+    `nano.jsonl` is for `k2quant eval fidelity` and `blame`, `nano.txt` the same as plain text; `train.jsonl` is for
+    `k2quant qat train`.
 
     Args:
         folder: where; it is made if need be, and files of the same names are replaced.
@@ -65,9 +68,9 @@ def write_tasks(folder: Path, count: int = 60, *, seed: int = 0) -> None:
     _write_task(folder, CHOICE, _multiple_choice())
     items = [item for family in drawn.values() for item in family]
     Random(seed).shuffle(items)  # noqa: S311 - items, no secrets
-    write_whole(folder / TEXT, "".join(f"{item.question}{item.answer}\n" for item in items).encode())
-    trained = islice(mixture(seed + _DRAW), _TRAINED)
-    _write_rows(folder / TRAIN, ({"prompt": item.question, "completion": item.answer} for item in trained))
+    _write_rows(folder / TEXT, map(_completion, items))
+    write_whole(folder / LINES, "".join(f"{item.question}{item.answer}\n" for item in items).encode())
+    _write_rows(folder / TRAIN, map(_completion, islice(mixture(seed + _DRAW), _TRAINED)))
     group = {
         "group": GROUP,
         "task": [f"nano_{family}" for family in tasks.FAMILIES],
@@ -112,6 +115,10 @@ def _multiple_choice() -> dict[str, Any]:
 
 def _row(item: Item) -> dict[str, Any]:
     return {"question": item.question, "answer": item.answer, "family": item.family, "level": item.level}
+
+
+def _completion(item: Item) -> dict[str, Any]:
+    return {"prompt": item.question, "completion": item.answer}
 
 
 def _with_choices(item: Item) -> dict[str, Any]:

@@ -23,7 +23,7 @@ _BEFORE_SEARCH = 3  # passes: the baseline, its noise, the damage
 @click.command(name="blame")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("candidate", metavar="CAND", type=click.Path(path_type=Path))
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Plain UTF-8; default: a short sample.")
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Plain UTF-8, or .jsonl with prompts.")
 @click.option("--tokens", type=click.IntRange(min=3), default=8192, show_default=True, help="How much of it to read.")
 @click.option("--context", type=click.IntRange(min=2), default=128, show_default=True, help="Tokens of a chunk.")
 @click.option("--lines", is_flag=True, help="Each line is a text of its own.")

@@ -29,7 +29,7 @@ _COLUMNS = (
 @click.command(name="fidelity")
 @click.argument("base", type=click.Path(path_type=Path))
 @click.argument("candidate", metavar="CAND", type=click.Path(path_type=Path))
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Plain UTF-8; default: a short sample.")
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Plain UTF-8, or .jsonl with prompts.")
 @click.option("--tokens", type=click.IntRange(min=3), default=4096, show_default=True, help="How much of it to read.")
 @click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a chunk.")
 @click.option("--lines", is_flag=True, help="Each line is a text of its own.")
@@ -61,6 +61,9 @@ def command(
     Perplexity, KL divergence, and for each layer the error of its output and of its router's choices. Both models are
     streamed layer by layer and may be larger than memory. A tripwire: only `eval gate` can tell whether accuracy was
     lost.
+
+    The text is plain, or JSON Lines (.jsonl) with a prompt and a completion in each row: then only completions are
+    scored. Without one, a short sample is read.
 
     \b
     Example:
@@ -100,7 +103,8 @@ def _about_unread(characters: str) -> str:
 def _show(found: Fidelity) -> None:
     click.echo(f"baseline   {found.base.model} ({found.base.folder})")
     click.echo(f"candidate  {found.candidate.model} ({found.candidate.folder})")
-    click.echo(f"text       {found.text}, {found.tokens} predictions in {found.chunks} chunks\n")
+    scored = "tokens of completions" if found.completions else "predictions"
+    click.echo(f"text       {found.text}, {found.tokens} {scored} in {found.chunks} chunks\n")
     for name, value in _figures(found):
         click.echo(f"{name:<28} {value}")
     click.echo("\n" + table(_COLUMNS, map(_row, found.layers)) + "\n")

@@ -6,13 +6,14 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from k2quant.checkpoint.files.paths import read_limited
 from k2quant.errors import CheckpointError, K2QuantError, MalformedFile, UsageError
+from k2quant.model.passes.rows import SUFFIX, parse_rows
 
 SAMPLE = Path(__file__).with_name("sample_text.txt")
 """What is read when the user names no text: some of everything, written for this purpose."""
@@ -39,6 +40,10 @@ class Text:
     """SHA-256 of its token ids, chunk by chunk."""
     batches: tuple[Tensor, ...]
     """int64 `[B, T]`: each row a chunk, those of equal length together."""
+    scored: tuple[Tensor, ...]
+    """bool `[B, T - 1]` for each batch: whether the next token is one to be predicted; those of prompts are not."""
+    completions: bool
+    """Whether there are prompts, so that only what follows them is scored."""
     unread: str
     """Characters of the text that its tokenizer passes over in silence, each once."""
 
@@ -49,8 +54,16 @@ class Text:
 
     @property
     def predictions(self) -> int:
-        """Tokens that are predicted: all but the first of each chunk."""
-        return sum(batch[:, 1:].numel() for batch in self.batches)
+        """Tokens that are predicted: all but the first of each chunk, and all but the prompts'."""
+        return sum(int(some.sum()) for some in self.scored)
+
+
+class _Chunk(NamedTuple):
+    """Tokens that a model reads at once."""
+
+    ids: list[int]
+    first: int
+    """The number of the first token that is to be predicted, at least 1: those before it are context."""
 
 
 def read_text(
@@ -64,44 +77,89 @@ def read_text(
     """Read a text, tokenise it and cut it into chunks.
 
     Args:
-        path: a plain text file in UTF-8, whatever its name; None for the sample that k2quant brings.
+        path: a plain text file in UTF-8; or, if its name ends in `.jsonl`, rows as `rows` reads them, each a text of
+            its own, of which only completions are scored. None for the sample that k2quant brings.
         tokenizer: of transformers. Where it puts a token before every text, such as [BOS], each chunk begins with it.
-        context: tokens of a chunk. A last piece below 100 is dropped, unless it is the only one.
-        limit_tokens: how much of the text to read.
+        context: tokens of a chunk. A last piece below 100 is dropped, unless it is the only one. A row that is longer
+            loses the beginning of its prompt, and the end of a completion that does not fit either.
+        limit_tokens: how much of the text to read, prompts included; of rows, whole ones.
         lines: whether each line is a text of its own, and so a chunk, or several where it is longer than one.
 
     Raises:
-        MalformedFile: the file cannot be read, is too large, or no text in UTF-8.
+        MalformedFile: the file cannot be read, is too large, or no text in UTF-8; or a row is none.
         CheckpointError: the tokenizer cannot read it.
-        UsageError: an option makes no sense, or the text has fewer than 3 tokens.
+        UsageError: an option makes no sense, or the text has fewer than 3 tokens, or not 2 to predict.
     """
     for name, value, least in (("context", context, 2), ("tokens", limit_tokens, _LEAST)):
         if type(value) is not int or value < least:
             raise UsageError(f"{name}: expected at least {least}, found {value!r}")
     file = SAMPLE if path is None else Path(path)
-    text = _characters(file)[: limit_tokens * _LETTERS]
-    parts = [line for line in text.splitlines() if line.strip()] if lines else [text]
-    ids, first, unread = _tokens(parts, tokenizer, file)
+    if file.suffix.lower() == SUFFIX:
+        rows = parse_rows(_content(file), file, limit_tokens * _LETTERS)
+        ids, first, unread = _tokens([part for row in rows for part in row], tokenizer, file)
+        chunks = _completions(ids, first, context, limit_tokens)
+        ids = ids[1::2]
+    else:
+        rows = []
+        text = _characters(file)[: limit_tokens * _LETTERS]
+        parts = [line for line in text.splitlines() if line.strip()] if lines else [text]
+        ids, first, unread = _tokens(parts, tokenizer, file)
+        chunks = _pieces(ids, first, context, limit_tokens)
+    what = "completions" if rows else "a text"
+    if sum(len(chunk.ids) - chunk.first for chunk in chunks) < _LEAST - 1:
+        raise UsageError(f"{file}: expected {what} of at least {_LEAST} tokens, found {sum(map(len, ids))}")
+    batches, counted = _batches(chunks)
+    return Text(
+        name=file.name,
+        hash=_hash(chunks),
+        batches=batches,
+        scored=counted,
+        completions=any(row.prompt for row in rows),
+        unread=unread,
+    )
+
+
+def _pieces(ids: list[list[int]], first: list[int], context: int, limit: int) -> list[_Chunk]:
+    """Cut the tokens of plain texts into chunks, all of whose tokens are scored."""
     chunks: list[list[int]] = []
     count = 0
     for own in ids:
-        kept = own[: limit_tokens - count]
+        kept = own[: limit - count]
         count += len(kept)
         chunks += [[*first, *piece] for piece in _cut(kept, max(context - len(first), 2))]
-    chunks = [chunk for chunk in chunks if len(chunk) > 1]
-    if count < _LEAST or sum(len(chunk) - 1 for chunk in chunks) < _LEAST - 1:
-        raise UsageError(f"{file}: expected a text of at least {_LEAST} tokens, found {count}")
-    return Text(name=file.name, hash=_hash(chunks), batches=_batches(chunks), unread=unread)
+    return [_Chunk(chunk, 1) for chunk in chunks if len(chunk) > 1] if count >= _LEAST else []
+
+
+def _completions(ids: list[list[int]], first: list[int], context: int, limit: int) -> list[_Chunk]:
+    """Make a chunk of each prompt and its completion."""
+    chunks: list[_Chunk] = []
+    size, count = max(context - len(first), 2), 0
+    for prompt, completion in zip(ids[::2], ids[1::2], strict=True):
+        room = max(size - len(completion), size // 2)
+        before = [*first, *prompt[max(len(prompt) - room, 0) :]]
+        chunk = [*before, *completion][: size + len(first)]
+        count += len(chunk) - len(first)
+        if count > limit and chunks:
+            break
+        start = max(len(before), 1)
+        if len(chunk) > start:
+            chunks.append(_Chunk(chunk, start))
+    return chunks
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return read_limited(file, _LIMIT)
+    except OSError as error:
+        raise MalformedFile("cannot be read", file=file, found=error.strerror) from error
 
 
 def _characters(file: Path) -> str:
     try:
-        text = read_limited(file, _LIMIT).decode("utf-8-sig")
+        text = _content(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         found = f"byte {error.object[error.start]:#04x} at {error.start}"
         raise MalformedFile("no plain text", file=file, expected="UTF-8", found=found) from error
-    except OSError as error:
-        raise MalformedFile("cannot be read", file=file, found=error.strerror) from error
     if "\0" in text:
         raise MalformedFile("no plain text", file=file, expected="UTF-8", found="a character of code 0")
     return text
@@ -131,22 +189,30 @@ def _cut(ids: list[int], size: int) -> list[list[int]]:
     return pieces
 
 
-def _batches(chunks: list[list[int]]) -> tuple[Tensor, ...]:
-    """Put chunks of equal length together, as many as a batch may have."""
-    groups: dict[int, list[list[int]]] = {}
+def _batches(chunks: list[_Chunk]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Put chunks of equal length together, as many as a batch may have; and say of each token what is scored."""
+    groups: dict[int, list[_Chunk]] = {}
     for chunk in chunks:
-        groups.setdefault(len(chunk), []).append(chunk)
-    return tuple(
-        torch.tensor(group[start : start + rows], dtype=torch.int64)
+        groups.setdefault(len(chunk.ids), []).append(chunk)
+    parts = [
+        group[start : start + rows]
         for size, group in groups.items()
         for rows in [max(_AT_ONCE // size, 1)]
         for start in range(0, len(group), rows)
-    )
+    ]
+    batches = tuple(torch.tensor([chunk.ids for chunk in part], dtype=torch.int64) for part in parts)
+    return batches, tuple(_scored(part) for part in parts)
 
 
-def _hash(chunks: list[list[int]]) -> str:
+def _scored(chunks: list[_Chunk]) -> Tensor:
+    firsts = torch.tensor([chunk.first for chunk in chunks])
+    return torch.arange(1, len(chunks[0].ids)) >= firsts[:, None]
+
+
+def _hash(chunks: list[_Chunk]) -> str:
     digest = hashlib.sha256()
     for chunk in chunks:
-        digest.update(f"{len(chunk)} ".encode())
-        digest.update(torch.tensor(chunk, dtype=torch.int64).numpy().tobytes())
+        prompt = f"{chunk.first} " if chunk.first > 1 else ""
+        digest.update(f"{len(chunk.ids)} {prompt}".encode())
+        digest.update(torch.tensor(chunk.ids, dtype=torch.int64).numpy().tobytes())
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.cli import main
 from k2quant.conversion.convert import convert
 from k2quant.errors import BadValue, Incomparable, MissingTensor, UsageError
-from k2quant.eval import find_blame
+from k2quant.eval import find_blame, measure_fidelity
 from k2quant.eval.drift import blame, measuring
 from k2quant.eval.drift.reading import read_blame
 from k2quant.eval.statistics.group_testing import Findings, Found
@@ -183,6 +183,25 @@ def nudge(tensors: Shard, config: dict[str, Any]) -> None:
     """Flip the last bit of every weight of the head."""
     del config
     tensors["lm_head.weight"][1][:] ^= 1
+
+
+def test_damage_is_that_of_completions(base: Path, tmp_path: Path) -> None:
+    """Of rows with prompts only what follows these is held against the baseline, as fidelity does it."""
+    rows = tmp_path / "rows.jsonl"
+    draw = np.random.default_rng(1)
+    letters = ["".join(draw.choice(list(vocabulary.CHARACTERS[:-1]), 16)) for _ in range(20)]
+    rows.write_text(
+        "".join(
+            json.dumps({"prompt": line[: 4 + number % 9], "completion": line[4 + number % 9 :]}) + "\n"
+            for number, line in enumerate(letters)
+        )
+    )
+    candidate = changed(base, tmp_path / "nudged", nudge)
+    found = find_blame(base, candidate, text=rows, **OPTIONS)
+    fidelity = measure_fidelity(base, candidate, text=rows, **OPTIONS, dtype="float32")
+    assert found.completions
+    assert found.text_hash == fidelity.text_hash
+    assert (found.damage.value, found.damage.error) == pytest.approx((fidelity.kl.value, fidelity.kl.error), rel=1e-4)
 
 
 def test_damage_below_the_noise_is_left_alone(base: Path, text: Path, tmp_path: Path) -> None:

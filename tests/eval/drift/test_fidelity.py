@@ -147,6 +147,28 @@ def test_figures_are_those_of_loaded_models(
     assert found.kl.value != pytest.approx(found.reverse_kl.value, rel=1e-6)
 
 
+def test_completions_are_scored_behind_their_prompts(bf16: Path, int4: Path, text: Path, tmp_path: Path) -> None:
+    """Of rows with prompts every figure is that of the completions' tokens; layers count prompts too."""
+    rows = [(LETTERS[:20], LETTERS[20:60]), (LETTERS[60:110], LETTERS[110:120])]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": one, "completion": two}) + "\n" for one, two in rows))
+    found = measure_fidelity(bf16, int4, text=path, **OPTIONS)
+    base, other = Loaded(bf16), Loaded(int4)
+    kept = torch.stack([torch.arange(60) >= len(prompt) for prompt, _ in rows])
+    assert (found.tokens, found.chunks, found.completions) == (50, 2, True)
+    divergence = _kl(base.logits, other.logits)[kept]
+    assert found.kl.value == pytest.approx(float(divergence.mean()), rel=1e-9)
+    assert found.kl_max == pytest.approx(float(divergence.max()), rel=1e-9)
+    assert found.base_perplexity == pytest.approx(math.exp(base.surprise()[kept].mean()), rel=1e-9)
+    assert found.candidate_perplexity == pytest.approx(math.exp(other.surprise()[kept].mean()), rel=1e-9)
+    early = _kl(base.early[-1], other.early[-1])[kept]
+    assert found.layers[-1].kl == pytest.approx(float(early.mean()), rel=1e-4)
+    whole = measure_fidelity(bf16, int4, text=text, **OPTIONS)
+    assert (whole.tokens, whole.completions) == (120, False)
+    assert [layer.relative_mse for layer in found.layers] == [layer.relative_mse for layer in whole.layers]
+    assert found.base_perplexity != whole.base_perplexity
+
+
 def test_layers_are_those_of_loaded_models(bf16: Path, int4: Path, text: Path) -> None:
     """Error, cosine and early readout of every layer, the dense ones too."""
     found = measure_fidelity(bf16, int4, text=text, **OPTIONS)

@@ -332,6 +332,13 @@ def test_fidelity_and_blame_name_their_models(tmp_path: Path) -> None:
         assert words.count("other-INT3 against K2-BF16 on sample") == 2
 
 
+def test_a_text_with_prompts_is_said_to_be_one(tmp_path: Path) -> None:
+    """Where only completions were scored, page and Markdown say so beside the number of tokens."""
+    reports, page = written(tmp_path, verdict(), fidelity=replace(fidelity(), completions=True))
+    assert "4,096 tokens of completions in 8 chunks" in page.text
+    assert "4,096 tokens of completions: KL divergence" in reports.markdown.read_text()
+
+
 def test_blame_without_suspects_says_so(tmp_path: Path) -> None:
     """Where no damage could be told from none, there is a sentence and no empty picture."""
     nothing = replace(blame(), classes=(), suspects=(), together=None)
@@ -734,7 +741,7 @@ def stored(tmp_path: Path, content: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("made", [fidelity(), fidelity(0), replace(fidelity(), unread="é"), blame()])
+@pytest.mark.parametrize("made", [fidelity(), fidelity(0), replace(fidelity(), unread="é", completions=True), blame()])
 def test_what_was_written_is_read_back(tmp_path: Path, made: Fidelity | Blame) -> None:
     """JSON and back gives an equal object."""
     content = made.as_dict()
@@ -789,6 +796,8 @@ HARMS: list[tuple[Kind, str, object]] = [
     ("fidelity", "layers.1.never", [1, -1]),
     ("fidelity", "layers.1.starved", ...),
     ("fidelity", "unread", 1),
+    ("fidelity", "completions", 1),
+    ("blame", "completions", "no"),
     ("blame", "kind", "fidelity"),
     ("blame", "changed", -1),
     ("blame", "passes", "41"),

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from k2quant.nano import tasks
-from k2quant.nano.benchmark import CHOICE, GROUP, write_tasks
+from k2quant.nano.benchmark import CHOICE, GROUP, LINES, TEXT, write_tasks
 
 COUNT = 4
 
@@ -54,6 +54,16 @@ def test_choices_are_four_different_answers_of_which_one_is_right(folder: Path) 
         assert len(set(row["choices"])) == 4
         assert {len(choice) for choice in row["choices"]} == {len(row["answer"])}
     assert {row["right"] for row in found} == {0, 1, 2, 3}
+
+
+def test_the_text_has_every_item_once(folder: Path) -> None:
+    """As prompts with completions, of which only these are scored; the plain one has the same, an item a line."""
+    found = rows(folder / TEXT)
+    items = {(item.question, item.answer) for item in tasks.exam(COUNT)}
+    assert {(row["prompt"], row["completion"]) for row in found} == items
+    assert len(found) == len(items)
+    lines = (folder / LINES).read_text(encoding="utf-8").splitlines()
+    assert lines == [f"{row['prompt']}{row['completion']}" for row in found]
 
 
 def test_more_items_begin_with_the_fewer_ones(folder: Path, tmp_path: Path) -> None:
