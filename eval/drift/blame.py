@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.errors import Incomparable, UsageError
 from k2quant.eval.drift.findings import Blame
+from k2quant.eval.drift.keeping import measurements
 from k2quant.eval.drift.measuring import Bench, Progress
 from k2quant.eval.drift.suspects import kind_of, suspect, suspects
 from k2quant.eval.gating.verdict import Side
-from k2quant.eval.runs.identity import tokenizer_hash
+from k2quant.eval.runs.identity import model_hash, tokenizer_hash
 from k2quant.eval.statistics.group_testing import LEAST_CHUNKS, Findings, clear, search
 from k2quant.ground.intervals import Estimate
+from k2quant.ground.version import __version__
 from k2quant.model.generation import load_tokenizer
 from k2quant.model.modules import Backend
 from k2quant.model.passes.mixture import Mixer, Part
-from k2quant.model.passes.texts import read_text
+from k2quant.model.passes.texts import Text, read_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,7 +56,11 @@ def find_blame(
     dtype: torch.dtype | str = torch.float32,
     backend: Backend = "auto",
     passes: int = PASSES,
+    resume: str | os.PathLike[str] | None = None,
+    soft_lock: bool = False,
+    reading: Progress | None = None,
     progress: Progress | None = None,
+    remark: Callable[[str], None] | None = None,
     follow_links: bool = False,
     trust_remote_code: bool = False,
 ) -> Blame:
@@ -71,7 +78,13 @@ def find_blame(
         dtype: of activations and of what is not quantised; narrower ones hide damage that is below their rounding.
         backend: `auto` for the fused kernels, `reference` for plain torch.
         passes: forward passes at most; with few of them the search ends at larger groups.
+        resume: a folder for what each pass measured, made if need be: a call that was stopped goes on from there and
+            ends with the same numbers to the last bit. So does one with more `passes`; another model, text or setting
+            is refused. The folder stays until `keeping.discard` takes it away. None keeps nothing.
+        soft_lock: where the folder's file system has no locks, lock it by a file.
+        reading: called with the bytes of both models that are hashed and all their bytes, where there is `resume`.
         progress: called after each pass.
+        remark: called with what is worth knowing on the way.
         follow_links: whether links of both folders may lead out of them.
         trust_remote_code: whether the baseline's own tokenizer code may run.
 
@@ -80,7 +93,7 @@ def find_blame(
         Incomparable: they are different models.
         MalformedFile: the text cannot be read.
         UsageError: an option makes no sense, or the text is too short.
-        OutputError: the disk is full.
+        OutputError: the disk is full; or `resume` holds something else, other measurements, or is in use.
     """
     one, other = (open_checkpoint(Path(folder), follow_links=follow_links) for folder in (base, candidate))
     mixer = Mixer(one, other)
@@ -92,11 +105,56 @@ def find_blame(
             f"{read.name} gives {read.chunks} chunks of {context} tokens; expected at least {LEAST_CHUNKS}:"
             " take a longer text or shorter chunks"
         )
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}
+
+    def identity() -> dict[str, Any]:
+        models = _hashes((one, other), reading)
+        return _identity(models, sides[0], read, options | {"context": context, "tokens": tokens, "lines": lines})
+
     changed = mixer.changed()
-    with tempfile.TemporaryDirectory(prefix="k2quant-") as folder:
-        bench = Bench(read, Path(folder), limit=passes, progress=progress)
-        bench.options = {"device": device, "dtype": dtype, "backend": backend}
-        return _blame(mixer, changed, bench, sides)
+    if changed:
+        _check_limit(passes, changed)
+    kept = Path(resume) if resume is not None and changed else None
+    with measurements(kept, identity, soft_lock=soft_lock) as known:
+        if remark and len(known):
+            remark(f"{kept}: resumes after {len(known)} measurement{'' if len(known) == 1 else 's'}")
+        with tempfile.TemporaryDirectory(prefix="k2quant-") as folder:
+            bench = Bench(mixer, read, Path(folder), known, limit=passes, progress=progress)
+            bench.options = options
+            return _blame(changed, bench, sides)
+
+
+def _hashes(models: tuple[Checkpoint, Checkpoint], reading: Progress | None) -> list[str]:
+    """Read every byte of both, with the progress of the two together."""
+    sizes = [sum(entry.nbytes for entry in model.tensors.values()) for model in models]
+
+    def together(number: int) -> Progress | None:
+        before = sum(sizes[:number])
+        return reading and (lambda done, _: reading(min(before + done, sum(sizes)), sum(sizes)))
+
+    return [
+        model_hash(model.folder, follow_links=model.follow_links, progress=together(number))
+        for number, model in enumerate(models)
+    ]
+
+
+def _identity(models: list[str], base: Side, text: Text, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return all that a measurement depends on, `passes` not among it."""
+    return {
+        "k2quant": __version__,
+        "job": "blame",
+        "baseline": models[0],
+        "candidate": models[1],
+        "tokenizer": base.tokenizer_hash,
+        "text": text.hash,
+        "settings": {name: value if isinstance(value, int) else _plain(value) for name, value in settings.items()}
+        | {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _plain(value: object) -> str:
+    """Return a device or a dtype by its name, whether torch's own or a string."""
+    return str(value).removeprefix("torch.")
 
 
 def _sides(base: Checkpoint, candidate: Checkpoint) -> tuple[Side, Side]:
@@ -113,17 +171,16 @@ def _sides(base: Checkpoint, candidate: Checkpoint) -> tuple[Side, Side]:
     return one, other
 
 
-def _blame(mixer: Mixer, changed: list[Part], bench: Bench, sides: tuple[Side, Side]) -> Blame:
+def _blame(changed: list[Part], bench: Bench, sides: tuple[Side, Side]) -> Blame:
     nothing = Estimate(value=0.0, error=0.0)
     damage = noise = nothing
     findings = Findings(classes=(), suspects=(), together=None)
     if changed:
-        _check_limit(bench.left, changed)
-        bench.run_baseline(mixer.mixed([part.name for part in mixer.parts]))
-        noises, damages = bench.noise(mixer), bench.damage(mixer.mixed(()))
+        bench.begin()
+        noises, damages = bench.noise(), bench.damage(())
         damage, noise = bench.mean(damages), bench.mean(noises)
         if clear((damages - _NOISE * noises).numpy(), _LEVEL):
-            findings = _searched(mixer, changed, bench, damages)
+            findings = _searched(changed, bench, damages)
     return Blame(
         base=sides[0],
         candidate=sides[1],
@@ -147,9 +204,9 @@ def _check_limit(passes: int, changed: Sequence[Part]) -> None:
         raise UsageError(f"passes: expected at least {needed} for these tensor classes, found {passes!r}")
 
 
-def _searched(mixer: Mixer, changed: Sequence[Part], bench: Bench, damages: Tensor) -> Findings:
+def _searched(changed: Sequence[Part], bench: Bench, damages: Tensor) -> Findings:
     def measure(restored: frozenset[int]) -> NDArray[Any]:
-        left = bench.damage(mixer.mixed([changed[number].name for number in restored])) if restored else damages
+        left = bench.damage([changed[number].name for number in restored]) if restored else damages
         found: NDArray[Any] = left.numpy()
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.errors import BadValue
+from k2quant.eval.drift.keeping import Measurements
 from k2quant.ground.intervals import Estimate
 from k2quant.model import LayerHooks, stream_forward
 from k2quant.model.passes.activations import Activations
@@ -31,41 +32,72 @@ class Bench:
     options: dict[str, Any]
     """Of every pass: device, dtype, backend."""
 
-    def __init__(self, text: Text, folder: Path, *, limit: int, progress: Progress | None) -> None:
-        self.text, self._folder = text, folder
+    def __init__(
+        self, mixer: Mixer, text: Text, folder: Path, known: Measurements, *, limit: int, progress: Progress | None
+    ) -> None:
+        self.text, self._mixer, self._folder, self._known = text, mixer, folder, known
         self._limit, self._progress = limit, progress
         self._kept: Activations | None = None
         self.passes = 0
+        """Those of an earlier process, whose measurements were kept, are among them."""
 
     @property
     def left(self) -> int:
         """Passes that may still be run."""
         return self._limit - self.passes
 
-    def run_baseline(self, source: Checkpoint) -> None:
+    def begin(self) -> None:
+        """Run the baseline; where measurements are known, only once one is missing."""
+        if not len(self._known):
+            self._run_baseline()
+        self._done()
+
+    def _run_baseline(self) -> None:
         """Keep the baseline's logits, in the dtype in which it gives them: nothing is lost, BF16 takes 2 bytes each."""
+        source = self._mixer.mixed([part.name for part in self._mixer.parts])
         for number, logits in enumerate(stream_forward(source, self.text.batches, **self.options)):
             if self._kept is None:
                 shapes = [(*batch.shape, logits.shape[-1]) for batch in self.text.batches]
                 self._kept = Activations(self._folder, shapes, logits.dtype, budget=_BUDGET, identity={}, lasting=False)
             self._kept.put(0, number, logits)
-        self._done()
 
-    def damage(self, source: Checkpoint) -> Tensor:
-        """Return the KL divergence from the baseline, summed over what is scored of each chunk: float64 `[C]`."""
+    def damage(self, restored: Collection[str]) -> Tensor:
+        """Return the KL divergence that is left when weights are put back to the baseline.
+
+        Args:
+            restored: their names.
+
+        Returns:
+            float64 `[C]`: the sum over what is scored of each chunk.
+        """
+        return self._measured(["damage", *sorted(restored)], lambda: self._damage(self._mixer.mixed(restored)))
+
+    def noise(self) -> Tensor:
+        """Return the same of the baseline from itself, in other batches and rounded otherwise."""
+        return self._measured(["noise"], self._noise)
+
+    def _measured(self, what: Sequence[str], measure: Callable[[], Tensor]) -> Tensor:
+        """Return what is known, or measure it and keep it."""
+        found = self._known.get(what, self.text.chunks)
+        if found is None:
+            if self._kept is None:
+                self._run_baseline()
+            found = measure()
+            self._known.add(what, found)
+        self._done()
+        return found
+
+    def _damage(self, source: Checkpoint) -> Tensor:
         logits = stream_forward(source, self.text.batches, **self.options)
         found = torch.cat([self._chunks(number, slice(None), one) for number, one in enumerate(logits)])
-        self._done()
         return _checked(found, source)
 
-    def noise(self, mixer: Mixer) -> Tensor:
-        """Return the same of the baseline from itself, in other batches and rounded otherwise."""
-        source = mixer.mixed([part.name for part in mixer.parts])
+    def _noise(self) -> Tensor:
+        source = self._mixer.mixed([part.name for part in self._mixer.parts])
         places = [place for number, batch in enumerate(self.text.batches) for place in _halves(number, len(batch))]
         batches = [self.text.batches[number][rows] for number, rows in places]
         logits = stream_forward(source, batches, _RoundedOtherwise(), **self.options)
         found = torch.cat([self._chunks(*place, one) for place, one in zip(places, logits, strict=True)])
-        self._done()
         return _checked(found, source)
 
     def _chunks(self, number: int, rows: slice, logits: Tensor) -> Tensor:

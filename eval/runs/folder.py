@@ -118,10 +118,9 @@ def _difference(before: Any, now: Mapping[str, Any]) -> str | None:
     plain = json.loads(as_json(now))
     changed = [key for key in plain if key not in {"settings", "tasks"} and before.get(key) != plain[key]]
     for part in ("settings", "tasks"):
-        old = before.get(part)
+        old, new = before.get(part), plain.get(part, {})
         old = old if isinstance(old, Mapping) else {}
-        keys = sorted(old.keys() | plain[part].keys())
-        changed += [key for key in keys if old.get(key) != plain[part].get(key)]
+        changed += [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return f"other {', '.join(changed[:5])}" if changed else None
 
 

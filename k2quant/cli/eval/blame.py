@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from k2quant.cli.eval.run import bars
 from k2quant.cli.parts import options
 from k2quant.cli.parts.results import give
 from k2quant.cli.parts.screen import counting, remark
@@ -33,8 +34,15 @@ _BEFORE_SEARCH = 3  # passes: the baseline, its noise, the damage
 @options.backend()
 @options.follow_links()
 @options.trust_remote_code("BASE's tokenizer's")
+@options.soft_lock()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON to a file too.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the JSON to a file too; then a search that was stopped resumes.",
+)
 def command(
     base: Path,
     candidate: Path,
@@ -49,6 +57,7 @@ def command(
     backend: str,
     follow_links: bool,
     trust_remote_code: bool,
+    soft_lock: bool,
     as_json: bool,
     output: Path | None,
 ) -> None:
@@ -57,34 +66,51 @@ def command(
     Groups of weights are put back to BASE, and the KL divergence that is left says what they explain. The two may be in
     different formats and larger than memory; nothing is copied. Finding nothing is no error.
 
+    With -o FILE, what each pass measured is kept in FILE.passes until FILE is written: the same command resumes a
+    search that was stopped, with the same numbers to the last bit; so does one with more --passes.
+
+    The text is plain, or JSON Lines (.jsonl) with a prompt and a completion in each row: then only completions are
+    scored. Without one, a short sample is read.
+
     \b
     Example:
         k2quant eval blame K2-Instruct K2-INT4 --text notes.txt -o blame.json
     """
     options.check_early(base, candidate, follow_links=follow_links, text=text)
     from k2quant.eval import find_blame
+    from k2quant.eval.drift.keeping import discard
     from k2quant.model.generation import silence
 
     silence()
     gc.enable()  # each pass leaves a model behind
-    with counting("passes, at most") as show:
-        found = find_blame(
-            base,
-            candidate,
-            text=text,
-            context=context,
-            tokens=tokens,
-            lines=lines,
-            device=device,
-            dtype=dtype,
-            backend=backend,  # type: ignore[arg-type]  # click checked it
-            passes=passes,
-            progress=show,
-            follow_links=follow_links,
-            trust_remote_code=trust_remote_code,
-        )
+    resume = None if output is None else output.with_name(f"{output.name}.passes")
+    try:
+        with bars(lambda: counting("passes, at most")) as (reading, show):
+            found = find_blame(
+                base,
+                candidate,
+                text=text,
+                context=context,
+                tokens=tokens,
+                lines=lines,
+                device=device,
+                dtype=dtype,
+                backend=backend,  # type: ignore[arg-type]  # click checked it
+                passes=passes,
+                resume=resume,
+                soft_lock=soft_lock,
+                reading=reading,
+                progress=show,
+                remark=remark,
+                follow_links=follow_links,
+                trust_remote_code=trust_remote_code,
+            )
+    except KeyboardInterrupt:
+        remark(f"{resume}: the same command resumes" if resume else "nothing is kept; with -o FILE a search can resume")
+        raise
     give(found.as_dict(), lambda: _show(found, dtype), as_json=as_json, output=output)
-    if output is not None:
+    if resume is not None:
+        discard(resume, soft_lock=soft_lock)
         remark(f"written to {output}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def command(output: Path, *, tasks: str, data: tuple[str, ...], soft_lock: bool,
     names = tuple(filter(None, map(str.strip, tasks.split(","))))
     request = Request(tasks=names, data=_data(data), **given)
     try:
-        with _bars() as (reading, answered):
+        with bars(lambda: questions("answers")) as (reading, answered):
             manifest = run(request, output, soft_lock=soft_lock, reading=reading, progress=answered, remark=remark)
     except KeyboardInterrupt:
         remark(f"{output}: the same command resumes")
@@ -127,20 +128,26 @@ def command(output: Path, *, tasks: str, data: tuple[str, ...], soft_lock: bool,
 
 
 @contextlib.contextmanager
-def _bars() -> Iterator[tuple[Progress | None, Progress | None]]:
-    """Show one bar while the model is read, then another while it answers."""
+def bars(
+    after: Callable[[], AbstractContextManager[Progress | None]],
+) -> Iterator[tuple[Progress | None, Progress | None]]:
+    """Show one bar while models are read, then another while they work.
+
+    Args:
+        after: gives the second bar, which stands from its first step on.
+    """
     with contextlib.ExitStack() as stack:
         reading = stack.enter_context(progress("reading"))
         shown: list[Progress | None] = []
 
-        def answered(done: int, total: int) -> None:
+        def worked(done: int, total: int) -> None:
             if not shown:
                 stack.close()
-                shown.append(stack.enter_context(questions("answers")))
+                shown.append(stack.enter_context(after()))
             if shown[0]:
                 shown[0](done, total)
 
-        yield reading, answered if reading else None
+        yield reading, worked if reading else None
 
 
 def _data(pairs: tuple[str, ...]) -> dict[str, Path]:
