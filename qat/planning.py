@@ -79,6 +79,10 @@ class JobPlan:
     tried: tuple[str, ...]
     """Weights of the base that were encoded, decoded and compared: one of each class that is fake-quantised."""
 
+    work: int
+    """Multiplications and additions of a step, about: six for each weight and token, those of experts that a token
+    does not reach among them."""
+
     @property
     def bytes_needed(self) -> int:
         """All of `memory`."""
@@ -135,6 +139,7 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
         disk_free=shutil.disk_usage(nearest_folder(Path(job.output))).free,
         export_bytes=export.bytes_written,
         notes=(*rows.notes(), *export.remarks),
+        work=6 * sizes.weights * job.training.batch * job.data.length,
         begun=begun,
         obstacle=obstacle,
         tried=tuple(tried(job, source, found, export)),

@@ -117,6 +117,11 @@ class Measures:
             before(rows)
             judged(self._task, rows)
 
+    @property
+    def batches(self) -> int:
+        """Forward passes over the held-out rows."""
+        return -(-len(self._rows.tokens) // _AT_ONCE)
+
     def state(self) -> dict[str, float | int | None]:
         """Return what is known of the start point."""
         return {**self._start, **self._right}

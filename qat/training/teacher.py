@@ -67,8 +67,22 @@ class Teacher:
         folder = Path(job.distill.teacher or job.model)
         if job.distill.top_k is None:
             stage("loading the teacher")
-            return cls(model=_frozen(folder, job, processes.device), precision=precision)
+            return cls.beside(job, processes)
         return cls(cache=_cached(folder, job, run, rows, processes, files, precision, stage))
+
+    @classmethod
+    def beside(cls, job: Job, processes: Processes) -> Teacher:
+        """Return the teacher that runs beside the student, nobody where there is none or it is asked before.
+
+        Raises:
+            CheckpointError: it cannot be loaded.
+            UsageError: it has another vocabulary.
+        """
+        if job.distill is None or job.distill.top_k is not None:
+            return cls()
+        precision = torch.bfloat16 if job.training.precision == "bfloat16" else torch.float32
+        model = _frozen(Path(job.distill.teacher or job.model), job, processes.device)
+        return cls(model=model, precision=precision)
 
     def hints(self, rows: dict[str, Tensor], indices: Tensor) -> Hints | None:
         """Return what it says of the learnt tokens of some rows.

@@ -50,6 +50,7 @@ OPEN: dict[str, dict[str, str]] = {
         "report.recovery": "a run's result in one sentence",
         "run.history": "what a run noted of itself",
         "run.result": "what a training came to, and whether it is done",
+        "training.stepping": "how long a job's steps take",
         "training.training": "a job's whole training",
     },
 }

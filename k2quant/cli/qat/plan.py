@@ -11,20 +11,34 @@ from k2quant.cli.parts.options import check_early, follow_links, trust_remote_co
 from k2quant.cli.parts.screen import warn, working
 
 if TYPE_CHECKING:
+    from k2quant.qat.job import Job
     from k2quant.qat.planning import JobPlan
+    from k2quant.qat.training.stepping import Timing
+
+
+_SMALL = 2e11
+"""Work of a step up to which it is taken unasked: some seconds of a core or two."""
 
 
 @click.command(name="plan")
 @click.argument("job", metavar="JOB.yaml", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="That will train.")
+@click.option(
+    "--measure/--no-measure",
+    default=None,
+    help="Take a few steps to say how long the training will take; unasked, that is done for small models.",
+)
 @follow_links()
 @trust_remote_code()
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
-def command(job: Path, *, processes: int, follow_links: bool, trust_remote_code: bool, as_json: bool) -> None:
-    """Say what JOB.yaml would train, what memory that takes, and whether its result could be saved.
+def command(
+    job: Path, *, processes: int, measure: bool | None, follow_links: bool, trust_remote_code: bool, as_json: bool
+) -> None:
+    """Say what JOB.yaml would train, what memory and time that takes, and whether its result could be saved.
 
-    Nothing is trained, and of the model only headers and a few weights are read. Ends with an error if no routed expert
-    would be fake-quantised. An output that `train` would be refused stops no plan; it is warned of.
+    Nothing is written, and of the model only headers and a few weights are read; all of it for --measure, which takes
+    a few steps and throws them away. Ends with an error if no routed expert would be fake-quantised. An output that
+    `train` would be refused stops no plan; it is warned of.
 
     \b
     Example:
@@ -44,13 +58,49 @@ def command(job: Path, *, processes: int, follow_links: bool, trust_remote_code:
         plan = plan_job(read, processes=processes)
     if plan.obstacle:
         warn(f"warning: train would be refused the output: {plan.obstacle}")
+    timing = _timing(read, plan, measure)
     if as_json:
         import json
 
-        click.echo(json.dumps(_facts(plan), indent=1))
+        time = timing and timing._asdict()
+        click.echo(json.dumps(_facts(plan) | {"time": time}, indent=1))
         return
-    for line in _lines(plan, steps=read.training.steps):
+    for line in [*_lines(plan, steps=read.training.steps), f"{'time':<20} {_time(timing, read.training.steps)}"]:
         click.echo(line)
+
+
+def _timing(job: Job, plan: JobPlan, measure: bool | None) -> Timing | None:  # noqa: FBT001  the option's own three
+    """Take some steps, if that is asked for, or costs little; what goes wrong unasked is a warning."""
+    if plan.processes > 1 and measure:
+        raise click.UsageError("--measure takes its steps in one process, and says nothing of several")
+    small = plan.work <= _SMALL and plan.processes == 1
+    if measure is False or not (measure or small):
+        return None
+    import gc
+
+    from k2quant.errors import K2QuantError
+    from k2quant.qat.training.stepping import time_job
+
+    gc.enable()  # the command line runs without; a training makes cycles at every step
+    try:
+        return time_job(job)
+    except K2QuantError as error:
+        if measure:
+            raise
+        warn(f"warning: no step could be taken to tell the time: {error}")
+        return None
+
+
+def _time(timing: Timing | None, steps: int) -> str:
+    from k2quant.ground.units import counted, duration
+
+    if timing is None:
+        return "not measured: --measure takes a few steps to tell"
+    measured = f", {duration(timing.evaluation)} a measurement" if timing.evaluation else ""
+    return (
+        f"about {duration(timing.whole)} here: {counted(steps, 'step')} of {duration(timing.step)}{measured}; from "
+        f"{counted(timing.taken, 'step')} just now"
+    )
 
 
 def _facts(plan: JobPlan) -> dict[str, Any]:

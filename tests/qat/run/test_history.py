@@ -16,7 +16,7 @@ from k2quant.qat.exporting.export import export_run
 from k2quant.qat.job import Job, job_from
 from k2quant.qat.run.history import StepRecord, read_history
 from k2quant.qat.run.summary import read_summary
-from k2quant.qat.training import training
+from k2quant.qat.training.stepping import Stepper
 from k2quant.qat.training.training import train
 from tiny import job_content, write_data, write_model
 
@@ -209,14 +209,14 @@ def test_start_point_that_is_not_finite(sources: Path, home: Path) -> None:
 
 def test_held_out_loss_that_is_not_finite(sources: Path, ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that spoils the weights is named at the next evaluation, and no loss of them is recorded."""
-    job, step = job_of(sources, ram, training={"steps": 1}), training.Trainer._step  # noqa: SLF001  the trainer's own
+    job, step = job_of(sources, ram, training={"steps": 1}), Stepper.step
 
-    def spoiling(self: training.Trainer, number: int) -> StepRecord:
+    def spoiling(self: Stepper, number: int) -> StepRecord:
         found = step(self, number)
         self.model.get_parameter("model.norm.weight").data[0] = float("inf")
         return found
 
-    monkeypatch.setattr(training.Trainer, "_step", spoiling)
+    monkeypatch.setattr(Stepper, "step", spoiling)
     with pytest.raises(BadValue, match=r"the held-out loss after step 1 is not finite.*try a lower rate"):
         train(job)
     assert [record.step for record in read_history(ram / "run" / "history.jsonl").evaluations] == [0]

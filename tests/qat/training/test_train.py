@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -46,7 +47,7 @@ from k2quant.qat.run import checkpoints, naming
 from k2quant.qat.run.folder import Run
 from k2quant.qat.run.history import HISTORY, read_history
 from k2quant.qat.run.summary import read_summary
-from k2quant.qat.training import training
+from k2quant.qat.training.stepping import Stepper, time_job
 from k2quant.qat.training.training import train
 from places import SHARED
 from tiny import job_content, write_data, write_model
@@ -287,15 +288,15 @@ def test_starved_experts_fall_back(home: Path) -> None:
 def test_loss_that_is_not_finite(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss of NaN ends the training with an error that names the step; the last checkpoint stands and resumes."""
     job = make_job(home)
-    step = training.Trainer._gradients  # noqa: SLF001  the trainer's own
+    step = Stepper._gradients  # noqa: SLF001  the trainer's own
 
-    def broken(self: training.Trainer, *arguments: Any) -> tuple[float, float]:
+    def broken(self: Stepper, *arguments: Any) -> tuple[float, float]:
         found = step(self, *arguments)
         number = len(read_history(home / "run" / "history.jsonl").steps)
         return (float("nan"), 0.0) if number == 2 else found
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "_gradients", broken)
+        patch.setattr(Stepper, "_gradients", broken)
         with pytest.raises(BadValue, match=r"not finite at step 3.*last checkpoint stands"):
             train(job)
     assert [naming.step_of(path) for path in naming.found(home / "run" / "checkpoints")] == [1, 2]
@@ -764,6 +765,57 @@ def test_plan_looks_at_the_output(home: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "holds this training up to step 3: train goes on from there" in shown.stdout
     assert "warning" not in shown.stderr
     assert "output               new" in command("plan", as_yaml(make_job(home, "new"), home / "new.yaml")).stdout
+
+
+def test_plan_says_how_long_it_takes(home: Path) -> None:
+    """A small model takes a few steps at once, and writes nothing; a larger one when it is asked to, or not at all."""
+    path = as_yaml(make_job(home, training={"steps": 40}), home / "job.yaml")
+    shown = command("plan", path)
+    assert re.search(r"^time +about .+ here: 40 steps of .+; from 3 steps just now$", shown.stdout, re.MULTILINE)
+    facts = json.loads(command("plan", path, "--json").stdout)["time"]
+    assert (facts["taken"], facts["step"] > 0, facts["evaluation"] > 0) == (3, True, True)
+    # 21 measurements of the 40 steps, two after each other, and the start point's own
+    assert facts["whole"] == pytest.approx(facts["loading"] + 40 * facts["step"] + 22 * facts["evaluation"])
+    for arguments in (["--no-measure"], ["--processes", 2]):
+        assert json.loads(command("plan", path, "--json", *arguments).stdout)["time"] is None
+        assert "not measured: --measure takes a few steps" in command("plan", path, *arguments).stdout
+    refused = command("plan", path, "--processes", 2, "--measure")
+    assert (refused.exit_code, "in one process" in refused.stderr) == (2, True)
+    assert not (home / "run").exists()
+    assert sorted(path.name for path in home.iterdir()) == ["data.jsonl", "job.yaml", "model"]
+
+
+def test_a_plan_of_much_work_takes_no_step_unasked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step would take long nothing is loaded to time it; what goes wrong unasked is a warning."""
+    path = as_yaml(make_job(home), home / "job.yaml")
+
+    def broken(_: Job) -> None:
+        raise BadValue("the loss is not finite")
+
+    monkeypatch.setattr("k2quant.qat.training.stepping.time_job", broken)
+    shown = command("plan", path)
+    assert (shown.exit_code, "warning: no step could be taken" in shown.stderr) == (0, True), shown.output
+    assert command("plan", path, "--measure").exit_code == 1
+    monkeypatch.setattr("k2quant.cli.qat.plan._SMALL", 6 * 100_000 * 4 * 32)
+    assert "loss" not in command("plan", path).stderr
+    assert command("plan", path, "--measure").exit_code == 1
+
+
+@pytest.mark.parametrize("distill", [None, {}, {"top_k": 4}])
+@pytest.mark.parametrize("steps", [1, 2, 40])
+def test_steps_are_timed_without_a_trace(home: Path, distill: dict[str, Any] | None, steps: int) -> None:
+    """A live teacher runs beside the steps that are timed, a cached one is not asked; the same job trains as before."""
+    changes: dict[str, dict[str, Any]] = {
+        "training": {"steps": steps},
+        "data": {"held_out": 0 if steps == 1 else 4},
+        **({} if distill is None else {"distill": distill}),
+    }
+    job = make_job(home, "run", **changes)
+    timing = time_job(job)
+    assert timing.taken == min(max(steps - 1, 1), 3)
+    assert (timing.evaluation > 0) is (steps > 1)
+    assert timing.whole > timing.loading + steps * timing.step - 1e-9
+    assert not (home / "run").exists()
 
 
 def test_plan_counts_what_a_teacher_says(home: Path) -> None:
