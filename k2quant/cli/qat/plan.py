@@ -66,7 +66,19 @@ def command(
         click.echo(json.dumps(_facts(plan) | {"time": time}, indent=1))
         return
     for line in [*_lines(plan, steps=read.training.steps), f"{'time':<20} {_time(timing, read.training.steps)}"]:
-        click.echo(line)
+        click.echo(_fitted(line))
+
+
+def _fitted(line: str) -> str:
+    """Return a line as a terminal of this width shows it, its words below one another; elsewhere as it is."""
+    import shutil
+    import sys
+    import textwrap
+
+    if not sys.stdout.isatty():
+        return line
+    width = max(shutil.get_terminal_size().columns, 40)
+    return textwrap.fill(line, width, subsequent_indent=" " * 21, drop_whitespace=True, break_on_hyphens=False)
 
 
 def _timing(job: Job, plan: JobPlan, measure: bool | None) -> Timing | None:  # noqa: FBT001  the option's own three
@@ -114,17 +126,18 @@ def _lines(plan: JobPlan, *, steps: int) -> list[str]:
     from k2quant.ground.units import size
 
     some, whole = (sum(counts) for counts in zip(*plan.coverage.values(), strict=True))
-    lines = [f"{'weights':<20} {'fake-quantised':>16} {'of':>16} {'share':>7}"]
+    wide = max(len("fake-quantised"), len(f"{whole:,}"))
+    lines = [f"{'weights':<20} {'fake-quantised':>{wide}} {'of':>{wide}} {'share':>7}"]
     for kind, (part, count) in [*plan.coverage.items(), ("all", (some, whole))]:
-        lines.append(f"{kind:<20} {part:>16,} {count:>16,} {part / max(count, 1):>7.1%}")
-    lines += ["", f"{'trained':<20} {plan.trained:>16,} numbers", ""]
+        lines.append(f"{kind:<20} {part:>{wide},} {count:>{wide},} {part / max(count, 1):>7.1%}")
+    lines += ["", f"{'trained':<20} {plan.trained:>{wide},} numbers", ""]
     each = "" if plan.processes == 1 else f", on each of {plan.processes} devices"
-    lines += [f"{name:<20} {size(count):>16}" for name, count in plan.memory.items()]
-    lines += [f"{'memory':<20} {size(plan.bytes_needed):>16}{each}; activations come on top", ""]
+    lines += [f"{name:<20} {size(count):>{wide}}" for name, count in plan.memory.items()]
+    lines += [f"{'memory':<20} {size(plan.bytes_needed):>{wide}}{each}; activations come on top", ""]
     short = "" if plan.disk_needed <= plan.disk_free else ": TOO LITTLE"
     teacher = " and what the teacher says" if plan.teacher_bytes else ""
     disk = f"for {plan.checkpoints} checkpoints at a time{teacher}; {size(plan.disk_free)} free{short}"
-    lines += [f"{'disk':<20} {size(plan.disk_needed):>16} {disk}", ""]
+    lines += [f"{'disk':<20} {size(plan.disk_needed):>{wide}} {disk}", ""]
     learnt = f"{plan.learnt:,} tokens to learn; {plan.held_out:,} rows held out"
     lines += [
         f"{'data':<20} {plan.pieces:,} pieces of text in {plan.rows:,} rows, {learnt}",

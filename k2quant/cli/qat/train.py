@@ -85,8 +85,8 @@ def _show(result: Result, *, control: bool) -> None:
     if result.resumed == result.steps:
         click.echo(f"{result.folder}: trained before, nothing to do")
         if result.checked == "times":
-            click.echo("It is the same job, and its files have the sizes and times that they had. No byte of")
-            click.echo("them was read again: --check does that.")
+            click.echo("Sizes and times of its files are as they were; no byte was")
+            click.echo("read again. --check does that.")
     else:
         since = f" from step {result.resumed}" if result.resumed else ""
         click.echo(f"{result.folder}: {result.steps} steps{since} in {duration(result.seconds)}")
@@ -97,10 +97,11 @@ def _show(result: Result, *, control: bool) -> None:
         said = headline(read_end(result.folder / HISTORY), control=control)
         click.echo("\n" + said.replace("; ", ";\n") + ".")
         if result.evaluation.answers is None:
-            click.echo("A share of a loss is no share of answers: those k2quant eval gate compares.")
+            click.echo("A share of a loss is no share of answers:")
+            click.echo("k2quant eval gate compares those.")
         if not control:
-            click.echo("Part of it is more training, not recovery. The control says how much:")
-            click.echo("the same job with `training: {fake_quantize: false}` and another `output`.")
+            click.echo("Part of it is more training, not recovery. A control tells:")
+            click.echo("the same job with `training: {fake_quantize: false}`.")
     if result.starved:
         click.echo(
             f"{result.starved} experts saw too few tokens and keep post-training rounding; the report lists them."

@@ -67,7 +67,7 @@ def test_what_is_done_is_said_without_reading_it(home: Path) -> None:
     *said, loaded = done.stdout.splitlines()
     assert loaded == ""
     assert said[0] == f"{home / 'run'}: trained before, nothing to do"
-    assert "No byte of" in done.stdout
+    assert "no byte was\nread again" in done.stdout
     assert "trained, rounded" in done.stdout
     again = finished(job_of(home))
     assert again is not None

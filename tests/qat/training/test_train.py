@@ -701,7 +701,7 @@ def test_plan(home: Path) -> None:
     path = as_yaml(make_job(home, optimizer={"method": "muon"}), home / "job.yaml")
     shown, facts = command("plan", path), json.loads(command("plan", path, "--json").stdout)
     assert shown.exit_code == 0, shown.output
-    assert "routed experts                 49,152           49,152  100.0%" in shown.stdout
+    assert "routed experts               49,152         49,152  100.0%" in shown.stdout
     assert facts["bytes_needed"] == sum(facts["memory"].values())
     assert facts["coverage"]["attention"]["quantised"] == 0
     assert (facts["rows"], facts["held_out"], facts["epochs"]) == (36, 4, pytest.approx(16 / 36))
