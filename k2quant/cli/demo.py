@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from k2quant.cli.parts.screen import questions, remark, training
+from k2quant.cli.parts.screen import questions, remark, training, working
+from k2quant.cli.parts.terminal.colour import verdict
+from k2quant.cli.parts.terminal.tables import Column, paragraph, table
+
+if TYPE_CHECKING:
+    from k2quant.nano.demo import Outcome
+    from k2quant.nano.tasks import Item
+    from k2quant.nano.tour import Stop
 
 
 @click.command(name="demo")
@@ -27,16 +36,70 @@ def command(folder: Path, *, steps: int | None) -> None:
     Example:
         k2quant demo demo-run
     """
-    from k2quant.nano.demo import run
-
     trains, judges = (steps != 0 and there for there in _installed())
     if steps != 0 and not judges:
         remark(_left_out(trains=trains))
-    run(folder)
-    if trains:
-        _nano(folder / "nano", steps)
-    if judges:
-        _gate(folder)
+    _formats(folder)
+    known = _nano(folder / "nano", steps) if trains else []
+    judged = _gate(folder) if judges else False
+    _farewell(folder, known, trained=trains, judged=judged)
+
+
+def _formats(folder: Path) -> None:
+    """Write a small K2, take it through every format and back, check each step and print what came out.
+
+    Raises:
+        DestinationForeign: the folder holds something that no demo wrote.
+        CheckFailed: a step is not what it promises to be.
+    """
+    from k2quant.errors import CheckFailed
+    from k2quant.nano.demo import begin, compile_codecs, tour
+
+    click.echo(f"A Kimi K2 in everything but size: {begin(folder)}")
+    click.echo("Compiling the codecs; later runs find them in a cache ...")
+    compile_codecs()
+    outcomes = list(tour(folder))
+    _show_formats(outcomes, folder)
+    failures = [f"{each.step.folder}: {name} {why}" for each in outcomes for name, why in each.failures.items()]
+    if failures:
+        raise CheckFailed(f"{len(failures)} checks failed, first {failures[0]}")
+
+
+def _show_formats(outcomes: list[Outcome], folder: Path) -> None:
+    from k2quant.ground.units import size
+    from k2quant.nano.demo import CLASSES, STEPS
+
+    full = sum(path.stat().st_size for path in (folder / STEPS[0].folder).glob("*.safetensors"))
+    columns = [
+        Column(head="conversion", left=True),
+        Column(head="size"),
+        Column(head="ratio"),
+        *(Column(head=name) for name in CLASSES.values()),
+        Column(head="ok", style=verdict),
+        Column(head="time", minor=True),
+    ]
+    rows = [
+        (
+            _arrows(each),
+            size(each.nbytes),
+            f"{each.nbytes / full:.2f}x",
+            *each.errors,
+            "NO" if each.failures else "yes",
+            f"{each.seconds:.2f} s",
+        )
+        for each in outcomes
+    ]
+    click.echo(f"\nThrough every format and back:\n{table(columns, rows)}")
+    click.echo("\nWhat each step promises; every weight was compared with it:")
+    for each in outcomes:
+        word = "NO" if each.failures else "yes"
+        lines = paragraph(f"{word:<3} {_arrows(each)}: {each.step.promise}", indent="  ", hang="      ")
+        click.echo(lines.replace(word, verdict(word), 1))
+
+
+def _arrows(outcome: Outcome) -> str:
+    """Return the formats on the way to a step's folder: `fp8>int4`."""
+    return outcome.step.folder.replace("-", ">")
 
 
 def _installed() -> tuple[bool, bool]:
@@ -55,7 +118,8 @@ def _left_out(*, trains: bool) -> str:
     return f"note: this demo ends {ends}: {lacks} not installed; {install('eval')}"
 
 
-def _nano(folder: Path, steps: int | None) -> None:
+def _nano(folder: Path, steps: int | None) -> list[Item]:
+    """Train nano-K2, run it in every format, and return questions that its INT4 answers right."""
     from k2quant.nano.run import run
 
     takes = ", about three minutes on two cores" if steps is None else ""
@@ -63,30 +127,51 @@ def _nano(folder: Path, steps: int | None) -> None:
     with training("training") as progress:
         trained = run(folder, steps=steps, progress=progress)
     click.echo(f"{trained.parameters:,} parameters, {trained.steps} steps in {trained.seconds:.0f} s: {folder}")
-    _table(folder)
-    question = "A0478+3="
-    click.echo(f'\nAsk it:  k2quant generate {folder}-int4 --prompt "{question}"')
+    return _compare_formats(folder)
 
 
-def _table(folder: Path) -> None:
-    """Run the model in every format and print what each costs."""
-    from k2quant.formats.known import FORMATS
-    from k2quant.ground.units import size
+def _compare_formats(folder: Path) -> list[Item]:
+    """Run the model in every format, print what each costs, and return what the last one knows."""
     from k2quant.nano.tour import tour
 
+    with working("answering in every format"):
+        stops = list(tour(folder))
     click.echo("\nThe same 1800 held-out items answered from packed weights:")
-    click.echo(f"{'':<5}{'shards':>9}{'right':>8}{'95%':>14}{'loss, nats':>12}{'more than BF16':>19}{'tokens/s':>10}")
-    for stop in tour(folder):
-        low, high = stop.accuracy.interval
-        more = f"{stop.gap[0]:+.4f} ± {stop.gap[1]:.4f}" if FORMATS[stop.format].quantised else ""
-        click.echo(
-            f"{stop.format:<5}{size(stop.nbytes):>9}{stop.accuracy.share:>8.1%}{f'{low:.1%}-{high:.1%}':>14}"
-            f"{stop.score.loss[0]:>12.4f}{more:>19}{stop.tokens_per_second:>10.0f}"
-        )
+    click.echo(table(_COSTS, map(_costs, stops)))
+    return stops[-1].score.known()
 
 
-def _gate(folder: Path) -> None:
-    """Have lm-eval ask nano-K2 as trained and as INT4, and the gate say whether INT4 is good enough."""
+_COSTS = (
+    Column(head="format", left=True),
+    Column(head="shards"),
+    Column(head="right"),
+    Column(head="95% interval", minor=True),
+    Column(head="loss, nats"),
+    Column(head="more than BF16"),
+    Column(head="tokens/s", minor=True),
+)
+
+
+def _costs(stop: Stop) -> list[str]:
+    """Return a row of what nano-K2 costs in a format."""
+    from k2quant.formats.known import FORMATS
+    from k2quant.ground.units import size
+
+    low, high = stop.accuracy.interval
+    more = f"{stop.gap[0]:+.4f} ± {stop.gap[1]:.4f}" if FORMATS[stop.format].quantised else ""
+    return [
+        stop.format,
+        size(stop.nbytes),
+        f"{stop.accuracy.share:.1%}",
+        f"{low:.1%}-{high:.1%}",
+        f"{stop.score.loss[0]:.4f}",
+        more,
+        f"{stop.tokens_per_second:.0f}",
+    ]
+
+
+def _gate(folder: Path) -> bool:
+    """Have lm-eval ask nano-K2 as trained and as INT4, the gate say whether INT4 is good enough; return if it could."""
     from k2quant.cli.eval.gate import show
     from k2quant.errors import HarnessFault, Incomparable, MissingExtra
     from k2quant.eval import gate, measure_fidelity
@@ -98,15 +183,16 @@ def _gate(folder: Path) -> None:
     try:
         write_tasks(folder / "tasks", _ITEMS)
         runs = [_evaluated(folder, name, GROUP) for name in names]
-        verdict = gate(*runs)
+        decided = gate(*runs)
     except (MissingExtra, Incomparable, HarnessFault) as error:
         # No lm-eval, or a nano-K2 of a few steps, which says nothing or nothing that is right.
-        click.echo(f"no verdict: {error}")
-        return
+        click.echo(paragraph(f"no verdict: {error}"))
+        return False
     drift = measure_fidelity(*(folder / name for name in names), text=folder / "tasks" / TEXT)
-    page = write_reports(verdict, folder / "gate", fidelity=drift).html
-    show(verdict)
+    page = write_reports(decided, folder / "gate", fidelity=drift).html
+    show(decided)
     click.echo(f"\nThe report, with pictures: {page}")
+    return True
 
 
 _ITEMS = 100  # of each of six families and three levels
@@ -124,3 +210,45 @@ def _evaluated(folder: Path, name: str, task: str) -> Path:
     with questions(f"asking {name}") as progress:
         run(request, place, progress=progress)
     return place
+
+
+def _farewell(folder: Path, known: list[Item], *, trained: bool, judged: bool) -> None:
+    """Say how the environment is entered, where it is not, and what to type on what was made."""
+    from k2quant.cli.nano import ask
+    from k2quant.nano.demo import ROUNDED, START
+
+    first, int4 = folder / START, folder / ROUNDED.folder
+    commands: list[tuple[object, ...]] = [
+        ("inspect", folder / "nano" if trained else first),
+        ("convert", "--dry-run", "--to", ROUNDED.to, first, f"{folder}-again"),
+        ("verify", first, int4),
+        ("report", int4),
+        ("verify", "--checksums", int4),
+    ]
+    if judged:
+        commands[-1] = ("eval", "gate", folder / "runs" / "nano", folder / "runs" / "nano-int4")
+    click.echo("\nNow you:")
+    entered = entering()
+    if entered is not None:
+        click.echo(f"  {entered}")
+    for command in commands:
+        click.echo(f"  {shlex.join(('k2quant', *map(str, command)))}")
+    if trained:
+        ask(folder / "nano-int4", known)
+
+
+def entering() -> str | None:
+    """Return what enters the virtual environment that this runs from, or None where `k2quant` is found without it."""
+    import os
+    import shutil
+    import sys
+
+    programs = Path(sys.prefix) / "bin"
+    found = shutil.which("k2quant")
+    if found is not None and Path(found).parent.resolve() == programs.resolve():
+        return None
+    if sys.prefix == sys.base_prefix or not (programs / "activate").is_file():
+        return None
+    script = programs / "activate"
+    near = Path(os.path.relpath(script))
+    return shlex.join((".", str(script if near.parts[0] == ".." else near)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,12 @@ import click
 
 from k2quant.cli.parts import options
 from k2quant.cli.parts.screen import training
+from k2quant.cli.parts.terminal import tables
+from k2quant.cli.parts.terminal.tables import Column
 
 if TYPE_CHECKING:
     from k2quant.nano.run import Result
+    from k2quant.nano.tasks import Item
 
 
 @click.command(name="nano")
@@ -64,12 +68,31 @@ def command(folder: Path, *, steps: int | None, seed: int, tasks: Path | None, s
 
 
 def _show(result: Result) -> None:
-    click.echo(f"{result.folder}: {result.parameters:,} parameters, {result.steps} steps in {result.seconds:.0f} s")
-    click.echo(
-        f"\n{'held-out answers right':<24} {'all':>6} {'95% interval':>14} {'easy':>7} {'middle':>7} {'hard':>7}"
-    )
-    for line in result.lines():
-        click.echo(line)
+    click.echo(f"{result.folder}: {result.parameters:,} parameters, {result.steps} steps in {result.seconds:.0f} s\n")
+    click.echo(tables.table(_COLUMNS, result.rows()))
     loss, error = result.score.loss
     click.echo(f"\nloss of an answer: {loss:.4f} +- {error:.4f} nats a token")
-    click.echo(f"Round it:  k2quant convert --to int4 {result.folder} {result.folder}-int4")
+    ask(result.folder, result.score.known())
+    folders = shlex.join((str(result.folder), f"{result.folder}-int4"))
+    click.echo(f"\nRound it:\n  k2quant convert --to int4 {folders}")
+
+
+_COLUMNS = (
+    Column(head="held-out answers right", left=True),
+    Column(head="all"),
+    Column(head="95% interval", minor=True),
+    *(Column(head=level) for level in ("easy", "middle", "hard")),
+)
+
+
+def ask(folder: Path, known: list[Item]) -> None:
+    """Suggest questions that a nano-K2 was not trained on and answers right, as commands with their answers."""
+    if not known:
+        click.echo(
+            "\nNothing to ask it: it answers no held-out question right. A longer training (--steps) teaches it."
+        )
+        return
+    click.echo("\nAsk it what it was not trained on:")
+    for item in known:
+        command = ("k2quant", "generate", str(folder), "--prompt", item.question)
+        click.echo(f"  {shlex.join(command)}\n    {item.answer}")

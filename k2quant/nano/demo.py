@@ -19,11 +19,9 @@ from k2quant.checkpoint.files.paths import refuse_foreign, write_whole
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.conversion.convert import convert
 from k2quant.conversion.estimate import codec_rate
-from k2quant.errors import CheckFailed
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
 from k2quant.ground.release import INSTRUCT_CONFIG, attention_shapes
-from k2quant.ground.units import size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,7 +124,7 @@ def _ones(size: int) -> NDArray[np.uint16]:
     return np.full(size, 0x3F80, np.uint16)
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """One conversion of the tour. A folder is named after the formats on the way to it."""
 
     source: str
@@ -141,47 +139,71 @@ class _Step(NamedTuple):
         return f"{self.source}-{self.to}"
 
 
-_STEPS = (
-    _Step("fp8", "bf16", "bit-equal to code * scale"),
-    _Step("fp8-bf16", "fp8", "codes and scales of the source, byte for byte", "fp8"),
-    _Step("fp8", "int4", "within INT4 rounding"),
-    _Step("fp8-bf16", "int4", "the bytes of fp8-int4: the fused way equals the way through BF16", "fp8-int4"),
-    _Step("fp8-int4", "bf16", "bit-equal to code * scale"),
-    _Step("fp8-int4-bf16", "int4", "the bytes of fp8-int4: what lies on the grid stays there", "fp8-int4"),
-    _Step("fp8-int4", "fp8", "within FP8 rounding"),
+START = "fp8"
+"""Where the checkpoint lies that the tour begins with."""
+
+STEPS = (
+    Step(START, "bf16", "bit-equal to code * scale"),
+    Step("fp8-bf16", "fp8", "codes and scales of the source, byte for byte", "fp8"),
+    Step("fp8", "int4", "within INT4 rounding"),
+    Step("fp8-bf16", "int4", "the bytes of fp8-int4: the fused way equals the way through BF16", "fp8-int4"),
+    Step("fp8-int4", "bf16", "bit-equal to code * scale"),
+    Step("fp8-int4-bf16", "int4", "the bytes of fp8-int4: what lies on the grid stays there", "fp8-int4"),
+    Step("fp8-int4", "fp8", "within FP8 rounding"),
 )
 
 
-class _Outcome(NamedTuple):
-    step: _Step
+ROUNDED = STEPS[2]
+"""The step that people ask for most: from the release's FP8 to INT4."""
+
+
+class Outcome(NamedTuple):
+    """What a step of the tour came to."""
+
+    step: Step
     nbytes: int
     seconds: float
     findings: list[Finding]
     failures: dict[str, str]
 
+    @property
+    def errors(self) -> list[str]:
+        """What rounding did to each of `CLASSES`, as the signal-to-noise ratio."""
+        from k2quant.kernels.codecs.figures import Figures
 
-def run(folder: Path) -> None:
-    """Write the checkpoint, convert it through every format, check each step and print what came out.
+        sums = dict.fromkeys(CLASSES, Figures())
+        for finding in self.findings:
+            kind = names.tensor_class(finding.name)
+            if kind in sums and finding.figures is not None:
+                sums[kind] += finding.figures
+        return ["exact" if figures.exact else f"{figures.sqnr_db:.1f} dB" for figures in sums.values()]
+
+
+CLASSES = {"routed experts": "experts", "shared experts": "shared", "dense mlp": "dense", "attention": "attn"}
+"""The classes of tensors that the tour tells apart, with short names."""
+
+
+def begin(folder: Path) -> Path:
+    """Claim a folder, write the checkpoint into it and return where it lies.
 
     Raises:
         DestinationForeign: the folder holds something that no demo wrote.
-        CheckFailed: a step is not what it promises to be.
     """
-    from rich.console import Console
-
-    console = Console()
     _claim(folder)
-    write_k2(folder / "fp8")
-    console.print(f"A Kimi K2 in everything but size: {folder / 'fp8'}")
-    console.print("Compiling the codecs; later runs find them in a cache ...")
+    write_k2(folder / START)
+    return folder / START
+
+
+def compile_codecs() -> None:
+    """Compile what converts between any two formats; later processes find it in a cache."""
     for source, target in permutations([kind.asked_for() for kind in FORMATS.values()], 2):
         codec_rate(source, target)
-    outcomes = [_take(folder, step) for step in _STEPS]
-    _print(console, outcomes, folder / _STEPS[0].folder)
-    console.print(f"\nSee a report as a page:  k2quant report {folder / 'fp8-int4'}")
-    failures = [f"{o.step.folder}: {name} {why}" for o in outcomes for name, why in o.failures.items()]
-    if failures:
-        raise CheckFailed(f"{len(failures)} checks failed, first {failures[0]}")
+
+
+def tour(folder: Path) -> Iterator[Outcome]:
+    """Take what `begin` wrote through every format and check each step."""
+    for step in STEPS:
+        yield _take(folder, step)
 
 
 _MARK = "k2quant_demo.txt"
@@ -194,7 +216,7 @@ def _claim(folder: Path) -> None:
     write_whole(folder / _MARK, b"Everything in this folder was written by `k2quant demo`, which may replace it.\n")
 
 
-def _take(folder: Path, step: _Step) -> _Outcome:
+def _take(folder: Path, step: Step) -> Outcome:
     """Convert, verify against the source and its checksums, and compare with the folder it must equal."""
     begun = time.perf_counter()
     done = convert(folder / step.source, folder / step.folder, to=step.to, restart=True)
@@ -204,45 +226,7 @@ def _take(folder: Path, step: _Step) -> _Outcome:
     if step.same_as is not None:
         equal = verify(folder / step.same_as, folder / step.folder)
         failures |= {f.name: f"differs from {step.same_as}" for f in equal.findings if f.relation not in _EQUAL}
-    return _Outcome(step, done.report["bytes_written"], seconds, checked.findings, failures)
+    return Outcome(step, done.report["bytes_written"], seconds, checked.findings, failures)
 
 
 _EQUAL = ("bit-equal", "codes equal")
-
-
-def _print(console: Any, outcomes: list[_Outcome], bf16: Path) -> None:
-    from rich.table import Table
-
-    full = sum(path.stat().st_size for path in bf16.glob("*.safetensors"))
-    table = Table(title="Through every format and back", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for column in ("conversion", "size", "ratio", *_CLASSES.values(), "ok", "time"):
-        table.add_column(column, justify="left" if column == "conversion" else "right", no_wrap=True)
-    for outcome in outcomes:
-        table.add_row(
-            outcome.step.folder.replace("-", ">"),
-            size(outcome.nbytes),
-            f"{outcome.nbytes / full:.2f}x",
-            *_errors(outcome),
-            "no" if outcome.failures else "yes",
-            f"{outcome.seconds:.2f} s",
-        )
-    console.print(table)
-    console.print("\nWhat each step promises; every weight was compared with it:")
-    for outcome in outcomes:
-        mark = "[red]NO[/] " if outcome.failures else "[green]yes[/]"
-        console.print(f"  {mark} {outcome.step.folder.replace('-', '>')}: {outcome.step.promise}")
-
-
-def _errors(outcome: _Outcome) -> list[str]:
-    """Return what rounding did to each class of tensors, as the signal-to-noise ratio."""
-    from k2quant.kernels.codecs.figures import Figures
-
-    sums = dict.fromkeys(_CLASSES, Figures())
-    for finding in outcome.findings:
-        kind = names.tensor_class(finding.name)
-        if kind in sums and finding.figures is not None:
-            sums[kind] += finding.figures
-    return ["exact" if figures.exact else f"{figures.sqnr_db:.1f} dB" for figures in sums.values()]
-
-
-_CLASSES = {"routed experts": "experts", "shared experts": "shared", "dense mlp": "dense", "attention": "attn"}

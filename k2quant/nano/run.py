@@ -30,13 +30,13 @@ class Result:
     score: Score
     """Of `tasks.exam`, by the weights that were written."""
 
-    def lines(self) -> Iterator[str]:
-        """Yield a line for each family: all levels with their interval, then each level."""
+    def rows(self) -> Iterator[list[str]]:
+        """Yield a row for each family: its name, all levels with their interval, then each level."""
         for family in tasks.FAMILIES:
             whole = self.score.accuracy(family)
             low, high = whole.interval
-            levels = "".join(f" {self.score.accuracy(family, level).share:>7.0%}" for level in tasks.LEVELS)
-            yield f"{family:<24} {whole.share:>6.1%} {f'{low:.1%}-{high:.1%}':>14}{levels}"
+            levels = [f"{self.score.accuracy(family, level).share:.0%}" for level in tasks.LEVELS]
+            yield [family, f"{whole.share:.1%}", f"{low:.1%}-{high:.1%}", *levels]
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -61,6 +61,18 @@ class Score:
         ]
         return Accuracy(right=sum(chosen), count=len(chosen))
 
+    def known(self, most: int = 3) -> list[Item]:
+        """Return items that are answered wholly right, each of another family, the surest first.
+
+        Args:
+            most: how many at most; a model that has learnt little knows fewer, or none.
+        """
+        right = [place for place, good in enumerate(self.right) if good]
+        surest: dict[str, Item] = {}
+        for place in sorted(right, key=lambda place: self.losses[place]):
+            surest.setdefault(self.items[place].family, self.items[place])
+        return list(surest.values())[:most]
+
 
 def mean(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean and its standard error."""

@@ -31,7 +31,7 @@ OWN = ("k2quant/formats/", "kernels/codecs/", "kernels/products/", "kernels/tuni
 
 DEFAULTS: dict[str, int] = {
     "k2quant/ground/release.py": 1,  # the config of the published model says fp8
-    "k2quant/nano/demo.py": 13,  # the formats that the demo writes, step by step
+    "k2quant/nano/demo.py": 11,  # the formats that the demo writes, step by step
     "qat/config.py": 1,  # what is trained for unless a job says otherwise
     "qat/rounding/estimators.py": 1,  # the same, of the function by itself
 }

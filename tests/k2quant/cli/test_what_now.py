@@ -16,6 +16,10 @@ from click.testing import CliRunner, Result
 
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.cli import main
+from k2quant.cli.demo import entering
+from k2quant.cli.nano import ask
+from k2quant.nano import demo, tasks
+from k2quant.nano.scoring import Score
 
 
 def k2quant(*arguments: object) -> Result:
@@ -105,3 +109,73 @@ def test_verify_keeps_its_json(k2_source: Path, k2_thinking: Path) -> None:
     assert (expert["relation"], expert["formats"]) == ("differs", ["fp8", "int4"])
     assert expert["dtypes"] == ["F8_E4M3", "I32"]
     assert all(each["dtypes"][0] == open_checkpoint(k2_source).tensors[each["name"]].dtype for each in found[:5])
+
+
+def test_the_demo_ends_with_commands_that_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the five is typed as it is printed, where the demo was made, and does what it should."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    done = k2quant("demo", "my demo", "--steps", "0")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.partition("Now you:")[0].splitlines())) <= 80
+    commands = re.findall(r"^  (k2quant .+)$", done.stdout.partition("Now you:")[2], re.MULTILINE)
+    assert len(commands) == 5
+    for command in commands:
+        assert k2quant(*shlex.split(command)[1:]).exit_code == 0, command
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_the_tables_of_the_demo_fit(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it measured, at the width of the terminal."""
+    step = demo.Step("fp8-int4-bf16", "int4", "the bytes of fp8-int4: what lies on the grid stays there")
+    outcomes = [demo.Outcome(step, 19_200_000, 0.5, [], {}), demo.Outcome(step, 1, 0.5, [], {"x": "differs"})]
+    monkeypatch.setattr(demo, "begin", lambda folder: folder)
+    monkeypatch.setattr(demo, "compile_codecs", lambda: None)
+    monkeypatch.setattr(demo, "tour", lambda _: outcomes)
+    (tmp_path / demo.STEPS[0].folder).mkdir()
+    (tmp_path / demo.STEPS[0].folder / "model.safetensors").write_bytes(b"x")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.chdir(tmp_path)
+    done = k2quant("demo", ".", "--steps", "0")
+    assert done.exit_code == 3
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "fp8>int4>bf16>int4" in done.stdout
+    assert any(line.startswith("  yes fp8>int4>bf16>int4: ") for line in lines)
+    assert any(line.startswith("  NO  fp8>int4>bf16>int4: ") for line in lines)
+
+
+def test_the_demo_says_how_its_environment_is_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where it runs from a virtual environment whose `k2quant` the shell would not find."""
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "activate").touch()
+    (programs / "k2quant").touch()
+    (programs / "k2quant").chmod(0o755)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.chdir(tmp_path)
+    assert entering() == ". .venv/bin/activate"
+    (tmp_path / "else where").mkdir()
+    monkeypatch.chdir(tmp_path / "else where")
+    assert entering() == f". {shlex.quote(str(programs / 'activate'))}"
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin")
+    assert entering() is None
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    assert entering() is None
+
+
+def test_a_nano_suggests_what_it_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    """Held-out questions that were answered wholly right, each of another family, the surest first; or none at all."""
+    items = [tasks.items(family, 1, 2)[place] for family in ("brackets", "add", "sort") for place in (0, 1)]
+    score = Score(items=items, right=[True, True, False, True, False, False], losses=[0.3, 0.2, 0.0, 0.1, 0.0, 0.0])
+    assert score.known() == [items[3], items[1]]
+    assert score.known(1) == [items[3]]
+    ask(Path("my nano"), score.known())
+    printed = capsys.readouterr().out
+    commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("  k2quant")]
+    assert commands == [["k2quant", "generate", "my nano", "--prompt", item.question] for item in score.known()]
+    assert all(f"\n    {item.answer}\n" in printed for item in score.known())
+    ask(Path("my nano"), [])
+    assert "k2quant" not in capsys.readouterr().out
