@@ -61,6 +61,10 @@ class Request:
     """Whether tasks may run the code that the model writes."""
 
 
+_COUNTS = {"limit": "document", "batch_size": "text", "max_new_tokens": "token", "max_length": "token"}
+"""What is counted, with its unit."""
+
+
 def check(request: Request) -> None:
     """Refuse options that make no sense, or do not go together; nothing is read.
 
@@ -68,10 +72,10 @@ def check(request: Request) -> None:
         UsageError: so it is.
     """
     one_of("backend", request.backend, BACKENDS)
-    for name in ("limit", "batch_size", "max_new_tokens", "max_length"):
+    for name, unit in _COUNTS.items():
         value = getattr(request, name)
         if value is not None and (type(value) is not int or value < 1):
-            raise UsageError(f"{name}: expected at least 1, found {value!r}")
+            raise UsageError(f"{name}: expected at least 1 {unit}, found {value!r}")
     if not request.tasks:
         raise UsageError("no tasks were named")
     served = {"base_url": request.base_url, "tokenizer": request.tokenizer, "served_from": request.served_from}

@@ -158,7 +158,10 @@ def _check_fits(text: Text, config: Any, folder: Path) -> None:
     """Refuse a text that the model has no tokens or no positions for."""
     longest = max(batch.shape[1] for batch in text.batches)
     if longest > config.max_position_embeddings:
-        raise UsageError(f"context: expected at most the model's {config.max_position_embeddings}, found {longest}")
+        raise UsageError(
+            f"context: expected at most the {config.max_position_embeddings:,} tokens that the model has room for, "
+            f"found {longest:,}"
+        )
     highest = max(int(batch.max()) for batch in text.batches)
     if highest >= config.vocab_size:
         raise CheckpointError(

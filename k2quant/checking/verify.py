@@ -273,7 +273,8 @@ def _file_failure(checkpoint: Checkpoint, name: str, facts: dict[str, Any]) -> s
     if not path.is_file():
         return "is missing"
     if path.stat().st_size != facts.get("size"):
-        return f"has {path.stat().st_size} bytes, the report has {facts.get('size')}"
+        said = facts.get("size")
+        return f"has {path.stat().st_size:,} bytes, the report has {f'{said:,}' if type(said) is int else said!r} bytes"
     if "sha256" in facts:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:

@@ -81,8 +81,8 @@ def read_header(path: Path) -> ShardHeader:
             raise MalformedFile(
                 "the header's length is impossible",
                 file=path,
-                expected=f"at most {min(HEADER_LIMIT, size - 8)}",
-                found=length,
+                expected=f"at most {min(HEADER_LIMIT, size - 8):,} bytes",
+                found=f"{length:,} bytes",
                 remedy="was the download cut short?",
             )
         raw = file.read(length)
@@ -158,8 +158,8 @@ def _check_coverage(entries: Iterable[TensorEntry], *, path: Path, data_start: i
         raise MalformedFile(
             "the file does not end where its last tensor ends",
             file=path,
-            expected=f"{end} bytes",
-            found=f"{size} bytes",
+            expected=f"{end:,} bytes",
+            found=f"{size:,} bytes",
             remedy="download it again",
         )
 

@@ -14,6 +14,7 @@ from k2quant.checkpoint.header import ShardHeader, TensorEntry
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.errors import CheckpointError, ShapeMismatch
+from k2quant.ground.units import moment
 
 
 def read_into(shard: ShardHeader, start: int, buffer: memoryview) -> None:
@@ -44,8 +45,8 @@ def _check_unchanged(shard: ShardHeader, status: os.stat_result) -> None:
         raise CheckpointError(
             "changed while it was read",
             file=shard.path,
-            expected=f"{shard.size} bytes",
-            found=f"{status.st_size} bytes, changed at {status.st_mtime}",
+            expected=f"{shard.size:,} bytes",
+            found=f"{status.st_size:,} bytes, changed at {moment(status.st_mtime)}",
         )
 
 

@@ -53,6 +53,16 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} min"
 
 
+def moment(seconds: float) -> str:
+    """Return a time since the epoch as people read it, in UTC: `2026-01-31 12:00:00 UTC`."""
+    from datetime import UTC, datetime
+
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    except (OverflowError, ValueError, OSError):  # a file system may say anything
+        return f"{seconds:.0f} s after 1970"
+
+
 def parse_size(text: str) -> int:
     """Read a size such as `5GB`, `512MB` or `1000000` in bytes; units are powers of 1000, `GiB` and `MiB` of 1024.
 

@@ -190,7 +190,7 @@ def _check_experts(keys: Mapping[str, Any], file: Path) -> None:
         )
     if chosen > experts // groups * taken:
         raise MalformedFile(
-            "num_experts_per_tok", file=file, expected=f"at most {experts // groups * taken}", found=chosen
+            "num_experts_per_tok", file=file, expected=f"at most {experts // groups * taken} experts", found=chosen
         )
 
 

@@ -124,7 +124,7 @@ def read_limited(path: Path, limit: int) -> bytes:
     with os.fdopen(open_regular(path), "rb") as file, _named(path):
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise MalformedFile("too large", file=path, expected=f"at most {limit} bytes")
+        raise MalformedFile("too large", file=path, expected=f"at most {limit:,} bytes")
     return data
 
 

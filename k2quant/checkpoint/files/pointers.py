@@ -32,7 +32,7 @@ def refuse_pointer(path: Path, data: bytes) -> None:
     if _LFS.match(data) or _XET.match(data):
         kind = "git-lfs" if _LFS.match(data) else "git-xet"
         size = _LFS_SIZE.search(data)
-        found = f"{len(data)} bytes that stand for {int(size[1])}" if size else None
+        found = f"{len(data)} bytes that stand for {int(size[1]):,} bytes" if size else None
         raise MalformedFile(f"a {kind} pointer, not the file itself", file=path, found=found, remedy=_FETCH)
     if _ANNEX.fullmatch(data):
         remedy = "fetch the content: `git annex get` in the clone"

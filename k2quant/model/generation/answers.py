@@ -13,7 +13,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from k2quant.errors import CheckpointError, UsageError
-from k2quant.ground.units import check_prompt
+from k2quant.ground.units import check_prompt, counted
 from k2quant.model.causal_lm import K2ForCausalLM
 from k2quant.model.generation.tokenizers import blamed
 
@@ -58,11 +58,14 @@ def generate(
         CheckpointError: the tokenizer belongs to another model, or cannot read or write these characters.
     """
     if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens: expected at least 1, found {max_new_tokens!r}")
+        raise UsageError(f"max_new_tokens: expected at least 1 token, found {max_new_tokens!r}")
     ids = _tokens(model, tokenizer, prompt)
     room = model.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > room:
-        raise UsageError(f"{ids.shape[1]} tokens and {max_new_tokens} new ones; the model has room for {room}")
+        raise UsageError(
+            f"the prompt has {counted(ids.shape[1], 'token')}, and {max_new_tokens:,} are to come; the model has room "
+            f"for {counted(room, 'token')}"
+        )
     folder = model.checkpoint.folder
     streamer = _Streamer(tokenizer, show, folder)
     begun = time.perf_counter()

@@ -34,7 +34,9 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     """
     data = read_limited(path, _LIMIT)
     if (ends := data.count(b"\n") + data.count(b"\r")) > _MOST:
-        raise _wrong(path, "more tokens than any vocabulary", expected=f"at most {_MOST}", found=ends)
+        raise _wrong(
+            path, "more tokens than any vocabulary", expected=f"at most {_MOST:,} tokens", found=f"{ends:,} lines"
+        )
     lines = [(number, line) for number, line in enumerate(data.splitlines(), 1) if line]
     ranks: dict[bytes, int] = {}
     taken = bytearray(len(lines))

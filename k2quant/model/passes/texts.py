@@ -92,7 +92,7 @@ def read_text(
     """
     for name, value, least in (("context", context, 2), ("tokens", limit_tokens, _LEAST)):
         if type(value) is not int or value < least:
-            raise UsageError(f"{name}: expected at least {least}, found {value!r}")
+            raise UsageError(f"{name}: expected at least {least} tokens, found {value!r}")
     file = SAMPLE if path is None else Path(path)
     if file.suffix.lower() == SUFFIX:
         rows = parse_rows(_content(file), file, limit_tokens * _LETTERS)

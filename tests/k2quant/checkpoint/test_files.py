@@ -75,7 +75,7 @@ def test_a_pointer_of_git_lfs_is_named_wherever_it_stands(source: Path, tmp_path
     assert path.name in str(caught.value)
     assert "git lfs pull" in str(caught.value)
     assert "hf download" in str(caught.value)
-    assert "4998123456" in str(caught.value)
+    assert "4,998,123,456 bytes" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -112,7 +112,7 @@ def test_a_pointer_in_an_adapter_is_named(k2_source: Path, tmp_path: Path, name:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (pointer(10**9), "stand for 1000000000"),
+        (pointer(10**9), "stand for 1,000,000,000 bytes"),
         (pointer(10**18), "a git-lfs pointer"),
         (b"version https://git-lfs.github.com/spec/v1\nsize " + b"9" * 500, "a git-lfs pointer"),
         (b"version https://hawser.github.com/spec/v1\noid sha256:0\nsize 3\n", "a git-lfs pointer"),

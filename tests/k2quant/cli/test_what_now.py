@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,30 +17,12 @@ from k2quant.cli.demo import entering
 from k2quant.cli.nano import ask
 from k2quant.nano import demo, tasks
 from k2quant.nano.scoring import Score
+from terminal import on_terminal
 
 
 def k2quant(*arguments: object) -> Result:
     """Run the command line in this process."""
     return CliRunner().invoke(main, [*map(str, arguments)])
-
-
-def on_terminal(*arguments: object) -> tuple[str, str]:
-    """Run the command line with stderr on a terminal of 80 columns; return stdout and what is left on the terminal."""
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "k2quant", *map(str, arguments)]
-    environment = os.environ | {"COLUMNS": "80", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment) as process:
-        os.close(theirs)
-        said = b""
-        while True:
-            try:
-                said += os.read(ours, 4096)
-            except OSError:  # the terminal is closed when the process has ended
-                break
-        assert process.stdout is not None
-        printed = process.stdout.read()
-    os.close(ours)
-    return printed, said.decode().replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize(
@@ -65,13 +44,16 @@ def test_a_conversion_ends_with_its_quality(options: list[str], words: str, k2_s
 def test_a_conversion_on_a_terminal_says_what_comes_next(k2_source: Path, tmp_path: Path) -> None:
     """On stderr, each command on a line, quoted as a shell wants it; they work as printed. `-q` leaves them out."""
     destination = tmp_path / "it's out"
-    printed, said = on_terminal("convert", "--to", "int4", k2_source, destination)
-    verify, report = re.findall(r"(?:next: |      )(k2quant .+)\n", said)
-    assert "k2quant verify" not in printed
+    command = ["-m", "k2quant", "convert", "--to", "int4", str(k2_source), str(destination)]
+    with (tmp_path / "stdout").open("w") as stdout:
+        said = "\n".join(on_terminal(command, columns=200, stdout=stdout.fileno()).screen)
+    verify, report = re.findall(r"(?:next: |      )(k2quant .+)", said)
+    assert "k2quant verify" not in (tmp_path / "stdout").read_text()
     assert shlex.split(verify) == ["k2quant", "verify", str(k2_source), str(destination)]
     assert k2quant(*shlex.split(verify)[1:]).exit_code == 0
     assert k2quant(*shlex.split(report)[1:]).exit_code == 0
-    assert on_terminal("convert", "-q", "--to", "int4", k2_source, destination)[1] == ""
+    again = on_terminal([*command, "-q"], columns=200)
+    assert again.screen == [f"{destination}: already finished, nothing to do"]
 
 
 def test_verify_says_what_was_found_in_words_of_a_promise(k2_source: Path, k2_thinking: Path) -> None:
