@@ -173,7 +173,7 @@ def carry_out(
                 clear(folder)
             done = begin(folder, plan, fresh=restart)
             whole = counted(len(plan.shards), "shard")
-            _log.info("%s: %s, %d of them there already; %d at work", there, whole, len(done), threads)
+            _log.info("%s: %s, %d of them there already; %s", there, whole, len(done), counted(threads, "thread"))
             stream = Stream(
                 plan,
                 folder,

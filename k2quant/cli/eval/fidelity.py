@@ -113,9 +113,12 @@ def _show(found: Fidelity) -> None:
     )
     for line in _starved(found):
         click.echo(line)
+    click.echo()
     click.echo(
-        "\nThis is a tripwire and no verdict: it says how much changed and where, not whether accuracy was lost.\n"
-        "Near the baseline it says nothing about accuracy; `k2quant eval gate` decides."
+        paragraph(
+            "This is a tripwire and no verdict: it says how much changed and where, not whether accuracy was lost.\n"
+            "Near the baseline it says nothing about accuracy; `k2quant eval gate` decides."
+        )
     )
 
 
