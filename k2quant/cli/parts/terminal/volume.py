@@ -13,6 +13,7 @@ from k2quant.ground.units import duration, size
 Volume = Literal["quiet", "normal", "verbose"]
 
 _KEY = "k2quant.volume"
+_LISTENER = "k2quant.listener"  # what shows the log, where one does
 
 
 def volume() -> Volume:
@@ -45,12 +46,16 @@ def volume_options() -> list[click.Option]:
 def _quiet(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001  click's signature
     if value:
         ctx.meta[_KEY] = "quiet"
+        if _LISTENER in ctx.meta:  # `k2quant -v convert -q`
+            ctx.meta[_LISTENER].setLevel("WARNING")
 
 
 def _verbose(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noqa: FBT001  click's signature
     if value:
         ctx.meta[_KEY] = "verbose"
-        _listen(ctx)
+        if _LISTENER not in ctx.meta:
+            _listen(ctx)
+        ctx.meta[_LISTENER].setLevel("INFO")
 
 
 def _listen(ctx: click.Context) -> None:
@@ -58,12 +63,11 @@ def _listen(ctx: click.Context) -> None:
     import logging
 
     logger = logging.getLogger("k2quant")
-    if any(isinstance(each, logging.StreamHandler) and isinstance(each.stream, _Said) for each in logger.handlers):
-        return  # `k2quant -v convert -v`
     begun, handler, before = time.perf_counter(), logging.StreamHandler(_Said()), logger.level
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel("INFO")
+    ctx.meta[_LISTENER] = handler
 
     def end() -> None:
         logger.info("ended after %s, at most %s in memory", duration(time.perf_counter() - begun), size(_peak_memory()))
