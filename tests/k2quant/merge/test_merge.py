@@ -520,7 +520,7 @@ def test_dry_run_writes_nothing(k2_thinking: Path, tmp_path: Path) -> None:
     cost = json.loads(CliRunner().invoke(main, arguments(k2_thinking, tmp_path, "--dry-run", "--json")).output)
     assert cost["merged"] == 3
     assert cost["merged_by_class"] == {"routed experts": 2, "attention": 1}
-    assert cost["work"]["routed experts"] == {"copied": 46, "merged": 2}
+    assert cost["work"]["routed experts"] == {"copied": 94, "merged": 2}
     assert cost["work"]["attention"] == {"copied": 14, "merged": 1}
     assert cost["fits"] is True
     assert not (tmp_path / "out").exists()
@@ -534,7 +534,7 @@ def test_dry_run_tells_what_is_merged_from_what_is_converted(k2_bf16: Path, tmp_
     """A weight that is merged and rounded is counted apart from those that are only rounded."""
     adapter(tmp_path / "adapter", on_k2())
     work = json.loads(CliRunner().invoke(main, arguments(k2_bf16, tmp_path, "--dry-run", "--json")).output)["work"]
-    assert work["routed experts"] == {"bf16 -> int4": 46, "merged, bf16 -> int4": 2}
+    assert work["routed experts"] == {"bf16 -> int4": 94, "merged, bf16 -> int4": 2}
 
 
 def test_other_commands_read_what_a_merge_wrote(k2_thinking: Path, tmp_path: Path) -> None:
