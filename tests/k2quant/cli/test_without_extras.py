@@ -15,6 +15,7 @@ from bare import Outcome, without
 from k2quant.cli import main
 from k2quant.conversion.convert import convert
 from k2quant.ground.extras import PACKAGES
+from places import ROOT
 
 ALL = sorted({name for names in PACKAGES.values() for name in names} | {"datasets", "tensorboard", "triton"})
 
@@ -148,6 +149,16 @@ def test_every_command_is_spoken_of() -> None:
     """Each command of the line says above which extra it needs, or that it needs none."""
     assert isinstance(main, click.Group)
     assert sorted(leaves(main)) == sorted(PLAIN | NEEDY)
+
+
+def test_the_page_on_installing_says_the_same() -> None:
+    """The table of docs/install.md has each command in the row of what it needs, and a row for each extra."""
+    lines = (ROOT / "docs" / "install.md").read_text().splitlines()
+    cells = [line.split("|") for line in lines if line.startswith("| `.")]
+    rows = {row[1].strip(" `."): row[3] for row in cells}
+    assert rows.keys() == {"", "[all]", *(f"[{extra}]" for extra in PACKAGES)}
+    assert [name for name in PLAIN if f"`{name}`" not in rows[""]] == []
+    assert [name for name, (extra, _) in NEEDY.items() if f"`{name}`" not in rows[f"[{extra}]"]] == []
 
 
 @pytest.mark.parametrize("name", PLAIN)
