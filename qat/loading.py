@@ -11,9 +11,11 @@ from torch import nn
 
 from k2quant.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
 from k2quant.errors import UnsupportedFormat, UsageError
+from k2quant.ground.arguments import hinting
+from k2quant.ground.progress import Asked, barred, told
 from k2quant.model.assembly import Assembly
 from k2quant.model.causal_lm import K2ForCausalLM
-from k2quant.model.filling import Progress, fill
+from k2quant.model.filling import fill
 from k2quant.model.loading import assemble
 from k2quant.model.modules import FusedExperts, QuantizedExperts, QuantizedLinear, SeparateExperts
 from k2quant.model.placement import checked_device
@@ -22,13 +24,15 @@ MASTERS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtypes of weights that are trained."""
 
 
+@hinting({"torch_dtype": "it is `dtype` here", "device_map": "one `device` holds all of a model that trains"})
+@barred("load")
 def load(
     path: str | os.PathLike[str] | Checkpoint,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     follow_links: bool = False,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> K2ForCausalLM:
     """Load a K2 checkpoint as a transformers causal LM with dense weights, to be trained.
 
@@ -40,7 +44,7 @@ def load(
         dtype: of the master weights, float32 or bfloat16. Every BF16 value is exact in both.
         device: one device.
         follow_links: whether links of the folder may lead out of it.
-        progress: called with the bytes read and all bytes.
+        progress: called with the bytes read and all bytes; True for a bar.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, contradicts its config, or is no model of this family; or its
@@ -52,7 +56,7 @@ def load(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path), follow_links=follow_links)
     place = checked_device(device)
     assembly = _assembled(checkpoint, place, dtype)
-    fill(assembly, [(name, module, place) for name, module in assembly.model.named_modules()], progress=progress)
+    fill(assembly, [(name, module, place) for name, module in assembly.model.named_modules()], progress=told(progress))
     assembly.model.model.rotary_emb.to(place)
     assembly.model.train()
     return cast("K2ForCausalLM", assembly.model)

@@ -18,6 +18,7 @@ from k2quant.conversion.plan import Plan, make_plan
 from k2quant.errors import CheckFailed, CheckpointError, OutputError, UsageError
 from k2quant.formats.dtypes import as_bits
 from k2quant.ground import names
+from k2quant.ground.showing import as_html, brief
 from k2quant.kernels.codecs.choice import codecs
 from k2quant.model.decoding import decoded_rows
 from k2quant.model.generation import load_tokenizer
@@ -82,6 +83,14 @@ class JobPlan:
     work: int
     """Multiplications and additions of a step, about: six for each weight and token, those of experts that a token
     does not reach among them."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        """Return it as a small table, for notebooks."""
+        return as_html(self)
 
     @property
     def bytes_needed(self) -> int:

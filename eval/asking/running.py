@@ -20,6 +20,7 @@ from k2quant.eval.runs.folder import JOURNAL, MANIFEST, begin, finished, held, t
 from k2quant.eval.runs.identity import digest, task_hash
 from k2quant.eval.runs.journal import Journal, Progress, Resuming
 from k2quant.ground.extras import install, need
+from k2quant.ground.progress import Asked, barred, told
 from k2quant.ground.version import __version__
 
 if TYPE_CHECKING:
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from k2quant.eval.asking.models import Model
 
 
+@barred("run", "requests")
 def run(
     request: Request,
     folder: Path,
     *,
     soft_lock: bool = False,
     reading: Progress | None = None,
-    progress: Progress | None = None,
+    progress: Asked = None,
     remark: Callable[[str], None] | None = None,
 ) -> Path:
     """Ask a model all questions of some tasks and keep each answer; resume where an earlier call was stopped.
@@ -43,7 +45,7 @@ def run(
         folder: for the results; made if need be.
         soft_lock: where its file system has no locks, lock it by a file.
         reading: called with the bytes of the model that are read and all bytes, first to hash, then to load them.
-        progress: called with the requests that are answered and all requests.
+        progress: called with the requests that are answered and all requests; True for a bar.
         remark: called with what is worth knowing on the way.
 
     Returns:
@@ -85,7 +87,9 @@ def run(
         journal = Journal(folder / JOURNAL)
         if remark and len(journal):
             remark(f"{folder}: resumes after {len(journal)} chunks")
-        lm = Resuming(load(model, request, tasks, reading), journal, batch_size=request.batch_size, progress=progress)
+        lm = Resuming(
+            load(model, request, tasks, reading), journal, batch_size=request.batch_size, progress=told(progress)
+        )
         lm.expect(_count(tasks))
         results = harness.ask(
             lm, tasks, chat_template=request.chat_template or request.chat, unsafe_code=request.unsafe_code

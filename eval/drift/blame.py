@@ -21,12 +21,14 @@ from k2quant.errors import Incomparable, UsageError
 from k2quant.eval.drift.findings import Blame
 from k2quant.eval.drift.keeping import measurements
 from k2quant.eval.drift.measuring import Bench, Progress
+from k2quant.eval.drift.measuring import Bench
 from k2quant.eval.drift.suspects import kind_of, suspect, suspects
 from k2quant.eval.gating.verdict import Side
 from k2quant.eval.runs.identity import model_hash, tokenizer_hash
 from k2quant.eval.statistics.group_testing import LEAST_CHUNKS, Findings, clear, search
 from k2quant.ground.intervals import Estimate
 from k2quant.ground.version import __version__
+from k2quant.ground.progress import Asked, barred, told
 from k2quant.model.generation import load_tokenizer
 from k2quant.model.modules import Backend
 from k2quant.model.passes.mixture import Mixer, Part
@@ -44,6 +46,7 @@ _LEVEL = 0.025
 """Chance that damage of just so much counts as more."""
 
 
+@barred("blame", "passes")
 def find_blame(
     base: str | os.PathLike[str],
     candidate: str | os.PathLike[str],
@@ -59,7 +62,7 @@ def find_blame(
     resume: str | os.PathLike[str] | None = None,
     soft_lock: bool = False,
     reading: Progress | None = None,
-    progress: Progress | None = None,
+    progress: Asked = None,
     remark: Callable[[str], None] | None = None,
     follow_links: bool = False,
     trust_remote_code: bool = False,
@@ -83,7 +86,7 @@ def find_blame(
             is refused. The folder stays until `keeping.discard` takes it away. None keeps nothing.
         soft_lock: where the folder's file system has no locks, lock it by a file.
         reading: called with the bytes of both models that are hashed and all their bytes, where there is `resume`.
-        progress: called after each pass.
+        progress: called after each pass; True for a bar.
         remark: called with what is worth knowing on the way.
         follow_links: whether links of both folders may lead out of them.
         trust_remote_code: whether the baseline's own tokenizer code may run.
@@ -119,7 +122,7 @@ def find_blame(
         if remark and len(known):
             remark(f"{kept}: resumes after {len(known)} measurement{'' if len(known) == 1 else 's'}")
         with tempfile.TemporaryDirectory(prefix="k2quant-") as folder:
-            bench = Bench(mixer, read, Path(folder), known, limit=passes, progress=progress)
+            bench = Bench(mixer, read, Path(folder), known, limit=passes, progress=told(progress))
             bench.options = options
             return _blame(changed, bench, sides)
 

@@ -24,6 +24,7 @@ from k2quant.eval.drift.layerwise import ComparingWatch, KeepingWatch, Watch, ch
 from k2quant.eval.drift.predictions import Predictions
 from k2quant.eval.gating.verdict import Side
 from k2quant.eval.runs.identity import tokenizer_hash
+from k2quant.ground.progress import Asked, barred, told
 from k2quant.ground.units import one_of
 from k2quant.model import stream_forward
 from k2quant.model.architecture import architecture
@@ -53,6 +54,7 @@ _BUDGET = 1_000_000_000
 """Bytes of the baseline's hidden states to keep in memory; K2's for 4096 tokens are 3.6 GB in BF16."""
 
 
+@barred("fidelity", "layers")
 def measure_fidelity(
     base: str | os.PathLike[str],
     candidate: str | os.PathLike[str],
@@ -66,7 +68,7 @@ def measure_fidelity(
     backend: Backend = "auto",
     follow_links: bool = False,
     trust_remote_code: bool = False,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> Fidelity:
     """Compare two checkpoints' predictions, hidden states and routes on a text.
 
@@ -85,7 +87,7 @@ def measure_fidelity(
         backend: `auto` for the fused kernels, `reference` for plain torch.
         follow_links: whether links of both folders may lead out of them.
         trust_remote_code: whether the baseline's own tokenizer code may run.
-        progress: called as the work goes on.
+        progress: called as the work goes on, with layers; True for a bar.
 
     Returns:
         the figures; the same checkpoint twice gives exactly none. The hashes of the models stay None: they would cost
@@ -105,7 +107,7 @@ def measure_fidelity(
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code, follow_links=follow_links)
     read = read_text(text, tokenizer, context=context, limit_tokens=tokens, lines=lines)
     _check_fits(read, config, folders[0])
-    tick = _ticking(progress, 2 * config.num_hidden_layers)
+    tick = _ticking(told(progress), 2 * config.num_hidden_layers)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "follow_links": follow_links}
     with tempfile.TemporaryDirectory(prefix="k2quant-") as place:
         shapes = [(*batch.shape, config.hidden_size) for batch in read.batches]

@@ -8,6 +8,7 @@ from typing import Any
 
 from k2quant.eval.gating.verdict import Side
 from k2quant.ground.intervals import Estimate
+from k2quant.ground.showing import as_html, brief
 
 SCHEMA = 1
 """Version of the JSON of `Fidelity` and `Blame`."""
@@ -34,6 +35,10 @@ class LayerFidelity:
     """Experts that no token of the text visited in the baseline."""
     starved: tuple[int, ...]
     """Experts that the baseline visited and the candidate never."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +72,20 @@ class Fidelity:
     """Characters of the text that the tokenizer passes over in silence, each once."""
     completions: bool = False
     """Whether the text has prompts: predictions of completions alone were compared then, layers on every token."""
+
+    def facts(self) -> dict[str, object]:
+        """Return what it comes to, in a few words."""
+        drift = {"kl": f"{self.kl.value:.4g} nats", "same_top": f"{self.same_top.value:.1%}"}
+        models = {"base": self.base.model, "candidate": self.candidate.model}
+        return {**models, **drift, "tokens": self.tokens, "text": self.text, "layers": len(self.layers)}
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        """Return it as a small table, for notebooks."""
+        return as_html(self)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON holds it."""
@@ -110,6 +129,20 @@ class Blame:
     """All suspects put back at once; None without suspects."""
     completions: bool = False
     """Whether the text has prompts: damage is that of completions alone then."""
+
+    def facts(self) -> dict[str, object]:
+        """Return what it comes to, in a few words."""
+        models = {"base": self.base.model, "candidate": self.candidate.model}
+        shares = {one.name: f"{one.share:.0%}" for one in self.suspects[:3]}
+        return {**models, "damage": f"{self.damage.value:.4g} nats", "suspects": len(self.suspects), **shares}
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        """Return it as a small table, for notebooks."""
+        return as_html(self)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON holds it."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from k2quant.eval.gating.policy import Policy
+from k2quant.ground.showing import as_html, brief
 
 Decision = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
@@ -49,6 +50,10 @@ class Comparison:
     """Items that would give the policy's power at this flip rate; None where no number below ten million does."""
     decision: Decision
     """What the numbers say of these items alone."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
     @property
     def drop(self) -> float:
@@ -112,6 +117,21 @@ class Verdict:
     policy: Policy
     same_model: bool
     """Whether this was an A/A run: the same model twice, to measure noise; never a PASS."""
+
+    def facts(self) -> dict[str, object]:
+        """Return what it comes to, in a few words."""
+        pooled = self.pooled
+        shares = {"drop": f"{pooled.drop:.2%}", "items": pooled.n, "lost": pooled.lost, "gained": pooled.gained}
+        models = {"base": self.base.model, "candidate": self.candidate.model}
+        return {"decision": self.decision, "reason": self.reason, **shares, **models, "warnings": len(self.warnings)}
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        """Return it as a small table, for notebooks."""
+        return as_html(self)
 
     @property
     def exit_code(self) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from k2quant.ground.showing import brief
+
 
 class Key(NamedTuple):
     """What makes an item of two runs the same item: the document and every word of the prompt and of the target."""
@@ -52,6 +54,10 @@ class Task:
     settings: Mapping[str, Any]
     """What must be the same for two runs to be comparable: version, shots, generation settings, chat template."""
 
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
     @property
     def right(self) -> int:
         """How many items are right."""
@@ -86,6 +92,10 @@ class Run:
     """By name."""
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """For each group of the harness the tasks and groups that it holds."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
     def parts(self, name: str) -> tuple[str, ...]:
         """Return the tasks that a name stands for: itself, or those of a group; none where there is no such name."""

@@ -18,6 +18,7 @@ from k2quant.checkpoint.files.paths import open_regular
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import CheckpointError, MalformedResults
 from k2quant.eval.runs.items import Item, Key
+from k2quant.ground.showing import brief
 
 _LINE_LIMIT = 2**26  # bytes; a prompt of 128k tokens, five shots and all, is below 1 MB
 _SHOWN = 600  # characters of a prompt's end, and of an answer
@@ -32,6 +33,10 @@ class Samples(NamedTuple):
     """In the order of `doc_id`."""
     digest: str
     """SHA-256 of the file."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
 
 def read_samples(path: Path) -> Samples:

@@ -14,6 +14,8 @@ from k2quant.conversion import carrying, config, relatives
 from k2quant.conversion.promises import broken_promises, inventory
 from k2quant.errors import CheckpointError
 from k2quant.ground import engines, names
+from k2quant.ground.showing import as_html, brief
+from k2quant.ground.units import size
 
 
 class ClassRow(NamedTuple):
@@ -53,6 +55,22 @@ class Inspection(NamedTuple):
     """What would stop a conversion."""
     remarks: list[str]
     """What is worth saying, though it stops nothing."""
+
+    def facts(self) -> dict[str, object]:
+        """Return what it comes to, in a few words."""
+        formats = sorted({row.format for row in self.rows})
+        sizes = {"size": size(self.nbytes), "tensors": self.tensors, "shards": self.shards}
+        parts = {"layers": self.layers, "experts": self.experts, "formats": ", ".join(formats)}
+        said = {"problems": len(self.problems), "remarks": len(self.remarks)}
+        return {"folder": self.folder, "model_type": self.model_type, **sizes, **parts, **said}
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        """Return it as a small table, for notebooks."""
+        return as_html(self)
 
 
 def inspect(folder: str | os.PathLike[str], *, follow_links: bool = False) -> Inspection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from k2quant.formats.activations import flow
 from k2quant.formats.known import FORMATS
 from k2quant.ground import names, pool
 from k2quant.ground.pool import checked_workers
+from k2quant.ground.progress import Asked, barred, told
+from k2quant.ground.showing import as_html, brief
 
 _FIGURES = {"count", "changed", "energy", "error", "worst"}
 _SAME = 1e-6  # relative; two ways of summing the same squares
@@ -44,7 +47,22 @@ class Verification(NamedTuple):
         """Whether nothing failed."""
         return not self.failures
 
+    def facts(self) -> dict[str, object]:
+        """Return what it comes to, in a few words; of failures the first."""
+        relations = Counter(str(finding.relation) for finding in self.findings)
+        facts: dict[str, object] = {"passed": self.passed, **relations, "failed": len(self.failures)}
+        return facts | {f"failure of {name}": why for name, why in list(self.failures.items())[:1]}
 
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        """Return it as a small table, for notebooks."""
+        return as_html(self)
+
+
+@barred("verify")
 def verify(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -52,7 +70,7 @@ def verify(
     against: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     follow_links: bool = False,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> Verification:
     """Compare a converted checkpoint with its source.
 
@@ -67,14 +85,14 @@ def verify(
         against: a k2quant_report.json; each weight's figures must be as good as it says.
         workers: threads; None takes one for each core.
         follow_links: whether links of both folders may lead out of them.
-        progress: called as the work goes on.
+        progress: called as the work goes on; True for a bar.
 
     Raises:
         CheckpointError: one of the folders holds no sound checkpoint.
     """
     threads = checked_workers(workers)
     before, after = (open_checkpoint(Path(folder), follow_links=follow_links) for folder in (source, destination))
-    findings = compare_opened(before, after, workers=threads, progress=progress)
+    findings = compare_opened(before, after, workers=threads, progress=told(progress))
     stored = read_report(Path(against))["tensors"] if against is not None else None
     failures = _config_failure(after)
     idle = set() if failures else _idle_scales(before, after, findings)
@@ -191,12 +209,13 @@ def other_values(folder: str | os.PathLike[str]) -> str | None:
     return "it was exported from a training's model" if "trained" in values else "they are none of the source's own"
 
 
+@barred("verify")
 def verify_checksums(
     folder: str | os.PathLike[str],
     *,
     workers: int | None = None,
     follow_links: bool = False,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> Verification:
     """Compare a converted checkpoint with the checksums in its own report.
 
@@ -204,7 +223,7 @@ def verify_checksums(
         folder: of the converted checkpoint.
         workers: threads; None takes one for each core.
         follow_links: whether its links may lead out of it.
-        progress: called as the work goes on.
+        progress: called as the work goes on; True for a bar.
 
     Raises:
         CheckpointError: the folder holds no sound checkpoint, or no report.
@@ -222,7 +241,7 @@ def verify_checksums(
     failures = {name: "is missing" for name in expected if name not in checkpoint.tensors}
     failures |= {name: "is not in the report" for name in checkpoint.tensors if name not in expected}
     entries = [entry for name, entry in checkpoint.tensors.items() if name in expected]
-    found = _checksums(checkpoint, entries, workers=checked_workers(workers), progress=progress)
+    found = _checksums(checkpoint, entries, workers=checked_workers(workers), progress=told(progress))
     failures |= {
         name: f"crc32 {crc}, the report has {expected[name]}" for name, crc in found.items() if crc != expected[name]
     }

@@ -21,6 +21,7 @@ from k2quant.checkpoint.files.paths import open_regular
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import MalformedFile, UnsupportedFormat
 from k2quant.formats.dtypes import DTYPES, TensorSpec
+from k2quant.ground.showing import brief
 
 HEADER_LIMIT = 100_000_000
 """Largest header in bytes; the limit of the safetensors library."""
@@ -61,6 +62,10 @@ class ShardHeader(NamedTuple):
     sha256: str
     """Digest of the header's bytes."""
     tensors: dict[str, TensorEntry]
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
 
 def read_header(path: Path) -> ShardHeader:

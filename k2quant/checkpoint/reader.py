@@ -22,6 +22,7 @@ from k2quant.checkpoint.header import ShardHeader, TensorEntry, read_header
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
 from k2quant.formats.dtypes import FLOATS
 from k2quant.ground import names
+from k2quant.ground.showing import brief
 from k2quant.ground.units import counted
 
 _log = logging.getLogger(__name__)
@@ -53,6 +54,10 @@ class Checkpoint:
     """What config.json holds, or None where there is none."""
     follow_links: bool = False
     """Whether links of the folder may lead out of it; all that reads the folder later asks the same."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
     def path(self, name: str) -> Path:
         """Return the path of a file of the folder.

@@ -14,6 +14,7 @@ from k2quant.errors import CheckpointError, MalformedFile, MissingTensor
 from k2quant.formats.format import Entry, Format, Neighbours
 from k2quant.formats.known import FORMATS, supported
 from k2quant.ground import names
+from k2quant.ground.showing import brief
 
 _FOREIGN = frozenset({"qweight", "qzeros", "weight_global_scale", "weight_scale_2", "weight_blocks", "weight_scales"})
 """Suffixes of GPTQ, AWQ, NVFP4 and MXFP4 checkpoints."""
@@ -49,6 +50,10 @@ class Grouping(NamedTuple):
     """In the order of their main tensors."""
     problems: list[CheckpointError]
     """What does not fit together: partners missing, astray, of wrong shape or dtype, foreign formats."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
 
 def group_tensors(tensors: Mapping[str, TensorEntry]) -> Grouping:

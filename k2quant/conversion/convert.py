@@ -28,8 +28,11 @@ from k2quant.errors import OutputError, UnsupportedFormat
 from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FormatName
 from k2quant.ground import names
+from k2quant.ground.arguments import hinting
 from k2quant.ground.pool import checked_workers
-from k2quant.ground.units import counted
+from k2quant.ground.progress import Asked, barred, told
+from k2quant.ground.showing import as_html, brief
+from k2quant.ground.units import counted, duration, size
 from k2quant.ground.version import __version__
 from k2quant.kernels.codecs.grids import Grid
 
@@ -37,6 +40,21 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.seam import Codecs
 
 _log = logging.getLogger(__name__)
+
+
+_HINTS = {
+    "format": "the format to write is `to`",
+    "dtype": "the format to write is `to`, such as to='bf16'",
+    "output_dtype": "the format to write is `to`",
+    "quantization_config": "which weights get which format is `to` with `scope` and `ignore`, or `recipe`",
+    "config": "a file of rules is `recipe`",
+    "output": "the folder to write is the second argument, `destination`",
+    "overwrite": "to throw away what an earlier run left is `restart=True`",
+    "max_shard_size": "it is `shard_size` here, in bytes",
+    "targets": "which weights get the format is `scope`, or a `recipe` of rules",
+    "dry_run": "that is an option of the command line; from Python, `k2quant.conversion.plan.make_plan` writes nothing",
+}
+"""What other libraries have."""
 
 
 class Conversion(NamedTuple):
@@ -50,7 +68,26 @@ class Conversion(NamedTuple):
     already_done: bool
     """Whether the destination was finished before, so that nothing was written."""
 
+    def facts(self) -> dict[str, object]:
+        """Return what it comes to, in a few words."""
+        report = self.report
+        sizes = {name: size(report[key]) for name, key in (("read", "bytes_read"), ("written", "bytes_written"))}
+        seconds = {} if self.already_done else {"time": duration(report["seconds"])}
+        counts = {"tensors": len(report["tensors"]), "remarks": len(report.get("remarks", []))}
+        done = {"resumed": self.resumed, "already_done": self.already_done}
+        return {"folder": str(self.folder), "to": report["options"]["to"], **sizes, **seconds, **counts, **done}
 
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        """Return it as a small table, for notebooks."""
+        return as_html(self)
+
+
+@hinting(_HINTS)
+@barred("convert")
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -69,7 +106,7 @@ def convert(
     restart: bool = False,
     soft_lock: bool = False,
     sha256: bool = False,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> Conversion:
     """Convert a checkpoint to BF16, block-FP8 or INT4.
 
@@ -96,7 +133,7 @@ def convert(
         soft_lock: where the destination's file system has no locks, lock it by a file. What a killed run leaves of it
             is removed by the next one on the same machine; where another finds it, it must be deleted by hand.
         sha256: also note a sha256 of each file, as hubs list them.
-        progress: called as the work goes on.
+        progress: called as the work goes on, with the bytes read and all bytes; True for a bar.
 
     Returns:
         the destination with its report.
@@ -127,7 +164,7 @@ def convert(
         restart=restart,
         soft_lock=soft_lock,
         sha256=sha256,
-        progress=progress,
+        progress=told(progress),
     )
 
 

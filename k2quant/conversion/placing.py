@@ -12,6 +12,7 @@ from k2quant.conversion.recipe import Recipe
 from k2quant.errors import ShapeMismatch
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.format import Format
+from k2quant.ground.showing import brief
 
 
 class Job(NamedTuple):
@@ -24,6 +25,10 @@ class Job(NamedTuple):
     """Where its tensors will lie in the output shard, by suffix."""
     name: str
     """What the output calls it, without a suffix."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
     @property
     def written(self) -> Format | None:
@@ -45,6 +50,10 @@ class ShardPlan(NamedTuple):
     size: int
     """Bytes of the whole file."""
     jobs: tuple[Job, ...]
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
     @property
     def bytes_read(self) -> int:

@@ -26,6 +26,7 @@ from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.format import Layout, Scope, listed
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
+from k2quant.ground.showing import brief
 from k2quant.ground.units import counted
 from k2quant.kernels.codecs.grids import Grid
 
@@ -174,6 +175,10 @@ class Plan:
     """Where such values come from, for the report alone: by another name they are no other values."""
     remarks: tuple[str, ...] = ()
     """What is worth saying of source and output, though it stops nothing."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
     @property
     def bytes_read(self) -> int:

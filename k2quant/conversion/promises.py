@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.ground import names
+from k2quant.ground.showing import brief
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _UNFIT = "an engine fails there, or computes with what its memory held"
@@ -33,6 +34,10 @@ class Inventory(NamedTuple):
     """How many experts the tensors of each layer's router are for: one number, unless they contradict each other."""
     parts: frozenset[str]
     """The classes of tensors outside the layers, such as `head` and `vision`."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
 
 def inventory(weights: Iterable[StoredWeight]) -> Inventory:

@@ -18,6 +18,8 @@ from k2quant.formats.dtypes import DTYPES, FLOATS, TensorSpec, as_array, as_bits
 from k2quant.formats.format import Format, Parts
 from k2quant.formats.known import FORMATS, FormatName, quantised_names
 from k2quant.formats.transcode import Scratch, located, to_bf16, transcode
+from k2quant.ground.arguments import hinting
+from k2quant.ground.showing import brief
 from k2quant.ground.units import one_of
 from k2quant.kernels.codecs.choice import codecs
 from k2quant.kernels.codecs.grids import Grid
@@ -36,6 +38,10 @@ class QuantizedTensor:
     shape: tuple[int, int]
     """`[N, K]`."""
 
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
     def tensors(self, base: str) -> dict[str, Any]:
         """Return the tensors as a checkpoint names them, for the weight `base` (no suffix).
 
@@ -50,6 +56,7 @@ class QuantizedTensor:
         return {f"{base}.{suffix}": parts[suffix] for suffix in state}
 
 
+@hinting({"dtype": "the format is `to`", "format": "the format is `to`", "bits": "the format is `to`: int4 or fp8"})
 def quantize(weight: Any, to: FormatName, *, grid: Grid = "moonshot", name: str = "weight") -> QuantizedTensor:
     """Quantise one matrix exactly as a conversion of a checkpoint would.
 

@@ -6,8 +6,12 @@ backticks. A message below the command line holds marks and no flags, so nothing
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import ParamSpec, TypeVar
 
 _MARK = re.compile(r"`([a-z][a-z0-9_]*)=([^`\s]*)`")
 
@@ -27,3 +31,36 @@ def in_flags(text: str, flags: Mapping[str, str]) -> str:
         return f"{flags[name]} {value}" if value and value != "True" else flags[name]
 
     return _MARK.sub(shown, text)
+
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+def hinting(hints: Mapping[str, str]) -> Callable[[Callable[_Given, _Result]], Callable[_Given, _Result]]:
+    """Have a function answer keywords that it does not have with those that it has.
+
+    Args:
+        hints: by the keywords that other libraries have, what to say here.
+    """
+
+    def wrap(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+        known = [name for name, each in inspect.signature(function).parameters.items() if each.kind != each.VAR_KEYWORD]
+
+        @functools.wraps(function)
+        def call(*given: _Given.args, **named: _Given.kwargs) -> _Result:
+            for name in named:
+                if name not in known:
+                    raise TypeError(f"{function.__name__}() has no argument {name!r}{_hint(name, hints, known)}")
+            return function(*given, **named)
+
+        return call
+
+    return wrap
+
+
+def _hint(name: str, hints: Mapping[str, str], known: list[str]) -> str:
+    if name in hints:
+        return f": {hints[name]}"
+    close = get_close_matches(name, known, 1)
+    return f", did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}"

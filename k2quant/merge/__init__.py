@@ -17,10 +17,12 @@ from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.resume import refuse_nested
 from k2quant.conversion.rules import Recipes
-from k2quant.conversion.stream import Progress
 from k2quant.errors import DtypeMismatch
 from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FormatName
+from k2quant.ground.arguments import hinting
+from k2quant.ground.progress import Asked, barred, told
+from k2quant.ground.showing import brief
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.merge.adapter import Adapter, check_values, open_adapter
 from k2quant.merge.targets import Change, LowRank, Whole, resolve
@@ -42,6 +44,10 @@ class MergePlan(NamedTuple):
     changes: dict[str, Change]
     """By the name of the main tensor of each weight."""
 
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
     def substitute(self) -> Substitute:
         """Return where the merged values come from."""
         from k2quant.merge.update import Merger
@@ -59,6 +65,8 @@ class MergePlan(NamedTuple):
         return [job for job in self.plan.jobs() if job.weight.main.name in self.changes]
 
 
+@hinting({"overwrite": "to throw away what an earlier run left is `restart=True`", "format": "it is `to`"})
+@barred("merge")
 def merge(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
@@ -77,7 +85,7 @@ def merge(
     restart: bool = False,
     soft_lock: bool = False,
     sha256: bool = False,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> Conversion:
     """Merge a PEFT LoRA adapter into a checkpoint and write the whole of it in a format.
 
@@ -102,7 +110,7 @@ def merge(
         restart: throw away what an earlier run left.
         soft_lock: lock by a file where there is no other way.
         sha256: note digests of the files.
-        progress: called as the work goes on.
+        progress: called as the work goes on; True for a bar.
 
     Returns:
         the destination with its report, in which the figures of each updated tensor also say what rounding left of
@@ -135,7 +143,7 @@ def merge(
         soft_lock=soft_lock,
         sha256=sha256,
         substitute=prepared.substitute(),
-        progress=progress,
+        progress=told(progress),
     )
 
 

@@ -17,11 +17,13 @@ from k2quant.checkpoint.files.paths import read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.errors import CheckpointWarning, UsageError
+from k2quant.ground.arguments import hinting
+from k2quant.ground.progress import Asked, barred, told
 from k2quant.ground.units import one_of
 from k2quant.model.architecture import TOKEN_IDS, checked_ids
 from k2quant.model.assembly import Assembly
 from k2quant.model.causal_lm import K2ForCausalLM
-from k2quant.model.filling import Progress, fill
+from k2quant.model.filling import fill
 from k2quant.model.modules import Backend
 from k2quant.model.placement import execution_device, place, resident, spread
 
@@ -32,6 +34,21 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _SETTINGS_LIMIT = 2**20  # bytes of generation_config.json
 
 
+_HINTS = {
+    "torch_dtype": "it is `dtype` here",
+    "device_map": "it is `device` here, and takes the same: one device, auto, or a map",
+    "load_in_4bit": "the checkpoint says how its weights are stored, and they stay so; `k2quant.convert` makes INT4",
+    "load_in_8bit": "the checkpoint says how its weights are stored, and they stay so; `k2quant.convert` makes FP8",
+    "quantization_config": "the checkpoint says how its weights are stored, and they stay so",
+    "trust_remote_code": "no code of the checkpoint is run, so there is nothing to trust",
+    "attn_implementation": "it is in the model's config: `model.set_attn_implementation`",
+    "low_cpu_mem_usage": "leave it out: weights go from the file to where they stay",
+}
+"""What transformers' `from_pretrained` has."""
+
+
+@hinting(_HINTS)
+@barred("load")
 def load_model(
     path: str | os.PathLike[str] | Checkpoint,
     *,
@@ -40,7 +57,7 @@ def load_model(
     backend: Backend = "auto",
     max_memory: Mapping[int | str, int | str] | None = None,
     follow_links: bool = False,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> K2ForCausalLM:
     """Load a K2 checkpoint as a transformers causal LM, its quantised weights packed as they are on disk.
 
@@ -58,7 +75,7 @@ def load_model(
         backend: `auto` for the fused kernels of the device, `reference` for plain torch.
         max_memory: with `auto`, the most that each device may take, such as `{0: "70GiB", "cpu": "100GiB"}`.
         follow_links: whether links of the folder may lead out of it.
-        progress: called with the bytes read and all bytes.
+        progress: called with the bytes read and all bytes; True for a bar.
 
     Returns:
         a `DeepseekV3ForCausalLM` in evaluation mode. `state_dict` has the checkpoint's names, expert by expert;
@@ -73,7 +90,7 @@ def load_model(
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path), follow_links=follow_links)
     assembly = assemble(checkpoint, device=execution_device(device), dtype=dtype, backend=backend)
     mapping = spread(assembly, device, max_memory)
-    fill(assembly, resident(assembly, mapping), progress=progress)
+    fill(assembly, resident(assembly, mapping), progress=told(progress))
     _log.info("%s: loaded in %.2f s", checkpoint.folder, time.monotonic() - begun)
     _tie(assembly)
     place(assembly, mapping)

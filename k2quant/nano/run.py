@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from k2quant.ground.showing import brief
 from k2quant.nano import tasks, training, writing
 from k2quant.nano.scoring import Score, score
 
@@ -29,6 +30,10 @@ class Result:
     parameters: int
     score: Score
     """Of `tasks.exam`, by the weights that were written."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
     def rows(self) -> Iterator[list[str]]:
         """Yield a row for each family: its name, all levels with their interval, then each level."""

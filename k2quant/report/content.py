@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.known import FORMATS
 from k2quant.ground.names import TENSOR_CLASSES
+from k2quant.ground.showing import brief
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.merge.figures import MergeFigures
 from k2quant.report.origins import Exported, Origin, label
@@ -137,6 +138,10 @@ class Report:
     """What was said of source and output, though it stopped nothing."""
     tensors: list[Tensor]
     cells: dict[Cell, Sum] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
     def __post_init__(self) -> None:
         for tensor in self.tensors:

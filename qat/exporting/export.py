@@ -25,6 +25,7 @@ from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.resume import refuse_nested
 from k2quant.conversion.stream import Progress
 from k2quant.errors import CheckFailed, CheckpointError, CheckpointWarning, DestinationStale, UsageError
+from k2quant.ground.progress import Asked, barred, told
 from k2quant.qat.config import QATConfig
 from k2quant.qat.exporting.asked import asked_job
 from k2quant.qat.exporting.gate import check_export
@@ -39,6 +40,7 @@ from k2quant.qat.run.folder import TARGETS, Run
 from k2quant.qat.run.state import restore_weights
 
 
+@barred("export")
 def export(
     model: nn.Module,
     destination: str | os.PathLike[str],
@@ -49,7 +51,7 @@ def export(
     follow_links: bool = False,
     restart: bool = False,
     soft_lock: bool = False,
-    progress: Progress | None = None,
+    progress: Asked = None,
 ) -> Conversion:
     """Write a prepared model as a checkpoint in the format that it was trained for.
 
@@ -63,7 +65,7 @@ def export(
         follow_links: whether links of `base` may lead out of its folder; of a model's own checkpoint, `load` was told.
         restart: throw away what an earlier export left in the destination.
         soft_lock: where its file system has no locks, lock it by a file.
-        progress: called with the bytes done and all bytes.
+        progress: called with the bytes done and all bytes; True for a bar.
 
     Raises:
         UsageError: the model is not prepared, or its codes have no place in a checkpoint.
@@ -74,7 +76,7 @@ def export(
     source, there = _base(model, base, follow_links=follow_links), Path(destination)
     refuse_nested(source.folder, there)
     plan, trained = plan_export(model, source, shard_size=shard_size)
-    return _write(plan, trained, there, workers, restart=restart, soft_lock=soft_lock, progress=progress)
+    return _write(plan, trained, there, workers, restart=restart, soft_lock=soft_lock, progress=told(progress))
 
 
 def _write(

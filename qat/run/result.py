@@ -13,6 +13,7 @@ from k2quant.checkpoint.files.paths import read_limited, write_whole
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import CheckpointError
 from k2quant.ground.version import __version__
+from k2quant.ground.showing import as_html, brief
 from k2quant.qat.job import Job
 from k2quant.qat.run import naming
 from k2quant.qat.run.folder import DONE, MANIFEST, Run
@@ -43,6 +44,14 @@ class Result(NamedTuple):
     """What the user should know of the data."""
     checked: Literal["bytes", "times"] = "bytes"
     """What was compared with what was trained: every byte of model, data and checkpoint, or their sizes and times."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        """Return it as a small table, for notebooks."""
+        return as_html(self)
 
 
 def stamps(job: Job) -> Stamps:

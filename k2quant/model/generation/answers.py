@@ -13,6 +13,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from k2quant.errors import CheckpointError, UsageError
+from k2quant.ground.showing import as_html, brief
 from k2quant.ground.units import check_prompt, counted
 from k2quant.model.causal_lm import K2ForCausalLM
 from k2quant.model.generation.tokenizers import blamed
@@ -29,6 +30,14 @@ class Generation(NamedTuple):
     """Until the first new token."""
     seconds: float
     """For all new tokens after the first."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        """Return it as a small table, for notebooks."""
+        return as_html(self)
 
     @property
     def rate(self) -> float:

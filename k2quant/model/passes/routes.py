@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
+from k2quant.ground.showing import brief
+
 
 class Routing(NamedTuple):
     """Candidate against baseline in one layer; the fields are those of `LayerFidelity`."""
@@ -19,6 +21,10 @@ class Routing(NamedTuple):
     load_shift: float
     never: tuple[int, ...]
     starved: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
 
 def watch_router(layer: nn.Module, note: Callable[[Tensor], None]) -> list[RemovableHandle]:
