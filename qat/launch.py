@@ -24,8 +24,8 @@ def main(arguments: list[str]) -> int:
             `--follow-links` to read a model's files where its links lead out of its folder.
     """
     from k2quant.errors import K2QuantError, UsageError
-    from k2quant.ground.arguments import in_flags
     from k2quant.ground.extras import need
+    from k2quant.ground.saying.arguments import in_flags
     from k2quant.qat.job import read_job
 
     flags = {argument for argument in arguments if argument.startswith("-")}

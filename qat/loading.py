@@ -11,8 +11,8 @@ from torch import nn
 
 from k2quant.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
 from k2quant.errors import UnsupportedFormat, UsageError
-from k2quant.ground.arguments import hinting
-from k2quant.ground.progress import Asked, barred, told
+from k2quant.ground.saying.arguments import hinting
+from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.model.assembly import Assembly
 from k2quant.model.causal_lm import K2ForCausalLM
 from k2quant.model.filling import fill

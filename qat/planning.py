@@ -18,7 +18,7 @@ from k2quant.conversion.plan import Plan, make_plan
 from k2quant.errors import CheckFailed, CheckpointError, OutputError, UsageError
 from k2quant.formats.dtypes import as_bits
 from k2quant.ground import names
-from k2quant.ground.showing import as_html, brief
+from k2quant.ground.saying.showing import as_html, brief
 from k2quant.kernels.codecs.choice import codecs
 from k2quant.model.decoding import decoded_rows
 from k2quant.model.generation import load_tokenizer

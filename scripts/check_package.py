@@ -34,7 +34,7 @@ JOB = {
 """A training of one step that TensorBoard hears of."""
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: object, cwd: Path) -> str:
     """Run a command, return what it says, and stop with its output when it fails."""
     done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -73,7 +73,7 @@ class Environment:
 
     def asks_for(self, extra: str, command: str) -> None:
         """Run a command that must name the extra it lacks, and do as it says."""
-        called = [self._bin / "k2quant", *shlex.split(command)]
+        called: list[str | Path] = [self._bin / "k2quant", *shlex.split(command)]
         done = subprocess.run(called, cwd=self.folder, capture_output=True, text=True, check=False)
         remedy = re.search(r"; pip install '(k2quant\[\w+\])'", done.stderr)
         if done.returncode != 1 or remedy is None or remedy[1] != f"k2quant[{extra}]" or "Traceback" in done.stderr:

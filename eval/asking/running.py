@@ -20,7 +20,7 @@ from k2quant.eval.runs.folder import JOURNAL, MANIFEST, begin, finished, held, t
 from k2quant.eval.runs.identity import digest, task_hash
 from k2quant.eval.runs.journal import Journal, Progress, Resuming
 from k2quant.ground.extras import install, need
-from k2quant.ground.progress import Asked, barred, told
+from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.version import __version__
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from k2quant.eval.gating.verdict import Side
 from k2quant.eval.runs.identity import model_hash, tokenizer_hash
 from k2quant.eval.statistics.group_testing import LEAST_CHUNKS, Findings, clear, search
 from k2quant.ground.intervals import Estimate
-from k2quant.ground.progress import Asked, barred, told
+from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.version import __version__
 from k2quant.model.generation import load_tokenizer
 from k2quant.model.modules import Backend

@@ -24,7 +24,7 @@ from k2quant.eval.drift.layerwise import ComparingWatch, KeepingWatch, Watch, ch
 from k2quant.eval.drift.predictions import Predictions
 from k2quant.eval.gating.verdict import Side
 from k2quant.eval.runs.identity import tokenizer_hash
-from k2quant.ground.progress import Asked, barred, told
+from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.units import one_of
 from k2quant.model import stream_forward
 from k2quant.model.architecture import architecture

@@ -8,7 +8,7 @@ from typing import Any
 
 from k2quant.eval.gating.verdict import Side
 from k2quant.ground.intervals import Estimate
-from k2quant.ground.showing import as_html, brief
+from k2quant.ground.saying.showing import as_html, brief
 
 SCHEMA = 1
 """Version of the JSON of `Fidelity` and `Blame`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from k2quant.eval.gating.policy import Policy
-from k2quant.ground.showing import as_html, brief
+from k2quant.ground.saying.showing import as_html, brief
 
 Decision = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.showing import brief
 
 
 class Key(NamedTuple):

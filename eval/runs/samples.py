@@ -18,7 +18,7 @@ from k2quant.checkpoint.files.paths import open_regular
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import CheckpointError, MalformedResults
 from k2quant.eval.runs.items import Item, Key
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.showing import brief
 
 _LINE_LIMIT = 2**26  # bytes; a prompt of 128k tokens, five shots and all, is below 1 MB
 _SHOWN = 600  # characters of a prompt's end, and of an answer

@@ -14,7 +14,7 @@ from k2quant.conversion import carrying, config, relatives
 from k2quant.conversion.promises import broken_promises, inventory
 from k2quant.errors import CheckpointError
 from k2quant.ground import engines, names
-from k2quant.ground.showing import as_html, brief
+from k2quant.ground.saying.showing import as_html, brief
 from k2quant.ground.units import size
 
 

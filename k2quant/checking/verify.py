@@ -28,8 +28,8 @@ from k2quant.formats.activations import flow
 from k2quant.formats.known import FORMATS
 from k2quant.ground import names, pool
 from k2quant.ground.pool import checked_workers
-from k2quant.ground.progress import Asked, barred, told
-from k2quant.ground.showing import as_html, brief
+from k2quant.ground.saying.progress import Asked, barred, told
+from k2quant.ground.saying.showing import as_html, brief
 
 _FIGURES = {"count", "changed", "energy", "error", "worst"}
 _SAME = 1e-6  # relative; two ways of summing the same squares

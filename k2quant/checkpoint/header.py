@@ -21,7 +21,7 @@ from k2quant.checkpoint.files.paths import open_regular
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import MalformedFile, UnsupportedFormat
 from k2quant.formats.dtypes import DTYPES, TensorSpec
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.showing import brief
 
 HEADER_LIMIT = 100_000_000
 """Largest header in bytes; the limit of the safetensors library."""

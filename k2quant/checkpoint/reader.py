@@ -22,7 +22,7 @@ from k2quant.checkpoint.header import ShardHeader, TensorEntry, read_header
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
 from k2quant.formats.dtypes import FLOATS
 from k2quant.ground import names
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.showing import brief
 from k2quant.ground.units import counted
 
 _log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from k2quant.errors import CheckpointError, MalformedFile, MissingTensor
 from k2quant.formats.format import Entry, Format, Neighbours
 from k2quant.formats.known import FORMATS, supported
 from k2quant.ground import names
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.showing import brief
 
 _FOREIGN = frozenset({"qweight", "qzeros", "weight_global_scale", "weight_scale_2", "weight_blocks", "weight_scales"})
 """Suffixes of GPTQ, AWQ, NVFP4 and MXFP4 checkpoints."""

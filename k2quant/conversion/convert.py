@@ -28,10 +28,10 @@ from k2quant.errors import OutputError, UnsupportedFormat
 from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FormatName
 from k2quant.ground import names
-from k2quant.ground.arguments import hinting
 from k2quant.ground.pool import checked_workers
-from k2quant.ground.progress import Asked, barred, told
-from k2quant.ground.showing import as_html, brief
+from k2quant.ground.saying.arguments import hinting
+from k2quant.ground.saying.progress import Asked, barred, told
+from k2quant.ground.saying.showing import as_html, brief
 from k2quant.ground.units import counted, duration, size
 from k2quant.ground.version import __version__
 from k2quant.kernels.codecs.grids import Grid

@@ -12,7 +12,7 @@ from k2quant.conversion.recipe import Recipe
 from k2quant.errors import ShapeMismatch
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.format import Format
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.showing import brief
 
 
 class Job(NamedTuple):

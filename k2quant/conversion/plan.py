@@ -26,7 +26,7 @@ from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.format import Layout, Scope, listed
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.showing import brief
 from k2quant.ground.units import counted
 from k2quant.kernels.codecs.grids import Grid
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.ground import names
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.showing import brief
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _UNFIT = "an engine fails there, or computes with what its memory held"

@@ -18,8 +18,8 @@ from k2quant.formats.dtypes import DTYPES, FLOATS, TensorSpec, as_array, as_bits
 from k2quant.formats.format import Format, Parts
 from k2quant.formats.known import FORMATS, FormatName, quantised_names
 from k2quant.formats.transcode import Scratch, located, to_bf16, transcode
-from k2quant.ground.arguments import hinting
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.arguments import hinting
+from k2quant.ground.saying.showing import brief
 from k2quant.ground.units import one_of
 from k2quant.kernels.codecs.choice import codecs
 from k2quant.kernels.codecs.grids import Grid

@@ -20,9 +20,9 @@ from k2quant.conversion.rules import Recipes
 from k2quant.errors import DtypeMismatch
 from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FormatName
-from k2quant.ground.arguments import hinting
-from k2quant.ground.progress import Asked, barred, told
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.arguments import hinting
+from k2quant.ground.saying.progress import Asked, barred, told
+from k2quant.ground.saying.showing import brief
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.merge.adapter import Adapter, check_values, open_adapter
 from k2quant.merge.targets import Change, LowRank, Whole, resolve

@@ -17,8 +17,8 @@ from k2quant.checkpoint.files.paths import read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.errors import CheckpointWarning, UsageError
-from k2quant.ground.arguments import hinting
-from k2quant.ground.progress import Asked, barred, told
+from k2quant.ground.saying.arguments import hinting
+from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.units import one_of
 from k2quant.model.architecture import TOKEN_IDS, checked_ids
 from k2quant.model.assembly import Assembly

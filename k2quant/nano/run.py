@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.showing import brief
 from k2quant.nano import tasks, training, writing
 from k2quant.nano.scoring import Score, score
 

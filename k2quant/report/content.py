@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.known import FORMATS
 from k2quant.ground.names import TENSOR_CLASSES
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.showing import brief
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.merge.figures import MergeFigures
 from k2quant.report.origins import Exported, Origin, label

@@ -32,7 +32,7 @@ _WORST_SHOWN = 20
 
 _NOT_MEASURED = (
     "<b>Not measured:</b> the values are those of a model that was prepared for training, and the release of k2quant "
-    "that wrote them did not note how far they are from the base's. Exporting again with <code>--restart</code> does."
+    "that wrote them did not note how far they are from the base's. <code>k2quant qat export --restart</code> does."
 )
 
 

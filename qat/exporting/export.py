@@ -25,7 +25,7 @@ from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.resume import refuse_nested
 from k2quant.conversion.stream import Progress
 from k2quant.errors import CheckFailed, CheckpointError, CheckpointWarning, DestinationStale, UsageError
-from k2quant.ground.progress import Asked, barred, told
+from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.qat.config import QATConfig
 from k2quant.qat.exporting.asked import asked_job
 from k2quant.qat.exporting.gate import check_export

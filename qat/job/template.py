@@ -128,7 +128,7 @@ def write_template(
         OutputError: the file cannot be written.
     """
     if path.is_dir() or (path.exists() and not force):
-        raise UsageError(f"{path}: is there already; name another file, or replace it with --force")
+        raise UsageError(f"{path}: is there already; name another file, or replace it with `force=True`")
     text = template(model, to=to, data=data, follow_links=follow_links, name=path.name)
     try:
         write_whole(path, text.encode())

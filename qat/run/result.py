@@ -12,7 +12,7 @@ from k2quant.checkpoint.files import json_kinds as kinds
 from k2quant.checkpoint.files.paths import read_limited, write_whole
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import CheckpointError
-from k2quant.ground.showing import as_html, brief
+from k2quant.ground.saying.showing import as_html, brief
 from k2quant.ground.version import __version__
 from k2quant.qat.job import Job
 from k2quant.qat.run import naming

@@ -14,12 +14,12 @@ _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]+")
 _FACES = ("cli/", "qat/launch.py")
 """What has flags of its own."""
 
-_COMMANDS = re.compile(r"(?:`|<pre>|^)(?:k2quant|lm_eval|hf|tensorboard|accelerate|python)\b[^`<]*")
+_COMMANDS = re.compile(r"(?:`|<pre>|<code>|^)(?:k2quant|lm_eval|hf|tensorboard|accelerate|python)\b[^`<]*")
 _STYLES = re.compile(r"var\(--[a-z-]+|--[a-z-]+:")
 """Properties of style sheets."""
 
-_PIECES = {"--revision"}
-"""A piece of a command of the hub's own tool."""
+_PIECES = {"--revision", "--shard-size"}
+"""Pieces of commands that are put together: of the hub's own tool, of that which a page shows."""
 
 
 def flags_in(text: str) -> list[str]:

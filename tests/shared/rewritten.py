@@ -1,9 +1,9 @@
-"""Small checkpoints written once more with other tensors in them, or with the same in other places."""
+"""Small checkpoints written once more: with other tensors in them, the same in other places, other names or configs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +64,26 @@ def _parts(fused: str, tensors: Mapping[str, object]) -> set[str]:
     projections = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
     ends = tuple(f".{projection}.weight" for projection in projections)
     return {name for name in tensors if ends and name.startswith(f"{prefix}.") and name.endswith(ends)}
+
+
+def respelled(
+    source: Path,
+    folder: Path,
+    rename: Callable[[str], str] = str,
+    *,
+    more: Shard | None = None,
+    **config: Any,
+) -> Path:
+    """Write a checkpoint again with other names, and with changes to its config.
+
+    Args:
+        source: a small checkpoint.
+        folder: where the other one goes.
+        rename: the new name of each tensor.
+        more: tensors to add.
+        config: keys to change.
+    """
+    read = open_checkpoint(source)
+    shard = {rename(name): tensor for name, tensor in tensors_of(read).items()}
+    write_checkpoint(folder, {"model.safetensors": shard | (more or {})}, {**(read.config or {}), **config})
+    return folder

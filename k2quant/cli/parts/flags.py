@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from k2quant.ground import arguments
+from k2quant.ground.saying import arguments
 
 _KEY = "k2quant.command"
 
@@ -19,7 +19,7 @@ def noted(ctx: click.Context, command: click.Command) -> click.Command:
 
 
 def in_flags(text: str) -> str:
-    """Return a message as the command line says it, see `k2quant.ground.arguments`."""
+    """Return a message as the command line says it, see `k2quant.ground.saying.arguments`."""
     ctx = click.get_current_context(silent=True)
     command = ctx.meta.get(_KEY) if ctx is not None else None
     if not isinstance(command, click.Command):

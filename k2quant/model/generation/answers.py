@@ -13,7 +13,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from k2quant.errors import CheckpointError, UsageError
-from k2quant.ground.showing import as_html, brief
+from k2quant.ground.saying.showing import as_html, brief
 from k2quant.ground.units import check_prompt, counted
 from k2quant.model.causal_lm import K2ForCausalLM
 from k2quant.model.generation.tokenizers import blamed

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from k2quant.ground.showing import brief
+from k2quant.ground.saying.showing import brief
 
 
 class Routing(NamedTuple):

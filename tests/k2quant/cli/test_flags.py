@@ -10,7 +10,7 @@ from click.testing import CliRunner
 import k2quant
 from k2quant.cli import main
 from k2quant.errors import UsageError
-from k2quant.ground.arguments import in_flags
+from k2quant.ground.saying.arguments import in_flags
 
 
 @pytest.mark.parametrize(

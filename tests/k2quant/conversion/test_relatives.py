@@ -22,7 +22,7 @@ from k2quant.formats.format import Format
 from k2quant.formats.fp8 import Fp8
 from k2quant.formats.int4 import Int4
 from k2quant.model import load_model
-from respelled import respelled
+from rewritten import respelled
 
 INDEXER = "model.layers.{}.self_attn.indexer."
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from k2quant.model import load_model
-from respelled import respelled
+from rewritten import respelled
 
 IDS = torch.randint(0, 2048, (1, 8), generator=torch.Generator().manual_seed(7))
 
