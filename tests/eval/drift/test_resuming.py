@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,15 @@ import torch
 from click.testing import CliRunner
 
 from k2quant.checkpoint.files.locks import locked_file
-from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.cli import main
 from k2quant.conversion.convert import convert
 from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale
 from k2quant.eval import find_blame
+from k2quant.eval.drift import measuring
 from k2quant.eval.drift.findings import Blame
 from k2quant.eval.drift.keeping import discard
 from k2quant.eval.runs.folder import JOURNAL, LOCK
 from k2quant.eval.runs.journal import Journal
-from k2quant.model import stream_forward
 from k2quant.nano import architecture, vocabulary, writing
 
 PASSES = 12
@@ -76,7 +74,7 @@ class Passes:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: int = 0) -> None:
         self.count, self._stop = 0, stop
-        run = stream_forward
+        run = measuring.stream_forward
 
         def counted(*arguments: Any, **options: Any) -> Any:
             self.count += 1
@@ -84,7 +82,7 @@ class Passes:
                 raise KeyboardInterrupt
             return run(*arguments, **options)
 
-        monkeypatch.setattr("k2quant.eval.drift.measuring.stream_forward", counted)
+        monkeypatch.setattr(measuring, "stream_forward", counted)
 
 
 def copied(kept: Path, target: Path, lines: int | None = None) -> Path:
@@ -97,7 +95,7 @@ def copied(kept: Path, target: Path, lines: int | None = None) -> Path:
     return target
 
 
-@pytest.mark.parametrize("done", [0, 1, 2, 5, PASSES - 2])
+@pytest.mark.parametrize("done", [0, 1, 6, PASSES - 3])
 def test_stopped_after_any_pass_it_ends_with_the_same_numbers(
     done: int,
     base: Path,
@@ -133,7 +131,7 @@ def test_a_finished_search_runs_nothing(
 def test_more_passes_go_on(base: Path, int4: Path, text: Path, whole: Blame, kept: Path, tmp_path: Path) -> None:
     """What the shorter search measured is not measured again, and the numbers are those of a longer one."""
     resume = copied(kept, tmp_path / "longer")
-    options = OPTIONS | {"passes": PASSES + 2}
+    options = OPTIONS | {"passes": PASSES + 1}
     longer = find_blame(base, int4, text=text, resume=resume, **options)
     assert longer == find_blame(base, int4, text=text, **options)
     assert longer.passes > whole.passes
@@ -182,34 +180,27 @@ def test_an_interrupted_command_says_how_to_go_on(
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "value"),
     [
-        ("candidate", lambda given: given | {"candidate": given["base"].parent / "other"}),
-        ("text", lambda given: given | {"text": None, "tokens": 1000}),
-        ("context", lambda given: given | {"context": 16}),
-        ("dtype", lambda given: given | {"dtype": "bfloat16"}),
-        ("backend", lambda given: given | {"backend": "reference"}),
+        ("candidate", "base"),
+        ("text", None),
+        ("context", 16),
+        ("dtype", "bfloat16"),
+        ("backend", "reference"),
     ],
 )
 def test_measurements_of_something_else_are_refused(
-    name: str,
-    change: Callable[[dict[str, Any]], dict[str, Any]],
-    base: Path,
-    int4: Path,
-    text: Path,
-    whole: Blame,
-    kept: Path,
+    name: str, value: object, base: Path, int4: Path, text: Path, whole: Blame, kept: Path
 ) -> None:
     """By the name of what differs, and what is kept is left as it was."""
     del whole
-    if not (other := base.parent / "other").exists():
-        convert(base, other, to="fp8")
     before = (kept / JOURNAL).read_bytes()
-    given = change(OPTIONS | {"base": base, "candidate": int4, "text": text})
+    given = OPTIONS | {"base": base, "candidate": int4, "text": text} | {name: value}
+    if name == "candidate":
+        given |= {"base": int4, "candidate": base}
     with pytest.raises(DestinationStale, match=rf"other .*{name}"):
         find_blame(**given, resume=kept)
     assert (kept / JOURNAL).read_bytes() == before
-    assert open_checkpoint(int4).tensors
 
 
 def test_a_folder_in_use_or_of_others_is_refused(base: Path, int4: Path, text: Path, whole: Blame, kept: Path) -> None:
@@ -233,7 +224,7 @@ def damaged(line: bytes, content: object) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
-@pytest.mark.parametrize("content", [[], [1.0] * 3, [None] * 16, ["1"] * 16, [True] * 16, [[1.0]] * 16])
+@pytest.mark.parametrize("content", [[1.0] * 3, [None] * 16, [True] * 16, [[1.0]] * 16])
 def test_what_is_no_measurement_is_measured_again(
     content: list[Any], base: Path, int4: Path, text: Path, whole: Blame, kept: Path, tmp_path: Path
 ) -> None:
@@ -246,7 +237,7 @@ def test_what_is_no_measurement_is_measured_again(
 
 def test_a_torn_end_is_cut_off(base: Path, int4: Path, text: Path, whole: Blame, kept: Path, tmp_path: Path) -> None:
     """Half a line, as a power cut leaves it, was never measured for certain."""
-    resume = copied(kept, tmp_path / "torn", 4)
+    resume = copied(kept, tmp_path / "torn", PASSES - 2)
     journal = resume / JOURNAL
     journal.write_bytes(journal.read_bytes()[:-20])
     assert find_blame(base, int4, text=text, resume=resume, **OPTIONS) == whole
@@ -257,7 +248,7 @@ def test_a_full_disk_names_the_folder(
 ) -> None:
     """And what was measured before stays."""
 
-    def full(_descriptor: int) -> None:
+    def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("k2quant.eval.runs.journal.os.fsync", full)
