@@ -29,7 +29,7 @@ border-bottom:1px solid var(--line);padding:12px 0}
 
 _MOST = 1000
 _DROP = "drop [interval], pp"
-_LONG = ("verdict", "n", _DROP)
+_LONG = ("verdict", "items", _DROP)
 
 
 def tasks(verdict: Verdict) -> str:
@@ -39,7 +39,7 @@ def tasks(verdict: Verdict) -> str:
     more = (
         f"<p class=note>{left_out:,} tasks are left out here; <code>gate.json</code> has all.</p>" if left_out else ""
     )
-    deciding = ["verdict", "n", "baseline", "candidate", _DROP, "lost", "gained", "power", "needed"]
+    deciding = ["verdict", "items", "baseline", "candidate", _DROP, "lost", "gained", "power", "needed"]
     tests = ["margin", "p good", "p bad", "p worse"]
     names = [_name(row, verdict) for row in found]
     first = _table("every task", deciding, zip(names, (_deciding(row, verdict) for row in found), strict=True))

@@ -22,11 +22,11 @@ from k2quant.cli import main
 from k2quant.conversion.convert import convert
 from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale
 from k2quant.eval import find_blame
-from k2quant.eval.drift import measuring
 from k2quant.eval.drift.findings import Blame
 from k2quant.eval.drift.keeping import discard
 from k2quant.eval.runs.folder import JOURNAL, LOCK
 from k2quant.eval.runs.journal import Journal
+from k2quant.model import stream_forward
 from k2quant.nano import architecture, vocabulary, writing
 
 PASSES = 12
@@ -74,7 +74,7 @@ class Passes:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: int = 0) -> None:
         self.count, self._stop = 0, stop
-        run = measuring.stream_forward
+        run = stream_forward
 
         def counted(*arguments: Any, **options: Any) -> Any:
             self.count += 1
@@ -82,7 +82,7 @@ class Passes:
                 raise KeyboardInterrupt
             return run(*arguments, **options)
 
-        monkeypatch.setattr(measuring, "stream_forward", counted)
+        monkeypatch.setattr("k2quant.eval.drift.measuring.stream_forward", counted)
 
 
 def copied(kept: Path, target: Path, lines: int | None = None) -> Path:
