@@ -785,6 +785,19 @@ def test_plan_says_how_long_it_takes(home: Path) -> None:
     assert sorted(path.name for path in home.iterdir()) == ["data.jsonl", "job.yaml", "model"]
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_plan_fits_the_terminal(home: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """On a terminal words go on below one another, and no line is wider; in a pipe each fact is one line."""
+    path = as_yaml(make_job(home, training={"steps": 40}), home / "job.yaml")
+    piped = command("plan", path, "--no-measure").stdout
+    assert max(map(len, piped.splitlines())) > 80
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda _: True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = command("plan", path, "--no-measure").stdout
+    assert max(map(len, shown.splitlines())) <= width
+    assert shown.split() == piped.split()
+
+
 def test_a_plan_of_much_work_takes_no_step_unasked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a step would take long nothing is loaded to time it; what goes wrong unasked is a warning."""
     path = as_yaml(make_job(home), home / "job.yaml")
