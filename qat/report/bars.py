@@ -37,13 +37,15 @@ def loss_recovered(last: Evaluation) -> str:
         for (words, look), value in zip(_looks(), (last.start, last.loss, last.start_rounded), strict=True)
     ]
     left = last.loss - last.start
+    moved = "took off" if found.regained >= 0 else "added to"
     what = "as low as" if left == 0 else f"{nats(abs(left))} {'above' if left > 0 else 'below'}"
     return _bar(
         "Loss that came back",
-        f"Held-out cross-entropy in nats a token; the filled part is what training took off the rounded model. What is "
+        f"Held-out cross-entropy in nats a token; the filled part is what training {moved} the rounded model. What is "
         f"served now is {what} the start point in BF16.",
         marks,
         "held-out cross-entropy (nats a token)",
+        better=found.regained >= 0,
     )
 
 
@@ -63,6 +65,7 @@ def answers_right(last: Evaluation) -> str:
         marks,
         "answers right (%)",
         limits=(0, 100),
+        better=found.right >= found.start_rounded,
     )
 
 
@@ -74,7 +77,15 @@ def _looks() -> tuple[tuple[str, tuple[str, str, str]], ...]:
     )
 
 
-def _bar(title: str, note: str, marks: list[_Mark], label: str, limits: tuple[float, float] | None = None) -> str:
+def _bar(
+    title: str,
+    note: str,
+    marks: list[_Mark],
+    label: str,
+    *,
+    better: bool,
+    limits: tuple[float, float] | None = None,
+) -> str:
     """Draw marks for BF16, trained and rounded, on a bar that is filled from rounded to trained."""
     values = [mark.value for mark in marks]
     _, trained, rounded = values
@@ -82,7 +93,7 @@ def _bar(title: str, note: str, marks: list[_Mark], label: str, limits: tuple[fl
     def draw(axes: Axes, canvas: Canvas) -> None:
         low, high = limits or _around(values)
         axes.barh(0, max(values) - min(values), _HIGH, min(values), color=colour("line"))
-        axes.barh(0, rounded - trained, _HIGH, trained, color=colour("candidate"), alpha=0.35)
+        axes.barh(0, rounded - trained, _HIGH, trained, color=colour("candidate" if better else "bad"), alpha=0.35)
         for mark in marks:
             axes.plot(
                 [mark.value], [0], mark.marker, color=colour(mark.paint), markersize=0.8 * canvas.font, clip_on=False

@@ -70,7 +70,8 @@ def train(
             processes.wait()
             trainer = Trainer(job, run, processes, say, restart=restart)
             resumed = trainer.resume()
-            say("training")
+            if resumed < job.training.steps:
+                say("training")
             evaluation, starved = trainer.run(resumed, progress)
             notes = tuple(trainer.stepper.rows.notes())
             result = Result(
