@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
     finally:
         warnings.showwarning = before
-    show.say(f"{job.output}: trained; export it with k2quant qat export {job.output} DST")
+    show.say(f"{job.output}: trained; export it with k2quant qat export {shlex.quote(str(job.output))} DST")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from k2quant.cli.parts import conversion
+from k2quant.cli.parts.results import suggest
 from k2quant.cli.parts.terminal import tables
 from k2quant.cli.parts.terminal.tables import Column
 
@@ -72,6 +73,7 @@ def _merge(base: Path, adapter: Path, destination: Path, *, as_json: bool, **opt
         if row.figures.lost_share > _MOST:
             warn(_loss(row))
     click.echo(conversion.last_line(done, destination))
+    suggest(("k2quant", "report", destination), ("k2quant", "verify", "--checksums", destination))
 
 
 def _loss(row: ClassSum) -> str:

@@ -63,13 +63,13 @@ RULES = (
     # the tables of the demo; the last column sets the width of the first table
     Rule("said/demo/*.stdout", rb"^(Through every format and back) +$", rb"\1", _CLOCK),
     Rule("said/demo/*.stdout", rb"^(conversion .* ok) +(time) *$", rb"\1 \2", _CLOCK),
-    Rule("said/demo/*.stdout", rb"( (?:yes|no)) +\d+\.\d\d s *$", rb"\1 <seconds>", _CLOCK),
+    Rule("said/demo/*.stdout", rb"( (?:yes|no|NO)) +\d+\.\d\d s *$", rb"\1 <seconds>", _CLOCK),
     Rule("said/demo/*.stdout", rb"^((?:bf16|fp8|int4) .*\S) +\d+$", rb"\1 <rate>", _CLOCK),
     # remarks on stderr
-    Rule("said/eval/run*.stderr", rb"(: )\d+( s; compare with)", rb"\1<seconds>\2", _CLOCK),
+    Rule("said/eval/run*.stderr", rb"(: )" + _DURATION + rb"(; compare with)", rb"\1<duration>\2", _CLOCK),
     Rule(
         "said/nano/ask*.stderr",
-        rb"( in )\d+\.\d\d( s, \d+ new, )\d+\.\d( a second)$",
+        rb"( in )\d+\.\d\d( s, \d+ new, )\d+\.\d( a second| tokens/s)$",
         rb"\1<seconds>\2<rate>\3",
         _CLOCK,
     ),

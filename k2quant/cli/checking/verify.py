@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -84,7 +85,7 @@ def _by_design(destination: Path) -> str | None:
         return None
     return (
         f"by its report {destination} has other values by design, for {why}; its bytes are checked by "
-        f"`k2quant verify --checksums {destination}`"
+        f"`k2quant verify --checksums {shlex.quote(str(destination))}`"
     )
 
 

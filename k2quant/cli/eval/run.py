@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -161,6 +162,8 @@ def _data(pairs: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _show(manifest: dict[str, Any], folder: Path) -> None:
+    from k2quant.ground.units import duration
+
     rows = []
     for name, task in manifest["tasks"].items():
         rows += _rows(name, task["metrics"], str(task["documents"]))
@@ -170,7 +173,8 @@ def _show(manifest: dict[str, Any], folder: Path) -> None:
     for name, task in manifest["tasks"].items():
         if task["truncated"]:
             warn(f"{name}: {task['truncated']} answers ended at the limit on new tokens; see --max-new-tokens")
-    remark(f"{folder}: {manifest['seconds']:.0f} s; compare with  k2quant eval gate BASELINE {folder}")
+    took, quoted = duration(manifest["seconds"]), shlex.quote(str(folder))
+    remark(f"{folder}: {took}; compare with  k2quant eval gate BASELINE {quoted}")
 
 
 _COLUMNS = (

@@ -8,6 +8,7 @@ import click
 
 from k2quant.cli.parts import conversion
 from k2quant.cli.parts.options import follow_links, soft_lock, words
+from k2quant.cli.parts.results import suggest
 from k2quant.cli.parts.screen import progress
 from k2quant.formats.known import FORMATS
 
@@ -89,3 +90,4 @@ def command(
         f"{destination}: {'already finished' if done.already_done else new}; every weight equals, bit for bit, what "
         "the training's forward pass uses"
     )
+    suggest(("k2quant", "report", destination), ("k2quant", "verify", "--checksums", destination))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -48,4 +49,4 @@ def command(model: Path, *, output: Path, to: str, data: str | None, force: bool
 
     write_template(model, output, to=cast("ExportFormat", to), data=data, follow_links=follow_links, force=force)
     name = "" if data else "name your data in it (data.path), then "
-    click.echo(f"{output}: written; {name}see what it takes: k2quant qat plan {output}")
+    click.echo(f"{output}: written; {name}see what it takes: k2quant qat plan {shlex.quote(str(output))}")

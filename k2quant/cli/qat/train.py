@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ def _show(result: Result, *, control: bool) -> None:
             f"{result.starved} experts saw too few tokens and keep post-training rounding; the report lists them."
         )
     click.echo(f"Report:     {result.folder / 'report.html'}")
-    click.echo(f"Export it:  k2quant qat export {result.folder} DST")
+    click.echo(f"Export it:  k2quant qat export {shlex.quote(str(result.folder))} DST")
 
 
 def _show_losses(last: Evaluation) -> None:
