@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from k2quant.cli.parts.flags import in_flags
 from k2quant.cli.parts.terminal.streams import say
 from k2quant.cli.parts.terminal.volume import volume
 
+if TYPE_CHECKING:
+    from k2quant.cli.parts.terminal.meter import Meter
+
 Show = Callable[[int, int], None]
 """Is told what is done, and of how much."""
+
+ShowStep = Callable[[int, int, float], None]
+"""Is told the steps done, all steps and the last loss."""
 
 
 def remark(text: str) -> None:
@@ -54,32 +60,50 @@ def progress(what: str) -> Iterator[Show | None]:
 
     On a terminal that is a bar which leaves nothing behind, elsewhere a line now and then.
     """
-    with _shown(what, "BYTES") as tell:
-        yield tell
+    with _shown(what, "BYTES") as meter:
+        yield meter.tell if meter else None
 
 
 @contextlib.contextmanager
 def counting(what: str) -> Iterator[Show | None]:
     """Show how many are done and the time left while the block runs, as `progress` does."""
-    with _shown(what, "THINGS") as tell:
-        yield tell
+    with _shown(what, "THINGS") as meter:
+        yield meter.tell if meter else None
 
 
 @contextlib.contextmanager
 def questions(what: str) -> Iterator[Show | None]:
     """Show answered questions, rate and time left while the block runs, as `progress` does."""
-    with _shown(what, "ANSWERS") as tell:
+    with _shown(what, "ANSWERS") as meter:
+        yield meter.tell if meter else None
+
+
+@contextlib.contextmanager
+def training(what: str) -> Iterator[ShowStep | None]:
+    """Show steps, rate, loss and time left while the block runs, as `progress` does; the rate is that of the steps."""
+    with staged_training(what) as (tell, _):
         yield tell
 
 
 @contextlib.contextmanager
-def training(what: str) -> Iterator[Callable[[int, int, float], None] | None]:
-    """Show steps, rate, loss and time left while the block runs, as `progress` does; the rate is that of the steps."""
-    with _shown(what, "STEPS") as tell:
-        if tell is None:
-            yield None
-        else:
-            yield lambda done, total, loss: tell(done, total, f"loss {loss:.3f}")
+def staged_training(what: str) -> Iterator[tuple[ShowStep | None, Callable[[str], None]]]:
+    """Show a training as `training` does, and before it by name what else takes its time: loading, reading.
+
+    Gives what is told of steps, and what is told that another part begins, or a note, which stays.
+    """
+    with _shown(what, "STEPS") as meter:
+
+        def show(done: int, total: int, loss: float) -> None:
+            if meter:
+                meter.tell(done, total, f"loss {loss:.3f}")
+
+        def stage(text: str) -> None:
+            if text.startswith("note: "):
+                remark(text)
+            elif meter:
+                meter.begin(text)
+
+        yield (show if meter else None), stage
 
 
 @contextlib.contextmanager
@@ -90,14 +114,14 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _shown(what: str, measure: str) -> Iterator[Callable[..., None] | None]:
-    """Show a meter, one of those of `meter`; give what it is told by."""
+def _shown(what: str, measure: str) -> Iterator[Meter | None]:
+    """Show a meter of one of the measures of `meter`; give it, or nothing where quiet is asked for."""
     if volume() == "quiet":
         yield None
         return
     from k2quant.cli.parts.terminal import meter
     from k2quant.cli.parts.terminal.bars import shown
 
-    counted = meter.Meter(what, getattr(meter, measure))
-    with shown(counted):
-        yield counted.tell
+    made = meter.Meter(what, getattr(meter, measure))
+    with shown(made):
+        yield made

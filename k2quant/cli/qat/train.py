@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from k2quant.cli.parts.options import check_early, follow_links, soft_lock, trust_remote_code
-from k2quant.cli.parts.screen import remark, training, warn
+from k2quant.cli.parts.screen import staged_training, warn
 
 if TYPE_CHECKING:
     from k2quant.qat.run.history import Evaluation
@@ -58,8 +58,7 @@ def command(
         check_early(Path(read.model), follow_links=follow_links)
         from k2quant.qat.training.training import train
 
-        with training("training") as progress:
-            stage = None if as_json else remark
+        with staged_training("training") as (progress, stage):
             result = train(read, restart=restart, soft_lock=soft_lock, progress=progress, stage=stage)
     for note in result.notes:
         warn(f"note: {note}")

@@ -44,15 +44,24 @@ class Meter:
             measure: what is counted.
             clock: seconds.
         """
-        from k2quant.errors import printable
-
-        self.what = printable(what)
-        self.begun = clock()
         self.share: float | None = None
         """What is done of the whole; None before anything is told."""
         self._measure, self._clock = measure, clock
         self._samples: deque[tuple[float, int]] = deque(maxlen=_SAMPLES)
         self._told: tuple[float, int, int, str] | None = None
+        self.begin(what)
+
+    def begin(self, what: str) -> None:
+        """Begin another part of the job, of which nothing is told yet.
+
+        Args:
+            what: the part.
+        """
+        from k2quant.errors import printable
+
+        self.what, self.begun = printable(what), self._clock()
+        self._told = self.share = None
+        self._samples.clear()
 
     def tell(self, done: int, total: int, note: str = "") -> None:
         """Note how far the job is.

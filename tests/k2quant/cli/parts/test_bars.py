@@ -132,6 +132,21 @@ def test_the_rate_is_the_latest() -> None:
     assert "1 B/s" in meter.facts()
 
 
+def test_another_part_of_a_job_begins_anew() -> None:
+    """Its name, its time and its rate are its own; a count that goes back begins anew too."""
+    clock = Clock()
+    meter = Meter("reading", BYTES, clock)
+    meter.tell(10, 100)
+    clock.now += 10
+    meter.begin("training")
+    clock.now += 1
+    assert plain(meter) == "k2quant: training: 1.0 s so far"
+    meter.tell(50, 100)
+    clock.now += 10
+    meter.tell(10, 100)
+    assert plain(meter) == "k2quant: training: 10% (10 B of 100 B)"
+
+
 def test_a_meter_that_was_told_nothing_says_for_how_long() -> None:
     """So does one of nothing at all; more than all is all."""
     clock = Clock()
