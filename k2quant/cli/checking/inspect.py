@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from k2quant.cli.parts import options
+from k2quant.cli.parts.tables import Column, paragraph, table
 
 if TYPE_CHECKING:
     from k2quant.checking.inspection import Inspection
@@ -49,19 +50,18 @@ def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
 def _show(found: Inspection) -> None:
     from k2quant.ground.units import counted, size
 
-    click.echo(
+    said = (
         f"{found.folder}: {found.model_type or 'no config'}, {size(found.nbytes)} in "
         f"{counted(found.tensors, 'tensor')} and {counted(found.shards, 'shard')}, "
         f"{counted(found.layers, 'layer')}, {counted(found.experts, 'expert')} a layer"
     )
-    width = max([16, *(len(row.format) for row in found.rows)])
-    click.echo(f"\n{'class':<16} {'format':<{width}} {'tensors':>9} {'weights':>18} {'bytes':>10}")
-    for row in found.rows:
-        click.echo(
-            f"{row.tensor_class:<16} {row.format:<{width}} {row.tensors:>9,} {row.weights:>18,} {size(row.nbytes):>10}"
-        )
+    click.echo(paragraph(said) + "\n")
+    rows = [
+        (row.tensor_class, row.format, f"{row.tensors:,}", f"{row.weights:,}", size(row.nbytes)) for row in found.rows
+    ]
+    click.echo(table(_COLUMNS, rows) + "\n")
     block = found.quantization
-    click.echo(f"\nquantization_config: {_summary(block) if block else 'none'}")
+    click.echo(paragraph(f"quantization_config: {_summary(block) if block else 'none'}", hang="  "))
     if found.unlisted:
         click.echo(
             f"in shards but not in the index: {counted(len(found.unlisted), 'tensor')}, such as {found.unlisted[0]}"
@@ -70,9 +70,16 @@ def _show(found: Inspection) -> None:
         copies = counted(len(found.stale), "old copy", "old copies")
         click.echo(f"in shards where the index does not look for them: {copies}, such as {found.stale[0]}")
     for problem in found.problems[:_SHOWN]:
-        click.echo(f"problem: {problem}")
+        click.echo(paragraph(f"problem: {problem}", hang="  "))
     if len(found.problems) > _SHOWN:
         click.echo(f"... and {len(found.problems) - _SHOWN} more problems")
+
+
+_COLUMNS = (
+    Column(head="class", left=True),
+    Column(head="format", left=True),
+    *(Column(head=head) for head in ("tensors", "weights", "bytes")),
+)
 
 
 def _summary(block: dict[str, object]) -> str:

@@ -23,7 +23,8 @@ COMMANDS = ("convert", "merge", "inspect", "verify", "diff", "report", "generate
 def k2quant(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "k2quant", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "100"})
+    columns = {"COLUMNS": "100"} if "--help" in arguments else {}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | columns)
 
 
 def test_help_lists_every_command() -> None:
@@ -200,6 +201,16 @@ def test_inspect_describes_a_checkpoint(k2_source: Path) -> None:
         "nbytes": 96 * (256 * 512 + 32),
     }
     assert found["problems"] == []
+
+
+@pytest.mark.parametrize("columns", [80, 60, 40])
+def test_inspect_fits_the_terminal(columns: int, k2_source: Path) -> None:
+    """No line is longer than the terminal is wide, and all classes stand there."""
+    environment = {"COLUMNS": str(columns)}
+    lines = CliRunner().invoke(main, ["inspect", str(k2_source)], env=environment).stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    starts = [line.removeprefix("class ") for line in lines]
+    assert all(any(start.startswith(name) for start in starts) for name in ("routed experts", "attention", "norm"))
 
 
 def test_inspect_lists_what_does_not_fit_together(tmp_path: Path) -> None:
