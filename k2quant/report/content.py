@@ -17,7 +17,7 @@ from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.ground.saying.showing import brief
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.merge.figures import MergeFigures
-from k2quant.report.origins import Exported, Origin, label
+from k2quant.report.origins import Exported, Origin, Unknown, label
 
 
 class Way(NamedTuple):
@@ -167,7 +167,9 @@ class Report:
     @property
     def measured(self) -> bool:
         """Whether the report knows what became of every value: exports of earlier releases do not."""
-        return not isinstance(self.origin, Exported) or self.origin.measured
+        if isinstance(self.origin, Exported):
+            return self.origin.measured
+        return not isinstance(self.origin, Unknown)
 
     @property
     def figures(self) -> Figures | None:

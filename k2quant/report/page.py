@@ -30,11 +30,6 @@ from k2quant.report.words import (
 
 _WORST_SHOWN = 20
 
-_NOT_MEASURED = (
-    "<b>Not measured:</b> the values are those of a model that was prepared for training, and the release of k2quant "
-    "that wrote them did not note how far they are from the base's. <code>k2quant qat export --restart</code> does."
-)
-
 
 def page(report: Report, folder: str) -> str:
     """Return the page.
@@ -52,7 +47,7 @@ def _sections(report: Report, folder: str) -> Iterator[str]:
     if isinstance(report.origin, Merged):
         yield f"{updates.section(report, report.origin)}\n"
     if not report.measured:
-        yield f"<p class=card>{_NOT_MEASURED}</p>\n"
+        yield f"<p class=card>{_why_not_measured(report)}</p>\n"
     elif report.exact:
         yield f"<p class='card good'>{_why_exact(report)}</p>\n"
     else:
@@ -63,14 +58,27 @@ def _sections(report: Report, folder: str) -> Iterator[str]:
     yield f"{how(report, folder)}\n"
 
 
+def _why_not_measured(report: Report) -> str:
+    """Say why there are no figures."""
+    if not isinstance(report.origin, Exported):
+        return "<b>Not measured:</b> the values are not the source's own, and k2quant does not know what they are."
+    return (
+        "<b>Not measured:</b> the values are those of a model that was prepared for training, and the release of "
+        "k2quant that wrote them did not note how far they are from the base's. Exporting again with "
+        "<code>--restart</code> does."
+    )
+
+
 def _why_exact(report: Report) -> str:
     """Say why there is no picture of errors."""
     if isinstance(report.origin, Exported):
         return "<b>Nothing moved:</b> every value is the base's."
     if isinstance(report.origin, Merged):
+        others = "as it was" if _all_copied(report) else f"bit-equal to {TIMES}"
+        once = ", or was F16 or F32 and is rounded once to BF16" if report.narrowed else ""
         return (
-            "<b>Nothing but sums was rounded:</b> each is a weight of the base plus its update, rounded once; "
-            f"every other value is {'as it was' if _all_copied(report) else f'bit-equal to {TIMES}'}."
+            "<b>Nothing but sums was rounded:</b> each is a weight of the base plus its update, rounded "
+            f"once to BF16; every other value is {others}{once}."
         )
     if report.figures is not None:
         return (
@@ -106,7 +114,7 @@ def _errors(report: Report) -> Iterator[str]:
     """Yield what became of the values."""
     figures, merged = report.figures, isinstance(report.origin, Merged)
     if not report.measured:
-        yield tile("Distance from the base", "not measured", "by the release that wrote this")
+        yield tile("Distance from the base", "not measured", "see below")
     elif figures is not None and not figures.exact:
         error = share(math.sqrt(figures.error), math.sqrt(figures.energy))
         what = "the difference is {} of the base" if report.moved else "error is {} of the signal"

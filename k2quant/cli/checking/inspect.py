@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from k2quant.cli.parts import options
-from k2quant.cli.parts.tables import Column, paragraph, table
+from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 
 if TYPE_CHECKING:
     from k2quant.checking.inspection import Inspection

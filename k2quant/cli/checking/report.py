@@ -15,6 +15,9 @@ import click
 def command(folder: Path, output: Path | None) -> None:
     """Draw the report of a finished conversion in FOLDER as one HTML page with pictures.
 
+    Of a merge it shows what rounding left of the update, of an export from training how far the weights are from the
+    base's.
+
     \b
     Example:
         k2quant report Kimi-K2-Instruct-INT4

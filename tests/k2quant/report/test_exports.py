@@ -167,6 +167,8 @@ def test_values_of_a_later_release_are_not_called_the_sources(home: Path, said: 
     report = read(home / "out") | {"values": {"distilled": True}}
     text = said(report)
     assert "other values" in text
+    assert "Distance from the base not measured" in text
+    assert not re.search("Nothing was rounded|every value unchanged|SQNR|exact", text)
     assert "k2quant replaced the values of" in text
     assert "k2quant verify --checksums" in text
     assert "k2quant verify model" not in text

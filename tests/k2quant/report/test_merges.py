@@ -106,6 +106,7 @@ def test_a_sum_in_bf16_is_rounded_once_and_never_exact(merged: Path, said: Draw)
     """A merge to BF16 has no error of rounding to show, and no word of values that came through unchanged."""
     text = said(read(merged / "bf16"))
     assert "Nothing but sums was rounded" in text
+    assert "every other value is bit-equal to code \N{MULTIPLICATION SIGN} scale." in text
     assert "k2quant merged my-lora of rank 4, alpha 8 into 3 tensors, wrote 94 tensors from INT4 as BF16" in text
     assert "routed experts INT4 → BF16, merged 2 262,144 rounded once" in text
     assert "What rounding left of the update" in text
