@@ -104,9 +104,14 @@ class _Meter:
         facts = [f"{self._what}: {done / total:.0%}" if total else self._what, f"{self._amount(done, total)}"]
         if seconds > 1 and more > 0:
             rate = more / seconds
-            facts.append(f"{rate:.1f} {self._unit}/s" if self._unit else f"{size(rate)}/s")
+            facts.append(self._speed(rate))
             facts.append(f"{duration((total - done) / rate)} left")
         return ", ".join(facts)
+
+    def _speed(self, rate: float) -> str:
+        if not self._unit:
+            return f"{size(rate)}/s"
+        return f"{rate:.1f} {self._unit}/s" if rate >= 1 else f"{duration(1 / rate)} each"
 
     def _amount(self, done: int, total: int) -> str:
         return f"{done:,} of {total:,} {self._unit}" if self._unit else f"{size(done)} of {size(total)}"

@@ -49,6 +49,8 @@ def shown(value: object) -> str:
     """Return a value in one short line; of what holds more than a few, or long things, how many there are."""
     if isinstance(value, str | bytes):
         return _cut(value[: 2 * _LONGEST])
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # an array or a tensor, of whatever library
+        return f"<{value.dtype} {list(value.shape)}>"
     if isinstance(value, Collection):
         if len(value) > _MOST:
             return _counted(value)
