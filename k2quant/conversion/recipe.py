@@ -5,6 +5,7 @@ Defaults follow what Moonshot ships: INT4 releases quantise the routed experts, 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,11 +43,16 @@ class Rule:
         """Tell whether classes and patterns name a weight."""
         if self.match and not any(pattern.search(base) for pattern in self.match):
             return False
-        return not self.classes or names.tensor_class(f"{base}.weight") in self.classes
+        return not self.classes or _class_of(base) in self.classes
 
     def spares(self, base: str) -> bool:
         """Tell whether a pattern of `ignore` is found in a weight's name."""
         return any(pattern.search(base) for pattern in self.ignore)
+
+
+@functools.lru_cache(maxsize=2**17)  # each name is asked for several times by each rule, and there are 70,000
+def _class_of(base: str) -> str:
+    return names.tensor_class(f"{base}.weight")
 
 
 def in_scope(base: str, scope: Scope | None, stored: Format) -> bool:
@@ -234,7 +240,7 @@ def _why(rule: Rule, asked: WrittenRule, held: list[StoredWeight]) -> str:
     mine = [weight.base for weight in held if rule.takes(weight.base)]
     if mine:
         return f"rules before it take all {len(mine):,} that it would, such as `{shown(mine[0])}`; put it before them"
-    here = {names.tensor_class(f"{weight.base}.weight") for weight in held}
+    here = {_class_of(weight.base) for weight in held}
     if asked.classes and not here & set(asked.classes):
         return f"the checkpoint has no weight of {listed(asked.classes)}; it has {listed(sorted(here))}"
     named = [weight.base for weight in held if rule.means(weight.base)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -129,7 +128,7 @@ def test_two_runs_are_one_where_options_source_and_other_files_are(source: Path)
     status = (source / "tokenizer").stat()
     assert first == {
         "values": None,
-        "options": {**asdict(Options(to="int4")), "ignore": ["a", "b"]},
+        "options": Options(to="int4", ignore=("a", "b")).as_json(),
         "source": {"index": "abc", "other_files": {"tokenizer": [3, status.st_mtime_ns]}},
     }
 

@@ -795,7 +795,7 @@ def test_folders_that_hold_no_adapter_are_refused(k2_source: Path, tmp_path: Pat
     (update / WEIGHTS).rename(update / "adapter_model.bin")
     refused(UnsupportedFormat, "pickled weights are never loaded")
     (update / WEIGHTS).symlink_to(k2_source / "model-1-of-3.safetensors")
-    refused(CheckpointError, "leaves the folder.*--follow-links")
+    refused(CheckpointError, "leaves the folder.*`follow_links=True`")
     (update / WEIGHTS).unlink()
     data = (update / "adapter_model.bin").read_bytes()
     (update / WEIGHTS).write_bytes(data[:-1])
@@ -864,7 +864,7 @@ def test_a_weight_that_stays_float32_is_not_updated(k2_bf16: Path, tmp_path: Pat
             {name: value.float() if "q_a_proj" in name else value for name, value in load_file(shard).items()}, shard
         )
     update = adapter(tmp_path / "adapter", pair(ATTENTION, 256, 512))
-    with pytest.raises(DtypeMismatch, match="merge --to bf16, then convert"):
+    with pytest.raises(DtypeMismatch, match="merge with `to=bf16`, then convert"):
         k2quant.merge(base, update, tmp_path / "out", to="int4")
     merged = bf16_tensors(k2quant.merge(base, update, tmp_path / "out", to="bf16").folder)
     expected = bf16_tensors(k2quant.merge(k2_bf16, update, tmp_path / "plain", to="bf16").folder)
@@ -879,7 +879,7 @@ def test_int4_scales_of_another_dtype_are_not_rewritten(k2_thinking: Path, tmp_p
         tensors = load_file(shard)
         save_file({name: value.float() if "weight_scale" in name else value for name, value in tensors.items()}, shard)
     update = adapter(tmp_path / "adapter", on_k2())
-    with pytest.raises(DtypeMismatch, match="merge --to bf16, then convert"):
+    with pytest.raises(DtypeMismatch, match="merge with `to=bf16`, then convert"):
         k2quant.merge(base, update, tmp_path / "out", to="int4")
 
 

@@ -186,6 +186,19 @@ def test_what_has_no_meaning_for_a_format_is_refused(rule: dict[str, Any], said:
         in_force((WrittenRule(**rule, place=place),))
 
 
+def test_what_journals_say_of_plain_options_has_not_changed() -> None:
+    """Those of releases without recipes go on: the same keys and values, and no rules."""
+    assert Options("int4", "experts", ("a",), shard_size=5).as_json() == {
+        "to": "int4",
+        "scope": "experts",
+        "ignore": ["a"],
+        "grid": None,
+        "shard_size": 5,
+        "layout": None,
+        "allow_split": False,
+    }
+
+
 def test_a_plain_recipe_is_the_arguments_that_say_the_same() -> None:
     """So a folder that one began the other goes on with; options and permission stand in either, not in both."""
     recipe = read("rules: [{to: int4, grid: compressed-tensors, ignore: [a]}]\nshard_size: 5MB")

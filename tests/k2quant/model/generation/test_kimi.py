@@ -222,7 +222,7 @@ CODE = {
     "an import that moved": (
         "from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode\n",
         CheckpointError,
-        r"tokenization_kimi\.py: imports bytes_to_unicode .*; take tokenization_kimi\.py anew .* leave out --trust",
+        r"tokenization_kimi\.py: imports bytes_to_unicode .*; take tokenization_kimi\.py anew .* leave out `trust",
     ),
     "a package that is not there": (
         "import tiktoken_of_some_other_kind\n",
