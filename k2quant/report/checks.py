@@ -60,12 +60,24 @@ def _differing(report: Report) -> str:
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:
     """Yield options and fingerprint as pairs of HTML."""
-    options = report.options
-    scope, grid, patterns, shard_size = (options[key] for key in ("scope", "grid", "ignore", "shard_size"))
-    layout = options["layout"]
+    shard_size = report.options["shard_size"]
     yield from _origin(report)
+    if report.rules:
+        yield from ((f"rule {number}", code(rule)) for number, rule in enumerate(report.rules[:_LIST_SHOWN], 1))
+    else:
+        yield from _asked(report)
+    yield "shards", f"at most {size(shard_size)}" if shard_size else "as in the source"
+    yield from (("note", text(said, _NOTE)) for said in report.remarks[:_LIST_SHOWN])
+    for key in ("config_sha256", "tensors_sha256"):
+        if isinstance(report.source.get(key), str):
+            yield f"source {key.replace('_', ' ')}", code(report.source[key])
+
+
+def _asked(report: Report) -> Iterator[tuple[str, str]]:
+    """Yield what was asked for in options."""
+    scope, grid, patterns, layout = (report.options[key] for key in ("scope", "grid", "ignore", "layout"))
     yield "format", report.to
-    kind = FORMATS[options["to"]]
+    kind = FORMATS[report.options["to"]]
     if kind.default_scope:
         yield "scope", text(scope) if scope else f"{kind.default_scope} (default)"
     if kind.grids:
@@ -75,11 +87,6 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     if patterns:
         more = f" and {len(patterns) - _LIST_SHOWN:,} more" if len(patterns) > _LIST_SHOWN else ""
         yield "ignored", ", ".join(map(code, patterns[:_LIST_SHOWN])) + more
-    yield "shards", f"at most {size(shard_size)}" if shard_size else "as in the source"
-    yield from (("note", text(said, _NOTE)) for said in report.remarks[:_LIST_SHOWN])
-    for key in ("config_sha256", "tensors_sha256"):
-        if isinstance(report.source.get(key), str):
-            yield f"source {key.replace('_', ' ')}", code(report.source[key])
 
 
 def _origin(report: Report) -> Iterator[tuple[str, str]]:

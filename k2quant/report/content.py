@@ -137,6 +137,8 @@ class Report:
     remarks: tuple[str, ...]
     """What was said of source and output, though it stopped nothing."""
     tensors: list[Tensor]
+    rules: tuple[str, ...] = ()
+    """What each rule of a recipe says, in a line; none where a format was asked for."""
     cells: dict[Cell, Sum] = field(default_factory=dict)
 
     def __repr__(self) -> str:

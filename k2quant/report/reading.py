@@ -8,7 +8,8 @@ from typing import Any
 
 from k2quant.checking.verify import read_report
 from k2quant.checkpoint.files import json_kinds as kinds
-from k2quant.errors import MalformedFile, ShapeMismatch
+from k2quant.conversion.rules import recipe_from
+from k2quant.errors import MalformedFile, ShapeMismatch, UsageError
 from k2quant.formats.known import FORMATS
 from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.kernels.codecs.figures import Figures
@@ -40,6 +41,7 @@ def read(path: Path) -> Report:
             source=kinds.mapping(report["source"]),
             origin=origin,
             remarks=tuple(kinds.text(said) for said in kinds.values(report.get("remarks", []))),
+            rules=_rules(report),
             tensors=[_tensor(name, facts, origin) for name, facts in report["tensors"].items()],
         )
     except KeyError as error:
@@ -115,6 +117,16 @@ def _holds(name: str, shape: tuple[int, ...]) -> bool:
     except ShapeMismatch:
         return False
     return True
+
+
+def _rules(report: dict[str, Any]) -> tuple[str, ...]:
+    """Return what each rule says of a recipe that options could not say."""
+    if "rules" not in report["options"]:
+        return ()
+    try:
+        return tuple(rule.summary() for rule in recipe_from(kinds.mapping(report["recipe"])).rules)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
 
 
 def _options(value: object) -> dict[str, Any]:

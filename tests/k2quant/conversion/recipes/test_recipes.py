@@ -227,4 +227,12 @@ def test_a_conversion_by_rules_resumes(k2_source: Path, ram: Path) -> None:
     done = k2quant.convert(k2_source, ram / "out", recipe=rules)
     assert done.resumed
     assert run("report", ram / "out", "-o", ram / "page.html").exit_code == 0
+    page = (ram / "page.html").read_text()
+    assert "<dt>rule 1</dt><dd><code>int4 moonshot: experts</code></dd>" in page
+    assert "<dt>rule 2</dt><dd><code>fp8 compressed-tensors: linear</code></dd>" in page
+    lie = report(ram / "out") | {"recipe": {"rules": [{"to": "<script>"}]}}
+    (ram / "out" / REPORT).write_text(json.dumps(lie))
+    refused = run("report", ram / "out", "-o", ram / "page.html")
+    assert (refused.exit_code, "expected bf16, fp8, int4" in refused.stderr) == (1, True)
+    (ram / "out" / REPORT).write_text(json.dumps(done.report))
     assert k2quant.verify(k2_source, done.folder).passed
