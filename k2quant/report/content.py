@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -160,6 +161,13 @@ class Report:
     def to(self) -> str:
         """The format that was asked for, as people write it."""
         return label(self.options["to"], self.origin)
+
+    @property
+    def formats(self) -> str:
+        """The formats that were asked for, as people write them: by a recipe those that are quantised."""
+        asked = dict.fromkeys(re.split("[: ]", rule)[0] for rule in self.rules)
+        quantised = [name.upper() for name in asked if name in FORMATS and FORMATS[name].quantised]
+        return " and ".join(quantised) or self.to
 
     @property
     def moved(self) -> bool:

@@ -21,7 +21,7 @@ def title(report: Report) -> str:
             return f"{name} trained for {report.to}"
         case Exported(job=str()):
             return f"{name} rounded to {report.to}"
-    return f"{name} as {report.to}"
+    return f"{name} as {report.formats}"
 
 
 def header(report: Report, folder: str) -> str:

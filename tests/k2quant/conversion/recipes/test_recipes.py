@@ -228,6 +228,7 @@ def test_a_conversion_by_rules_resumes(k2_source: Path, ram: Path) -> None:
     assert done.resumed
     assert run("report", ram / "out", "-o", ram / "page.html").exit_code == 0
     page = (ram / "page.html").read_text()
+    assert "<h1>Kimi-K2-Small as INT4 and FP8</h1>" in page
     assert "<dt>rule 1</dt><dd><code>int4 moonshot: experts</code></dd>" in page
     assert "<dt>rule 2</dt><dd><code>fp8 compressed-tensors: linear</code></dd>" in page
     lie = report(ram / "out") | {"recipe": {"rules": [{"to": "<script>"}]}}
