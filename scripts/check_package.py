@@ -81,7 +81,7 @@ class Environment:
         self._install(remedy[1])
 
     def _install(self, what: str) -> None:
-        pip = (self._bin / "python", "-m", "pip", "install", "--quiet", "--constraint", CONSTRAINTS)
+        pip = (self._bin / "python", "-m", "pip", "install", "--quiet", "--no-compile", "--constraint", CONSTRAINTS)
         run(*pip, what, cwd=self.folder)
 
 

@@ -93,7 +93,7 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
 def command(output: Path, *, tasks: str, data: tuple[str, ...], soft_lock: bool, as_json: bool, **given: Any) -> None:
     """Ask MODEL, a checkpoint in any format, the questions of lm-eval's benchmarks and keep every answer in RUN.
 
-    Needs `pip install "k2quant[eval]"`. With --backend api, MODEL is what the server calls it. The same command
+    Needs the extra `eval`. With --backend api, MODEL is what the server calls it. The same command
     resumes a run that was stopped, with the same numbers to the last bit.
 
     Benchmarks on local files, without a network: --data names, for a task, a file with its questions, or a folder with
