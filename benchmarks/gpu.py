@@ -4,7 +4,7 @@ Example:
     python benchmarks/gpu.py --minutes 8
     python benchmarks/gpu.py --dry-run
 
-It needs this repository and Python with torch, triton, transformers, numba, accelerate, peft, click, rich, matplotlib,
+It needs this repository and Python with torch, triton, transformers, numba, accelerate, peft, click, matplotlib,
 hypothesis and pytest; it installs and fetches nothing. Stages follow each other, the most important first, each with
 its own part of the time: identity, bits, numbers, tables, times, whole. After every step its result is on the disk, in
 benchmarks/results/gpu-<name>/, and after every stage the page about all of it beside that, gpu-<name>.md. The GPU must

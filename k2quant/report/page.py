@@ -64,8 +64,8 @@ def _why_not_measured(report: Report) -> str:
         return "<b>Not measured:</b> the values are not the source's own, and k2quant does not know what they are."
     return (
         "<b>Not measured:</b> the values are those of a model that was prepared for training, and the release of "
-        "k2quant that wrote them did not note how far they are from the base's. Exporting again with "
-        "<code>--restart</code> does."
+        "k2quant that wrote them did not note how far they are from the base's. "
+        "<code>k2quant qat export --restart</code> does."
     )
 
 

@@ -22,12 +22,12 @@ from compare.commands import Command, Group, Prepare
 _RECORD = "compared.json"
 """Says what was run in a folder; without it no folder is ours to empty."""
 _LIMIT = 900  # seconds of a command; the longest takes one minute
-_PACKAGES = ("click", "lm_eval", "matplotlib", "numba", "numpy", "rich", "torch", "transformers")
+_PACKAGES = ("click", "lm_eval", "matplotlib", "numba", "numpy", "torch", "transformers")
 
 _WHERE = "import k2quant; print(k2quant.__file__); print(k2quant.__version__)"
 
 _SETTINGS = {
-    "COLUMNS": "100",  # rich and click fit their tables to the terminal
+    "COLUMNS": "100",  # tables fit the terminal
     "CUDA_VISIBLE_DEVICES": "",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_OFFLINE": "1",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _SLOW_TO_IMPORT = (
-    *("click", "compressed_tensors", "hypothesis.strategies", "numba", "numpy.testing", "pytest", "rich.console"),
+    *("click", "compressed_tensors", "hypothesis.strategies", "numba", "numpy.testing", "pytest"),
     *("safetensors.torch", "scipy.stats", "torch", "transformers", "yaml"),
 )
 _NUMBA = (".nbc", ".nbi")  # compiled loops; they are known by the time of their source, which the copy keeps

@@ -26,6 +26,7 @@ PLAIN = {
     "verify": "verify fp8 int4",
     "diff": "diff fp8 fp8",
     "demo": "demo demo --steps 2",
+    "qat init": "qat init fp8 -o new.yaml",
     "eval gate": "eval gate runs/base runs/other --aa --json",
     "eval plan": "eval plan --power 0.5 --flips 1% --margin 5pp",
 }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import k2quant
-from k2quant.ground.arguments import hinting
+from k2quant.ground.saying.arguments import hinting
 
 
 @pytest.mark.parametrize(

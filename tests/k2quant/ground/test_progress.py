@@ -12,7 +12,7 @@ import pytest
 import k2quant
 from k2quant.errors import UsageError
 from k2quant.ground import progress
-from k2quant.ground.progress import barred, showing
+from k2quant.ground.saying.progress import barred, showing
 
 
 class Clock:

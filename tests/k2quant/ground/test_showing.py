@@ -14,7 +14,7 @@ from k2quant.checking.inspection import Inspection
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.checkpoint.weights import group_tensors
 from k2quant.conversion.plan import Options, make_plan
-from k2quant.ground.showing import as_html, brief, shown
+from k2quant.ground.saying.showing import as_html, brief, shown
 
 LONGEST = 700
 """Letters of the longest: a dozen facts."""
