@@ -73,7 +73,7 @@ class Environment:
 
     def asks_for(self, extra: str, command: str) -> None:
         """Run a command that must name the extra it lacks, and do as it says."""
-        called: list[str | Path] = [self._bin / "k2quant", *shlex.split(command)]
+        called = [str(self._bin / "k2quant"), *shlex.split(command)]
         done = subprocess.run(called, cwd=self.folder, capture_output=True, text=True, check=False)
         remedy = re.search(r"; pip install '(k2quant\[\w+\])'", done.stderr)
         if done.returncode != 1 or remedy is None or remedy[1] != f"k2quant[{extra}]" or "Traceback" in done.stderr:
