@@ -4,7 +4,7 @@ Usage: python scripts/readme.py FOLDER [PAGE ...]
 
 FOLDER has a `demo-run` in it; without one the demo runs first, three minutes. Pages are README.md and
 docs/first-hour.md unless some are named. A block of shell with a block of `text` right below it has that text replaced;
-`<!-- not run: why -->` in the line above keeps a block from running.
+`<!-- not run: why -->` in the line above keeps a block from running, `<!-- 12 lines -->` above an output cuts it there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT / "tests" / "shared"
 PAGES = ("README.md", "docs/first-hour.md")
-_PROGRESS = re.compile(r"^k2quant: .*\d+%.*\n?", re.MULTILINE)
+_PROGRESS = re.compile(r"^k2quant: .*(?:\d+%|so far).*\n?", re.MULTILINE)
 """A line that a slow machine sees while it waits."""
 
 
@@ -35,6 +35,9 @@ def paste(page: Path, folder: Path) -> None:
         if step.output is None:
             continue
         printed = [line.rstrip() for line in _PROGRESS.sub("", done.stdout).replace(f"{folder}/", "").splitlines()]
+        length = re.match(r"(\d+) lines", step.output.note)
+        if length and len(printed) > int(length[1]):
+            printed = [*printed[: int(length[1])], "..."]
         first, last = step.output.line + moved, step.output.end - 1 + moved
         lines[first:last] = printed
         moved += len(printed) - (last - first)

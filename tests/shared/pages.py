@@ -108,7 +108,7 @@ class Step:
 
     block: Block
     output: Block | None
-    """The `text` block that follows with nothing but empty lines between; None without one."""
+    """The `text` block that follows with nothing but a comment between; None without one."""
 
 
 def steps(page: Path) -> list[Step]:
@@ -118,7 +118,8 @@ def steps(page: Path) -> list[Step]:
     found = []
     for block, after in zip(every, [*every[1:], None], strict=True):
         if block.language == "sh" and not block.note.startswith("not run"):
-            shown = after is not None and after.language == "text" and not "".join(lines[block.end : after.line - 1])
+            between = lines[block.end : after.line - 1] if after else []
+            shown = after and after.language == "text" and all(not each or each.startswith("<!--") for each in between)
             found.append(Step(block=block, output=after if shown else None))
     return found
 
@@ -138,7 +139,7 @@ def stage(folder: Path) -> None:
 def run_step(step: Step, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a block in a staged folder as bash runs what is pasted; stdout has stderr in it, as on a terminal."""
     activated = f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}"
-    environment = os.environ | {"COLUMNS": "80", "NO_COLOR": "1", "PATH": activated}
+    environment = os.environ | {"COLUMNS": "84", "NO_COLOR": "1", "PATH": activated}
     return subprocess.run(
         ["/bin/bash", "-c", step.block.text],
         cwd=folder,
