@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from k2quant.eval.asking.running import run
     from k2quant.eval.drift.blame import find_blame
     from k2quant.eval.drift.fidelity import measure_fidelity
+    from k2quant.eval.drift.keeping import discard_passes
     from k2quant.eval.gating.gate import gate
     from k2quant.eval.gating.policy import Policy
     from k2quant.eval.gating.verdict import Verdict
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Policy": "gating.policy",
     "Verdict": "gating.verdict",
+    "discard_passes": "drift.keeping",
     "find_blame": "drift.blame",
     "gate": "gating.gate",
     "measure_fidelity": "drift.fidelity",
@@ -31,7 +33,7 @@ _HOMES = {
     "run": "asking.running",
 }
 
-__all__ = ["Policy", "Verdict", "find_blame", "gate", "measure_fidelity", "plan", "read_run", "run"]
+__all__ = ["Policy", "Verdict", "discard_passes", "find_blame", "gate", "measure_fidelity", "plan", "read_run", "run"]
 
 
 def __getattr__(name: str) -> Any:

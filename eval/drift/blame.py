@@ -82,7 +82,7 @@ def find_blame(
         passes: forward passes at most; with few of them the search ends at larger groups.
         resume: a folder for what each pass measured, made if need be: a call that was stopped goes on from there and
             ends with the same numbers to the last bit. So does one with more `passes`; another model, text or setting
-            is refused. The folder stays until `keeping.discard` takes it away. None keeps nothing.
+            is refused. The folder stays until `discard_passes` takes it away. None keeps nothing.
         soft_lock: where the folder's file system has no locks, lock it by a file.
         reading: called with the bytes of both models that are hashed and all their bytes, where there is `resume`.
         progress: called after each pass; True for a bar.

@@ -70,7 +70,7 @@ def measurements(
         yield Measurements(Journal(folder / JOURNAL))
 
 
-def discard(folder: Path, *, soft_lock: bool = False) -> None:
+def discard_passes(folder: Path, *, soft_lock: bool = False) -> None:
     """Take measurements away: their result is written.
 
     Args:

@@ -17,7 +17,6 @@ OPEN: dict[str, dict[str, str]] = {
         "asking.presets": "what presets hold, as a table",
         "asking.request": "what a run is asked to do",
         "drift.findings": "what fidelity and blame found, as data",
-        "drift.keeping": "where a search keeps what it measured, until it is done",
         "drift.reading": "findings read back from their files",
         "gating.pairing": "flips of a pilot, to be counted",
         "gating.policy": "a policy's file, and shares as people write them",

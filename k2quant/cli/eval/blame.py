@@ -77,8 +77,7 @@ def command(
         k2quant eval blame K2-Instruct K2-INT4 --text notes.txt -o blame.json
     """
     options.check_early(base, candidate, follow_links=follow_links, text=text)
-    from k2quant.eval import find_blame
-    from k2quant.eval.drift.keeping import discard
+    from k2quant.eval import discard_passes, find_blame
     from k2quant.model.generation import silence
 
     silence()
@@ -110,7 +109,7 @@ def command(
         raise
     give(found.as_dict(), lambda: _show(found, dtype), as_json=as_json, output=output)
     if resume is not None:
-        discard(resume, soft_lock=soft_lock)
+        discard_passes(resume, soft_lock=soft_lock)
         remark(f"written to {output}")
 
 

@@ -21,9 +21,8 @@ from k2quant.checkpoint.files.locks import locked_file
 from k2quant.cli import main
 from k2quant.conversion.convert import convert
 from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale
-from k2quant.eval import find_blame
+from k2quant.eval import discard_passes, find_blame
 from k2quant.eval.drift.findings import Blame
-from k2quant.eval.drift.keeping import discard
 from k2quant.eval.runs.folder import JOURNAL, LOCK
 from k2quant.eval.runs.journal import Journal
 from k2quant.model import stream_forward
@@ -214,7 +213,7 @@ def test_a_folder_in_use_or_of_others_is_refused(base: Path, int4: Path, text: P
     with pytest.raises(DestinationForeign):
         find_blame(base, int4, text=text, resume=foreign, **OPTIONS)
     with pytest.raises(DestinationForeign):
-        discard(foreign)
+        discard_passes(foreign)
     assert (foreign / "mine.txt").read_text() == "mine"
 
 
@@ -262,7 +261,7 @@ def test_equal_models_keep_nothing(base: Path, text: Path, tmp_path: Path) -> No
     """Where there is nothing to measure, no folder is made, and none is missed."""
     found = find_blame(base, base, text=text, resume=tmp_path / "none", **OPTIONS)
     assert found.changed == 0
-    discard(tmp_path / "none")
+    discard_passes(tmp_path / "none")
     assert list(tmp_path.iterdir()) == []
 
 
