@@ -68,7 +68,7 @@ def _share(found: Recovery, who: str, to: str) -> str:
         return f"The loss that rounding{to} adds is too small here to speak of"
     added = f"the loss that rounding{to} adds"
     if found.share > 1:
-        return f"{who} recovers all of {added}, and {nats(found.regained - found.gap)} nats a token more"
+        return f"{who} recovers all of {added}, and {nats(found.regained - found.gap)} nats more"
     return f"{who} recovers {whole_percent(found.share) if found.share > 0 else 'nothing'} of {added}"
 
 

@@ -78,6 +78,9 @@ def _facts(result: Result) -> dict[str, Any]:
 
 
 def _show(result: Result, *, control: bool) -> None:
+    import shutil
+    import textwrap
+
     from k2quant.ground.units import duration
     from k2quant.qat.report.recovery import headline
     from k2quant.qat.run.history import HISTORY, read_end
@@ -95,7 +98,9 @@ def _show(result: Result, *, control: bool) -> None:
     else:
         _show_losses(result.evaluation)
         said = headline(read_end(result.folder / HISTORY), control=control)
-        click.echo("\n" + said.replace("; ", ";\n") + ".")
+        click.echo()
+        for sentence in f"{said}.".replace("; ", ";\n").splitlines():
+            click.echo(textwrap.fill(sentence, shutil.get_terminal_size().columns, break_on_hyphens=False))
         if result.evaluation.answers is None:
             click.echo("A share of a loss is no share of answers:")
             click.echo("k2quant eval gate compares those.")

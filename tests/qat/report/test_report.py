@@ -348,7 +348,7 @@ SMALL = "The loss that rounding to INT2 adds is too small here to speak of"
         ({}, "QAT recovers 63% of the loss that rounding to INT2 adds"),
         ({"loss": 2.1}, "QAT recovers 100% of the loss that rounding to INT2 adds"),
         ({"loss": 2.1001}, "QAT recovers 99% of the loss that rounding to INT2 adds"),
-        ({"loss": 2.0999}, "QAT recovers all of the loss that rounding to INT2 adds, and 0.0001 nats a token more"),
+        ({"loss": 2.0999}, "QAT recovers all of the loss that rounding to INT2 adds, and 0.0001 nats more"),
         ({"loss": 2.1999}, "QAT recovers less than 1% of the loss that rounding to INT2 adds"),
         ({"loss": 2.2}, "QAT recovers nothing of the loss that rounding to INT2 adds"),
         ({"gap_error": 0.0334}, SMALL),

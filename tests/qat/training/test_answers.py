@@ -98,7 +98,7 @@ def test_a_training_says_how_many_answers_are_right(sources: Path, ram: Path) ->
     content = job_content(ram, training={"steps": 8}, optimizer={"rate": 3e-2}, saving={"every": 4})
     content |= {"model": str(sources / "model"), "data": {**content["data"], "path": str(sources / "data.jsonl")}}
     (ram / "job.yaml").write_text(json.dumps(content))
-    shown = CliRunner().invoke(main, ["qat", "train", str(ram / "job.yaml")])
+    shown = CliRunner().invoke(main, ["qat", "train", str(ram / "job.yaml")], env={"COLUMNS": "60"})
     assert shown.exit_code == 0, shown.output
     last = read_history(ram / "run" / HISTORY).evaluations[-1].answers
     assert last is not None
