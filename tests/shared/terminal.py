@@ -62,6 +62,12 @@ def on_terminal(
     return Seen(code=process.wait(), written=b"".join(parts).decode(), columns=columns)
 
 
+def but_progress(stderr: str) -> str:
+    """Return what a command said in a pipe, without the lines of how far it is that a slow machine sees."""
+    lines = stderr.splitlines(keepends=True)
+    return "".join(line for line in lines if not re.match(r"k2quant: [^:]+: (\d+% \(|.* so far$)", line))
+
+
 def _read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 65536)
