@@ -50,7 +50,7 @@ def int4(base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def text(base: Path) -> Path:
-    """Random characters, sixteen chunks of them and one to spare."""
+    """Random characters, seventeen chunks of them."""
     path = base.parent / "text.txt"
     path.write_text("".join(np.random.default_rng(0).choice(list(vocabulary.CHARACTERS[:-1]), 17 * 16)))
     return path
@@ -223,7 +223,7 @@ def damaged(line: bytes, content: object) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
-@pytest.mark.parametrize("content", [[1.0] * 3, [None] * 16, [True] * 16, [[1.0]] * 16])
+@pytest.mark.parametrize("content", [[1.0] * 16, [None] * 17, [True] * 17, [[1.0]] * 17])
 def test_what_is_no_measurement_is_measured_again(
     content: list[Any], base: Path, int4: Path, text: Path, whole: Blame, kept: Path, tmp_path: Path
 ) -> None:
