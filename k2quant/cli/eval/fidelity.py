@@ -39,7 +39,13 @@ _COLUMNS = (
 @options.follow_links()
 @options.trust_remote_code("BASE's tokenizer's")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write the JSON to a file too.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the JSON to a file too.",
+)
 def command(
     base: Path,
     candidate: Path,
