@@ -404,12 +404,13 @@ def test_a_run_of_an_earlier_meaning_of_linear(home: Path, monkeypatch: pytest.M
     forget_targets(home / "run")
     before = noted(home / "run")
     match = r"`scope: linear` took kv_b_proj too; say `scope: projections` .* `restart=True`"
-    for act in (lambda: train(linear()), lambda: plan_job(linear()), lambda: export_run(home / "run", home / "out")):
+    for act in (lambda: train(linear()), lambda: export_run(home / "run", home / "out")):
         with pytest.raises(DestinationStale, match=match):
             act()
+    assert re.search(match, plan_job(linear()).obstacle or "")
     assert noted(home / "run") == before
     assert not (home / "out").exists()
-    plan_job(linear("projections"))
+    assert plan_job(linear("projections")).obstacle is None
     assert train(linear("projections")).resumed == 1
     assert train(linear("projections")).resumed == 2
     with pytest.raises(DestinationStale, match=r"another job \(quantize\.scope\)"):
@@ -427,7 +428,7 @@ def test_a_run_that_noted_no_targets_goes_on(home: Path) -> None:
     interrupted(job, 1)
     targets = noted(home / "run")["targets"]
     forget_targets(home / "run")
-    plan_job(job)
+    assert (plan_job(job).obstacle, plan_job(job).begun) == (None, 1)
     assert train(job).resumed == 1
     assert noted(home / "run")["targets"] == targets
     forget_targets(home / "run")
@@ -439,9 +440,11 @@ def test_other_targets_are_another_training(home: Path, monkeypatch: pytest.Monk
     job = make_job(home, quantize={"scope": "linear"}, training={"steps": 1})
     train(job)
     monkeypatch.setattr(recipe, "is_unfit", lambda *_: False)
-    for act in (lambda: train(job), lambda: plan_job(job), lambda: export_run(home / "run", home / "out")):
-        with pytest.raises(DestinationStale, match="holds a training of another choice of weights"):
+    said = "holds a training of another choice of weights"
+    for act in (lambda: train(job), lambda: export_run(home / "run", home / "out")):
+        with pytest.raises(DestinationStale, match=said):
             act()
+    assert said in (plan_job(job).obstacle or "")
 
 
 def test_a_damaged_manifest_does_not_stop_a_restart(home: Path) -> None:
