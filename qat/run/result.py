@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +25,7 @@ _KEPT = (HISTORY, "summary.json", "report.html", MANIFEST)
 _SAID = 2**12  # notes
 
 Stamps = dict[str, Any]
-"""Sizes and times of files, by name, by what they are of; null where there are none to look at."""
+"""Sizes and times of files, by name, by what they are of; null where there are none to look at, or nobody may look."""
 
 
 class Result(NamedTuple):
@@ -57,12 +58,14 @@ class Result(NamedTuple):
 def stamps(job: Job) -> Stamps:
     """Return names, sizes and times of the files that a training is made of; to be taken before they are read."""
     teacher = job.distill.teacher if job.distill else None
-    data = Path(job.data.path)
-    return {
-        "model": _of(_inside(Path(job.model))),
-        "teacher": _of(_inside(Path(teacher))) if teacher else None,
-        "data": _of(_inside(data) if data.is_dir() else [data]) if os.path.lexists(data) else None,
-    }
+    found: Stamps = {}
+    for what, path in (("model", job.model), ("teacher", teacher), ("data", job.data.path)):
+        found[what] = None
+        if path is not None and os.path.lexists(path):
+            with contextlib.suppress(OSError):  # whoever reads it says what is wrong with it
+                place = Path(path)
+                found[what] = _of(_inside(place) if place.is_dir() else [place])
+    return found
 
 
 def note_done(run: Run, result: Result, made_of: Stamps) -> None:
@@ -100,8 +103,9 @@ def finished(job: Job) -> Result | None:
     run.compare(job, {})
     try:
         found = _noted(run)
-        same = found["k2quant"] == __version__ and found["files"] == {**stamps(job), "run": _of(_own(run))}
-        if not same or found["steps"] != job.training.steps:
+        made_of = stamps(job)
+        same = found["k2quant"] == __version__ and found["files"] == {**made_of, "run": _of(_own(run))}
+        if not same or made_of["model"] is None or found["steps"] != job.training.steps:
             return None
         last = read_end(run.history).evaluations[-1:]
         starved, notes = kinds.whole(found["starved"]), tuple(kinds.text(one) for one in found["notes"][:_SAID])

@@ -293,6 +293,7 @@ def test_the_cache_folder_of_a_model_points_to_its_revision(tmp_path: Path) -> N
         ["diff", HUB, "out"],
         ["report", HUB],
         ["generate", HUB, "--prompt", "a"],
+        ["qat", "init", HUB, "-o", "new.yaml"],
         ["qat", "plan", "job.yaml"],
         ["qat", "train", "job.yaml"],
         ["qat", "export", "job.yaml", "out"],
@@ -533,6 +534,7 @@ def test_every_reader_has_the_switch(linked: Path, source: Path, tmp_path: Path)
     for command in (
         ["merge"],
         ["generate"],
+        ["qat", "init"],
         ["qat", "plan"],
         ["qat", "train"],
         ["qat", "export"],

@@ -189,6 +189,20 @@ def test_a_training_that_goes_on_is_not_done(home: Path) -> None:
     assert not (home / "run" / DONE).exists()
 
 
+@pytest.mark.parametrize("name", ["data.jsonl", "model"])
+def test_what_cannot_be_looked_at_is_one_line(home: Path, name: str) -> None:
+    """A link to nothing in the place of data or model ends as ever, in a line that names it."""
+    if (home / name).is_dir():
+        shutil.rmtree(home / name)
+    else:
+        (home / name).unlink()
+    (home / name).symlink_to("nowhere")
+    shown = command(home / "job.yaml")
+    assert shown.exit_code in {1, 2}, shown.output
+    assert name in shown.stderr.splitlines()[-1]
+    assert shown.stderr.splitlines()[-1].startswith("k2quant: ")
+
+
 def test_a_dataset_of_a_hub_cannot_be_looked_at(home: Path) -> None:
     """What is no file here has no time: the note says nothing of it, and a file in its place is another thing."""
     job = job_of(home)
