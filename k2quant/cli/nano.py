@@ -68,8 +68,8 @@ def command(folder: Path, *, steps: int | None, seed: int, tasks: Path | None, s
 
 
 def _show(result: Result) -> None:
-    click.echo(f"{result.folder}: {result.parameters:,} parameters, {result.steps} steps in {result.seconds:.0f} s\n")
-    click.echo(tables.table(_COLUMNS, result.rows()))
+    click.echo(f"{result.folder}: {result.parameters:,} parameters, {result.steps} steps in {result.seconds:.0f} s")
+    click.echo(f"\nHeld-out answers right:\n{tables.table(_COLUMNS, result.rows())}")
     loss, error = result.score.loss
     click.echo(f"\nloss of an answer: {loss:.4f} +- {error:.4f} nats a token")
     ask(result.folder, result.score.known())
@@ -78,7 +78,7 @@ def _show(result: Result) -> None:
 
 
 _COLUMNS = (
-    Column(head="held-out answers right", left=True),
+    Column(head="task", left=True),
     Column(head="all"),
     Column(head="95% interval", minor=True),
     *(Column(head=level) for level in ("easy", "middle", "hard")),
