@@ -32,7 +32,7 @@ def k2quant(*arguments: object) -> Result:
         (["--to", "bf16"], r"exact: every value is as it was"),
         (["--to", "int4", "--scope", "projections"], r"SQNR: routed experts 20\.\d dB, .*attention 20\.\d dB, .*exact"),
     ],
-    ids=" ".join,
+    ids=["int4", "bf16", "projections"],
 )
 def test_a_conversion_ends_with_its_quality(options: list[str], words: str, k2_source: Path, tmp_path: Path) -> None:
     """After the sizes, what rounding did to which classes: on stdout, for it is a result; nothing is suggested."""
