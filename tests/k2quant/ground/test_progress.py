@@ -11,7 +11,7 @@ import pytest
 
 import k2quant
 from k2quant.errors import UsageError
-from k2quant.ground import progress
+from k2quant.ground.saying import progress
 from k2quant.ground.saying.progress import barred, showing
 
 
