@@ -275,6 +275,8 @@ def _checksums(
 
     tick = (lambda: progress(done, total)) if progress else None
     pool.run(_pieces(entries), work, workers=workers, tick=tick)
+    if tick is not None:
+        tick()
     return {name: f"{combine(crc for _, crc in sorted(pieces.items())):08x}" for name, pieces in parts.items()}
 
 
