@@ -227,6 +227,7 @@ def dry_run(
     """
     import json
 
+    from k2quant.cli.parts.terminal.tables import paragraph
     from k2quant.conversion.estimate import estimate
     from k2quant.conversion.plan import describe, taken
     from k2quant.conversion.resume import standing_shards
@@ -243,7 +244,8 @@ def dry_run(
         click.echo(json.dumps({**cost._asdict(), "fits": cost.fits, **work, **(more or {})}))
     else:
         for number, (rule, count) in enumerate(taken(plan) if plan.options.rules else (), 1):
-            click.echo(f"{f'rule {number}':<16} {counted(count, 'weight')} to {rule.summary()}")
+            line = f"{f'rule {number}':<16} {counted(count, 'weight')} to {rule.summary()}"
+            click.echo(paragraph(line, hang=" " * 17))
         for kind, row in table.items():
             click.echo(f"{kind:<16} " + ", ".join(f"{count} {what}" for what, count in row.items()))
         for name, value in (more or {}).items():

@@ -8,8 +8,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.numpy import save_file
 
 import k2quant
 from k2quant.checkpoint.reader import CONFIG, REPORT, open_checkpoint
@@ -210,6 +212,25 @@ def test_another_recipe_is_another_run(k2_thinking: Path, ram: Path) -> None:
         (ram / "out" / REPORT).write_text(json.dumps(old | {"options": broken}))
         with pytest.raises(DestinationStale, match="other options"):
             k2quant.convert(k2_thinking, ram / "out", to="int4")
+
+
+def test_a_merge_takes_a_recipe_too(k2_bf16: Path, ram: Path) -> None:
+    """It gives the bytes that options give; its report's recipe says no method, for the values are not the source's."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["o_proj"], "peft_version": "0.19.0"}
+    rows, columns = open_checkpoint(k2_bf16).tensors["model.layers.0.self_attn.o_proj.weight"].shape
+    (ram / "adapter").mkdir()
+    (ram / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    factors = {
+        f"base_model.model.model.layers.0.self_attn.o_proj.lora_{side}.weight": np.ones(shape, np.float32)
+        for side, shape in {"A": (2, columns), "B": (rows, 2)}.items()
+    }
+    save_file(factors, ram / "adapter" / "adapter_model.safetensors")
+    (ram / "r.yaml").write_text("rules: [{to: int4, scope: experts}]")
+    call = ("merge", k2_bf16, ram / "adapter")
+    assert run(*call, ram / "recipe", "--config", ram / "r.yaml").exit_code == 0
+    assert run(*call, ram / "flags", "--to", "int4").exit_code == 0
+    assert content(ram / "recipe") == content(ram / "flags")
+    assert report(ram / "flags")["recipe"]["rules"] == [{"to": "int4", "scope": "experts", "grid": "moonshot"}]
 
 
 def test_a_conversion_by_rules_resumes(k2_source: Path, ram: Path) -> None:
