@@ -16,8 +16,10 @@ from safetensors.numpy import save_file
 import k2quant
 from k2quant.checkpoint.reader import CONFIG, REPORT, open_checkpoint
 from k2quant.checkpoint.weights import group_tensors
+from k2quant.checkpoint.writing.in_memory import write_checkpoint
 from k2quant.cli import main
 from k2quant.errors import DestinationStale, UnsupportedFormat, UsageError
+from rewritten import tensors_of
 
 MIXED = r"""
 rules:
@@ -212,6 +214,27 @@ def test_another_recipe_is_another_run(k2_thinking: Path, ram: Path) -> None:
         (ram / "out" / REPORT).write_text(json.dumps(old | {"options": broken}))
         with pytest.raises(DestinationStale, match="other options"):
             k2quant.convert(k2_thinking, ram / "out", to="int4")
+
+
+@pytest.mark.parametrize(("rest", "dtype"), [("bf16", "bfloat16"), (None, "float32")])
+def test_the_config_says_bfloat16_where_all_floats_became_bf16(
+    k2_bf16: Path, ram: Path, rest: str | None, dtype: str
+) -> None:
+    """By a rule for the rest; where some stay F32, as without one, the source's word stays."""
+    tensors = {
+        name: ("F32", as_float(array)) if kind == "BF16" else (kind, array)
+        for name, (kind, array) in tensors_of(open_checkpoint(k2_bf16)).items()
+    }
+    config: dict[str, Any] = json.loads((k2_bf16 / CONFIG).read_text())
+    write_checkpoint(ram / "F32", {"model.safetensors": tensors}, {**config, "torch_dtype": "float32"})
+    rules: list[dict[str, Any]] = [{"to": "int4", "classes": ["routed experts"]}, *([{"to": rest}] if rest else [])]
+    done = k2quant.convert(ram / "F32", ram / "out", recipe={"rules": rules})
+    assert json.loads((done.folder / CONFIG).read_text())["torch_dtype"] == dtype
+
+
+def as_float(bits: Any) -> Any:
+    """Return BF16 bits as float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def test_a_merge_takes_a_recipe_too(k2_bf16: Path, ram: Path) -> None:
