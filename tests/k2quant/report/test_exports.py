@@ -36,7 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     for arguments in (
         ["train", folder / "job.yaml"],
-        ["export", folder / "run", folder / "out", "--shard-size", "100kB"],
+        ["export", folder / "run", folder / "out", "--shard-size", "1MB"],
         ["export", folder / "job.yaml", folder / "rounded"],
     ):
         done = CliRunner().invoke(main, ["qat", *map(str, arguments)])
