@@ -24,8 +24,9 @@ COMMANDS = ("convert", "merge", "inspect", "verify", "diff", "report", "generate
 def k2quant(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "k2quant", *map(str, arguments)]
+    kept = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     columns = {"COLUMNS": "100"} if "--help" in arguments else {}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | columns)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=kept | columns)
 
 
 def test_help_lists_every_command() -> None:
