@@ -7,8 +7,8 @@ ARG PYTHON=3.12
 FROM python:${PYTHON}-slim AS build
 # Extras of pyproject.toml with commas between them; EXTRAS= leaves what converts, checks and merges.
 ARG EXTRAS=run
-# Has torch for CPUs. PyPI's is for GPUs and gigabytes larger.
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# The address of PyTorch's builds for CPUs, where torch shall be one; pip's usual one is for GPUs and gigabytes larger.
+ARG TORCH_INDEX=
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE constraints-dev.txt ./
 COPY eval eval
@@ -17,7 +17,7 @@ COPY qat qat
 COPY k2quant k2quant
 RUN python -m venv /opt/k2quant \
     && /opt/k2quant/bin/pip install --no-cache-dir --constraint constraints-dev.txt \
-        --extra-index-url "$TORCH_INDEX" ".${EXTRAS:+[$EXTRAS]}"
+        ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".${EXTRAS:+[$EXTRAS]}"
 
 FROM python:${PYTHON}-slim
 LABEL org.opencontainers.image.title="k2quant" \
