@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from suites.common import machine
-from suites.common.measure import run
+from suites.common.measure import remove, run
 
 WAYS: dict[str, dict[str, str]] = {
     "libgomp's own": {"GOMP_SPINCOUNT": "300000"},
@@ -36,11 +36,15 @@ WAYS: dict[str, dict[str, str]] = {
 
 JOBS = {
     "blame": "eval blame {base} {candidate} --passes 12 --tokens 4096 --json",
-    "generate": "generate {candidate} --prompt A0478+3= --max-new-tokens 200 --json",
+    "nano": "nano {folder}/nano --steps 30 --json",
+    "generate": "generate {candidate} --prompt A0478+3= --json",
 }
-"""A long job of many passes, and one token after the other."""
+"""A long job of many passes, a training, and one token after the other; starting is a part of each."""
 
 BUSY = "while True: pass"
+
+TIMES = {"seconds", "prompt_seconds", "tokens_per_second", "folder"}
+"""What is no result."""
 
 
 @contextmanager
@@ -55,10 +59,10 @@ def neighbours(count: int) -> Iterator[None]:
             process.wait()
 
 
-def result(job: str, text: str) -> str:
+def result(text: str) -> str:
     """Return a digest of what a job found, without its times."""
     found, _ = json.JSONDecoder().raw_decode(text[text.index("{") :])  # progress stands around it
-    kept = found["text"] if job == "generate" else found
+    kept = {key: value for key, value in found.items() if key not in TIMES}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
@@ -68,15 +72,16 @@ def measure(given: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]
     os.environ.clear()
     os.environ.update(clean)
     for turn, busy, job in product(range(given.rounds + 1), (0, given.busy), JOBS):
-        words = shlex.split(JOBS[job].format(base=given.base, candidate=given.candidate))
+        words = shlex.split(JOBS[job].format(base=given.base, candidate=given.candidate, folder=folder))
         ways = list(WAYS.items())
         for way, said in ways if turn % 2 else reversed(ways):
             log = folder / "log"
+            remove(folder / "nano")
             with neighbours(busy):
                 cost = run([sys.executable, "-m", "k2quant", *words], log=log, env=said)
             print(f"{job} {busy} busy, {way}: {cost.wall_s:.1f} s", file=sys.stderr, flush=True)
             if turn:  # the first fills caches
-                digest = result(job, log.read_text())
+                digest = result(log.read_text())
                 yield {
                     "job": job,
                     "busy": busy,
