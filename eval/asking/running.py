@@ -20,6 +20,7 @@ from k2quant.eval.runs.folder import JOURNAL, MANIFEST, begin, finished, held, t
 from k2quant.eval.runs.identity import digest, task_hash
 from k2quant.eval.runs.journal import Journal, Progress, Resuming
 from k2quant.ground.extras import install, need
+from k2quant.ground.saying.meter import each
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.version import __version__
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from k2quant.eval.asking.models import Model
 
 
-@barred("run", "requests")
+@barred("run", each("request", "requests"))
 def run(
     request: Request,
     folder: Path,

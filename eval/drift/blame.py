@@ -26,6 +26,7 @@ from k2quant.eval.gating.verdict import Side
 from k2quant.eval.runs.identity import model_hash, tokenizer_hash
 from k2quant.eval.statistics.group_testing import LEAST_CHUNKS, Findings, clear, search
 from k2quant.ground.intervals import Estimate
+from k2quant.ground.saying.meter import each
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.version import __version__
 from k2quant.model.generation import load_tokenizer
@@ -45,7 +46,7 @@ _LEVEL = 0.025
 """Chance that damage of just so much counts as more."""
 
 
-@barred("blame", "passes")
+@barred("blame", each("pass", "passes"))
 def find_blame(
     base: str | os.PathLike[str],
     candidate: str | os.PathLike[str],

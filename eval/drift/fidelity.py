@@ -24,6 +24,7 @@ from k2quant.eval.drift.layerwise import ComparingWatch, KeepingWatch, Watch, ch
 from k2quant.eval.drift.predictions import Predictions
 from k2quant.eval.gating.verdict import Side
 from k2quant.eval.runs.identity import tokenizer_hash
+from k2quant.ground.saying.meter import each
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.units import one_of
 from k2quant.model import stream_forward
@@ -54,7 +55,7 @@ _BUDGET = 1_000_000_000
 """Bytes of the baseline's hidden states to keep in memory; K2's for 4096 tokens are 3.6 GB in BF16."""
 
 
-@barred("fidelity", "layers")
+@barred("fidelity", each("layer", "layers"))
 def measure_fidelity(
     base: str | os.PathLike[str],
     candidate: str | os.PathLike[str],

@@ -12,7 +12,7 @@ from k2quant.cli.parts.terminal.streams import say
 from k2quant.cli.parts.terminal.volume import volume
 
 if TYPE_CHECKING:
-    from k2quant.cli.parts.terminal.meter import Meter
+    from k2quant.ground.saying.meter import Meter
 
 Show = Callable[[int, int], None]
 """Is told what is done, and of how much."""
@@ -119,8 +119,8 @@ def _shown(what: str, measure: str) -> Iterator[Meter | None]:
     if volume() == "quiet":
         yield None
         return
-    from k2quant.cli.parts.terminal import meter
     from k2quant.cli.parts.terminal.bars import shown
+    from k2quant.ground.saying import meter
 
     made = meter.Meter(what, getattr(meter, measure))
     with shown(made):

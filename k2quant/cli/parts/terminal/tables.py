@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import textwrap
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TextIO
 
-_NARROWEST = 20
-"""Columns of the narrowest terminal that anything is folded for."""
-
-_USUAL = 80
-"""Columns of a terminal that does not say how many it has."""
+from k2quant.ground.saying.width import cells_of, terminal_width
 
 _Row = tuple[str, ...]
 
@@ -36,18 +28,6 @@ class Column:
 def width() -> int | None:
     """Return how many columns results have: those of the terminal, or of COLUMNS; None where nothing is folded."""
     return terminal_width(sys.stdout)
-
-
-def terminal_width(stream: TextIO) -> int | None:
-    """Return how many columns a stream has: COLUMNS, where that is set, or those of its terminal; None: it is none."""
-    given = os.environ.get("COLUMNS", "")
-    if given.isdecimal() and int(given):
-        return max(int(given), _NARROWEST)
-    if not stream.isatty():
-        return None
-    with contextlib.suppress(OSError, ValueError):  # no size
-        return max(os.get_terminal_size(stream.fileno()).columns or _USUAL, _NARROWEST)
-    return _USUAL
 
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> str:
@@ -77,28 +57,6 @@ def paragraph(text: str, *, indent: str = "", hang: str = "") -> str:
     if room is None or all(cells_of(line) <= room for line in lines):
         return f"\n{hang}".join(lines)
     return "\n".join(_folded(text, room, indent, hang))
-
-
-def cells_of(text: str) -> int:
-    """Return how many columns of a terminal a text takes: a wide character takes two, an accent none."""
-    if text.isascii():
-        return len(text)
-    return sum(
-        0 if unicodedata.combining(each) else 2 if unicodedata.east_asian_width(each) in "WF" else 1 for each in text
-    )
-
-
-def shortened(text: str, room: int) -> str:
-    """Return a text in at most `room` columns: the middle of a long one gives way."""
-    if cells_of(text) <= room:
-        return text
-    head = list(text)
-    tail: list[str] = []
-    for _ in range(len(text) // 2):
-        tail.insert(0, head.pop())
-    while cells_of("".join(head + tail)) > room - 1:
-        tail.pop(0) if len(tail) >= len(head) else head.pop()
-    return "".join(head) + "…" + "".join(tail)
 
 
 def _filled(row: Sequence[str], count: int) -> _Row:

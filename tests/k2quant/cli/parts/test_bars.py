@@ -15,8 +15,7 @@ from click.testing import CliRunner
 from k2quant.cli.parts.lazy import LazyGroup
 from k2quant.cli.parts.screen import counting, progress, remark, training, warn
 from k2quant.cli.parts.terminal import bars
-from k2quant.cli.parts.terminal.bars import FIRST, LEAST, MOST, Cadence, bar, plain
-from k2quant.cli.parts.terminal.meter import BYTES, STEPS, Meter
+from k2quant.ground.saying import meter
 from terminal import Seen, on_terminal
 
 _JOB = """
@@ -40,26 +39,6 @@ try:
 except KeyboardInterrupt:
     click.echo("stopped", err=True)
 """
-
-
-class Clock:
-    """Stands still until it is set."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        """Return the time."""
-        return self.now
-
-
-def told(*steps: tuple[float, int], total: int = 1000, what: str = "K2 to int4") -> Meter:
-    """Return a meter of bytes that was told so much at such times after its beginning."""
-    clock = Clock()
-    meter = Meter(what, BYTES, clock)
-    for seconds, done in steps:
-        clock.now = 100 + seconds
-        meter.tell(done, total)
-    return meter
 
 
 @pytest.fixture
@@ -97,85 +76,11 @@ def test_a_dumb_terminal_gets_no_codes() -> None:
     assert seen.screen == ["note: a word of step 3", "a result"]
 
 
-@pytest.mark.parametrize("room", [15, 29, 39, 59, 79, 200])
-@pytest.mark.parametrize("what", ["K2 to int4", "月之暗面的模型" * 9, "a-folder-with-a-very-long-name" * 5])
-def test_a_bar_is_never_longer_than_its_line(room: int, what: str) -> None:
-    """Whatever the width and the name, the line fits and says the share."""
-    from k2quant.cli.parts.terminal.tables import cells_of
-
-    line = bar(told((0, 0), (10, 350), what=what), room)
-    assert cells_of(line) <= room
-    assert "35%" in line
-
-
-def test_a_line_says_what_how_far_how_fast_and_how_long() -> None:
-    """What a log shows of a job."""
-    meter = told((0, 0), (100, 35 * 10**9), total=100 * 10**9)
-    assert plain(meter) == "k2quant: K2 to int4: 35% (35.0 GB of 100.0 GB), 350.0 MB/s, 3 min 06 s left"
-
-
-def test_the_rate_begins_with_the_first_step() -> None:
-    """What comes before it, loading or shards that a resumed run finds done, is no part of the rate."""
-    clock = Clock()
-    meter = Meter("training", STEPS, clock)
-    clock.now += 1000
-    meter.tell(50, 100)
-    assert meter.facts() == ["50%", "50 of 100 steps"]
-    clock.now += 10
-    meter.tell(60, 100, "loss 2.000")
-    assert meter.facts() == ["60%", "60 of 100 steps", "1.0 steps/s", "loss 2.000", "40 s left"]
-
-
-def test_the_rate_is_the_latest() -> None:
-    """A job that became slow half way shows the new rate, not the mean of both."""
-    meter = told(*((second, 10 * second) for second in range(40)), *((40 + 2 * n, 390 + 2 * n) for n in range(99)))
-    assert "1 B/s" in meter.facts()
-
-
-def test_another_part_of_a_job_begins_anew() -> None:
-    """Its name, its time and its rate are its own; a count that goes back begins anew too."""
-    clock = Clock()
-    meter = Meter("reading", BYTES, clock)
-    meter.tell(10, 100)
-    clock.now += 10
-    meter.begin("training")
-    clock.now += 1
-    assert plain(meter) == "k2quant: training: 1.0 s so far"
-    meter.tell(50, 100)
-    clock.now += 10
-    meter.tell(10, 100)
-    assert plain(meter) == "k2quant: training: 10% (10 B of 100 B)"
-
-
-def test_a_meter_that_was_told_nothing_says_for_how_long() -> None:
-    """So does one of nothing at all; more than all is all."""
-    clock = Clock()
-    meter = Meter("reading\x1b", BYTES, clock)
-    clock.now += 30
-    assert plain(meter) == "k2quant: reading\\x1b: 30.0 s so far"
-    meter.tell(0, 0)
-    assert plain(meter) == "k2quant: reading\\x1b: 30.0 s so far"
-    meter.tell(12, 10)
-    assert plain(meter) == "k2quant: reading\\x1b: 100% (10 B of 10 B)"
-
-
-def test_lines_come_now_and_then() -> None:
-    """None of a short job; then one for each 5%, but never within five seconds, and one after thirty in any case."""
-    cadence = Cadence(0.0)
-    assert not cadence.due(FIRST - 1, 0.9)
-    assert cadence.due(FIRST, 0.9)
-    assert not cadence.due(FIRST + LEAST - 1, 0.99)
-    assert not cadence.due(FIRST + LEAST, 0.94)
-    assert cadence.due(FIRST + LEAST, 0.96)
-    assert not cadence.due(FIRST + LEAST + MOST - 1, 0.96)
-    assert cadence.due(FIRST + LEAST + MOST, 0.96)
-
-
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> click.Group:
     """Return a command line whose one command counts, with lines that come at once."""
     for name in ("FIRST", "LEAST", "MOST"):
-        monkeypatch.setattr(bars, name, 0.0)
+        monkeypatch.setattr(meter, name, 0.0)
     monkeypatch.setattr(bars, "_LOOK", 0.02)
 
     @click.command()

@@ -1,4 +1,4 @@
-"""How far a job is: what is done of how much, how fast, and how long the rest will take."""
+"""How far a job is: what is done of how much, how fast, how long the rest will take; and the line that says so."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TextIO
 
+from k2quant.ground.saying.width import cells_of, shortened, terminal_width
 from k2quant.ground.units import duration, size
 
 _SAMPLES = 30
 _APART = 2.0
 """Seconds between samples: a rate is that of the last minute, or of the last thirty steps of longer ones."""
+
+FIRST = 10.0
+"""Seconds after which a job that is no terminal's says anything: a short one is silent."""
+LEAST, MOST, STEP = 5.0, 30.0, 0.05
+"""A plain line comes after so many seconds at least and at most; in between, once so much more is done."""
+
+ERASE = "\r\x1b[K"
+"""Empties the line of a terminal that a bar stands in."""
+
+_LONGEST_BAR = 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,13 +36,18 @@ class Measure:
     """How much a second, where that says something."""
 
 
+def each(one: str, many: str) -> Measure:
+    """Return the measure of what takes its time one by one: `50 of 100 steps`, `1.5 steps/s`, `40.0 s a step`."""
+    return Measure(
+        amount=lambda done, total: f"{done:,} of {total:,} {many}",
+        rate=lambda rate: f"{rate:.1f} {many}/s" if rate >= 1 else f"{duration(1 / rate)} a {one}",
+    )
+
+
 BYTES = Measure(amount=lambda done, total: f"{size(done)} of {size(total)}", rate=lambda rate: f"{size(rate)}/s")
 THINGS = Measure(amount=lambda done, total: f"{done:,} of {total:,}")
 ANSWERS = Measure(amount=THINGS.amount, rate=lambda rate: f"{rate:.3g} a second")
-STEPS = Measure(
-    amount=lambda done, total: f"{done:,} of {total:,} steps",
-    rate=lambda rate: f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s a step",
-)
+STEPS = each("step", "steps")
 
 
 class Meter:
@@ -101,3 +118,71 @@ class Meter:
 
 def _coarse(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 59.5 else duration(seconds)
+
+
+class Cadence:
+    """Says when a plain line is due."""
+
+    def __init__(self, now: float) -> None:
+        """Begin.
+
+        Args:
+            now: the time in seconds.
+        """
+        self._begun = self._last = now
+        self._share = 0.0
+
+    def due(self, now: float, share: float) -> bool:
+        """Return whether a line is due, and count on from it if so.
+
+        Args:
+            now: the time in seconds.
+            share: what is done of the whole.
+        """
+        waited = now - self._last
+        if now - self._begun < FIRST or waited < LEAST or (waited < MOST and share - self._share < STEP):
+            return False
+        self._last, self._share = now, share
+        return True
+
+
+def plain(meter: Meter) -> str:
+    """Return the line of a log: `k2quant: K2 to int4: 35% (210.1 GB of 594.2 GB), 1.1 GB/s, 5 min 49 s left`."""
+    return f"k2quant: {sentence(meter)}"
+
+
+def sentence(meter: Meter) -> str:
+    """Return a meter in words: `K2 to int4: 35% (210.1 GB of 594.2 GB), 1.1 GB/s, 5 min 49 s left`."""
+    share, *rest = meter.facts()
+    if not rest:
+        return f"{meter.what}: {share}"
+    amount, *more = rest
+    return ", ".join([f"{meter.what}: {share} ({amount})", *more])
+
+
+def fitted(meter: Meter, stream: TextIO) -> str:
+    """Return a meter as a bar that fits the terminal, of signs that it has."""
+    room = (terminal_width(stream) or 80) - 1  # a full line would wrap on some terminals
+    return bar(meter, room, "━" if (getattr(stream, "encoding", None) or "").lower().startswith("utf") else "=")
+
+
+def bar(meter: Meter, room: int, fill: str = "━") -> str:
+    """Return a meter as one line of at most `room` columns; what matters least goes first where that is little.
+
+    Args:
+        meter: what to show.
+        room: columns.
+        fill: what a bar is made of.
+    """
+    share, *more = meter.facts()
+    facts = [f"{share:>4}", *more]
+    what = shortened(meter.what, max(room // 3, 8))
+    while len(facts) > 1 and cells_of("  ".join([what, *facts])) > room:
+        del facts[1 if len(facts) > 2 else -1]  # the amount, the rate, then the time left; never the share
+    line = "  ".join([what, *facts])
+    long = min(room - cells_of(line) - 2, _LONGEST_BAR)
+    if meter.share is not None and long >= 8:
+        done = round(meter.share * long)
+        drawn = fill * done + ("─" if fill == "━" else "-") * (long - done)
+        line = "  ".join([what, drawn, *facts])
+    return shortened(line, room)
