@@ -1,4 +1,4 @@
-"""The flags of the command that runs, in place of what errors and remarks call arguments of Python.
+"""The flags of a command, mostly of the one that runs, in place of what errors and remarks call arguments of Python.
 
 They are what click knows of the command: no flag is written down but where it is declared.
 """
@@ -18,11 +18,22 @@ def noted(ctx: click.Context, command: click.Command) -> click.Command:
     return command
 
 
-def in_flags(text: str) -> str:
-    """Return a message as the command line says it, see `k2quant.ground.saying.arguments`."""
+def running() -> click.Command | None:
+    """Return the command that runs; None outside the command line, and before one was found."""
     ctx = click.get_current_context(silent=True)
-    command = ctx.meta.get(_KEY) if ctx is not None else None
-    if not isinstance(command, click.Command):
+    command: click.Command | None = ctx.meta.get(_KEY) if ctx is not None else None
+    return command
+
+
+def in_flags(text: str, command: click.Command | None = None) -> str:
+    """Return a message as the command line says it, see `k2quant.ground.saying.arguments`.
+
+    Args:
+        text: the message.
+        command: that it is about; None for the one that runs.
+    """
+    command = command or running()
+    if command is None:
         return text
     options = (param for param in command.params if isinstance(param, click.Option))
     return arguments.in_flags(text, {option.name: max(option.opts, key=len) for option in options if option.name})

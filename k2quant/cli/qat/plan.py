@@ -57,7 +57,7 @@ def command(
 
         plan = plan_job(read, processes=processes)
     if plan.obstacle:
-        warn(f"warning: train would be refused the output: {plan.obstacle}")
+        warn(f"warning: {_refusal(plan.obstacle)}")
     timing = _timing(read, plan, measure)
     if as_json:
         import json
@@ -152,9 +152,17 @@ def _lines(plan: JobPlan, *, steps: int) -> list[str]:
 def _output(plan: JobPlan, steps: int) -> str:
     """Say what `train` would find."""
     if plan.obstacle:
-        return f"train would be refused it: {plan.obstacle}"
+        return _refusal(plan.obstacle)
     if plan.begun is None:
         return "new"
     if plan.begun == steps:
         return "holds this training, done: nothing is left for train to do"
     return f"holds this training up to step {plan.begun:,}: train goes on from there"
+
+
+def _refusal(why: str) -> str:
+    """Say why `train` would be refused the output, with the flags of `train`, which can do something about it."""
+    from k2quant.cli.parts.flags import in_flags
+    from k2quant.cli.qat.train import command as train
+
+    return f"train would be refused the output: {in_flags(why, train)}"

@@ -743,10 +743,14 @@ def test_plan_looks_at_the_output(home: Path, monkeypatch: pytest.MonkeyPatch) -
 
     A run that is begun or done is no obstacle either, and the plan says which of the two it is.
     """
+
+    def planned(job: Path, *arguments: str) -> Result:
+        return command("plan", job, "--no-measure", *arguments)  # a step is not what this is about
+
     path = as_yaml(make_job(home), home / "job.yaml")
     usage = shutil.disk_usage(home)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    assert "TOO LITTLE" in command("plan", path).stdout
+    assert "TOO LITTLE" in planned(path).stdout
     (home / "run").mkdir()
     (home / "run" / "thesis.txt").write_text("mine")
     (home / "file").write_text("")
@@ -754,20 +758,21 @@ def test_plan_looks_at_the_output(home: Path, monkeypatch: pytest.MonkeyPatch) -
     below = as_yaml(make_job(home, "file/run"), home / "below.yaml")
     other = as_yaml(make_job(home, "taken", training={"steps": 3}), home / "other.yaml")
     for job, said in ((path, "no training of ours"), (below, "not a folder"), (other, r"training.steps")):
-        for name, code in (("plan", 0), ("train", 1)):
-            shown = command(name, job)
-            assert (shown.exit_code, said in shown.stderr) == (code, True), shown.output
-        assert "warning: train would be refused the output" in command("plan", job).stderr
-        planned = command("plan", job, "--json")
-        assert said in json.loads(planned.stdout)["obstacle"]
+        refused, shown = command("train", job), planned(job)
+        assert (refused.exit_code, said in refused.stderr) == (1, True), refused.output
+        assert (shown.exit_code, said in shown.stderr) == (0, True), shown.output
+        assert "warning: train would be refused the output" in shown.stderr
+        assert said in json.loads(planned(job, "--json").stdout)["obstacle"]
+    assert "train anew with --restart" in shown.stderr
+    assert re.search(r"^output +train would be refused .* train anew with --restart", shown.stdout, re.MULTILINE)
     assert (home / "run" / "thesis.txt").read_text() == "mine"
     done = as_yaml(make_job(home, "taken"), home / "taken.yaml")
-    assert "output               holds this training, done" in command("plan", done).stdout
+    assert "output               holds this training, done" in planned(done).stdout
     shutil.rmtree(naming.path_of(home / "taken" / "checkpoints", 4))
-    shown = command("plan", done)
+    shown = planned(done)
     assert "holds this training up to step 3: train goes on from there" in shown.stdout
     assert "warning" not in shown.stderr
-    assert "output               new" in command("plan", as_yaml(make_job(home, "new"), home / "new.yaml")).stdout
+    assert "output               new" in planned(as_yaml(make_job(home, "new"), home / "new.yaml")).stdout
 
 
 def test_plan_says_how_long_it_takes(home: Path) -> None:
