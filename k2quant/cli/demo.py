@@ -190,7 +190,7 @@ def _gate(folder: Path) -> bool:
         return False
     drift = measure_fidelity(*(folder / name for name in names), text=folder / "tasks" / TEXT)
     page = write_reports(decided, folder / "gate", fidelity=drift).html
-    show(decided)
+    show(decided, page=page)
     click.echo(f"\nThe report, with pictures: {page}")
     return True
 

@@ -74,6 +74,7 @@ def command(
     drift = read_fidelity(fidelity) if fidelity else None
     causes = read_blame(blame) if blame else None
     policy = _policy(policy_file, margin, alpha, tasks)
+    page = None
     with working("comparing"):
         verdict = gate(base, candidate, policy=policy, same_model=same_model)
         if output is not None:
@@ -86,10 +87,10 @@ def command(
     if as_json:
         click.echo(json.dumps(verdict.as_dict(), indent=1))
     else:
-        show(verdict)
+        show(verdict, page=page)
     if github:
         click.echo(f"::{token}::", err=as_json)
-    if output is not None:
+    if page is not None:
         remark(f"report: {page}")
     _end(verdict)
 
@@ -109,8 +110,8 @@ def _policy(file: Path | None, margin: str | None, alpha: str | None, tasks: str
     return Policy(**given, tasks=dict.fromkeys(names))
 
 
-def show(verdict: Verdict) -> None:
-    """Print a verdict for people: what it is and why, a table, the first flips."""
+def show(verdict: Verdict, *, page: Path | None = None) -> None:
+    """Print a verdict for people: what it is and why, a table, the first flips, and the page that has the others."""
     word = "NOISE FLOOR" if verdict.same_model else verdict.decision
     head, *rest = paragraph(f"{word}: {printable(verdict.reason)}").split("\n")
     click.echo(colour.verdict(word) + head[len(word) :])
@@ -125,7 +126,7 @@ def show(verdict: Verdict) -> None:
     click.echo()
     about = "drop, interval: percentage points; flips: items only the baseline (-) or the candidate (+) has right"
     click.echo(paragraph(about))
-    _show_flips(verdict)
+    _show_flips(verdict, page)
     for warning in verdict.warnings:
         click.echo("\n" + paragraph(f"note: {printable(warning)}"))
 
@@ -151,7 +152,7 @@ def _row(comparison: Comparison) -> tuple[str, ...]:
     )
 
 
-def _show_flips(verdict: Verdict) -> None:
+def _show_flips(verdict: Verdict, page: Path | None) -> None:
     for flip in verdict.flips[:_FLIPS_SHOWN]:
         said = printable(
             f"{_mark(lost=flip.lost)} {flip.task} {flip.doc_id}: {flip.prompt[-40:]!r} wants "
@@ -159,7 +160,8 @@ def _show_flips(verdict: Verdict) -> None:
         )
         click.echo(paragraph(said, indent="  ", hang=" " * 9))
     if len(verdict.flips) > _FLIPS_SHOWN:
-        more = f"and {len(verdict.flips) - _FLIPS_SHOWN} more; -o DIR writes a page with them"
+        where = "; -o DIR writes a page with them" if page is None else f", in {printable(str(page))}"
+        more = f"and {len(verdict.flips) - _FLIPS_SHOWN:,} more{where}"
         click.echo(paragraph(more, indent="  ", hang="  "))
 
 

@@ -704,6 +704,13 @@ class TestCommand:
             not in CliRunner().invoke(main, ["eval", "gate", *map(str, runs)], env=env | {"NO_COLOR": "1"}).stdout
         )
 
+    def test_the_flips_that_are_left_out_are_where_the_verdict_says(self, tmp_path: Path) -> None:
+        """The page where one was written; else how to get it."""
+        runs = answers(200, lost=12)
+        assert "and 2 more; -o DIR writes a page with them" in self._run(tmp_path, runs).stdout
+        folder = tmp_path / "gate"
+        assert f"and 2 more, in {folder / 'gate.html'}\n" in self._run(tmp_path, runs, "-o", str(folder)).stdout
+
     def test_margins_are_given_in_points(self, tmp_path: Path) -> None:
         """100 items without a flip show a drop below 3 pp, not below 2."""
         assert self._run(tmp_path, answers(100), "--margin", "3pp").exit_code == 0
