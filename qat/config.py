@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from k2quant.errors import UsageError
 from k2quant.formats.format import Format, Scope
 from k2quant.formats.known import FORMATS, ExportFormat
-from k2quant.ground.patterns import MOST_QUANTIFIERS, may_take_for_ever
+from k2quant.ground.patterns import SAFE_PATTERN, may_take_for_ever
 from k2quant.ground.units import one_of
 from k2quant.kernels.codecs.grids import Grid, largest_code
 
@@ -152,10 +152,7 @@ def shown(value: object) -> str:
 
 def _compiled(pattern: str) -> re.Pattern[str]:
     if may_take_for_ever(pattern):
-        raise UsageError(
-            f"ignore: {pattern!r:.200} might take for ever to match; use at most {MOST_QUANTIFIERS} repetitions, and "
-            "none of a group"
-        )
+        raise UsageError(f"ignore: {pattern!r:.200} might take for ever to match; use {SAFE_PATTERN}")
     try:
         return re.compile(pattern)
     except re.error as error:

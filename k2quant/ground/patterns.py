@@ -5,12 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from difflib import SequenceMatcher, get_close_matches
+from math import prod
 
 from k2quant.errors import UsageError
 
-_QUANTIFIER = re.compile(r"(?<!\\)[*+{]")
-MOST_QUANTIFIERS = 3
-"""A few more in one pattern can keep the matcher busy for years."""
+_MOST_REPEATED = 3  # a few more in one pattern can keep the matcher busy for years
+
+_MOST_WAYS = (4096, 4096, 1024, 16)
+"""Ways through all that may be there or not and all alternatives, by the number of repetitions: each way is tried with
+each of the places that these may take."""
+
+SAFE_PATTERN = f"at most {_MOST_REPEATED} repetitions, none of a group, and few alternatives"
+"""What is taken, for messages."""
+
+_ESCAPE = re.compile(r"\\.", re.DOTALL)
+_SET = re.compile(r"\[\^?\]?[^\]]*\]")
+_UNREADABLE = re.compile(r"\(\?(#|[a-z]*x)", re.IGNORECASE)  # comments and spaces, which may hide what is repeated
+_OPTION = re.compile(r"(?<![(*+?])\?")  # no part of `(?:`, nor of `*?`
 
 _COMPARED = 200  # letters of a pattern or a name; K2's longest has 63
 _KINDS = 1000  # names that differ in more than numbers; K2 has some 40
@@ -18,11 +29,30 @@ _KINDS = 1000  # names that differ in more than numbers; K2 has some 40
 
 def may_take_for_ever(pattern: str) -> bool:
     """Tell of a regular expression that comes from a file whether matching it might never end."""
+    if len(pattern) > 500:
+        return True
+    plain = _SET.sub("a", _ESCAPE.sub("a", pattern))
+    repetitions = len(re.findall(r"[*+{]", plain))
     return (
-        len(pattern) > 500
-        or re.search(r"\)[*+{]", pattern) is not None
-        or len(_QUANTIFIER.findall(pattern)) > MOST_QUANTIFIERS
+        _UNREADABLE.search(plain) is not None
+        or re.search(r"\)[*+{]", plain) is not None
+        or repetitions > _MOST_REPEATED
+        or _ways(plain) > _MOST_WAYS[repetitions]
     )
+
+
+def _ways(plain: str) -> int:
+    """Return how many ways lead through all options and alternatives of a pattern without escapes and sets."""
+    ways = 2 ** len(_OPTION.findall(plain))
+    alternatives = [1]
+    for letter in plain:
+        if letter == "(":
+            alternatives.append(1)
+        elif letter == "|":
+            alternatives[-1] += 1
+        elif letter == ")" and len(alternatives) > 1:
+            ways *= alternatives.pop()
+    return ways * prod(alternatives)
 
 
 def check_found(patterns: Collection[re.Pattern[str]], bases: Collection[str], option: str) -> None:

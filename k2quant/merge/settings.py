@@ -16,7 +16,7 @@ from k2quant.checkpoint.files import json_kinds as kinds
 from k2quant.checkpoint.files.paths import read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import MalformedFile, UnsupportedFormat
-from k2quant.ground.patterns import MOST_QUANTIFIERS, may_take_for_ever
+from k2quant.ground.patterns import SAFE_PATTERN, may_take_for_ever
 
 _LIMIT = 16_000_000  # bytes; patterns may name each of a model's modules
 
@@ -176,7 +176,7 @@ def _compiled(pattern: str, file: Path) -> re.Pattern[str]:
         raise UnsupportedFormat(
             "a pattern that might take for ever to match",
             file=file,
-            expected=f"a module's name, or at most {MOST_QUANTIFIERS} repetitions and none of a group",
+            expected=f"a module's name, or {SAFE_PATTERN}",
             found=repr(pattern)[:200],
         )
     try:

@@ -65,10 +65,22 @@ def test_a_pattern_of_what_no_scope_takes_is_found(k2_source: Path, tmp_path: Pa
         (r"re:.*a.*b.*", False),
         (r"re:.*a.+b.*c{2}", True),
         (r"\*\*\+\{\*", False),
+        (r"\\+\\+\\+\\+", True),
+        (r"[*+{][]*+]\)+", False),
+        (".?" * 40, True),
+        ("}?" * 40, True),
+        ("(?:.|.)" * 40, True),
+        ("((.?)?)?" * 10, True),
+        ("(?x)(a+) +b", True),
+        ("(?ix:(a+)\t*b)", True),
+        ("(?#[)" + ".?" * 40 + "]", True),
+        ("a|" * 40 + "a", False),
+        (r"layers\.([0-9]|[1-5][0-9]|60)\.mlp\.experts?\.\d+\.(?:gate|up|down)_proj$", False),
+        (r"re:.*self_attn.*?(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj).*", False),
     ],
 )
 def test_patterns_of_a_file_that_might_never_end_are_told(pattern: str, expected: bool) -> None:  # noqa: FBT001  a parameter of the test
-    """A long one, one that repeats a group, or one with more than three repetitions; escaped letters are none."""
+    """A long one, one that repeats a group or more than three letters, or has many ways through; escapes are none."""
     assert may_take_for_ever(pattern) is expected
 
 
