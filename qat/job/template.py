@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from k2quant.checkpoint.files.paths import write_whole
+from k2quant.checkpoint.files.strict_yaml import parse_mapping
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import group_tensors
 from k2quant.errors import OutputError, UnsupportedFormat, UsageError
@@ -249,15 +250,21 @@ def _scalar(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        return value if _is_plain(value) else json.dumps(value)
+        return value if _is_plain(value) else _quoted(value)
     return "[]" if value == () else str(value)
 
 
 def _is_plain(text: str) -> bool:
     try:
-        return text.isprintable() and yaml.safe_load(f"a: {text}") == {"a": text}
-    except yaml.YAMLError:
+        return text.isprintable() and parse_mapping(f"a: {text}".encode(), file="") == {"a": text}
+    except UsageError:
         return False
+
+
+def _quoted(text: str) -> str:
+    """Return text in quotes as YAML has them: JSON's two escapes for an emoji would be two letters."""
+    found: str = yaml.safe_dump(text, default_style='"', width=math.inf)
+    return found.strip()
 
 
 def _plain(name: str) -> str:

@@ -24,6 +24,10 @@ from tiny import write_data, write_model
 GUIDE = (ROOT / "docs" / "qat.md").read_text()
 
 
+VALUES = ("2024-13-45", "0x_", "!!int x", "!!timestamp x", "\U0001f600: x")
+"""Names that YAML takes for values that are none, and one that needs quotes and has a letter beyond 16 bits."""
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model. Not to be changed by a test."""
@@ -165,7 +169,9 @@ def test_a_context_that_makes_no_sense_is_passed_over(tmp_path: Path, context: o
     assert job.data.length == (2 if context == 2 else 256)
 
 
-@pytest.mark.parametrize("name", ["a b", "null", "1", "x: y", "#x", "\u202e", "-", "'", '"', "a\nb", "*a", "\udcff"])
+@pytest.mark.parametrize(
+    "name", ["a b", "null", "1", "x: y", "#x", "\u202e", "-", "'", '"', "a\nb", "*a", "\udcff", *VALUES]
+)
 def test_names_cannot_break_the_file(model: Path, tmp_path: Path, name: str) -> None:
     """Whatever a folder, a data file or the job file is called, the file is read back with these names."""
     (tmp_path / name).symlink_to(model)
