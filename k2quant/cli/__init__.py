@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from traceback import walk_tb
 from typing import Any
 
 import click
@@ -23,6 +24,12 @@ class _Commands(LazyGroup):
         open_closed()
         return super().main(*args, **settings)
 
+    def make_context(self, *args: Any, **settings: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **settings)
+        except OSError as error:  # of `--help` and `--version`, which print before there is a command
+            raise click.exceptions.Exit(_ended(error)) from error
+
     def invoke(self, ctx: click.Context) -> Any:
         import os
 
@@ -37,15 +44,26 @@ class _Commands(LazyGroup):
             say(f"k2quant: {in_flags(str(error))}")
             ctx.exit(error.exit_code)
         except OSError as error:
-            if isinstance(error, BrokenPipeError) and cut_off():
-                ctx.exit(CUT_OFF)
-            place = f"{error.filename}: " if error.filename else ""
-            say(f"k2quant: {printable(f'{place}{error.strerror or error}')}")
-            ctx.exit(1)
+            ctx.exit(_ended(error))
         except KeyboardInterrupt:
             resumes = "; the same command resumes" if ctx.invoked_subcommand in {"convert", "merge", "qat"} else ""
             say(f"k2quant: stopped{resumes}")
             ctx.exit(130)
+
+
+def _ended(error: OSError) -> int:
+    """Say what the system refused, unless nobody reads any more, and return the exit code."""
+    if isinstance(error, BrokenPipeError) and cut_off():
+        return CUT_OFF
+    place = error.filename or ("stdout" if _was_printed(error) else None)
+    where = f"{place}: " if place else ""
+    say(f"k2quant: {printable(f'{where}{error.strerror or error}')}")
+    return 1
+
+
+def _was_printed(error: OSError) -> bool:
+    """Return whether it is a result that could not be printed; `say` lets nothing out of what it prints on stderr."""
+    return any(frame.f_code is click.echo.__code__ for frame, _ in walk_tb(error.__traceback__))
 
 
 @click.command(

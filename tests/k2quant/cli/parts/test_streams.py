@@ -42,7 +42,14 @@ def test_what_is_said_on_a_full_disk_is_lost_and_the_result_is_not(k2_source: Pa
     assert (done.returncode, done.stderr) == (0, "")
     assert "3 layers" in done.stdout
     done = shell('$K inspect "$1" >/dev/full', k2_source)
-    assert (done.returncode, done.stderr) == (1, "k2quant: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, "k2quant: stdout: No space left on device\n")
+
+
+@pytest.mark.parametrize("asked", ["--help", "--version"])
+def test_what_is_printed_before_there_is_a_command_ends_like_one(asked: str) -> None:
+    """A help that cannot be printed is an error in a line, and nobody who reads it is none."""
+    done = shell(f'$K {asked} >/dev/full; echo $? >&2; $K {asked} | true; echo "${{PIPESTATUS[0]}}"')
+    assert (done.stdout, done.stderr) == ("141\n", "k2quant: stdout: No space left on device\n1\n")
 
 
 @pytest.mark.parametrize(
