@@ -34,6 +34,14 @@ def test_every_page_of_docs_is_in_the_navigation() -> None:
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
+def test_rules_keep_their_numbers() -> None:
+    """A list that goes on behind a table or a heading begins on the site with the number that stands in the file."""
+    begun = re.compile(r"^\n(\d+)\. |^#.*\n(\d+)\. ", re.MULTILINE)
+    numbers = {int(one or other) for name in navigation() for one, other in begun.findall((ROOT / name).read_text())}
+    assert numbers > {1}
+    assert "sane_lists" in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["markdown_extensions"]
+
+
 @pytest.mark.parametrize(
     ("page", "module"),
     [
