@@ -23,7 +23,7 @@ from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.ground.patterns import SAFE_PATTERN, may_take_for_ever
-from k2quant.ground.units import one_of, parse_size
+from k2quant.ground.units import one_of, parse_size, size
 from k2quant.kernels.codecs.grids import Grid
 
 VERSION = 1
@@ -34,6 +34,12 @@ METHOD = "rtn"
 
 LIMIT = 2**20
 """Bytes of a recipe; a report may be as large as reports are."""
+
+MOST_RULES = 1000
+"""Of a recipe: each is held against every other, and against every weight."""
+
+LEAST_SHARD = 10**6
+"""Bytes: in smaller shards a K2 would fall into tens of thousands of files, each with a header to read."""
 
 _NARROWED: Scope = "linear"
 _SHOWN = 100  # characters of a value in a message
@@ -216,7 +222,7 @@ def read_recipe(source: Recipes) -> WrittenRecipe:
             raise UsageError(f"{path}: {error.strerror or error}") from error
         except CheckpointError as error:
             raise UsageError(str(error)) from error
-        return recipe_from(content, file=str(path))
+        return _checked_shards(recipe_from(content, file=str(path)), content, str(path))
     return parse_recipe(_bytes_of(path), file=str(path))
 
 
@@ -249,7 +255,8 @@ def parse_recipe(data: bytes, *, file: str) -> WrittenRecipe:
     """
     if len(data) > LIMIT:
         raise UsageError(f"{file}: too large for a recipe: expected at most {LIMIT:,} bytes")
-    return recipe_from(parse_mapping(data, file=file), file=file)
+    content = parse_mapping(data, file=file)
+    return _checked_shards(recipe_from(content, file=file), content, file)
 
 
 def recipe_from(content: Mapping[Any, Any], *, file: str = "recipe") -> WrittenRecipe:
@@ -258,7 +265,7 @@ def recipe_from(content: Mapping[Any, Any], *, file: str = "recipe") -> WrittenR
     Raises:
         UsageError: see `read_recipe`.
     """
-    if content.get("tool") == "k2quant":
+    if _is_report(content):
         return _reported(content, file)
     _check_keys(content, ("version", "rules", "shard_size", "allow_split"), file)
     version = content.get("version", VERSION)
@@ -271,6 +278,8 @@ def recipe_from(content: Mapping[Any, Any], *, file: str = "recipe") -> WrittenR
     if type(allow_split) is not bool:
         where = _at(content, "allow_split", file)
         raise UsageError(f"{where}: allow_split: expected true or false, found {_shown(allow_split)}")
+    if len(rules) > MOST_RULES:
+        raise UsageError(f"{_at(content, 'rules', file)}: rules: expected at most {MOST_RULES:,}, found {len(rules):,}")
     return WrittenRecipe(
         rules=tuple(_rule(rule, number, file) for number, rule in enumerate(rules, 1)),
         shard_size=_size(content, file),
@@ -278,10 +287,26 @@ def recipe_from(content: Mapping[Any, Any], *, file: str = "recipe") -> WrittenR
     )
 
 
+def _checked_shards(recipe: WrittenRecipe, content: Mapping[Any, Any], file: str) -> WrittenRecipe:
+    """Return a file's recipe; a report repeats what was done, but what people write has shards of a sound size."""
+    found = recipe.shard_size
+    if found is not None and found < LEAST_SHARD and not _is_report(content):
+        where = _at(content, "shard_size", file)
+        raise UsageError(f"{where}: shard_size: expected at least {size(LEAST_SHARD)}, found {size(found)}")
+    return recipe
+
+
+def _is_report(content: Mapping[Any, Any]) -> bool:
+    return content.get("tool") == "k2quant"
+
+
 def _reported(report: Mapping[Any, Any], file: str) -> WrittenRecipe:
     """Return the recipe that was in force where a report was written; those of older releases have its options."""
-    if isinstance(report.get("recipe"), Mapping):
-        return recipe_from(report["recipe"], file=file)
+    recipe = report.get("recipe")
+    if isinstance(recipe, Mapping):
+        if _is_report(recipe):
+            raise UsageError(f"{file}: recipe: expected the keys of a recipe, found another report")
+        return recipe_from(recipe, file=file)
     options = report.get("options")
     if not isinstance(options, Mapping):
         raise UsageError(f"{file}: a report without a recipe and without options")

@@ -91,24 +91,22 @@ def _all(options: tuple[Option[Any], ...]) -> Option[Any]:
     return add
 
 
-_LEAST_SHARD = 10**6  # bytes: below that a K2 would fall into tens of thousands of files, each with a header to read
-
-
 def shard_bytes(text: str | None) -> int | None:
     """Read what `--shard-size` says; None where nothing is said.
 
     Raises:
         UsageError: it is no size, or so small that a checkpoint would fall into a file for each weight.
     """
+    from k2quant.conversion.rules import LEAST_SHARD
     from k2quant.errors import UsageError
     from k2quant.ground.units import parse_size, size
 
     if text is None:
         return None
     found = parse_size(text)
-    if found < _LEAST_SHARD:
+    if found < LEAST_SHARD:
         raise UsageError(
-            f"--shard-size: expected at least {size(_LEAST_SHARD)}, found {size(found)}: each shard is a file with a "
+            f"--shard-size: expected at least {size(LEAST_SHARD)}, found {size(found)}: each shard is a file with a "
             "header of its own, and a larger weight has its own shard in any case; 5GB is usual"
         )
     return found

@@ -34,6 +34,7 @@ def test_closed_streams_make_no_command_fail(k2_source: Path, tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (0, "")
     assert "passed" in done.stdout
     assert shell("$K inspect /dev/null/x 2>&-").returncode == 1
+    assert shell("$K convert --config - a b <&-").stderr == "k2quant: stdin: expected keys and values, found NoneType\n"
 
 
 def test_what_is_said_on_a_full_disk_is_lost_and_the_result_is_not(k2_source: Path) -> None:
