@@ -81,7 +81,7 @@ def _fidelity(content: dict[str, Any]) -> Fidelity:
         log_ratio=_estimate(content["log_ratio"], -_HUGE),
         layers=layers,
         unread=kinds.text(content.get("unread", "")),
-        completions=_flag(content.get("completions", False)),
+        completions=kinds.truth(content.get("completions", False)),
     )
 
 
@@ -120,14 +120,8 @@ def _blame(content: dict[str, Any]) -> Blame:
         classes=classes,
         suspects=suspects,
         together=None if content["together"] is None else _suspect(content["together"]),
-        completions=_flag(content.get("completions", False)),
+        completions=kinds.truth(content.get("completions", False)),
     )
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{value!r:.100} where true or false stands")
-    return value
 
 
 def _suspect(value: object) -> Suspect:

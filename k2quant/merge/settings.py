@@ -129,7 +129,7 @@ def read_settings(path: Path) -> Settings:
         return Settings(
             rank=kinds.whole(config["r"], least=1, limit=2**31),
             alpha=_number(config["lora_alpha"]),
-            rank_stabilised=_flag(config.get("use_rslora", False)),
+            rank_stabilised=kinds.truth(config.get("use_rslora", False)),
             ranks=_Patterns(_numbers(config.get("rank_pattern"), least=1), path),
             alphas=_Patterns(_numbers(config.get("alpha_pattern")), path),
             saved=tuple(kinds.text(name) for name in kinds.values(config.get("modules_to_save") or [])),
@@ -193,12 +193,6 @@ def _numbers(value: object, least: float | None = None) -> dict[str, float]:
 
 def _number(value: object) -> float:
     return kinds.number(value, low=-1e9, high=1e9)
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{value!r:.100} where true or false stands")
-    return value
 
 
 def _version(value: object) -> tuple[int, int] | None:

@@ -127,19 +127,13 @@ def _summary(values: dict[str, Any]) -> Summary:
     job = kinds.mapping(values["job"])
     return Summary(
         job={name: kinds.text(fact) for name, fact in job.items()},
-        control=_flag(values["control"]),
+        control=kinds.truth(values["control"]),
         coverage=tuple(map(_coverage, kinds.values(values["coverage"]))),
         routers=tuple(map(_router, kinds.values(values["routers"]))),
         least_tokens=_size(values["least_tokens"]),
         starved=tuple(map(_starved, kinds.values(values["starved"]))),
         oscillation=tuple(map(_oscillations, kinds.values(values["oscillation"]))),
     )
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"expected true or false, found {value!r:.100}")
-    return value
 
 
 def _coverage(value: object) -> Coverage:
