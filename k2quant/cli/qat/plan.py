@@ -9,6 +9,7 @@ import click
 
 from k2quant.cli.parts.options import check_early, follow_links, trust_remote_code
 from k2quant.cli.parts.screen import warn, working
+from k2quant.cli.parts.terminal.tables import paragraph
 
 if TYPE_CHECKING:
     from k2quant.qat.job import Job
@@ -66,19 +67,7 @@ def command(
         click.echo(json.dumps(_facts(plan) | {"time": time}, indent=1))
         return
     for line in [*_lines(plan, steps=read.training.steps), f"{'time':<20} {_time(timing, read.training.steps)}"]:
-        click.echo(_fitted(line))
-
-
-def _fitted(line: str) -> str:
-    """Return a line as a terminal of this width shows it, its words below one another; elsewhere as it is."""
-    import shutil
-    import sys
-    import textwrap
-
-    if not sys.stdout.isatty():
-        return line
-    width = max(shutil.get_terminal_size().columns, 40)
-    return textwrap.fill(line, width, subsequent_indent=" " * 21, drop_whitespace=True, break_on_hyphens=False)
+        click.echo(paragraph(line, hang=" " * 21))
 
 
 def _timing(job: Job, plan: JobPlan, measure: bool | None) -> Timing | None:  # noqa: FBT001  the option's own three

@@ -10,10 +10,15 @@ import click
 
 from k2quant.cli.parts.options import check_early, follow_links, soft_lock, trust_remote_code
 from k2quant.cli.parts.screen import staged_training, warn
+from k2quant.cli.parts.terminal.tables import paragraph
 
 if TYPE_CHECKING:
     from k2quant.qat.run.history import Evaluation
     from k2quant.qat.run.result import Result
+
+_CONTROL = (
+    "Part of it is more training, not recovery. A control tells:\nthe same job with `training: {fake_quantize: false}`."
+)
 
 
 @click.command(name="train")
@@ -78,18 +83,15 @@ def _facts(result: Result) -> dict[str, Any]:
 
 
 def _show(result: Result, *, control: bool) -> None:
-    import shutil
-    import textwrap
-
-    from k2quant.ground.units import duration
+    from k2quant.ground.units import counted, duration
     from k2quant.qat.report.recovery import headline
     from k2quant.qat.run.history import HISTORY, read_end
 
     if result.resumed == result.steps:
         click.echo(f"{result.folder}: trained before, nothing to do")
         if result.checked == "times":
-            click.echo("Sizes and times of its files are as they were; no byte was")
-            click.echo("read again. --check does that.")
+            said = "Sizes and times of its files are as they were; no byte was\nread again. --check does that."
+            click.echo(paragraph(said))
     else:
         since = f" from step {result.resumed}" if result.resumed else ""
         click.echo(f"{result.folder}: {result.steps} steps{since} in {duration(result.seconds)}")
@@ -98,19 +100,14 @@ def _show(result: Result, *, control: bool) -> None:
     else:
         _show_losses(result.evaluation)
         said = headline(read_end(result.folder / HISTORY), control=control)
-        click.echo()
-        for sentence in f"{said}.".replace("; ", ";\n").splitlines():
-            click.echo(textwrap.fill(sentence, shutil.get_terminal_size().columns, break_on_hyphens=False))
+        click.echo("\n" + paragraph(f"{said}.".replace("; ", ";\n")))
         if result.evaluation.answers is None:
-            click.echo("A share of a loss is no share of answers:")
-            click.echo("k2quant eval gate compares those.")
+            click.echo(paragraph("A share of a loss is no share of answers:\nk2quant eval gate compares those."))
         if not control:
-            click.echo("Part of it is more training, not recovery. A control tells:")
-            click.echo("the same job with `training: {fake_quantize: false}`.")
+            click.echo(paragraph(_CONTROL))
     if result.starved:
-        click.echo(
-            f"{result.starved} experts saw too few tokens and keep post-training rounding; the report lists them."
-        )
+        experts = counted(result.starved, "expert")
+        click.echo(paragraph(f"Too few tokens, so post-training rounding stays: {experts}; the report lists them."))
     click.echo(f"Report:     {result.folder / 'report.html'}")
     click.echo(f"Export it:  k2quant qat export {shlex.quote(str(result.folder))} DST")
 

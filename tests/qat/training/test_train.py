@@ -775,6 +775,23 @@ def test_plan_looks_at_the_output(home: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "output               new" in planned(as_yaml(make_job(home, "new"), home / "new.yaml")).stdout
 
 
+def test_plan_and_train_fit_the_terminal(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What both say at the end is folded for narrow terminals, and is as it is where nothing asks for that."""
+    path = as_yaml(make_job(home), home / "job.yaml")
+    train(make_job(home))
+    calls = {"plan": ("plan", path, "--no-measure"), "train": ("train", path)}
+    whole = {name: command(*call).stdout for name, call in calls.items()}
+    monkeypatch.setenv("COLUMNS", "50")
+    folded = {name: command(*call).stdout for name, call in calls.items()}
+    assert folded["train"].split() == whole["train"].split()
+    for name, text in folded.items():
+        wide, narrow = (
+            [len(line) for line in each.splitlines() if str(home) not in line]  # a path is not folded
+            for each in (whole[name], text)
+        )
+        assert (max(wide) > 50, max(narrow) <= 50) == (True, True), text
+
+
 def test_plan_says_how_long_it_takes(home: Path) -> None:
     """A small model takes a few steps at once, and writes nothing; a larger one when it is asked to, or not at all."""
     path = as_yaml(make_job(home, training={"steps": 40}), home / "job.yaml")
