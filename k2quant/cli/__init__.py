@@ -8,13 +8,16 @@ from typing import Any
 
 import click
 
-from k2quant.cli.parts.flags import in_flags
+from k2quant.cli.parts.flags import in_flags, running
 from k2quant.cli.parts.lazy import LazyGroup
 from k2quant.cli.parts.screen import remarks
 from k2quant.cli.parts.terminal import colour
 from k2quant.cli.parts.terminal.streams import CUT_OFF, cut_off, open_closed, say
 from k2quant.errors import K2QuantError, printable
 from k2quant.ground.version import __version__
+
+_RESUMED = {"convert", "merge", "train", "export"}
+"""What goes on where it was stopped; commands of which that depends on their options say it themselves."""
 
 
 class _Commands(LazyGroup):
@@ -46,8 +49,9 @@ class _Commands(LazyGroup):
         except OSError as error:
             ctx.exit(_ended(error))
         except KeyboardInterrupt:
-            resumes = "; the same command resumes" if ctx.invoked_subcommand in {"convert", "merge", "qat"} else ""
-            say(f"k2quant: stopped{resumes}")
+            command = running()
+            resumes = command is not None and command.name in _RESUMED
+            say(f"k2quant: stopped{'; the same command resumes' if resumes else ''}")
             ctx.exit(130)
 
 

@@ -266,3 +266,23 @@ def test_names_that_no_file_can_have_are_errors_of_one_line(k2_source: Path) -> 
         assert done.returncode in {1, 2}
         assert done.stderr.startswith("k2quant: ")
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "reads", "said"),
+    [
+        ("convert --to int4 a b", "k2quant.conversion.convert.open_checkpoint", "stopped; the same command resumes"),
+        ("qat train job.yaml", "k2quant.qat.job.read_job", "stopped; the same command resumes"),
+        ("qat plan job.yaml", "k2quant.qat.job.read_job", "stopped"),
+        ("inspect a", "k2quant.checking.inspection.inspect", "stopped"),
+    ],
+)
+def test_ctrl_c_says_what_resumes(call: str, reads: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that goes on where it was stopped says so, also in a group; one that begins anew promises nothing."""
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reads, stop)
+    done = CliRunner().invoke(main, call.split())
+    assert (done.exit_code, done.stderr) == (130, f"k2quant: {said}\n")
