@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -20,8 +20,19 @@ from k2quant.errors import OutputError, UnsupportedFormat, UsageError
 from k2quant.formats.known import ExportFormat
 from k2quant.ground import names
 from k2quant.ground.units import size
-from k2quant.qat.config import Adapter, QATConfig
-from k2quant.qat.job.sections import Data, Distillation, Optimizer, Saving, Training
+from k2quant.kernels.codecs.grids import Grid
+from k2quant.qat.config import Adapter, Estimator, QATConfig, TrainedPart
+from k2quant.qat.job.sections import (
+    Data,
+    Decay,
+    Distillation,
+    Experts,
+    Method,
+    Optimizer,
+    Precision,
+    Saving,
+    Training,
+)
 
 MEANINGS: Mapping[str, str] = {
     "model": "folder of the checkpoint to begin with, in any format",
@@ -85,19 +96,21 @@ _SECTIONS = (
     ("distill", Distillation),
     ("saving", Saving),
 )
-_CHOICES = {
-    "quantize.to": "int4, fp8",
+_CHOICES: Mapping[str, object] = {
+    "quantize.to": ExportFormat,
     "quantize.bits": "4, 3, 2, or by the first step of each, {0: null, 100: 8, 200: 4}",
-    "quantize.grid": "moonshot, compressed-tensors",
+    "quantize.grid": Grid,
     "quantize.scope": "experts (the routed ones), linear (all but kv_b_proj), projections (all)",
-    "quantize.estimator": "plain, clipped, learned",
-    "quantize.train": "all, experts, adapters",
-    "training.precision": "float32, bfloat16",
-    "training.masters": "float32, bfloat16",
-    "training.experts": "eager, batched_mm, grouped_mm",
-    "optimizer.method": "adamw, muon",
-    "optimizer.decay": "cosine, linear, constant",
+    "quantize.estimator": Estimator,
+    "quantize.train": TrainedPart,
+    "training.precision": Precision,
+    "training.masters": Precision,
+    "training.experts": Experts,
+    "optimizer.method": Method,
+    "optimizer.decay": Decay,
 }
+"""The words that a key takes: those of a type, or a sentence where that says more."""
+
 _WIDE = 100
 _SMALL, _LARGE = 10**9, 3 * 10**10  # weights: the first are tried on a CPU, of the others not all are trained
 _EVERYTHING, _ADAPTED = 20, 4  # bytes a weight, as docs/qat.md adds them up
@@ -231,8 +244,8 @@ def _entry(key: str, values: Mapping[str, object], part: Field[Any] | None, inde
         MEANINGS[key].replace("see ", "docs/qat.md, ").replace("as the table above", "experts for INT4, linear for FP8")
     )
     default = part is not None and part.default is not MISSING
-    if key in _CHOICES:
-        said += f"; one of {_CHOICES[key]}"
+    if words := _CHOICES.get(key):
+        said += f"; one of {words if isinstance(words, str) else ', '.join(get_args(words))}"
     if default and key in values:
         said += f" (default: {_scalar(part.default if part else None)})"
     if key == "data.path" and values[key] == "train.jsonl":
