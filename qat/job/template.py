@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
@@ -112,6 +113,7 @@ _CHOICES: Mapping[str, object] = {
 """The words that a key takes: those of a type, or a sentence where that says more."""
 
 _WIDE = 100
+_NAME_SHOWN = 100  # letters of a model's name
 _SMALL, _LARGE = 10**9, 3 * 10**10  # weights: the first are tried on a CPU, of the others not all are trained
 _EVERYTHING, _ADAPTED = 20, 4  # bytes a weight, as docs/qat.md adds them up
 
@@ -143,7 +145,7 @@ def write_template(
     """
     if path.is_dir() or (path.exists() and not force):
         raise UsageError(f"{path}: is there already; name another file, or replace it with `force=True`")
-    text = template(model, to=to, data=data, follow_links=follow_links, name=path.name)
+    text = template(model, to=to, data=data, follow_links=follow_links, name=str(path))
     try:
         write_whole(path, text.encode())
     except OSError as error:
@@ -151,7 +153,7 @@ def write_template(
 
 
 def template(model: Path, *, to: ExportFormat, data: str | None, follow_links: bool, name: str) -> str:
-    """Return the text of a job file for a model; see `write_template`."""
+    """Return the text of a job file for a model, with commands that call it by its name; see `write_template`."""
     checkpoint = open_checkpoint(model, follow_links=follow_links)
     classes = _classes(checkpoint)
     if "routed experts" not in classes:
@@ -202,11 +204,12 @@ def _fit(model: Path, weights: int, config: Mapping[str, Any], to: str, data: st
 
 def _head(model: Path, classes: Mapping[str, int], name: str) -> Iterator[str]:
     whole = sum(classes.values())
-    yield f"# A training of {_plain(model.resolve().name)} for k2quant qat. A key after # has the value shown without"
+    called, job = _plain(model.resolve().name)[:_NAME_SHOWN], _plain(shlex.quote(name))
+    yield f"# A training of {called} for k2quant qat. A key after # has the value shown without"
     yield "# being asked for: take the # away to change it. Paths are seen from where the command runs."
     yield "#"
-    yield f"#   k2quant qat plan {_plain(name)}    what it takes, before anything is trained"
-    yield f"#   k2quant qat train {_plain(name)}   the same command again goes on after a kill"
+    yield f"#   k2quant qat plan {job}    what it takes, before anything is trained"
+    yield f"#   k2quant qat train {job}   the same command again goes on after a kill"
     yield "#"
     yield f"# The model has {whole:,} weights:"
     for kind, weights in classes.items():
@@ -281,4 +284,4 @@ def _quoted(text: str) -> str:
 
 
 def _plain(name: str) -> str:
-    return "".join(letter if letter.isprintable() else "?" for letter in name)[:100]
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
