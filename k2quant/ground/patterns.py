@@ -43,7 +43,7 @@ def may_take_for_ever(pattern: str) -> bool:
 
 def _ways(plain: str) -> int:
     """Return how many ways lead through all options and alternatives of a pattern without escapes and sets."""
-    ways = 2 ** len(_OPTION.findall(plain))
+    ways = 1 << len(_OPTION.findall(plain))
     alternatives = [1]
     for letter in plain:
         if letter == "(":
