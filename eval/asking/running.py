@@ -22,6 +22,7 @@ from k2quant.eval.runs.journal import Journal, Progress, Resuming
 from k2quant.ground.extras import install, need
 from k2quant.ground.saying.meter import each
 from k2quant.ground.saying.progress import Asked, barred, told
+from k2quant.ground.units import counted
 from k2quant.ground.version import __version__
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def run(
         begun = begin(folder, identity)
         journal = Journal(folder / JOURNAL)
         if remark and len(journal):
-            remark(f"{folder}: resumes after {len(journal)} chunks")
+            remark(f"{folder}: resumes after {counted(len(journal), 'chunk')}")
         lm = Resuming(
             load(model, request, tasks, reading), journal, batch_size=request.batch_size, progress=told(progress)
         )

@@ -28,6 +28,7 @@ from k2quant.eval.statistics.group_testing import LEAST_CHUNKS, Findings, clear,
 from k2quant.ground.intervals import Estimate
 from k2quant.ground.saying.meter import each
 from k2quant.ground.saying.progress import Asked, barred, told
+from k2quant.ground.units import counted
 from k2quant.ground.version import __version__
 from k2quant.model.generation import load_tokenizer
 from k2quant.model.modules import Backend
@@ -120,7 +121,7 @@ def find_blame(
     kept = Path(resume) if resume is not None and changed else None
     with measurements(kept, identity, soft_lock=soft_lock) as known:
         if remark and len(known):
-            remark(f"{kept}: resumes after {len(known)} measurement{'' if len(known) == 1 else 's'}")
+            remark(f"{kept}: resumes after {counted(len(known), 'measurement')}")
         with tempfile.TemporaryDirectory(prefix="k2quant-") as folder:
             bench = Bench(mixer, read, Path(folder), known, limit=passes, progress=told(progress))
             bench.options = options

@@ -28,6 +28,7 @@ from k2quant.eval.report.wording import (
     short,
     title,
 )
+from k2quant.ground.units import counted
 from k2quant.ground.version import __version__
 from k2quant.report.words import plain
 
@@ -189,7 +190,7 @@ def _row(cells: Iterable[str]) -> str:
 
 def _table(heads: tuple[str, ...], lines: list[str], total: int, what: str) -> str:
     more = total - len(lines)
-    note = f"{more:,} {what}{'' if more == 1 else 's'} {LEFT_OUT}.\n\n" if more else ""
+    note = f"{counted(more, what)} {LEFT_OUT}.\n\n" if more else ""
     return f"{_row(heads)}{_row('---' for _ in heads)}{''.join(lines)}\n{note}" if lines else note
 
 

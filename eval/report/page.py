@@ -25,6 +25,7 @@ from k2quant.eval.report.wording import (
     scored,
     short,
 )
+from k2quant.ground.units import counted
 from k2quant.ground.version import __version__
 from k2quant.report.document import document
 from k2quant.report.words import code, text
@@ -145,7 +146,7 @@ def _tiles(verdict: Verdict) -> Iterator[tuple[str, str, str]]:
     yield (
         "Items",
         f"{pooled.n:,}",
-        f"in {len(verdict.tasks):,} task{'' if len(verdict.tasks) == 1 else 's'}; {accuracy}",
+        f"in {counted(len(verdict.tasks), 'task')}; {accuracy}",
     )
     flipped = f"{pooled.lost:,} lost, {pooled.gained:,} gained"
     yield "Flips", percent(pooled.flips), f"{flipped}; McNemar p {chance(pooled.p_worse)}"

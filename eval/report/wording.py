@@ -5,6 +5,7 @@ from __future__ import annotations
 from k2quant.eval.drift.findings import Fidelity
 from k2quant.eval.gating.policy import Policy
 from k2quant.eval.gating.verdict import Comparison, Verdict
+from k2quant.ground.units import counted
 from k2quant.report.words import plain
 
 TOOL = "k2quant eval gate"
@@ -83,12 +84,12 @@ def perplexity(value: float) -> str:
 
 def scored(fidelity: Fidelity) -> str:
     """Return what was predicted: `4,096 tokens`, or `1,531 tokens of completions`."""
-    return f"{fidelity.tokens:,} tokens{' of completions' if fidelity.completions else ''}"
+    return f"{counted(fidelity.tokens, 'token')}{' of completions' if fidelity.completions else ''}"
 
 
 def items(number: int) -> str:
     """Return so many items."""
-    return f"{number:,} item{'' if number == 1 else 's'}"
+    return counted(number, "item")
 
 
 def needed(comparison: Comparison, policy: Policy) -> str:

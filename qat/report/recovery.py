@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from k2quant.ground.units import counted
 from k2quant.qat.run.history import Answers, Evaluation, Records
 
 CAVEAT = (
@@ -100,7 +101,7 @@ def whole_percent(share: float) -> str:
 
 def steps(number: int) -> str:
     """Return so many steps: `1 step`, `2,500 steps`."""
-    return f"{number:,} step{'' if number == 1 else 's'}"
+    return counted(number, "step")
 
 
 def nats(value: float) -> str:
