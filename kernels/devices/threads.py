@@ -77,6 +77,9 @@ class _Job:
         self._last_ended = threading.Lock()
         self._last_ended.acquire()
         self._error: BaseException | None = None
+        self._caller = threading.get_ident()
+        self.left = False
+        """Whether the thread that made the job has come to the end of `run`."""
 
     def run(self, _unused: object = None) -> None:
         """Take pieces until there are none; after an error the remaining ones are only counted."""
@@ -89,6 +92,8 @@ class _Job:
                 self._error = self._error or error
             if next(self._ended) == pieces:
                 self._last_ended.release()
+        if threading.get_ident() == self._caller:
+            self.left = True
 
     def finish(self) -> None:
         """Wait for the pieces that other threads have taken, and raise the first error."""
@@ -98,10 +103,16 @@ class _Job:
 
 
 def _share(job: _Job, threads: int) -> None:
-    """Run the job on this thread and, as far as they come, on others."""
+    """Run the job on this thread and, as far as they come, on others.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C stopped this thread outside `work`.
+    """
     openmp = _openmp()
     if openmp is not None:
         openmp.GOMP_parallel(_CALLBACK(job.run), None, threads, 0)
+        if not job.left:  # what a signal raises in a callback of C is printed and passed over
+            raise KeyboardInterrupt
         return
     crew = _crew()
     crew.call(job, threads - 1)
