@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, Checkpoint
-from k2quant.errors import UnsafePath
+from k2quant.errors import CheckpointError, UnsafePath
 
 _OWN = {CONFIG, REPORT, INCOMPLETE}  # written anew, or meant for the source alone
 _NOTES = re.compile(r"k2quant_\w+\.(json|html|txt|lock(\.soft(\.taking)?)?)")  # of our commands, about the source
@@ -43,6 +43,16 @@ def of_tokenizer(name: str) -> bool:
     """Tell whether a file is a tokenizer's, by its name; chat templates and code are."""
     code = name.startswith("tokenization") and name.endswith(".py")
     return name in _TOKENIZER or name.startswith("chat_template") or code
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a folder in which no tokenizer begins, before what reads one is loaded.
+
+    Raises:
+        CheckpointError: it has none of the files that one is loaded from.
+    """
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tiktoken.model")):
+        raise CheckpointError("has no tokenizer", file=folder, remedy="take its files from the model's release")
 
 
 def describes_quantization(name: str) -> bool:

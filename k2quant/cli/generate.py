@@ -55,8 +55,11 @@ def command(
         k2quant generate K2-INT4 --prompt "The capital of France is" --max-new-tokens 16
         k2quant generate K2-INT4 --prompt-file question.txt
     """
+    from k2quant.checkpoint.beside import check_tokenizer
+
     text = _prompt(prompt, prompt_file)
     options.check_early(path, follow_links=follow_links)
+    check_tokenizer(path)
     from k2quant.model import load_model  # only now: it loads torch and transformers
     from k2quant.model.generation import generate, load_tokenizer, silence
 

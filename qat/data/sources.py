@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from k2quant.errors import MalformedFile, MissingExtra, UsageError
 from k2quant.ground.extras import install
 from k2quant.qat.data.examples import KEYS, Example, Reader, example_of
 from k2quant.qat.data.packing import Rows, pack
+from k2quant.qat.job import ENDING, no_data
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are read and all bytes, or with the rows of a dataset."""
@@ -23,8 +23,6 @@ _LINE = 2**26
 """Bytes of a line."""
 _OFTEN = 1000
 """Rows of a dataset after which progress is told."""
-_ENDING = ".jsonl"
-_DATASET = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +83,11 @@ def _files(source: DataSource) -> list[Path]:
     try:
         if not place.is_dir():
             return [place]
-        files = sorted(path for path in place.iterdir() if path.suffix == _ENDING and not path.name.startswith("."))
+        files = sorted(path for path in place.iterdir() if path.suffix == ENDING and not path.name.startswith("."))
     except OSError as error:
         raise MalformedFile("cannot be read", file=place, found=error.strerror) from error
     if not files:
-        raise UsageError(f"{place}: expected files *{_ENDING} in the folder, found none")
+        raise UsageError(f"{place}: expected files *{ENDING} in the folder, found none")
     for file in files:
         check_inside(place, file)
     return files
@@ -135,8 +133,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _of_dataset(source: DataSource, progress: Progress) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row of a dataset with its place, only with the columns that an example may have."""
-    if source.path.endswith(_ENDING) or not _DATASET.fullmatch(source.path):
-        raise UsageError(f"{source.path!r}: no such file or folder, and no name of a dataset such as org/name")
+    if why := no_data(source.path):
+        raise UsageError(f"{source.path!r}: {why}")
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError as error:

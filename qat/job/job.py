@@ -12,6 +12,7 @@ from k2quant.conversion.resume import refuse_nested
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs.grids import PACKED_BITS, largest_code
 from k2quant.qat.config import QATConfig
+from k2quant.qat.job.places import no_data
 from k2quant.qat.job.sections import Data, Distillation, Optimizer, Saving, Training
 
 _NO_PART = {"model", "output", "saving", "follow_links", "trust_remote_code"}  # in what decides the trained weights
@@ -126,3 +127,13 @@ def check_folders(job: Job) -> None:
         if folder is not None and (why := no_folder(folder)):
             raise UsageError(f"{name}: {folder}: {why}")
     refuse_nested(Path(job.model), Path(job.output))
+
+
+def check_data(job: Job) -> None:
+    """Refuse a job whose data are not there; one that is trained needs them no more.
+
+    Raises:
+        UsageError: so it is; the message names the key.
+    """
+    if why := no_data(job.data.path):
+        raise UsageError(f"data: path: {job.data.path}: {why}")

@@ -48,10 +48,11 @@ def command(
     from k2quant.ground.extras import need
 
     need("qat", "`k2quant qat plan`")
-    from k2quant.qat.job import check_folders, read_job
+    from k2quant.qat.job import check_data, check_folders, read_job
 
     read = read_job(job, trust_remote_code=trust_remote_code, follow_links=follow_links)
     check_folders(read)
+    check_data(read)
     check_early(Path(read.model), follow_links=follow_links)
     with working(f"planning {job.name}"):
         from k2quant.qat.planning import plan_job  # only now: it loads torch

@@ -53,13 +53,14 @@ def command(
 
     need("qat", "`k2quant qat train`")
     gc.enable()  # the command line runs without; a training makes cycles at every step
-    from k2quant.qat.job import check_folders, read_job
+    from k2quant.qat.job import check_data, check_folders, read_job
     from k2quant.qat.run.result import finished
 
     read = read_job(job, trust_remote_code=trust_remote_code, follow_links=follow_links)
     check_folders(read)
     result = None if restart or check else finished(read)
     if result is None:
+        check_data(read)
         check_early(Path(read.model), follow_links=follow_links)
         from k2quant.qat.training.training import train
 

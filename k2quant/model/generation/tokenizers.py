@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from k2quant.checkpoint.beside import of_tokenizer
+from k2quant.checkpoint.beside import check_tokenizer, of_tokenizer
 from k2quant.checkpoint.files.paths import inside, open_regular
 from k2quant.checkpoint.reader import CONFIG, open_checkpoint
 from k2quant.errors import CheckpointError, K2QuantError, MalformedFile, MissingExtra
@@ -62,8 +62,7 @@ def open_tokenizer(
         MissingExtra: it needs a package that is not installed.
         UnsafePath: a file of the folder is a link that leaves it.
     """
-    if not any((folder / name).exists() for name in (_FAST, "tokenizer_config.json", TIKTOKEN)):
-        raise CheckpointError("has no tokenizer", file=folder, remedy="take its files from the model's release")
+    check_tokenizer(folder)
     _check_files(folder, follow_links=follow_links)
     ours = [_FAST, "tokenizer_config.json"] if (folder / _FAST).exists() else ["its tokenizer's files"]
     remedy = f"are its files whole? take {' and '.join(ours)} from the model's release"

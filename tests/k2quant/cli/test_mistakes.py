@@ -8,15 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from k2quant.checkpoint.writing.in_memory import write_checkpoint
 from k2quant.cli import main
 from k2quant.kernels.devices import driver
 
 _SLIPS = {
     "generate nowhere --prompt x": (1, "nowhere: no such folder"),
     "generate empty --prompt x": (1, "no checkpoint here"),
+    "generate dumb --prompt x": (1, "dumb: has no tokenizer"),
     "generate empty": (2, "name one text to continue"),
     "generate empty --prompt x --prompt-file y": (2, "name one text to continue"),
     "generate empty --prompt=": (2, "the prompt is empty"),
@@ -33,6 +36,8 @@ _SLIPS = {
     "qat train job.yaml": (2, "model: nowhere: no such folder"),
     "qat plan nofile.yaml": (2, "nofile.yaml"),
     "qat plan job.yaml": (2, "model: nowhere: no such folder"),
+    "qat train nodata.yaml": (2, "data: path: nofile.jsonl: no such file or folder"),
+    "qat plan nodata.yaml": (2, "data: path: nofile.jsonl: no such file or folder"),
     "qat export empty out": (1, "no training of k2quant's"),
     "qat export job.yaml out": (2, "model: nowhere: no such folder"),
     "nano foreign": (1, "no nano-K2"),
@@ -75,8 +80,10 @@ def test_slips_are_answered_before_torch_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "mine").write_text("mine")
+    write_checkpoint(tmp_path / "dumb", {"model.safetensors": {"norm.weight": ("BF16", np.ones(2, np.uint16))}}, {})
     (tmp_path / "empty.yaml").touch()
     (tmp_path / "job.yaml").write_text(_JOB)
+    (tmp_path / "nodata.yaml").write_text(_JOB.replace("nowhere", "empty"))
     slips = _SLIPS if driver.has_driver() else _SLIPS | _WITHOUT_DRIVER
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     tried = subprocess.run(
