@@ -43,7 +43,7 @@ def command(first: Path, second: Path, *, workers: int | None, follow_links: boo
         for finding in differences[:_SHOWN]:
             click.echo(paragraph(f"{finding.name}: {finding.how()}", hang="  "))
         if len(differences) > _SHOWN:
-            click.echo(f"... and {len(differences) - _SHOWN} more")
+            click.echo(f"... and {len(differences) - _SHOWN:,} more")
         click.echo(table(differences))
     else:
         note = rounding_note(findings)

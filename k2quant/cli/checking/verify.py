@@ -72,7 +72,7 @@ def command(
             )
     _print(done, as_json=as_json)
     if not done.passed:
-        message = f"{len(done.failures)} of {max(len(done.findings), len(done.failures))} checks failed"
+        message = f"{len(done.failures):,} of {max(len(done.findings), len(done.failures)):,} checks failed"
         raise CheckFailed(message, remedy=None if destination is None else _by_design(destination))
 
 
