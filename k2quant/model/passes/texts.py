@@ -96,7 +96,9 @@ def read_text(
     file = SAMPLE if path is None else Path(path)
     if file.suffix.lower() == SUFFIX:
         rows = parse_rows(_content(file), file, limit_tokens * _LETTERS)
-        ids, first, unread = _tokens([part for row in rows for part in row], tokenizer, file)
+        most = context * _LETTERS  # what cannot fit into a chunk need not become tokens
+        parts = [part for row in rows for part in (row.prompt[-most:], row.completion[:most])]
+        ids, first, unread = _tokens(parts, tokenizer, file)
         chunks = _completions(ids, first, context, limit_tokens)
         ids = ids[1::2]
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -76,6 +77,21 @@ def test_long_rows_keep_their_completions(tmp_path: Path, tokenizer: object) -> 
         [_letters("fghij123"), _letters("ghij1234"), _letters("ab123456")]
     ]
     assert text.scored[0].sum(1).tolist() == [3, 4, 6]
+
+
+def test_what_cannot_fit_into_a_chunk_never_becomes_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    """A prompt of millions of letters keeps its end, a completion its beginning; the tokenizer gets 64 a token."""
+    seen: list[int] = []
+
+    def counting(parts: Any, **options: Any) -> Any:
+        seen.extend(map(len, [parts] if isinstance(parts, str) else parts))
+        return tokenizer(parts, **options)
+
+    counting.bos_token_id = tokenizer.bos_token_id  # type: ignore[attr-defined]
+    path = _rows(tmp_path, _pair("a" * 10**6 + "bcdefgh", "1234" + "5" * 10**6))
+    text = read_text(path, counting, context=9)
+    assert [batch.tolist() for batch in text.batches] == [[_letters("efgh1234")]]
+    assert max(seen) == 9 * 64
 
 
 def test_rows_are_read_whole_and_no_more_than_asked_for(tmp_path: Path, tokenizer: object) -> None:
