@@ -99,7 +99,7 @@ def open_regular(path: Path) -> int:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Say of an error of reading which file it was: of an open one the kernel does not."""
+    """Say of an error of reading or writing which file it was: of an open one the kernel does not."""
     try:
         yield
     except OSError as error:
@@ -145,7 +145,8 @@ def replacing(path: Path) -> Iterator[int]:
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         yield descriptor
-        os.fsync(descriptor)
+        with _named(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
     partial.rename(path)
@@ -154,7 +155,7 @@ def replacing(path: Path) -> Iterator[int]:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file so that it is whole or not there."""
-    with replacing(path) as descriptor:
+    with replacing(path) as descriptor, _named(path):
         write_all(descriptor, data, 0)
 
 

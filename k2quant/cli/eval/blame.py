@@ -76,7 +76,7 @@ def command(
     Example:
         k2quant eval blame K2-Instruct K2-INT4 --text notes.txt -o blame.json
     """
-    options.check_early(base, candidate, follow_links=follow_links, text=text)
+    options.check_early(base, candidate, follow_links=follow_links, text=text, output=output)
     from k2quant.eval import discard_passes, find_blame
     from k2quant.model.generation import silence
 

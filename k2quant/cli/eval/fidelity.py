@@ -75,7 +75,7 @@ def command(
     Example:
         k2quant eval fidelity K2-Instruct K2-INT4 --text notes.txt -o fidelity.json
     """
-    options.check_early(base, candidate, follow_links=follow_links, text=text)
+    options.check_early(base, candidate, follow_links=follow_links, text=text, output=output)
     from k2quant.eval import measure_fidelity
     from k2quant.model.generation import silence
 

@@ -49,23 +49,28 @@ def _check_device(name: str, others: tuple[str, ...] | None) -> None:
     refuse_without_driver(name, remedy="" if others == () else "; use --device cpu")
 
 
-def check_early(*folders: Path, follow_links: bool, text: Path | None = None) -> None:
-    """Refuse what cannot be read before torch and transformers are loaded, which takes seconds.
+def check_early(*folders: Path, follow_links: bool, text: Path | None = None, output: Path | None = None) -> None:
+    """Refuse what cannot be read or written before torch and transformers are loaded, which takes seconds.
 
     Args:
         folders: of checkpoints; their indexes and headers are read.
         follow_links: whether their links may lead out of them.
         text: a file to be read later.
+        output: a file to be written at the end.
 
     Raises:
         CheckpointError: a folder holds no checkpoint, or the file is none.
+        OutputError: the folder of `output` is not there, or nothing may be written there.
         OSError: the file cannot be opened.
     """
     import os
 
     from k2quant.checkpoint.files.paths import open_regular
     from k2quant.checkpoint.reader import open_checkpoint
+    from k2quant.errors import OutputError
 
+    if output is not None and not os.access(output.parent, os.W_OK | os.X_OK):
+        raise OutputError("cannot be written", file=output, remedy="name a file in a folder that is there and yours")
     for folder in folders:
         open_checkpoint(folder, follow_links=follow_links)
     if text is not None:

@@ -41,11 +41,13 @@ def give(
     from k2quant.checkpoint.files.paths import write_whole
 
     data = json.dumps(found, indent=1)
-    if output is not None:
-        write_whole(output, data.encode() + b"\n")
-    if note is not None:
-        warn(note)
-    if as_json:
-        click.echo(data)
-    else:
-        show()
+    try:
+        if output is not None:
+            write_whole(output, data.encode() + b"\n")
+    finally:  # what took hours is not lost with a disk that is full
+        if note is not None:
+            warn(note)
+        if as_json:
+            click.echo(data)
+        else:
+            show()

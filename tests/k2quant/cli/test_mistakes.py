@@ -29,6 +29,8 @@ _SLIPS = {
     "eval fidelity nowhere empty": (1, "nowhere: no such folder"),
     "eval fidelity empty nowhere": (1, "no checkpoint here"),
     "eval blame nowhere empty": (1, "nowhere: no such folder"),
+    "eval fidelity empty empty -o nowhere/f.json": (1, "nowhere/f.json: cannot be written"),
+    "eval blame empty empty -o nowhere/f.json": (1, "nowhere/f.json: cannot be written"),
     "eval run nowhere --tasks x -o out": (2, "nowhere: no such folder"),
     "eval run empty --tasks x -o out": (1, "no checkpoint here"),
     "qat train nofile.yaml": (2, "nofile.yaml"),
