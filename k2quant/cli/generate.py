@@ -123,7 +123,7 @@ def _read(file: Path | None) -> str:
     else:
         name, data = str(file), read_limited(file, _LIMIT)
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")  # what an editor put before the text is no part of it either
     except UnicodeDecodeError as error:
         raise MalformedFile("no text", file=name, expected="UTF-8", found=f"a wrong byte at {error.start:,}") from error
     return text.removesuffix("\n").removesuffix("\r")

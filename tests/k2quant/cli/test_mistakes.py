@@ -117,7 +117,7 @@ def test_a_machine_with_the_driver_of_a_gpu_asks_torch(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("content", "wrong"),
-    [(b"a\xff", "a wrong byte at 1"), (b"", "the prompt is empty"), (b"\n", "the prompt is empty")],
+    [(b"a\xff", "a wrong byte at 1"), (b"", "the prompt is empty"), (b"\xef\xbb\xbf\n", "the prompt is empty")],
 )
 @pytest.mark.parametrize("how", ["--prompt", "--prompt-file", "stdin file"])
 def test_a_prompt_from_elsewhere_is_checked(content: bytes, wrong: str, how: str, tmp_path: Path) -> None:

@@ -493,9 +493,9 @@ def test_generate_streams_what_the_model_says(
 def test_generate_reads_its_prompt_from_a_file_or_stdin(
     k2_thinking: Path, tokenizer_files: Path, tmp_path: Path
 ) -> None:
-    """The line break that an editor or `echo` put at the end is no part of it."""
+    """The line break that an editor or `echo` put at the end is no part of it, nor a mark of UTF-8 at its beginning."""
     path = with_tokenizer(k2_thinking, tokenizer_files, tmp_path / "model")
-    (tmp_path / "prompt.txt").write_text(f"{PROMPT}\n")
+    (tmp_path / "prompt.txt").write_text(f"{PROMPT}\n", encoding="utf-8-sig")
     for named in (["--prompt", "-"], ["--prompt-file", str(tmp_path / "prompt.txt")]):
         command = ["generate", str(path), *named, "--max-new-tokens", "1", "--json"]
         shown = CliRunner().invoke(main, command, input=f"{PROMPT}\r\n")
