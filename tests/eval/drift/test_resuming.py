@@ -253,7 +253,7 @@ def test_a_full_disk_names_the_folder(
     monkeypatch.setattr("k2quant.eval.runs.journal.os.fsync", full)
     with pytest.raises(OSError, match="No space left") as caught:
         find_blame(base, int4, text=text, resume=tmp_path / "full", **OPTIONS)
-    assert caught.value.filename == str(tmp_path / "full")
+    assert Path(caught.value.filename).is_relative_to(tmp_path / "full")
     assert (tmp_path / "full").is_dir()
 
 
