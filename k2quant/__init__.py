@@ -61,3 +61,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"k2quant.{name}")
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    """Name what is loaded later too: completion in a notebook asks here."""
+    return sorted({*globals(), *__all__})

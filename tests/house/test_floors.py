@@ -179,6 +179,13 @@ def test_import_loads_nothing_heavy(statement: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_completion_names_what_is_loaded_later() -> None:
+    """`dir(k2quant)` has every public name, and loads nothing for it."""
+    code = "import sys, k2quant; print({*k2quant.__all__} <= {*dir(k2quant)}, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True False\n"
+
+
 def test_rooms_are_reached_through_the_package() -> None:
     """`import k2quant` is enough for `k2quant.eval.gate` and `k2quant.qat.QATConfig`, which need no torch."""
     code = "import sys, k2quant; print(k2quant.eval.gate.__name__, k2quant.qat.QATConfig().to, 'torch' in sys.modules)"
