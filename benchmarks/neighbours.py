@@ -35,8 +35,8 @@ WAYS: dict[str, dict[str, str]] = {
 """What the user says. libgomp spins 300,000 rounds where nobody says anything; k2quant asks for fewer then."""
 
 JOBS = {
-    "blame": "eval blame {base} {candidate} --passes 12 --tokens 4096 --json",
-    "nano": "nano {folder}/nano --steps 30 --json",
+    "blame": "eval blame {base} {candidate} --passes 12 --tokens 2048 --json",
+    "nano": "nano {folder}/nano --steps 10 --json",
     "generate": "generate {candidate} --prompt A0478+3= --json",
 }
 """A long job of many passes, a training, and one token after the other; starting is a part of each."""
