@@ -21,7 +21,11 @@ from k2quant.nano.demo import K2_CONFIG, write_k2
 
 
 def pytest_configure() -> None:
-    """Have Triton interpret its kernels where there is no GPU; it looks at this once, when it is imported."""
+    """Have Triton interpret its kernels where there is no GPU; it looks at this once, when it is imported.
+
+    And forget how wide a terminal is: processes of xdist say 80 columns, where output is read by a test.
+    """
+    os.environ.pop("COLUMNS", None)
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 

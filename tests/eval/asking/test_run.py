@@ -496,12 +496,12 @@ def test_the_table_goes_to_stdout(request_: Request, tmp_path: Path) -> None:
         ("aiohttp", "lm-eval is not whole"),
     ],
 )
-def test_without_lm_eval_the_extra_is_named(missing: str, said: str, tmp_path: Path) -> None:
+def test_without_lm_eval_the_extra_is_named(missing: str, said: str, k2_source: Path, tmp_path: Path) -> None:
     """Said before torch is loaded or anything is written; also of an lm-eval without what its own extra brings."""
     code = (
         f"import sys; sys.modules[{missing!r}] = None\n"
         "from k2quant.cli import main\n"
-        f"try: main(['eval', 'run', 'x', '--tasks', 'gsm8k', '-o', {str(tmp_path / 'run')!r}])\n"
+        f"try: main(['eval', 'run', {str(k2_source)!r}, '--tasks', 'gsm8k', '-o', {str(tmp_path / 'run')!r}])\n"
         "finally: assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -521,12 +521,12 @@ def test_dry_run_writes_nothing(k2_thinking: Path, tmp_path: Path) -> None:
     assert cost["merged"] == 3
     assert cost["merged_by_class"] == {"routed experts": 2, "attention": 1}
     assert cost["work"]["routed experts"] == {"copied": 94, "merged": 2}
-    assert cost["work"]["attention"] == {"copied": 14, "merged": 1}
+    assert cost["work"]["attention"] == {"copied": 17, "merged": 1}
     assert cost["fits"] is True
     assert not (tmp_path / "out").exists()
     shown = CliRunner().invoke(main, arguments(k2_thinking, tmp_path, "--dry-run")).output
     assert "merged           3" in shown
-    assert "attention        14 copied, 1 merged" in shown
+    assert "attention        17 copied, 1 merged" in shown
     assert "merged_by_class" not in shown
 
 

@@ -534,7 +534,7 @@ def test_a_base_of_links_is_read_where_links_are_followed(base: Path, ram: Path)
     for path in base.iterdir():
         (ram / "linked" / path.name).symlink_to(path)
     model = ready(base)
-    refused(UnsafePath, model, ram / "out", "--follow-links", base=ram / "linked")
+    refused(UnsafePath, model, ram / "out", "follow_links=True", base=ram / "linked")
     qat.export(model, ram / "out", base=ram / "linked", follow_links=True)
     assert (ram / "out" / "config.json").is_file()
 
