@@ -242,10 +242,11 @@ def render_models(folder: Path) -> str:
 
 
 def render_accuracy(folder: Path) -> str:
-    """Link the proofs of `k2quant eval`, which `gate.py` and `blame.py` write."""
+    """Link the proofs of `k2quant eval`, which `gate.py`, `blame.py` and `neighbours.py` write."""
     pages = {
         "gate": "[The gate](results/gate.md): false accepts, power, and the rules of other tools in the same cells.",
         "blame": "[Blame](results/blame.md): how often planted damage is found, and anything named without it.",
+        "neighbours": "[Neighbours](results/neighbours.md): what other busy processes cost, by how threads wait.",
     }
     lines = [f"- {line}\n" for name, line in pages.items() if (folder / f"{name}.json").exists()]
     return f"\n## Accuracy\n\n{''.join(lines)}" if lines else ""
