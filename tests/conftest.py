@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +24,12 @@ from k2quant.nano.demo import K2_CONFIG, write_k2
 def pytest_configure() -> None:
     """Have Triton interpret its kernels where there is no GPU; it looks at this once, when it is imported.
 
-    And forget how wide a terminal is: processes of xdist say 80 columns, where output is read by a test.
+    And forget how wide a terminal is: processes of xdist say 80 columns, where output is read by a test. And hear
+    Ctrl-C, which tests send: a shell that starts them in the background has it ignored, here and in all they start.
     """
     os.environ.pop("COLUMNS", None)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 

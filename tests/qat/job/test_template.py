@@ -60,7 +60,7 @@ def test_what_it_writes_is_planned_once_data_is_named(model: Path, tmp_path: Pat
     assert "name your data in it (data.path)" in shown.stdout
     assert f"k2quant qat plan {tmp_path / 'job.yaml'} " in (tmp_path / "job.yaml").read_text()
     missing = command("plan", tmp_path / "job.yaml")
-    assert (missing.exit_code, "'train.jsonl': no such file" in missing.stderr) == (2, True), missing.output
+    assert (missing.exit_code, "data: path: train.jsonl: no such file" in missing.stderr) == (2, True), missing.output
     done = command("init", model, "-o", tmp_path / "job.yaml", "--force", "--data", tmp_path / "data.jsonl")
     assert done.exit_code == 0, done.output
     planned = command("plan", tmp_path / "job.yaml", "--json")
