@@ -12,10 +12,8 @@ import argparse
 import functools
 import gc
 import json
-import os
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -391,15 +389,12 @@ def measure(given: argparse.Namespace) -> None:
     """Plant, look, and write the results for machines."""
     silence()
     torch.set_num_threads(1)  # the model is so small that a second thread only waits
-    facts: dict[str, Any] = {
-        "cpu": machine.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
-        "versions": machine.versions(sys.executable, ["torch", "transformers", "numpy"]),
-        "commit": machine.git("rev-parse", "--short", "HEAD") or "none",
-        "dirty": bool(machine.git("status", "--porcelain", "--", "k2quant", "kernels", "eval")),
-        "command": f"python benchmarks/blame.py {given.folder.name} --seeds {given.seeds}",
-    }
+    facts = machine.facts(
+        f"python benchmarks/blame.py {given.folder.name} --seeds {given.seeds}",
+        "k2quant",
+        "kernels",
+        "eval",
+    )
     with tempfile.TemporaryDirectory(prefix="k2quant-") as folder:
         base = prepared(given.folder, Path(folder))
         nulls = list(null_runs(base, Path(folder), given.seeds))

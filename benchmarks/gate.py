@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -57,14 +56,12 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     stood = kept.stat().st_mtime_ns if kept.exists() else None
     answers = gate_population.kept_answers(folder, given.count, kept, tell)
     scoring = time.perf_counter() - begun
-    facts: dict[str, Any] = {
-        "cpu": machine.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
-        "versions": machine.versions(sys.executable, ["torch", "transformers", "numpy"]),
-        "commit": machine.git("rev-parse", "--short", "HEAD") or "none",
-        "dirty": bool(machine.git("status", "--porcelain", "--", "k2quant/nano", "kernels", *gate_files())),
-        "command": f"python benchmarks/gate.py --count {given.count} --resamples {given.resamples} --seed {given.seed}",
+    facts = machine.facts(
+        f"python benchmarks/gate.py --count {given.count} --resamples {given.resamples} --seed {given.seed}",
+        "k2quant/nano",
+        "kernels",
+        *gate_files(),
+    ) | {
         "seed": given.seed,
         "resamples": given.resamples,
         "items": len(answers[gate_population.WHOLE]),

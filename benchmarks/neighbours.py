@@ -119,6 +119,14 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Results of each command: {same}.", ""])
 
 
+def write(file: Path) -> None:
+    """Write the page beside a file of results; remarks of a person lie there too, as `<name>-remarks.md`."""
+    remarks = file.with_name(f"{file.stem}-remarks.md")
+    text = page(json.loads(file.read_text()))
+    file.with_suffix(".md").write_text(f"{text}\n{remarks.read_text()}" if remarks.exists() else text)
+    print(file.with_suffix(".md").read_text())
+
+
 def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,15 +138,13 @@ def main() -> None:
         "--json", type=Path, default=Path("benchmarks/results/neighbours.json"), help="where results go"
     )
     given = parser.parse_args()
-    facts: dict[str, Any] = {
-        "cpu": machine.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
-        "versions": machine.versions(sys.executable, ["torch", "transformers", "numpy"]),
-        "commit": machine.git("rev-parse", "--short", "HEAD") or "none",
-        "dirty": bool(machine.git("status", "--porcelain", "--", "k2quant", "kernels", "eval")),
-        "command": f"python benchmarks/neighbours.py {given.base.name} {given.candidate.name} --busy {given.busy} "
+    facts = machine.facts(
+        f"python benchmarks/neighbours.py {given.base.name} {given.candidate.name} --busy {given.busy} "
         f"--rounds {given.rounds}",
+        "k2quant",
+        "kernels",
+        "eval",
+    ) | {
         "busy": given.busy,
         "rounds": given.rounds,
     }
@@ -146,8 +152,7 @@ def main() -> None:
         facts["runs"] = list(measure(given, Path(folder)))
     facts["same"] = all(len({r["sha256"] for r in facts["runs"] if r["job"] == job}) == 1 for job in JOBS)
     given.json.write_text(json.dumps(facts, indent=1) + "\n")
-    given.json.with_suffix(".md").write_text(page(facts))
-    print(page(facts))
+    write(given.json)
     if not facts["same"]:
         sys.exit(3)
 

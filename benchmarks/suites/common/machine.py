@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,24 @@ def processor() -> str:
     """Return the processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def facts(command: str, *code: str) -> dict[str, Any]:
+    """Return the entries of a result that say where, with what and how it was measured.
+
+    Args:
+        command: repeats it.
+        code: files and folders of the repository that are measured.
+    """
+    return {
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "versions": versions(sys.executable, ["torch", "transformers", "numpy"]),
+        "commit": git("rev-parse", "--short", "HEAD") or "none",
+        "dirty": bool(git("status", "--porcelain", "--", *code)),
+        "command": command,
+    }
 
 
 def describe(workdir: Path, python: str, peers_python: str) -> dict[str, Any]:
