@@ -27,20 +27,10 @@ from k2quant.formats.dtypes import TensorSpec, as_array
 from k2quant.ground import names
 from k2quant.model import load_model, stream_forward
 from k2quant.model.passes.mixture import Mixer
-from k2quant.nano import architecture, vocabulary, writing
+from k2quant.nano import vocabulary
 
 OPTIONS: dict[str, Any] = {"context": 17, "tokens": 512}
 IDS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(3))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A nano-K2 with fresh weights."""
-    folder = tmp_path_factory.mktemp("blame") / "base"
-    folder.mkdir()
-    torch.manual_seed(0)
-    writing.write(folder, architecture.build(), {})
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -26,20 +26,10 @@ from k2quant.eval.drift.findings import Blame
 from k2quant.eval.runs.folder import JOURNAL, LOCK
 from k2quant.eval.runs.journal import Journal
 from k2quant.model import stream_forward
-from k2quant.nano import architecture, vocabulary, writing
+from k2quant.nano import vocabulary
 
 PASSES = 12
 OPTIONS: dict[str, Any] = {"context": 17, "tokens": 272, "passes": PASSES}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A nano-K2 with fresh weights."""
-    folder = tmp_path_factory.mktemp("resuming") / "base"
-    folder.mkdir()
-    torch.manual_seed(0)
-    writing.write(folder, architecture.build(), {})
-    return folder
 
 
 @pytest.fixture(scope="module")
