@@ -1,0 +1,194 @@
+"""How many items a margin takes where each is asked several times: the size of a run with repeats, planned ahead.
+
+A plan knows of the differences x of items how large they are, not how they are spread in every detail: a share of items
+differs by one size, up as often as down, with the mean of x^2 and of x^4 that was seen or is assumed. What passes is
+then known for each number of losses and gains, and its chance is a sum over the trinomial. Simulation agrees to a few
+points: benchmarks/results/gate.md.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from k2quant.errors import UsageError
+from k2quant.eval.statistics.binomial import Counts, Floats, window
+from k2quant.eval.statistics.dirichlet import chance_of_none
+from k2quant.eval.statistics.exact import chance
+from k2quant.eval.statistics.tango import check_share
+
+MOST = 10_000_000
+"""Items above which a plan says that no number will do."""
+
+_SUMMED = 200_000  # items up to which chances are sums; above, the normal distribution is as good
+_PLACES = 129  # numbers of flips at which the losses that pass are found; between them they lie on a line
+_AHEAD = 1.05  # times the items: where the power must hold too
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """How much the two models' right answers differ on an item, for a candidate without any drop."""
+
+    share: float
+    """Of the items that differ, 0 to 1."""
+    size: float
+    """By which they do, 0 to 1, up as often as down."""
+
+    @property
+    def variance(self) -> float:
+        """The mean square of an item's difference."""
+        return self.share * self.size**2
+
+
+def seen(values: Counts, counts: Counts, unit: int) -> Differences:
+    """Return what the differences of items were, their signs aside.
+
+    Args:
+        values: int64 `[k]`, the different differences, in units of 1 / `unit`.
+        counts: int64 `[k]`, how many items have each.
+        unit: what the differences are parts of.
+    """
+    x = values / unit
+    return _of_moments(*(float(counts @ x**power) / float(counts.sum()) for power in (2, 4)))
+
+
+def assumed(flips: float, correlation: float, repeats: int) -> Differences:
+    """Return what the differences of items will be, from those of single answers.
+
+    An item is of one of three kinds. Some flip in every repeat: the share `flips * correlation`. Of some nobody knows
+    the answer, and either model is right every second time. The others never flip. The mean of x^2 is `flips *
+    (correlation + (1 - correlation) / repeats)` whatever the kinds.
+
+    Args:
+        flips: share of single answers that flip, 0 to 1.
+        correlation: of an item's difference in one repeat with that in another, 0 to 1.
+        repeats: answers to each item, of either side, at least 1.
+
+    Raises:
+        UsageError: an argument makes no sense.
+    """
+    if not 0 <= flips <= 1 or not 0 <= correlation <= 1 or repeats < 1:
+        raise UsageError(
+            "expected flips and a correlation from 0 to 1 and at least one repeat, "
+            f"found {flips!r}, {correlation!r} and {repeats!r}"
+        )
+    loose = flips * (1 - correlation)
+    square = flips * correlation + loose / repeats
+    # Of 2 R coins worth 1 / (2 R) each, as the difference of two means over R answers is.
+    fourth = flips * correlation + loose * (3 * repeats - 1) / (2 * repeats**3)
+    return _of_moments(square, fourth)
+
+
+def _of_moments(square: float, fourth: float) -> Differences:
+    if not fourth:
+        return Differences(0.0, 0.0)
+    return Differences(min(1.0, square**2 / fourth), math.sqrt(fourth / square))
+
+
+def chance_of_pass(values: Counts, counts: Counts, unit: int, margin: float, alpha: float) -> float:
+    """Return the chance that a candidate without any drop passes, with as many items that differ as much as these do.
+
+    Args:
+        values: int64 `[k]`, the different differences of items, in units of 1 / `unit`.
+        counts: int64 `[k]`, how many items have each; at least one item in all.
+        unit: what the differences are parts of.
+        margin: largest drop that is good enough, above 0, below 0.5.
+        alpha: chance that a candidate whose drop is the margin passes, above 0, below 0.5.
+    """
+    return power_of(seen(values, counts, unit), int(counts.sum()), margin, alpha)
+
+
+def needed(values: Counts, counts: Counts, unit: int, margin: float, alpha: float, power: float) -> int | None:
+    """Return how many items that differ as much as these pass a candidate without any drop with this power.
+
+    Args:
+        values: as for `chance_of_pass`.
+        counts: likewise.
+        unit: likewise.
+        margin: likewise.
+        alpha: likewise.
+        power: above 0, below 1.
+
+    Returns:
+        The items; None where ten million do not.
+    """
+    return items_for(seen(values, counts, unit), margin, alpha, power)
+
+
+def power_of(differences: Differences, n: int, margin: float, alpha: float) -> float:
+    """Return the chance that `p_good` of n such items is at most alpha.
+
+    Args:
+        differences: of items, for a candidate without any drop.
+        n: items, at least 1.
+        margin: above 0, below 0.5.
+        alpha: above 0, below 0.5.
+
+    Raises:
+        UsageError: an argument makes no sense.
+    """
+    check_share("margin", margin, 0.5)
+    check_share("alpha", alpha, 0.5)
+    if n < 1:
+        raise UsageError(f"n: expected at least 1 item, found {n!r}")
+    if n > _SUMMED:
+        return _normal_power(differences, n, margin, alpha)
+    low, high = window(n, differences.share)
+    flips = np.unique(np.linspace(low, high, _PLACES).round().astype(np.int64))
+    most = _most_losses(differences.size, flips, n, margin, alpha)
+    between = np.floor(np.interp(np.arange(low, high + 1), flips, most + 0.5)).astype(np.int64)
+    curve = np.full(n + 1, -1)
+    curve[low : high + 1] = between
+    return chance(curve, n, differences.share, 0.5)
+
+
+def _normal_power(differences: Differences, n: int, margin: float, alpha: float) -> float:
+    normal = NormalDist()
+    if not differences.variance:
+        return 1.0
+    # The item at the worst costs 1 / n of the margin.
+    return normal.cdf((margin - 1 / n) / math.sqrt(differences.variance / n) + normal.inv_cdf(alpha))
+
+
+def _most_losses(size: float, flips: Counts, n: int, margin: float, alpha: float) -> Counts:
+    """Return for each number of items that differ how many of them may be losses; -1 where nothing passes."""
+    weights = np.array([margin - size, margin + size, margin, margin - 1])
+    low, high = np.full(len(flips), -1), flips.copy()
+    while (low < high).any():
+        lost = (low + high + 1) // 2
+        kinds: Floats = np.stack((lost, flips - lost, n - flips, np.ones_like(flips)), axis=1).astype(np.float64)
+        passes = chance_of_none(weights, kinds) <= alpha
+        low, high = np.where(passes, lost, low), np.where(passes, high, lost - 1)
+    return low
+
+
+def items_for(differences: Differences, margin: float, alpha: float, power: float) -> int | None:
+    """Return a number of such items from which on the chance of PASS is `power`; None where ten million do not do.
+
+    Args:
+        differences: of items, for a candidate without any drop.
+        margin: above 0, below 0.5.
+        alpha: above 0, below 0.5.
+        power: above 0, below 1.
+
+    Raises:
+        UsageError: an argument makes no sense.
+    """
+    check_share("margin", margin, 0.5)
+    check_share("alpha", alpha, 0.5)
+    check_share("power", power, 1)
+    normal = NormalDist()
+    bound, wanted = normal.inv_cdf(alpha), normal.inv_cdf(max(power, 0.5))
+    least = math.ceil(math.log(alpha) / math.log1p(-margin))  # without any difference
+    n = max(least, math.ceil((wanted - bound) ** 2 * differences.variance / margin**2))
+    while n <= MOST:
+        # More than one number, as the chance falls a little until one more loss is allowed.
+        reached = min(power_of(differences, ahead, margin, alpha) for ahead in (n, n + 1, math.ceil(n * _AHEAD)))
+        if reached >= power:
+            return n
+        apart = (wanted - bound) / max(0.1, normal.inv_cdf(max(reached, 1e-9)) - bound)
+        n = math.ceil(n * min(1.5, max(1.01, apart**2)))
+    return None
