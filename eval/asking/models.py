@@ -11,8 +11,10 @@ from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.reader import CONFIG, open_checkpoint
 from k2quant.errors import CheckpointError, HarnessFault, MissingExtra, UsageError
+from k2quant.eval.asking.endpoint.client import Client
+from k2quant.eval.asking.endpoint.headers import read_headers
+from k2quant.eval.asking.endpoint.server import Server
 from k2quant.eval.asking.request import Request
-from k2quant.eval.asking.server import Server
 from k2quant.eval.runs.identity import model_hash, tokenizer_hash
 from k2quant.eval.runs.journal import Progress
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 _CONFIG_LIMIT = 2**24  # bytes of config.json
 _LONGEST = 131_072  # tokens of a text where no config says: that of Kimi K2; a server says itself when that is too long
+_THINK_END = "</think>"  # what K2-Thinking and later write behind their reasoning
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
 
 
@@ -188,7 +191,9 @@ def _served(model: Model, request: Request, tasks: Tasks) -> Any:
     from k2quant.eval.asking.harness import served_model
 
     assert request.base_url  # noqa: S101  `run` checked it
-    server = Server(url=_endpoint(request.base_url, chat=request.chat), model=request.model, chat=request.chat)
+    url = _endpoint(request.base_url, chat=request.chat)
+    client = Client(url=url, headers=read_headers({}), concurrency=request.batch_size)
+    server = Server(client=client, model=request.model, chat=request.chat)
     if tasks.scored and request.chat:
         raise UsageError(
             f"chat messages cannot be scored, and {', '.join(tasks.scored)} need it; leave out `chat=True`"
@@ -201,7 +206,8 @@ def _served(model: Model, request: Request, tasks: Tasks) -> Any:
             raise UsageError(f"{', '.join(tasks.scored)} need `tokenizer=` or `served_from=`: text is scored by tokens")
         tokenizer = _tokenizer(folder, request)
         server.check_scores(tokenizer.encode("1 2 3 4 5"), tasks.scored)
-    lm = served_model(server, tokenizer, at_once=request.batch_size, max_length=model.max_length)
+    marker = getattr(request, "think_end", None)
+    lm = served_model(server, tokenizer, max_length=model.max_length, marker=_THINK_END if marker is None else marker)
     lm.settings = {"url": server.url, "prompts_begin_with": _added_tokens(tokenizer) if tokenizer else None}
     return lm
 

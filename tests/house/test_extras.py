@@ -22,7 +22,7 @@ from places import ROOT
 OFFERED = {"triton", "vllm"}
 """What is used where it happens to be there: Triton comes with torch's builds for GPUs."""
 
-BROUGHT_ALONG = {"huggingface-hub": "transformers", "llvmlite": "numba", "requests": "lm-eval"}
+BROUGHT_ALONG = {"aiohttp": "lm-eval", "huggingface-hub": "transformers", "llvmlite": "numba"}
 """What is imported and no line of pyproject.toml names, and what requires it."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")

@@ -1,41 +1,94 @@
-"""Models behind an OpenAI-style server as lm-eval asks them, with the answers counted that the server cut."""
+"""Models behind an OpenAI-style server as lm-eval asks them, with the answers counted that the server cut.
+
+lm-eval's classes say what a request and an answer look like; the requests are sent by our own client, which keeps
+many under way over all of a run, asks again where a server may recover, and hands on each answer when it comes.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
 
 from k2quant.errors import HarnessFault
+from k2quant.eval.asking.endpoint.server import Server
 from k2quant.eval.asking.harness.faults import check_room
-from k2quant.eval.asking.server import Server
+
+_REASONING = ("reasoning_content", "reasoning")  # beside `content`: as DeepSeek's API and vLLM name it, older and newer
 
 
 class _Told:
-    """What both kinds of server share: tell which answers the server says it cut, and strip stop strings."""
+    """What both kinds of server share: requests under way together, and answers that the server says it cut."""
 
     server: Server
+    marker: str
+
+    def stream_until(self, requests: list[Any], each: Callable[[int, str, bool], None]) -> None:
+        """Write answers, and hand on each as it comes, in whatever order that is.
+
+        Args:
+            requests: of lm-eval's kind.
+            each: called in this thread with the place of a request, its answer, and whether the server says that it
+                cut the answer at the limit on new tokens.
+
+        Raises:
+            HarnessFault: the server refuses a request, answers with no text, or does not answer.
+        """
+
+        def came(place: int, answer: dict[str, Any]) -> None:
+            with self.server.blamed():
+                text, cut = self._read(self.server.only_choice(answer))
+            ended = _ended(text, requests[place].args[1].get("until"))
+            each(place, ended, cut and ended == text)
+
+        self.server.client.answers((self._asked(*request.args) for request in requests), came)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        with self.server.blamed():
-            texts = super().generate_until(requests)  # type: ignore[misc]
-        return [_ended(text, request.args[1].get("until")) for text, request in zip(texts, requests, strict=True)]
+        """Write answers."""
+        texts: dict[int, str] = {}
 
-    def parse_generations(self, outputs: Any, **kwargs: Any) -> list[Any]:
-        texts = super().parse_generations(outputs, **kwargs)  # type: ignore[misc]
-        outputs = outputs if isinstance(outputs, list) else [outputs]
-        reasons = [choice.get("finish_reason") for output in outputs for choice in output["choices"]]
-        return [self._told(text, reason) for text, reason in zip(texts, reasons, strict=True)]
+        def keep(place: int, text: str, cut: bool) -> None:  # noqa: FBT001  as stream_until hands it on
+            texts[place] = _Cut(text) if cut else text
 
-    def _told(self, text: Any, reason: object) -> str:
-        text = "" if text is None else text  # all tokens went into reasoning; lm-eval writes the same
-        if not isinstance(text, str):
-            raise HarnessFault("an answer that is no text", file=self.server.url, found=type(text).__name__)
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character fits in no file
-        return _Cut(text) if reason == "length" else text
+        self.stream_until(requests, keep)
+        return [texts[place] for place in range(len(requests))]
 
     def were_cut(self, requests: list[Any], answers: list[str]) -> list[bool]:  # noqa: ARG002  others look at the requests
         return [isinstance(answer, _Cut) for answer in answers]
+
+    def _asked(self, context: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what is posted to have a text continued, or a message answered."""
+        lm: Any = self
+        settings = copy.deepcopy(dict(settings))  # lm-eval takes out what it has read
+        body: dict[str, Any] = lm._create_payload(  # noqa: SLF001  the form of requests
+            lm.create_message([context]),
+            generate=True,
+            gen_kwargs=settings,
+            seed=lm._seed,  # noqa: SLF001
+        )
+        body["stop"] = [word for word in body["stop"] if word]
+        return body if body["stop"] else {name: value for name, value in body.items() if name != "stop"}
+
+    def _read(self, choice: dict[str, Any]) -> tuple[str, bool]:
+        """Return the text of a choice, reasoning before it, and whether the server cut it."""
+        cut = choice.get("finish_reason") == "length"
+        if not self.server.chat:
+            return self._whole(choice["text"]), cut
+        message = choice["message"]
+        content = self._whole(message.get("content"))
+        thought = next((message[name] for name in _REASONING if message.get(name)), None)
+        if thought is None or not self.marker:
+            return content, cut
+        thought = self._whole(thought)
+        return (thought if cut and not content else thought + self.marker + content), cut
+
+    def _whole(self, text: Any) -> str:
+        text = "" if text is None else text  # all tokens went into reasoning; lm-eval writes the same
+        if not isinstance(text, str):
+            raise HarnessFault("an answer that is no text", file=self.server.url, found=type(text).__name__)
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character fits in no file
 
 
 class _Cut(str):
@@ -45,33 +98,34 @@ class _Cut(str):
 
 
 def _ended(text: str, until: Any) -> str:
-    """Cut a text before its first stop string, which some servers leave in; keep it known as cut where it has none."""
-    found = text
+    """Cut a text before its first stop string, which some servers leave in."""
     for stop in [until] if isinstance(until, str) else until or []:
-        found = found.split(stop)[0] if stop else found
-    return text if found == text else found
+        text = text.split(stop, maxsplit=1)[0] if stop else text
+    return text
 
 
 class _Completions(_Told, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no types
-    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         check_room(requests, self.max_length)
-        scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **kwargs)
-        return scores
+        texts = [context + continuation for _, context, continuation in requests]
+        scores: dict[int, tuple[float, bool]] = {}
 
-    def parse_logprobs(self, outputs: Any, tokens: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        outputs = outputs if isinstance(outputs, list) else [outputs]
-        choices = [choice for output in outputs for choice in output["choices"]]
-        for asked, choice in zip(tokens, choices, strict=True):
-            self.server.check_echo(len(asked), choice["logprobs"]["token_logprobs"])
-        scores: list[tuple[float, bool]] = super().parse_logprobs(outputs, tokens, **kwargs)
-        return scores
+        def came(place: int, answer: dict[str, Any]) -> None:
+            with self.server.blamed():
+                choice = self.server.only_choice(answer)
+                self.server.check_echo(len(texts[place]), choice["logprobs"]["token_logprobs"])
+                answer = {"choices": [{"index": 0, **choice}]}
+                (scores[place],) = self.parse_logprobs(answer, ctxlens=[len(requests[place][1])])
+
+        bodies = (self._create_payload(self.create_message([text]), seed=self._seed) for text in texts)
+        self.server.client.answers(bodies, came)
+        return [scores[place] for place in range(len(requests))]
 
     def loglikelihood(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         """Score continuations by tokens: the server then adds no BOS token of its own, which would shift them."""
         self.tokenized_requests = True
         try:
-            with self.server.blamed():
-                scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True, **kwargs)
+            scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True, **kwargs)
         finally:
             self.tokenized_requests = False
         return scores
@@ -79,8 +133,7 @@ class _Completions(_Told, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         self.tokenized_requests = True
         try:
-            with self.server.blamed():
-                scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+            scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
         finally:
             self.tokenized_requests = False
         return scores
@@ -90,7 +143,7 @@ class _Chat(_Told, LocalChatCompletion):  # type: ignore[misc]  # lm-eval has no
     pass
 
 
-def served_model(server: Server, tokenizer: Any | None, *, at_once: int, max_length: int) -> Any:
+def served_model(server: Server, tokenizer: Any | None, *, max_length: int, marker: str) -> Any:
     """Return lm-eval's model behind an OpenAI-style server.
 
     Texts to continue are sent as text, so that the server's own tokenizer gives them their BOS token; texts to score
@@ -99,8 +152,8 @@ def served_model(server: Server, tokenizer: Any | None, *, at_once: int, max_len
     Args:
         server: where it is and what it is called there.
         tokenizer: of the model; needed for scoring only.
-        at_once: requests under way at the same time.
         max_length: the most tokens of a text that is scored.
+        marker: what is put between reasoning that a server gives apart and the answer; "" to leave reasoning out.
     """
     kind = _Chat if server.chat else _Completions
     lm = kind(
@@ -108,13 +161,11 @@ def served_model(server: Server, tokenizer: Any | None, *, at_once: int, max_len
         base_url=server.url,
         tokenizer_backend=None,
         tokenized_requests=False,
-        num_concurrent=at_once,
         batch_size=1,
         max_length=max_length,
         eos_string="",
-        timeout=server.timeout,
     )
-    lm.server = server
+    lm.server, lm.marker = server, marker
     if tokenizer is not None:
         lm.tokenizer, lm.tokenizer_backend, lm.add_bos_token = tokenizer, "huggingface", True
     return lm

@@ -60,8 +60,13 @@ def without_mark(data: bytes, *, file: object) -> bytes:
     return data.removeprefix(codecs.BOM_UTF8)
 
 
-def parse_object(data: bytes, *, file: object) -> dict[str, Any]:
+def parse_object(data: bytes, *, file: object, half_characters: bool = False) -> dict[str, Any]:
     """Parse bytes that must hold one JSON object; a byte-order mark of UTF-8 before it is passed over.
+
+    Args:
+        data: the bytes.
+        file: where they stand, for the message.
+        half_characters: whether a text may hold half of a surrogate pair, as JSON has it that is sent piece by piece.
 
     Raises:
         MalformedFile: they do not, a key stands twice, the nesting is too deep, or other readers would not take it.
@@ -74,7 +79,7 @@ def parse_object(data: bytes, *, file: object) -> dict[str, Any]:
             parse_float=_finite,
             parse_int=_whole,
         )
-        if b"\\u" in data:
+        if b"\\u" in data and not half_characters:
             json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except UnicodeDecodeError as error:
         found = f"byte {error.object[error.start]:#04x}"

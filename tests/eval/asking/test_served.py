@@ -168,7 +168,7 @@ def choices(*, text: str = "x", reason: str = "stop", logprobs: Any = None) -> b
         (404, b"no such page", "404"),
         (500, b"", "500"),
         (401, b'{"error": "bad key"}', "bad key"),
-        (200, b"<html>", "no usable answer"),
+        (200, b"<html>", "OpenAI-style"),
         (200, b"[]", "OpenAI-style"),
         (200, b'{"choices": []}', "OpenAI-style"),
         (200, b'{"choices": [{"index": 0}]}', "KeyError"),
@@ -192,7 +192,7 @@ def test_no_server_is_a_fault(tasks: Path, tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     request = Request(model="m", tasks=("nano_add",), include=(tasks,), backend="api", base_url=url)
-    with pytest.raises(HarnessFault, match="ConnectionError"):
+    with pytest.raises(HarnessFault, match="ClientConnectorError"):
         run(request, tmp_path / "run")
 
 

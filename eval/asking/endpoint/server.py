@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from k2quant.errors import EvaluationError, HarnessFault, K2QuantError
+from k2quant.eval.asking.endpoint.client import Client
+from k2quant.eval.asking.endpoint.headers import hidden
 
 _PROBE_SECONDS = 600  # a server may load its model with the first request
+_PROBE_RETRIES = 2  # of a wrong address people want to hear at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
     """Where a model is served."""
 
-    url: str
-    """Of completions, such as `http://localhost:8000/v1/completions`."""
+    client: Client
+    """What talks to it; its URL is that of completions, such as `http://localhost:8000/v1/completions`."""
     model: str
     """What the server calls the model."""
     chat: bool
     """Whether it is asked by messages, which its own chat template makes a prompt of."""
-    timeout: int = 3600
-    """Seconds for one answer; those of a reasoning model are long."""
+
+    @property
+    def url(self) -> str:
+        """Where requests are posted."""
+        return self.client.url
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
@@ -48,9 +53,8 @@ class Server:
             HarnessFault: it cannot.
         """
         prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "1"}]} if self.chat else {"prompt": "1"}
-        answer = self._post({**prompt, "max_tokens": 1})
+        choice = self._post({**prompt, "max_tokens": 1})
         with self.blamed():
-            choice = answer["choices"][0]
             text = choice["message"].get("content", "") if self.chat else choice["text"]
             if text is not None and not isinstance(text, str):
                 raise HarnessFault("an answer that is no text", file=self.url, found=type(text).__name__)
@@ -67,8 +71,7 @@ class Server:
         """
         request = {"prompt": list(tokens), "max_tokens": 1, "echo": True, "logprobs": 1}
         try:
-            answer = self._post(request)
-            given = answer["choices"][0]["logprobs"]["token_logprobs"]
+            given = self._post(request)["logprobs"]["token_logprobs"]
             self.check_echo(len(tokens), given)
             scores = given[1:-1]
             complete = all(type(score) in {float, int} for score in scores)
@@ -102,21 +105,21 @@ class Server:
             )
 
     def _post(self, request: dict[str, Any]) -> dict[str, Any]:
-        import requests
+        seconds = min(_PROBE_SECONDS, self.client.timeout)
+        client = replace(self.client, timeout=seconds, retries=min(_PROBE_RETRIES, self.client.retries))
+        return self.only_choice(client.post({"model": self.model, "temperature": 0, "seed": 1234, **request}))
 
-        key = os.environ.get("OPENAI_API_KEY", "")
-        with self.blamed():
-            answer = requests.post(
-                self.url,
-                json={"model": self.model, "temperature": 0, "seed": 1234, **request},
-                headers={"Authorization": f"Bearer {key}"},
-                timeout=_PROBE_SECONDS,
-            )
-        if not answer.ok:
-            found = f"{answer.status_code} {' '.join(answer.text.split())[:200]}"
-            raise HarnessFault("the server refuses a request", file=self.url, found=found)
-        with self.blamed():
-            body: dict[str, Any] = answer.json()
-        if not isinstance(body, dict) or not isinstance(body.get("choices"), list) or not body["choices"]:
-            raise HarnessFault("no answer of an OpenAI-style server", file=self.url, found=str(body)[:200])
-        return body
+    def only_choice(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Return the one choice of an answer.
+
+        Raises:
+            HarnessFault: there is none, or more than was asked for.
+        """
+        choices = answer.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            found = hidden(str(answer), self.client.headers)[:200]
+            raise HarnessFault("no answer of an OpenAI-style server", file=self.url, found=found)
+        if len(choices) > 1:
+            raise HarnessFault("more answers than requests", file=self.url, expected="1 choice", found=len(choices))
+        choice: dict[str, Any] = choices[0]
+        return choice

@@ -1,0 +1,1 @@
+"""OpenAI-style servers: many requests under way, dropped connections survived, keys kept to the headers."""
