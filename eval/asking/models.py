@@ -10,10 +10,11 @@ from k2quant.checkpoint.files.paths import inside, read_limited
 from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.reader import CONFIG, open_checkpoint
-from k2quant.errors import CheckpointError, HarnessFault, MissingExtra, UsageError
+from k2quant.errors import CheckpointError, HarnessFault, UsageError
 from k2quant.eval.asking.endpoint.client import Client
 from k2quant.eval.asking.endpoint.headers import read_headers
 from k2quant.eval.asking.endpoint.server import Server
+from k2quant.eval.asking.engines import longest
 from k2quant.eval.asking.request import Request
 from k2quant.eval.runs.identity import model_hash, tokenizer_hash
 from k2quant.eval.runs.journal import Progress
@@ -54,7 +55,7 @@ def describe(request: Request, progress: Progress | None) -> Model:
             raise UsageError(f"{place}: {why}")
     if folder is None:
         tokens = tokenizer_hash(request.tokenizer, follow_links=request.follow_links) if request.tokenizer else None
-        return Model(folder=None, model_hash=None, tokenizer_hash=tokens, max_length=request.max_length or _LONGEST)
+        return Model(folder=None, model_hash=None, tokenizer_hash=tokens, max_length=_asked_room(request) or _LONGEST)
     if request.backend == "k2quant":
         from k2quant.model.generation import load_tokenizer
 
@@ -64,8 +65,12 @@ def describe(request: Request, progress: Progress | None) -> Model:
         folder=folder,
         model_hash=model_hash(folder, follow_links=request.follow_links, progress=progress),
         tokenizer_hash=tokenizer_hash(request.tokenizer or folder, follow_links=request.follow_links),
-        max_length=request.max_length or _positions(folder, follow_links=request.follow_links),
+        max_length=_asked_room(request) or _positions(folder, follow_links=request.follow_links),
     )
+
+
+def _asked_room(request: Request) -> int | None:
+    return longest(request.model_args, request.max_length)
 
 
 def _folder(request: Request) -> Path:
@@ -143,6 +148,7 @@ def _transformers(model: Model, request: Request) -> tuple[Any, Any]:
             device_map=request.device,
             local_files_only=True,
             trust_remote_code=request.trust_remote_code,
+            **request.model_args,
         )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         found = " ".join(str(error).split())[:300]
@@ -192,7 +198,8 @@ def _served(model: Model, request: Request, tasks: Tasks) -> Any:
 
     assert request.base_url  # noqa: S101  `run` checked it
     url = _endpoint(request.base_url, chat=request.chat)
-    client = Client(url=url, headers=read_headers({}), concurrency=request.batch_size)
+    given = {"concurrency": request.batch_size, **request.model_args}
+    client = Client(url=url, headers=read_headers(request.headers), **given)
     server = Server(client=client, model=request.model, chat=request.chat)
     if tasks.scored and request.chat:
         raise UsageError(
@@ -222,6 +229,7 @@ def _vllm(model: Model, request: Request) -> Any:
     from k2quant.eval.asking.harness import vllm_model
 
     settings = {
+        **request.model_args,
         "pretrained": str(model.folder),
         "dtype": request.dtype,
         "max_model_len": model.max_length,
@@ -229,9 +237,6 @@ def _vllm(model: Model, request: Request) -> Any:
         "trust_remote_code": request.trust_remote_code,
         "seed": 1234,
     }
-    try:
-        lm = vllm_model(settings)
-    except ImportError as error:
-        raise MissingExtra("vLLM is not installed", found=str(error)[:200], remedy="pip install vllm") from error
+    lm = vllm_model(settings)
     lm.settings = {}
     return lm

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from k2quant.errors import UsageError
+from k2quant.eval.asking.endpoint.headers import check_headers
+from k2quant.eval.asking.engines import check_arguments
 from k2quant.ground.units import one_of
 
 Backend = Literal["k2quant", "hf", "vllm", "api"]
@@ -30,7 +32,8 @@ class Request:
     shots: int | None = None
     """Examples before each question; None for each task's own number."""
     batch_size: int = 8
-    """Texts that the model is given at once; for `api`, requests under way at the same time."""
+    """Texts that the model is given at once; for `api`, requests under way at the same time, unless `model_args` have
+    a `concurrency`."""
     max_new_tokens: int | None = None
     """The most tokens of an answer; None for each task's own number, or 1,024."""
     max_length: int | None = None
@@ -45,6 +48,12 @@ class Request:
     """By task or group, local files instead of the hub's."""
     base_url: str | None = None
     """Of a server, such as `http://localhost:8000/v1`."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Of each request to a server: by the header, the variable of the environment that holds its value, which is
+    written down nowhere. A key in OPENAI_API_KEY needs none."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine takes besides: vLLM's own arguments; a few of transformers'; `concurrency`, `timeout` in seconds
+    and `retries` for a server."""
     chat: bool = False
     """Whether a server is asked by chat messages."""
     tokenizer: Path | None = None
@@ -78,7 +87,9 @@ def check(request: Request) -> None:
             raise UsageError(f"{name}: expected at least 1 {unit}, found {value!r}")
     if not request.tasks:
         raise UsageError("no tasks were named")
-    served = {"base_url": request.base_url, "tokenizer": request.tokenizer, "served_from": request.served_from}
+    check_headers(request.headers)
+    check_arguments(request.backend, request.model_args, max_length=request.max_length)
+    served = {name: getattr(request, name) for name in ("base_url", "tokenizer", "served_from", "headers")}
     if request.backend == "api":
         if not request.base_url:
             raise UsageError("the api backend needs the server's URL, such as `base_url=http://localhost:8000/v1`")
@@ -87,7 +98,7 @@ def check(request: Request) -> None:
             raise UsageError("a server applies its own chat template; ask for it with `chat=True`")
     elif request.chat or any(served.values()):
         raise UsageError(
-            "a server's options (`base_url=`, `chat=`, `tokenizer=`, `served_from=`) go with `backend=api`"
+            "a server's options (`base_url=`, `chat=`, `tokenizer=`, `served_from=`, `headers=`) go with `backend=api`"
         )
 
 
@@ -98,5 +109,7 @@ def _check_url(url: str) -> None:
         parts = urlsplit("")
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise UsageError(f"base_url: expected such as http://localhost:8000/v1, found {url!r}")
+    if parts.query or parts.fragment:
+        raise UsageError("base_url: expected such as http://localhost:8000/v1, without ? and #; a key goes in a header")
     if parts.username or parts.password:
         raise UsageError("base_url: a name or password in it would stand in the results; give a key in OPENAI_API_KEY")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import MissingExtra, UsageError
+from k2quant.eval.asking.engines import answers_depend_on
 from k2quant.eval.asking.presets import expand
 from k2quant.eval.asking.recording import write
 from k2quant.eval.asking.request import Request, check
@@ -137,6 +138,7 @@ def _identity(request: Request, model: Model, tasks: Tasks) -> dict[str, Any]:
             "max_new_tokens": request.max_new_tokens,
             "limit": request.limit,
             "shots": request.shots,
+            "model_args": answers_depend_on(request.backend, request.model_args),
             "chat": request.chat,
             "chat_template": request.chat_template,
             "base_url": request.base_url,

@@ -188,7 +188,7 @@ class Client:
         try:
             answer = parse_object(body, file=self.url, half_characters=True)
         except MalformedFile as error:
-            said = f"{body[:_SHOWN].decode('utf-8', 'replace')!r}, {error.message}: {error.found}"
+            said = f"{error.message}: {error.found}: {body[:_SHOWN].decode('utf-8', 'replace')}"
             if body.lstrip()[:1] in {b"{", b""}:  # cut on the way
                 raise _Passing(said, asked) from error
             raise self._fault("no answer of an OpenAI-style server", said, remedy="") from error

@@ -17,6 +17,7 @@ from k2quant.eval.asking.endpoint.server import Server
 from k2quant.eval.asking.harness.faults import check_room
 
 _REASONING = ("reasoning_content", "reasoning")  # beside `content`: as DeepSeek's API and vLLM name it, older and newer
+_OPENING = "<think>"  # says that what follows is reasoning, where the marker never comes
 
 
 class _Told:
@@ -81,8 +82,8 @@ class _Told:
         thought = next((message[name] for name in _REASONING if message.get(name)), None)
         if thought is None or not self.marker:
             return content, cut
-        thought = self._whole(thought)
-        return (thought if cut and not content else thought + self.marker + content), cut
+        thought = _OPENING + self._whole(thought)
+        return (thought + self.marker + content if content else thought), cut  # without a marker: it never ended
 
     def _whole(self, text: Any) -> str:
         text = "" if text is None else text  # all tokens went into reasoning; lm-eval writes the same

@@ -6,6 +6,9 @@ from typing import Any
 
 from lm_eval.api.registry import get_model
 
+from k2quant.errors import HarnessFault, MissingExtra, UsageError
+from k2quant.eval.asking.harness.faults import said
+
 
 class _Uncounted:
     """A model of lm-eval's of which nobody knows which answers were cut."""
@@ -24,6 +27,20 @@ def vllm_model(settings: dict[str, Any]) -> Any:
     """Return lm-eval's vLLM model.
 
     Args:
-        settings: of that model, such as `pretrained` and `dtype`.
+        settings: of that model, such as `pretrained` and `dtype`, and whatever vLLM's own engine takes.
+
+    Raises:
+        MissingExtra: vLLM is not installed.
+        UsageError: vLLM has no such argument.
+        HarnessFault: vLLM cannot load the model so.
     """
-    return _Uncounted(get_model("vllm")(**settings))
+    try:
+        kind = get_model("vllm")
+    except ImportError as error:
+        raise MissingExtra("vLLM is not installed", found=str(error)[:200], remedy="pip install vllm") from error
+    try:
+        return _Uncounted(kind(**settings))
+    except TypeError as error:  # its engine's arguments are those of a dataclass
+        raise UsageError(f"`model_args=`: vLLM does not take them so: {said(error)}") from error
+    except Exception as error:
+        raise HarnessFault("vLLM cannot load it", file=settings["pretrained"], found=said(error)) from error

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from k2quant.cli.eval.arguments import headers, model_args
 from k2quant.cli.parts import options
 from k2quant.cli.parts.screen import progress, questions, remark, warn
 from k2quant.cli.parts.terminal.tables import Column, paragraph, table
@@ -49,7 +50,7 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="Texts at once; of a server, requests under way.",
+    help="Texts at once; of a server, requests under way, unless --model-args concurrency says how many.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Of an answer.  [default: the task's own, or 1024]")
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of prompt and answer.  [default: the model's]")
@@ -78,6 +79,20 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
     "--tokenizer",
     type=click.Path(path_type=Path),
     help="Folder of a served model's tokenizer, to score text.  [default: that of --served-from]",
+)
+@click.option(
+    "--header",
+    "headers",
+    multiple=True,
+    metavar="NAME=VARIABLE",
+    help="Header for a server, with its value in that variable of the environment; repeatable.",
+)
+@click.option(
+    "--model-args",
+    multiple=True,
+    metavar="NAME=VALUE,...",
+    help="What the engine takes besides: tensor_parallel_size=8 for vllm; concurrency, timeout (seconds) and retries "
+    "for api; repeatable.",
 )
 @click.option("--chat-template", is_flag=True, help="Put prompts through the tokenizer's chat template.")
 @options.follow_links()
@@ -113,6 +128,7 @@ def command(output: Path, *, tasks: str, data: tuple[str, ...], soft_lock: bool,
     from k2quant.eval import run
     from k2quant.eval.asking.request import Request
 
+    given |= {"model_args": model_args(given["model_args"]), "headers": headers(given["headers"])}
     names = tuple(filter(None, map(str.strip, tasks.split(","))))
     request = Request(tasks=names, data=_data(data), **given)
     try:
