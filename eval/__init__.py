@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from k2quant.eval.gating.verdict import Verdict
     from k2quant.eval.runs.reading import read_run
     from k2quant.eval.statistics.planning import plan
+    from k2quant.eval.tools.running import run_tools
 
 _HOMES = {
     "Policy": "gating.policy",
@@ -31,9 +32,21 @@ _HOMES = {
     "plan": "statistics.planning",
     "read_run": "runs.reading",
     "run": "asking.running",
+    "run_tools": "tools.running",
 }
 
-__all__ = ["Policy", "Verdict", "discard_passes", "find_blame", "gate", "measure_fidelity", "plan", "read_run", "run"]
+__all__ = [
+    "Policy",
+    "Verdict",
+    "discard_passes",
+    "find_blame",
+    "gate",
+    "measure_fidelity",
+    "plan",
+    "read_run",
+    "run",
+    "run_tools",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 from k2quant.eval.gating.doubts import check_chance, check_models, doubts
 from k2quant.eval.gating.pairing import Pairs, check_outputs, pair
+from k2quant.eval.gating.parts import independent
 from k2quant.eval.gating.policy import Policy
 from k2quant.eval.gating.verdict import Comparison, Decision, Side, Verdict
 from k2quant.eval.runs.items import Run
@@ -56,7 +57,8 @@ def gate(
     check_models(base, candidate, pairs, same_model=same_model)
     check_chance([base.tasks[task.task] for task in pairs], policy)
     tasks = _adjusted([_compared(task.task, [task], policy, policy.margin_of(task.task)) for task in pairs], policy)
-    pooled = _compared(POOL, pairs, policy, policy.margin)
+    pool = independent(base, pairs)
+    pooled = _compared(POOL, pool, policy, policy.margin)
     decision, reason = _decided(pooled, tasks, policy)
     if same_model:
         decision, reason = "INCONCLUSIVE", _noise(pooled)
@@ -69,7 +71,7 @@ def gate(
         ),
         pooled=pooled,
         tasks=tuple(tasks),
-        flips=tuple(sorted((flip for task in pairs for flip in task.flips()), key=lambda flip: not flip.lost)),
+        flips=tuple(sorted((flip for task in pool for flip in task.flips()), key=lambda flip: not flip.lost)),
         base=_side(base),
         candidate=_side(candidate),
         policy=policy,

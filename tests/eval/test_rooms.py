@@ -12,7 +12,7 @@ from places import ROOT
 
 HOME = ROOT / "eval"
 
-FLOORS = {"statistics": 0, "runs": 1, "gating": 2, "asking": 2, "drift": 3, "report": 4, "__init__": 5}
+FLOORS = {"statistics": 0, "runs": 1, "gating": 2, "asking": 2, "drift": 3, "tools": 3, "report": 4, "__init__": 5}
 """`asking` writes what `gating` reads: both know the folder of a run, neither knows the other."""
 
 

@@ -23,6 +23,8 @@ OPEN: dict[str, dict[str, str]] = {
         "gating.verdict": "a row of a verdict",
         "report": "has a face of its own",
         "statistics.planning": "a plan, and the limit on flips that it takes",
+        "tools.requests": "the requests that ship, as a list",
+        "tools.settings": "what a run of tool calls is asked to do",
     },
     "k2quant.kernels.codecs.reference": {
         "seam": "the reference as codecs, to be chosen and to build on",

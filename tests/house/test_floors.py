@@ -34,7 +34,7 @@ FLOORS: dict[str, int] = {
 
 INNER: dict[str, tuple[str, ...]] = {
     "kernels": ("devices", "codecs", "products", "tuning", "ops"),
-    "eval": ("statistics", "runs", "gating", "asking drift", "report", "__init__"),
+    "eval": ("statistics", "runs", "gating", "asking drift", "tools", "report", "__init__"),
     "qat": (
         "config",
         "job rounding",

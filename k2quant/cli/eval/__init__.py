@@ -23,6 +23,7 @@ class _Commands(LazyGroup):
     cls=_Commands,
     homes={
         "run": (f"{__name__}.run", "Ask a model the questions of lm-eval's benchmarks."),
+        "tools": (f"{__name__}.tools", "Put requests with tools to a model and check its calls."),
         "gate": (f"{__name__}.gate", "Decide whether a candidate is as good as its baseline."),
         "plan": (f"{__name__}.plan", "Say how many items a gate needs, before they are paid for."),
         "fidelity": (f"{__name__}.fidelity", "Measure how far predictions drift, and in which layers."),

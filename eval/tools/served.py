@@ -1,0 +1,47 @@
+"""A server that answers requests with tools: many under way, each answer handed on as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from k2quant.errors import HarnessFault
+from k2quant.eval.asking.endpoint.client import Client
+from k2quant.eval.asking.endpoint.headers import read_headers
+from k2quant.eval.asking.request import Request
+from k2quant.eval.tools.calling import Answer, of_chat
+from k2quant.eval.tools.requests import Asked
+
+_PATH = "/chat/completions"
+
+
+def ask_server(request: Request, asked: Sequence[tuple[Asked, int]], each: Callable[[int, Answer], None]) -> None:
+    """Put requests to a server and hand on the answers in the order in which they come.
+
+    Args:
+        request: who is asked.
+        asked: requests, each with the number of the repeat.
+        each: called with the place of a request and its answer.
+
+    Raises:
+        HarnessFault: the server gives no usable answer, or refuses a request.
+    """
+    assert request.base_url  # noqa: S101  it was checked
+    base = request.base_url.rstrip("/")
+    client = Client(
+        url=base if base.endswith(_PATH) else base + _PATH, headers=read_headers({}), concurrency=request.batch_size
+    )
+
+    def came(place: int, body: dict[str, Any]) -> None:
+        try:
+            answer = of_chat(body)
+        except ValueError as error:
+            raise HarnessFault("no answer of a chat", file=client.url, found=str(error)[:200]) from error
+        each(place, answer)
+
+    client.answers((_body(request.model, one, repeat) for one, repeat in asked), came)
+
+
+def _body(model: str, asked: Asked, repeat: int) -> dict[str, Any]:
+    """Return what is posted; each repeat has a seed of its own, for a server that draws the same for the same seed."""
+    return {"model": model, **asked.body, **asked.sampling, "seed": asked.sampling["seed"] + repeat, "stream": False}
