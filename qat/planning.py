@@ -22,6 +22,7 @@ from k2quant.ground.saying.showing import as_html, brief
 from k2quant.kernels.codecs.choice import codecs
 from k2quant.model.decoding import decoded_rows
 from k2quant.model.generation import load_tokenizer
+from k2quant.qat.data.learning import Census, Learning
 from k2quant.qat.data.packing import Rows, split
 from k2quant.qat.data.sources import DataSource, load_rows
 from k2quant.qat.exporting.export import export_options
@@ -59,6 +60,8 @@ class JobPlan:
     """Tokens that are learnt, over all rows."""
     held_out: int
     """Rows."""
+    census: Census
+    """What the data holds: conversations, tools, reasoning."""
     epochs: float
     """Times that the steps go through the rows."""
     checkpoint_bytes: int
@@ -141,6 +144,7 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
         pieces=rows.documents,
         learnt=rows.learnt,
         held_out=len(held_out.tokens),
+        census=rows.census,
         epochs=job.training.steps * job.training.batch / len(rows.tokens),
         checkpoint_bytes=sizes.checkpoint_bytes(_BYTES[job.training.masters]),
         checkpoints=job.saving.keep + 1,
@@ -184,7 +188,9 @@ def read_data(job: Job, config: Any) -> tuple[Rows, Rows]:
         raise UsageError(f"data: length {job.data.length} is more than the {longest} tokens that the model reads")
     tokenizer = load_tokenizer(Path(job.model), trust_remote_code=job.trust_remote_code, follow_links=job.follow_links)
     source = DataSource(path=job.data.path, split=job.data.split, config=job.data.config)
-    return split(load_rows(source, tokenizer, length=job.data.length, vocabulary=config.vocab_size), job.data.held_out)
+    learning = Learning(turns=job.data.turns, reasoning=job.data.reasoning)
+    rows = load_rows(source, tokenizer, length=job.data.length, vocabulary=config.vocab_size, learning=learning)
+    return split(rows, job.data.held_out)
 
 
 class _Sizes(NamedTuple):

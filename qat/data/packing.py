@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from k2quant.errors import UsageError
+from k2quant.qat.data.learning import Census
 
 NO_TARGET = -100
 """Target of a token after which nothing is to be learnt, as `cross_entropy` wants it."""
@@ -57,6 +58,8 @@ class Rows:
     """Characters of the examples that the tokenizer passes over or does not know, each once."""
     digest: str
     """SHA-256 of the three tensors and their shape."""
+    census: Census = field(default_factory=Census)
+    """What the rows held that were read, in parts of a split too."""
 
     def notes(self) -> Iterator[str]:
         """Yield what the user should know of the data."""
@@ -66,6 +69,7 @@ class Rows:
             yield f"{self.dropped} examples had nothing to learn within a row and were left out"
         if self.unread:
             yield f"the tokenizer does not know these characters: {self.unread[:50]!r}"
+        yield from self.census.notes()
 
 
 def pack(documents: Iterable[Document], *, length: int, padding: int) -> Rows:
@@ -168,7 +172,8 @@ def split(rows: Rows, held_out: int) -> tuple[Rows, Rows]:
 
 def _part(rows: Rows, span: slice) -> Rows:
     parts = (tensor[span] for tensor in (rows.tokens, rows.positions, rows.targets))
-    return _rows(*parts, cut=rows.cut, dropped=rows.dropped, unread=rows.unread)
+    found = _rows(*parts, cut=rows.cut, dropped=rows.dropped, unread=rows.unread)
+    return replace(found, census=rows.census)
 
 
 def order(step: int, count: int, per_step: int, seed: int) -> Tensor:

@@ -12,8 +12,10 @@ from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.files.strict_json import parse_object, without_mark
 from k2quant.errors import MalformedFile, MissingExtra, UsageError
 from k2quant.ground.extras import install
-from k2quant.qat.data.examples import KEYS, Example, Reader, example_of
+from k2quant.qat.data.examples import BESIDE, KEYS, Example, examples_of
+from k2quant.qat.data.learning import Census, Learning
 from k2quant.qat.data.packing import Rows, pack
+from k2quant.qat.data.tokens import Reader
 from k2quant.qat.job import ENDING, no_data
 
 Progress = Callable[[int, int], None]
@@ -39,7 +41,13 @@ class DataSource:
 
 
 def load_rows(
-    source: DataSource, tokenizer: Any, *, length: int, vocabulary: int, progress: Progress | None = None
+    source: DataSource,
+    tokenizer: Any,
+    *,
+    length: int,
+    vocabulary: int,
+    learning: Learning | None = None,
+    progress: Progress | None = None,
 ) -> Rows:
     """Read examples, tokenise them and pack them into rows.
 
@@ -49,33 +57,64 @@ def load_rows(
         tokenizer: of transformers.
         length: tokens of a row, at least 2.
         vocabulary: rows of the model's embedding; token ids lie below.
+        learning: what of a conversation is learnt; None: the defaults.
         progress: called while reading.
 
     Raises:
         UsageError: there is no such file, folder or dataset name, or `length` is below 2.
         UnsafePath: a file of the folder is a link out of it.
-        MalformedFile: a file, a line or a dataset is not what it should be, or there is nothing to learn in all of it.
+        MalformedFile: a file, a line or a dataset is not what it should be, there is nothing to learn in all of it, or
+            the chat template does not write reasoning that is to be learnt, and `learning` does not say what then.
         CheckpointError: the tokenizer cannot read the examples, or lacks the end-of-text token or the chat template
             that they need.
         MissingExtra: the source is a dataset, and `datasets` is not installed.
     """
     reader = Reader(tokenizer=tokenizer, vocabulary=vocabulary)
-    examples = _examples(source, tokenizer, progress or _untold)
+    learning, census = learning or Learning(), Census()
+    examples = read_examples(source, tokenizer, learning, census, progress=progress)
     rows = pack(reader.documents(examples), length=length, padding=reader.padding)
+    if learning.reasoning == "refuse" and census.losing:
+        raise _losing(source, census)
     if not rows.learnt:
         remedy = "what there is to learn lies beyond the end of a row, or the tokenizer gives it no token"
         raise MalformedFile("nothing to learn in any example", file=source.path, remedy=remedy)
-    return replace(rows, unread=reader.unread())
+    return replace(rows, unread=reader.unread(), census=census)
+
+
+def _losing(source: DataSource, census: Census) -> MalformedFile:
+    """Return what is wrong with conversations whose reasoning the chat template does not write."""
+    return MalformedFile(
+        f"the chat template does not write the reasoning of turns that are to be learnt, as in {census.first_losing}",
+        file=source.path,
+        found=f"{census.losing:,} of {census.rows:,} rows",
+        remedy="say in the job what then, `data: reasoning:` split (each turn as it is asked for, with its reasoning), "
+        "drop (the turn without it) or skip (not that turn)",
+    )
 
 
 def _untold(_done: int, _total: int) -> None:
     """Tell nobody of any progress."""
 
 
-def _examples(source: DataSource, tokenizer: Any, progress: Progress) -> Iterator[Example]:
-    rows = _of_files(_files(source), progress) if os.path.lexists(source.path) else _of_dataset(source, progress)
+def read_examples(
+    source: DataSource, tokenizer: Any, learning: Learning, census: Census, *, progress: Progress | None = None
+) -> Iterator[Example]:
+    """Yield the examples of a source.
+
+    Args:
+        source: files or a dataset.
+        tokenizer: of transformers; its chat template renders `messages`.
+        learning: what of a conversation is learnt.
+        census: is told what was found.
+        progress: called while reading.
+
+    Raises:
+        UsageError, UnsafePath, MalformedFile, CheckpointError, MissingExtra: as `load_rows` does.
+    """
+    tell = progress or _untold
+    rows = _of_files(_files(source), tell) if os.path.lexists(source.path) else _of_dataset(source, tell)
     for where, row in rows:
-        yield example_of(row, where, tokenizer)
+        yield from examples_of(row, where, tokenizer, learning, census)
 
 
 def _files(source: DataSource) -> list[Path]:
@@ -145,13 +184,20 @@ def _of_dataset(source: DataSource, progress: Progress) -> Iterator[tuple[str, d
         ) from error
     try:
         table = datasets.load_dataset(source.path, name=source.config, split=source.split)
-        table = table.select_columns([name for name in table.column_names if name in KEYS])
+        table = table.select_columns([name for name in table.column_names if name in {*KEYS, *BESIDE}])
         total = len(table)
         for number, row in enumerate(table, 1):
-            yield f"{source.path}, {source.split}, row {number}", row
+            yield f"{source.path}, {source.split}, row {number}", _unfilled(row)
             if number % _OFTEN == 0 or number == total:
                 progress(number, total)
     except Exception as error:  # of the network, of the hub, of the files that came from there
         found = " ".join(str(error).split())[:300] or type(error).__name__
         remedy = "is it a file that is missing here, or a dataset or split that does not exist?"
         raise MalformedFile("cannot be loaded as a dataset", file=source.path, found=found, remedy=remedy) from error
+
+
+def _unfilled(value: Any) -> Any:
+    """Return a row without the nulls that a table puts where another row has a key, at any depth."""
+    if isinstance(value, dict):
+        return {key: _unfilled(inner) for key, inner in value.items() if inner is not None}
+    return [_unfilled(inner) for inner in value] if isinstance(value, list) else value

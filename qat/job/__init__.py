@@ -17,8 +17,10 @@ from k2quant.qat.job.sections import (
     Method,
     Optimizer,
     Precision,
+    Reasoning,
     Saving,
     Training,
+    Turns,
 )
 from k2quant.qat.job.template import write_template
 
@@ -32,8 +34,10 @@ __all__ = [
     "Method",
     "Optimizer",
     "Precision",
+    "Reasoning",
     "Saving",
     "Training",
+    "Turns",
     "check_data",
     "check_folders",
     "job_from",

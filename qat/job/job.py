@@ -16,6 +16,8 @@ from k2quant.qat.job.places import no_data
 from k2quant.qat.job.sections import Data, Distillation, Optimizer, Saving, Training
 
 _NO_PART = {"model", "output", "saving", "follow_links", "trust_remote_code"}  # in what decides the trained weights
+_YOUNGER = {"turns": "all", "reasoning": "refuse"}
+"""Keys of `data` that runs of earlier versions do not name, with what they did: a run that was begun goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,9 @@ class Job:
         whole["training"].pop("shard")  # no more than the number of processes, which may change too
         whole["quantize"].pop("allow_split")  # a permission; what is quantised, its targets say
         whole["data"].pop("path")
+        for name, default in _YOUNGER.items():
+            if whole["data"][name] == default:
+                whole["data"].pop(name)
         if whole["distill"]:
             whole["distill"].pop("teacher")
         return {name: value for name, value in whole.items() if name not in _NO_PART}

@@ -14,6 +14,8 @@ _MOST_STEPS = 10**8 - 1  # the names of checkpoints have eight digits
 Precision = Literal["float32", "bfloat16"]
 Method = Literal["adamw", "muon"]
 Decay = Literal["cosine", "linear", "constant"]
+Turns = Literal["all", "last"]
+Reasoning = Literal["refuse", "drop", "skip", "split"]
 Experts = Literal["eager", "batched_mm", "grouped_mm"]
 
 
@@ -31,6 +33,11 @@ class Data:
     """Tokens of a row; examples lie side by side in it and do not see one another."""
     held_out: int = 16
     """Rows that are not trained on but measured."""
+    turns: Turns = "all"
+    """Of the assistant that are learnt: all of a conversation's, or the last alone."""
+    reasoning: Reasoning = "refuse"
+    """What becomes of reasoning in a learnt turn that the chat template does not write: the job is refused; the turn is
+    learnt without it; that turn is not learnt; or each turn is learnt as it is asked for, with its reasoning."""
 
     def __post_init__(self) -> None:
         whole("length", self.length, 2)

@@ -31,8 +31,10 @@ from k2quant.qat.job.sections import (
     Method,
     Optimizer,
     Precision,
+    Reasoning,
     Saving,
     Training,
+    Turns,
 )
 
 MEANINGS: Mapping[str, str] = {
@@ -43,6 +45,8 @@ MEANINGS: Mapping[str, str] = {
     "data.config": "of a dataset that has several; refused for files",
     "data.length": "tokens of a row",
     "data.held_out": "rows, the last ones, that are measured and never learnt",
+    "data.turns": "of the assistant that are learnt: all of a conversation's, or the last alone",
+    "data.reasoning": "what becomes of reasoning that the chat template does not write; see Chat, tools and reasoning",
     "training.steps": "steps of the optimizer",
     "training.batch": "rows of a step, over all devices",
     "training.micro_batch": "rows of a forward pass on one device; null: a device's whole share",
@@ -104,6 +108,8 @@ _CHOICES: Mapping[str, object] = {
     "quantize.scope": "experts (the routed ones), linear (all but kv_b_proj), projections (all)",
     "quantize.estimator": Estimator,
     "quantize.train": TrainedPart,
+    "data.turns": Turns,
+    "data.reasoning": Reasoning,
     "training.precision": Precision,
     "training.masters": Precision,
     "training.experts": Experts,

@@ -22,6 +22,7 @@ from k2quant.errors import CheckpointError, MalformedFile, MissingExtra, UnsafeP
 from k2quant.nano import architecture, vocabulary
 from k2quant.nano.batches import mixture, tokens_of
 from k2quant.qat.data import sources as data
+from k2quant.qat.data.learning import Learning
 from k2quant.qat.data.packing import NO_TARGET, Document, Rows, batch, order, pack, share, split
 from k2quant.qat.data.sources import DataSource, load_rows
 
@@ -203,6 +204,40 @@ class TestShapes:
         assert rows.documents == len(items)
 
 
+class TestReasoning:
+    """Reasoning that a template does not write, over a whole file."""
+
+    ROWS = (
+        {"text": "ab"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "c"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    )
+
+    def test_it_is_refused_unless_the_job_says_what_then(self, tmp_path: Path, kimi: Any) -> None:
+        """The whole file is read first, so that the message says how many rows there are; and what to choose."""
+        source, spell = write(tmp_path / "a.jsonl", *self.ROWS), kimi("thinking")
+        with pytest.raises(MalformedFile) as caught:
+            load_rows(source, spell, length=256, vocabulary=400)
+        assert "a.jsonl, line 2, message 2" in str(caught.value)
+        assert "found 1 of 3 rows" in str(caught.value)
+        assert "`data: reasoning:` split" in str(caught.value)
+
+    @pytest.mark.parametrize(("rule", "learnt"), [("drop", 3), ("skip", 2), ("split", 3)])
+    def test_each_rule_gives_rows_of_its_own(self, tmp_path: Path, kimi: Any, rule: Any, learnt: int) -> None:
+        """They differ in what is learnt, so that a run that was begun with one does not go on with another."""
+        source, spell = write(tmp_path / "a.jsonl", *self.ROWS), kimi("thinking")
+        found = {
+            name: load_rows(source, spell, length=256, vocabulary=400, learning=Learning(reasoning=name))
+            for name in ("drop", "skip", "split")
+        }
+        assert len({rows.digest for rows in found.values()}) == 3
+        assert found[rule].documents == learnt
+        first, rest = split(found[rule], 0)
+        assert first.census == rest.census == found[rule].census
+        assert (first.census.rows, first.census.chats, first.census.reasoning, first.census.losing) == (3, 2, 1, 1)
+        assert first.census.left_out == (rule == "skip")
+
+
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "none of the shapes": (b'{"txt": "a"}', "line 1: not one example, expected text.*found txt"),
     "no keys": (b"{}", "line 1: not one example.*found no keys"),
@@ -368,6 +403,25 @@ class TestDatasets:
         found = load(DataSource(path="org/name", split="test", config="main"), letters)
         assert taught(found, letters) == "b[E]d[E]"
         assert calls == [(("org/name",), {"name": "main", "split": "test"})]
+
+    def test_what_a_table_fills_in_is_no_part_of_a_row(self, kimi: Any, hub: Callable[..., list[Any]]) -> None:
+        """Nulls where another row has a key are taken out at any depth; a file's own nulls stay."""
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}
+        call = {"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
+        filled_tool = json.loads(json.dumps(tool))
+        filled_tool["function"]["parameters"]["properties"]["z"] = None
+        filled_call = json.loads(json.dumps(call))
+        filled_call["function"]["arguments"]["z"] = None
+        spell = kimi("thinking")
+        digests = []
+        for one, called, more in ((tool, call, {}), (filled_tool, filled_call, dict.fromkeys(["name", "reasoning"]))):
+            messages = [
+                {"role": "user", "content": "q", **more, **({"tool_calls": None} if more else {})},
+                {"role": "assistant", "content": None, "tool_calls": [called], **more},
+            ]
+            hub([{"messages": messages, "tools": [one], "text": None, "functions": None, "id": 3}])
+            digests.append(load(DataSource(path="org/name"), spell, vocabulary_size=400, length=256).digest)
+        assert digests[0] == digests[1]
 
     def test_a_bad_row_is_named(self, letters: Any, hub: Callable[..., list[Any]]) -> None:
         """By dataset, split and number."""

@@ -26,7 +26,8 @@ from k2quant.model.generation import load_tokenizer, open_tokenizer
 from k2quant.model.generation.kimi import pieces
 from k2quant.model.generation.splitting import PATTERN
 from k2quant.model.passes.texts import read_text
-from k2quant.qat.data.examples import Reader, example_of
+from k2quant.qat.data.examples import examples_of
+from k2quant.qat.data.tokens import Reader
 from kimi_files import NAMED, code, write_files
 
 PARTS = [
@@ -147,7 +148,7 @@ def test_all_that_reads_text_reads_it(ranks: dict[bytes, int], k2_thinking: Path
     tokenizer = load_tokenizer(folder)
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "世界"}]}
     reader = Reader(tokenizer=tokenizer, vocabulary=2048)
-    [document] = reader.documents(iter([example_of(row, "here", tokenizer)]))
+    [document] = reader.documents(examples_of(row, "here", tokenizer))
     said = [int(token) for token in document.tokens[document.learnt]]
     assert truth.decode(said) == "世界<|im_end|>"
     assert reader.unread() == ""
