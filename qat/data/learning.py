@@ -49,14 +49,14 @@ class Census:
     def notes(self) -> Iterator[str]:
         """Yield what the user should know of it, and does not see elsewhere."""
         if self.left_out:
-            yield f"{counted(self.left_out, 'row')} had no turn that is to be learnt, and were left out"
+            yield f"left out, since no turn of theirs is to be learnt: {counted(self.left_out, 'row')}"
         if self.renamed:
             yield (
-                f"in {counted(self.renamed, 'row')} tool calls got ids of the form functions.NAME:INDEX, since the "
-                "chat template writes the id and not the name"
+                "tool calls got ids of the form functions.NAME:INDEX, since the chat template writes the id and not "
+                f"the name: {counted(self.renamed, 'row')}"
             )
         if self.unthinking:
             yield (
-                f"{counted(self.unthinking, 'turn')} without reasoning follow an empty think block of the chat "
-                "template's; the block is not learnt"
+                "without reasoning, behind an empty think block of the chat template's, which is not learnt: "
+                f"{counted(self.unthinking, 'turn')}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,21 @@ _SMALL = 2e11
     default=None,
     help="Take a few steps to say how long the training will take; unasked, that is done for small models.",
 )
+@click.option(
+    "--show", type=click.IntRange(1, 1000), metavar="N", help="Show the first N examples, and what of them is learnt."
+)
 @follow_links()
 @trust_remote_code()
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 def command(
-    job: Path, *, processes: int, measure: bool | None, follow_links: bool, trust_remote_code: bool, as_json: bool
+    job: Path,
+    *,
+    processes: int,
+    measure: bool | None,
+    show: int | None,
+    follow_links: bool,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Say what JOB.yaml would train, what memory and time that takes, and whether its result could be saved.
 
@@ -41,9 +52,13 @@ def command(
     a few steps and throws them away. Ends with an error if no routed expert would be fake-quantised. An output that
     `train` would be refused stops no plan; it is warned of.
 
+    With --show the first examples are printed as the model will read them, special tokens too, with what is learnt in
+    green, or between marks where there are no colours.
+
     \b
-    Example:
+    Examples:
         k2quant qat plan job.yaml
+        k2quant qat plan job.yaml --show 3
     """
     from k2quant.ground.extras import need
 
@@ -54,6 +69,7 @@ def command(
     check_folders(read)
     check_data(read)
     check_early(Path(read.model), follow_links=follow_links)
+    examples = _examples(read, show, as_json=as_json)
     with working(f"planning {job.name}"):
         from k2quant.qat.planning import plan_job  # only now: it loads torch
 
@@ -65,10 +81,27 @@ def command(
         import json
 
         time = timing and timing._asdict()
-        click.echo(json.dumps(_facts(plan) | {"time": time}, indent=1))
+        click.echo(json.dumps(_facts(plan) | {"time": time} | examples, indent=1))
         return
     for line in [*_lines(plan, steps=read.training.steps), f"{'time':<20} {_time(timing, read.training.steps)}"]:
         click.echo(paragraph(line, hang=" " * 21))
+
+
+def _examples(job: Job, count: int | None, *, as_json: bool) -> dict[str, Any]:
+    """Show the first examples, before anything else can go wrong; or return them for JSON."""
+    if count is None:
+        return {}
+    from k2quant.cli.qat.examples import facts_of, lines_of
+    from k2quant.qat.data.showing import first_examples
+
+    found = first_examples(job, count)
+    if as_json:
+        return {"examples": facts_of(found)}
+    colour = click.get_current_context().color
+    colour = sys.stdout.isatty() if colour is None else colour
+    for line in lines_of(found, length=job.data.length, colour=colour):
+        click.echo(line)
+    return {}
 
 
 def _timing(job: Job, plan: JobPlan, measure: bool | None) -> Timing | None:  # noqa: FBT001  the option's own three
@@ -131,12 +164,28 @@ def _lines(plan: JobPlan, *, steps: int) -> list[str]:
     learnt = f"{plan.learnt:,} tokens to learn; {plan.held_out:,} rows held out"
     lines += [
         f"{'data':<20} {plan.pieces:,} pieces of text in {plan.rows:,} rows, {learnt}",
+        *_conversations(plan),
         f"{'epochs':<20} {plan.epochs:.2f}",
         f"{'export':<20} {size(plan.export_bytes)}; tried on {', '.join(plan.tried)}: equal bits",
     ]
     lines += [f"{'output':<20} {_output(plan, steps)}"]
     lines += [f"{'note':<20} {note}" for note in plan.notes]
     return lines
+
+
+def _conversations(plan: JobPlan) -> list[str]:
+    """Say what the rows with messages hold, if there are any."""
+    from k2quant.ground.units import counted
+
+    census = plan.census
+    if not census.chats:
+        return []
+    losing = f" (in {census.losing:,} the chat template drops some)" if census.losing else ""
+    said = (
+        f"{counted(census.chats, 'conversation')}: {census.tools:,} with tools, {census.tool_calls:,} with calls, "
+        f"{census.reasoning:,} with reasoning{losing}; {counted(census.weightless, 'message')} of weight 0"
+    )
+    return [f"{'conversations':<20} {said}"]
 
 
 def _output(plan: JobPlan, steps: int) -> str:

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from k2quant.checkpoint.writing.in_memory import write_checkpoint
+from k2quant.nano import architecture, writing
 from k2quant.qat.data.examples import examples_of
 from k2quant.qat.data.learning import Census, Learning
+from tiny import NANO
 
 SPECIAL = (
     *("[BOS]", "[EOS]", "[PAD]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>"),
@@ -67,3 +71,14 @@ def taught(kimi: Callable[[str], Any]) -> Taught:
         return [one.replace(header, "", 1) for one in marked]
 
     return show
+
+
+@pytest.fixture(scope="module")
+def thinker(kimi: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model whose template is like K2-Thinking's. Not to be changed by a test."""
+    folder = tmp_path_factory.mktemp("thinker")
+    config = NANO | {"num_hidden_layers": 2, "vocab_size": 400, "max_position_embeddings": 1024}
+    torch.manual_seed(0)
+    write_checkpoint(folder / "model", writing._shards(architecture.build(config)), config)  # noqa: SLF001
+    kimi("thinking").save_pretrained(folder / "model")
+    return folder

@@ -92,7 +92,7 @@ class TestWhatIsLearnt:
         assert taught("instruct", {"messages": messages}, census=census, turns="last") == []
         assert taught("instruct", {"messages": messages[:2]}, census=census) == []
         assert (census.rows, census.weightless, census.left_out) == (3, 5, 2)
-        assert any("2 rows had no turn that is to be learnt" in note for note in census.notes())
+        assert any("no turn of theirs is to be learnt: 2 rows" in note for note in census.notes())
 
     def test_blanks_behind_a_turn_are_the_templates(self, taught: Taught) -> None:
         """A line break that the template puts behind the turn's last token is not learnt."""
@@ -309,7 +309,10 @@ class TestReasoning:
         census = Census()
         taught("thinking", {"messages": [USER, answer(), USER, answer()]}, census=census)
         assert census.unthinking == 2
-        assert any("2 turns without reasoning follow an empty think block" in note for note in census.notes())
+        assert any(
+            "behind an empty think block of the chat template's, which is not learnt: 2 turns" in note
+            for note in census.notes()
+        )
 
     def test_a_template_that_writes_its_last_turn_otherwise(self, taught: Taught) -> None:
         """Where an earlier turn loses even its empty block, the row is refused, or split, and the remedy says so."""
