@@ -17,7 +17,7 @@ from k2quant.eval.asking.endpoint.server import Server
 from k2quant.eval.asking.engines import longest
 from k2quant.eval.asking.request import Request
 from k2quant.eval.runs.identity import model_hash, tokenizer_hash
-from k2quant.eval.runs.journal import Progress
+from k2quant.eval.runs.resuming import Progress
 
 if TYPE_CHECKING:
     from k2quant.eval.asking.harness import Tasks

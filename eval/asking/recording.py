@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from k2quant.checkpoint.files.paths import write_whole
+from k2quant.eval.asking.thoughts import Thoughts
 from k2quant.eval.runs.folder import MANIFEST, RESULTS, SCHEMA, as_json, tidy
 from k2quant.eval.runs.identity import digest
 
@@ -21,6 +22,9 @@ def write(
     cut: Mapping[str, int | None],
     begun: float,
     settings: Mapping[str, Any],
+    *,
+    repeats: int = 1,
+    thoughts: Thoughts | None = None,
 ) -> Path:
     """Write samples, results and manifest, in this order, and take away what only an unfinished run needs.
 
@@ -31,6 +35,8 @@ def write(
         cut: by task whose answers are written, how many were cut at the limit on new tokens; None: not known.
         begun: when, in seconds of the epoch.
         settings: what was found out about the model while it was loaded.
+        repeats: how often each question was asked whose answer is written.
+        thoughts: what became of the reasoning; None where nobody looked for any.
 
     Returns:
         the manifest's path.
@@ -53,6 +59,10 @@ def write(
         entry.update(identity["tasks"][name])
         entry["metrics"] = _metrics(results["results"][name])
         entry["truncated"] = cut.get(name)
+        if repeats > 1 and entry["output_type"] == "generate_until":
+            entry["repeats"] = repeats
+        if thoughts and thoughts.rows[name]:
+            entry["think_end"], entry["cut_in_thought"] = thoughts.thinking.end, thoughts.cut[name]
     manifest = {
         "schema": SCHEMA,
         "identity": digest(identity),

@@ -38,6 +38,17 @@ class Request:
     """The most tokens of an answer; None for each task's own number, or 1,024."""
     max_length: int | None = None
     """The most tokens of prompt and answer; None for what the model's config allows."""
+    think_end: str | None = None
+    """What ends a model's reasoning, such as `</think>`; empty for a model that does not reason, None for what the
+    checkpoint's chat template says."""
+    temperature: float | None = None
+    """At which answers are drawn, 0 for greedy ones; None for what each task says, mostly greedy."""
+    top_p: float | None = None
+    """The share of likeliest tokens that are drawn from; None for all."""
+    seed: int = 0
+    """From which every draw follows."""
+    repeats: int = 1
+    """How often each question is asked; one that is scored, never written, is asked once."""
     device: str = "cpu"
     """As torch calls it; `auto` to spread the model."""
     dtype: str = "bfloat16"

@@ -6,7 +6,7 @@ While it runs, the folder holds a lock, the request and a journal of finished ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,13 @@ from k2quant.eval.asking.engines import answers_depend_on
 from k2quant.eval.asking.presets import expand
 from k2quant.eval.asking.recording import write
 from k2quant.eval.asking.request import Request, check
+from k2quant.eval.asking.sampling import check_sampling, generation
+from k2quant.eval.asking.thinking import Thinking, decide
+from k2quant.eval.asking.thoughts import Thoughts, Unstopped
 from k2quant.eval.runs.folder import JOURNAL, MANIFEST, begin, finished, held, tidy
 from k2quant.eval.runs.identity import digest, task_hash
-from k2quant.eval.runs.journal import Journal, Progress, Resuming
+from k2quant.eval.runs.journal import Journal
+from k2quant.eval.runs.resuming import Progress, Resuming
 from k2quant.ground.extras import install, need
 from k2quant.ground.saying.meter import each
 from k2quant.ground.saying.progress import Asked, barred, told
@@ -29,6 +33,8 @@ from k2quant.ground.version import __version__
 if TYPE_CHECKING:
     from k2quant.eval.asking.harness import Tasks
     from k2quant.eval.asking.models import Model
+
+_ROOM = 8192  # tokens; K2's own benchmarks of models that reason allow 96k and more
 
 
 @barred("run", each("request", "requests"))
@@ -61,6 +67,7 @@ def run(
         OutputError: the folder holds something else, or another run.
     """
     check(request)
+    check_sampling(request)
     if request.backend == "k2quant":  # before lm-eval is loaded, which takes seconds, and data are fetched
         if why := no_folder(request.model):
             raise UsageError(f"{request.model}: {why}")
@@ -75,12 +82,14 @@ def run(
             shots=request.shots,
             limit=request.limit,
             new_tokens=request.max_new_tokens,
+            sampling=generation(request),
             unsafe_code=request.unsafe_code,
         )
         from k2quant.eval.asking.models import describe, load
 
         model = describe(request, reading)
-        identity = _identity(request, model, tasks)
+        thinking = decide(request, model.folder or request.tokenizer)
+        identity = _identity(request, model, tasks, thinking)
         if finished(folder, identity):
             tidy(folder)  # a kill may have come between the manifest and this
             if remark:
@@ -88,16 +97,61 @@ def run(
             return folder / MANIFEST
         begun = begin(folder, identity)
         journal = Journal(folder / JOURNAL)
-        if remark and len(journal):
-            remark(f"{folder}: resumes after {counted(len(journal), 'chunk')}")
+        if remark:
+            for said in _remarks(request, thinking, tasks):
+                remark(said)
+            if len(journal):
+                remark(f"{folder}: resumes after {counted(len(journal), 'chunk')}")
+        thoughts = Thoughts(thinking) if thinking else None
         lm = Resuming(
-            load(model, request, tasks, reading), journal, batch_size=request.batch_size, progress=told(progress)
+            _waiting(load(model, request, tasks, reading), thinking),
+            journal,
+            batch_size=request.batch_size,
+            repeats=request.repeats,
+            seed=request.seed,
+            read=thoughts.read if thoughts else None,
+            progress=told(progress),
         )
-        lm.expect(_count(tasks))
+        lm.expect(_count(tasks, request.repeats))
         results = harness.ask(
-            lm, tasks, chat_template=request.chat_template or request.chat, unsafe_code=request.unsafe_code
+            lm,
+            tasks,
+            chat_template=request.chat_template or request.chat,
+            unsafe_code=request.unsafe_code,
+            repeats=request.repeats,
+            thoughts=thoughts,
         )
-        return write(folder, identity, results, lm.cut, begun, lm.settings)
+        return write(folder, identity, results, lm.cut, begun, lm.settings, repeats=request.repeats, thoughts=thoughts)
+
+
+def _remarks(request: Request, thinking: Thinking | None, tasks: Tasks) -> Iterator[str]:
+    """Yield what is worth knowing before a model that reasons is asked."""
+    if thinking is None or not (thinking.always or request.backend != "api"):
+        return
+    if not thinking.always:
+        yield "a model that reasons, but prompts do not go through its chat template (`chat_template=True`): it may not"
+        return
+    if scored := tasks.scored:
+        yield f"{', '.join(scored)}: text is scored as it stands, so this model does not reason there"
+    limits = [
+        limit
+        for name in tasks.by_name
+        if name not in scored and (limit := tasks.config(name).get("generation_kwargs", {}).get("max_gen_toks"))
+    ]
+    if limits and min(limits) < _ROOM:
+        yield f"answers may have {min(limits):,} tokens, reasoning included; give them room by `max_new_tokens=`"
+    if limits and not request.temperature:
+        yield "greedily, a model that reasons may loop to the limit; K2-Thinking's card asks for `temperature=1.0`"
+
+
+def _waiting(lm: Any, thinking: Thinking | None) -> Any:
+    """Have a model stop at stop strings behind its reasoning only."""
+    if thinking is None:
+        return lm
+    if hasattr(lm, "thinking"):  # it waits for the marker itself
+        lm.thinking = thinking
+        return lm
+    return Unstopped(lm, thinking)
 
 
 def _harness() -> Any:
@@ -117,7 +171,7 @@ def _harness() -> Any:
     return harness
 
 
-def _identity(request: Request, model: Model, tasks: Tasks) -> dict[str, Any]:
+def _identity(request: Request, model: Model, tasks: Tasks, thinking: Thinking | None) -> dict[str, Any]:
     """Return all that the answers depend on; two requests with one identity have the same answers."""
     import torch
     import transformers
@@ -143,6 +197,12 @@ def _identity(request: Request, model: Model, tasks: Tasks) -> dict[str, Any]:
             "chat_template": request.chat_template,
             "base_url": request.base_url,
             "unsafe_code": request.unsafe_code,
+            "think_end": thinking.end if thinking else None,
+            "think_always": thinking.always if thinking else None,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "seed": request.seed,
+            "repeats": request.repeats,
             "lm_eval": VERSION,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -164,12 +224,13 @@ def _task_identity(tasks: Tasks, name: str) -> dict[str, Any]:
     }
 
 
-def _count(tasks: Tasks) -> int:
+def _count(tasks: Tasks, repeats: int) -> int:
     """Return about how many requests there will be: lm-eval builds them later."""
     total = 0
     for name in tasks.by_name:
         docs = tasks.docs(name)
         task = tasks.by_name[name]
         choices = task.doc_to_choice(docs[0]) if task.OUTPUT_TYPE == "multiple_choice" and docs else None
-        total += len(docs) * (len(choices) if choices else 1)
+        asked = repeats if task.OUTPUT_TYPE == "generate_until" else 1
+        total += len(docs) * (len(choices) if choices else asked)
     return total

@@ -13,37 +13,82 @@ from lm_eval.utils import handle_non_serializable, sanitize_list
 
 from k2quant.errors import EvaluationError, K2QuantError
 from k2quant.eval.asking.harness.faults import said
+from k2quant.eval.asking.harness.rounds import together, wrong_without_answer
 from k2quant.eval.asking.harness.tasks import Tasks
+from k2quant.eval.asking.thoughts import Thoughts
 
 
-def ask(lm: Any, tasks: Tasks, *, chat_template: bool, unsafe_code: bool) -> dict[str, Any]:
+def ask(
+    lm: Any,
+    tasks: Tasks,
+    *,
+    chat_template: bool,
+    unsafe_code: bool,
+    repeats: int = 1,
+    thoughts: Thoughts | None = None,
+) -> dict[str, Any]:
     """Ask a model all questions and score its answers, with lm-eval's own code and seeds.
 
+    Args:
+        lm: the model; it gives the answers of the first repeat when it is asked first, and so on.
+        tasks: what is asked.
+        chat_template: whether prompts go through a chat template.
+        unsafe_code: whether tasks may run the code that the model writes.
+        repeats: how often each question is scored whose answer is written.
+        thoughts: what `lm` keeps its reasoning in; an answer that never left it is wrong whatever its metrics say.
+
     Returns:
-        lm-eval's results, samples included.
+        lm-eval's results, samples included. With repeats its metrics are means over them, and its standard errors those
+        of means of items.
 
     Raises:
         EvaluationError: lm-eval gave up.
     """
+    rounds: list[dict[str, Any]] = []
+    written = {name: task for name, task in tasks.by_name.items() if task.OUTPUT_TYPE == "generate_until"}
+    for repeat in range(repeats if written else 1):
+        # Groups are put together once, from means; what is scored and not written is asked once.
+        loaded = tasks.loaded if repeat == 0 else {**tasks.loaded, "tasks": written, "groups": {}}
+        rounds.append(_once(lm, loaded, tasks, chat_template=chat_template, unsafe_code=unsafe_code, thoughts=thoughts))
+    return together(rounds, tasks) if len(rounds) > 1 else rounds[0]
+
+
+def _once(
+    lm: Any,
+    loaded: dict[str, Any],
+    tasks: Tasks,
+    *,
+    chat_template: bool,
+    unsafe_code: bool,
+    thoughts: Thoughts | None,
+) -> dict[str, Any]:
     import numpy as np
     import torch
 
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)  # noqa: NPY002  lm-eval's tasks use it
     torch.manual_seed(DEFAULT_OTHER_SEED)
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # each time the same shots
     try:
-        results: dict[str, Any] = evaluate(
-            lm,
-            tasks.loaded,
-            limit=tasks.limit,
-            apply_chat_template=chat_template,
-            fewshot_as_multiturn=chat_template,
-            confirm_run_unsafe_code=unsafe_code,
-        )
+        with wrong_without_answer(loaded["tasks"], thoughts):
+            results: dict[str, Any] = evaluate(
+                lm,
+                loaded,
+                limit=tasks.limit,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
+                confirm_run_unsafe_code=unsafe_code,
+            )
     except (K2QuantError, OSError):
         raise
     except (Exception, SystemExit) as error:
         raise EvaluationError("lm-eval stopped", found=said(error)) from error
+    if thoughts:
+        for name, rows in results["samples"].items():
+            for row in rows:
+                thoughts.note(name, row)
+            thoughts.count(name, [row for row in rows if row["filter"] == rows[0]["filter"]])
     return results
 
 

@@ -60,6 +60,7 @@ def load_tasks(
     shots: int | None = None,
     limit: int | None = None,
     new_tokens: int | None = None,
+    sampling: Mapping[str, Any] | None = None,
     unsafe_code: bool = False,
 ) -> Tasks:
     """Load tasks, groups or tags with their data.
@@ -71,6 +72,7 @@ def load_tasks(
         shots: examples before each question instead of each task's own number; a task that fixes 0 keeps it.
         limit: how many documents of each task are asked.
         new_tokens: the most tokens that a model may write, instead of each task's own number.
+        sampling: how answers are drawn, in lm-eval's words, instead of each task's own way; None or empty for that.
         unsafe_code: whether tasks may run the code that the model writes.
 
     Raises:
@@ -98,7 +100,7 @@ def load_tasks(
     if not loaded["tasks"]:
         raise UsageError(f"{', '.join(wanted)}: holds no task")
     for task in loaded["tasks"].values():
-        _settle(task, shots, new_tokens)
+        _settle(task, shots, new_tokens, sampling or {})
     return Tasks(loaded, limit)
 
 
@@ -157,7 +159,11 @@ def _loading(names: list[str]) -> Iterator[None]:
         ) from error
 
 
-def _settle(task: Any, shots: int | None, new_tokens: int | None) -> None:
+_NARROWING = {"do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p"}
+"""What a task may say of how answers are drawn."""
+
+
+def _settle(task: Any, shots: int | None, new_tokens: int | None, sampling: Mapping[str, Any]) -> None:
     """Write what lm-eval would decide on the way into a task's settings, as `simple_evaluate` does."""
     own = task.get_config("num_fewshot")
     task.set_config(key="num_fewshot", value=own or 0 if shots is None or own == 0 else shots)
@@ -168,4 +174,7 @@ def _settle(task: Any, shots: int | None, new_tokens: int | None) -> None:
         if new_tokens is not None or not named & generation.keys():
             generation = {key: value for key, value in generation.items() if key not in named}
             generation["max_gen_toks"] = new_tokens or NEW_TOKENS
+        if sampling:
+            kept = {key: value for key, value in generation.items() if key not in _NARROWING}
+            generation = {**kept, **sampling}
         task.set_config(key="generation_kwargs", value=generation)

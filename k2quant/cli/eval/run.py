@@ -54,6 +54,21 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="Of an answer.  [default: the task's own, or 1024]")
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of prompt and answer.  [default: the model's]")
+@click.option(
+    "--think-end",
+    metavar="TEXT",
+    help="What ends the model's reasoning; '' for none.  [default: </think> where the chat template has it]",
+)
+@click.option("--temperature", type=click.FloatRange(min=0), help="Draw answers.  [default: the task's own, greedy]")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Draw from the likeliest tokens.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all draws.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Answers to each question; more than one need --temperature.",
+)
 @options.device(others=None)
 @options.dtype()
 @click.option(
@@ -120,6 +135,7 @@ def command(output: Path, *, tasks: str, data: tuple[str, ...], soft_lock: bool,
         k2quant eval run K2-INT4 --tasks k2-quick -o runs/int4
         k2quant eval run K2-INT4 --tasks gsm8k --data gsm8k=data/ -o runs/gsm8k
         k2quant eval run kimi-k2 --backend api --base-url http://localhost:8000/v1 --tasks gsm8k -o runs/served
+        k2quant eval run K2-Thinking --chat-template --temperature 1 --repeats 4 --max-new-tokens 32768 ...
     """
     import gc
     import json
@@ -189,8 +205,16 @@ def _show(manifest: dict[str, Any], folder: Path) -> None:
     for name, task in manifest["tasks"].items():
         if task["truncated"]:
             warn(f"{name}: {task['truncated']} answers ended at the limit on new tokens; see --max-new-tokens")
+        if task.get("cut_in_thought"):
+            _warn_of_thoughts(name, task)
     took, quoted = duration(manifest["seconds"]), shlex.quote(str(folder))
     remark(f"{folder}: {took}; compare with  k2quant eval gate BASELINE {quoted}")
+
+
+def _warn_of_thoughts(name: str, task: dict[str, Any]) -> None:
+    lost, asked = task["cut_in_thought"], task["documents"] * task.get("repeats", 1)
+    all_of_them = "; does this model reason at all? see --think-end" if lost == asked else "; see --max-new-tokens"
+    warn(f"{name}: {lost:,} of {asked:,} answers never left their reasoning and count as wrong{all_of_them}")
 
 
 _COLUMNS = (

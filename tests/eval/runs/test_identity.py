@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from k2quant.errors import CheckpointError, HarnessFault, MissingTensor
 from k2quant.eval.runs.identity import digest, model_hash, task_hash, tokenizer_hash
-from k2quant.eval.runs.journal import Journal, Resuming
+from k2quant.eval.runs.journal import Journal
+from k2quant.eval.runs.resuming import Resuming
 
 
 def changed(folder: Path, name: str, place: int) -> None:

@@ -1,0 +1,47 @@
+"""How answers are drawn: greedily, or at a temperature, once or several times."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from k2quant.errors import UsageError
+from k2quant.eval.asking.request import Request
+
+
+def check_sampling(request: Request) -> None:
+    """Refuse settings of sampling that make no sense, or do not go together.
+
+    Raises:
+        UsageError: so it is.
+    """
+    heat, top_p = request.temperature, request.top_p
+    if heat is not None and (not _is_number(heat) or not 0 <= heat <= _HOTTEST):
+        raise UsageError(f"temperature: expected 0 to {_HOTTEST}, found {heat!r}")
+    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
+        raise UsageError(f"top_p: expected more than 0 and at most 1, found {top_p!r}")
+    if type(request.seed) is not int or not 0 <= request.seed < 2**63:
+        raise UsageError(f"seed: expected a whole number from 0, found {request.seed!r}")
+    if type(request.repeats) is not int or request.repeats < 1:
+        raise UsageError(f"repeats: expected at least 1 answer to each question, found {request.repeats!r}")
+    if top_p is not None and not heat:
+        raise UsageError("`top_p=` draws, and so needs a `temperature=` above 0")
+    if request.repeats > 1 and not heat:
+        raise UsageError("`repeats=` needs a `temperature=` above 0: greedy answers are all the same")
+
+
+_HOTTEST = 10  # a server's limit is 2; beyond this it is a typing error
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in {int, float} and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def generation(request: Request) -> dict[str, Any]:
+    """Return what a run's sampling puts in place of each task's own, in lm-eval's words; empty to leave that alone."""
+    if request.temperature is None:
+        return {}
+    if request.temperature == 0:
+        return {"do_sample": False, "temperature": 0.0}
+    top_p = 1.0 if request.top_p is None else float(request.top_p)
+    return {"do_sample": True, "temperature": float(request.temperature), "top_p": top_p}
