@@ -8,10 +8,10 @@ gamma variable. With w the numbers and a how often each occurs, S has the genera
 
 upwards across the axis, anywhere between the largest pole below 0 and 0. Here that is at the saddle, where nothing
 cancels (Butler, Saddlepoint Approximations with Applications, 2007). From there the path bends as the steepest descent
-does: s = saddle + i sigma sinh(u + i delta) + sigma sin(delta), with sigma the saddle's width. Every pole is at least
-sigma away, so that the trapezoidal rule in u is right to rounding after a few dozen points (Trefethen and Weideman, SIAM
-Review 56:385, 2014). Where a bend leads through heights instead, half of the points give another sum than all of them,
-and a smaller bend is taken.
+does: s = saddle + i sigma sinh(u + i delta) + sigma sin(delta), sigma being the saddle's width. Every pole is at least
+sigma away, so that the trapezoidal rule in u is right to rounding after a few dozen points (Trefethen and Weideman,
+SIAM Review 56:385, 2014). Where a bend leads through heights instead, half of the points give another sum than all of
+them, and a smaller bend is taken.
 """
 
 from __future__ import annotations

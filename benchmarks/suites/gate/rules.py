@@ -61,10 +61,10 @@ def wald(seen: Seen) -> Bools:
     """Upper end of the two-sided t interval of the paired drop within the margin, as `nel gate` has it."""
     drop = (seen.lost - seen.gained) / seen.n
     variance = np.maximum(seen.flips / seen.n - drop**2, 0) * seen.n / (seen.n - 1)
-    return drop + _t(1 - seen.alpha / 2, seen.n - 1) * np.sqrt(variance / seen.n) <= seen.margin
+    return drop + student(1 - seen.alpha / 2, seen.n - 1) * np.sqrt(variance / seen.n) <= seen.margin
 
 
-def _t(p: float, freedom: int) -> float:
+def student(p: float, freedom: int) -> float:
     """Return Student's quantile by its series in 1 / freedom; right to 1e-5 from 29 on."""
     z, v = NormalDist().inv_cdf(p), freedom
     return (
