@@ -52,13 +52,15 @@ def check_chance(tasks: list[Task], policy: Policy) -> None:
     Raises:
         Incomparable: see above.
     """
-    items = sum(len(task.items) for task in tasks)
-    right = sum(task.right for task in tasks)
-    chance = sum(task.chance * len(task.items) for task in tasks) / items
-    for task in tasks:
+    sizes = [task.columns.items for task in tasks]
+    items = sum(sizes)
+    right = sum(task.right / task.columns.repeats for task in tasks)
+    chance = sum(task.chance * size for task, size in zip(tasks, sizes, strict=True)) / items
+    for task, size in zip(tasks, sizes, strict=True):
         floor = task.chance + policy.margin_of(task.name)
-        if len(tasks) > 1 and len(task.items) >= _ENOUGH and task.accuracy <= floor:
-            raise _at_chance(f"in {task.name} ", task.accuracy, task.chance, len(task.items))
+        if len(tasks) > 1 and size >= _ENOUGH and task.accuracy <= floor:
+            raise _at_chance(f"in {task.name} ", task.accuracy, task.chance, size)
+    # An item asked several times counts as one: its answers hang together.
     if wilson(right, items, -NormalDist().inv_cdf(policy.alpha))[0] <= chance + policy.margin:
         raise _at_chance("", right / items, chance, items)
 
@@ -81,8 +83,9 @@ def doubts(base: Run, candidate: Run, pairs: Iterable[Pairs], *, same_model: boo
     if all(task.identical for task in pairs):
         yield "every output is the same to the last bit: either nothing was lost, or one cache answered for both"
     else:
-        for name in (task.task for task in pairs if task.identical and task.base[0].choices):
+        for name in (task.task for task in pairs if task.identical and task.ours.choices[0]):
             yield f"{name}: every log-probability is the same to the last bit; did one cache answer for both?"
-    for task in (base.tasks[both.task] for both in pairs):
-        if len(task.items) < _ENOUGH and task.accuracy <= task.chance:
-            yield f"{task.name}: the baseline is at chance, {task.accuracy:.1%} of {len(task.items)} items"
+    for both in pairs:
+        task = both.base
+        if both.items < _ENOUGH and task.accuracy <= task.chance:
+            yield f"{task.name}: the baseline is at chance, {task.accuracy:.1%} of {both.items} items"

@@ -1,27 +1,31 @@
 """The gate: is a candidate good enough? A paired non-inferiority test with three answers.
 
 PASS: the items show that the drop in accuracy is below the margin. FAIL: they show that it is above. INCONCLUSIVE: they
-show neither, and how many would. Both tests are exact (`paired`), so each mistake has at most the chance alpha, however
-few items flip. The pool of all items carries PASS; FAIL also comes from any one task, by Holm's rule over the tasks.
-Pool and tasks each have alpha: with several tasks a wrong FAIL from either has at most the chance 2 alpha.
+show neither, and how many would. Both tests hold their level at any number of items, so each mistake has at most the
+chance alpha: exact ones (`paired`) where each item was asked once, and where items were asked several times those of
+`repeats`, which count an item as one. The pool of all items carries PASS; FAIL also comes from any one task, by Holm's
+rule over the tasks. Pool and tasks each have alpha: with several tasks a wrong FAIL from either has at most the chance
+2 alpha.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from k2quant.eval.gating.comparing import compared, differs
+from k2quant.eval.gating.comparing import decision as decision_of
+from k2quant.eval.gating.cutting import cut_warnings
 from k2quant.eval.gating.doubts import check_chance, check_models, doubts
+from k2quant.eval.gating.flips import flips_of
 from k2quant.eval.gating.pairing import Pairs, check_outputs, pair
 from k2quant.eval.gating.parts import independent
 from k2quant.eval.gating.policy import Policy
 from k2quant.eval.gating.verdict import Comparison, Decision, Side, Verdict
 from k2quant.eval.runs.items import Run
 from k2quant.eval.runs.reading import read_run
-from k2quant.eval.statistics import paired
-from k2quant.eval.statistics.planning import chance_of_pass, plan
 
 POOL = "all"
 """Name of the comparison of all items together."""
@@ -56,9 +60,9 @@ def gate(
     check_outputs(pairs)
     check_models(base, candidate, pairs, same_model=same_model)
     check_chance([base.tasks[task.task] for task in pairs], policy)
-    tasks = _adjusted([_compared(task.task, [task], policy, policy.margin_of(task.task)) for task in pairs], policy)
+    tasks = _adjusted([compared(task.task, [task], policy, policy.margin_of(task.task)) for task in pairs], policy)
     pool = independent(base, pairs)
-    pooled = _compared(POOL, pool, policy, policy.margin)
+    pooled = compared(POOL, pool, policy, policy.margin)
     decision, reason = _decided(pooled, tasks, policy)
     if same_model:
         decision, reason = "INCONCLUSIVE", _noise(pooled)
@@ -66,12 +70,13 @@ def gate(
         decision=decision,
         reason=reason,
         warnings=(
-            *_warnings(pooled, tasks, policy, same_model=same_model),
+            *(_noise_warnings(pairs, policy) if same_model else _warnings(pooled, tasks, policy)),
+            *cut_warnings(pooled, tasks, pairs, policy.alpha),
             *doubts(base, candidate, pairs, same_model=same_model),
         ),
         pooled=pooled,
         tasks=tuple(tasks),
-        flips=tuple(sorted((flip for task in pool for flip in task.flips()), key=lambda flip: not flip.lost)),
+        flips=flips_of(pool),
         base=_side(base),
         candidate=_side(candidate),
         policy=policy,
@@ -93,36 +98,6 @@ def _side(run: Run) -> Side:
     return Side(folder=str(run.folder), model=run.model, model_hash=run.model_hash, tokenizer_hash=run.tokenizer_hash)
 
 
-def _compared(name: str, pairs: Iterable[Pairs], policy: Policy, margin: float) -> Comparison:
-    pairs = list(pairs)
-    n, lost, gained = (sum(counts) for counts in zip(*((len(p.base), p.lost, p.gained) for p in pairs), strict=True))
-    flips = (lost + gained) / n
-    p_good, p_bad = paired.p_good(lost, gained, n, margin), paired.p_bad(lost, gained, n, margin)
-    base_right = sum(item.right for task in pairs for item in task.base)
-    return Comparison(
-        name=name,
-        n=n,
-        base_right=base_right,
-        candidate_right=base_right - lost + gained,
-        lost=lost,
-        gained=gained,
-        margin=margin,
-        interval=paired.interval(lost, gained, n, policy.alpha),
-        p_good=p_good,
-        p_bad=p_bad,
-        p_worse=paired.p_worse(lost, gained),
-        power=chance_of_pass(n, margin, policy.alpha, flips),
-        needed=plan(margin=margin, alpha=policy.alpha, power=policy.power, flips=flips).items,
-        decision=_decision(p_good, p_bad, policy.alpha),
-    )
-
-
-def _decision(p_good: float, p_bad: float, alpha: float) -> Decision:
-    if p_bad <= alpha:
-        return "FAIL"
-    return "PASS" if p_good <= alpha else "INCONCLUSIVE"
-
-
 def _adjusted(tasks: list[Comparison], policy: Policy) -> list[Comparison]:
     """Return tasks with their p-values of FAIL as Holm's rule has them, and what then is decided."""
     order = sorted(tasks, key=lambda task: task.p_bad)
@@ -135,7 +110,7 @@ def _adjusted(tasks: list[Comparison], policy: Policy) -> list[Comparison]:
         replace(
             task,
             p_bad=adjusted[task.name],
-            decision=_decision(task.p_good, adjusted[task.name], policy.alpha),
+            decision=decision_of(task.p_good, adjusted[task.name], policy.alpha),
         )
         for task in tasks
     ]
@@ -189,11 +164,12 @@ def _pp(share: float) -> str:
     return f"{100 * share:.2f} pp".replace(".00 pp", " pp")
 
 
-def _warnings(pooled: Comparison, tasks: list[Comparison], policy: Policy, *, same_model: bool) -> Iterable[str]:
-    if same_model:
-        if 2 * min(pooled.p_worse, paired.p_worse(pooled.gained, pooled.lost)) <= policy.alpha:
-            yield "the two runs of one model differ by more than chance: find out what changed before gating anything"
-        return
+def _noise_warnings(pairs: Sequence[Pairs], policy: Policy) -> Iterable[str]:
+    if differs(pairs) <= policy.alpha:
+        yield "the two runs of one model differ by more than chance: find out what changed before gating anything"
+
+
+def _warnings(pooled: Comparison, tasks: list[Comparison], policy: Policy) -> Iterable[str]:
     smallest = math.ceil(math.log(policy.alpha) / math.log1p(-pooled.margin))
     if pooled.n < smallest:
         yield (

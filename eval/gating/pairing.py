@@ -2,57 +2,83 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from k2quant.errors import HarnessFault, Incomparable, UsageError, printable
-from k2quant.eval.gating.verdict import Flip
-from k2quant.eval.runs.items import Item, Run, Task
+from k2quant.eval.runs.columns import Columns
+from k2quant.eval.runs.items import Run, Task
+from k2quant.ground.saying.showing import brief
 
 _SHOWN = 5  # names in a message
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pairs:
     """The same items of one task, in the order of the baseline."""
 
-    task: str
-    base: tuple[Item, ...]
-    candidate: tuple[Item, ...]
+    base: Task
+    candidate: Task
+    ours: Columns
+    """The baseline's answers."""
+    theirs: Columns
+    """The candidate's."""
+    places: NDArray[np.int64]
+    """For each item of the baseline, which of the candidate's it is: `[items]`."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
     @property
-    def lost(self) -> int:
-        """Items only the baseline has right."""
-        return sum(one.right and not other.right for one, other in self._both())
+    def task(self) -> str:
+        """The task's name."""
+        return self.base.name
 
     @property
-    def gained(self) -> int:
-        """Items only the candidate has right."""
-        return sum(other.right and not one.right for one, other in self._both())
+    def items(self) -> int:
+        """How many there are."""
+        return len(self.places)
+
+    @property
+    def unit(self) -> int:
+        """Both sides' shares of right answers are whole multiples of 1 / `unit`; 1 where each item was asked once."""
+        return math.lcm(self.ours.repeats, self.theirs.repeats)
+
+    @property
+    def base_right(self) -> NDArray[np.int64]:
+        """The baseline's right answers to each item: `[items]`."""
+        return self.ours.counted(self.ours.right)
+
+    @property
+    def candidate_right(self) -> NDArray[np.int64]:
+        """The candidate's right answers to each item: `[items]`."""
+        return self.theirs.counted(self.theirs.right)[self.places]
+
+    def changes(self, unit: int | None = None) -> NDArray[np.int64]:
+        """Return by how much the share of right answers to each item rose: int64 `[items]`, in parts of 1 / `unit`."""
+        return self._risen(self.base_right, self.candidate_right, unit or self.unit)
+
+    def more_cut(self, unit: int) -> NDArray[np.int64]:
+        """Return by how much the share of answers cut in thought rose: int64 `[items]`, in parts of 1 / `unit`."""
+        base, candidate = self.ours.counted(self.ours.cut), self.theirs.counted(self.theirs.cut)[self.places]
+        return self._risen(base, candidate, unit)
+
+    def _risen(self, base: NDArray[np.int64], candidate: NDArray[np.int64], unit: int) -> NDArray[np.int64]:
+        return candidate * (unit // self.theirs.repeats) - base * (unit // self.ours.repeats)
 
     @property
     def identical(self) -> bool:
         """Whether every output is the same to the last bit."""
-        return all(one.output_digest == other.output_digest for one, other in self._both())
-
-    def flips(self) -> Iterable[Flip]:
-        """Yield the items that changed between right and wrong."""
-        for one, other in self._both():
-            if one.right != other.right:
-                yield Flip(
-                    task=self.task,
-                    doc_id=one.doc_id,
-                    lost=one.right,
-                    prompt=one.prompt,
-                    target=one.target,
-                    base_answer=one.answer,
-                    candidate_answer=other.answer,
-                )
-
-    def _both(self) -> Iterable[tuple[Item, Item]]:
-        return zip(self.base, self.candidate, strict=True)
+        if self.ours.repeats != self.theirs.repeats:
+            return False
+        ours, theirs = (side.output.reshape(-1, side.repeats) for side in (self.ours, self.theirs))
+        return bool((ours == theirs[self.places]).all())
 
 
 def pair(base: Run, candidate: Run, names: Iterable[str] = ()) -> tuple[Pairs, ...]:
@@ -114,10 +140,11 @@ def _paired(base: Task, candidate: Task, run: Run) -> Pairs:
         raise Incomparable(
             "run with other settings", file=place, **_difference(base.settings, candidate.settings), remedy=_SAME_WAY
         )
-    ours, theirs = _by_key(base.items), _by_key(candidate.items)
-    if ours.keys() != theirs.keys():
-        raise _mismatch(base, candidate, place)
-    return Pairs(task=base.name, base=tuple(ours.values()), candidate=tuple(theirs[key] for key in ours))
+    ours, theirs = base.columns, candidate.columns
+    places = _places(ours.of_items(ours.key), theirs.of_items(theirs.key))
+    if places is None:
+        raise _mismatch(ours, theirs, place)
+    return Pairs(base=base, candidate=candidate, ours=ours, theirs=theirs, places=places)
 
 
 _SAME_WAY = "run both with the same tasks, shots, limit and settings"
@@ -131,35 +158,47 @@ def _difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str,
     return {side: f"{key} {where[key]!r:.200}" if key in where else f"no {key}" for side, where in sides}
 
 
-def _by_key(items: Iterable[Item]) -> dict[tuple[Any, int], Item]:
-    """Return items by key; the few documents that a benchmark holds twice are told apart by their order."""
-    seen: Counter[Any] = Counter()
-    found: dict[tuple[Any, int], Item] = {}
-    for item in items:
-        found[item.key, seen[item.key]] = item
-        seen[item.key] += 1
-    return found
+def _places(ours: NDArray[np.bytes_], theirs: NDArray[np.bytes_]) -> NDArray[np.int64] | None:
+    """Return where each of our keys stands among theirs, or None where they have others.
+
+    The few documents that a benchmark holds twice are told apart by their order.
+    """
+    if len(ours) != len(theirs):
+        return None
+    if (ours == theirs).all():
+        return np.arange(len(ours))
+    our_order, their_order = (np.argsort(keys, kind="stable") for keys in (ours, theirs))
+    if (ours[our_order] != theirs[their_order]).any():
+        return None
+    places = np.empty(len(ours), np.int64)
+    places[our_order] = their_order
+    return places
 
 
-def _mismatch(base: Task, candidate: Task, place: str) -> Incomparable:
+def _mismatch(ours: Columns, theirs: Columns, place: str) -> Incomparable:
     """Say whether other items were asked, or the same ones in other words."""
-    ours = {item.key.doc_hash: item for item in base.items}
-    theirs = {item.key.doc_hash: item for item in candidate.items}
-    if ours.keys() != theirs.keys() or len(base.items) != len(candidate.items):
+    base, candidate = (_by_document(side) for side in (ours, theirs))
+    if base.keys() != candidate.keys() or ours.items != theirs.items:
         return Incomparable(
             "other items",
             file=place,
-            expected=f"the {len(base.items)} of the baseline",
-            found=f"{len(candidate.items)}, {len(ours.keys() & theirs.keys())} in common",
+            expected=f"the {ours.items} of the baseline",
+            found=f"{theirs.items}, {len(base.keys() & candidate.keys())} in common",
             remedy=_SAME_WAY,
         )
-    changed = [item.doc_id for doc, item in ours.items() if theirs[doc].key != item.key]
+    changed = [number for document, (key, number) in base.items() if candidate[document][0] != key]
     return Incomparable(
         "the same items in other words",
         file=place,
-        found=f"{len(changed)} of {len(ours)} prompts or targets differ, the first of document {(changed or [0])[0]}",
+        found=f"{len(changed)} of {len(base)} prompts or targets differ, the first of document {(changed or [0])[0]}",
         remedy=f"{_SAME_WAY}, and the same chat template",
     )
+
+
+def _by_document(side: Columns) -> dict[bytes, tuple[bytes, int]]:
+    """Return key and number of each document."""
+    document, key, number = (side.of_items(column).tolist() for column in (side.document, side.key, side.doc_id))
+    return dict(zip(document, zip(key, number, strict=True), strict=True))
 
 
 def check_outputs(pairs: Iterable[Pairs]) -> None:
@@ -169,11 +208,11 @@ def check_outputs(pairs: Iterable[Pairs]) -> None:
         HarnessFault: see above.
     """
     for task in pairs:
-        for who, items in (("baseline", task.base), ("candidate", task.candidate)):
-            hollow = sum(item.hollow for item in items)
-            if 2 * hollow > len(items):
+        for who, side in (("baseline", task.ours), ("candidate", task.theirs)):
+            hollow, answers = int(side.hollow.sum()), len(side.hollow)
+            if 2 * hollow > answers:
                 raise HarnessFault(
                     f"the {who}'s outputs of {task.task} say nothing",
-                    found=f"{hollow} of {len(items)} empty, or with log-probabilities that are all the same",
+                    found=f"{hollow} of {answers} empty, or with log-probabilities that are all the same",
                     remedy="a server without echoed log-probabilities cannot do multiple choice; look at its samples",
                 )

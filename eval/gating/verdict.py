@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from k2quant.eval.gating.flips import Flip
 from k2quant.eval.gating.policy import Policy
 from k2quant.ground.saying.showing import as_html, brief
 
@@ -13,6 +16,12 @@ Decision = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
 EXIT_CODES: dict[Decision, int] = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4}
 """What `k2quant eval gate` ends with."""
+
+EXACT = "exact paired test"
+"""Where each item was asked once: see `k2quant.eval.statistics.paired`."""
+
+REPEATED = "Gaffke's bound over items"
+"""Where an item was asked several times, its answers being one cluster: see `k2quant.eval.statistics.repeats`."""
 
 SCHEMA = 1
 """Version of `Verdict.as_dict`; it grows when a reader of the older one would misread."""
@@ -26,30 +35,43 @@ class Comparison:
     """The task's name, or `all` for the pool."""
     n: int
     """Items that both answered."""
-    base_right: int
-    """Of them, the baseline has right."""
-    candidate_right: int
-    """Of them, the candidate has right."""
+    base_answers: int
+    """The baseline's answers to them: as many, or more where items were asked several times."""
+    candidate_answers: int
+    """The candidate's."""
+    base_right: float
+    """Of the items, the baseline has right; one asked several times counts by its share of right answers."""
+    candidate_right: float
+    """Of the items, the candidate has right."""
     lost: int
-    """Items only the baseline has right (b)."""
+    """Items only the baseline has right (b), or of several answers a larger share."""
     gained: int
-    """Items only the candidate has right (c)."""
+    """Items only the candidate has right (c), or of several answers a larger share."""
     margin: float
     """Largest drop in accuracy that is still good enough, 0 to 1."""
     interval: tuple[float, float]
-    """Tango's score interval of the drop at 1 - 2 alpha: each end is right with 1 - alpha."""
+    """Of the drop, at 1 - 2 alpha: each end is right with 1 - alpha. Tango's score interval, or that of the repeats."""
     p_good: float
-    """Exact p-value of "the drop is at least the margin": small shows that the candidate is good enough."""
+    """p-value of "the drop is at least the margin": small shows that the candidate is good enough."""
     p_bad: float
-    """Exact p-value of "the drop is at most the margin": small shows that it is not. In `tasks` adjusted by Holm."""
+    """p-value of "the drop is at most the margin": small shows that it is not. In `tasks` adjusted by Holm."""
     p_worse: float
-    """One-sided McNemar p-value of "no drop": a detector of damage, which no verdict rests on."""
+    """One-sided p-value of "no drop", McNemar's or that of the repeats: a detector of damage, which no verdict rests
+    on."""
     power: float
     """Chance of PASS for a candidate without any drop, at this n and the flip rate that was seen."""
     needed: int | None
     """Items that would give the policy's power at this flip rate; None where no number below ten million does."""
     decision: Decision
     """What the numbers say of these items alone."""
+    base_cut: int | None = None
+    """The baseline's answers that never left their reasoning and so are wrong; None where nobody looked."""
+    candidate_cut: int | None = None
+    """The candidate's."""
+    base_truncated: int | None = None
+    """The baseline's answers that ended only because they were as long as allowed; None where nobody knows."""
+    candidate_truncated: int | None = None
+    """The candidate's."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -58,11 +80,21 @@ class Comparison:
     @property
     def drop(self) -> float:
         """How much accuracy the candidate lost, 0 to 1; negative where it gained."""
-        return (self.lost - self.gained) / self.n
+        return (self.base_right - self.candidate_right) / self.n
+
+    @property
+    def repeated(self) -> bool:
+        """Whether any item was asked more than once."""
+        return max(self.base_answers, self.candidate_answers) > self.n
+
+    @property
+    def method(self) -> str:
+        """The test that decides."""
+        return REPEATED if self.repeated else EXACT
 
     @property
     def flips(self) -> float:
-        """Share of items that changed between right and wrong."""
+        """Share of items that changed between right and wrong, or in their share of right answers."""
         return (self.lost + self.gained) / self.n
 
     @property
@@ -74,20 +106,6 @@ class Comparison:
     def candidate_accuracy(self) -> float:
         """Of the candidate, 0 to 1."""
         return self.candidate_right / self.n
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flip:
-    """An item that one model has right and the other wrong."""
-
-    task: str
-    doc_id: int
-    lost: bool
-    """Whether the baseline has it right; else the candidate."""
-    prompt: str
-    target: str
-    base_answer: str
-    candidate_answer: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +128,8 @@ class Verdict:
     """What else should be known: flips that look like damage inside the margin, a policy that lacks power."""
     pooled: Comparison
     tasks: tuple[Comparison, ...]
-    flips: tuple[Flip, ...]
-    """All of them, lost ones first."""
+    flips: Sequence[Flip]
+    """All of them, lost ones first, of those the largest change first; read from the runs when they are asked for."""
     base: Side
     candidate: Side
     policy: Policy
@@ -139,12 +157,44 @@ class Verdict:
         return EXIT_CODES[self.decision]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as JSON holds it."""
-        comparisons = [self.pooled, *self.tasks]
-        pooled, *tasks = [_with_shares(comparison) for comparison in comparisons]
-        return {"schema": SCHEMA} | dataclasses.asdict(self) | {"pooled": pooled, "tasks": tasks}
+        """Return everything as JSON holds it.
+
+        Raises:
+            MalformedResults: a run is no longer what was read.
+        """
+        return self._without_flips() | {"flips": [dataclasses.asdict(flip) for flip in self.flips]}
+
+    def as_json(self, first: Mapping[str, Any] | None = None, last: Mapping[str, Any] | None = None) -> Iterator[str]:
+        """Yield what `as_dict` returns as text, flip by flip: many of them need no memory.
+
+        Args:
+            first: what stands before it.
+            last: what stands after it, and before the flips.
+
+        Raises:
+            MalformedResults: a run is no longer what was read.
+        """
+        head = json.dumps(
+            {**(first or {}), **self._without_flips(), **(last or {})}, ensure_ascii=False, allow_nan=False, indent=1
+        )
+        yield f'{head.removesuffix("}").rstrip()},\n "flips": ['
+        for place, flip in enumerate(self.flips):
+            text = json.dumps(dataclasses.asdict(flip), ensure_ascii=False, allow_nan=False)
+            yield f"{',' if place else ''}\n  {text}"
+        yield "\n ]\n}\n"
+
+    def _without_flips(self) -> dict[str, Any]:
+        parts = {"base": self.base, "candidate": self.candidate, "policy": self.policy}
+        return {
+            "schema": SCHEMA,
+            **{name: getattr(self, name) for name in ("decision", "reason", "warnings")},
+            "pooled": _with_shares(self.pooled),
+            "tasks": [_with_shares(task) for task in self.tasks],
+            **{name: dataclasses.asdict(part) for name, part in parts.items()},
+            "same_model": self.same_model,
+        }
 
 
 def _with_shares(comparison: Comparison) -> dict[str, Any]:
-    shares = {name: getattr(comparison, name) for name in ("drop", "flips", "base_accuracy", "candidate_accuracy")}
-    return dataclasses.asdict(comparison) | shares
+    shares = ("drop", "flips", "base_accuracy", "candidate_accuracy", "method")
+    return dataclasses.asdict(comparison) | {name: getattr(comparison, name) for name in shares}

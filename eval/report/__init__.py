@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from k2quant.checkpoint.files.paths import open_regular, write_whole
+from k2quant.checkpoint.files.paths import open_regular, replacing
 from k2quant.errors import DestinationForeign, MalformedFile, OutputError
 from k2quant.eval.drift.findings import Blame, Fidelity
 from k2quant.eval.gating.verdict import Verdict
@@ -55,6 +54,7 @@ def write_reports(
     Raises:
         DestinationForeign: a file of such a name is not ours.
         OutputError: the reports cannot be written.
+        MalformedResults: a run is no longer what was read.
         MissingExtra: matplotlib is not installed.
     """
     need("report", "drawing the gate's page")
@@ -62,28 +62,34 @@ def write_reports(
     html, text, xml, data = paths = [Path(folder) / name for name in names]
     for path in paths:
         _check_ours(path)
-    contents = {
-        html: page(verdict, fidelity, blame),
-        text: markdown(verdict, fidelity=fidelity, blame=blame),
-        xml: junit(verdict),
-        data: _as_json(verdict, fidelity, blame),
+    contents: dict[Path, Iterable[str]] = {
+        data: _as_json(verdict, fidelity, blame),  # the one that reads the runs again while it is written
+        html: [page(verdict, fidelity, blame)],
+        text: [markdown(verdict, fidelity=fidelity, blame=blame)],
+        xml: [junit(verdict)],
     }
     for path, content in contents.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, content.encode(errors="replace"))  # half a surrogate pair is no text
+            _write(path, content)
         except OSError as error:
             raise OutputError("cannot be written", file=path, found=error.strerror or str(error)) from error
     return Reports(html=html, markdown=text, junit=xml, json=data)
 
 
-def _as_json(verdict: Verdict, fidelity: Fidelity | None, blame: Blame | None) -> str:
-    more: dict[str, Any] = {
+def _write(path: Path, content: Iterable[str]) -> None:
+    """Write a file piece by piece, so that it is whole or not there."""
+    with replacing(path) as descriptor, os.fdopen(os.dup(descriptor), "wb") as file:
+        for piece in content:
+            file.write(piece.encode(errors="replace"))  # half a surrogate pair is no text
+
+
+def _as_json(verdict: Verdict, fidelity: Fidelity | None, blame: Blame | None) -> Iterator[str]:
+    last = {
         "fidelity": None if fidelity is None else fidelity.as_dict(),
         "blame": None if blame is None else blame.as_dict(),
     }
-    content = {"tool": TOOL} | verdict.as_dict() | more
-    return json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    return verdict.as_json({"tool": TOOL}, last)
 
 
 def _check_ours(path: Path) -> None:

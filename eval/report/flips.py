@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from k2quant.eval.gating.verdict import Flip, Verdict
+from k2quant.eval.gating.flips import Flip, by_kind
+from k2quant.eval.gating.verdict import Verdict
 from k2quant.eval.report.differences import differences
 from k2quant.report.words import code, text
 
@@ -53,11 +54,9 @@ def flips(verdict: Verdict) -> str:
     )
 
 
-def _listed(found: Iterable[Flip]) -> tuple[str, int]:
+def _listed(found: Sequence[Flip]) -> tuple[str, int]:
     """Return the flips by task, the tasks that lost most first, and how many are left out."""
-    groups: dict[tuple[str, bool], list[Flip]] = {}
-    for flip in found:
-        groups.setdefault((flip.task, flip.lost), []).append(flip)
+    groups = by_kind(found)
     names = sorted({task for task, _ in groups}, key=lambda task: (-len(groups.get((task, True), ())), task))
     names = names[: SHOWN // (2 * _OPEN)]
     sizes = [len(some) for (task, _), some in groups.items() if task in names]
@@ -68,7 +67,7 @@ def _listed(found: Iterable[Flip]) -> tuple[str, int]:
     return listed, sum(map(len, groups.values())) - sum(min(size, room) for size in sizes)
 
 
-def _task(task: str, kinds: dict[bool, list[Flip]], room: int) -> str:
+def _task(task: str, kinds: dict[bool, Sequence[Flip]], room: int) -> str:
     """Return a task's lost items and its gained ones, side by side where there is room."""
     columns = "".join(f"<div>{_kind(found, room, lost=lost)}</div>" for lost, found in kinds.items() if found)
     return f"<div class=task><h3>{code(task)}</h3><div class=kinds>{columns}</div></div>\n"

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from k2quant.eval.drift.findings import Blame, Fidelity, Suspect
-from k2quant.eval.gating.verdict import Comparison, Flip, Side, Verdict
+from k2quant.eval.gating.flips import Flip
+from k2quant.eval.gating.verdict import Comparison, Side, Verdict
 from k2quant.eval.report.wording import (
     LEFT_OUT,
     TOOL,

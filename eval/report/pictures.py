@@ -119,7 +119,7 @@ def accuracies(verdict: Verdict) -> str:
     )
 
 
-def _wilson(right: int, n: int) -> tuple[float, float, float]:
+def _wilson(right: float, n: int) -> tuple[float, float, float]:
     """Return Wilson's 95% interval around a share: low end, share, high end, in percent."""
     low, high = wilson(right, n)
     return 100 * low, 100 * right / n, 100 * high

@@ -2,66 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+
+from k2quant.eval.runs.answers import Item, Key
+from k2quant.eval.runs.columns import Columns, Stored, columns_of
 from k2quant.ground.saying.showing import brief
 
-
-class Key(NamedTuple):
-    """What makes an item of two runs the same item: the document and every word of the prompt and of the target."""
-
-    doc_hash: str
-    prompt_hash: str
-    """Of the rendered prompts: all requests of the item where k2quant ran it, the first one's context where not."""
-    target_hash: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
-    """One question, and what a model made of it."""
-
-    key: Key
-    doc_id: int
-    """Its place in the task's data."""
-    right: bool
-    prompt: str
-    """The end of the prompt, for people."""
-    target: str
-    """The right answer, for people."""
-    answer: str
-    """What the task's filter made of the model's output; of a multiple choice, the number of the likeliest one."""
-    output_digest: str
-    """SHA-256 of the raw responses, log-probabilities included: equal where two runs gave the same to the last bit."""
-    choices: int | None
-    """Of a multiple choice, how many there are; None where the model wrote its answer."""
-    hollow: bool
-    """Whether the output says nothing: an empty text, or log-probabilities that are all the same."""
+__all__ = ["Item", "Key", "Run", "Task"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """All items of one task by one metric behind one filter, in the order of `doc_id`; no document stands twice."""
+    """All answers of one task by one metric behind one filter; no document stands twice."""
 
     name: str
     metric: str
     """Such as `exact_match` or `acc`: 1 for right, 0 for wrong."""
     filter: str
     """Such as `strict-match`, or `none`."""
-    items: tuple[Item, ...]
+    items: Sequence[Item]
+    """In the order of `doc_id`, then of `repeat`: all answers of an item stand together, and each item has as many.
+    Of a task that was read from a file, each comes from there when it is asked for."""
     settings: Mapping[str, Any]
     """What must be the same for two runs to be comparable: version, shots, generation settings, chat template."""
+    truncated: int | None = None
+    """How many answers ended only because they were as long as allowed; None where nobody knows."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
         return brief(self)
 
     @property
+    def columns(self) -> Columns:
+        """What a gate needs of every answer."""
+        return self.items.columns if isinstance(self.items, Stored) else columns_of(self.items)
+
+    @property
     def right(self) -> int:
-        """How many items are right."""
-        return sum(item.right for item in self.items)
+        """How many answers are right."""
+        return int(self.columns.right.sum())
 
     @property
     def accuracy(self) -> float:
@@ -71,7 +55,9 @@ class Task:
     @property
     def chance(self) -> float:
         """The accuracy of guessing: the mean of 1 / choices; 0 where the model writes its answers."""
-        return sum(1 / item.choices for item in self.items if item.choices) / len(self.items)
+        choices = self.columns.choices
+        numbers, counts = np.unique(choices[choices > 0], return_counts=True)
+        return sum(int(count) / int(number) for number, count in zip(numbers, counts, strict=True)) / len(self.items)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,10 @@ _LIMIT = 2**28  # bytes of a results file; lm-eval writes the whole environment 
 _TIME = r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(?:\.\d+)?"
 _RESULTS = re.compile(rf"results_(?P<time>{_TIME})\.json")
 _SAMPLES = re.compile(rf"samples_(?P<task>.+)_(?P<time>{_TIME})\.jsonl")
-_NO_SETTING = {"file", "sha256", "rows", "documents", "truncated", "seconds", "metrics"}
+_NO_SETTING = {
+    *("file", "sha256", "rows", "documents", "truncated", "cut_in_thought", "seconds", "metrics"),
+    "repeats",  # the gate compares shares, and those of more answers are only less noisy
+}
 """What the manifest says of a task that two runs need not share."""
 
 
@@ -82,7 +85,14 @@ def _our_task(folder: Path, name: str, entry: Mapping[str, Any], results: Mappin
         )
     _check_direction(name, samples.metric, results, folder / "results.json")
     settings = {key: value for key, value in entry.items() if key not in _NO_SETTING}
-    return Task(name=name, metric=samples.metric, filter=samples.filter, items=samples.items, settings=settings)
+    return Task(
+        name=name,
+        metric=samples.metric,
+        filter=samples.filter,
+        items=samples.items,
+        settings=settings,
+        truncated=truncated if type(truncated := entry.get("truncated")) is int else None,
+    )
 
 
 def _results_file(place: Path) -> Path:
@@ -152,10 +162,8 @@ def _plain_task(file: Path, name: str, results: Mapping[str, Any], path: Path) -
     samples = read_samples(file)
     _check_direction(name, samples.metric, results, path)
     said = _object(results["n-samples"], name, path).get("effective")
-    if said != len(samples.items):
-        raise MalformedResults(
-            f"not the samples of {path.name}", file=file, expected=f"{said} documents", found=len(samples.items)
-        )
+    if said != (found := samples.items.columns.items):
+        raise MalformedResults(f"not the samples of {path.name}", file=file, expected=f"{said} documents", found=found)
     return Task(
         name=name,
         metric=samples.metric,

@@ -1,27 +1,30 @@
-"""One file of samples, as lm-eval writes them: a JSON object a line, one for each document and filter.
+"""One file of samples: a JSON object a line, one for each document, filter and repeat.
 
-On disk every leaf of `resps` and `filtered_resps` is a string, log-probabilities and booleans included; in memory they
-keep their types. Both are read.
+A file is read once, line by line, and of each answer its columns are kept; the texts that people see are read again
+from their place in the file.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from k2quant.checkpoint.files.paths import open_regular
-from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import CheckpointError, MalformedResults
-from k2quant.eval.runs.items import Item, Key
+from k2quant.eval.runs.answers import Item
+from k2quant.eval.runs.columns import Columns, Growing, Stored, digests
+from k2quant.eval.runs.rows import answer_of, is_binary, parse_row
 from k2quant.ground.saying.showing import brief
 
 _LINE_LIMIT = 2**26  # bytes; a prompt of 128k tokens, five shots and all, is below 1 MB
-_SHOWN = 600  # characters of a prompt's end, and of an answer
 
 
 class Samples(NamedTuple):
@@ -29,8 +32,8 @@ class Samples(NamedTuple):
 
     metric: str
     filter: str
-    items: tuple[Item, ...]
-    """In the order of `doc_id`."""
+    items: Stored
+    """In the order of `doc_id`, then of `repeat`."""
     digest: str
     """SHA-256 of the file."""
 
@@ -43,169 +46,212 @@ def read_samples(path: Path) -> Samples:
     """Read a file of samples by its first filter and the first metric that is 0 or 1 for every item.
 
     Raises:
-        MalformedResults: a line is cut, is no sample, stands twice, or scores what is neither right nor wrong.
+        MalformedResults: a line is cut, is no sample, stands twice, or scores what is neither right nor wrong; or some
+            items were asked more often than others.
     """
     digest = hashlib.sha256()
-    rows: dict[int, dict[str, Any]] = {}
+    growing, offsets = Growing(), array("q")
     first: str | None = None
-    for number, line in enumerate(_lines(path, digest), start=1):
-        row = _row(line, f"{path}, line {number}")
-        first = row["filter"] if first is None else first
-        if row["filter"] != first:
-            continue
-        if row["doc_id"] in rows:
-            raise MalformedResults(
-                f"document {row['doc_id']} stands twice",
-                file=f"{path}, line {number}",
-                remedy="two runs mixed in one file? run the evaluation again into an empty folder",
-            )
-        rows[row["doc_id"]] = row
+    scores = _Scores([])
+    with _opened(path) as (file, stamp):
+        for number, (offset, line) in enumerate(_lines(file, path, digest), start=1):
+            row = parse_row(line, f"{path}, line {number}")
+            if first is None:
+                first, scores = row["filter"], _Scores(row["metrics"])
+            if row["filter"] != first:
+                continue
+            growing.add(_answer(row, None, path))
+            offsets.append(offset)
+            scores.add(row)
     if first is None:
         raise MalformedResults("holds no sample", file=path, remedy="run the evaluation again")
-    metric = _metric(rows.values(), path)
-    try:
-        items = tuple(_item(rows[number], metric) for number in sorted(rows))
-    except RecursionError as error:
-        raise MalformedResults("lists nested too deep", file=path) from error
-    return Samples(metric, first, items, digest.hexdigest())
+    order = growing.order()
+    repeats = _repeats(growing, order, offsets, path)
+    metric, right = scores.chosen(path)
+    columns = growing.columns(order, right, repeats)
+    _check_words(columns, path)
+    places = np.frombuffer(offsets, np.int64)[order]
+    return Samples(metric, first, _InFile(path, stamp, metric, columns, places), digest.hexdigest())
 
 
-def _lines(path: Path, digest: Any) -> Iterator[bytes]:
-    """Yield the lines of a file, each whole."""
+class _Scores:
+    """For each metric whether it has said right or wrong of every answer so far, and which."""
+
+    def __init__(self, names: list[str]) -> None:
+        self._right = {name: bytearray() for name in names}
+        self._graded: dict[str, Any] = {}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take a row's scores in; an answer that never left its reasoning is wrong, whatever they are."""
+        cut = row.get("cut_in_thought")
+        for name, right in list(self._right.items()):
+            value = 0 if cut else row.get(name)
+            if is_binary(value):
+                right.append(bool(value))
+            else:
+                self._graded[name] = value
+                del self._right[name]
+
+    def chosen(self, path: Path) -> tuple[str, bytearray]:
+        """Return the first metric that says right or wrong of every answer, and what it says.
+
+        Raises:
+            MalformedResults: there is none.
+        """
+        for chosen in self._right.items():
+            return chosen
+        found = ", ".join(f"{name} {value!r:.60}" for name, value in self._graded.items())
+        raise MalformedResults(
+            "no metric says right or wrong of every item",
+            file=path,
+            expected="0 or 1",
+            found=found,
+            remedy="gate tasks whose answers are right or wrong, such as exact_match, acc or pass@1",
+        )
+
+
+Stamp = tuple[int, int, int, int]
+"""Device, inode, bytes and time of change: of a file that is still the one that was read."""
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Stamp]]:
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            while line := file.readline(_LINE_LIMIT + 1):
-                digest.update(line)
-                if not line.endswith(b"\n"):
-                    what = "a line is too long" if len(line) > _LINE_LIMIT else "cut off in its last line"
-                    raise MalformedResults(what, file=path, remedy="run the evaluation again; it resumes")
-                yield line
+            found = os.fstat(file.fileno())
+            yield file, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
     except OSError as error:
         raise MalformedResults("cannot be read", file=path, found=error.strerror or str(error)) from error
+    except MalformedResults:
+        raise
     except CheckpointError as error:  # a pipe, a device
         raise MalformedResults(str(error)) from error
 
 
-def _row(line: bytes, place: str) -> dict[str, Any]:
-    """Return a sample with everything that is used of it checked."""
+def _lines(file: BinaryIO, path: Path, digest: Any) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file, each whole, with the place where it begins."""
+    offset = 0
+    while line := file.readline(_LINE_LIMIT + 1):
+        digest.update(line)
+        if not line.endswith(b"\n"):
+            what = "a line is too long" if len(line) > _LINE_LIMIT else "cut off in its last line"
+            raise MalformedResults(what, file=path, remedy="run the evaluation again; it resumes")
+        yield offset, line
+        offset += len(line)
+
+
+def _answer(row: dict[str, Any], metric: str | None, path: Path) -> Item:
     try:
-        row = parse_object(line, file=place)
-    except CheckpointError as error:
-        raise MalformedResults(f"{error}; no line of samples") from error
-    try:
-        _check(row)
-    except KeyError as error:
+        return answer_of(row, metric)
+    except RecursionError as error:
+        raise MalformedResults("lists nested too deep", file=path) from error
+
+
+def _repeats(growing: Growing, order: NDArray[np.int64], offsets: Any, path: Path) -> int:
+    """Return how often each item was asked.
+
+    Raises:
+        MalformedResults: an answer stands twice, or items were not asked equally often.
+    """
+    documents, repeats = (np.frombuffer(column, np.int64)[order] for column in (growing.doc_ids, growing.repeats))
+    twice = np.flatnonzero((documents[1:] == documents[:-1]) & (repeats[1:] == repeats[:-1])) + 1
+    if len(twice):
+        place = min(twice, key=lambda place: offsets[order[place]])
+        again = f", repeat {repeats[place]}," if repeats.any() else ""
         raise MalformedResults(
-            "no sample of lm-eval",
-            file=place,
-            expected=f"a key {error}",
-            remedy="write samples with `lm_eval --log_samples`, version 0.4.4 or later",
-        ) from error
-    except (TypeError, ValueError) as error:
-        raise MalformedResults("no sample of lm-eval", file=place, found=str(error)[:200]) from error
-    return row
+            f"document {documents[place]}{again} stands twice",
+            file=f"{path}, line {_line_at(path, offsets[order[place]])}",
+            remedy="two runs mixed in one file? run the evaluation again into an empty folder",
+        )
+    asked = int(repeats.max()) + 1
+    ids, counts = np.unique(documents, return_counts=True)
+    if len(short := np.flatnonzero(counts != asked)):
+        raise MalformedResults(
+            "not every item was asked equally often",
+            file=path,
+            expected=f"{asked} answers to each",
+            found=f"{counts[short[0]]} to document {ids[short[0]]}",
+            remedy="run the evaluation again; it resumes",
+        )
+    return asked
 
 
-def _check(row: Mapping[str, Any]) -> None:
-    number = row["doc_id"]
-    if type(number) is not int or not 0 <= number < 2**53:
-        raise ValueError(f"doc_id {number!r:.100}")
-    for key in ("doc_hash", "prompt_hash", "target_hash", "filter"):
-        if not isinstance(row[key], str) or not 0 < len(row[key]) <= 200:
-            raise ValueError(f"{key} {row[key]!r:.100}")
-    for key in ("resps", "filtered_resps"):
-        if not isinstance(row[key], list):
-            raise TypeError(f"{key} {row[key]!r:.100}")
-    metrics = row["metrics"]
-    if not isinstance(metrics, list) or not metrics or not all(isinstance(name, str) for name in metrics):
-        raise ValueError(f"metrics {metrics!r:.100}")
+def _line_at(path: Path, offset: int) -> int:
+    """Return the number of the line that begins at a place."""
+    with _opened(path) as (file, _):
+        number, left = 1, offset
+        while left and (block := file.read(min(left, 2**20))):
+            number, left = number + block.count(b"\n"), left - len(block)
+        return number
 
 
-def _metric(rows: Any, path: Path) -> str:
-    """Return the first metric that says right or wrong of every item."""
-    names: list[str] = next(iter(rows))["metrics"]
-    graded: dict[str, Any] = {}
-    for name in names:
-        odd = [row.get(name) for row in rows if not _is_binary(row.get(name))]
-        if not odd:
-            return name
-        graded[name] = odd[0]
-    found = ", ".join(f"{name} {value!r:.60}" for name, value in graded.items())
-    raise MalformedResults(
-        "no metric says right or wrong of every item",
-        file=path,
-        expected="0 or 1",
-        found=found,
-        remedy="gate tasks whose answers are right or wrong, such as exact_match, acc or pass@1",
-    )
+def _check_words(columns: Columns, path: Path) -> None:
+    """Refuse an item whose repeats were asked in other words.
+
+    Raises:
+        MalformedResults: see above.
+    """
+    keys = columns.key.reshape(-1, columns.repeats)
+    if len(other := np.flatnonzero((keys != keys[:, :1]).any(axis=1))):
+        raise MalformedResults(
+            f"the repeats of document {columns.of_items(columns.doc_id)[other[0]]} were asked in other words",
+            file=path,
+            remedy="two runs mixed in one file? run the evaluation again into an empty folder",
+        )
 
 
-def _is_binary(value: object) -> bool:
-    return isinstance(value, bool | int | float) and value in {0, 1}
+class _InFile(Stored):
+    """Answers that are read from their file when they are asked for."""
 
+    def __init__(self, path: Path, stamp: Stamp, metric: str, columns: Columns, places: NDArray[np.int64]) -> None:
+        self._path, self._stamp, self._metric, self._places = path, stamp, metric, places
+        self.columns = columns
 
-def _item(row: Mapping[str, Any], metric: str) -> Item:
-    options = [found for response in row["resps"] if (found := _log_probability(response)) is not None]
-    is_choice = len(options) == len(row["resps"]) > 1
-    texts = [str(_innermost(answer)) for answer in row["filtered_resps"]]
-    answer = str(options.index(max(options))) if is_choice else " | ".join(texts)
-    return Item(
-        key=Key(row["doc_hash"], _prompt_hash(row), row["target_hash"]),
-        doc_id=row["doc_id"],
-        right=bool(row[metric]),
-        prompt=_prompt(row)[-_SHOWN:],
-        target=str(row.get("target", ""))[:_SHOWN],
-        answer=answer[:_SHOWN],
-        output_digest=_digest(_strings(row["resps"])),
-        choices=len(options) if is_choice else None,
-        hollow=_is_hollow(row["resps"], options),
-    )
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return f"<{len(self):,} answers in {self._path}>"
 
+    def __len__(self) -> int:
+        return len(self._places)
 
-def _innermost(value: Any) -> Any:
-    """Return what stands inside lists of one."""
-    while isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    return value
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Item, ...]: ...
+    def __getitem__(self, place: int | slice) -> Item | tuple[Item, ...]:
+        """Read an answer, or several.
 
+        Raises:
+            MalformedResults: the file is no longer the one that was read.
+        """
+        found = tuple(self._read(range(len(self))[place] if isinstance(place, slice) else [range(len(self))[place]]))
+        return found if isinstance(place, slice) else found[0]
 
-def _log_probability(response: Any) -> float | None:
-    """Return the log-probability of a response `[["-1.5", "True"]]`, or None for one that is text."""
-    pair = _innermost(response)
-    if not isinstance(pair, list) or len(pair) != 2 or str(pair[1]) not in {"True", "False"}:
-        return None
-    try:
-        value = float(pair[0])
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return None if math.isnan(value) else value
+    def __iter__(self) -> Iterator[Item]:
+        """Read all answers, one after another."""
+        return self._read(range(len(self)))
 
+    def _read(self, places: Any) -> Iterator[Item]:
+        with _opened(self._path) as (file, stamp):
+            if stamp != self._stamp:
+                raise self._changed()
+            for place in places:
+                file.seek(int(self._places[place]))
+                yield self._checked(file.readline(_LINE_LIMIT + 1), place)
 
-def _is_hollow(responses: list[Any], options: list[float]) -> bool:
-    """Tell whether an output says nothing: no text, or log-probabilities that are all the same, or zero."""
-    if len(options) == len(responses) and options:
-        return len(set(options)) == 1 and (len(options) > 1 or options[0] == 0)
-    return not any(str(_innermost(response)).strip() for response in responses)
+    def _checked(self, line: bytes, place: int) -> Item:
+        """Return the answer of a line after comparing it with what is known of it."""
+        try:
+            item = _answer(parse_row(line, f"{self._path}"), self._metric, self._path)
+        except MalformedResults as error:
+            raise self._changed() from error
+        known = self.columns
+        words = tuple(bytes(column[place]).ljust(16, b"\0") for column in (known.document, known.key, known.output))
+        if (item.doc_id, digests(item)) != (known.doc_id[place], words):
+            raise self._changed()
+        return item
 
-
-def _prompt_hash(row: Mapping[str, Any]) -> str:
-    """Return a hash over all requests; lm-eval's own covers the first one's context alone."""
-    arguments = row.get("arguments")
-    return _digest(arguments) if arguments else str(row["prompt_hash"])
-
-
-def _prompt(row: Mapping[str, Any]) -> str:
-    arguments = row.get("arguments")
-    if isinstance(arguments, dict):
-        arguments = [list(part.values()) for part in arguments.values() if isinstance(part, dict)]
-    first = arguments[0] if isinstance(arguments, list) and arguments else [""]
-    return str(first[0]) if isinstance(first, list) and first else str(first)
-
-
-def _strings(value: Any) -> Any:
-    """Return nested lists with every leaf as a string, as they lie on the disk."""
-    return [_strings(part) for part in value] if isinstance(value, list) else str(value)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    def _changed(self) -> MalformedResults:
+        return MalformedResults(
+            "changed since it was read", file=self._path, remedy="leave the run alone and gate it again"
+        )

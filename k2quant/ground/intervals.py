@@ -17,13 +17,13 @@ class Estimate:
     error: float
 
 
-def wilson(right: int, count: int, z: float = TWO_SIDED_95) -> tuple[float, float]:
+def wilson(right: float, count: int, z: float = TWO_SIDED_95) -> tuple[float, float]:
     """Return where the true share plausibly lies, 0 to 1; an end is exact where none or all are right.
 
     Wilson, Journal of the American Statistical Association 22:209, 1927.
 
     Args:
-        right: how many are right.
+        right: how many are right; of what counts in parts, their sum.
         count: of so many, at least 1.
         z: standard deviations to either side.
     """

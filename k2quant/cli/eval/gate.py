@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +84,8 @@ def command(
             click.echo(line, err=as_json)
         click.echo(f"::stop-commands::{token}", err=as_json)  # an answer may hold what GitHub takes for a command
     if as_json:
-        click.echo(json.dumps(verdict.as_dict(), indent=1))
+        for piece in verdict.as_json():
+            click.echo(piece, nl=False)
     else:
         show(verdict, page=page)
     if github:

@@ -16,7 +16,7 @@ from k2quant.eval.gating.policy import Policy
 from k2quant.eval.gating.verdict import Verdict
 from k2quant.eval.runs.items import Item, Key, Run, Task
 
-MODULE = importlib.import_module("k2quant.eval.gating.gate")
+MODULE = importlib.import_module("k2quant.eval.gating.comparing")
 
 
 @dataclass
@@ -40,7 +40,12 @@ def run(name: str, tasks: Mapping[str, tuple[int, int, int]], *, candidate: bool
         for number in range(n):
             right = number >= lost if candidate else number < lost or number >= lost + gained
             key = Key(f"{number}", f"{number}", f"{number}")
-            said = {"prompt": "p", "target": "t", "answer": f"{right}", "output_digest": f"{name}{number}"}
+            said: dict[str, Any] = {
+                "prompt": "p",
+                "target": "t",
+                "answer": f"{right}",
+                "output_digest": f"{name}{number}",
+            }
             items.append(Item(key=key, doc_id=number, right=right, choices=None, hollow=False, **said))
         made[task] = Task(name=task, metric="acc", filter="none", items=tuple(items), settings={})
     groups = {"g": ("s", "t")}

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from k2quant.errors import HarnessFault, Incomparable, UsageError
-from k2quant.eval.gating.pairing import check_outputs, pair
+from k2quant.eval.gating.flips import flips_of
+from k2quant.eval.gating.pairing import Pairs, check_outputs, pair
 from k2quant.eval.gating.policy import Policy
 from k2quant.eval.gating.verdict import EXIT_CODES, Comparison, Decision, Side, Verdict
 from k2quant.eval.runs.items import Item, Key, Run, Task
@@ -59,17 +60,24 @@ def both(name: str = "t") -> tuple[Task, Task]:
     return task(*base, name=name), task(*candidate, name=name)
 
 
+def outcome(pairs: Pairs) -> tuple[int, int]:
+    """Return how many items were lost and gained."""
+    changes = pairs.changes().tolist()
+    return sum(change < 0 for change in changes), sum(change > 0 for change in changes)
+
+
 def test_lost_is_what_only_the_baseline_has_right() -> None:
     """Two lost, one gained; what both have right or wrong is neither, and every flip says which way it went."""
     base, candidate = both()
     (pairs,) = pair(run(base), run(candidate))
-    assert (pairs.task, pairs.lost, pairs.gained) == ("t", 2, 1)
-    assert [(flip.doc_id, flip.lost, flip.base_answer, flip.candidate_answer) for flip in pairs.flips()] == [
+    assert (pairs.task, *outcome(pairs)) == ("t", 2, 1)
+    flips = flips_of([pairs])
+    assert [(flip.doc_id, flip.lost, flip.base_answer, flip.candidate_answer) for flip in flips] == [
         (1, True, "yes", "no"),
         (2, True, "yes", "no"),
         (3, False, "no", "yes"),
     ]
-    (first, *_) = pairs.flips()
+    first = flips[0]
     assert (first.task, first.prompt, first.target) == ("t", "p 1", "yes")
 
 
@@ -78,8 +86,9 @@ def test_items_are_paired_by_document_and_words_not_by_place() -> None:
     base, candidate = both()
     turned = replace(candidate, items=candidate.items[::-1])
     (pairs,) = pair(run(base), run(turned))
-    assert [one.doc_id for one in pairs.candidate] == [one.doc_id for one in pairs.base] == list(range(5))
-    assert (pairs.lost, pairs.gained) == (2, 1)
+    assert [pairs.candidate.items[place].doc_id for place in pairs.places] == list(range(5))
+    assert outcome(pairs) == (2, 1)
+    assert [flip.doc_id for flip in flips_of([pairs])] == [1, 2, 3]
 
 
 def test_a_document_that_stands_twice_is_paired_by_its_order() -> None:
@@ -87,8 +96,8 @@ def test_a_document_that_stands_twice_is_paired_by_its_order() -> None:
     twice = Key("doc", "prompt", "target")
     base = task(item(0, key=twice), item(1, right=False, key=twice))
     (pairs,) = pair(run(base), run(base))
-    assert len(pairs.base) == 2
-    assert (pairs.lost, pairs.gained, pairs.identical) == (0, 0, True)
+    assert pairs.items == 2
+    assert (*outcome(pairs), pairs.identical) == (0, 0, True)
     with pytest.raises(Incomparable, match=r"other items.*the 2 of the baseline.*found 1"):
         pair(run(base), run(replace(base, items=base.items[:1])))
 
@@ -212,6 +221,8 @@ def comparison(**changes: Any) -> Comparison:
     known: dict[str, Any] = {
         "name": "t",
         "n": 5,
+        "base_answers": 5,
+        "candidate_answers": 5,
         "base_right": 3,
         "candidate_right": 2,
         "lost": 2,
@@ -232,7 +243,7 @@ def test_shares_are_those_of_all_items() -> None:
     """One more lost than gained of five is a drop of a fifth; three of five flipped."""
     found = comparison()
     assert (found.drop, found.flips, found.base_accuracy, found.candidate_accuracy) == (0.2, 0.6, 0.6, 0.4)
-    assert comparison(lost=1, gained=2).drop == -0.2
+    assert comparison(base_right=2, candidate_right=3).drop == -0.2
 
 
 @pytest.mark.parametrize(("decision", "code"), [("PASS", 0), ("FAIL", 3), ("INCONCLUSIVE", 4)])
@@ -244,7 +255,7 @@ def test_a_verdict_says_all_that_it_rests_on(decision: Decision, code: int) -> N
         reason="why",
         warnings=(),
         pooled=comparison(name="all"),
-        tasks=(comparison(), comparison(name="u", lost=0)),
+        tasks=(comparison(), comparison(name="u", base_right=2, candidate_right=3)),
         flips=(),
         base=side,
         candidate=side,

@@ -9,8 +9,9 @@ from html import unescape
 
 import pytest
 
+from k2quant.eval.gating.flips import Flip
 from k2quant.eval.gating.policy import Policy
-from k2quant.eval.gating.verdict import Comparison, Flip, Side, Verdict
+from k2quant.eval.gating.verdict import Comparison, Side, Verdict
 from k2quant.eval.report.differences import differences
 from k2quant.eval.report.flips import SHOWN, flips
 
@@ -28,6 +29,10 @@ def _flip(task: str, number: int, *, lost: bool = True, target: str = "20", base
         target=target,
         base_answer=answers[0],
         candidate_answer=answers[1],
+        base_right=int(lost),
+        base_asked=1,
+        candidate_right=int(not lost),
+        candidate_asked=1,
     )
 
 
@@ -36,6 +41,8 @@ def _verdict(found: list[Flip]) -> Verdict:
     pooled = Comparison(
         name="all",
         n=1000,
+        base_answers=1000,
+        candidate_answers=1000,
         base_right=500,
         candidate_right=500,
         lost=lost,

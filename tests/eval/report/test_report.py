@@ -23,8 +23,9 @@ from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import DestinationForeign, MalformedResults, OutputError
 from k2quant.eval.drift.findings import Blame, Fidelity, LayerFidelity, Suspect
 from k2quant.eval.drift.reading import read_blame, read_fidelity
+from k2quant.eval.gating.flips import Flip
 from k2quant.eval.gating.policy import Policy
-from k2quant.eval.gating.verdict import Comparison, Decision, Flip, Side, Verdict
+from k2quant.eval.gating.verdict import Comparison, Decision, Side, Verdict
 from k2quant.eval.report import Reports, github_annotations, job_summary, publish_to_github, write_reports
 from k2quant.eval.report.drift_pictures import blame_pictures
 from k2quant.eval.report.markdown import markdown
@@ -47,6 +48,8 @@ def comparison(name: str, lost: int = 0, gained: int = 0, n: int = 200, *, decis
     return Comparison(
         name=name,
         n=n,
+        base_answers=n,
+        candidate_answers=n,
         base_right=n // 2 + lost,
         candidate_right=n // 2 + gained,
         lost=lost,
@@ -73,6 +76,10 @@ def flip(lost: bool = True, words: str = "Q: 2 + 2?\nA:", task: str = "gsm8k") -
         target="4",
         base_answer=right if lost else wrong,
         candidate_answer=wrong if lost else right,
+        base_right=int(lost),
+        base_asked=1,
+        candidate_right=int(not lost),
+        candidate_asked=1,
     )
 
 
@@ -507,7 +514,7 @@ def hostile() -> Verdict:
         warnings=(EVIL,),
         tasks=(comparison(EVIL, 5, decision="FAIL"),),
         flips=tuple(
-            Flip(task=EVIL, doc_id=1, lost=True, prompt=EVIL, target=EVIL, base_answer=EVIL * 50, candidate_answer=EVIL)
+            replace(flip(), task=EVIL, doc_id=1, prompt=EVIL, target=EVIL, base_answer=EVIL * 50, candidate_answer=EVIL)
             for _ in range(3)
         ),
         base=stranger,
@@ -590,7 +597,7 @@ def test_annotations_are_one_line_each(hostile: Verdict) -> None:
 @pytest.mark.parametrize("limit", [0, 10, 500, 3000, 20_000, 1_000_000])
 def test_the_summary_keeps_its_limit(hostile: Verdict, limit: int) -> None:
     """Whatever is in it, a summary has at most so many bytes, and the verdict is what stays."""
-    many = replace(hostile, flips=hostile.flips * 2000, tasks=hostile.tasks * 300, warnings=(EVIL * 20,) * 500)
+    many = replace(hostile, flips=tuple(hostile.flips) * 2000, tasks=hostile.tasks * 300, warnings=(EVIL * 20,) * 500)
     text = job_summary(many, limit=limit)
     assert len(text.encode()) <= limit
     if limit >= 500:

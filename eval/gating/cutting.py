@@ -1,0 +1,73 @@
+"""Answers that ended too early: cut in thought, or at the limit on their length, counted on each side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from k2quant.eval.gating.comparing import differs
+from k2quant.eval.gating.pairing import Pairs
+from k2quant.eval.gating.verdict import Comparison
+
+_MANY = 0.05
+"""Share of answers cut in thought from which on the limit on new tokens decides as much as the model does."""
+
+
+def cut_in_thought(comparison: Comparison) -> str:
+    """Return how many answers of each side never left their reasoning; nothing where nobody looked."""
+    return _sides(
+        "cut in thought",
+        (comparison.base_cut, comparison.base_answers),
+        (comparison.candidate_cut, comparison.candidate_answers),
+    )
+
+
+def truncated(comparison: Comparison) -> str:
+    """Return how many answers of each side ended only at the limit on their length; nothing where nobody knows."""
+    return _sides(
+        "ended at the limit on new tokens",
+        (comparison.base_truncated, comparison.base_answers),
+        (comparison.candidate_truncated, comparison.candidate_answers),
+    )
+
+
+def _sides(what: str, base: tuple[int | None, int], candidate: tuple[int | None, int]) -> str:
+    if base[0] is None and candidate[0] is None:
+        return ""
+    return f"{what}: {_of(*base)} (baseline), {_of(*candidate)} (candidate)"
+
+
+def _of(count: int | None, answers: int) -> str:
+    return "not known" if count is None else f"{count:,} of {answers:,}"
+
+
+def cut_warnings(
+    pooled: Comparison, tasks: Sequence[Comparison], pairs: Sequence[Pairs], alpha: float
+) -> Iterable[str]:
+    """Say where so many answers never left their reasoning, or so many more on one side, that it should be known."""
+    if (pooled.base_cut is None) != (pooled.candidate_cut is None):
+        yield f"{cut_in_thought(pooled)}: run both with the same version of k2quant, so that both are looked at"
+    if any(share > _MANY for share in _shares(pooled)):
+        yield (
+            f"{cut_in_thought(pooled)}: where so many never answer, the limit on new tokens decides as much as the "
+            "model; allow more"
+        )
+    looked = [task for task in pairs if task.ours.looked and task.theirs.looked]
+    if looked and _differ(looked, alpha):
+        yield f"{cut_in_thought(pooled)}: more than chance apart, so one of them thinks longer than the other"
+    for comparison, task in zip(tasks, pairs, strict=True):
+        if len(tasks) > 1 and task in looked and _differ([task], alpha / len(tasks)):
+            yield f"{comparison.name}: {cut_in_thought(comparison)}: more than chance apart"
+
+
+def _shares(comparison: Comparison) -> Iterable[float]:
+    for count, answers in (
+        (comparison.base_cut, comparison.base_answers),
+        (comparison.candidate_cut, comparison.candidate_answers),
+    ):
+        yield (count or 0) / answers
+
+
+def _differ(pairs: Sequence[Pairs], alpha: float) -> bool:
+    return (
+        any(task.ours.cut.any() or task.theirs.cut.any() for task in pairs) and differs(pairs, Pairs.more_cut) <= alpha
+    )
