@@ -100,10 +100,10 @@ class Local(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """Return what opens and ends reasoning, by token, where that is a special one."""
         if self.thinking is None:
             return {}
-        special = set(self.tokenizer.all_special_ids)
         named = [tag for tag in (self.thinking.start, self.thinking.end) if tag]
         spelled = {tag: self.tokenizer.encode(tag, add_special_tokens=False) for tag in named}
-        return {ids[0]: tag for tag, ids in spelled.items() if len(ids) == 1 and ids[0] in special}
+        # `all_special_ids` does not have every token that decoding leaves out.
+        return {ids[0]: tag for tag, ids in spelled.items() if len(ids) == 1 and not self.tok_decode(ids)}
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         check_room(requests, self.max_length)

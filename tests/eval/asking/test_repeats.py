@@ -43,10 +43,12 @@ TEMPLATE = (
 def tokenizer(*, special: bool) -> Any:
     """Return a tokenizer of printable characters, with K2's tags as tokens of their own."""
     words = ["[PAD]", "[EOS]", *map(chr, range(32, 127)), "\n"]
-    made = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token=" "))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    ids = {word: place for place, word in enumerate(words)}
+    made = Tokenizer(models.WordLevel(ids, unk_token=" "))  # noqa: S106  no password
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     made.decoder = decoders.Fuse()
-    found = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="[EOS]", pad_token="[PAD]", chat_template=TEMPLATE)
+    names = {"eos_token": "[EOS]", "pad_token": "[PAD]"}
+    found = PreTrainedTokenizerFast(tokenizer_object=made, chat_template=TEMPLATE, **names)
     found.add_tokens(["<think>", "</think>"], special_tokens=special)
     return found
 
@@ -63,19 +65,22 @@ class Scripted(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # trans
             tokens: the tokenizer.
             answer: given the prompt, what is written, without the end token; "..." at its end repeats for ever.
         """
-        config = PretrainedConfig(vocab_size=len(tokens), eos_token_id=1, pad_token_id=0, is_encoder_decoder=False)
+        sizes = {"vocab_size": len(tokens), "num_hidden_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
+        config = PretrainedConfig(eos_token_id=1, pad_token_id=0, **sizes)
         super().__init__(config)
         self.tokens, self.answer = tokens, answer
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.generation_config.eos_token_id = 1
         self.scripts: dict[int, list[int]] = {}
 
-    def prepare_inputs_for_generation(self, input_ids: Any, **_: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, input_ids: Any, *_: Any, **kwargs: Any) -> dict[str, Any]:
         """Give the whole text each time."""
+        del kwargs  # transformers looks for the name
         return {"input_ids": input_ids}
 
-    def forward(self, input_ids: Any, **_: Any) -> CausalLMOutput:
+    def forward(self, input_ids: Any, attention_mask: Any = None, **_: Any) -> CausalLMOutput:
         """Return logits `[B, T, V]` whose last ones are sure of what comes next."""
+        del attention_mask  # transformers looks for the name
         if not self.scripts:
             self.begin = input_ids.shape[1]
             for place, row in enumerate(input_ids.tolist()):
@@ -395,7 +400,7 @@ class Served:
     def stream_until(self, requests: list[Any], each: Callable[[int, str, bool], None]) -> None:
         """Tell the answers, shuffled; each depends on its seed."""
         places = list(range(len(requests)))
-        random.Random(3).shuffle(places)
+        random.Random(3).shuffle(places)  # noqa: S311  no secret
         for place in places:
             if not self.left:
                 raise KeyboardInterrupt
