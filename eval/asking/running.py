@@ -126,10 +126,11 @@ def run(
 
 def _remarks(request: Request, thinking: Thinking | None, tasks: Tasks) -> Iterator[str]:
     """Yield what is worth knowing before a model that reasons is asked."""
-    if thinking is None or not (thinking.always or request.backend != "api"):
+    if thinking is None or (thinking.spares and not thinking.always):  # nobody knows whether it reasons
         return
     if not thinking.always:
-        yield "a model that reasons, but prompts do not go through its chat template (`chat_template=True`): it may not"
+        through = "chat=True" if request.backend == "api" else "chat_template=True"
+        yield f"a model that reasons, but prompts do not go through its chat template (`{through}`): it may not"
         return
     if scored := tasks.scored:
         yield f"{', '.join(scored)}: text is scored as it stands, so this model does not reason there"

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from k2quant.checkpoint.files.paths import inside, read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.errors import UsageError
 from k2quant.eval.asking.request import Request
 
 END = "</think>"
@@ -109,8 +110,11 @@ def decide(request: Request, folder: Path | None) -> Thinking | None:
         folder: of the checkpoint or tokenizer, whose chat template decides else; None where there is none.
 
     Raises:
+        UsageError: `think_end` is nothing but white space.
         CheckpointError: a file of the folder cannot be read, or is a link that leaves it.
     """
+    if request.think_end and request.think_end.isspace():
+        raise UsageError(f"think_end: expected such as {END}, found white space")
     served = request.backend == "api" and request.chat
     if request.think_end is not None:
         return Thinking(end=request.think_end, always=True) if request.think_end else None

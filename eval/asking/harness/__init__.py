@@ -1,8 +1,9 @@
 """lm-eval, the one folder that imports it: its task definitions, its models and its scoring, none of them rewritten.
 
 What is changed, and why: log lines are kept off the screen; local data are read without the cache of `datasets`; the
-default limit on generated tokens is written into each task's settings, where it can be seen and compared; answers that
-ended at the limit are counted.
+default limit on generated tokens and a run's sampling are written into each task's settings, where they can be seen and
+compared; answers that ended at the limit are counted; a model that reasons is stopped behind its reasoning, and what
+never left it is wrong; a question that is asked several times is scored each time by itself.
 """
 
 from __future__ import annotations

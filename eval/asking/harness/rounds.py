@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from lm_eval.evaluator_utils import EvalAcc, aggregate_groups
 
 from k2quant.eval.asking.harness.tasks import Tasks
@@ -57,14 +58,14 @@ def _watched(name: str, task: Any, thoughts: Thoughts) -> Iterator[None]:
     try:
         yield
     finally:
-        del task.doc_iterator, task.process_results
+        task.doc_iterator, task.process_results = documents, process
 
 
 def _wrong(value: Any) -> Any:
     """Return a metric's value for a wrong answer; what is no number, such as a pair of texts, stays."""
     if isinstance(value, list):
         return [_wrong(part) for part in value]
-    return type(value)(0) if isinstance(value, bool | int | float) else value
+    return type(value)(0) if isinstance(value, bool | int | float | np.generic) else value
 
 
 def together(rounds: list[dict[str, Any]], tasks: Tasks) -> dict[str, Any]:

@@ -24,7 +24,13 @@ NARROWING = {
 }
 """What narrows a draw, in the order in which transformers applies it."""
 
-_OFF = {"temperature": {1.0}, "top_k": {0, -1, None}, "top_p": {1.0}, "min_p": {0.0, None}, "typical_p": {1.0}}
+_OFF: dict[str, set[Any]] = {
+    "temperature": {1.0},
+    "top_k": {0, -1, None},
+    "top_p": {1.0},
+    "min_p": {0.0, None},
+    "typical_p": {1.0},
+}
 """Values that change nothing, some of which transformers refuses."""
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
-from k2quant.errors import CheckpointError, UnsafePath
+from k2quant.errors import CheckpointError, UnsafePath, UsageError
+from k2quant.eval.asking.harness.rounds import wrong_without_answer
 from k2quant.eval.asking.harness.writing import BehindReasoning, Draws
 from k2quant.eval.asking.request import Request
 from k2quant.eval.asking.thinking import END, Answer, Thinking, decide, ended, thinks
@@ -204,6 +206,8 @@ def test_who_decides_where_reasoning_ends(tmp_path: Path) -> None:
         assert decide(request, k2) is None
     assert decide(chat, k2) == SPARING
     assert decide(chat, None) == decide(chat, plain) == HIDDEN
+    with pytest.raises(UsageError, match="white space"):
+        decide(replace(ask, think_end=" \n"), plain)
     assert decide(replace(chat, think_end="X"), None) == Thinking(end="X", always=True)
 
 
@@ -266,3 +270,25 @@ def test_stop_strings_are_kept_from_those_who_stop_in_reasoning(*, streams: bool
         assert [settings["until"] for settings in seen] == told
         assert all(request.args[1]["until"] == ["\n"] for request in requests)
         assert lm.max_length == 5
+
+
+def test_every_metric_of_a_lost_answer_is_wrong() -> None:
+    """Of whatever kind lm-eval's are: numbers, truth values, IFEval's lists; what less is better of stays as it is."""
+    metrics = {"acc": 1, "f": 0.5, "strict": True, "each": [True, np.bool_(True)], "pair": ("a", "b"), "ter": 9.0}
+    task = SimpleNamespace(
+        doc_iterator=lambda: enumerate("ab"),
+        process_results=lambda *_: dict(metrics),
+        higher_is_better=lambda: {"ter": False, "acc": True},
+    )
+    own = task.process_results
+    thoughts = Thoughts(ALWAYS)
+    with wrong_without_answer({"t": task}, thoughts):
+        thoughts.read(request_of("q", number=0), "hm</think>4", False)
+        thoughts.read(request_of("q", number=1), "hm", True)
+        found = [task.process_results(document, [""]) for _, document in task.doc_iterator()]
+    assert found == [
+        metrics,
+        {"acc": 0, "f": 0.0, "strict": False, "each": [False, False], "pair": ("a", "b"), "ter": 9.0},
+    ]
+    assert [type(value) for value in found[1].values()] == [type(value) for value in metrics.values()]
+    assert task.process_results is own
