@@ -24,11 +24,11 @@ import numpy as np
 
 from k2quant.eval.statistics.binomial import Floats
 
-_STEP = 0.1
-_BLOCK = 32  # points between two looks at whether the rest counts
+_STEP = 0.05
+_BLOCK = 64  # points between two looks at whether the rest counts
 _FAR = 60  # of u: the integrand falls at least as exp(-u)
 _HIGHEST = 100.0  # of the integrand's logarithm: on a path that bends too far it may grow beyond all numbers
-_ROUGH = 1e-8
+_ROUGH = 1e-9
 _TRIES = 10  # with half the bend and half the step each; hardly ever a second one
 _NEGLIGIBLE = 1e-17  # of the integrand at the saddle
 _TILT = 0.4  # sine of the largest bend: with less it oscillates more, with more it may grow on its way

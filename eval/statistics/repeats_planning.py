@@ -8,9 +8,11 @@ points: benchmarks/results/gate.md.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +20,8 @@ from k2quant.errors import UsageError
 from k2quant.eval.statistics.binomial import Counts, Floats, window
 from k2quant.eval.statistics.dirichlet import chance_of_none
 from k2quant.eval.statistics.exact import chance
+from k2quant.eval.statistics.planning import MOST, plan
 from k2quant.eval.statistics.tango import check_share
-
-MOST = 10_000_000
-"""Items above which a plan says that no number will do."""
 
 _SUMMED = 200_000  # items up to which chances are sums; above, the normal distribution is as good
 _PLACES = 129  # numbers of flips at which the losses that pass are found; between them they lie on a line
@@ -192,3 +192,93 @@ def items_for(differences: Differences, margin: float, alpha: float, power: floa
         apart = (wanted - bound) / max(0.1, normal.inv_cdf(max(reached, 1e-9)) - bound)
         n = math.ceil(n * min(1.5, max(1.01, apart**2)))
     return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepeatsPlan:
+    """What a run must hold so that a candidate without any drop passes, where each item is asked several times."""
+
+    margin: float
+    """Largest drop that is good enough, 0 to 1."""
+    alpha: float
+    """Chance that a candidate whose drop is the margin passes all the same."""
+    power: float
+    """Chance of PASS that the candidate shall have."""
+    flips: float
+    """Share of single answers that are assumed to flip, 0 to 1."""
+    correlation: float
+    """Of an item's difference in one repeat with that in another, 0 to 1."""
+    repeats: int
+    """Answers to each item, of either side."""
+    items: int | None
+    """How many items give that power; None where ten million do not."""
+    reached: float | None
+    """The chance of PASS with so many items."""
+
+    @property
+    def answers(self) -> int | None:
+        """Answers that each model gives in all; None where no number of items does."""
+        return None if self.items is None else self.items * self.repeats
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as JSON holds it."""
+        return dataclasses.asdict(self) | {"answers": self.answers}
+
+
+def plan_repeats(
+    *, margin: float, alpha: float = 0.05, power: float = 0.8, flips: float, correlation: float, repeats: int
+) -> RepeatsPlan:
+    """Return how many items a gate needs that are asked several times.
+
+    Args:
+        margin: largest drop that is good enough, above 0, below 0.5.
+        alpha: chance that a candidate whose drop is the margin passes, above 0, below 0.5.
+        power: chance of PASS wanted, above 0, below 1.
+        flips: share of single answers that flip, 0 to 1.
+        correlation: of an item's difference in one repeat with that in another, 0 to 1.
+        repeats: answers to each item, of either side; with 1 the gate's exact test decides, and the plan is its own.
+
+    Raises:
+        UsageError: an argument makes no sense.
+    """
+    kind = assumed(flips, correlation, repeats)
+    rules = {"margin": margin, "alpha": alpha, "power": power, "flips": flips}
+    if repeats == 1:
+        single = plan(**rules)
+        items, reached = single.items, single.reached
+    else:
+        items = items_for(kind, margin, alpha, power)
+        reached = None if items is None else power_of(kind, items, margin, alpha)
+    return RepeatsPlan(**rules, correlation=correlation, repeats=repeats, items=items, reached=reached)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a pilot says of single answers."""
+
+    flips: float
+    """Share of them that flip, 0 to 1."""
+    correlation: float | None
+    """Of an item's difference in one repeat with that in another, 0 to 1; None where the pilot does not tell."""
+
+
+def measured(base: Counts, base_repeats: int, candidate: Counts, candidate_repeats: int) -> Measured:
+    """Return what a pilot says, which asked each item several times.
+
+    The share of flips and the mean square of what differs in every repeat are unbiased: the part of x^2 that is the
+    noise of the answers is what they differ by among themselves. Two runs of one model measure how alike its own
+    repeats are.
+
+    Args:
+        base: int64 `[items]`, how many of the baseline's answers to each item are right.
+        base_repeats: of how many.
+        candidate: int64 `[items]`, the same of the candidate.
+        candidate_repeats: of how many.
+    """
+    p, q = base / base_repeats, candidate / candidate_repeats
+    flips = float((p * (1 - q) + q * (1 - p)).mean())
+    if min(base_repeats, candidate_repeats) < 2 or not flips:
+        return Measured(flips, None)
+    noise = p * (1 - p) / (base_repeats - 1) + q * (1 - q) / (candidate_repeats - 1)
+    lasting = float(((p - q) ** 2 - noise).mean())
+    return Measured(flips, min(1.0, max(0.0, lasting / flips)))

@@ -132,7 +132,7 @@ def draw(cell: Cell, resamples: int, seed: int) -> Seen:
 
 
 def class_shares(p: Floats, q: Floats, repeats: int) -> tuple[Counts, Floats]:
-    """Return the classes of items, `[classes, 4]`, and the share of each, where right is p against q in every repeat."""
+    """Return the classes of items, `[classes, 4]`, and the share of each, where each repeat is right with p, or q."""
     splits = itertools.product(range(repeats + 1), repeat=3)
     classes = np.array([(*split, repeats - sum(split)) for split in splits if sum(split) <= repeats])
     chances = np.stack((p * q, p * (1 - q), q * (1 - p), (1 - p) * (1 - q)))
