@@ -90,9 +90,12 @@ def tidy(folder: Path) -> None:
 
 
 def begin(folder: Path, identity: Mapping[str, Any]) -> float:
-    """Note what is being asked, or check that it is the same as before; return when it was begun, in seconds."""
+    """Note what is being asked, or check that it is the same as before; return when it was begun, in seconds.
+
+    What was noted before anything was answered binds nobody: the model could not be loaded so, or the server not asked.
+    """
     path = folder / REQUEST
-    if path.exists():
+    if path.exists() and _answered(folder):
         try:
             noted = parse_object(read_limited(path, _LIMIT), file=path)
         except MalformedFile:
@@ -109,6 +112,13 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> float:
     begun = time.time()
     write_whole(path, as_json({"schema": SCHEMA, "identity": digest(identity), "begun": begun, "asks": identity}))
     return begun
+
+
+def _answered(folder: Path) -> bool:
+    try:
+        return (folder / JOURNAL).stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def _difference(before: Any, now: Mapping[str, Any]) -> str | None:
