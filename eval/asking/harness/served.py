@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from k2quant.errors import HarnessFault
 from k2quant.eval.asking.endpoint.server import Server
@@ -132,12 +133,20 @@ class _Completions(_Told, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval
         return scores
 
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
+        """Score whole texts, all of their windows under way together; the windows are lm-eval's own."""
         self.tokenized_requests = True
         try:
-            scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+            windows = [self._windows(text) for (text,) in (request.args for request in requests)]
+            flat = [(None, *window) for parts in windows for window in parts]
+            scores = iter(self._loglikelihood_tokens(flat))
         finally:
             self.tokenized_requests = False
-        return scores
+        return [sum(next(scores)[0] for _ in parts) for parts in windows]
+
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        tokens, first = self.tok_encode(text), self.prefix_token_id
+        rolling = get_rolling_token_windows(tokens, first, max_seq_len=self.max_length - 1, context_len=1)
+        return [make_disjoint_window(window) for window in rolling]
 
 
 class _Chat(_Told, LocalChatCompletion):  # type: ignore[misc]  # lm-eval has no types

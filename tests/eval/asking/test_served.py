@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -15,12 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lm_eval.models.api_models import JsonChatStr
+from lm_eval.models.openai_completions import LocalCompletionsAPI
 
 from k2quant.errors import HarnessFault, UsageError
+from k2quant.eval.asking.endpoint.client import Client
+from k2quant.eval.asking.endpoint.server import Server
+from k2quant.eval.asking.harness import served_model
 from k2quant.eval.asking.request import Request
 from k2quant.eval.asking.running import run
 from k2quant.eval.runs.folder import JOURNAL, MANIFEST
@@ -180,6 +188,7 @@ def test_broken_servers_are_faults(
     """Whatever a server says instead of an answer ends the run with its address; nothing is scored."""
     url = stub(lambda _: (status, content))
     request = Request(model="m", tasks=("nano_add",), include=(tasks,), backend="api", base_url=url)
+    request = replace(request, model_args={"retries": 0})
     with pytest.raises(HarnessFault, match=said) as caught:
         run(request, tmp_path / "run")
     assert url in str(caught.value)
@@ -192,6 +201,7 @@ def test_no_server_is_a_fault(tasks: Path, tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     request = Request(model="m", tasks=("nano_add",), include=(tasks,), backend="api", base_url=url)
+    request = replace(request, model_args={"retries": 0})
     with pytest.raises(HarnessFault, match="ClientConnectorError"):
         run(request, tmp_path / "run")
 
@@ -215,6 +225,7 @@ def test_a_server_that_stops_does_not_lose_what_it_said(
     url = stub(answer)
     options: dict[str, Any] = {"backend": "api", "base_url": url, "max_new_tokens": 7, "batch_size": 3}
     request = Request(model="m", tasks=("nano_add", "nano_sort"), include=(tasks,), **options)
+    request = replace(request, model_args={"retries": 0})
     with pytest.raises(HarnessFault, match="500"):
         run(request, tmp_path / "run")
     state["left"] = 100
@@ -381,3 +392,212 @@ def test_whole_numbers_are_log_probabilities_too(
     request = served(nano, tasks, stub(echoed(lambda tokens: [-1 - token % 7 for token in tokens])))
     run(replace(request, tasks=("nano_choice",)), tmp_path / "run")
     assert (tmp_path / "run" / MANIFEST).exists()
+
+
+def asked(*settings: dict[str, Any], context: Any = "2+2=") -> list[Any]:
+    """Return requests of lm-eval's kind, as far as models look at them."""
+    return [SimpleNamespace(args=(context, {"until": ["\n"], "max_gen_toks": 5} | each)) for each in settings]
+
+
+def model(url: str, *, chat: bool = False, marker: str = "</think>", **options: Any) -> Any:
+    """Return lm-eval's model on a server that is not asked anything before."""
+    client = Client(url=url, **{"retries": 2, "first_wait": 0.01, **options})
+    return served_model(Server(client=client, model="m", chat=chat), None, max_length=64, marker=marker)
+
+
+def said(message: dict[str, Any], reason: str = "stop") -> bytes:
+    """Return the body of a chat answer."""
+    return json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": reason}]}).encode()
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_answers_stream_in_as_they_are_written(stub: Callable[[Answer], str], *, chat: bool) -> None:
+    """As many requests are under way as the client may have, over all of them, and a slow one holds up nobody."""
+    together, lock = threading.Barrier(5), threading.Lock()
+    now: list[int] = [0, 0]
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        with lock:
+            now[0] += 1
+            now[1] = max(now)
+        number = body["top_k"]
+        if number < 5:
+            together.wait(20)
+        time.sleep(1.0 if number == 0 else 0.01)
+        with lock:
+            now[0] -= 1
+        reason = "length" if number % 2 else "stop"
+        text = f"{number}\nmore" if number % 3 == 0 else f"{number}"
+        return 200, said({"content": text}, reason) if chat else choices(text=text, reason=reason)
+
+    came: list[tuple[int, str, bool]] = []
+    context: Any = JsonChatStr('[{"role": "user", "content": "2+2="}]') if chat else "2+2="
+    requests = asked(*({"top_k": number} for number in range(30)), context=context)
+    lm = model(stub(answer), chat=chat, concurrency=5)
+    lm.stream_until(requests, lambda *found: came.append(found))
+    assert now[1] == 5
+    assert came[-1][0] == 0
+    assert sorted(came) == [(n, str(n), n % 2 == 1 and n % 3 != 0) for n in range(30)]
+    texts = lm.generate_until(requests[5:])
+    assert texts == [str(n) for n in range(5, 30)]
+    assert lm.were_cut(requests[5:], texts) == [n % 2 == 1 and n % 3 != 0 for n in range(5, 30)]
+
+
+def test_settings_of_sampling_reach_the_server(stub: Callable[[Answer], str]) -> None:
+    """Temperature, top_p and a seed for each request, limit and stop strings; greedy unless something else is said."""
+    seen: list[dict[str, Any]] = []
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        seen.append(body)
+        return 200, choices()
+
+    drawn = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "seed": 2**62, "until": ["", "Q:"]}
+    requests = asked({"do_sample": False}, drawn, {"until": []})
+    kept = copy.deepcopy(requests)
+    model(stub(answer), concurrency=1).stream_until(requests, lambda *_: None)
+    common = {"model": "m", "prompt": "2+2=", "max_tokens": 5}
+    assert seen == [
+        common | {"temperature": 0, "seed": 1234, "stop": ["\n"]},
+        common | {"temperature": 0.6, "top_p": 0.95, "seed": 2**62, "stop": ["Q:"]},
+        common | {"temperature": 0, "seed": 1234},
+    ]
+    assert requests == kept  # a request is asked again with the same settings
+
+
+@pytest.mark.parametrize(
+    ("message", "reason", "text", "cut"),
+    [
+        ({"content": "4", "reasoning_content": "hm"}, "stop", "<think>hm</think>4", False),
+        ({"content": "4", "reasoning": "hm"}, "length", "<think>hm</think>4", True),
+        ({"content": "4", "reasoning_content": None, "reasoning": "hm"}, "stop", "<think>hm</think>4", False),
+        ({"content": None, "reasoning_content": "hm"}, "length", "<think>hm", True),
+        ({"content": "", "reasoning_content": "hm"}, "stop", "<think>hm", False),
+        ({"content": "4", "reasoning_content": ""}, "stop", "4", False),
+        ({"content": "hm</think>4"}, "stop", "hm</think>4", False),
+        ({"reasoning_content": "hm"}, "length", "<think>hm", True),
+    ],
+)
+def test_reasoning_that_a_server_gives_apart_is_one_text_with_the_answer(
+    stub: Callable[[Answer], str], message: dict[str, Any], reason: str, text: str, *, cut: bool
+) -> None:
+    """With the marker between them, missing where no answer followed; where none is wanted, reasoning is left out."""
+    url = stub(lambda _: (200, said(message, reason)))
+    requests = asked({}, context=JsonChatStr('[{"role": "user", "content": "2+2="}]'))
+    came: list[tuple[int, str, bool]] = []
+    model(url, chat=True).stream_until(requests, lambda *found: came.append(found))
+    model(url, chat=True, marker="").stream_until(requests, lambda *found: came.append(found))
+    assert came == [(0, text, cut), (0, message.get("content") or "", cut)]
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        (b'{"choices": [{"index": 0, "text": "a"}, {"index": 0, "text": "b"}]}', "more answers than requests"),
+        (b'{"choices": [{"index": 0, "text": "a"}, {"index": 1, "text": "b"}]}', "more answers than requests"),
+        (b'{"choices": [{"index": 0, "text": ["a"]}]}', "no text"),
+        (b'{"choices": ["a"]}', "OpenAI-style"),
+        (b'{"choices": {"index": 0}}', "OpenAI-style"),
+    ],
+)
+def test_an_answer_is_one_text(stub: Callable[[Answer], str], body: bytes, found: str) -> None:
+    """Two of them, a list or anything else is a fault; none of it is scored."""
+    with pytest.raises(HarnessFault, match=found):
+        model(stub(lambda _: (200, body))).stream_until(asked({}), lambda *_: None)
+
+
+def test_whole_texts_are_scored_window_by_window(nano: Path, stub: Callable[[Answer], str]) -> None:
+    """As lm-eval's own class does it, one text after the other; here all windows are under way together."""
+    from k2quant.model.generation import load_tokenizer
+
+    tokenizer = load_tokenizer(nano)
+    url = stub(echoed(lambda tokens: [-(2.0 ** -(token % 13)) for token in tokens]))
+    server = Server(client=Client(url=url, concurrency=4), model="m", chat=False)
+    lm = served_model(server, tokenizer, max_length=12, marker="")
+    requests = [SimpleNamespace(args=(text,)) for text in ("1+2=3 " * 9, "7", "A12+34=46\n" * 5)]
+    found = lm.loglikelihood_rolling(requests)
+    lm.tokenized_requests = True
+    assert found == LocalCompletionsAPI.loglikelihood_rolling(lm, requests)
+    assert len({*found}) == 3
+
+
+def samples(folder: Path) -> dict[str, bytes]:
+    """Return the samples of a run."""
+    return {path.name: path.read_bytes() for path in folder.glob("samples_*")}
+
+
+def answered(body: dict[str, Any]) -> tuple[int, bytes]:
+    """Answer with what depends on the question."""
+    return 200, choices(text=str(sum(body["prompt"].encode()) % 1000))
+
+
+def test_a_server_that_stumbles_is_asked_to_the_end(tasks: Path, stub: Callable[[Answer], str], tmp_path: Path) -> None:
+    """Every third request fails, and the samples are those of a server that never does."""
+    turns: dict[str, int] = {}
+
+    def stumbling(body: dict[str, Any]) -> tuple[int, bytes]:
+        number = turns[body["prompt"]] = turns.get(body["prompt"], 0) + 1
+        if number == 1 and sum(body["prompt"].encode()) % 3 == 0:
+            return (500, b"oops") if sum(body["prompt"].encode()) % 2 else (200, b'{"choices": [{"te')
+        return answered(body)
+
+    request = Request(model="m", tasks=("nano_add",), include=(tasks,), backend="api", base_url=stub(stumbling))
+    run(replace(request, model_args={"concurrency": 4}), tmp_path / "stumbling")
+    run(replace(request, base_url=stub(answered)), tmp_path / "whole")
+    assert max(turns.values()) == 2
+    assert samples(tmp_path / "stumbling") == samples(tmp_path / "whole")
+
+
+def test_a_run_that_is_killed_resumes_with_other_settings_of_the_client(
+    tasks: Path, stub: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    """Kill -9 while answers come in; then another concurrency, timeout and key: the same samples, little asked twice.
+
+    The key stands in no file of the run, on no screen, and not in what the process was started with.
+    """
+    seen: list[str] = []
+
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        if body["max_tokens"] > 1:
+            seen.append(body["prompt"])
+            time.sleep(0.2)
+        return answered(body)
+
+    url = stub(answer)
+    key = "sk-0123456789-secret"
+    command = (
+        *("eval", "run", "m", "--backend", "api", "--base-url", url, "--tasks", "nano", "--include", str(tasks)),
+        *("--batch-size", "2", "--json", "--header", "X-Api-Key=MY_KEY", "-o", str(tmp_path / "run")),
+    )
+    assert key not in " ".join(command)
+    environment = {**os.environ, "OPENAI_API_KEY": key, "MY_KEY": key}
+    killed = subprocess.Popen([sys.executable, "-m", "k2quant", *command], env=environment, stderr=subprocess.PIPE)
+    until = time.monotonic() + 300
+    while len(seen) < 12 and time.monotonic() < until:
+        time.sleep(0.01)
+    killed.kill()
+    _, errors = killed.communicate()
+    first = len(seen)
+    assert 12 <= first < 54
+    assert (tmp_path / "run" / JOURNAL).exists()
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*"))
+    more = ("--model-args", "concurrency=5,timeout=60,retries=3")
+    resumed = subprocess.run(
+        [sys.executable, "-m", "k2quant", *command, *more], env=environment, capture_output=True, check=True
+    )
+    assert len(seen) <= 54 + 2
+    request = Request(model="m", tasks=("nano",), include=(tasks,), backend="api", base_url=stub(answered))
+    run(request, tmp_path / "whole")
+    assert samples(tmp_path / "run") == samples(tmp_path / "whole")
+    kept += b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*"))
+    assert b"nano_add" in kept
+    for text in (kept, errors, resumed.stdout, resumed.stderr):
+        assert b"0123456789" not in text
+
+
+def test_a_key_that_is_missing_is_named_before_anything_is_asked(
+    tasks: Path, stub: Callable[[Answer], str], tmp_path: Path
+) -> None:
+    """By its variable."""
+    request = Request(model="m", tasks=("nano_add",), include=(tasks,), backend="api", base_url=stub(answered))
+    with pytest.raises(UsageError, match="NO_SUCH_KEY is not set"):
+        run(replace(request, headers={"X-Api-Key": "NO_SUCH_KEY"}), tmp_path / "run")
