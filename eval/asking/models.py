@@ -18,6 +18,7 @@ from k2quant.eval.asking.engines import longest
 from k2quant.eval.asking.request import Request
 from k2quant.eval.runs.identity import model_hash, tokenizer_hash
 from k2quant.eval.runs.resuming import Progress
+from k2quant.ground.saying.faults import said
 
 if TYPE_CHECKING:
     from k2quant.eval.asking.harness import Tasks
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _CONFIG_LIMIT = 2**24  # bytes of config.json
 _LONGEST = 131_072  # tokens of a text where no config says: that of Kimi K2; a server says itself when that is too long
 _THINK_END = "</think>"  # what K2-Thinking and later write behind their reasoning
+_CODE = "transformers_modules"  # where transformers imports code of checkpoints to
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
 
 
@@ -139,8 +141,10 @@ def _packed(model: Model, request: Request, progress: Progress | None) -> tuple[
 
 
 def _transformers(model: Model, request: Request) -> tuple[Any, Any]:
+    import torch
     from transformers import AutoModelForCausalLM
 
+    assert model.folder  # noqa: S101  a local model has one
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             str(model.folder),
@@ -150,10 +154,24 @@ def _transformers(model: Model, request: Request) -> tuple[Any, Any]:
             trust_remote_code=request.trust_remote_code,
             **request.model_args,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        found = " ".join(str(error).split())[:300]
-        raise CheckpointError("transformers cannot load it", file=model.folder, found=found) from error
+        if _CODE in type(loaded).__module__:  # which may load and fail at the first token, or at the second
+            loaded.generate(torch.zeros(1, 2, dtype=torch.long).to(loaded.device), max_new_tokens=2, do_sample=False)
+    except Exception as error:  # code of a checkpoint may raise anything
+        remedy = "it needs no code with `backend=k2quant`" if _runs_here(model.folder, request) else None
+        what = "transformers cannot run it"
+        raise CheckpointError(what, file=model.folder, found=said(error), remedy=remedy) from error
     return loaded.eval(), _tokenizer(model.folder, request, loaded.config)
+
+
+def _runs_here(folder: Path, request: Request) -> bool:
+    """Tell whether a model is one that k2quant runs itself, without code of the checkpoint."""
+    from k2quant.model.architecture import architecture
+
+    try:
+        architecture(open_checkpoint(folder, follow_links=request.follow_links))
+    except CheckpointError:
+        return False
+    return True
 
 
 def _tokenizer(folder: Path | None, request: Request, config: Any = None) -> Any:

@@ -20,6 +20,7 @@ from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.conversion.relatives import MODEL_TYPES, other_types
 from k2quant.errors import CheckpointError, MalformedFile, UnsupportedFormat
 from k2quant.formats.format import listed
+from k2quant.ground.saying.faults import said
 
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
@@ -132,7 +133,7 @@ def architecture(checkpoint: Checkpoint) -> DeepseekV3Config:
     try:
         return DeepseekV3Config.from_dict(keys)
     except Exception as error:  # whatever transformers stumbles over, the file is to blame
-        raise MalformedFile("transformers refuses it", file=file, found=in_one_line(error)) from error
+        raise MalformedFile("transformers refuses it", file=file, found=said(error)) from error
 
 
 def _checked(text: Mapping[str, Any], file: Path) -> dict[str, Any]:
@@ -209,8 +210,3 @@ def checked_ids(value: Any, vocabulary: int, key: str, file: Path) -> Any:
             key, file=file, expected=f"tokens from 0 to {vocabulary - 1}, or null", found=repr(value)[:200]
         )
     return value
-
-
-def in_one_line(error: Exception) -> str:
-    """Return the beginning of an error's text; transformers puts the reason into the second line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

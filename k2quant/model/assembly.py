@@ -23,8 +23,9 @@ from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeM
 from k2quant.formats.activations import flow
 from k2quant.formats.format import Format
 from k2quant.ground import names
+from k2quant.ground.saying.faults import said
 from k2quant.kernels.products.weights import PackedWeight
-from k2quant.model.architecture import architecture, in_one_line
+from k2quant.model.architecture import architecture
 from k2quant.model.matrices import Dense, Matrix, joined
 from k2quant.model.modules import (
     IMPLEMENTATION,
@@ -159,7 +160,9 @@ class Assembly:
         formats = {source.format for _, source in sources}
         if not any(each is None or each.quantised for each in formats):
             with torch.device("meta"):
-                return FusedExperts(self.config)  # type: ignore[no-untyped-call]
+                fused = FusedExperts(self.config)  # type: ignore[no-untyped-call]
+            fused.backend = self.backend
+            return fused
         stored = formats.pop()
         if formats or stored is None or not stored.quantised:
             with torch.device("meta"):
@@ -232,7 +235,7 @@ def _skeleton(kind: type[Any], config: DeepseekV3Config) -> Any:
         with torch.device("meta"):
             model = kind(config)
     except Exception as error:  # whatever transformers stumbles over, the file is to blame
-        raise MalformedFile("transformers cannot build its model", file=CONFIG, found=in_one_line(error)) from error
+        raise MalformedFile("transformers cannot build its model", file=CONFIG, found=said(error)) from error
     model.set_experts_implementation(IMPLEMENTATION)
     model.eval()
     return model

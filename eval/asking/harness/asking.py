@@ -12,10 +12,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.utils import handle_non_serializable, sanitize_list
 
 from k2quant.errors import EvaluationError, K2QuantError
-from k2quant.eval.asking.harness.faults import said
 from k2quant.eval.asking.harness.rounds import together, wrong_without_answer
 from k2quant.eval.asking.harness.tasks import Tasks
 from k2quant.eval.asking.thoughts import Thoughts
+from k2quant.ground.saying.faults import said
 
 
 def ask(

@@ -7,11 +7,6 @@ from typing import Any
 from k2quant.errors import HarnessFault
 
 
-def said(error: BaseException) -> str:
-    """Return an error's kind and words on one line, the first 300 letters of them."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def check_room(requests: list[Any], room: int) -> None:
     """Refuse texts to score that lm-eval would cut the beginning off.
 

@@ -14,8 +14,8 @@ from lm_eval.tasks._index import Entry, Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from k2quant.errors import UsageError
-from k2quant.eval.asking.harness.faults import said
 from k2quant.eval.asking.harness.version import VERSION
+from k2quant.ground.saying.faults import said
 
 
 @functools.cache

@@ -13,9 +13,9 @@ from lm_eval.tasks._index import Entry
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from k2quant.errors import EvaluationError, K2QuantError, MissingExtra, UsageError
-from k2quant.eval.asking.harness.faults import said
 from k2quant.eval.asking.harness.naming import apart, leaves, manager_of, resolved
 from k2quant.eval.asking.localdata import find_files, loader, local_files
+from k2quant.ground.saying.faults import said
 
 NEW_TOKENS = 1024
 """The most tokens that a model may write where neither the task nor the user says; lm-eval's 256 cuts reasoning."""

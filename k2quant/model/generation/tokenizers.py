@@ -15,6 +15,7 @@ from k2quant.checkpoint.files.paths import inside, open_regular
 from k2quant.checkpoint.reader import CONFIG, open_checkpoint
 from k2quant.errors import CheckpointError, K2QuantError, MalformedFile, MissingExtra
 from k2quant.ground.extras import install
+from k2quant.ground.saying.faults import said
 from k2quant.model.architecture import architecture
 from k2quant.model.generation.kimi import is_kimi, open_kimi
 from k2quant.model.generation.ranks import TIKTOKEN
@@ -84,15 +85,13 @@ def blamed(folder: Path, what: str, remedy: str | None = None) -> Iterator[None]
     except BaseException as error:
         if own := _of_its_code(folder, error):
             raise own from error
-        said = " ".join(str(error).split())[:300]
-        found = ": ".join(part for part in (type(error).__name__, said) if part)  # of a KeyError the text is but a key
-        raise CheckpointError(what, file=folder, found=found, remedy=remedy) from error
+        raise CheckpointError(what, file=folder, found=said(error), remedy=remedy) from error
 
 
 def _of_its_code(folder: Path, error: BaseException) -> K2QuantError | None:
     """Return what there is to say of a tokenizer that is code, if that is the trouble."""
-    said = str(error)
-    if "trust_remote_code" in said:
+    words = str(error)
+    if "trust_remote_code" in words:
         trust = "if you trust that code, say `trust_remote_code=True`"
         code = next(iter(_codes(folder, TIKTOKEN)), None)
         if code is None:
@@ -101,17 +100,16 @@ def _of_its_code(folder: Path, error: BaseException) -> K2QuantError | None:
         return CheckpointError(what, file=folder / TIKTOKEN, remedy=f"take it from the model's release; {trust}")
     if not isinstance(error, ImportError):
         return None
-    if _MOVED in said:
+    if _MOVED in words:
         code = next(iter(_codes(folder, _MOVED)), folder)
         again = f"take {code.name} anew from the model's release"
         alone = ", or leave out `trust_remote_code=True`" if (folder / TIKTOKEN).exists() else ""
         what = f"imports {_MOVED} from a place that transformers 5 no longer has"
         return CheckpointError(what, file=code, remedy=again + alone)
-    found = " ".join(said.split())[:300]
-    if "tiktoken" in said:
-        return MissingExtra("its tokenizer needs tiktoken", file=folder, found=found, remedy=install("tokenizer"))
+    if "tiktoken" in words:
+        return MissingExtra("its tokenizer needs tiktoken", file=folder, found=said(error), remedy=install("tokenizer"))
     remedy = "install the package that its tokenizer's code asks for"
-    return MissingExtra("its tokenizer is code that cannot be imported", file=folder, found=found, remedy=remedy)
+    return MissingExtra("its tokenizer is code that cannot be imported", file=folder, found=said(error), remedy=remedy)
 
 
 def _codes(folder: Path, word: str) -> list[Path]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from k2quant.checkpoint.files.paths import read_limited
 from k2quant.errors import CheckpointError, K2QuantError, MalformedFile, UsageError
+from k2quant.ground.saying.faults import said
 from k2quant.model.passes.rows import SUFFIX, parse_rows
 
 SAMPLE = Path(__file__).with_name("sample_text.txt")
@@ -177,8 +178,7 @@ def _tokens(parts: list[str], tokenizer: Any, file: Path) -> tuple[list[list[int
     except (KeyboardInterrupt, SystemExit, K2QuantError):
         raise
     except BaseException as error:  # compiled code of a tokenizer may panic
-        found = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError("the tokenizer cannot read it", file=file, found=found) from error
+        raise CheckpointError("the tokenizer cannot read it", file=file, found=said(error)) from error
     first = [framed[0]] if len(framed) > 1 and framed[0] == tokenizer.bos_token_id else []
     return list(ids), first, "".join(character for character, own in zip(seen, alone, strict=True) if not own)
 

@@ -1,0 +1,14 @@
+"""What an error of somebody else's code said, short enough for a message and with the words that help."""
+
+from __future__ import annotations
+
+_HEAD, _TAIL = 300, 500
+"""Characters kept of the beginning and of the end: libraries begin with a paragraph and end with the cause."""
+
+
+def said(error: BaseException) -> str:
+    """Return an error's kind and words in one line; of a long one the beginning and the end."""
+    words = " ".join(str(error).split())
+    if len(words) > _HEAD + _TAIL:
+        words = f"{words[:_HEAD].rstrip()} ... {words[-_TAIL:].lstrip()}"
+    return ": ".join(part for part in (type(error).__name__, words) if part)  # of a KeyError the words are but a key
