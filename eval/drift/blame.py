@@ -58,7 +58,7 @@ def find_blame(
     lines: bool = False,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
-    backend: Backend = "auto",
+    backend: Backend = "decoded",
     passes: int = PASSES,
     resume: str | os.PathLike[str] | None = None,
     soft_lock: bool = False,
@@ -80,7 +80,7 @@ def find_blame(
         lines: whether each line is a text of its own.
         device: where layers compute.
         dtype: of activations and of what is not quantised; narrower ones hide damage that is below their rounding.
-        backend: `auto` for the fused kernels, `reference` for plain torch.
+        backend: who multiplies, as in `measure_fidelity`.
         passes: forward passes at most; with few of them the search ends at larger groups.
         resume: a folder for what each pass measured, made if need be: a call that was stopped goes on from there and
             ends with the same numbers to the last bit. So does one with more `passes`; another model, text or setting
@@ -198,6 +198,7 @@ def _blame(changed: list[Part], bench: Bench, sides: tuple[Side, Side]) -> Blame
         suspects=suspects(findings.suspects, changed),
         together=None if findings.together is None else suspect(findings.together, changed, "all suspects together"),
         completions=bench.text.completions,
+        backend=bench.options["backend"],
     )
 
 

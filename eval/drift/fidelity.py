@@ -66,7 +66,7 @@ def measure_fidelity(
     lines: bool = False,
     device: str | torch.device = "cpu",
     dtype: str = "bfloat16",
-    backend: Backend = "auto",
+    backend: Backend = "decoded",
     follow_links: bool = False,
     trust_remote_code: bool = False,
     progress: Asked = None,
@@ -85,14 +85,16 @@ def measure_fidelity(
         lines: whether each line is a text of its own.
         device: where layers compute.
         dtype: of activations and of what is not quantised.
-        backend: `auto` for the fused kernels, `reference` for plain torch.
+        backend: `decoded` to multiply by the BF16 values that weights mean: what is equal in value then gives exactly
+            no drift, in whatever formats the two are. `auto` for the fused kernels, as a model is run: their sums have
+            another order than those of BF16, which is drift too. `reference` for plain torch.
         follow_links: whether links of both folders may lead out of them.
         trust_remote_code: whether the baseline's own tokenizer code may run.
         progress: called as the work goes on, with layers; True for a bar.
 
     Returns:
-        the figures; the same checkpoint twice gives exactly none. The hashes of the models stay None: they would cost
-        another reading of every byte.
+        the figures; two checkpoints of equal values give exactly none. The hashes of the models stay None: they would
+        cost another reading of every byte.
 
     Raises:
         CheckpointError: one of them cannot be loaded, or has no tokenizer that can.
@@ -121,7 +123,8 @@ def measure_fidelity(
             for folder, watch in zip(folders, (first, second), strict=True)
         ]
         with closing(passes[0]), closing(passes[1]):
-            return _compared(first, second, passes, read, sides, config, folders)
+            layers, predictions = _compared(first, second, passes, read, config, folders)
+            return predictions.fidelity(read, sides, layers, backend)
 
 
 def _checked(base: Path, candidate: Path, *, follow_links: bool) -> tuple[Any, tuple[Side, Side]]:
@@ -210,10 +213,9 @@ def _compared(
     second: ComparingWatch,
     passes: list[Generator[Tensor]],
     text: Text,
-    sides: tuple[Side, Side],
     config: Any,
     folders: tuple[Path, Path],
-) -> Fidelity:
+) -> tuple[tuple[LayerFidelity, ...], Predictions]:
     """Run both passes and compare."""
     predictions = Predictions()
     layers: tuple[LayerFidelity, ...] = ()
@@ -224,7 +226,7 @@ def _compared(
         layers = layers or _layers(first, second, config)
         predictions.add(ids, scored, *logits)
         del logits, some  # before the next ones are made: K2's are large
-    return predictions.fidelity(text, sides, layers)
+    return layers, predictions
 
 
 def _layers(base: Watch, candidate: ComparingWatch, config: Any) -> tuple[LayerFidelity, ...]:

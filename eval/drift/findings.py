@@ -72,6 +72,8 @@ class Fidelity:
     """Characters of the text that the tokenizer passes over in silence, each once."""
     completions: bool = False
     """Whether the text has prompts: predictions of completions alone were compared then, layers on every token."""
+    backend: str = "auto"
+    """Who multiplied; only with `decoded` do equal values in two formats give exactly no drift."""
 
     def facts(self) -> dict[str, object]:
         """Return what it comes to, in a few words."""
@@ -129,6 +131,8 @@ class Blame:
     """All suspects put back at once; None without suspects."""
     completions: bool = False
     """Whether the text has prompts: damage is that of completions alone then."""
+    backend: str = "auto"
+    """Who multiplied, as in `Fidelity`."""
 
     def facts(self) -> dict[str, object]:
         """Return what it comes to, in a few words."""

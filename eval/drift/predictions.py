@@ -41,7 +41,9 @@ class Predictions:
             figures.append(values.cpu())
         self._count += len(ids)
 
-    def fidelity(self, text: Text, sides: tuple[Side, Side], layers: tuple[LayerFidelity, ...]) -> Fidelity:
+    def fidelity(
+        self, text: Text, sides: tuple[Side, Side], layers: tuple[LayerFidelity, ...], backend: str
+    ) -> Fidelity:
         """Sum up."""
         divergence, chunks = torch.cat(self._kl), torch.cat(self._chunks)
         base, candidate = torch.cat(self._base), torch.cat(self._candidate)
@@ -64,6 +66,7 @@ class Predictions:
             layers=layers,
             unread=text.unread,
             completions=text.completions,
+            backend=backend,
         )
 
 

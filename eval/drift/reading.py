@@ -82,6 +82,7 @@ def _fidelity(content: dict[str, Any]) -> Fidelity:
         layers=layers,
         unread=kinds.text(content.get("unread", "")),
         completions=kinds.truth(content.get("completions", False)),
+        backend=kinds.text(content.get("backend", "auto")),
     )
 
 
@@ -121,6 +122,7 @@ def _blame(content: dict[str, Any]) -> Blame:
         suspects=suspects,
         together=None if content["together"] is None else _suspect(content["together"]),
         completions=kinds.truth(content.get("completions", False)),
+        backend=kinds.text(content.get("backend", "auto")),
     )
 
 

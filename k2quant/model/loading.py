@@ -72,7 +72,8 @@ def load_model(
             of modules to devices, `cpu` or `disk`, as accelerate has them. What lies on the CPU or the disk beside a
             GPU is brought there when its turn comes; the disk is the checkpoint itself, nothing is copied.
         dtype: of activations and of what is not quantised: bfloat16, float16 or float32.
-        backend: `auto` for the fused kernels of the device, `reference` for plain torch.
+        backend: `auto` for the fused kernels of the device, `reference` for plain torch, `decoded` for plain torch on
+            the BF16 values that weights mean, which is slow and gives equal bits for equal values in any format.
         max_memory: with `auto`, the most that each device may take, such as `{0: "70GiB", "cpu": "100GiB"}`.
         follow_links: whether links of the folder may lead out of it.
         progress: called with the bytes read and all bytes; True for a bar.

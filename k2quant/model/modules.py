@@ -13,7 +13,6 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.functional import silu
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
@@ -21,12 +20,20 @@ from k2quant.errors import UsageError
 from k2quant.formats.format import Format
 from k2quant.kernels.ops import linear, moe
 from k2quant.kernels.products import reference
+from k2quant.kernels.products.dispatch import dequantize
 from k2quant.kernels.products.prepare import moved
 from k2quant.kernels.products.weights import PackedWeight
 from k2quant.model.matrices import Dense, Matrix, Packed, joined
 
-Backend = Literal["auto", "reference"]
-"""`auto`: the fused kernels of the device; `reference`: plain torch, the truth that they are held to."""
+Backend = Literal["auto", "reference", "decoded"]
+"""Who multiplies.
+
+`auto`: the fused kernels of the device; `reference`: plain torch, the truth that they are held to; `decoded`: plain
+torch on the BF16 values that a weight means, so that weights of equal values give equal bits, whatever their formats.
+"""
+
+_ALIGNMENT = 64
+"""Bytes: with operands that begin elsewhere, MKL may sum in another order (its notes on reproducible results)."""
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -114,6 +121,23 @@ class Quantized(SpeaksCheckpoint):
         return self
 
 
+def decoded_linear(x: Tensor, weight: PackedWeight | Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply by the values that a weight means, as torch multiplies by a BF16 weight of these values.
+
+    Args:
+        x: `[.., K]`.
+        weight: `[N, K]`, packed, or the values themselves in the dtype of x.
+        bias: `[N]`, or None.
+
+    Returns:
+        x @ weight.T + bias, `[.., N]`, each code * scale rounded to BF16 first, as `convert --to bf16` writes it.
+    """
+    values = weight if isinstance(weight, Tensor) else dequantize(weight, torch.bfloat16).to(x.dtype)
+    if values.data_ptr() % _ALIGNMENT:
+        values = values.clone()
+    return functional.linear(x, values, bias)
+
+
 class QuantizedLinear(Quantized):
     """x @ weight.T for a quantised weight, with a bias where the checkpoint has one."""
 
@@ -131,6 +155,8 @@ class QuantizedLinear(Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x @ weight.T + bias, `[.., N]`, for x `[.., K]`."""
+        if self.backend == "decoded":
+            return decoded_linear(x, self.packed("weight"), self.bias)  # torch adds a bias within the product
         multiply = reference.linear if self.backend == "reference" else linear
         product = multiply(x, self.packed("weight"))
         return product if self.bias is None else product + self.bias
@@ -169,8 +195,9 @@ class QuantizedExperts(Quantized, Experts):
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See `Experts`."""
         gate, up, down = (self.packed(name) for name in PROJECTIONS)
-        if self.backend == "reference":
-            return reference.moe(x, gate, up, down, ids, weights)
+        if self.backend != "auto":
+            product = reference.linear if self.backend == "reference" else decoded_linear
+            return reference.moe(x, gate, up, down, ids, weights, product=product)
         return moe(x, gate, up, down, ids, weights)
 
     forward = compute
@@ -179,7 +206,9 @@ class QuantizedExperts(Quantized, Experts):
 class FusedExperts(SpeaksCheckpoint, Experts, DeepseekV3Experts):
     """All routed experts of a layer in BF16, fused as transformers has them, but named as in a checkpoint."""
 
-    def matrices(self) -> Iterator[tuple[str, Matrix]]:
+    backend: Backend = "auto"
+
+    def matrices(self) -> Iterator[tuple[str, Dense]]:
         """Yield the projections of each expert in turn."""
         inner = self.intermediate_dim
         for expert in range(self.num_experts):
@@ -190,6 +219,8 @@ class FusedExperts(SpeaksCheckpoint, Experts, DeepseekV3Experts):
 
     def compute(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """See `Experts`."""
+        if self.backend == "decoded":
+            return reference.mixture(x, self.num_experts, self._decoded(x), ids, weights)
         # On a CPU the loop is the faster one for small models and level for K2's (benchmarks/results/model-cpu.md), but
         # a traced body cannot loop over what the router finds, and its gradients are as large as all experts for each.
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -197,6 +228,16 @@ class FusedExperts(SpeaksCheckpoint, Experts, DeepseekV3Experts):
                 return sorted_experts(self, x, ids, weights)
             return cast("Tensor", _LOOP(self, x, ids, weights))
         return grouped_mm_experts_forward(self, x, ids, weights)
+
+    def _decoded(self, x: Tensor) -> Callable[[int, Tensor], Tensor]:
+        """Return what makes of some tokens what an expert of another format with the same values makes of them."""
+        parts = dict(self.matrices())
+
+        def run(expert: int, token: Tensor) -> Tensor:
+            gate, up, down = (parts[f"{expert}.{name}"].tensor for name in PROJECTIONS)
+            return reference.expert_output(x[token], gate, up, down, decoded_linear)
+
+        return run
 
 
 def sorted_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -246,9 +287,8 @@ class SeparateExperts(Experts):
         """See `Experts`."""
 
         def run(expert: int, token: Tensor) -> Tensor:
-            gate, up, down = (self.get_submodule(f"{expert}.{name}") for name in PROJECTIONS)
-            hidden = silu(gate(x[token]).float()) * up(x[token]).float()
-            return cast("Tensor", down(hidden.to(x.dtype)))
+            parts = (self.get_submodule(f"{expert}.{name}") for name in PROJECTIONS)
+            return reference.expert_output(x[token], *parts, lambda rows, module: module(rows))
 
         return reference.mixture(x, self.num_experts, run, ids, weights)
 

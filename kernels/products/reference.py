@@ -7,6 +7,7 @@ weights rounded to the dtype of x, and the result has that dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from k2quant.kernels.products.weights import PackedWeight
 
 Product = Callable[[Tensor, PackedWeight], Tensor]
 """Makes x @ weight.T."""
+
+Weight = TypeVar("Weight")
+"""Whatever a product takes for a weight."""
 
 LARGEST_FP8 = 448.0
 SMALLEST_AMAX = 1e-10
@@ -81,9 +85,17 @@ def moe(
 
     def run(expert: int, token: Tensor) -> Tensor:
         parts = gate.expert(expert), up.expert(expert), down.expert(expert)
-        return _expert(x[token], *parts, product or linear)
+        return expert_output(x[token], *parts, product or linear)
 
     return mixture(x, gate.shape[0], run, ids, weights)
+
+
+def expert_output(
+    x: Tensor, gate: Weight, up: Weight, down: Weight, product: Callable[[Tensor, Weight], Tensor]
+) -> Tensor:
+    """Return what one expert makes of x `[M, H]`, by a product with weights of any kind; see `moe`."""
+    hidden = silu(product(x, gate).float()) * product(x, up).float()
+    return product(hidden.to(x.dtype), down)
 
 
 def mixture(x: Tensor, experts: int, run: Callable[[int, Tensor], Tensor], ids: Tensor, weights: Tensor) -> Tensor:
@@ -143,14 +155,3 @@ def moe_backward(
         grad_lifted = grad_hidden * gated * sigmoid
         grad_pairs[token, slot] = backward(grad_gated.to(x.dtype), wg) + backward(grad_lifted.to(x.dtype), wu)
     return grad_pairs.float().sum(1).to(x.dtype), grad_weights
-
-
-def _expert(
-    x: Tensor,
-    gate: PackedWeight,
-    up: PackedWeight,
-    down: PackedWeight,
-    product: Product,
-) -> Tensor:
-    hidden = silu(product(x, gate).float()) * product(x, up).float()
-    return product(hidden.to(x.dtype), down)

@@ -31,7 +31,7 @@ _BEFORE_SEARCH = 3  # passes: the baseline, its noise, the damage
 @click.option("--passes", type=click.IntRange(min=5), default=100, show_default=True, help="Forward passes at most.")
 @options.device()
 @options.dtype("float32", "; narrower ones are faster and hide small damage")
-@options.backend()
+@options.exact_backend()
 @options.follow_links()
 @options.trust_remote_code("BASE's tokenizer's")
 @options.soft_lock()
@@ -122,6 +122,9 @@ def _show(found: Blame, dtype: str) -> None:
     click.echo(f"text       {found.text}; {found.passes} passes; {found.changed} weights are stored otherwise")
     click.echo(f"damage     {found.damage.value:.3g} ± {found.damage.error:.1g} nats a token (KL divergence)")
     click.echo(f"noise      {found.noise.value:.3g} ± {found.noise.error:.1g}, from rounding alone\n")
+    if found.damage.value == 0:
+        click.echo("Nothing to blame: these weights are stored otherwise, and not one bit of a prediction differs.")
+        return
     if not found.classes and not found.suspects:
         click.echo(_nothing(found, dtype))
         return

@@ -19,6 +19,13 @@ from k2quant.ground.intervals import Estimate
 
 _NAMED = 16  # experts of a layer that are listed by number
 
+PRODUCTS = {
+    "decoded": "of the BF16 values that weights mean: equal values give exactly 0",
+    "auto": "by the fused kernels, whose sums have another order than BF16's: equal values need not give 0",
+    "reference": "in plain torch: equal values in two formats need not give 0",
+}
+"""What each backend does to the figures."""
+
 _COLUMNS = (
     *(Column(head=head) for head in ("layer", "rel. error", "cosine", "KL", "same experts", "overlap", "load shift")),
     Column(head="never", minor=True),
@@ -35,7 +42,7 @@ _COLUMNS = (
 @click.option("--lines", is_flag=True, help="Each line is a text of its own.")
 @options.device()
 @options.dtype()
-@options.backend()
+@options.exact_backend()
 @options.follow_links()
 @options.trust_remote_code("BASE's tokenizer's")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -110,7 +117,8 @@ def _show(found: Fidelity) -> None:
     click.echo(f"baseline   {found.base.model} ({found.base.folder})")
     click.echo(f"candidate  {found.candidate.model} ({found.candidate.folder})")
     scored = "tokens of completions" if found.completions else "predictions"
-    click.echo(f"text       {found.text}, {found.tokens} {scored} in {found.chunks} chunks\n")
+    click.echo(f"text       {found.text}, {found.tokens} {scored} in {found.chunks} chunks")
+    click.echo(f"products   {PRODUCTS.get(found.backend, found.backend)}\n")
     for name, value in _figures(found):
         click.echo(f"{name:<28} {value}")
     click.echo("\n" + table(_COLUMNS, map(_row, found.layers)) + "\n")

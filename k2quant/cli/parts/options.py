@@ -125,12 +125,22 @@ def soft_lock() -> Option[Any]:
     )
 
 
-def backend() -> Option[Any]:
-    """How packed weights are multiplied."""
-    return click.option(
-        "--backend",
-        type=words(["auto", "reference"]),
-        default="auto",
-        show_default=True,
-        help="The fused kernels, or plain torch.",
+def backend(
+    choices: tuple[str, ...] = ("auto", "reference"), more: str = "The fused kernels, or plain torch."
+) -> Option[Any]:
+    """How packed weights are multiplied.
+
+    Args:
+        choices: the first is meant where nothing is said.
+        more: what the command has to say of the choice.
+    """
+    return click.option("--backend", type=words(choices), default=choices[0], show_default=True, help=more)
+
+
+def exact_backend() -> Option[Any]:
+    """How weights are multiplied where two checkpoints are compared."""
+    return backend(
+        ("decoded", "auto", "reference"),
+        "decoded: every weight as the BF16 values that it means, so that equal values give equal bits in any format; "
+        "auto: the fused kernels, as a model is run; reference: plain torch.",
     )

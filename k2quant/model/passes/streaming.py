@@ -79,7 +79,7 @@ def stream_forward(
         hooks: called at each layer.
         device: where layers compute.
         dtype: of activations and of what is not quantised.
-        backend: `auto` for the fused kernels, `reference` for plain torch.
+        backend: `auto` for the fused kernels, `reference` or `decoded` as in `load_model`.
         budget: bytes of activations to keep in memory; the rest goes to files.
         folder: for these files. A killed pass resumes from it after the last whole layer, when it is called again in
             the same way. Without it they are temporary, and nothing can be resumed.

@@ -30,6 +30,7 @@ from k2quant.eval.drift.fidelity import measure_fidelity
 from k2quant.eval.drift.findings import Fidelity
 from k2quant.eval.runs.identity import tokenizer_hash
 from k2quant.model import load_model, stream_forward
+from k2quant.model.modules import Backend
 from k2quant.model.passes.texts import read_text
 from k2quant.nano import vocabulary
 from terminal import but_progress
@@ -90,9 +91,9 @@ def _write(folder: Path, name: str, place: int, value: bytes) -> None:
 class Loaded:
     """What a loaded model makes of the two chunks, taken by hooks on its layers and on its routers' inputs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, backend: Backend = "decoded") -> None:
         """Run it."""
-        self.model: Any = load_model(folder, dtype="float32")
+        self.model: Any = load_model(folder, dtype="float32", backend=backend)
         self.hidden: list[Tensor] = []
         self.experts: dict[int, list[set[int]]] = {}
         for number, layer in enumerate(self.model.model.layers):
@@ -122,14 +123,15 @@ def _kl(base: Tensor, candidate: Tensor) -> Tensor:
     return torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(-1)
 
 
-@pytest.mark.parametrize("candidate", ["int4", "fp8"])
+@pytest.mark.parametrize(("candidate", "backend"), [("int4", "decoded"), ("fp8", "auto")])
 def test_figures_are_those_of_loaded_models(
-    candidate: str, bf16: Path, text: Path, request: pytest.FixtureRequest
+    candidate: str, backend: Backend, bf16: Path, text: Path, request: pytest.FixtureRequest
 ) -> None:
     """Perplexities, divergences and agreement over all predictions; errors from the means of the two chunks."""
     folder = request.getfixturevalue(candidate)
-    found = measure_fidelity(bf16, folder, text=text, **OPTIONS)
-    base, other = Loaded(bf16), Loaded(folder)
+    found = measure_fidelity(bf16, folder, text=text, backend=backend, **OPTIONS)
+    base, other = Loaded(bf16, backend), Loaded(folder, backend)
+    assert found.backend == backend
     divergence, reverse = _kl(base.logits, other.logits), _kl(other.logits, base.logits)
     ratio = other.surprise() - base.surprise()
     assert (found.tokens, found.chunks, found.text) == (120, 2, "letters.txt")
