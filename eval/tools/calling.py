@@ -14,12 +14,15 @@ LONGEST = 2**20
 UNPARSED = "<|tool_call_begin|>"
 """Begins a call in K2's own text; a server that leaves it in an answer did not read the calls."""
 
+THINK = "<think>"
+"""Begins the reasoning of K2-Thinking and later."""
+
 # https://github.com/MoonshotAI/Kimi-K2/blob/main/docs/tool_call_guidance.md, "Manually Parsing Tool Calls"
 _SECTION = "<|tool_calls_section_begin|>"
 _ARGUMENTS = "<|tool_call_argument_begin|>"
 _END = "<|tool_call_end|>"
 _SECTION_END = "<|tool_calls_section_end|>"
-_THINK, _THINK_END = "<think>", "</think>"
+_THINK_END = "</think>"
 _CALLS = "tool_calls"  # a finish_reason
 
 
@@ -160,12 +163,12 @@ def of_text(text: str, *, cut: bool) -> Answer:
         cut: whether it ended at the limit on new tokens.
     """
     thought, marker, rest = text.rpartition(_THINK_END)
-    if not marker and cut and _THINK in text and UNPARSED not in text:
-        return Answer(reasoning=_text(text.partition(_THINK)[2]), finish="length")
+    if not marker and cut and THINK in text and UNPARSED not in text:
+        return Answer(reasoning=_text(text.partition(THINK)[2]), finish="length")
     begin = min((place for mark in (_SECTION, UNPARSED) if (place := rest.find(mark)) >= 0), default=len(rest))
     calls = tuple(_calls(rest[begin:]))
     finish = "length" if cut else _CALLS if calls else "stop"
-    thought = thought.removeprefix(_THINK)
+    thought = thought.removeprefix(THINK)
     return Answer(calls=calls, text=_text(rest[:begin].strip()), reasoning=_text(thought.strip()), finish=finish)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from k2quant.errors import CheckpointError, UsageError
-from k2quant.eval.tools.calling import UNPARSED, Answer, of_text
+from k2quant.eval.tools.calling import THINK, UNPARSED, Answer, of_text
 from k2quant.eval.tools.requests import Asked
 
 Progress = Callable[[int, int], None]
@@ -82,7 +82,8 @@ class Checkpoint:
         """
         import torch
 
-        ids = self._tokens(request)
+        prompt = self._prompt(request)
+        ids = torch.tensor([self._tokenizer(prompt, add_special_tokens=False)["input_ids"]], dtype=torch.int64)
         room = self._model.config.max_position_embeddings - ids.shape[1]
         if room < 1:
             return Answer(fault=f"its prompt has {ids.shape[1]:,} tokens, and the model has no room for more")
@@ -98,15 +99,14 @@ class Checkpoint:
         ends = self._ends()
         ended = bool(new) and new[-1] in ends
         text = self._tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=False)
-        return of_text(text, cut=len(new) >= limit and not ended)
+        opened = THINK if prompt.rstrip().endswith(THINK) else ""  # some templates begin the reasoning themselves
+        return of_text(opened + text, cut=len(new) >= limit and not ended)
 
-    def _tokens(self, request: Asked) -> Any:
-        """Return the tokens of a request, int64 `[1, T]`."""
-        import torch
+    def _prompt(self, request: Asked) -> str:
         from jinja2 import TemplateError
 
         try:
-            text = self._tokenizer.apply_chat_template(
+            prompt: str = self._tokenizer.apply_chat_template(
                 list(request.body["messages"]),
                 tools=request.body.get("tools"),
                 add_generation_prompt=True,
@@ -117,8 +117,7 @@ class Checkpoint:
             raise CheckpointError(
                 "its chat template does not take a request", file=self._folder, found=found
             ) from error
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return torch.tensor([ids], dtype=torch.int64)
+        return prompt
 
     def _drawing(self, sampling: Mapping[str, Any], limit: int) -> Any:
         from transformers import GenerationConfig
@@ -126,7 +125,7 @@ class Checkpoint:
         own = self._model.generation_config
         ends = sorted(self._ends())
         pad = own.pad_token_id if own.pad_token_id is not None else (ends or [0])[0]
-        drawn = {"do_sample": False}
+        drawn: dict[str, Any] = {"do_sample": False}
         if sampling["temperature"]:
             drawn = {"do_sample": True, "temperature": float(sampling["temperature"]), "top_k": 0}
             drawn |= {"top_p": float(sampling["top_p"])} if "top_p" in sampling else {}

@@ -101,8 +101,10 @@ def _of_run(folder: Path) -> Taken:
         )
     who = str(manifest.get("model", ""))
     taken = _gathered((*_kept(row, place), who) for place, row in rows(answers))
-    hashes = {key: value for key in ("model_hash", "tokenizer_hash") if isinstance(value := manifest.get(key), str)}
-    return taken._replace(**hashes)
+    model_hash, tokenizer_hash = (
+        value if isinstance(value := manifest.get(key), str) else None for key in ("model_hash", "tokenizer_hash")
+    )
+    return taken._replace(model_hash=model_hash, tokenizer_hash=tokenizer_hash)
 
 
 def _kept(row: Mapping[str, Any], place: str) -> tuple[Asked, Answer]:

@@ -22,7 +22,13 @@ from places import ROOT
 OFFERED = {"triton", "vllm"}
 """What is used where it happens to be there: Triton comes with torch's builds for GPUs."""
 
-BROUGHT_ALONG = {"aiohttp": "lm-eval", "huggingface-hub": "transformers", "llvmlite": "numba"}
+BROUGHT_ALONG = {
+    "aiohttp": "lm-eval",
+    "huggingface-hub": "transformers",
+    "jinja2": "lm-eval",
+    "llvmlite": "numba",
+    "referencing": "jsonschema",
+}
 """What is imported and no line of pyproject.toml names, and what requires it."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
