@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from k2quant.errors import MalformedFile
 from k2quant.qat.data.learning import Census, Learning
 from k2quant.qat.data.rendering import Span, Template
-from k2quant.qat.data.turns import REASONING, Conversation, bare, lifted, reasoned
+from k2quant.qat.data.turns import REASONING, Conversation, bare, lifted, reasoned, rethought
 
 Segment = tuple[str, bool]
 """Text, and whether it is learnt."""
@@ -56,41 +56,66 @@ def examples_of_chat(
     if template.names_reasoning(talk.tools):
         talk = replace(talk, messages=tuple(map(lifted, talk.messages, _places(talk))))
     stripped, losing = _lossless(talk, template)
-    if lost := [place for place in losing if talk.learnt[place]]:
+    if lost := sorted(place for place in losing if talk.learnt[place]):
         census.losing += 1
         census.first_losing = census.first_losing or talk.place(lost[0])
-    if learning.reasoning == "split":
-        marker = _Marker(talk, template, census, apart=True)
-    else:
-        if learning.reasoning == "skip":
-            kept = tuple(own and place not in losing for place, own in enumerate(stripped.learnt))
-            stripped = replace(stripped, learnt=kept)
-        marker = _Marker(stripped, template, census, apart=False)
-    if stripped.last < 0 and not marker.apart:
-        census.left_out += 1
-        return
-    yield from marker.examples()
+    if learning.reasoning == "skip":
+        kept = tuple(own and place not in losing for place, own in enumerate(talk.learnt))
+        stripped = replace(stripped, learnt=kept)
+    apart = learning.reasoning == "split"
+    marker = _Marker(talk if apart else stripped, template, census, apart=apart)
+    found = [] if stripped.last < 0 else list(marker.examples())
+    census.left_out += not found
+    yield from found
 
 
 def _places(talk: Conversation) -> list[str]:
     return [talk.place(number) for number in range(len(talk.messages))]
 
 
-def _lossless(talk: Conversation, template: Template) -> tuple[Conversation, list[int]]:
-    """Return a conversation without the reasoning that makes no difference to what is written, and where it stood."""
+def _lossless(talk: Conversation, template: Template) -> tuple[Conversation, set[int]]:
+    """Return a conversation without the reasoning that the template does not write, and where that stood."""
     places = [place for place, message in enumerate(talk.messages) if reasoned(message)]
     if not places:
-        return talk, []
-    text = template.written(talk)
-    losing = [place for place in places if template.written(talk, _bared(talk, {place})) == text]
-    return replace(talk, messages=_bared(talk, set(losing))), losing
+        return talk, set()
+    text = template.written(talk, [_asking(place, one) for place, one in enumerate(talk.messages)])
+    losing = {place for place in places if _thought(place) not in text}
+    messages = tuple(bare(one) if place in losing else one for place, one in enumerate(talk.messages))
+    return replace(talk, messages=messages), losing
 
 
-def _bared(talk: Conversation, places: set[int]) -> tuple[dict[str, Any], ...]:
-    return tuple(bare(message) if place in places else message for place, message in enumerate(talk.messages))
+def _thought(place: int) -> str:
+    """Return what stands for the reasoning of a turn, to see whether it is written."""
+    return f"k2quant-thought-{place}-"
+
+
+def _asking(place: int, message: dict[str, Any]) -> dict[str, Any]:
+    return rethought(message, _thought(place)) if reasoned(message) else message
 
 
 @dataclass(frozen=True, slots=True)
+class _Turn:
+    """A turn that is learnt, as it stands behind its prompt."""
+
+    segments: list[Segment]
+    unthinking: bool = False
+    """Whether it stands behind an empty think block."""
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class _Near:
+    """A turn that is learnt, written right behind what stands before the first of them."""
+
+    turn: _Turn
+    between: str
+    """What follows it, up to and with the prompt for the next turn."""
+
+
+@dataclass(slots=True)
 class _Marker:
     """Takes one conversation apart."""
 
@@ -100,27 +125,93 @@ class _Marker:
     apart: bool
     """Whether a turn before which the template writes anything anew begins an example of its own, as it would be asked
     for, and its reasoning is put where the template leaves its place empty."""
+    near: dict[int, _Near | None] = field(default_factory=dict)
+    """By place; None where it cannot be written so."""
+    local: bool = True
+    """Whether the template has written turns behind the opening as it writes them in their place."""
 
     def examples(self) -> Iterator[tuple[Segment, ...]]:
         """Yield the examples."""
         if not self.apart and (spans := self.template.marks(self.talk)) is not None:
             yield from _example(self._marked(spans))
             return
+        places = [place for place, learnt in enumerate(self.talk.learnt) if learnt]
         seen = ""
         segments: list[Segment] = []
-        for place, message in enumerate(self.talk.messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = self.template.written(self.talk, self.talk.messages[:place], prompt=True)
+        at = 0
+        while at < len(places):
+            prompt = self._prompt(places[at])
             if not prompt.startswith(seen):
                 if not self.apart:
-                    raise self._changed(place)
+                    raise self._changed(places[at])
                 yield from _example(segments)
                 seen, segments = "", []
-            turn = self._turn(place, prompt)
-            segments += [(prompt[len(seen) :], False), *turn]
-            seen = prompt + "".join(text for text, _ in turn)
+            segments.append((prompt[len(seen) :], False))
+            end, prompt = self._furthest(places, at, prompt)
+            for place in places[at:end]:
+                if near := self._near(places, place):
+                    segments += [*self._counted(near.turn), (near.between, False)]
+            segments += self._counted(turn := self._turn(places[end], self.talk.messages[: places[end]], prompt))
+            seen = prompt + turn.text
+            at = end + 1
         yield from _example(segments)
+
+    def _counted(self, turn: _Turn) -> list[Segment]:
+        self.census.unthinking += turn.unthinking
+        return turn.segments
+
+    def _prompt(self, place: int) -> str:
+        """Return what a model is asked for a turn."""
+        return self.template.written(self.talk, self.talk.messages[:place], prompt=True)
+
+    def _furthest(self, places: Sequence[int], at: int, prompt: str) -> tuple[int, str]:
+        """Return the last of the turns that stand behind one another from one on, and its prompt.
+
+        Turn by turn the template would be asked for all that stands before, which of hundreds of turns takes minutes.
+        So each is written behind the opening of the conversation, and what they come to is compared with what the
+        template writes of them all: where that is the same, they stand so.
+        """
+        found = at, prompt
+        low, high = at + 1, len(places) - 1
+        end = high
+        while self.local and low <= high:
+            whole = self._joined(places, at, end, prompt)
+            if whole is not None and self._prompt(places[end]) == whole:
+                found, low = (end, whole), end + 1
+            elif end == at + 1:
+                self.local = self.apart  # else what is not so at once never will be
+                break
+            else:
+                high = end - 1
+            end = (low + high + 1) // 2 if found[0] > at else low
+        return found
+
+    def _joined(self, places: Sequence[int], first: int, end: int, prompt: str) -> str | None:
+        """Return the prompt of a turn as those before it would make it; None where one of them cannot be written."""
+        parts = [prompt]
+        for place in places[first:end]:
+            near = self._near(places, place)
+            if near is None:
+                return None
+            parts += [near.turn.text, near.between]
+        return "".join(parts)
+
+    def _near(self, places: Sequence[int], place: int) -> _Near | None:
+        if place not in self.near:
+            self.near[place] = self._write_near(places, place)
+        return self.near[place]
+
+    def _write_near(self, places: Sequence[int], place: int) -> _Near | None:
+        opening, messages = self.talk.messages[: places[0]], self.talk.messages
+        after = next(other for other in places if other > place)
+        try:
+            prompt = self._prompt(places[0])
+            turn = self._turn(place, opening, prompt)
+            text = self.template.written(self.talk, [*opening, *messages[place:after]], prompt=True)
+        except MalformedFile:
+            return None
+        begun = prompt + turn.text
+        return _Near(turn, text[len(begun) :]) if text.startswith(begun) else None
 
     def _changed(self, place: int) -> MalformedFile:
         return MalformedFile(
@@ -132,31 +223,28 @@ class _Marker:
             "`data: turns: last`",
         )
 
-    def _turn(self, place: int, prompt: str) -> list[Segment]:
-        """Return the segments of a turn of the assistant's, which follows a prompt."""
-        messages = self.talk.messages[: place + 1]
-        text = self.template.written(self.talk, messages)
+    def _turn(self, place: int, before: Sequence[dict[str, Any]], prompt: str) -> _Turn:
+        """Return a turn as it is written behind messages, and behind the prompt that they make."""
+        message = self.talk.messages[place]
+        text = self.template.written(self.talk, [*before, message])
         if not text.startswith(prompt):
             if not self.apart:
                 raise self._changed(place)
             # A template that blanks what was thought before may do so with this turn. The turn itself stays.
-            messages = (*map(bare, messages[:-1]), messages[-1])
-            prompt = self.template.written(self.talk, messages[:-1], prompt=True)
-            text = self.template.written(self.talk, messages)
+            before = [bare(one) for one in before]
+            prompt = self.template.written(self.talk, before, prompt=True)
+            text = self.template.written(self.talk, [*before, message])
             if not text.startswith(prompt):
                 raise MalformedFile(
                     "the chat template does not write a turn behind its own prompt for it", file=self.talk.place(place)
                 )
         turn = text[len(prompt) :]
-        learnt = self.talk.learnt[place]
-        spans = self._spans(messages, len(prompt)) if learnt else None
-        if self.apart and learnt and reasoned(messages[-1]):
-            alone = (*messages[:-1], bare(messages[-1]))
-            if self.template.written(self.talk, alone) == text:
+        spans = self._spans([*before, message], len(prompt))
+        if self.apart and reasoned(message):
+            asked = self.template.written(self.talk, [*before, _asking(place, message)])
+            if _thought(place) not in asked:
                 turn, spans = self._filled(place, turn, spans, prompt)
-        if not learnt:
-            return [(turn, False)]
-        return _cut(turn, spans) if spans is not None else self._own(turn, messages[-1], prompt)
+        return _Turn(_cut(turn, spans)) if spans is not None else self._own(turn, message, prompt)
 
     def _spans(self, messages: Sequence[dict[str, Any]], start: int) -> list[Span] | None:
         """Return the template's own marks from a place on, as spans of what stands there."""
@@ -165,9 +253,8 @@ class _Marker:
 
     def _filled(self, place: int, turn: str, spans: list[Span] | None, prompt: str) -> tuple[str, list[Span] | None]:
         """Return a turn with its reasoning in the think block that the template left empty."""
-        reasoning = next(
-            (self.talk.messages[place][name] for name in REASONING if name in self.talk.messages[place]), ""
-        )
+        message = self.talk.messages[place]
+        reasoning = next((message[name] for name in REASONING if name in message), "")
         empty = _empty(turn, prompt)
         if not empty or not reasoning:
             raise MalformedFile(
@@ -183,19 +270,19 @@ class _Marker:
         moved = spans and [(s + size * (s > at), e + size * (e >= at)) for s, e in spans]
         return turn[:at] + reasoning + turn[at:], moved
 
-    def _own(self, turn: str, message: dict[str, Any], prompt: str) -> list[Segment]:
+    def _own(self, turn: str, message: dict[str, Any], prompt: str) -> _Turn:
         """Return what of a turn is the assistant's, and what the template added."""
         before = 0
         empty = _empty(turn, prompt)
-        if empty and not reasoned(message) and not _EMPTY.match(message["content"]):
+        unthinking = bool(empty) and not reasoned(message) and not _EMPTY.match(message["content"])
+        if empty and unthinking:
             blanks = len(message["content"]) - len(message["content"].lstrip())
             before = empty.end() - min(blanks, len(empty[3]))
-            self.census.unthinking += 1
         end = len(turn)
         shorter = turn.rstrip()
         if shorter.endswith(self.template.ends):
             end = len(shorter)
-        return [(turn[:before], False), (turn[before:end], True), (turn[end:], False)]
+        return _Turn([(turn[:before], False), (turn[before:end], True), (turn[end:], False)], unthinking)
 
     def _marked(self, spans: list[Span]) -> list[Segment]:
         """Return the whole conversation as the template marks it, but for turns that are not learnt."""

@@ -144,6 +144,14 @@ def bare(turn: Mapping[str, Any]) -> dict[str, Any]:
     return left
 
 
+def rethought(turn: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """Return a turn that carries reasoning, with other reasoning in its place."""
+    changed = dict(turn) | {name: text for name in REASONING if name in turn}
+    if block := _begun(turn):
+        changed["content"] = f"<think>{text}</think>{turn['content'][block.end() :]}"
+    return changed
+
+
 def _begun(turn: Mapping[str, Any]) -> re.Match[str] | None:
     """Return the think block with which the content of a turn begins, unless nothing is thought in it."""
     block = _BLOCK.match(turn["content"]) if turn["role"] == "assistant" else None

@@ -182,7 +182,7 @@ def _conversations(plan: JobPlan) -> list[str]:
         return []
     losing = f" (in {census.losing:,} the chat template drops some)" if census.losing else ""
     said = (
-        f"{counted(census.chats, 'conversation')}: {census.tools:,} with tools, {census.tool_calls:,} with calls, "
+        f"{census.chats:,}: {census.tools:,} with tools, {census.tool_calls:,} with calls, "
         f"{census.reasoning:,} with reasoning{losing}; {counted(census.weightless, 'message')} of weight 0"
     )
     return [f"{'conversations':<20} {said}"]

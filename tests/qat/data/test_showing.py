@@ -13,6 +13,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from k2quant.cli import main
+from places import ROOT
 
 HEAD = "<|im_assistant|>assistant<|im_middle|>"
 DEFAULT = "<|im_system|>system<|im_middle|>You are Kimi, an AI assistant created by Moonshot AI.<|im_end|>"
@@ -122,7 +123,7 @@ def test_as_json(plan: Callable[..., Result]) -> None:
 def test_a_plan_counts_conversations(plan: Callable[..., Result]) -> None:
     """As text too, and with notes of what people should know."""
     said = " ".join(plan(reasoning="skip").stdout.split())
-    assert "3 conversations: 1 with tools, 1 with calls, 2 with reasoning (in 1 the chat template drops some)" in said
+    assert "conversations 3: 1 with tools, 1 with calls, 2 with reasoning (in 1 the chat template drops some)" in said
     assert "1 message of weight 0" in said
     assert "note left out, since no turn of theirs is to be learnt: 1 row" in said
     assert "conversations" not in plan(rows=ROWS[3:]).stdout
@@ -134,3 +135,13 @@ def test_lost_reasoning_is_refused_and_seen_before(plan: Callable[..., Result]) 
     assert refused.exit_code == 1
     assert f"{ASKED}<think></think>«a↵" in refused.stdout
     assert "line 1, message 2, found 1 of 5 rows; say in the job what then" in refused.stderr
+
+
+def test_the_guides_example(plan: Callable[..., Result]) -> None:
+    """What docs/qat.md shows of its row is what is shown, but for the lines that it breaks by hand."""
+    guide = (ROOT / "docs" / "qat.md").read_text()
+    [row] = re.findall(r"^```json\n(.*?)^```", guide[guide.index("## Chat, tools") :], re.DOTALL | re.MULTILINE)[:1]
+    [told] = re.findall(r"^```text\n(.*?)^```", guide[guide.index("## Chat, tools") :], re.DOTALL | re.MULTILINE)[:1]
+    shown = plan("--show", "1", rows=(json.loads(row),), reasoning="split", length=1024).stdout
+    expected = told.replace("\n", "").replace("↵", "↵\n")
+    assert expected in shown

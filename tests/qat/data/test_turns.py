@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2quant.errors import MalformedFile
+from k2quant.qat.data import marking
 from k2quant.qat.data.examples import examples_of
 from k2quant.qat.data.learning import Census, Learning
 from k2quant.qat.data.tokens import Reader
@@ -320,9 +321,11 @@ class TestReasoning:
         with pytest.raises(MalformedFile, match=r"message 4 to follow.*reasoning: split.*turns: last"):
             taught("last", row)
         asked = f"{ASKED}\n"
+        last = f"{asked}{HEAD}a{END}\n{asked}{HEAD}«<think>\nr\n</think>\n\nb{END}»"
+        assert taught("last", row, turns="last") == [last]
         assert taught("last", row, reasoning="split") == [
             f"{asked}{HEAD}<think>\n\n</think>\n\n«a{END}»",
-            f"{asked}{HEAD}a{END}\n{asked}{HEAD}«<think>\nr\n</think>\n\nb{END}»",
+            last,
         ]
 
 
@@ -499,3 +502,59 @@ class TestOracle:
                         assert "thought" in text
                 seen += text
         assert found == prompts
+
+
+NUMBERED = (
+    "{% for m in messages %}{{ loop.index ~ m.role ~ m.content ~ m.reasoning_content ~ '<|im_end|>' }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name ~ c.function.arguments }}{% endfor %}{% endfor %}"
+    "{{ (messages | length + 1) ~ 'assistant' if add_generation_prompt }}"
+)
+"""A template that writes no turn as it would anywhere else."""
+
+
+class TestLongConversations:
+    """Turns are written near the opening where they come to the same, for time grows with the square otherwise."""
+
+    @given(
+        messages=conversations(),
+        template=st.sampled_from(["instruct", "thinking", "opened", "marked", "last", NUMBERED]),
+        rule=st.sampled_from(["drop", "skip", "split"]),
+        thought=st.booleans(),
+    )
+    @settings(max_examples=150, deadline=None)
+    def test_it_changes_nothing(
+        self, kimi: Callable[[str], Any], messages: list[Row], template: str, rule: Any, *, thought: bool
+    ) -> None:
+        """Asking the template turn by turn for all that stands before gives the same examples, or the same refusal."""
+        for place, message in enumerate(messages):
+            if message["role"] == "assistant" and thought:
+                message["reasoning_content"] = f"thought {place}"
+        found: list[object] = []
+        for patched in (False, True):
+            with pytest.MonkeyPatch.context() as patch:
+                if patched:
+                    patch.setattr(marking._Marker, "_furthest", lambda _self, _places, at, prompt: (at, prompt))  # noqa: SLF001
+                try:
+                    examples = examples_of({"messages": messages}, "here", kimi(template), Learning(reasoning=rule))
+                    found.append([one.segments for one in examples])
+                except MalformedFile as error:
+                    found.append(str(error))
+        assert found[0] == found[1]
+
+    @pytest.mark.parametrize("rule", ["drop", "split"])
+    def test_time_grows_with_the_length(self, kimi: Callable[[str], Any], rule: Any) -> None:
+        """Of hundreds of calls the template writes a few times the whole, and not once for each turn."""
+        spell, letters = kimi("thinking"), 0
+        write = spell.apply_chat_template
+
+        def counted(*arguments: Any, **options: Any) -> str:
+            nonlocal letters
+            text: str = write(*arguments, **options)
+            letters += len(text)
+            return text
+
+        spell.apply_chat_template = counted
+        messages = [USER, *[calling(**THOUGHT), result(content="z" * 1000)] * 100, answer(**THOUGHT)]
+        [example] = examples_of({"messages": messages}, "here", spell, Learning(reasoning=rule))
+        assert sum(learnt for _, learnt in example.segments) == 101
+        assert letters < 20 * sum(len(text) for text, _ in example.segments)

@@ -443,6 +443,8 @@ class TestIdentity:
         "change",
         [
             {"data": {**LEAST["data"], "held_out": 1}},
+            {"data": {**LEAST["data"], "turns": "last"}},
+            {"data": {**LEAST["data"], "reasoning": "split"}},
             {"training": {"steps": 41}},
             {"quantize": {"bits": 3}},
             {"quantize": {"bits": {0: 8, 3: 4}}},
@@ -453,6 +455,10 @@ class TestIdentity:
     def test_other(self, change: dict[str, Any]) -> None:
         """Whatever moves a weight does."""
         assert job_from({**LEAST, **change}).identity() != job_from(LEAST).identity()
+
+    def test_a_run_of_before_goes_on(self) -> None:
+        """Keys that its version did not have are not in its manifest, and mean there what they mean by default."""
+        assert not {"turns", "reasoning"} & job_from(LEAST).identity()["data"].keys()
 
     @pytest.mark.parametrize("content", [LEAST, WHOLE, with_("quantize.bits", {0: None, 5: 3, 6: 4})])
     def test_manifest_round_trip(self, tmp_path: Path, content: dict[str, Any]) -> None:
