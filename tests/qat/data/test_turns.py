@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2quant.errors import MalformedFile
+from k2quant.errors import CheckpointError, MalformedFile
+from k2quant.model.generation import open_tokenizer
 from k2quant.qat.data import marking
 from k2quant.qat.data.examples import examples_of
 from k2quant.qat.data.learning import Census, Learning
 from k2quant.qat.data.tokens import Reader
+from kimi_files import merged_ranks, write_files
 
 Row = dict[str, Any]
 Taught = Callable[..., list[str]]
@@ -558,3 +561,21 @@ class TestLongConversations:
         [example] = examples_of({"messages": messages}, "here", spell, Learning(reasoning=rule))
         assert sum(learnt for _, learnt in example.segments) == 101
         assert letters < 20 * sum(len(text) for text, _ in example.segments)
+
+
+def test_k2s_own_tokenizer(tmp_path: Path) -> None:
+    """Read from tiktoken.model: tools with their keys in order, as K2's code writes them, and the same turns."""
+    write_files(tmp_path, merged_ranks())
+    template = Path(__file__).parent / "templates" / "thinking.jinja"
+    (tmp_path / "chat_template.jinja").write_text(template.read_text())
+    spell = open_tokenizer(tmp_path)
+    row = {"messages": [USER, calling(**THOUGHT), result(), answer("好👍🏽", **THOUGHT)], "tools": [TOOL]}
+    examples = list(examples_of(row, "here", spell, Learning(reasoning="split")))
+    [document] = Reader(tokenizer=spell, vocabulary=2048).documents(iter(examples))
+    assert spell.decode(document.tokens[document.learnt]) == (
+        f"<think>r</think>{CALLED}{END}<think>r</think>好👍🏽{END}"
+    )
+    assert '{"function": {"name": "weather", "parameters": {' in spell.decode(document.tokens)
+    spell.chat_template = "{{ tools_ts_str }}"
+    with pytest.raises(CheckpointError, match=r"code of the checkpoint writes them.*trust_remote_code"):
+        list(examples_of(row, "here", spell))
