@@ -14,14 +14,16 @@ from k2quant.qat.data.turns import conversation, text_of
 
 KEYS = ("text", "prompt", "completion", "messages")
 """Of an example; one that is null is ignored, as a missing key is in a table."""
+TOOLS = "tools"
+"""Beside `messages`."""
 BESIDE = {
-    "tools": "give it beside `messages`",
     "functions": "give `tools`, in OpenAI's form",
     "documents": "put their text into a message",
     "chat_template_kwargs": "put what it would change into the model's chat template",
 }
-"""Keys that change what a model is asked, each with what to do where it cannot be followed: passed over, they would
-teach answers to another question. Other keys are ignored, requests' own such as `parallel_tool_calls` among them."""
+"""Keys beside `messages` that change what a model is asked, and cannot be followed, each with what to do: passed over,
+they would teach answers to another question. Other keys are ignored, a request's own such as `parallel_tool_calls`
+among them."""
 
 _SHAPES = "text; prompt and completion; or messages"
 
@@ -63,8 +65,9 @@ def examples_of(
     census.rows += 1
     found = tuple(key for key in KEYS if row.get(key) is not None)
     chat = found == ("messages",)
-    for key, remedy in BESIDE.items():
-        if row.get(key) and not (chat and key == "tools"):
+    refused = BESIDE if chat else {TOOLS: "give it beside `messages`"}
+    for key, remedy in refused.items():
+        if row.get(key):
             raise MalformedFile(f"{key}, which cannot be followed", file=where, remedy=remedy)
     if chat:
         talk = conversation(row, where)

@@ -48,6 +48,11 @@ class Census:
 
     def notes(self) -> Iterator[str]:
         """Yield what the user should know of it, and does not see elsewhere."""
+        if self.losing:
+            yield (
+                "given a whole conversation, the chat template drops reasoning that is to be learnt: "
+                f"{counted(self.losing, 'row')}; `data: reasoning:` says what becomes of it"
+            )
         if self.left_out:
             yield f"left out, since no turn of theirs is to be learnt: {counted(self.left_out, 'row')}"
         if self.renamed:

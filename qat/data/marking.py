@@ -7,21 +7,18 @@ think block before it or blanks behind its last token, is not the assistant's an
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from k2quant.errors import MalformedFile
+from k2quant.qat.data import thinking
 from k2quant.qat.data.learning import Census, Learning
 from k2quant.qat.data.rendering import Span, Template
-from k2quant.qat.data.turns import REASONING, Conversation, bare, lifted, reasoned, rethought
+from k2quant.qat.data.turns import Conversation, bare, lifted, reasoned
 
 Segment = tuple[str, bool]
 """Text, and whether it is learnt."""
-
-_EMPTY = re.compile(r"(\s*<think>)?(\s*)</think>(\s*)")
-_OPEN = "<think>"
 
 
 def examples_of_chat(
@@ -55,7 +52,7 @@ def examples_of_chat(
     census.renamed += renamed
     if template.names_reasoning(talk.tools):
         talk = replace(talk, messages=tuple(map(lifted, talk.messages, _places(talk))))
-    stripped, losing = _lossless(talk, template)
+    stripped, losing = thinking.lossless(talk, template)
     if lost := sorted(place for place in losing if talk.learnt[place]):
         census.losing += 1
         census.first_losing = census.first_losing or talk.place(lost[0])
@@ -71,26 +68,6 @@ def examples_of_chat(
 
 def _places(talk: Conversation) -> list[str]:
     return [talk.place(number) for number in range(len(talk.messages))]
-
-
-def _lossless(talk: Conversation, template: Template) -> tuple[Conversation, set[int]]:
-    """Return a conversation without the reasoning that the template does not write, and where that stood."""
-    places = [place for place, message in enumerate(talk.messages) if reasoned(message)]
-    if not places:
-        return talk, set()
-    text = template.written(talk, [_asking(place, one) for place, one in enumerate(talk.messages)])
-    losing = {place for place in places if _thought(place) not in text}
-    messages = tuple(bare(one) if place in losing else one for place, one in enumerate(talk.messages))
-    return replace(talk, messages=messages), losing
-
-
-def _thought(place: int) -> str:
-    """Return what stands for the reasoning of a turn, to see whether it is written."""
-    return f"k2quant-thought-{place}-"
-
-
-def _asking(place: int, message: dict[str, Any]) -> dict[str, Any]:
-    return rethought(message, _thought(place)) if reasoned(message) else message
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +218,8 @@ class _Marker:
         turn = text[len(prompt) :]
         spans = self._spans([*before, message], len(prompt))
         if self.apart and reasoned(message):
-            asked = self.template.written(self.talk, [*before, _asking(place, message)])
-            if _thought(place) not in asked:
+            asked = self.template.written(self.talk, [*before, thinking.asking(place, message)])
+            if thinking.thought(place) not in asked:
                 turn, spans = self._filled(place, turn, spans, prompt)
         return _Turn(_cut(turn, spans)) if spans is not None else self._own(turn, message, prompt)
 
@@ -252,37 +229,20 @@ class _Marker:
         return found and [(max(begin - start, 0), end - start) for begin, end in found if end > start]
 
     def _filled(self, place: int, turn: str, spans: list[Span] | None, prompt: str) -> tuple[str, list[Span] | None]:
-        """Return a turn with its reasoning in the think block that the template left empty."""
-        message = self.talk.messages[place]
-        reasoning = next((message[name] for name in REASONING if name in message), "")
-        empty = _empty(turn, prompt)
-        if not empty or not reasoning:
-            raise MalformedFile(
-                "the chat template has no place for the reasoning",
-                file=self.talk.place(place),
-                expected="<think></think>, for `data: reasoning: split` to fill",
-                found=turn[:40],
-                remedy="learn without it with `data: reasoning: drop`",
-            )
-        begin, end = empty.span(2)
-        at = begin + (end - begin) // 2  # blanks on both sides stay where they are
+        """Return a turn with its reasoning in the think block that the template left empty, and marks with it."""
+        reasoning, at = thinking.place_of(self.talk, place, turn, prompt)
         size = len(reasoning)
         moved = spans and [(s + size * (s > at), e + size * (e >= at)) for s, e in spans]
         return turn[:at] + reasoning + turn[at:], moved
 
     def _own(self, turn: str, message: dict[str, Any], prompt: str) -> _Turn:
         """Return what of a turn is the assistant's, and what the template added."""
-        before = 0
-        empty = _empty(turn, prompt)
-        unthinking = bool(empty) and not reasoned(message) and not _EMPTY.match(message["content"])
-        if empty and unthinking:
-            blanks = len(message["content"]) - len(message["content"].lstrip())
-            before = empty.end() - min(blanks, len(empty[3]))
+        before = thinking.empty_block(turn, message, prompt)
         end = len(turn)
         shorter = turn.rstrip()
         if shorter.endswith(self.template.ends):
             end = len(shorter)
-        return _Turn([(turn[:before], False), (turn[before:end], True), (turn[end:], False)], unthinking)
+        return _Turn([(turn[:before], False), (turn[before:end], True), (turn[end:], False)], unthinking=before > 0)
 
     def _marked(self, spans: list[Span]) -> list[Segment]:
         """Return the whole conversation as the template marks it, but for turns that are not learnt."""
@@ -301,12 +261,6 @@ class _Marker:
                 )
             spans = [span for span, learnt in zip(spans, turns, strict=True) if learnt]
         return _cut(self.template.written(self.talk), spans)
-
-
-def _empty(turn: str, prompt: str) -> re.Match[str] | None:
-    """Return the empty think block with which a turn begins, be it that the prompt has opened it."""
-    found = _EMPTY.match(turn)
-    return found if found and (found[1] or prompt.rstrip().endswith(_OPEN)) else None
 
 
 def _cut(text: str, spans: Sequence[Span]) -> list[Segment]:

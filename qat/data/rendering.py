@@ -38,8 +38,15 @@ class Template:
             raise CheckpointError("messages, but the tokenizer has no chat template", file=where, remedy=remedy)
 
     def source(self, tools: object) -> str:
-        """Return the template's own text; a tokenizer may have one for tools and one for none."""
-        return str(self.tokenizer.get_chat_template(tools=tools))
+        """Return the template's own text; a tokenizer may have one for tools and one for none.
+
+        Raises:
+            CheckpointError: it has several, and none is the default.
+        """
+        try:
+            return str(self.tokenizer.get_chat_template(tools=tools))
+        except ValueError as error:
+            raise CheckpointError("no chat template of the tokenizer's fits", found=said(error)) from error
 
     def written(self, talk: Conversation, messages: Messages | None = None, *, prompt: bool = False) -> str:
         """Return what it writes of a conversation, or of other messages in its place.

@@ -12,7 +12,7 @@ from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.files.strict_json import parse_object, without_mark
 from k2quant.errors import MalformedFile, MissingExtra, UsageError
 from k2quant.ground.extras import install
-from k2quant.qat.data.examples import BESIDE, KEYS, Example, examples_of
+from k2quant.qat.data.examples import BESIDE, KEYS, TOOLS, Example, examples_of
 from k2quant.qat.data.learning import Census, Learning
 from k2quant.qat.data.packing import Rows, pack
 from k2quant.qat.data.tokens import Reader
@@ -184,7 +184,7 @@ def _of_dataset(source: DataSource, progress: Progress) -> Iterator[tuple[str, d
         ) from error
     try:
         table = datasets.load_dataset(source.path, name=source.config, split=source.split)
-        table = table.select_columns([name for name in table.column_names if name in {*KEYS, *BESIDE}])
+        table = table.select_columns([name for name in table.column_names if name in {*KEYS, TOOLS, *BESIDE}])
         total = len(table)
         for number, row in enumerate(table, 1):
             yield f"{source.path}, {source.split}, row {number}", _unfilled(row)
@@ -197,7 +197,13 @@ def _of_dataset(source: DataSource, progress: Progress) -> Iterator[tuple[str, d
 
 
 def _unfilled(value: Any) -> Any:
-    """Return a row without the nulls that a table puts where another row has a key, at any depth."""
-    if isinstance(value, dict):
-        return {key: _unfilled(inner) for key, inner in value.items() if inner is not None}
-    return [_unfilled(inner) for inner in value] if isinstance(value, list) else value
+    """Return a row without the nulls that a table puts where another row has a key, at any depth.
+
+    A key whose value holds nothing but such nulls goes too.
+    """
+    if isinstance(value, list):
+        return [_unfilled(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {key: _unfilled(inner) for key, inner in value.items() if inner is not None}
+    return {key: inner for key, inner in kept.items() if inner != {} or value[key] == {}}

@@ -406,10 +406,13 @@ class TestDatasets:
 
     def test_what_a_table_fills_in_is_no_part_of_a_row(self, kimi: Any, hub: Callable[..., list[Any]]) -> None:
         """Nulls where another row has a key are taken out at any depth; a file's own nulls stay."""
-        tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}}}}}
+        tool = {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"properties": {"a": {"type": "string"}, "b": {}}}},
+        }
         call = {"id": "functions.f:0", "type": "function", "function": {"name": "f", "arguments": {"a": "b"}}}
         filled_tool = json.loads(json.dumps(tool))
-        filled_tool["function"]["parameters"]["properties"]["z"] = None
+        filled_tool["function"]["parameters"]["properties"] |= {"y": None, "z": {"type": None, "enum": None}}
         filled_call = json.loads(json.dumps(call))
         filled_call["function"]["arguments"]["z"] = None
         spell = kimi("thinking")
