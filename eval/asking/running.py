@@ -109,7 +109,7 @@ def run(
             batch_size=request.batch_size,
             repeats=request.repeats,
             seed=request.seed,
-            read=thoughts.read if thoughts else None,
+            reader=thoughts,
             progress=told(progress),
         )
         lm.expect(_count(tasks, request.repeats))

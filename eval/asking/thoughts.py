@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from k2quant.eval.asking.thinking import Answer, Thinking, ended
@@ -25,6 +26,12 @@ class Thoughts:
         """By task, how many rows have no answer outside of reasoning."""
         self.rows: Counter[str] = Counter()
         """By task, how many rows there are."""
+
+    def look(self, texts: Iterable[str]) -> None:
+        """See all answers of a run: where a server's model is not known, one marker shows that it reasons."""
+        thinking = self.thinking
+        if thinking.spares and not thinking.always and any(thinking.end in text for text in texts):
+            self.thinking = replace(thinking, always=True)
 
     def read(self, request: Any, text: str, cut: bool | None) -> tuple[str, bool | None]:  # noqa: FBT001  a `Reader`
         """Return the answer without its reasoning, up to its first stop string, and whether that was cut.

@@ -6,8 +6,8 @@ import copy
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 from k2quant.errors import HarnessFault
 from k2quant.eval.runs.identity import digest
@@ -16,8 +16,22 @@ from k2quant.eval.runs.journal import Journal
 Progress = Callable[[int, int], None]
 """Called with the requests that are answered and all requests."""
 
-Reader = Callable[[Any, str, bool | None], tuple[str, bool | None]]
-"""Given a request, all that the model wrote and whether that was cut; returns the answer and whether that was cut."""
+
+class Reader(Protocol):
+    """What becomes of answers before lm-eval sees them; the journal has them as the model wrote them."""
+
+    def look(self, texts: Iterable[str]) -> None:
+        """See all answers of a run, before the first is read."""
+
+    def read(self, request: Any, text: str, cut: bool | None) -> tuple[str, bool | None]:  # noqa: FBT001  as it is told
+        """Return an answer, and whether that was cut.
+
+        Args:
+            request: of lm-eval.
+            text: all that the model wrote.
+            cut: whether it ended at the limit on new tokens; None: not known.
+        """
+
 
 _SCORED_AT_ONCE = 64  # batches of log-likelihoods in a chunk: seconds of work, and few batches cut at a chunk's end
 _ALL_THE_SAME = 3  # so many requests with one log-probability are no coincidence
@@ -51,7 +65,7 @@ class Resuming:
         batch_size: int,
         repeats: int = 1,
         seed: int = 0,
-        read: Reader | None = None,
+        reader: Reader | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Stand in for a model.
@@ -62,11 +76,11 @@ class Resuming:
             batch_size: how many texts the model is asked at once.
             repeats: how often each question is asked; so often are answers to it asked for.
             seed: of all draws.
-            read: what becomes of an answer before lm-eval sees it; the journal has it as the model wrote it.
+            reader: what becomes of answers before lm-eval sees them; None for nothing.
             progress: called when requests are answered.
         """
         self._model, self._journal, self._progress = model, journal, progress
-        self._batch_size, self._repeats, self._seed, self._read = batch_size, repeats, seed, read
+        self._batch_size, self._repeats, self._seed, self._reader = batch_size, repeats, seed, reader
         self._done = self._total = 0
         self._ahead: list[list[Any]] = []
         self._before: str | None = None
@@ -113,13 +127,15 @@ class Resuming:
         asked = digest([request.args for request in requests])
         if not self._ahead:
             self._before, self._ahead = asked, self._written(requests)
+            if self._reader:
+                self._reader.look(text for answers in self._ahead for text, _ in answers)
         elif asked != self._before:
             raise HarnessFault(
                 "lm-eval asks other questions when it repeats them", found="a task that draws its shots?"
             )
         texts = []
         for request, (text, cut) in zip(requests, self._ahead.pop(0), strict=True):
-            said, short = self._read(request, text, cut) if self._read else (text, cut)
+            said, short = self._reader.read(request, text, cut) if self._reader else (text, cut)
             before = self.cut.get(request.task_name, 0)
             self.cut[request.task_name] = None if short is None or before is None else before + bool(short)
             texts.append(said)

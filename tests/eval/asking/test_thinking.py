@@ -226,6 +226,19 @@ def test_a_stopped_answer_was_not_cut() -> None:
     assert thoughts.read(request_of("<think></think>"), "4\nmore", True) == ("4", False)
 
 
+def test_one_marker_shows_that_a_server_s_model_reasons() -> None:
+    """Then what was cut without one is reasoning; without any, a long answer is none."""
+    for texts, expected in ((["hm", "hm</think>4"], ""), (["hm", "4"], "hm")):
+        thoughts = Thoughts(HIDDEN)
+        thoughts.look(iter(texts))
+        chat = request_of(SimpleNamespace())
+        assert thoughts.read(chat, "hm", True) == (expected, True)
+        assert thoughts.read(chat, "hm", False) == ("hm", False)
+    thoughts = Thoughts(OPENED)
+    thoughts.look(["hm</think>4"])
+    assert thoughts.thinking == OPENED
+
+
 def test_a_document_is_lost_when_all_its_answers_are() -> None:
     """A task that draws several answers of its own has one row for all of them."""
     thoughts = Thoughts(ALWAYS)
