@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from k2quant.cli.eval import repeated
 from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 from k2quant.errors import UsageError
 
 if TYPE_CHECKING:
     from k2quant.eval.statistics.planning import Plan
+    from k2quant.eval.statistics.repeats_planning import RepeatsPlan
 
 _ASSUMED = (0.01, 0.02, 0.04, 0.06, 0.1)
 
@@ -43,19 +47,40 @@ _ASSUMED = (0.01, 0.02, 0.04, 0.06, 0.1)
 @click.option(
     "--drop", metavar="SHARE", default="0", show_default=True, help="The true drop of the candidate that shall pass."
 )
+@click.option(
+    "--repeats", type=click.IntRange(1, 10_000), metavar="N", help="Answers to each item; also shows 1, 2, 4 and 8."
+)
+@click.option(
+    "--correlation",
+    metavar="NUMBER",
+    help="Of an item's flips in one repeat with those in another: 0 as different items, 1 always the same.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the plans as JSON.")
 def command(
-    *, margin: str, power: str, alpha: str, flips: str | None, pilot: tuple[Path, Path] | None, drop: str, as_json: bool
+    *,
+    margin: str,
+    power: str,
+    alpha: str,
+    flips: str | None,
+    pilot: tuple[Path, Path] | None,
+    drop: str,
+    repeats: int | None,
+    correlation: str | None,
+    as_json: bool,
 ) -> None:
     """Say how many items a gate needs, before they are paid for.
 
     The more items flip between right and wrong, in whichever direction, the more it takes to tell a drop below the
     margin from one above it. Without --flips or --pilot it shows what some usual shares of flips would take.
 
+    Where answers are drawn by chance, each item may be asked several times. What that wins depends on how alike the
+    repeats of one item are: --correlation.
+
     \b
     Example:
         k2quant eval plan --margin 1pp --power 0.8 --flips 4%
         k2quant eval plan --margin 1pp --pilot runs/base runs/int4
+        k2quant eval plan --margin 1pp --flips 6% --correlation 0.3
     """
     from k2quant.eval.gating.policy import share
 
@@ -63,21 +88,54 @@ def command(
         raise UsageError("--flips and --pilot both name the share of flips; give one of them")
     rules = {"margin": share(margin), "power": share(power), "alpha": share(alpha), "drop": share(drop)}
     measured = _measured(*pilot) if pilot else None
+    if repeats is not None or correlation is not None:
+        known = measured["flips"] if measured else None if flips is None else share(flips)
+        alike = None if correlation is None else _correlation(correlation)
+        _show_repeats(rules, measured, repeated.plans(rules, known, alike, repeats), as_json=as_json)
+        return
     if measured:
         shares = list(dict.fromkeys((measured["flips"], measured["limit"])))
     else:
         shares = [share(flips)] if flips is not None else [each for each in _ASSUMED if each >= rules["drop"]]
     plans = _plans(rules, shares)
     if as_json:
-        import json
-
-        click.echo(json.dumps({"pilot": measured, "plans": [each.as_dict() for each in plans]}, indent=1))
+        _print_json(measured, plans)
         return
     for line in _head(rules, measured):
         click.echo(paragraph(line))
     click.echo(table(_COLUMNS, map(_row, plans)))
     for line in _remarks(plans):
         click.echo(paragraph(line))
+
+
+def _show_repeats(
+    rules: dict[str, float], measured: dict[str, Any] | None, plans: list[RepeatsPlan], *, as_json: bool
+) -> None:
+    if as_json:
+        _print_json(measured, plans)
+        return
+    for line in _head(rules, measured):
+        click.echo(paragraph(line))
+    click.echo(table(repeated.COLUMNS, map(repeated.row, plans)))
+    for line in repeated.remarks(plans):
+        click.echo(paragraph(line))
+
+
+def _print_json(measured: dict[str, Any] | None, plans: Sequence[Plan | RepeatsPlan]) -> None:
+    import json
+
+    click.echo(json.dumps({"pilot": measured, "plans": [each.as_dict() for each in plans]}, indent=1))
+
+
+def _correlation(text: str) -> float:
+    """Read a correlation, 0 to 1."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found <= 1:
+        raise UsageError(f"--correlation: expected a number from 0 to 1, found {text!r:.100}")
+    return found
 
 
 def _plans(rules: dict[str, float], shares: list[float]) -> list[Plan]:

@@ -16,6 +16,7 @@ from k2quant.cli import main
 from k2quant.errors import UsageError
 from k2quant.eval.runs.items import Item, Key, Run, Task
 from k2quant.eval.statistics import paired, planning
+from k2quant.eval.statistics.repeats_planning import plan_repeats
 
 
 class TestPlan:
@@ -167,9 +168,34 @@ class TestCommand:
         assert [each["flips"] for each in found["plans"]] == [0.05, limit]
         assert "5.00% flipped, at most 10.23%" in self.run("--margin", "10pp", "--pilot", "a", "b")[1]
 
+    def test_repeats(self) -> None:
+        """With repeats there is a line for each usual number and the one asked for, and what no repeats replace."""
+        given = ("--margin", "2pp", "--flips", "6%", "--correlation", "0.3", "--repeats", "3")
+        code, text = self.run(*given, "--json")
+        plans = json.loads(text)["plans"]
+        assert code == 0
+        assert [each["repeats"] for each in plans] == [1, 2, 3, 4, 8]
+        assert [each["items"] for each in plans] == sorted((each["items"] for each in plans), reverse=True)
+        assert [each["answers"] for each in plans] == sorted(each["answers"] for each in plans)
+        assert plans[0]["items"] == planning.plan(margin=0.02, flips=0.06).items
+        shown = self.run(*given)[1]
+        assert all(f"{each['items']:,}" in shown for each in plans)
+        endless = plan_repeats(margin=0.02, flips=0.06, correlation=0.3, repeats=1_000_000).items
+        assert endless is not None
+        assert endless < plans[-1]["items"]
+        assert f"with endless repeats it takes {endless:,} items" in " ".join(shown.split())
+
     @pytest.mark.parametrize(
         "arguments",
         [
+            ("--repeats", "4"),
+            ("--repeats", "4", "--flips", "4%"),
+            ("--correlation", "0.5"),
+            ("--correlation", "1.5", "--flips", "4%"),
+            ("--correlation", "nan", "--flips", "4%"),
+            ("--correlation", "some", "--flips", "4%"),
+            ("--correlation", "0.5", "--flips", "4%", "--drop", "0.2pp"),
+            ("--correlation", "0.5", "--flips", "4%", "--repeats", "0"),
             ("--margin", "1pp", "--flips", "4%", "--drop", "2pp"),
             ("--margin", "much"),
             ("--flips", "4%", "--pilot", "a", "b"),
