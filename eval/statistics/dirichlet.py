@@ -100,7 +100,7 @@ def _along(shapes: Floats, slopes: Floats, width: Floats, bend: Floats, step: fl
 def _saddle(weights: Floats, shapes: Floats) -> Floats:
     """Return how far below 0 the integrand is smallest along the axis: by Newton's steps, or by halving."""
     low, high = np.zeros(len(shapes)), -1 / weights.min(axis=1)
-    away = high / 2
+    away: Floats = high / 2
     for _ in range(_HALVINGS):
         slopes = weights / (1 + weights * away[:, None])
         rise = -np.einsum("rk,rk->r", shapes, slopes) - 1 / away
