@@ -19,6 +19,7 @@ from k2quant.eval.gating.policy import Policy
 from k2quant.eval.gating.verdict import Comparison, Decision
 from k2quant.eval.statistics import paired, repeats
 from k2quant.eval.statistics.planning import chance_of_pass, plan
+from k2quant.eval.statistics.repeats_planning import seen
 
 
 class _Tests(NamedTuple):
@@ -30,6 +31,7 @@ class _Tests(NamedTuple):
     interval: tuple[float, float]
     power: float
     needed: int | None
+    spread: tuple[float, float] | None = None
 
 
 def compared(name: str, pairs: Sequence[Pairs], policy: Policy, margin: float) -> Comparison:
@@ -43,6 +45,7 @@ def compared(name: str, pairs: Sequence[Pairs], policy: Policy, margin: float) -
     """
     changes = _changes(pairs)
     n, lost, gained = len(changes.found), int((changes.found < 0).sum()), int((changes.found > 0).sum())
+    repeats_of = {(task.ours.repeats, task.theirs.repeats) for task in pairs}
     tests = (_once if changes.unit == 1 else _repeated)(changes, policy, margin)
     return Comparison(
         name=name,
@@ -51,6 +54,7 @@ def compared(name: str, pairs: Sequence[Pairs], policy: Policy, margin: float) -
         candidate_answers=sum(len(task.candidate.items) for task in pairs),
         base_right=_whole(sum(Fraction(task.base.right, task.ours.repeats) for task in pairs)),
         candidate_right=_whole(sum(Fraction(task.candidate.right, task.theirs.repeats) for task in pairs)),
+        repeats=repeats_of.pop() if len(repeats_of) == 1 else None,
         lost=lost,
         gained=gained,
         margin=margin,
@@ -99,6 +103,7 @@ def _once(changes: _Changes, policy: Policy, margin: float) -> _Tests:
 def _repeated(changes: _Changes, policy: Policy, margin: float) -> _Tests:
     values, counts = np.unique(changes.found, return_counts=True)
     found, unit = (values, counts), changes.unit
+    differences = seen(*found, unit)
     return _Tests(
         p_good=repeats.p_good(*found, unit, margin),
         p_bad=repeats.p_bad(*found, unit, margin),
@@ -106,6 +111,7 @@ def _repeated(changes: _Changes, policy: Policy, margin: float) -> _Tests:
         interval=repeats.interval(*found, unit, policy.alpha),
         power=repeats.chance_of_pass(*found, unit, margin, policy.alpha),
         needed=repeats.needed(*found, unit, margin, policy.alpha, policy.power),
+        spread=(differences.share, differences.size),
     )
 
 

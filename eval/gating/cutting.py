@@ -54,6 +54,7 @@ def cut_warnings(
     looked = [task for task in pairs if task.ours.looked and task.theirs.looked]
     if looked and _differ(looked, alpha):
         yield f"{cut_in_thought(pooled)}: more than chance apart, so one of them thinks longer than the other"
+        return
     for comparison, task in zip(tasks, pairs, strict=True):
         if len(tasks) > 1 and task in looked and _differ([task], alpha / len(tasks)):
             yield f"{comparison.name}: {cut_in_thought(comparison)}: more than chance apart"

@@ -95,8 +95,8 @@ class Flips(Sequence[Flip]):
             lost=lost,
             prompt=first.prompt,
             target=first.target,
-            base_answer=next(answer.answer for answer in base if answer.right == lost),
-            candidate_answer=next(answer.answer for answer in candidate if answer.right != lost),
+            base_answer=next(_said(answer) for answer in base if answer.right == lost),
+            candidate_answer=next(_said(answer) for answer in candidate if answer.right != lost),
             base_right=_right(base),
             base_asked=len(base),
             candidate_right=_right(candidate),
@@ -106,6 +106,11 @@ class Flips(Sequence[Flip]):
 
 def _answers(item: int, repeats: int) -> slice:
     return slice(item * repeats, (item + 1) * repeats)
+
+
+def _said(answer: Item) -> str:
+    """Return an answer; one that never left its reasoning has none."""
+    return "(cut in thought)" if answer.cut_in_thought and not answer.answer.strip() else answer.answer
 
 
 def _right(answers: Iterable[Item]) -> int:

@@ -139,14 +139,15 @@ def _more(pooled: Comparison) -> str:
     if pooled.needed is not None and pooled.needed <= pooled.n:
         return "they would mostly do for a candidate without any drop"
     if pooled.needed is None:
-        return "no number of items would do at so many flips"
+        return f"no number of items would do at {'differences so large' if pooled.repeated else 'so many flips'}"
     return f"about {pooled.needed:,} items would do for a candidate without any drop"
 
 
 def _noise(pooled: Comparison) -> str:
+    share = f"{pooled.flips:.2%}" if pooled.repeated else f"{pooled.flips:.2%} flips"
     return (
-        f"A/A: two runs of one model differ in {pooled.lost + pooled.gained} of {pooled.n:,} items ({pooled.flips:.2%} "
-        f"flips), accuracy {_fell(pooled)}; this is the noise floor, not a verdict"
+        f"A/A: two runs of one model differ in {pooled.lost + pooled.gained} of {pooled.n:,} items ({share}), "
+        f"accuracy {_fell(pooled)}; this is the noise floor, not a verdict"
     )
 
 
@@ -157,7 +158,10 @@ def _fell(comparison: Comparison) -> str:
 
 
 def _flipped(comparison: Comparison) -> str:
-    return f"{comparison.lost} lost against {comparison.gained} gained (McNemar p = {comparison.p_worse:.2g})"
+    p = f"p = {comparison.p_worse:.2g}"
+    if comparison.repeated:
+        return f"right less often in {comparison.lost} items, more often in {comparison.gained} (sign flips, {p})"
+    return f"{comparison.lost} lost against {comparison.gained} gained (McNemar {p})"
 
 
 def _pp(share: float) -> str:
@@ -174,12 +178,13 @@ def _warnings(pooled: Comparison, tasks: list[Comparison], policy: Policy) -> It
     if pooled.n < smallest:
         yield (
             f"this gate can never pass: with a margin of {_pp(pooled.margin)} it takes {smallest:,} items even when "
-            f"none flips, and there are {pooled.n:,}"
+            f"{'nothing changes' if pooled.repeated else 'none flips'}, and there are {pooled.n:,}"
         )
     elif pooled.power < policy.power and pooled.decision != "FAIL":
+        noise = "the differences that were seen" if pooled.repeated else f"{pooled.flips:.1%} flips"
         needed = "no number of items gives" if pooled.needed is None else f"about {pooled.needed:,} items give"
         yield (
-            f"at {pooled.flips:.1%} flips, {pooled.n:,} items pass a candidate without any drop with a chance of "
+            f"at {noise}, {pooled.n:,} items pass a candidate without any drop with a chance of "
             f"{pooled.power:.0%}; {needed} the {policy.power:.0%} that the policy wants"
         )
     if pooled.decision == "PASS" and pooled.p_worse <= policy.alpha:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from k2quant.eval.gating.flips import Flip
 from k2quant.eval.gating.policy import Policy
 from k2quant.ground.saying.showing import as_html, brief
+from k2quant.ground.units import counted
 
 Decision = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
@@ -43,6 +44,8 @@ class Comparison:
     """Of the items, the baseline has right; one asked several times counts by its share of right answers."""
     candidate_right: float
     """Of the items, the candidate has right."""
+    repeats: tuple[int, int] | None
+    """Answers of baseline and candidate to each item; None for a pool of tasks that were asked differently often."""
     lost: int
     """Items only the baseline has right (b), or of several answers a larger share."""
     gained: int
@@ -64,6 +67,9 @@ class Comparison:
     """Items that would give the policy's power at this flip rate; None where no number below ten million does."""
     decision: Decision
     """What the numbers say of these items alone."""
+    spread: tuple[float, float] | None = None
+    """What a plan knows of items asked several times: how many change in their share of right answers, 0 to 1, and by
+    how much; None where each was asked once, so that `flips` change by 1."""
     base_cut: int | None = None
     """The baseline's answers that never left their reasoning and so are wrong; None where nobody looked."""
     candidate_cut: int | None = None
@@ -91,6 +97,16 @@ class Comparison:
     def method(self) -> str:
         """The test that decides."""
         return REPEATED if self.repeated else EXACT
+
+    @property
+    def answers(self) -> str:
+        """How often the items were asked, in words; nothing where each was asked once."""
+        if not self.repeated:
+            return ""
+        if self.repeats is None:
+            return "as many answers to each as its task has"
+        base, candidate = (f"{counted(repeats, 'answer')} each" for repeats in self.repeats)
+        return base if base == candidate else f"{base} (baseline) and {candidate} (candidate)"
 
     @property
     def flips(self) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from k2quant.eval.gating.flips import Flip, by_kind
 from k2quant.eval.gating.verdict import Verdict
 from k2quant.eval.report.differences import differences
+from k2quant.eval.report.wording import flips_title, lost_and_gained, rightness
 from k2quant.report.words import code, text
 
 SHOWN = 200
@@ -39,18 +40,19 @@ _PROMPT, _TARGET, _LINES = 200, 240, 8  # letters and lines of a passage
 def flips(verdict: Verdict) -> str:
     """Return the card of flips: task by task, the most lost first, at most two hundred."""
     total, pooled = len(verdict.flips), verdict.pooled
+    name = flips_title(pooled)
+    nothing = f"No item changed {'in its share of right answers' if pooled.repeated else 'between right and wrong'}."
     if not total:
         return (
-            "<section class=card><h2>Flips</h2><p>No item changed between right and wrong.</p></section>"
-            if not pooled.lost + pooled.gained
-            else ""
+            f"<section class=card><h2>{name}</h2><p>{nothing}</p></section>" if not pooled.lost + pooled.gained else ""
         )
     listed, left_out = _listed(verdict.flips)
+    several = " Of several answers a right one stands beside a wrong one." if pooled.repeated else ""
     more = f" {left_out:,} more are left out here; <code>gate.json</code> has all." if left_out else ""
     return (
-        f"<section class=card id=flips><h2>Flips: {pooled.lost:,} lost, {pooled.gained:,} gained</h2>"
-        "<p class=note>Lost: only the baseline has it right. Gained: only the candidate has. Where the answers differ "
-        f"they are marked, blanks made visible.{more}</p>{listed}</section>"
+        f"<section class=card id=flips><h2>{name}: {pooled.lost:,} lost, {pooled.gained:,} gained</h2>"
+        f"<p class=note>{lost_and_gained(pooled)}{several} Where the answers differ they are marked, blanks made "
+        f"visible.{more}</p>{listed}</section>"
     )
 
 
@@ -87,8 +89,10 @@ def _list(found: Iterable[Flip]) -> str:
 def _flip(flip: Flip) -> str:
     base, candidate = differences(flip.base_answer, flip.candidate_answer)
     right = flip.base_answer if flip.lost else flip.candidate_answer
+    often = rightness(flip)
     lines = [
         _line(f"#{flip.doc_id}", passage(flip.prompt, _PROMPT, end=True)),
+        _line("right", text(often)) if often else "",
         "" if flip.target.strip() == right.strip() else _line("wanted", passage(flip.target, _TARGET)),
         _line("baseline", base, "right" if flip.lost else "wrong"),
         _line("candidate", candidate, "wrong" if flip.lost else "right"),

@@ -59,6 +59,11 @@ def _numbers(comparison: Comparison) -> Iterator[tuple[str, str]]:
     yield from (("drop_low", repr(low)), ("drop_high", repr(high)))
     for name in ("margin", "p_good", "p_bad", "p_worse", "power"):
         yield name, repr(getattr(comparison, name))
+    yield "method", comparison.method
+    answers = ("base_answers", "candidate_answers") if comparison.repeated else ()
+    early = ("base_cut", "candidate_cut", "base_truncated", "candidate_truncated")
+    for name in (*answers, *(name for name in early if getattr(comparison, name) is not None)):
+        yield name, repr(getattr(comparison, name))
 
 
 def _facts(comparison: Comparison) -> str:

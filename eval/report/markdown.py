@@ -15,7 +15,10 @@ from k2quant.eval.report.wording import (
     LEFT_OUT,
     TOOL,
     confidence,
+    decided_by,
     drop,
+    ended_early,
+    flips_title,
     headline,
     items,
     margin,
@@ -24,6 +27,7 @@ from k2quant.eval.report.wording import (
     percent,
     perplexity,
     points,
+    rightness,
     rows,
     scored,
     short,
@@ -34,7 +38,7 @@ from k2quant.ground.version import __version__
 from k2quant.report.words import plain
 
 _SENTENCE, _NAME, _PASSAGE = 1000, 100, 160  # letters shown
-_WARNINGS, _SUSPECTS = 20, 10
+_WARNINGS, _SUSPECTS, _EARLY = 20, 10, 50
 _ROOM = 500  # bytes for the words around rows that were cut
 
 _MARKS = {"PASS": "\N{WHITE HEAVY CHECK MARK}", "FAIL": "\N{CROSS MARK}", "INCONCLUSIVE": "\N{WARNING SIGN}"}
@@ -57,12 +61,14 @@ def markdown(
         flips: how many to list at most.
         limit: bytes at most; flips are cut first, then tasks, then anything.
     """
-    head, tail = _head(verdict), _warnings(verdict) + _drift(fidelity, blame) + _sides(verdict)
+    head, tail = _head(verdict), _early(verdict) + _warnings(verdict) + _drift(fidelity, blame) + _sides(verdict)
     left = limit - len(f"{head}{tail}".encode()) - _ROOM
     tasks, left = _taken(_tasks(verdict), left)
     table = _table(_TASKS, tasks, len(verdict.tasks) + 1, "task")
     shown, left = _taken(_flips(verdict.flips[:flips]), left)
-    listed = _folded(f"Flips: {len(verdict.flips):,}", _table(_FLIPS, shown, len(verdict.flips), "flip"))
+    listed = _folded(
+        f"{flips_title(verdict.pooled)}: {len(verdict.flips):,}", _table(_FLIPS, shown, len(verdict.flips), "flip")
+    )
     return _cut(f"{head}{table}{tail}{listed if verdict.flips else ''}", limit)
 
 
@@ -126,6 +132,14 @@ def _cells(comparison: Comparison) -> list[str]:
     ]
 
 
+def _early(verdict: Verdict) -> str:
+    """Say how many answers of each side ended too early, and of which tasks."""
+    parts = [(None, verdict.pooled), *((task.name, task) for task in verdict.tasks if len(verdict.tasks) > 1)]
+    said = [(name, sentence) for name, part in parts[:_EARLY] for sentence in ended_early(part)]
+    listed = (f"- {f'{_name(name)}: ' if name else ''}{escaped(sentence)}\n" for name, sentence in said)
+    return f"{''.join(listed)}\n" if said else ""
+
+
 def _warnings(verdict: Verdict) -> str:
     if not verdict.warnings:
         return ""
@@ -166,8 +180,9 @@ def _sides(verdict: Verdict) -> str:
     policy = verdict.policy
     return (
         f"Baseline {_side(verdict.base)}, candidate {_side(verdict.candidate)}. Margin {margin(policy.margin)}, "
-        f"alpha {policy.alpha:g}, power {policy.power:.0%}; intervals at {confidence(policy)}. All together: "
-        f"{items(verdict.pooled.n)}; {needed(verdict.pooled, policy)} power. k2quant {__version__}.\n\n"
+        f"alpha {policy.alpha:g}, power {policy.power:.0%}; intervals at {confidence(policy)}; decided by: "
+        f"{decided_by(verdict)}. All together: {items(verdict.pooled.n)}; {needed(verdict.pooled, policy)} power. "
+        f"k2quant {__version__}.\n\n"
     )
 
 
@@ -181,7 +196,7 @@ _FLIPS = ("", "task", "doc", "prompt ends with", "target", "baseline", "candidat
 def _flips(flips: Iterable[Flip]) -> Iterator[str]:
     for flip in flips:
         answers = [_quoted(answer) for answer in (flip.target, flip.base_answer, flip.candidate_answer)]
-        kind = "lost" if flip.lost else "gained"
+        kind = ": right ".join(filter(None, ("lost" if flip.lost else "gained", rightness(flip))))
         yield _row([kind, _name(flip.task), f"{flip.doc_id}", _quoted(flip.prompt, end=True), *answers])
 
 

@@ -16,6 +16,9 @@ from k2quant.eval.report.wording import (
     TOOL,
     chance,
     confidence,
+    decided_by,
+    ended_early,
+    flips_title,
     headline,
     interval,
     margin,
@@ -24,11 +27,12 @@ from k2quant.eval.report.wording import (
     points,
     scored,
     short,
+    worse,
 )
 from k2quant.ground.units import counted
 from k2quant.ground.version import __version__
 from k2quant.report.document import document
-from k2quant.report.words import code, text
+from k2quant.report.words import DASH, code, text
 
 _SENTENCE = 1000  # letters of a reason or a warning
 _WARNINGS, _TASKS = 50, 1000
@@ -143,13 +147,18 @@ def _tiles(verdict: Verdict) -> Iterator[tuple[str, str, str]]:
     )
     yield "Margin", margin(pooled.margin), f"largest drop that is good enough; alpha {100 * policy.alpha:g}%"
     accuracy = f"accuracy {percent(pooled.base_accuracy)} &rarr; {percent(pooled.candidate_accuracy)}"
-    yield (
-        "Items",
-        f"{pooled.n:,}",
-        f"in {counted(len(verdict.tasks), 'task')}; {accuracy}",
-    )
+    asked = f", {pooled.answers}" if pooled.repeated else ""
+    yield "Items", f"{pooled.n:,}", f"in {counted(len(verdict.tasks), 'task')}{asked}; {accuracy}"
     flipped = f"{pooled.lost:,} lost, {pooled.gained:,} gained"
-    yield "Flips", percent(pooled.flips), f"{flipped}; McNemar p {chance(pooled.p_worse)}"
+    yield (
+        flips_title(pooled),
+        percent(pooled.flips),
+        f"{flipped}; {worse(pooled)} p {text(chance(pooled.p_worse))}",
+    )
+    if pooled.base_cut is not None or pooled.candidate_cut is not None:
+        sides = [DASH if count is None else f"{count:,}" for count in (pooled.base_cut, pooled.candidate_cut)]
+        answers = f"of {pooled.base_answers:,} and {pooled.candidate_answers:,} answers of baseline and candidate"
+        yield "Cut in thought", " &rarr; ".join(sides), f"{answers}; they count as wrong"
     yield "Power", f"{pooled.power:.0%}", f"chance of PASS if nothing was lost; {needed(pooled, policy)}"
 
 
@@ -167,11 +176,14 @@ def _minus(words: str) -> str:
 def _who(verdict: Verdict) -> str:
     policy = verdict.policy
     own = [f"{code(name)} {margin(share)}" for name, share in list(policy.tasks.items())[:_TASKS] if share is not None]
+    early = ended_early(verdict.pooled)
     facts = [
         ("baseline", _side(verdict.base)),
         ("candidate", _side(verdict.candidate)),
         ("margin", f"{margin(policy.margin)} over all items{''.join(f', {task}' for task in own)}"),
         ("alpha", f"{policy.alpha:g} for each kind of mistake"),
+        ("decided by", text(decided_by(verdict))),
+        *((name, text(said)) for name, _, said in (one.partition(":") for one in early)),
         ("power wanted", f"{policy.power:.0%}"),
         ("tasks", ", ".join(map(code, list(policy.tasks)[:_TASKS])) or "all that the runs hold"),
         ("k2quant", __version__),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from k2quant.eval.gating.verdict import Comparison, Verdict
 from k2quant.eval.report.chart_rows import Row, draw_interval, draw_upright, heights, lay_rows, room
-from k2quant.eval.report.wording import confidence, interval, margin, percent, rows, signed, title
+from k2quant.eval.report.wording import confidence, decided_by, interval, margin, percent, rows, signed, title
 from k2quant.ground.intervals import wilson
 from k2quant.report.drawing import WIDE, Canvas, colour, figure, legend
 
@@ -59,7 +59,7 @@ def _reading(verdict: Verdict) -> str:
         return " of what differs between two runs of one model."
     return (
         ": all of it left of the margin is good enough, all of it right of the margin is not. "
-        "Colours are by the exact test, which the verdict rests on."
+        f"Colours are by what the verdict rests on: {decided_by(verdict)}."
     )
 
 
@@ -93,6 +93,9 @@ def accuracies(verdict: Verdict) -> str:
     """Draw the accuracy of baseline and candidate with Wilson's intervals."""
     shown, left_out = _shown(verdict)
     pairs = [(_wilson(row.base_right, row.n), _wilson(row.candidate_right, row.n)) for row in shown]
+    once = (
+        " An item asked several times counts as one, so a line is rather too long." if verdict.pooled.repeated else ""
+    )
     words = [
         Row(
             title(row, verdict),
@@ -112,7 +115,7 @@ def accuracies(verdict: Verdict) -> str:
     return figure(
         "Accuracy of baseline and candidate",
         "A line is a 95% interval of one model by itself. Overlap says little: the same items were asked of both, and "
-        f"only the picture above uses that.{left_out}",
+        f"only the picture above uses that.{once}{left_out}",
         draw,
         heights(len(shown)),
         legend=legend([("\u25a0", "base", "baseline"), ("\u25cf", "candidate", "candidate")]),
@@ -147,10 +150,12 @@ def power_curve(verdict: Verdict) -> str:
         if needed is not None
         else f"no number of items reaches the {policy.power:.0%} that the policy wants"
     )
+    noise = f"the {percent(pooled.flips)} of flips that were seen"
+    if pooled.repeated:
+        noise = "the differences between items that were seen"
     return figure(
         "What more items would give",
-        f"Chance of PASS for a candidate that lost nothing, at the {percent(pooled.flips)} of flips that were seen and "
-        f"a margin of {margin(pooled.margin)}: {aim}.",
+        f"Chance of PASS for a candidate that lost nothing, at {noise} and a margin of {margin(pooled.margin)}: {aim}.",
         draw,
         (300, 260),
         legend=legend(
@@ -202,10 +207,13 @@ def _curve(pooled: Comparison, alpha: float) -> list[tuple[int, float]]:
 
 def _power(n: int, pooled: Comparison, alpha: float) -> float:
     from k2quant.eval.statistics.paired import power, score  # numpy is loaded here
+    from k2quant.eval.statistics.repeats_planning import Differences, power_of
 
     wanted, flips = pooled.margin, pooled.flips
     if n == pooled.n:
         return pooled.power
+    if pooled.spread and flips:
+        return power_of(Differences(*pooled.spread), n, wanted, alpha)
     if not flips:
         return float((1 - wanted) ** n <= alpha)
     if n <= _EXACT:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from k2quant.eval.drift.findings import Fidelity
+from k2quant.eval.gating.cutting import cut_in_thought, truncated
+from k2quant.eval.gating.flips import Flip
 from k2quant.eval.gating.policy import Policy
 from k2quant.eval.gating.verdict import Comparison, Verdict
 from k2quant.ground.units import counted
@@ -97,6 +99,48 @@ def needed(comparison: Comparison, policy: Policy) -> str:
     if comparison.needed is None:
         return f"no number of items gives {policy.power:.0%}"
     return f"{comparison.needed:,} items give {policy.power:.0%}"
+
+
+def decided_by(verdict: Verdict) -> str:
+    """Say which test decides of all items together, and of tasks where it is another one."""
+    pooled = verdict.pooled
+    if not pooled.repeated:
+        return pooled.method
+    others = sorted({task.method for task in verdict.tasks} - {pooled.method})
+    more = f"; {others[0]} for tasks that were asked once" if others else ""
+    return f"{pooled.method}, {pooled.answers}{more}"
+
+
+def flips_title(comparison: Comparison) -> str:
+    """Return what items that changed are called: flips, or of several answers what they are."""
+    return "Items that changed" if comparison.repeated else "Flips"
+
+
+def worse(comparison: Comparison) -> str:
+    """Return the name of the test that finds damage of any size."""
+    return "sign-flip" if comparison.repeated else "McNemar"
+
+
+def lost_and_gained(comparison: Comparison) -> str:
+    """Say what lost and gained mean."""
+    if comparison.repeated:
+        return (
+            "Lost: items that the baseline has right, or right more often. Gained: items that the candidate has right, "
+            "or right more often."
+        )
+    return "Lost: only the baseline has it right. Gained: only the candidate has."
+
+
+def rightness(flip: Flip) -> str:
+    """Return how often a flip was right on each side; nothing where it was asked once."""
+    if not flip.repeated:
+        return ""
+    return f"{flip.base_right} of {flip.base_asked}, then {flip.candidate_right} of {flip.candidate_asked}"
+
+
+def ended_early(comparison: Comparison) -> list[str]:
+    """Return what is known of answers that ended too early, a sentence each."""
+    return [said for said in (cut_in_thought(comparison), truncated(comparison)) if said]
 
 
 def short(digest: str | None) -> str:

@@ -112,6 +112,8 @@ def _policy(file: Path | None, margin: str | None, alpha: str | None, tasks: str
 
 def show(verdict: Verdict, *, page: Path | None = None) -> None:
     """Print a verdict for people: what it is and why, a table, the first flips, and the page that has the others."""
+    from k2quant.eval.report.wording import ended_early
+
     word = "NOISE FLOOR" if verdict.same_model else verdict.decision
     head, *rest = paragraph(f"{word}: {printable(verdict.reason)}").split("\n")
     click.echo(colour.verdict(word) + head[len(word) :])
@@ -124,11 +126,18 @@ def show(verdict: Verdict, *, page: Path | None = None) -> None:
     rows = [*verdict.tasks, verdict.pooled] if len(verdict.tasks) > 1 else [verdict.pooled]
     click.echo(table(_COLUMNS, map(_row, rows)))
     click.echo()
-    about = "drop, interval: percentage points; flips: items only the baseline (-) or the candidate (+) has right"
-    click.echo(paragraph(about))
+    click.echo(paragraph(f"drop, interval: percentage points; {_about_flips(verdict.pooled)}"))
+    for said in ended_early(verdict.pooled):
+        click.echo(paragraph(said))
     _show_flips(verdict, page)
     for warning in verdict.warnings:
         click.echo("\n" + paragraph(f"note: {printable(warning)}"))
+
+
+def _about_flips(pooled: Comparison) -> str:
+    if pooled.repeated:
+        return f"flips: items right more often by the baseline (-) or the candidate (+), {pooled.answers}"
+    return "flips: items only the baseline (-) or the candidate (+) has right"
 
 
 _COLUMNS = (
@@ -153,9 +162,12 @@ def _row(comparison: Comparison) -> tuple[str, ...]:
 
 
 def _show_flips(verdict: Verdict, page: Path | None) -> None:
+    from k2quant.eval.report.wording import rightness
+
     for flip in verdict.flips[:_FLIPS_SHOWN]:
+        often = f" (right {rightness(flip)})" if flip.repeated else ""
         said = printable(
-            f"{_mark(lost=flip.lost)} {flip.task} {flip.doc_id}: {flip.prompt[-40:]!r} wants "
+            f"{_mark(lost=flip.lost)} {flip.task} {flip.doc_id}{often}: {flip.prompt[-40:]!r} wants "
             f"{flip.target[:30]!r}: {flip.base_answer[:30]!r} became {flip.candidate_answer[:30]!r}"
         )
         click.echo(paragraph(said, indent="  ", hang=" " * 9))

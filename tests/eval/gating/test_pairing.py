@@ -223,6 +223,7 @@ def comparison(**changes: Any) -> Comparison:
         "n": 5,
         "base_answers": 5,
         "candidate_answers": 5,
+        "repeats": (1, 1),
         "base_right": 3,
         "candidate_right": 2,
         "lost": 2,

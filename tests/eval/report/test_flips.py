@@ -45,6 +45,7 @@ def _verdict(found: list[Flip]) -> Verdict:
         candidate_answers=1000,
         base_right=500,
         candidate_right=500,
+        repeats=(1, 1),
         lost=lost,
         gained=len(found) - lost,
         margin=0.01,

@@ -52,6 +52,7 @@ def comparison(name: str, lost: int = 0, gained: int = 0, n: int = 200, *, decis
         candidate_answers=n,
         base_right=n // 2 + lost,
         candidate_right=n // 2 + gained,
+        repeats=(1, 1),
         lost=lost,
         gained=gained,
         margin=0.01,
