@@ -16,6 +16,7 @@ from k2quant.errors import CheckpointError, UsageError
 from k2quant.ground.saying.showing import as_html, brief
 from k2quant.ground.units import check_prompt, counted
 from k2quant.model.causal_lm import K2ForCausalLM
+from k2quant.model.generation.chats import CLOSES, OPENS, ChatPrompt, parts
 from k2quant.model.generation.tokenizers import blamed
 
 
@@ -23,13 +24,19 @@ class Generation(NamedTuple):
     """What came of a prompt."""
 
     text: str
-    """Without the prompt."""
+    """Without the prompt and special tokens; of a chat with its reasoning and the markers around it."""
     prompt_tokens: int
     new_tokens: int
     prompt_seconds: float
     """Until the first new token."""
     seconds: float
     """For all new tokens after the first."""
+    finished: bool
+    """Whether the model ended; if not, the limit on new tokens did."""
+    reasoning: str | None = None
+    """Of a chat: what the model thought before it answered; None where it did not."""
+    answer: str | None = None
+    """Of a chat: the text without reasoning, empty where that was cut; None of a plain text."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -48,17 +55,17 @@ class Generation(NamedTuple):
 def generate(
     model: K2ForCausalLM,
     tokenizer: Any,
-    prompt: str,
+    prompt: str | ChatPrompt,
     *,
     max_new_tokens: int = 64,
     show: Callable[[str], None] | None = None,
 ) -> Generation:
-    """Continue a prompt greedily.
+    """Continue a prompt, or answer a chat, greedily.
 
     Args:
         model: from `load_model`.
         tokenizer: from `load_tokenizer`.
-        prompt: the text to continue, as it is.
+        prompt: the text to continue, as it is; or a chat's, from `chat_prompt`, which also says where an answer ends.
         max_new_tokens: where to stop, unless the model ends before.
         show: called with each piece of text as soon as it is certain.
 
@@ -68,6 +75,7 @@ def generate(
     """
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise UsageError(f"max_new_tokens: expected at least 1 token, found {max_new_tokens!r}")
+    chat = prompt if isinstance(prompt, ChatPrompt) else None
     ids = _tokens(model, tokenizer, prompt)
     room = model.config.max_position_embeddings
     if ids.shape[1] + max_new_tokens > room:
@@ -76,22 +84,44 @@ def generate(
             f"for {counted(room, 'token')}"
         )
     folder = model.checkpoint.folder
-    streamer = _Streamer(tokenizer, show, folder)
+    hidden = _hidden(tokenizer) if chat else None
+    streamer = _Streamer(tokenizer, show, folder, hidden)
+    settings = _greedy(model, max_new_tokens, chat.ends if chat else ())
     begun = time.perf_counter()
     device = model.device if model.device.type != "meta" else model.assembly.device  # where its first weights lie
     with _short_of_memory():
         output = cast("Any", model).generate(
             input_ids=ids.to(device),
             attention_mask=torch.ones_like(ids, device=device),
-            generation_config=_greedy(model, max_new_tokens),
+            generation_config=settings,
             streamer=streamer,
         )
     ended = time.perf_counter()
     new = output[0, ids.shape[1] :]
     first = streamer.first or ended
     with blamed(folder, "its tokenizer cannot write the answer"):
-        text = tokenizer.decode(new, skip_special_tokens=True)
-    return Generation(text, ids.shape[1], len(new), first - begun, ended - first)
+        text = _text(tokenizer, new.tolist(), hidden)
+    found = Generation(text, ids.shape[1], len(new), first - begun, ended - first, _ended(new, settings))
+    return found if chat is None else found._replace(**parts(text, thinks=chat.thinks)._asdict())
+
+
+def _ended(new: torch.Tensor, settings: GenerationConfig) -> bool:
+    """Tell whether the last of the new tokens is one that ends an answer."""
+    ends = settings.eos_token_id
+    return int(new[-1]) in (ends if isinstance(ends, list) else [ends])
+
+
+def _hidden(tokenizer: Any) -> frozenset[int]:
+    """Return the special tokens that no answer of a chat shows: all but those around reasoning."""
+    shown = set(tokenizer.convert_tokens_to_ids([OPENS, CLOSES]))
+    return frozenset(tokenizer.all_special_ids) - shown
+
+
+def _text(tokenizer: Any, ids: list[int], hidden: frozenset[int] | None) -> str:
+    """Return the text of tokens without special ones, those of `hidden` if it is given."""
+    if hidden is None:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+    return str(tokenizer.decode([one for one in ids if one not in hidden], skip_special_tokens=False))
 
 
 @contextlib.contextmanager
@@ -104,12 +134,15 @@ def _short_of_memory() -> Iterator[None]:
         raise UsageError("not enough memory for a text of this length") from error
 
 
-def _tokens(model: K2ForCausalLM, tokenizer: Any, prompt: str) -> torch.Tensor:
-    """Return a prompt's tokens, int64 `[1, T]`."""
+def _tokens(model: K2ForCausalLM, tokenizer: Any, prompt: str | ChatPrompt) -> torch.Tensor:
+    """Return a prompt's tokens, int64 `[1, T]`; a template writes all its special tokens itself."""
     folder = model.checkpoint.folder
+    options: dict[str, Any] = {"return_tensors": "pt", "return_offsets_mapping": bool(tokenizer.is_fast)}
+    if isinstance(prompt, ChatPrompt):
+        prompt, options["add_special_tokens"] = prompt.text, False
     check_prompt(prompt)
     with blamed(folder, "its tokenizer cannot read the prompt"):
-        encoded = tokenizer(prompt, return_tensors="pt", return_offsets_mapping=bool(tokenizer.is_fast))
+        encoded = tokenizer(prompt, **options)
         ids: torch.Tensor = encoded["input_ids"].to(torch.int64)
     _check_read(prompt, encoded.get("offset_mapping"), folder)
     if not ids.numel():
@@ -135,10 +168,13 @@ def _check_read(prompt: str, offsets: torch.Tensor | None, folder: Path) -> None
         raise CheckpointError("its tokenizer cannot read the prompt", file=folder, found=known)
 
 
-def _greedy(model: K2ForCausalLM, max_new_tokens: int) -> GenerationConfig:
-    """Return greedy decoding that ends where the checkpoint says that it ends."""
+def _greedy(model: K2ForCausalLM, max_new_tokens: int, more: tuple[int, ...]) -> GenerationConfig:
+    """Return greedy decoding that ends where the checkpoint says that it ends, and at more tokens of this model."""
     own = model.generation_config
     end = own.eos_token_id
+    if more := tuple(one for one in more if one < model.config.vocab_size):
+        ends = end if isinstance(end, list) else [] if end is None else [end]
+        end = list(dict.fromkeys([*ends, *more]))
     pad = own.pad_token_id if own.pad_token_id is not None else (end[0] if isinstance(end, list) else end)
     return GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad, use_cache=True
@@ -148,9 +184,11 @@ def _greedy(model: K2ForCausalLM, max_new_tokens: int) -> GenerationConfig:
 class _Streamer(TextStreamer):
     """Hands text over as soon as it is certain, and notes when the first token came."""
 
-    def __init__(self, tokenizer: Any, show: Callable[[str], None] | None, folder: Path) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._show, self._folder = show, folder
+    def __init__(
+        self, tokenizer: Any, show: Callable[[str], None] | None, folder: Path, hidden: frozenset[int] | None
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=hidden is None)
+        self._show, self._folder, self._hidden = show, folder, hidden
         self._calls = 0
         self.first: float | None = None
 
@@ -159,6 +197,8 @@ class _Streamer(TextStreamer):
         self._calls += 1
         if self._calls == 2:
             self.first = time.perf_counter()
+        if self._calls > 1 and self._hidden and int(value.flatten()[0]) in self._hidden:  # one token at a time
+            return
         with blamed(self._folder, "its tokenizer cannot write the answer"):
             super().put(value)  # type: ignore[no-untyped-call]
 
