@@ -38,6 +38,7 @@ NEEDY = {
     "tune": ("run", "tune"),
     "nano": ("run", "nano new"),
     "eval run": ("eval", "eval run int4 --tasks gsm8k -o new"),
+    "eval tools": ("eval", "eval tools int4 -o new"),
     "eval fidelity": ("run", "eval fidelity fp8 int4"),
     "eval blame": ("run", "eval blame fp8 int4"),
     "qat plan": ("qat", "qat plan job.yaml"),
