@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from k2quant.errors import HarnessFault
@@ -13,6 +13,7 @@ from k2quant.eval.tools.calling import Answer, of_chat
 from k2quant.eval.tools.requests import Asked
 
 _PATH = "/chat/completions"
+_SHOWN = 8  # requests in a message
 
 
 def ask_server(request: Request, asked: Sequence[tuple[Asked, int]], each: Callable[[int, Answer], None]) -> None:
@@ -28,9 +29,14 @@ def ask_server(request: Request, asked: Sequence[tuple[Asked, int]], each: Calla
     """
     assert request.base_url  # noqa: S101  it was checked
     base = request.base_url.rstrip("/")
-    client = Client(
-        url=base if base.endswith(_PATH) else base + _PATH, headers=read_headers({}), concurrency=request.batch_size
-    )
+    given = {"concurrency": request.batch_size, **request.model_args}
+    client = Client(url=base if base.endswith(_PATH) else base + _PATH, headers=read_headers(request.headers), **given)
+    under_way: dict[int, str] = {}
+
+    def bodies() -> Iterator[dict[str, Any]]:
+        for place, (one, repeat) in enumerate(asked):
+            under_way[place] = one.place
+            yield _body(request.model, one, repeat)
 
     def came(place: int, body: dict[str, Any]) -> None:
         try:
@@ -38,8 +44,14 @@ def ask_server(request: Request, asked: Sequence[tuple[Asked, int]], each: Calla
         except ValueError as error:
             raise HarnessFault("no answer of a chat", file=client.url, found=str(error)[:200]) from error
         each(place, answer)
+        under_way.pop(place)
 
-    client.answers((_body(request.model, one, repeat) for one, repeat in asked), came)
+    try:
+        client.answers(bodies(), came)
+    except HarnessFault as fault:
+        among = ", ".join(list(under_way.values())[:_SHOWN])
+        found = "; ".join(filter(None, (fault.found and str(fault.found), f"under way were {among}")))
+        raise HarnessFault(fault.message, file=fault.file, found=found, remedy=fault.remedy) from fault
 
 
 def _body(model: str, asked: Asked, repeat: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,8 +48,10 @@ class ToolsRequest:
     """Of a server, such as `http://localhost:8000/v1`."""
     batch_size: int = 8
     """Requests under way at the same time, of a server."""
-    model_args: Mapping[str, Any] | None = None
-    """What else a server needs, as for `run`."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """By the name of a header for a server, the variable of the environment that has its value."""
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """What a server takes besides: concurrency, timeout, retries."""
     served_from: Path | None = None
     """The checkpoint that a server serves, or that gave the answers, so that the run has a model hash."""
     device: str = "cpu"
@@ -82,16 +84,12 @@ def check(request: ToolsRequest) -> None:
         if value is not None and (isinstance(value, bool) or not 0 <= value <= most):
             raise UsageError(f"{name}: expected 0 to {most:g}, found {value!r}")
     if request.backend == "answers":
-        if request.base_url or request.model_args or request.repeats > 1:
-            raise UsageError(
-                "answers that are there are not asked for: leave `base_url=`, `model_args=`, `repeats=` out"
-            )
-        asked = ("temperature", "top_p", "seed", "max_new_tokens")
-        if given := [name for name in asked if getattr(request, name) is not None]:
-            raise UsageError(f"answers that are there were drawn as they were: leave {given[0]} out")
+        asked = ("temperature", "top_p", "seed", "max_new_tokens", "base_url", "headers", "model_args")
+        if given := [name for name in asked if getattr(request, name) not in (None, {})]:
+            raise UsageError(f"answers that are there are not asked for: leave `{given[0]}=` out")
+        if request.repeats > 1:
+            raise UsageError("answers that are there are as many as they are: leave `repeats=` out")
         return
-    if request.model_args and request.backend != "api":
-        raise UsageError("`model_args=` goes with `backend=api`")
     check_model(as_model(request))
 
 
@@ -108,6 +106,8 @@ def as_model(request: ToolsRequest) -> Request:
         dtype=request.dtype,
         base_url=request.base_url,
         chat=served,
+        headers=request.headers,
+        model_args=request.model_args,
         served_from=request.served_from,
         follow_links=request.follow_links,
         trust_remote_code=request.trust_remote_code,

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
+from k2quant.cli import main
 from k2quant.errors import HarnessFault, Incomparable, MalformedFile, MalformedResults, UsageError
 from k2quant.eval import gate, read_run, run_tools
 from k2quant.eval.gating.policy import Policy
@@ -304,7 +306,7 @@ def test_a_stopped_run_resumes(serve: Serve, requests_file: Path, tmp_path: Path
         return {"status": 400, "error": "no"} if number_of(body) == 33 else good(body)
 
     url, bodies = serve(breaks)
-    with pytest.raises(HarnessFault, match="400"):
+    with pytest.raises(HarnessFault, match=r"400 .*under way were .*requests.jsonl, line 34"):
         run_tools(asked(url, requests_file, batch_size=2), tmp_path / "run")
     kept = len((tmp_path / "run" / JOURNAL).read_bytes().splitlines())
     assert 20 < kept < 40
@@ -331,6 +333,18 @@ def test_repeats_are_of_one_item(serve: Serve, requests_file: Path, tmp_path: Pa
     assert manifest_of(tmp_path / "run")["tasks"]["tools"]["repeats"] == 3
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples_tools.jsonl").read_text().splitlines()]
     assert [(row["doc_id"], row["repeat"]) for row in rows] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+def test_a_server_that_stumbles(
+    serve: Serve, requests_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 500 is asked again; a key comes from the environment, reaches the server and no file."""
+    monkeypatch.setenv("MY_KEY", "top-secret")
+    url, bodies = serve(lambda body, before: {"status": 500} if before == 0 and number_of(body) == 3 else good(body))
+    run_tools(asked(url, requests_file, headers={"X-Key": "MY_KEY"}, model_args={"retries": 2}), tmp_path / "run")
+    assert len(bodies) == 41
+    assert right_of(tmp_path / "run") == [True] * 40
+    assert not any(b"top-secret" in path.read_bytes() for path in (tmp_path / "run").iterdir())
 
 
 def test_a_request_twice_counts_once(serve: Serve, tmp_path: Path) -> None:
@@ -382,7 +396,10 @@ def test_a_line_that_is_no_request_is_named(row: dict[str, Any], said: str, tmp_
     [
         ({"backend": "api"}, "base_url"),
         ({"base_url": "http://a/v1"}, "backend=api"),
-        ({"backend": "answers", "temperature": 1.0}, "leave temperature out"),
+        ({"backend": "answers", "temperature": 1.0}, "leave `temperature=` out"),
+        ({"backend": "answers", "base_url": "http://a/v1"}, "leave `base_url=` out"),
+        ({"model_args": {"timeout": 3}}, "our own engine takes none"),
+        ({"backend": "api", "base_url": "http://a/v1", "model_args": {"timeouts": 3}}, "did you mean timeout"),
         ({"backend": "answers", "repeats": 2}, "repeats"),
         ({"repeats": 0}, "repeats: expected at least 1"),
         ({"top_p": 1.5}, "top_p: expected 0 to 1"),
@@ -410,3 +427,53 @@ def test_answers_of_a_run_may_be_judged_again(serve: Serve, requests_file: Path,
     answers.write_bytes(answers.read_bytes().replace(b"Oslo", b"Rome"))
     with pytest.raises(MalformedResults, match="changed since the run wrote it"):
         run_tools(again, tmp_path / "third")
+
+
+def k2quant(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    return CliRunner().invoke(main, [*map(str, arguments)])
+
+
+def test_the_command(serve: Serve, requests_file: Path, tmp_path: Path) -> None:
+    """It shows calls made and valid, a row a task, and what is in doubt; as JSON it prints the manifest."""
+
+    def answer(body: dict[str, Any], _: int) -> dict[str, Any]:
+        replies = {0: text(None, "length"), 2: call(arguments="{}")}
+        return replies.get(number_of(body), good(body))
+
+    url, _ = serve(answer)
+    options = ["--backend", "api", "--base-url", url, "--requests", requests_file]
+    done = k2quant("eval", "tools", "some-model", *options, "-o", tmp_path / "run")
+    assert done.exit_code == 0, done.stderr
+    head, _, titles, *rows = done.stdout.splitlines()
+    assert head == "40 answers, 19 with calls, 18 of them valid by schema (94.74%)"
+    assert titles.split() == ["task", "n", "right", "stderr"]
+    assert [row.split()[:3] for row in rows] == [
+        ["tools", "40", "0.9500"],
+        ["tools_call", "40", "0.9750"],
+        ["tools_name", "20", "0.9500"],
+        ["tools_arguments", "20", "0.9000"],
+    ]
+    assert "1 of 40 answers ended at the limit on new tokens; see --max-new-tokens" in done.stderr
+    again = k2quant("eval", "tools", "some-model", *options, "-o", tmp_path / "run", "--json")
+    assert json.loads(again.stdout)["calls"]["made"] == 19
+    assert "already finished" in again.stderr
+
+
+def test_mistakes_on_the_command_line(tmp_path: Path) -> None:
+    """They are said in flags, exit 2."""
+    done = k2quant("eval", "tools", "m", "--backend", "answers", "--repeats", 2, "-o", tmp_path / "run")
+    assert done.exit_code == 2
+    assert "--repeats" in done.stderr
+    assert "`" not in done.stderr
+    done = k2quant("eval", "tools", "m", "--header", "Authorization: secret", "-o", tmp_path / "run")
+    assert done.exit_code == 2
+    assert "secret" not in done.stderr
+
+
+def test_the_list_of_what_ships() -> None:
+    """Each request with what is due."""
+    done = k2quant("eval", "tools", "--list")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("k2-tools: 82 requests with 15 tools, a call is due in 53")
+    assert len(done.stdout.splitlines()) == 83
