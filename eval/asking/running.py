@@ -88,7 +88,7 @@ def run(
         from k2quant.eval.asking.models import describe, load
 
         model = describe(request, reading)
-        thinking = decide(request, model.folder or request.tokenizer)
+        thinking = decide(request, model.folder or request.tokenizer, tasks.answered)
         identity = _identity(request, model, tasks, thinking)
         if finished(folder, identity):
             tidy(folder)  # a kill may have come between the manifest and this

@@ -45,11 +45,24 @@ class Thinking:
     spares: bool = False
     """Whether what ended by itself, without a marker, was an answer all the same: a server's chat template is out of
     sight and may have closed the reasoning."""
+    answered: frozenset[str] = frozenset()
+    """Names of tasks that begin the answer themselves, behind all reasoning."""
 
     @property
     def start(self) -> str | None:
         """What opens reasoning: `<think>` for `</think>`; None for a marker that is no pair's end."""
         return self.end[0] + self.end[2:] if len(self.end) > 3 and self.end[1] == "/" else None
+
+    def prompt(self, request: Any) -> str:
+        """Return what a request of lm-eval lets see of its prompt.
+
+        That is nothing where messages are sent, for what a server makes of them is out of sight; and no more than a
+        marker where the task begins the answer itself.
+        """
+        if request.task_name in self.answered:
+            return self.end
+        context = request.args[0]
+        return context if isinstance(context, str) else ""
 
     def closed(self, prompt: str) -> bool:
         """Tell whether a prompt ends with a marker, as where a chat template writes an empty block of reasoning."""
@@ -102,12 +115,14 @@ def ended(text: str, until: Any) -> str:
     return text
 
 
-def decide(request: Request, folder: Path | None) -> Thinking | None:
+def decide(request: Request, folder: Path | None, answered: Iterable[str] = ()) -> Thinking | None:
     """Return how reasoning is told from answers in a run, or None where nobody looks for any.
 
     Args:
         request: what is asked of whom; its `think_end` decides, where it is given.
         folder: of the checkpoint or tokenizer, whose chat template decides else; None where there is none.
+        answered: tasks that begin the answer themselves (`gen_prefix`). Chat templates close the reasoning before it;
+            a server is sent it as a message and begins an answer of its own.
 
     Raises:
         UsageError: `think_end` is nothing but white space.
@@ -116,12 +131,13 @@ def decide(request: Request, folder: Path | None) -> Thinking | None:
     if request.think_end and request.think_end.isspace():
         raise UsageError(f"think_end: expected such as {END}, found white space")
     served = request.backend == "api" and request.chat
+    begun = frozenset(answered if request.chat_template else ())
     if request.think_end is not None:
-        return Thinking(end=request.think_end, always=True) if request.think_end else None
+        return Thinking(end=request.think_end, always=True, answered=begun) if request.think_end else None
     known = folder is not None and thinks(folder, follow_links=request.follow_links)
     if served:
         return Thinking(end=END, always=known, spares=True)
-    return Thinking(end=END, always=request.chat_template) if known else None
+    return Thinking(end=END, always=request.chat_template, answered=begun) if known else None
 
 
 def thinks(folder: Path, *, follow_links: bool = False) -> bool:

@@ -41,7 +41,7 @@ class Thoughts:
             text: all that the model wrote.
             cut: whether it ended at the limit on new tokens; None: not known.
         """
-        answer = self.thinking.split(prompt_of(request), text, cut=cut)
+        answer = self.thinking.split(self.thinking.prompt(request), text, cut=cut)
         said = ended(answer.text or "", request.args[1].get("until"))
         self._found[request.task_name, request.doc_id].append(answer)
         return said, False if cut and said != answer.text and answer.text is not None else cut
@@ -96,15 +96,9 @@ class Unstopped:
         self._model.stream_until([self._open(request) for request in requests], each)
 
     def _open(self, request: Any) -> Any:
-        if not self._thinking.may_begin(prompt_of(request)):
+        if not self._thinking.may_begin(self._thinking.prompt(request)):
             return request
         context, settings, *rest = request.args
         opened = copy.copy(request)
         opened.arguments = (context, {**settings, "until": []}, *rest)
         return opened
-
-
-def prompt_of(request: Any) -> str:
-    """Return the prompt of a request; empty where messages are sent: what a server makes of them is out of sight."""
-    context = request.args[0]
-    return context if isinstance(context, str) else ""

@@ -40,6 +40,7 @@ class Local(HFLM):  # type: ignore[misc]  # lm-eval has no types
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Write answers to requests of one batch, whose settings are the same but for the seed."""
         prompts = [request.args[0] for request in requests]
+        seen = [self.thinking.prompt(request) for request in requests] if self.thinking else prompts
         settings = dict(normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks))
         seeds = [request.args[1].get("seed", 0) for request in requests]
         settings.pop("seed", None)
@@ -47,7 +48,7 @@ class Local(HFLM):  # type: ignore[misc]  # lm-eval has no types
         until = [stop for stop in handle_stop_sequences(settings.pop("until"), eos=None) if stop]
         most = settings.pop("max_gen_toks")
         ids, mask = self.tok_batch_encode(prompts, left_truncate_len=self.max_length - most)
-        written = self._write(ids, mask, prompts, until, eos, most, _drawn(settings, seeds) | settings)
+        written = self._write(ids, mask, seen, until, eos, most, _drawn(settings, seeds) | settings)
         ends = self.model.generation_config.eos_token_id
         ends = set(ends if isinstance(ends, list) else [ends]) | {self.eot_token_id}
         self._cut, texts = [], []

@@ -39,6 +39,11 @@ class Tasks(NamedTuple):
         """Names of the tasks that need log-probabilities of given text."""
         return sorted(name for name, task in self.by_name.items() if task.OUTPUT_TYPE != "generate_until")
 
+    @property
+    def answered(self) -> list[str]:
+        """Names of the tasks that begin the answer themselves, as some do with ```` ```python ````."""
+        return sorted(name for name, task in self.by_name.items() if task.get_config("gen_prefix"))
+
     def docs(self, name: str) -> list[Any]:
         """Return the documents of a task that are asked, in order."""
         return [doc for _, doc in self.by_name[name].doc_iterator(limit=self.limit)]

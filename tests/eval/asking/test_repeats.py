@@ -53,7 +53,7 @@ def tokenizer(*, special: bool) -> Any:
     return found
 
 
-class Scripted(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # transformers' own way
+class Scripted(PreTrainedModel, GenerationMixin):
     """A model that writes what it is told to, whatever is drawn."""
 
     config_class = PretrainedConfig
@@ -66,7 +66,8 @@ class Scripted(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # trans
             answer: given the prompt, what is written, without the end token; "..." at its end repeats for ever.
         """
         sizes = {"vocab_size": len(tokens), "num_hidden_layers": 1, "hidden_size": 1, "num_attention_heads": 1}
-        config = PretrainedConfig(eos_token_id=1, pad_token_id=0, **sizes)
+        options: dict[str, Any] = {**sizes, "eos_token_id": 1, "pad_token_id": 0}
+        config = PretrainedConfig(**options)
         super().__init__(config)
         self.tokens, self.answer = tokens, answer
         self.weight = torch.nn.Parameter(torch.zeros(1))
@@ -97,7 +98,7 @@ class Scripted(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # trans
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Forget the scripts of the batch before."""
         self.scripts = {}
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # it asks for a model of its own kinds
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +117,15 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"question": f"A{n}+{n}=", "answer": str(2 * n)} for n in range(6)]
     exact = [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]
     generation = {"until": ["\n", "Question:"], "max_gen_toks": 60, "do_sample": False}
-    base = {"test_split": "test", "doc_to_text": "{{question}}", "metadata": {"version": 1}, "target_delimiter": ""}
+    base: dict[str, Any] = {
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "metadata": {"version": 1},
+        "target_delimiter": "",
+    }
     written = base | {"output_type": "generate_until", "generation_kwargs": generation, "metric_list": exact}
     acc = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-    found = {
+    found: dict[str, dict[str, Any]] = {
         "adding": written | {"doc_to_target": "{{answer}}"},
         "silent": written | {"doc_to_target": "{{''}}"},
         "picking": base

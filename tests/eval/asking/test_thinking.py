@@ -82,7 +82,7 @@ def test_an_answer_ends_at_its_first_stop_string() -> None:
     """As lm-eval has it: each stop in turn, empty ones stop nothing, and one or none may be given."""
     assert ended("a. b\nc", ["\n", ". "]) == "a"
     assert ended("a. b", "b") == "a. "
-    assert ended("ab", ["", None]) == ended("ab", None) == "ab"  # type: ignore[list-item]
+    assert ended("ab", ["", None]) == ended("ab", None) == "ab"
 
 
 PIECES = st.lists(
@@ -214,6 +214,20 @@ def test_who_decides_where_reasoning_ends(tmp_path: Path) -> None:
 def request_of(prompt: Any, until: Any = ("\n",), number: int = 0) -> Instance:
     """Return a request of lm-eval."""
     return Instance("generate_until", {}, (prompt, {"until": list(until), "max_gen_toks": 5}), 0, ("t", number, 1))
+
+
+def test_a_task_that_begins_the_answer_leaves_no_reasoning(tmp_path: Path) -> None:
+    """Where it stands in the prompt, behind a chat template; a server is sent it as a message."""
+    k2 = folder_with(tmp_path / "k2", chat_template__jinja=TEMPLATE)
+    ask = Request(model="m", tasks=("t",), chat_template=True)
+    for request in (ask, replace(ask, think_end=END)):
+        thinking = decide(request, k2, ["t"])
+        assert thinking is not None
+        assert not thinking.may_begin(thinking.prompt(request_of("q")))
+        assert Thoughts(thinking).read(request_of("q: <think></think>def f():"), "4\nmore", False) == ("4", False)
+        other = Instance("generate_until", {}, ("q", {}), 0, ("another", 0, 1))
+        assert thinking.may_begin(thinking.prompt(other))
+    assert decide(replace(ask, backend="api", chat_template=False, chat=True), k2, ["t"]) == SPARING
 
 
 def test_a_stopped_answer_was_not_cut() -> None:
