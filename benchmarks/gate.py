@@ -94,7 +94,8 @@ def measure_repeats(given: argparse.Namespace) -> dict[str, Any]:
         if place % 20 == 0:
             tell(f"cell of repeats {place} of {len(every)}")
         found["cells"].append(gate_repeats.measure(cell, count, given.seed))
-    found["planned"] = list(gate_repeats.planned(count, given.seed))
+    found["edges"] = list(gate_repeats.edges())
+    found["planned"] = list(gate_repeats.planned(10 * count, given.seed))
     found["single"] = list(gate_repeats.single_answers())
     found["bars"] = list(repeats_report.bars(found))
     return found | {"seconds": time.perf_counter() - begun}

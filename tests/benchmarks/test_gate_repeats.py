@@ -80,11 +80,12 @@ def test_a_plan_is_kept() -> None:
 def results(**given: float) -> dict[str, Any]:
     """Return results of one cell at the margin, with a plan."""
     passes = dict.fromkeys(gate_repeats.RULES, 0.04) | {"k2quant": given.get("passes", 0.04)}
-    one = {"drop": 0.01, "margin": 0.01, "passes": passes, "fails": given.get("fails", 0.03)}
-    return {"cells": [one], "resamples": 2000, "planned": [{"plan": 0.8, "sampled": given.get("sampled", 0.81)}]}
+    one = {"group": "level", "drop": 0.01, "margin": 0.01, "passes": passes, "fails": given.get("fails", 0.03)}
+    plan = {"plan": 0.8, "sampled": given.get("sampled", 0.81)}
+    return {"cells": [one], "resamples": 2000, "planned": [plan], "edges": [{"level": given.get("level", 0.0495)}]}
 
 
-@pytest.mark.parametrize("worse", [{}, {"passes": 0.07}, {"fails": 0.06}, {"sampled": 0.84}])
+@pytest.mark.parametrize("worse", [{}, {"passes": 0.07}, {"fails": 0.06}, {"sampled": 0.84}, {"level": 0.0501}])
 def test_bars_can_be_missed(worse: dict[str, float]) -> None:
     """Each bar is met by what is good, and missed by the one number that is not."""
     missed = [bar for bar in repeats_report.bars(results(**worse)) if not bar["met"]]
@@ -97,8 +98,8 @@ def test_the_section_has_every_table() -> None:
     cells = [dataclasses.asdict(each) | rates for each in gate_repeats.cells()]
     facts = {"command": "it", "cpu": "c", "cores": 1, "load": 0.5, "versions": {"numpy": "2"}, "commit": "abc"}
     found = facts | {"dirty": False, "seconds": 1.0, "seed": 0, "resamples": 2000, "cells": cells, "single": []}
-    found |= {"planned": [], "bars": []}
+    found |= {"planned": [], "bars": [], "edges": list(gate_repeats.edges())}
     text = repeats_report.section(found)
     assert "| 30% uncertain | 8 |" in text
-    assert "| 299 | 1.00 | 4 |" in text
+    assert "| 299 | 1.00 | 4 | no | 0.0495 |" in text  # (1 - margin) ** n
     assert "{" not in text

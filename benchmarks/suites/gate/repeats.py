@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from k2quant.eval.statistics.binomial import probability
 from k2quant.eval.statistics.dirichlet import chance_of_none
 from k2quant.eval.statistics.paired import acceptance
 from k2quant.eval.statistics.repeats_planning import Differences, assumed, items_for, power_of
@@ -143,7 +144,8 @@ def class_shares(p: Floats, q: Floats, repeats: int) -> tuple[Counts, Floats]:
 
 def _gaffke(values: Floats, items: Counts, margin: float) -> Floats:
     weights = np.append(values, -1.0) + margin
-    return chance_of_none(weights, np.column_stack((items, np.ones(len(items)))))
+    rows, place = np.unique(items, axis=0, return_inverse=True)
+    return chance_of_none(weights, np.column_stack((rows, np.ones(len(rows)))))[place.ravel()]
 
 
 def ours(seen: Seen) -> Bools:
@@ -261,6 +263,15 @@ def measure(cell: Cell, resamples: int, seed: int) -> dict[str, Any]:
     shown = {key: getattr(cell, key) for key in Cell.__dataclass_fields__}
     passes = {name: float(rule(seen).mean()) for name, rule in RULES.items()}
     return {**shown, "resamples": resamples, "passes": passes, "fails": float(ours_fails(seen).mean())}
+
+
+def edges() -> Iterator[dict[str, Any]]:
+    """Yield the level of ours where each item is right for good or lost for good: by enumeration of the losses."""
+    for margin, sizes in EDGES.items():
+        for n in sizes:
+            lost = np.arange(n + 1)
+            passes = _gaffke(np.array([-1.0, 0.0]), np.stack((lost, n - lost), axis=1), margin) <= ALPHA
+            yield {"n": n, "margin": margin, "level": float(probability(lost, n, margin) @ passes)}
 
 
 def planned(resamples: int, seed: int) -> Iterator[dict[str, Any]]:

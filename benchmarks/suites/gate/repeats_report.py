@@ -47,7 +47,8 @@ In how many of the {level_count} cells a rule is above the ceiling:
 
 {over}
 
-The same, where nothing flips but what is lost ("certain", "one-way"):
+The same, where nothing flips but what is lost ("certain", "one-way"). There the level of k2quant is known by
+enumeration, "exact"; shares of {resamples:,} resamples lie around it.
 
 {edges}
 
@@ -66,8 +67,8 @@ P(PASS) at half the margin, P(FAIL) at twice the margin.
 
 ## Planned power
 
-Items that `plan` names at a margin of 1 pp for a power of .8, the power it names and what resamples gave; of items of
-which some flip for good and of some a coin decides both models' answers.
+Items that `plan` names at a margin of 1 pp for a power of .8, the power it names and what ten times as many resamples
+gave; of items of which some flip for good and of some a coin decides both models' answers.
 
 {planned}
 
@@ -106,6 +107,7 @@ EDGE: dict[str, Show] = {
     "margin pp": points("margin"),
     "repeats": whole("repeats"),
     "passes without flips": lambda row: "yes" if row["without"] == 1 else "no",
+    "exact": rate("level", 4),
     **{rule: (lambda row, rule=rule: f"{row['passes'][rule]:.3f}") for rule in RULES},
 }
 
@@ -129,10 +131,17 @@ SINGLE: dict[str, Show] = {
 
 def bars(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what repeats are held to, and the worst that was measured."""
-    bad = [cell for cell in found["cells"] if cell["drop"] >= cell["margin"]]
+    bad = [cell for cell in found["cells"] if cell["drop"] >= cell["margin"] and cell["group"] != "edge"]
     good = [cell for cell in found["cells"] if cell["drop"] <= cell["margin"]]
     yield _worst("repeats: false accepts", [cell["passes"]["k2quant"] for cell in bad], found["resamples"])
     yield _worst("repeats: false FAILs", [cell["fails"] for cell in good], found["resamples"])
+    over = max(row["level"] for row in found["edges"]) - ALPHA
+    yield {
+        "what": f"repeats: edges without flips, exact, {len(found['edges'])} cells",
+        "bar": "alpha",
+        "measured": f"alpha {over:+.5f} in the worst cell",
+        "met": over <= 1e-9,
+    }
     gaps = [abs(row["plan"] - row["sampled"]) for row in found["planned"]]
     yield {
         "what": f"repeats: power against the plan, {len(gaps)} cells",
@@ -165,7 +174,7 @@ def section(found: dict[str, Any]) -> str:
         "bars": table(BARS, found["bars"]),
         "levels": table(LEVELS, _levels(level)),
         "over": table({rule: (lambda row, rule=rule: str(row[rule])) for rule in RULES}, [over]),
-        "edges": table(EDGE, _edges(found["cells"])),
+        "edges": table(EDGE, _edges(found["cells"], found["edges"])),
         "power": table(POWER, _at(found["cells"], 0)),
         "other": table(OTHER, _other(found["cells"])),
         "planned": table(PLANNED, found["planned"]),
@@ -181,12 +190,13 @@ def _levels(cells: list[Row]) -> Iterator[Row]:
         yield {"population": population, "repeats": repeats, "fails": max(cell["fails"] for cell in these), **worst}
 
 
-def _edges(cells: Iterable[Row]) -> Iterator[Row]:
+def _edges(cells: Iterable[Row], exact: Iterable[Row]) -> Iterator[Row]:
+    levels = {(row["margin"], row["n"]): row["level"] for row in exact}
     found = {(cell["margin"], cell["n"], cell["repeats"], cell["drop"] > 0): cell for cell in _of("edge", cells)}
     for margin, sizes in EDGES.items():
         for n, repeats in itertools.product(sizes, REPEATS):
             without = found[margin, n, repeats, False]["passes"]["k2quant"]
-            yield {**found[margin, n, repeats, True], "without": without}
+            yield {**found[margin, n, repeats, True], "without": without, "level": levels[margin, n]}
 
 
 def _at(cells: Iterable[Row], times: float) -> list[Row]:
