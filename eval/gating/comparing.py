@@ -139,6 +139,6 @@ def _whole(number: Fraction | int) -> float:
 
 
 def _total(counts: Iterable[int | None]) -> int | None:
-    """Return a sum, or None where one of them is not known."""
-    found = list(counts)
-    return None if None in found else sum(count for count in found if count is not None)
+    """Return the sum of what is known, or None where nothing is: a task that writes no answers has none to cut."""
+    found = [count for count in counts if count is not None]
+    return sum(found) if found else None

@@ -46,26 +46,19 @@ def cut_warnings(
     """Say where so many answers never left their reasoning, or so many more on one side, that it should be known."""
     if (pooled.base_cut is None) != (pooled.candidate_cut is None):
         yield f"{cut_in_thought(pooled)}: run both with the same version of k2quant, so that both are looked at"
-    if any(share > _MANY for share in _shares(pooled)):
-        yield (
-            f"{cut_in_thought(pooled)}: where so many never answer, the limit on new tokens decides as much as the "
-            "model; allow more"
-        )
     looked = [task for task in pairs if task.ours.looked and task.theirs.looked]
+    for comparison, task in zip(tasks, pairs, strict=True):
+        if max(task.ours.cut.mean(), task.theirs.cut.mean()) > _MANY:
+            yield (
+                f"{comparison.name}: {cut_in_thought(comparison)}: where so many never answer, the limit on new tokens "
+                "decides as much as the model; allow more"
+            )
     if looked and _differ(looked, alpha):
         yield f"{cut_in_thought(pooled)}: more than chance apart, so one of them thinks longer than the other"
         return
     for comparison, task in zip(tasks, pairs, strict=True):
         if len(tasks) > 1 and task in looked and _differ([task], alpha / len(tasks)):
             yield f"{comparison.name}: {cut_in_thought(comparison)}: more than chance apart"
-
-
-def _shares(comparison: Comparison) -> Iterable[float]:
-    for count, answers in (
-        (comparison.base_cut, comparison.base_answers),
-        (comparison.candidate_cut, comparison.candidate_answers),
-    ):
-        yield (count or 0) / answers
 
 
 def _differ(pairs: Sequence[Pairs], alpha: float) -> bool:

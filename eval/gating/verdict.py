@@ -71,11 +71,12 @@ class Comparison:
     """What a plan knows of items asked several times: how many change in their share of right answers, 0 to 1, and by
     how much; None where each was asked once, so that `flips` change by 1."""
     base_cut: int | None = None
-    """The baseline's answers that never left their reasoning and so are wrong; None where nobody looked."""
+    """The baseline's answers that never left their reasoning and so are wrong, in tasks where anybody looked; None if
+    nobody did."""
     candidate_cut: int | None = None
     """The candidate's."""
     base_truncated: int | None = None
-    """The baseline's answers that ended only because they were as long as allowed; None where nobody knows."""
+    """The baseline's answers that ended only because they were as long as allowed, where known; None if nowhere."""
     candidate_truncated: int | None = None
     """The candidate's."""
 

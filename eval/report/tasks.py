@@ -15,7 +15,8 @@ CSS = """\
 .tasks :is(th,td){padding-left:8px;padding-right:8px}
 .tasks th:first-child{padding-left:0;white-space:normal}
 .tasks thead th{white-space:normal;vertical-align:bottom}
-.tasks tbody th{min-width:110px}
+.tasks tbody th{width:140px}
+.tasks td{white-space:normal}
 .tasks tbody th wbr{display:inline}
 @media (max-width:1100px){
 .tasks,.tasks tbody{display:block}
@@ -93,12 +94,12 @@ def _deciding(row: Comparison, verdict: Verdict, *, looked: bool) -> list[str]:
         f"{row.n:,}",
         percent(row.base_accuracy),
         percent(row.candidate_accuracy),
-        f"{signed(row.drop)} {interval(*row.interval)}".replace("-", "&minus;"),
-        f"{row.lost:,} / {row.gained:,}",
+        f"{signed(row.drop)} {interval(*row.interval).replace(' ', '&nbsp;')}".replace("-", "&minus;"),
+        f"{row.lost:,}&nbsp;/ {row.gained:,}",
         f"{row.power:.0%}",
         DASH if row.needed is None else f"{row.needed:,}",
     ]
-    return [*cells, f"{_count(row.base_cut)} / {_count(row.candidate_cut)}"] if looked else cells
+    return [*cells, f"{_count(row.base_cut)}&nbsp;/ {_count(row.candidate_cut)}"] if looked else cells
 
 
 def _count(number: int | None) -> str:

@@ -99,7 +99,7 @@ def test_the_tests_are_those_of_repeats() -> None:
     assert verdict.decision == ("PASS" if pooled.p_good <= 0.05 else "INCONCLUSIVE")
 
 
-@settings(deadline=None, max_examples=8)  # each plans a run, which takes a while
+@settings(deadline=None, max_examples=4)  # each plans a run, which takes a while
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_one_answer_an_item_is_the_exact_paired_test(answers: list[tuple[bool, bool]]) -> None:
     """Bit for bit, however it came out."""
@@ -115,17 +115,15 @@ def test_one_answer_an_item_is_the_exact_paired_test(answers: list[tuple[bool, b
     assert (pooled.p_worse, pooled.interval) == (paired.p_worse(lost, gained), paired.interval(lost, gained, n, 0.05))
 
 
-@settings(deadline=None, max_examples=8)  # each plans a run, which takes a while
-@given(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=30),
-    st.randoms(use_true_random=False),
-)
-def test_neither_the_order_of_items_nor_that_of_answers_counts(
-    counts: list[tuple[int, int]], shuffled: random.Random
-) -> None:
+@settings(deadline=None, max_examples=5)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=10), st.integers(0, 99))
+def test_neither_the_order_of_items_nor_that_of_answers_counts(counts: list[tuple[int, int]], seed: int) -> None:
     """Items are the clusters: their shares alone decide."""
-    sides = [of(*GOOD, *(pair[side] for pair in counts)) for side in (0, 1)]
-    other = [[shuffled.sample(item, 4) for item in side] for side in sides]
+    shuffled = random.Random(seed)  # noqa: S311  an order for a test
+    both = [*[(4, 4)] * 100, *counts]
+    mixed = shuffled.sample(both, len(both))
+    sides = [of(*(pair[side] for pair in both)) for side in (0, 1)]
+    other = [[shuffled.sample(item, 4) for item in of(*(pair[side] for pair in mixed))] for side in (0, 1)]
     one, two = (gated(*(task("t", side) for side in each)).pooled for each in (sides, other))
     assert one == two
 
@@ -136,7 +134,7 @@ def test_both_sides_may_be_asked_differently_often() -> None:
     pooled = verdict.pooled
     assert (pooled.repeats, pooled.lost, pooled.gained) == ((2, 4), 1, 0)
     assert pooled.drop == pytest.approx(0.25 / 302)
-    assert pooled.answers == "2 answers each (baseline), 4 answers each (candidate)"
+    assert pooled.answers == "2 answers each (baseline) and 4 answers each (candidate)"
     assert [
         (flip.base_right, flip.base_asked, flip.candidate_right, flip.candidate_asked) for flip in verdict.flips
     ] == [(2, 2, 3, 4)]

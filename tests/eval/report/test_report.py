@@ -260,7 +260,7 @@ def test_an_aa_run_has_no_verdict(tmp_path: Path) -> None:
 def test_every_number_of_a_task_is_there(full: tuple[Reports, Page]) -> None:
     """Page and Markdown show items, accuracies, drop with interval, flips, margin and power of each task."""
     reports, page = full
-    cells = "200 52.5% 50.0% +2.50 [\N{MINUS SIGN}0.08, +5.08] 5 0 42% 2,473"
+    cells = "200 52.5% 50.0% +2.50 [\N{MINUS SIGN}0.08, +5.08] 5 / 0 42% 2,473"
     assert f"mmlu_stem INCONCLUSIVE {cells}" in page.text
     assert "mmlu_stem 1 pp 0.012 0.98 0.40" in page.text
     row = "| `mmlu_stem` | 200 | 52.5% | 50.0% | +2.50 pp | [-0.08, +5.08] | 5 / 0 | 1 pp | 42% | INCONCLUSIVE |"
@@ -854,3 +854,80 @@ def test_markdown_has_no_more_flips_than_asked_for() -> None:
     """The number of flips can be chosen; none of them leaves the note."""
     assert markdown(verdict(), flips=2).count("| lost |") == 2
     assert "8 flips left out here" in markdown(verdict(), flips=0)
+
+
+def repeated(decision: Decision = "PASS", **changes: Any) -> Verdict:
+    """Return the verdict over items that were asked four times each."""
+    whole = verdict(decision)
+    often = {"repeats": (4, 4), "spread": (0.1, 0.4)}
+
+    def of(one: Comparison) -> Comparison:
+        return replace(one, base_answers=4 * one.n, candidate_answers=4 * one.n, **often)
+
+    flips = tuple(replace(one, base_right=3, base_asked=4, candidate_right=1, candidate_asked=4) for one in whole.flips)
+    return replace(whole, pooled=of(whole.pooled), tasks=tuple(map(of, whole.tasks)), flips=flips, **changes)
+
+
+def test_items_asked_several_times_are_named_so(tmp_path: Path) -> None:
+    """Page and Markdown name the method, how often, and each flip's shares; nothing is said of flips or McNemar."""
+    reports, page = written(tmp_path, repeated())
+    for words in (page.text, unescape(reports.markdown.read_text())):
+        assert "Gaffke's bound over items, 4 answers each" in words
+        assert "Items that changed: " in words
+        assert "3 of 4, then 1 of 4" in words
+        assert "McNemar" not in words
+        assert not re.search(r"Flips|of flips|only the baseline|exact paired", words)
+    xml = reports.junit.read_text()
+    assert 'name="base_answers" value="2400"' in xml
+    assert 'name="method" value="Gaffke\'s bound over items"' in xml
+    assert json.loads(reports.json.read_text())["pooled"]["repeats"] == [4, 4]
+
+
+def test_the_method_is_named_where_items_were_asked_once(full: tuple[Reports, Page]) -> None:
+    """The exact paired test, in page, Markdown, JUnit and JSON."""
+    reports, page = full
+    for words in (page.text, reports.markdown.read_text(), reports.junit.read_text(), reports.json.read_text()):
+        assert "exact paired test" in words
+
+
+def test_answers_cut_in_thought_stand_on_both_sides_everywhere(tmp_path: Path) -> None:
+    """In a tile, a column of the tasks, Markdown, JUnit and JSON; where nobody looked, nowhere."""
+    tasks = (
+        replace(comparison("gsm8k", 2, 1), base_cut=12, candidate_cut=40, base_truncated=13),
+        comparison("ifeval", 5, 0),
+    )
+    pooled = replace(comparison("all", 7, 1, 400), base_cut=12, candidate_cut=40, base_truncated=13)
+    reports, page = written(tmp_path / "looked", verdict(tasks=tasks, pooled=pooled))
+    said = "cut in thought: 12 of 400 (baseline), 40 of 400 (candidate)"
+    assert "Cut in thought 12 \N{RIGHTWARDS ARROW} 40 of 400 and 400 answers" in page.text
+    assert said.partition(": ")[2] in page.text
+    assert re.findall(r'data-head="cut in thought">(.*?)</td>', page.html) == [
+        *["12&nbsp;/ 40"] * 2,
+        "&ndash;&nbsp;/ &ndash;",
+    ]
+    text = reports.markdown.read_text()
+    assert f"- {said}\n" in text
+    assert "- `gsm8k`: cut in thought: 12 of 200 (baseline), 40 of 200 (candidate)\n" in text
+    assert "- ended at the limit on new tokens: 13 of 400 (baseline), not known (candidate)\n" in text
+    xml = reports.junit.read_text()
+    assert [xml.count(f'name="{name}"') for name in ("base_cut", "candidate_cut", "candidate_truncated")] == [2, 2, 0]
+    assert json.loads(reports.json.read_text())["tasks"][0]["candidate_cut"] == 40
+    unseen, page = written(tmp_path / "unseen", verdict())
+    assert "thought" not in page.text + unseen.markdown.read_text() + unseen.junit.read_text()
+
+
+def test_the_task_table_fits_a_desktop(tmp_path: Path) -> None:
+    """Names may break at each underscore, numbers between their parts, and no box scrolls."""
+    name = "a_long_name_of_a_task_as_people_have_them"
+    tasks = (replace(comparison(name, 128_123, 131_456, 300_000), base_cut=1, candidate_cut=2),)
+    _, page = written(tmp_path, verdict(tasks=tasks))
+    css = page.html.partition("</style>")[0]
+    assert ".tasks td{white-space:normal}" in css
+    assert ".tasks thead th{white-space:normal" in css
+    assert ".tasks tbody th wbr{display:inline}" in css
+    assert ".tasks tbody th{width:140px}" in css
+    table = page.html.partition('aria-label="every task"')[2].partition("</table>")[0]
+    assert f"<code>{name.replace('_', '_<wbr>')}</code>" in table
+    assert "128,123&nbsp;/ 131,456" in table
+    assert re.search(r"\+?(&minus;)?[\d.]+ \[[^ \]]+&nbsp;[^ \]]+\]", table)
+    assert "class=scroll" not in page.html.partition("Every task")[2].partition("</section>")[0]
