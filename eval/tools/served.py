@@ -50,7 +50,8 @@ def ask_server(request: Request, asked: Sequence[tuple[Asked, int]], each: Calla
         client.answers(bodies(), came)
     except HarnessFault as fault:
         among = ", ".join(list(under_way.values())[:_SHOWN])
-        found = "; ".join(filter(None, (fault.found and str(fault.found), f"under way were {among}")))
+        said = [] if fault.found is None else [str(fault.found)]
+        found = "; ".join([*said, f"under way were {among}"])
         raise HarnessFault(fault.message, file=fault.file, found=found, remedy=fault.remedy) from fault
 
 

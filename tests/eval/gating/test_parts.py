@@ -14,17 +14,20 @@ LOST, GAINED = 0.12, 0.02
 """Shares of items that flip: a drop of just the margin, at which no more than alpha of all candidates may pass."""
 
 
+def passed(times: int, gained: int) -> int:
+    """Return how many lost answers are one too many for a PASS, where each is pooled so many times."""
+
+    def too_many(lost: int) -> bool:
+        return paired.p_good(times * lost, times * gained, times * ITEMS, MARGIN) > ALPHA
+
+    return bisect_left(range(ITEMS - gained + 1), True, key=too_many)
+
+
 def passes(times: int) -> float:
     """Return how often a candidate at the margin passes where each answer is pooled so many times."""
     found = 0.0
     for gained in range(7):  # more is rarer than one in ten thousand
-        good = range(ITEMS - gained + 1)
-        most = bisect_left(
-            good,
-            1,
-            key=lambda lost, gained=gained: paired.p_good(times * lost, times * gained, times * ITEMS, MARGIN) > ALPHA,
-        )
-        for lost in range(most):
+        for lost in range(passed(times, gained)):
             ways = comb(ITEMS, lost) * comb(ITEMS - lost, gained)
             found += ways * LOST**lost * GAINED**gained * (1 - LOST - GAINED) ** (ITEMS - lost - gained)
     return found
