@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.eval.tools.calling import THINK, UNPARSED, Answer, of_text
 from k2quant.eval.tools.requests import Asked
-
-Progress = Callable[[int, int], None]
+from k2quant.ground.saying.progress import Progress
 
 _TAKEN = {"messages", "tools", "tool_choice", "parallel_tool_calls"}
 """Keys of a request that a model without a server can follow; the last two as long as they ask for nothing special."""

@@ -17,7 +17,7 @@ from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import HarnessFault, MalformedResults, UsageError
 from k2quant.eval.runs.folder import JOURNAL, MANIFEST, begin, finished, held, tidy
 from k2quant.eval.runs.identity import digest
-from k2quant.eval.runs.journal import Journal, Progress
+from k2quant.eval.runs.journal import Journal
 from k2quant.eval.tools.calling import Answer, read_answer
 from k2quant.eval.tools.local import Checkpoint, check_requests
 from k2quant.eval.tools.recording import Row, write
@@ -30,7 +30,7 @@ from k2quant.eval.tools.taking import Taken, take
 from k2quant.ground.extras import need
 from k2quant.ground.saying.meter import each
 from k2quant.ground.saying.progress import Asked as Progressing
-from k2quant.ground.saying.progress import barred, told
+from k2quant.ground.saying.progress import Progress, barred, told
 from k2quant.ground.units import counted
 from k2quant.ground.version import __version__
 
