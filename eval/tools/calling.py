@@ -138,12 +138,20 @@ def of_chat(body: Any) -> Answer:
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
         raise ValueError(f"tool_calls is no list: {calls!r:.100}")  # noqa: TRY004  whoever reads asks for one error
-    return Answer(
-        calls=tuple(map(_call, calls)),
-        text=_text(message.get("content")),
-        reasoning=_text(message.get("reasoning_content") or message.get("reasoning")),
-        finish=_text_or_none(choice.get("finish_reason")),
-    )
+    reasoning = _text(message.get("reasoning_content") or message.get("reasoning"))
+    text = _text(message.get("content"))
+    if not reasoning:
+        reasoning, text = _apart(text)
+    finish = _text_or_none(choice.get("finish_reason"))
+    return Answer(calls=tuple(map(_call, calls)), text=text, reasoning=reasoning, finish=finish)
+
+
+def _apart(text: str) -> tuple[str, str]:
+    """Return reasoning and what follows it, of a text of a model that marks where it ends."""
+    thought, marker, rest = text.rpartition(_THINK_END)
+    if not marker and text.lstrip().startswith(THINK):  # cut before it ended
+        return text.lstrip().removeprefix(THINK).strip(), ""
+    return (thought.strip().removeprefix(THINK).strip(), rest.strip()) if marker else ("", text)
 
 
 def _call(call: Any) -> Call:
@@ -162,14 +170,13 @@ def of_text(text: str, *, cut: bool) -> Answer:
         text: with the tokens that mark calls.
         cut: whether it ended at the limit on new tokens.
     """
-    thought, marker, rest = text.rpartition(_THINK_END)
-    if not marker and cut and THINK in text and UNPARSED not in text:
-        return Answer(reasoning=_text(text.partition(THINK)[2]), finish="length")
+    thought, rest = _apart(text)
+    if not rest and UNPARSED in thought and _THINK_END not in text:
+        thought, rest = "", text  # some begin their calls without an end of the reasoning
     begin = min((place for mark in (_SECTION, UNPARSED) if (place := rest.find(mark)) >= 0), default=len(rest))
     calls = tuple(_calls(rest[begin:]))
     finish = "length" if cut else _CALLS if calls else "stop"
-    thought = thought.removeprefix(THINK)
-    return Answer(calls=calls, text=_text(rest[:begin].strip()), reasoning=_text(thought.strip()), finish=finish)
+    return Answer(calls=calls, text=_text(rest[:begin].strip()), reasoning=_text(thought), finish=finish)
 
 
 def _calls(section: str) -> Iterator[Call]:

@@ -64,11 +64,12 @@ def write(
     calls = _write_answers(folder, rows)
     shared = {**identity["tasks"][WHOLE], "expected": expectation_digest(expected)}
     tasks = {}
+    places = {key: number for number, key in enumerate(dict.fromkeys(row.asked.digest for row in rows))}
     for name in (WHOLE, *PARTS):
         samples = [row for row in rows if name in row.right]
         if samples:
             part = {"part_of": WHOLE} if name != WHOLE else {}
-            tasks[name] = {**_write_task(folder, name, samples, repeats), **shared, **part}
+            tasks[name] = {**_write_task(folder, name, samples, places, repeats), **shared, **part}
     ended = time.time()
     manifest = {
         "schema": SCHEMA,
@@ -114,9 +115,10 @@ def _answer_row(row: Row) -> dict[str, Any]:
     return {"request": request, "repeat": row.repeat, "answer": row.answer.as_dict(), "valid": row.checked.valid}
 
 
-def _write_task(folder: Path, name: str, rows: Sequence[Row], repeats: int) -> dict[str, Any]:
+def _write_task(
+    folder: Path, name: str, rows: Sequence[Row], places: Mapping[str, int], repeats: int
+) -> dict[str, Any]:
     """Write samples in the form of lm-eval's; return what the manifest says of them."""
-    places = {key: number for number, key in enumerate(dict.fromkeys(row.asked.digest for row in rows))}
     thinks = any(row.answer.reasoning for row in rows)
     samples = [_sample(name, row, places[row.asked.digest], repeats, thinks=thinks) for row in rows]
     data = b"".join(map(_line, samples))
@@ -127,7 +129,7 @@ def _write_task(folder: Path, name: str, rows: Sequence[Row], repeats: int) -> d
         "file": file,
         "sha256": hashlib.sha256(data).hexdigest(),
         "rows": len(samples),
-        "documents": len(places),
+        "documents": len({row.asked.digest for row in rows}),
         "truncated": sum(row.answer.cut for row in rows),
         "metrics": {f"{_METRIC},none": _mean(right, len(samples))},
     }

@@ -75,7 +75,7 @@ def _shown(answer: Answer, findings: Iterable[str | None]) -> str:
     if answer.fault is not None:
         return f"no answer: {answer.fault}"
     parts = [
-        f"{call.name}({call.arguments:.200})" + (f" [{why}]" if why else "")
+        (f"{why}: " if why else "") + f"{call.name}({call.arguments:.200})"
         for call, why in zip(answer.calls, findings, strict=True)
     ]
     if parts:

@@ -75,6 +75,7 @@ def test_a_cut_answer() -> None:
     assert calls(of_text(section(("f", "{}")).removesuffix(WORDS[14]), cut=True)) == [("f", "{}")]
     thought = of_text("<think>Hm, hm", cut=True)
     assert (thought.cut_in_thought, thought.decided, thought.reasoning) == (True, False, "Hm, hm")
+    assert calls(of_text(f"<think>Hm{section(('f', '{}'))}", cut=False)) == [("f", "{}")]
 
 
 @given(st.lists(st.sampled_from([*WORDS.values(), "<|tool_call_begin|>", "functions.", ":0", "{", "</think>", "a"])))
@@ -89,6 +90,23 @@ def test_no_chat_completion(body: Any) -> None:
     """What is no answer is an error, and no wrong answer."""
     with pytest.raises(ValueError, match="no message of a choice"):
         of_chat(body)
+
+
+@pytest.mark.parametrize(
+    ("message", "found"),
+    [
+        ({"content": "Hm.</think>No."}, ("Hm.", "No.")),
+        ({"content": "<think>Hm"}, ("Hm", "")),
+        ({"content": "No.", "reasoning": "Hm"}, ("Hm", "No.")),
+        ({"content": None, "reasoning_content": "Hm"}, ("Hm", "")),
+        ({"content": "No."}, ("", "No.")),
+    ],
+)
+def test_reasoning_of_a_server(message: dict[str, Any], found: tuple[str, str]) -> None:
+    """It stands beside the answer, or before it where the server does not take it apart."""
+    answer = of_chat({"choices": [{"message": message, "finish_reason": "length"}]})
+    assert (answer.reasoning, answer.text) == found
+    assert answer.cut_in_thought == (not found[1])
 
 
 def test_half_a_character_fits_in_a_file() -> None:
