@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -282,3 +283,16 @@ def measured(base: Counts, base_repeats: int, candidate: Counts, candidate_repea
     noise = p * (1 - p) / (base_repeats - 1) + q * (1 - q) / (candidate_repeats - 1)
     lasting = float(((p - q) ** 2 - noise).mean())
     return Measured(flips, min(1.0, max(0.0, lasting / flips)))
+
+
+def pooled(tasks: Sequence[tuple[Measured, int]]) -> Measured:
+    """Return what the pilots of several tasks say together.
+
+    Args:
+        tasks: of each what `measured` says, and how many items it has; at least one.
+    """
+    items = sum(count for _, count in tasks)
+    flips = sum(task.flips * count for task, count in tasks)
+    told = [task.flips * task.correlation * count for task, count in tasks if task.correlation is not None]
+    unknown = any(task.flips and task.correlation is None for task, _ in tasks)
+    return Measured(flips / items, None if unknown or not flips else sum(told) / flips)

@@ -88,9 +88,10 @@ def command(
         raise UsageError("--flips and --pilot both name the share of flips; give one of them")
     rules = {"margin": share(margin), "power": share(power), "alpha": share(alpha), "drop": share(drop)}
     measured = _measured(*pilot) if pilot else None
-    if repeats is not None or correlation is not None:
+    if repeats is not None or correlation is not None or (measured and "correlation" in measured):
         known = measured["flips"] if measured else None if flips is None else share(flips)
-        alike = None if correlation is None else _correlation(correlation)
+        seen = measured.get("correlation") if measured else None
+        alike = seen if correlation is None else _correlation(correlation)
         _show_repeats(rules, measured, repeated.plans(rules, known, alike, repeats), as_json=as_json)
         return
     if measured:
@@ -153,10 +154,13 @@ def _measured(base: Path, candidate: Path) -> dict[str, Any]:
     from k2quant.eval.statistics.planning import flips_limit
 
     pairs = pair(read_run(base), read_run(candidate))
-    n = sum(len(each.base) for each in pairs)
-    lost, gained = sum(each.lost for each in pairs), sum(each.gained for each in pairs)
-    limit = flips_limit(lost + gained, n)
-    return {"n": n, "lost": lost, "gained": gained, "flips": (lost + gained) / n, "limit": limit}
+    n = sum(each.items for each in pairs)
+    rises = [each.changes() for each in pairs]
+    lost, gained = (sum(int((sign * each > 0).sum()) for each in rises) for sign in (-1, 1))
+    counts = {"n": n, "lost": lost, "gained": gained}
+    if any(each.unit > 1 for each in pairs):
+        return counts | repeated.measured(pairs)
+    return counts | {"flips": (lost + gained) / n, "limit": flips_limit(lost + gained, n)}
 
 
 def _head(rules: dict[str, float], measured: dict[str, Any] | None) -> list[str]:
@@ -165,6 +169,8 @@ def _head(rules: dict[str, float], measured: dict[str, Any] | None) -> list[str]
     good = f"Items that let a candidate with {drop} pass with a chance of {100 * rules['power']:g}%,"
     bad = f"and one whose drop is {100 * rules['margin']:g} pp with at most {100 * rules['alpha']:g}%:"
     lines = [f"{good}\n{bad}", ""]
+    if measured and "limit" not in measured:
+        return [*repeated.pilot(measured), "", *lines]
     if measured:
         counts = f"The pilot: {measured['n']:,} items, {measured['lost']:,} lost, {measured['gained']:,} gained; "
         limit = f"{measured['flips']:.2%} flipped, at most {measured['limit']:.2%} with 95% confidence."

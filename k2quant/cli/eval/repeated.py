@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from k2quant.cli.parts.terminal.tables import Column
 from k2quant.errors import UsageError
 
 if TYPE_CHECKING:
+    from k2quant.eval.gating.pairing import Pairs
     from k2quant.eval.statistics.repeats_planning import RepeatsPlan
 
 _SHOWN = (1, 2, 4, 8)
@@ -41,6 +43,29 @@ def _plan(rules: dict[str, float], flips: float, correlation: float, repeats: in
 
     kept = {name: rules[name] for name in ("margin", "alpha", "power")}
     return plan_repeats(**kept, flips=flips, correlation=correlation, repeats=repeats)
+
+
+def measured(pairs: Sequence[Pairs]) -> dict[str, float | None]:
+    """Return the share of single answers that flip between two runs, and how alike the repeats of an item are.
+
+    A task that was asked once, as those by log-likelihood are whatever repeats say, has the same answers again.
+    """
+    from k2quant.eval.statistics.repeats_planning import Measured, pooled
+    from k2quant.eval.statistics.repeats_planning import measured as of_counts
+
+    tasks = []
+    for each in pairs:
+        found = of_counts(each.base_right, each.ours.repeats, each.candidate_right, each.theirs.repeats)
+        tasks.append((Measured(found.flips, 1.0) if each.unit == 1 else found, each.items))
+    together = pooled(tasks)
+    return {"flips": together.flips, "correlation": together.correlation}
+
+
+def pilot(found: dict[str, Any]) -> list[str]:
+    """Say what a pilot with repeats showed."""
+    counts = f"{found['n']:,} items, of which {found['lost']:,} came out worse and {found['gained']:,} better"
+    alike = "" if found["correlation"] is None else f"; an item's repeats correlate by {found['correlation']:.2g}"
+    return [f"The pilot: {counts}; {found['flips']:.2%} of single answers flipped{alike}."]
 
 
 def row(plan: RepeatsPlan) -> tuple[str, ...]:

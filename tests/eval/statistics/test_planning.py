@@ -112,12 +112,13 @@ class TestFlipsLimit:
             planning.flips_limit(count, n)
 
 
-def run_of(right: list[bool]) -> Run:
-    """Return a run of one task whose items are right as said."""
+def run_of(right: list[bool], repeats: int = 1) -> Run:
+    """Return a run of one task whose answers are right as said; those to one item stand together."""
     items = tuple(
         Item(
-            key=Key(str(place), "prompt", "target"),
-            doc_id=place,
+            key=Key(str(place // repeats), "prompt", "target"),
+            doc_id=place // repeats,
+            repeat=place % repeats,
             right=good,
             prompt="?",
             target="!",
@@ -167,6 +168,29 @@ class TestCommand:
         limit = planning.flips_limit(5, 100)
         assert [each["flips"] for each in found["plans"]] == [0.05, limit]
         assert "5.00% flipped, at most 10.23%" in self.run("--margin", "10pp", "--pilot", "a", "b")[1]
+
+    def test_pilot_with_repeats(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Runs that asked each item twice tell how alike repeats are, and are planned for with repeats."""
+        # Of 100 items 4 are lost for good, and 8 come out by chance, as evenly as there is.
+        base = [letter == "T" for letter in "TTTFFTFFTTTFFTFF"]
+        candidate = [letter == "T" for letter in "TFTTFFTFTFFFTTTF"]
+        runs = {
+            "a": run_of([True] * 184 + base, 2),
+            "b": run_of([False] * 8 + [True] * 176 + candidate, 2),
+        }
+        monkeypatch.setattr("k2quant.eval.runs.reading.read_run", lambda path: runs[path.name])
+        code, text = self.run("--margin", "10pp", "--pilot", "a", "b", "--json")
+        found = json.loads(text)
+        assert code == 0
+        assert found["pilot"]["n"] == 100
+        assert found["pilot"]["flips"] == pytest.approx(0.04 + 0.08 * 0.5)
+        assert found["pilot"]["correlation"] == pytest.approx(0.5)
+        assert [each["repeats"] for each in found["plans"]] == [1, 2, 4, 8]
+        assert {each["flips"] for each in found["plans"]} == {found["pilot"]["flips"]}
+        shown = self.run("--margin", "10pp", "--pilot", "a", "b")[1]
+        assert "8.00% of single answers flipped; an item's repeats correlate by 0.5" in " ".join(shown.split())
+        given = self.run("--margin", "10pp", "--pilot", "a", "b", "--correlation", "1", "--json")[1]
+        assert {each["correlation"] for each in json.loads(given)["plans"]} == {1.0}
 
     def test_repeats(self) -> None:
         """With repeats there is a line for each usual number and the one asked for, and what no repeats replace."""

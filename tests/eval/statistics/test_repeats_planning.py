@@ -15,12 +15,14 @@ from k2quant.eval.statistics import planning
 from k2quant.eval.statistics.dirichlet import chance_of_none
 from k2quant.eval.statistics.repeats_planning import (
     Differences,
+    Measured,
     assumed,
     chance_of_pass,
     items_for,
     measured,
     needed,
     plan_repeats,
+    pooled,
     power_of,
     seen,
 )
@@ -140,6 +142,16 @@ def test_a_pilot_of_single_answers_knows_no_correlation(base: int, candidate: in
 def test_a_pilot_without_flips_has_no_correlation() -> None:
     """Where nothing flips there is nothing to be alike."""
     assert measured(np.array([4, 0]), 4, np.array([4, 0]), 4).correlation is None
+
+
+def test_tasks_weigh_by_their_items_and_flips() -> None:
+    """Flips are those of all items; the correlation is that of all flips, and unknown where one that matters is."""
+    once, often, calm = Measured(0.02, 1.0), Measured(0.1, 0.25), Measured(0.0, None)
+    together = pooled([(once, 300), (often, 100), (calm, 100)])
+    assert together.flips == pytest.approx(16 / 500)
+    assert together.correlation == pytest.approx((6 + 2.5) / 16)
+    assert pooled([(once, 300), (Measured(0.1, None), 100)]).correlation is None
+    assert pooled([(calm, 10)]) == Measured(0.0, None)
 
 
 @pytest.mark.parametrize(
