@@ -1,4 +1,4 @@
-"""Answers that ended too early: cut in thought, or at the limit on their length, counted on each side."""
+"""Answers that never left their reasoning: named where there are many, or more on one side than by chance."""
 
 from __future__ import annotations
 
@@ -12,53 +12,25 @@ _MANY = 0.05
 """Share of answers cut in thought from which on the limit on new tokens decides as much as the model does."""
 
 
-def cut_in_thought(comparison: Comparison) -> str:
-    """Return how many answers of each side never left their reasoning; nothing where nobody looked."""
-    return _sides(
-        "cut in thought",
-        (comparison.base_cut, comparison.base_answers),
-        (comparison.candidate_cut, comparison.candidate_answers),
-    )
-
-
-def truncated(comparison: Comparison) -> str:
-    """Return how many answers of each side ended only at the limit on their length; nothing where nobody knows."""
-    return _sides(
-        "ended at the limit on new tokens",
-        (comparison.base_truncated, comparison.base_answers),
-        (comparison.candidate_truncated, comparison.candidate_answers),
-    )
-
-
-def _sides(what: str, base: tuple[int | None, int], candidate: tuple[int | None, int]) -> str:
-    if base[0] is None and candidate[0] is None:
-        return ""
-    return f"{what}: {_of(*base)} (baseline), {_of(*candidate)} (candidate)"
-
-
-def _of(count: int | None, answers: int) -> str:
-    return "not known" if count is None else f"{count:,} of {answers:,}"
-
-
 def cut_warnings(
     pooled: Comparison, tasks: Sequence[Comparison], pairs: Sequence[Pairs], alpha: float
 ) -> Iterable[str]:
     """Say where so many answers never left their reasoning, or so many more on one side, that it should be known."""
     if (pooled.base_cut is None) != (pooled.candidate_cut is None):
-        yield f"{cut_in_thought(pooled)}: run both with the same version of k2quant, so that both are looked at"
+        yield f"{pooled.cut_in_thought}: run both with the same version of k2quant, so that both are looked at"
     looked = [task for task in pairs if task.ours.looked and task.theirs.looked]
     for comparison, task in zip(tasks, pairs, strict=True):
         if max(task.ours.cut.mean(), task.theirs.cut.mean()) > _MANY:
             yield (
-                f"{comparison.name}: {cut_in_thought(comparison)}: where so many never answer, the limit on new tokens "
+                f"{comparison.name}: {comparison.cut_in_thought}: where so many never answer, the limit on new tokens "
                 "decides as much as the model; allow more"
             )
     if looked and _differ(looked, alpha):
-        yield f"{cut_in_thought(pooled)}: more than chance apart, so one of them thinks longer than the other"
+        yield f"{pooled.cut_in_thought}: more than chance apart, so one of them thinks longer than the other"
         return
     for comparison, task in zip(tasks, pairs, strict=True):
         if len(tasks) > 1 and task in looked and _differ([task], alpha / len(tasks)):
-            yield f"{comparison.name}: {cut_in_thought(comparison)}: more than chance apart"
+            yield f"{comparison.name}: {comparison.cut_in_thought}: more than chance apart"
 
 
 def _differ(pairs: Sequence[Pairs], alpha: float) -> bool:

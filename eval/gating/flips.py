@@ -39,6 +39,11 @@ class Flip:
         """Whether the item was asked more than once."""
         return max(self.base_asked, self.candidate_asked) > 1
 
+    @property
+    def shares(self) -> str:
+        """How often it was right on each side, in words."""
+        return f"{self.base_right} of {self.base_asked}, then {self.candidate_right} of {self.candidate_asked}"
+
 
 class Flips(Sequence[Flip]):
     """Flips of all tasks, lost ones first, of those the largest change first; each is read when it is asked for."""

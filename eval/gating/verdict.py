@@ -110,6 +110,26 @@ class Comparison:
         return base if base == candidate else f"{base} (baseline) and {candidate} (candidate)"
 
     @property
+    def cut_in_thought(self) -> str:
+        """How many answers of each side never left their reasoning, in words; nothing where nobody looked."""
+        return self._sides("cut in thought", self.base_cut, self.candidate_cut)
+
+    @property
+    def ended_early(self) -> tuple[str, ...]:
+        """What is known of answers that ended too early, a sentence each."""
+        limit = self._sides("ended at the limit on new tokens", self.base_truncated, self.candidate_truncated)
+        return tuple(filter(None, (self.cut_in_thought, limit)))
+
+    def _sides(self, what: str, base: int | None, candidate: int | None) -> str:
+        if base is None and candidate is None:
+            return ""
+        one, other = (
+            "not known" if count is None else f"{count:,} of {answers:,}"
+            for count, answers in ((base, self.base_answers), (candidate, self.candidate_answers))
+        )
+        return f"{what}: {one} (baseline), {other} (candidate)"
+
+    @property
     def flips(self) -> float:
         """Share of items that changed between right and wrong, or in their share of right answers."""
         return (self.lost + self.gained) / self.n
@@ -201,13 +221,14 @@ class Verdict:
         yield "\n ]\n}\n"
 
     def _without_flips(self) -> dict[str, Any]:
-        parts = {"base": self.base, "candidate": self.candidate, "policy": self.policy}
+        sides = {"base": dataclasses.asdict(self.base), "candidate": dataclasses.asdict(self.candidate)}
         return {
             "schema": SCHEMA,
             **{name: getattr(self, name) for name in ("decision", "reason", "warnings")},
             "pooled": _with_shares(self.pooled),
             "tasks": [_with_shares(task) for task in self.tasks],
-            **{name: dataclasses.asdict(part) for name, part in parts.items()},
+            **sides,
+            "policy": dataclasses.asdict(self.policy),
             "same_model": self.same_model,
         }
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from k2quant.eval.gating.flips import Flip, by_kind
 from k2quant.eval.gating.verdict import Verdict
 from k2quant.eval.report.differences import differences
-from k2quant.eval.report.wording import flips_title, lost_and_gained, rightness
+from k2quant.eval.report.wording import flips_title, lost_and_gained
 from k2quant.report.words import code, text
 
 SHOWN = 200
@@ -89,10 +89,9 @@ def _list(found: Iterable[Flip]) -> str:
 def _flip(flip: Flip) -> str:
     base, candidate = differences(flip.base_answer, flip.candidate_answer)
     right = flip.base_answer if flip.lost else flip.candidate_answer
-    often = rightness(flip)
     lines = [
         _line(f"#{flip.doc_id}", passage(flip.prompt, _PROMPT, end=True)),
-        _line("right", text(often)) if often else "",
+        _line("right", flip.shares) if flip.repeated else "",
         "" if flip.target.strip() == right.strip() else _line("wanted", passage(flip.target, _TARGET)),
         _line("baseline", base, "right" if flip.lost else "wrong"),
         _line("candidate", candidate, "wrong" if flip.lost else "right"),

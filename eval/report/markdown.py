@@ -17,7 +17,6 @@ from k2quant.eval.report.wording import (
     confidence,
     decided_by,
     drop,
-    ended_early,
     flips_title,
     headline,
     items,
@@ -27,7 +26,6 @@ from k2quant.eval.report.wording import (
     percent,
     perplexity,
     points,
-    rightness,
     rows,
     scored,
     short,
@@ -135,7 +133,7 @@ def _cells(comparison: Comparison) -> list[str]:
 def _early(verdict: Verdict) -> str:
     """Say how many answers of each side ended too early, and of which tasks."""
     parts = [(None, verdict.pooled), *((task.name, task) for task in verdict.tasks if len(verdict.tasks) > 1)]
-    said = [(name, sentence) for name, part in parts[:_EARLY] for sentence in ended_early(part)]
+    said = [(name, sentence) for name, part in parts[:_EARLY] for sentence in part.ended_early]
     listed = (f"- {f'{_name(name)}: ' if name else ''}{escaped(sentence)}\n" for name, sentence in said)
     return f"{''.join(listed)}\n" if said else ""
 
@@ -196,7 +194,7 @@ _FLIPS = ("", "task", "doc", "prompt ends with", "target", "baseline", "candidat
 def _flips(flips: Iterable[Flip]) -> Iterator[str]:
     for flip in flips:
         answers = [_quoted(answer) for answer in (flip.target, flip.base_answer, flip.candidate_answer)]
-        kind = ": right ".join(filter(None, ("lost" if flip.lost else "gained", rightness(flip))))
+        kind = f"{'lost' if flip.lost else 'gained'}{f': right {flip.shares}' if flip.repeated else ''}"
         yield _row([kind, _name(flip.task), f"{flip.doc_id}", _quoted(flip.prompt, end=True), *answers])
 
 

@@ -17,7 +17,6 @@ from k2quant.eval.report.wording import (
     chance,
     confidence,
     decided_by,
-    ended_early,
     flips_title,
     headline,
     interval,
@@ -176,7 +175,7 @@ def _minus(words: str) -> str:
 def _who(verdict: Verdict) -> str:
     policy = verdict.policy
     own = [f"{code(name)} {margin(share)}" for name, share in list(policy.tasks.items())[:_TASKS] if share is not None]
-    early = ended_early(verdict.pooled)
+    early = verdict.pooled.ended_early
     facts = [
         ("baseline", _side(verdict.base)),
         ("candidate", _side(verdict.candidate)),

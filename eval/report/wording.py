@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from k2quant.eval.drift.findings import Fidelity
-from k2quant.eval.gating.cutting import cut_in_thought, truncated
-from k2quant.eval.gating.flips import Flip
 from k2quant.eval.gating.policy import Policy
 from k2quant.eval.gating.verdict import Comparison, Verdict
 from k2quant.ground.units import counted
@@ -129,18 +127,6 @@ def lost_and_gained(comparison: Comparison) -> str:
             "or right more often."
         )
     return "Lost: only the baseline has it right. Gained: only the candidate has."
-
-
-def rightness(flip: Flip) -> str:
-    """Return how often a flip was right on each side; nothing where it was asked once."""
-    if not flip.repeated:
-        return ""
-    return f"{flip.base_right} of {flip.base_asked}, then {flip.candidate_right} of {flip.candidate_asked}"
-
-
-def ended_early(comparison: Comparison) -> list[str]:
-    """Return what is known of answers that ended too early, a sentence each."""
-    return [said for said in (cut_in_thought(comparison), truncated(comparison)) if said]
 
 
 def short(digest: str | None) -> str:

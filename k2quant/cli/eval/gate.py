@@ -51,8 +51,9 @@ def command(
 ) -> None:
     """Decide whether the run CANDIDATE is as good as the run BASELINE: PASS, FAIL or INCONCLUSIVE.
 
-    Both answered the same items; the items that flipped decide, by an exact paired non-inferiority test. Runs are
-    folders of `k2quant eval run -o`, or of `lm_eval --log_samples`. Exits 0 on PASS, 3 on FAIL, 4 on INCONCLUSIVE.
+    Both answered the same items; the items that flipped decide, by an exact paired non-inferiority test. An item that
+    was asked several times counts once, by its share of right answers. Runs are folders of `k2quant eval run -o`, or of
+    `lm_eval --log_samples`. Exits 0 on PASS, 3 on FAIL, 4 on INCONCLUSIVE.
 
     \b
     Example:
@@ -112,8 +113,6 @@ def _policy(file: Path | None, margin: str | None, alpha: str | None, tasks: str
 
 def show(verdict: Verdict, *, page: Path | None = None) -> None:
     """Print a verdict for people: what it is and why, a table, the first flips, and the page that has the others."""
-    from k2quant.eval.report.wording import ended_early
-
     word = "NOISE FLOOR" if verdict.same_model else verdict.decision
     head, *rest = paragraph(f"{word}: {printable(verdict.reason)}").split("\n")
     click.echo(colour.verdict(word) + head[len(word) :])
@@ -127,7 +126,7 @@ def show(verdict: Verdict, *, page: Path | None = None) -> None:
     click.echo(table(_COLUMNS, map(_row, rows)))
     click.echo()
     click.echo(paragraph(f"drop, interval: percentage points; {_about_flips(verdict.pooled)}"))
-    for said in ended_early(verdict.pooled):
+    for said in verdict.pooled.ended_early:
         click.echo(paragraph(said))
     _show_flips(verdict, page)
     for warning in verdict.warnings:
@@ -162,10 +161,8 @@ def _row(comparison: Comparison) -> tuple[str, ...]:
 
 
 def _show_flips(verdict: Verdict, page: Path | None) -> None:
-    from k2quant.eval.report.wording import rightness
-
     for flip in verdict.flips[:_FLIPS_SHOWN]:
-        often = f" (right {rightness(flip)})" if flip.repeated else ""
+        often = f" (right {flip.shares})" if flip.repeated else ""
         said = printable(
             f"{_mark(lost=flip.lost)} {flip.task} {flip.doc_id}{often}: {flip.prompt[-40:]!r} wants "
             f"{flip.target[:30]!r}: {flip.base_answer[:30]!r} became {flip.candidate_answer[:30]!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from k2quant.cli import main
 from k2quant.eval import gate
 from k2quant.eval.gating.verdict import EXACT, REPEATED, Verdict
 from k2quant.eval.runs.items import Item, Key, Run, Task
@@ -193,6 +196,52 @@ def test_noise_of_one_model_that_draws_its_answers() -> None:
         verdict = gate(base, replace(run("a", task("t", of(*GOOD, *counts))), folder=Path("b")), same_model=True)
         assert any("more than chance" in said for said in verdict.warnings) == told
         assert "differ in 40 of 340 items" in verdict.reason
+
+
+def written(folder: Path, answers: Answers, cut: int) -> Path:
+    """Write a run as `k2quant eval run` does; the last answers of so many items are cut in thought."""
+    rows = [
+        {
+            "doc_id": number,
+            "target": "yes",
+            "arguments": {"gen_args_0": {"arg_0": f"ask {number}", "arg_1": {}}},
+            "resps": [["yes" if right else "no"]],
+            "filtered_resps": ["yes" if right else "no"],
+            "filter": "none",
+            "metrics": ["exact_match"],
+            **dict.fromkeys(("doc_hash", "prompt_hash", "target_hash"), f"{number}"),
+            "exact_match": float(right),
+            "repeat": repeat,
+            "cut_in_thought": number < cut and repeat == len(item) - 1,
+            "reasoning": "hm",
+        }
+        for repeat in range(len(answers[0]))
+        for number, item in enumerate(answers)
+        for right in (item[repeat],)
+    ]
+    folder.mkdir()
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (folder / "samples_t.jsonl").write_bytes(data)
+    entry = {"file": "samples_t.jsonl", "sha256": hashlib.sha256(data).hexdigest(), "temperature": 1.0}
+    entry |= {"repeats": len(answers[0]), "cut_in_thought": cut, "truncated": cut}
+    manifest = {"schema": 1, "model": folder.name, "model_hash": hashlib.sha256(folder.name.encode()).hexdigest()}
+    manifest |= {"settings": {}, "tasks": {"t": entry}}
+    (folder / "k2quant_eval.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_the_command_says_how_often_and_how_many_were_cut(tmp_path: Path) -> None:
+    """In what it prints and in its JSON; runs of two and of four answers each are compared."""
+    base = written(tmp_path / "base", of(*[2] * 200, 2, 0, asked=2), 3)
+    candidate = written(tmp_path / "candidate", of(*[4] * 200, 1, 0), 1)
+    shown = CliRunner().invoke(main, ["eval", "gate", str(base), str(candidate)]).output
+    shown = " ".join(shown.split())
+    assert "2 answers each (baseline) and 4 answers each (candidate)" in shown
+    assert "cut in thought: 3 of 404 (baseline), 1 of 808 (candidate)" in shown
+    assert "ended at the limit on new tokens: 3 of 404 (baseline), 1 of 808 (candidate)" in shown
+    assert "lost t 200 (right 2 of 2, then 1 of 4)" in shown
+    content = json.loads(CliRunner().invoke(main, ["eval", "gate", str(base), str(candidate), "--json"]).stdout)
+    assert content == json.loads(json.dumps(gate(base, candidate).as_dict()))
 
 
 class TestCutInThought:

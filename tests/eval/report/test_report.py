@@ -859,10 +859,9 @@ def test_markdown_has_no_more_flips_than_asked_for() -> None:
 def repeated(decision: Decision = "PASS", **changes: Any) -> Verdict:
     """Return the verdict over items that were asked four times each."""
     whole = verdict(decision)
-    often = {"repeats": (4, 4), "spread": (0.1, 0.4)}
 
     def of(one: Comparison) -> Comparison:
-        return replace(one, base_answers=4 * one.n, candidate_answers=4 * one.n, **often)
+        return replace(one, base_answers=4 * one.n, candidate_answers=4 * one.n, repeats=(4, 4), spread=(0.1, 0.4))
 
     flips = tuple(replace(one, base_right=3, base_asked=4, candidate_right=1, candidate_asked=4) for one in whole.flips)
     return replace(whole, pooled=of(whole.pooled), tasks=tuple(map(of, whole.tasks)), flips=flips, **changes)
