@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,8 +100,21 @@ def _positions(folder: Path, *, follow_links: bool) -> int:
     return found if type(found) is int and found > 1 else _LONGEST
 
 
-def load(model: Model, request: Request, tasks: Tasks, progress: Progress | None = None) -> Any:
+def load(
+    model: Model,
+    request: Request,
+    tasks: Tasks,
+    progress: Progress | None = None,
+    remark: Callable[[str], None] | None = None,
+) -> Any:
     """Return a model of lm-eval's with its `settings`, a dictionary of what was found out while it was loaded.
+
+    Args:
+        model: that was described.
+        request: what it will be asked.
+        tasks: that will be asked.
+        progress: called with the bytes that are read and all bytes.
+        remark: called with why a server keeps everybody waiting.
 
     Raises:
         HarnessFault: a server cannot do what a task needs, or prompts would not be what they should.
@@ -108,7 +122,7 @@ def load(model: Model, request: Request, tasks: Tasks, progress: Progress | None
         UsageError: options that make no sense, or do not go with the tasks.
     """
     if request.backend == "api":
-        return _served(model, request, tasks)
+        return _served(model, request, tasks, remark)
     if request.backend == "vllm":
         return _vllm(model, request)
     return _local(model, request, progress)
@@ -211,13 +225,13 @@ def _added_tokens(tokenizer: Any) -> list[int]:
     return [int(token) for token in full[: len(full) - len(plain)]]
 
 
-def _served(model: Model, request: Request, tasks: Tasks) -> Any:
+def _served(model: Model, request: Request, tasks: Tasks, remark: Callable[[str], None] | None) -> Any:
     from k2quant.eval.asking.harness import served_model
 
     assert request.base_url  # noqa: S101  `run` checked it
     url = _endpoint(request.base_url, chat=request.chat)
     given = {"concurrency": request.batch_size, **request.model_args}
-    client = Client(url=url, headers=read_headers(request.headers), **given)
+    client = Client(url=url, headers=read_headers(request.headers), remark=remark, **given)
     server = Server(client=client, model=request.model, chat=request.chat)
     if tasks.scored and request.chat:
         raise UsageError(

@@ -104,7 +104,7 @@ def run(
                 remark(f"{folder}: resumes after {counted(len(journal), 'chunk')}")
         thoughts = Thoughts(thinking) if thinking else None
         lm = Resuming(
-            _waiting(load(model, request, tasks, reading), thinking),
+            _waiting(load(model, request, tasks, reading, remark), thinking),
             journal,
             batch_size=request.batch_size,
             repeats=request.repeats,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import queue
 import random
 import threading
@@ -31,9 +32,11 @@ _LARGEST = 2**27  # bytes of an answer: 131,072 tokens with their log-probabilit
 _WORDS = 2**16  # bytes of a refusal that are read
 _SHOWN = 400  # letters of it that are shown
 _CONNECTING = 60.0  # seconds
+_QUIET = 30.0  # seconds between two remarks
 _RESUMES = "the same command goes on where this one stopped"
 
 Body = Mapping[str, Any]
+_Arrived = tuple[int, dict[str, Any]] | str  # an answer with its place, or a remark
 Each = Callable[[int, dict[str, Any]], None]
 
 
@@ -53,6 +56,8 @@ class Client:
     """How often a request is sent again."""
     first_wait: float = 1.0
     """Seconds before it is sent again for the first time; each further wait is twice as long, up to a minute."""
+    remark: Callable[[str], None] | None = field(default=None, repr=False)
+    """Called in the caller's thread, now and then, with why nothing comes."""
 
     def post(self, body: Body) -> dict[str, Any]:
         """Return the answer to one request.
@@ -81,7 +86,7 @@ class Client:
                 each(place, answer)
 
     def _arriving(self, bodies: Iterable[Body]) -> Generator[tuple[int, dict[str, Any]], None, None]:
-        arrived: queue.SimpleQueue[tuple[int, dict[str, Any]] | BaseException | None] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[_Arrived | BaseException | None] = queue.SimpleQueue()
         loop = asyncio.new_event_loop()
         talk = loop.create_task(self._talk(bodies, arrived.put))
 
@@ -100,20 +105,24 @@ class Client:
             while (found := arrived.get()) is not None:
                 if isinstance(found, BaseException):
                     raise found
-                yield found
+                if not isinstance(found, str):
+                    yield found
+                elif self.remark:
+                    self.remark(found)
         finally:
             loop.call_soon_threadsafe(talk.cancel)
             thread.join()
             loop.close()
 
-    async def _talk(self, bodies: Iterable[Body], put: Callable[[tuple[int, dict[str, Any]]], None]) -> None:
+    async def _talk(self, bodies: Iterable[Body], put: Callable[[_Arrived], None]) -> None:
         import aiohttp
 
         places = iter(enumerate(bodies))
+        tell = _now_and_then(put)
 
         async def work(session: aiohttp.ClientSession) -> None:
             for place, body in places:
-                put((place, await self._answer(session, json.dumps(body, allow_nan=False).encode())))
+                put((place, await self._answer(session, json.dumps(body, allow_nan=False).encode(), tell)))
 
         async with aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self.concurrency),
@@ -128,7 +137,7 @@ class Client:
             except BaseExceptionGroup as failed:
                 raise failed.exceptions[0] from failed.exceptions[0].__cause__
 
-    async def _answer(self, session: Any, data: bytes) -> dict[str, Any]:
+    async def _answer(self, session: Any, data: bytes, tell: Callable[[str], None]) -> dict[str, Any]:
         """Send a request until it is answered.
 
         Raises:
@@ -145,7 +154,9 @@ class Client:
                     later = f", and asks for {duration(asked)} of rest" if asked and asked > LONGEST_ASKED else ""
                     raise self._fault(f"the server gave no usable answer {took}{later}", failed.said) from failed
                 chance = random.random()  # noqa: S311  no secret
-                await asyncio.sleep(wait(tries, first=self.first_wait, asked=asked, chance=chance))
+                seconds = wait(tries, first=self.first_wait, asked=asked, chance=chance)
+                tell(f"{self.url}: {self._shown(failed.said)}; asked again in {duration(seconds)}")
+                await asyncio.sleep(seconds)
         raise AssertionError  # the last try returns or raises
 
     async def _once(self, session: Any, data: bytes) -> dict[str, Any]:
@@ -211,8 +222,24 @@ class Client:
         raise self._fault("the server refuses a request", said, remedy="")
 
     def _fault(self, message: str, said: str | None, *, remedy: str = _RESUMES) -> HarnessFault:
-        found = None if said is None else " ".join(hidden(said, self.headers).split())[:_SHOWN]
+        found = None if said is None else self._shown(said)
         return HarnessFault(message, file=self.url, found=found, remedy=remedy or None)
+
+    def _shown(self, said: str) -> str:
+        return " ".join(hidden(said, self.headers).split())[:_SHOWN]
+
+
+def _now_and_then(put: Callable[[str], None]) -> Callable[[str], None]:
+    """Hand on the first of what is said, then one in each half minute: of many requests under way, all stumble."""
+    last = -math.inf
+
+    def tell(said: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= _QUIET:
+            last = time.monotonic()
+            put(said)
+
+    return tell
 
 
 class _Passing(Exception):

@@ -48,6 +48,7 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writing.write(folder, architecture.build(), {})
     config = json.loads((folder / "config.json").read_bytes())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "deepseek_v3"}))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}")
     return folder
 
 
@@ -110,6 +111,26 @@ def test_a_served_model_answers_as_the_local_one(nano: Path, tasks: Path, url: s
         assert len(cut) == 1
         answers |= {json.loads(line)["resps"][0][0] for line in data["api"].splitlines()}
     assert len(answers) > 20  # the comparison is of something
+
+
+def test_a_model_that_is_served_for_chat_answers_as_the_local_one(
+    nano: Path, tasks: Path, url: str, tmp_path: Path
+) -> None:
+    """Messages through transformers' own server, and prompts through the same template here: equal texts."""
+    request = replace(served(nano, tasks, url), tasks=("nano_add",), chat=True, model_args={"concurrency": 2})
+    run(request, tmp_path / "api")
+    local = {"backend": "k2quant", "dtype": "float32", "chat": False, "chat_template": True, "model_args": {}}
+    run(replace(request, base_url=None, served_from=None, **local), tmp_path / "k2quant")
+    answers = {
+        side: {
+            (path.name, row["doc_id"]): row["resps"]
+            for path in (tmp_path / side).glob("samples_*")
+            for row in map(json.loads, path.read_bytes().splitlines())
+        }
+        for side in ("api", "k2quant")
+    }
+    assert len(answers["api"]) == 9
+    assert answers["api"] == answers["k2quant"]
 
 
 def test_a_server_without_echo_cannot_do_multiple_choice(nano: Path, tasks: Path, url: str, tmp_path: Path) -> None:

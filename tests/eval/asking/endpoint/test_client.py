@@ -414,3 +414,17 @@ def test_a_connection_that_is_not_safe_is_none(serve: Serve) -> None:
         quick(seen.url.replace("http:", "https:"), first_wait=5.0).post({})
     assert time.monotonic() - began < 4
     assert not seen.bodies
+
+
+def test_a_wait_is_told_of_now_and_then(serve: Serve) -> None:
+    """Once in half a minute, however many requests stumble: why, and how long until the next try; without the key."""
+    seen = serve(lambda body, place: Reply(status=503, content=b"no key-12345") if place < 6 else double(body))
+    told: list[tuple[str, threading.Thread]] = []
+    client = quick(
+        seen.url,
+        headers={"X-Key": "key-12345"},
+        concurrency=3,
+        remark=lambda said: told.append((said, threading.current_thread())),
+    )
+    asked(client, 4)
+    assert told == [(f"{seen.url}: 503 no ***; asked again in 0.0 s", threading.current_thread())]
