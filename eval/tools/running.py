@@ -91,6 +91,8 @@ def run_tools(
     reference = _reference(request.reference, requests)
     if request.backend == "k2quant":
         check_requests(requests)
+    if request.repeats > 1 and not any(one.sampling["temperature"] for one in requests):
+        raise UsageError("greedy answers are the same each time: `repeats=` need a `temperature=`")
     with held(folder, soft_lock=soft_lock), Schemas() as schemas:
         check_schemas(requests, schemas.unusable)
         plan = _plan(request, requests, taken, reading)

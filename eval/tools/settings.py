@@ -14,7 +14,7 @@ from k2quant.ground.units import one_of
 
 Backend = Literal["k2quant", "api", "answers"]
 BACKENDS: tuple[Backend, ...] = ("k2quant", "api", "answers")
-SEED = 1234
+SEED = 0
 """Of what is drawn, where neither a request nor the user says."""
 NEW_TOKENS = 4096
 """The most tokens of an answer where neither its request nor the user says."""
@@ -41,7 +41,7 @@ class ToolsRequest:
     top_p: float | None = None
     """None for what each request says, or no limit."""
     seed: int | None = None
-    """Of what is drawn, repeat k by seed + k; None for what each request says, or 1234."""
+    """Of what is drawn, repeat k by seed + k; None for what each request says, or 0."""
     max_new_tokens: int | None = None
     """The most tokens of an answer; None for what each request says, or 4,096."""
     base_url: str | None = None
@@ -64,6 +64,7 @@ class ToolsRequest:
     """Whether its tokenizer's own code may run."""
 
 
+_HOTTEST = 100.0
 _COUNTS = {"repeats": "answer", "limit": "request", "max_new_tokens": "token", "batch_size": "request"}
 """What is counted, with its unit."""
 
@@ -79,10 +80,10 @@ def check(request: ToolsRequest) -> None:
         value = getattr(request, name)
         if value is not None and (type(value) is not int or value < 1):
             raise UsageError(f"{name}: expected at least 1 {unit}, found {value!r}")
-    for name, most in (("temperature", 100.0), ("top_p", 1.0)):
-        value = getattr(request, name)
-        if value is not None and (isinstance(value, bool) or not 0 <= value <= most):
-            raise UsageError(f"{name}: expected 0 to {most:g}, found {value!r}")
+    if request.temperature is not None and not 0 <= request.temperature <= _HOTTEST:
+        raise UsageError(f"temperature: expected 0 to {_HOTTEST:g}, found {request.temperature!r}")
+    if request.top_p is not None and not 0 < request.top_p <= 1:
+        raise UsageError(f"top_p: expected above 0, to 1, found {request.top_p!r}")
     if request.backend == "answers":
         asked = ("temperature", "top_p", "seed", "max_new_tokens", "base_url", "headers", "model_args")
         if given := [name for name in asked if getattr(request, name) not in (None, {})]:

@@ -53,11 +53,23 @@ def _listed(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noq
     show_default=True,
     help="Packed weights on our kernels, an OpenAI-style server, or answers that are there, in the run or file MODEL.",
 )
-@click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True, help="Answers to each request.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Answers to each request; more than one need --temperature, or requests with their own.",
+)
 @click.option("--limit", type=click.IntRange(min=1), help="Requests.  [default: all]")
-@click.option("--temperature", type=click.FloatRange(min=0), help="Of drawing.  [default: the request's own, or 0]")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1), help="Of drawing.  [default: the request's own, or all]")
-@click.option("--seed", type=click.IntRange(min=0), help="Of drawing.  [default: the request's own, or 1234]")
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), help="Draw answers.  [default: the request's own, or greedy]"
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    help="Draw from the likeliest tokens.  [default: the request's own]",
+)
+@click.option("--seed", type=click.IntRange(min=0), help="Of all draws.  [default: the request's own, or 0]")
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), help="Of an answer.  [default: the request's own, or 4096]"
 )

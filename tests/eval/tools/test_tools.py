@@ -328,11 +328,18 @@ def test_repeats_are_of_one_item(serve: Serve, requests_file: Path, tmp_path: Pa
     """Each request is asked so often, with seeds of its own, and its rows say which repeat they are."""
     url, bodies = serve(lambda body, before: good(body) if before != 1 else text())
     run_tools(asked(url, requests_file, repeats=3, temperature=0.6, limit=2), tmp_path / "run")
-    assert sorted(body["seed"] for body in bodies) == [1234, 1234, 1235, 1235, 1236, 1236]
+    assert sorted(body["seed"] for body in bodies) == [0, 0, 1, 1, 2, 2]
     assert {body["temperature"] for body in bodies} == {0.6}
     assert manifest_of(tmp_path / "run")["tasks"]["tools"]["repeats"] == 3
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples_tools.jsonl").read_text().splitlines()]
     assert [(row["doc_id"], row["repeat"]) for row in rows] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+def test_greedy_answers_are_not_repeated(requests_file: Path, tmp_path: Path) -> None:
+    """They would be the same; requests that say how warm they are may be."""
+    with pytest.raises(UsageError, match="greedy answers are the same each time"):
+        run_tools(asked("http://127.0.0.1:9/v1", requests_file, repeats=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_server_that_stumbles(
@@ -402,7 +409,7 @@ def test_a_line_that_is_no_request_is_named(row: dict[str, Any], said: str, tmp_
         ({"backend": "api", "base_url": "http://a/v1", "model_args": {"timeouts": 3}}, "did you mean timeout"),
         ({"backend": "answers", "repeats": 2}, "repeats"),
         ({"repeats": 0}, "repeats: expected at least 1"),
-        ({"top_p": 1.5}, "top_p: expected 0 to 1"),
+        ({"top_p": 1.5}, "top_p: expected above 0, to 1"),
         ({"backend": "vllm"}, "unknown backend"),
         ({"backend": "answers"}, "neither a run of k2quant eval tools nor a file"),
         ({"backend": "api", "base_url": "http://a/v1", "requests": "/no/such"}, "no file of requests"),
