@@ -12,6 +12,7 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 MEMORY = 2**31
 """Bytes of address space that a check may take."""
@@ -40,11 +41,14 @@ def _complaints(schema: Any) -> Iterator[str]:
         yield "no JSON object"
     if len(json.dumps(schema)) > LARGEST:
         yield f"more than {LARGEST:,} bytes"
-    for depth, part in _parts(schema):
-        if depth > DEEPEST:
-            yield f"more than {DEEPEST} levels deep"
-        if isinstance(part, Mapping):
-            yield from _out_of_it(part)
+    if max(depth for depth, _ in _parts(schema)) > DEEPEST:
+        yield f"more than {DEEPEST} levels deep"
+    objects = [part for _, part in _parts(schema) if isinstance(part, Mapping)]
+    for part in objects:
+        yield from _out_of_it(part)
+    if not any("$id" in part for part in objects):  # else pointers may count from elsewhere
+        for part in objects:
+            yield from _nowhere(part, schema)
     kind = _kind(schema)
     if kind is None:
         yield f"of a draft that is not known: {schema['$schema']!r:.100}"
@@ -72,6 +76,22 @@ def _out_of_it(part: Mapping[str, Any]) -> Iterator[str]:
         place = part.get(key)
         if isinstance(place, str) and not place.startswith("#"):
             yield f"{key} leads out of it: {place:.100}"
+
+
+def _nowhere(part: Mapping[str, Any], schema: Any) -> Iterator[str]:
+    """Yield a pointer, as RFC 6901 has them, that leads to nothing."""
+    place = part.get("$ref")
+    if not isinstance(place, str) or not place.startswith("#/"):
+        return
+    found = schema
+    for step in place[2:].split("/"):
+        name = unquote(step).replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list):
+            found = found[int(name)] if name.isdecimal() and int(name) < len(found) else None
+        else:
+            found = found.get(name) if isinstance(found, Mapping) else None
+    if found is None:
+        yield f"$ref leads nowhere: {place:.100}"
 
 
 def _kind(schema: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from k2quant.checkpoint.files.paths import write_whole
@@ -124,14 +125,13 @@ def _write_task(
     data = b"".join(map(_line, samples))
     file = f"samples_{name}.jsonl"
     write_whole(folder / file, data)
-    right = sum(sample[_METRIC] for sample in samples)
     entry: dict[str, Any] = {
         "file": file,
         "sha256": hashlib.sha256(data).hexdigest(),
         "rows": len(samples),
         "documents": len({row.asked.digest for row in rows}),
         "truncated": sum(row.answer.cut for row in rows),
-        "metrics": {f"{_METRIC},none": _mean(right, len(samples))},
+        "metrics": {f"{_METRIC},none": _mean([sample[_METRIC] for sample in samples], repeats)},
     }
     if repeats > 1:
         entry["repeats"] = repeats
@@ -172,7 +172,10 @@ def _line(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
-def _mean(right: float, count: int) -> dict[str, float | None]:
-    """Return an accuracy with its standard error, as lm-eval has it: none of a single item."""
-    share = right / count
-    return {"value": share, "stderr": math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else None}
+def _mean(right: Sequence[float], repeats: int) -> dict[str, float | None]:
+    """Return an accuracy with its standard error: that of items, each the mean of its answers; none of a single item.
+
+    Of items that were asked once that is lm-eval's own.
+    """
+    shares = [fmean(right[begin : begin + repeats]) for begin in range(0, len(right), repeats)]
+    return {"value": fmean(shares), "stderr": stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else None}

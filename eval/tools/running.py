@@ -241,7 +241,7 @@ def _expected(
         again = (
             "; its answers are drawn: for a baseline, run it once more with this run as `reference=`" if drawn else ""
         )
-        say(f"nothing says what is right, so this run does; the next takes it as `reference=`{again}")
+        say(f"nothing says what is right, so this run's first answers do; the next takes it as `reference=`{again}")
     expected = expected_of(plan.requests, reference)
     if not expected:
         raise HarnessFault(

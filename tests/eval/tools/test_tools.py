@@ -332,6 +332,8 @@ def test_repeats_are_of_one_item(serve: Serve, requests_file: Path, tmp_path: Pa
     assert {body["temperature"] for body in bodies} == {0.6}
     assert manifest_of(tmp_path / "run")["tasks"]["tools"]["repeats"] == 3
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples_tools.jsonl").read_text().splitlines()]
+    metrics = manifest_of(tmp_path / "run")["tasks"]["tools"]["metrics"]["right,none"]
+    assert metrics == {"value": pytest.approx(5 / 6), "stderr": pytest.approx(1 / 6)}
     assert [(row["doc_id"], row["repeat"]) for row in rows] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
