@@ -128,6 +128,15 @@ class TestWhatIsLearnt:
         with pytest.raises(MalformedFile, match=r"marks of what is generated fit no turns, expected 2.*found 4"):
             taught(twice, {"messages": messages[:2] + messages[4:]}, turns="last")
 
+    def test_marks_of_another_text_are_not_taken(self, kimi: Callable[[str], Any]) -> None:
+        """A tokenizer's own code may write something else than its template; then turns are found by their prompts."""
+        spell = kimi("marked")
+        write = spell.apply_chat_template
+        spell.apply_chat_template = lambda *arguments, **options: ".." + write(*arguments, **options)
+        [example] = examples_of({"messages": [USER, answer()]}, "here", spell)
+        assert example.segments[1:] == ((f"a{END}", True),)
+        assert example.segments[0][0].startswith("..<|im_system|>")
+
 
 class TestCalls:
     """Calls and results as templates want them."""
@@ -186,6 +195,14 @@ class TestCalls:
         assert any("functions.NAME:INDEX" in note for note in census.notes())
         with pytest.raises(MalformedFile, match="message 3: a tool result without a call, found call_z"):
             taught("instruct", {"messages": [*messages[:2], result(tool_call_id="call_z"), answer()]})
+
+    def test_results_without_ids_answer_the_open_calls(self, taught: Taught) -> None:
+        """One after another, of the last turn alone; an id of the form that has another name is rewritten."""
+        three = [call(id=""), call(id="functions.time:5"), call(id="x")]
+        messages = [USER, calling(*three), result(), result(), calling(call(id="y")), result(), answer()]
+        [shown] = taught("instruct", {"messages": messages})
+        returned = [part.split("\n")[0] for part in shown.split("## Return of ")[1:]]
+        assert returned == [f"functions.weather:{index}" for index in (0, 1, 3)]
 
     def test_ids_stay_where_names_are_written(self, taught: Taught) -> None:
         """A template that writes names needs no ids of a form."""
@@ -274,6 +291,25 @@ class TestReasoning:
         row = {"messages": [USER, answer("\n a", **THOUGHT)]}
         assert taught(template, row, reasoning="split") == [f"q{END}«<think>\nr\n</think>\n\n\n a{END}»"]
         assert taught(template, row, reasoning="drop") == [f"q{END}<think>\n\n</think>\n\n«\n a{END}»"]
+
+    def test_marks_that_take_in_the_prompt(self, taught: Taught) -> None:
+        """What stands in the prompt is not learnt where each turn is learnt as it is asked for."""
+        body = "{% generation %}assistant{{ m.content }}{% endgeneration %}"
+        template = f"{{% for m in messages %}}{{% if m.role == 'user' %}}q{{% else %}}{body}{{% endif %}}{{% endfor %}}"
+        template += "{{ 'assistant' if add_generation_prompt }}"
+        assert taught(template, {"messages": [USER, answer()]}, reasoning="split") == ["qassistant«a»"]
+        assert taught(template, {"messages": [USER, answer()]}) == ["q«assistanta»"]
+
+    @pytest.mark.parametrize("opened", [False, True])
+    def test_marks_move_with_what_is_filled_in(self, taught: Taught, *, opened: bool) -> None:
+        """Where the template marks what is generated and blanks reasoning, the marks take in what is put there."""
+        first, begun = ("<think>", "") if opened else ("", "<think>")
+        body = f"{first}{{% generation %}}{begun}</think>{{{{ m.content }}}}{{% endgeneration %}}."
+        template = f"{{% for m in messages %}}{{% if m.role == 'user' %}}q{{% else %}}{body}{{% endif %}}{{% endfor %}}"
+        template += f"{{{{ '{first}' if add_generation_prompt }}}}"
+        row = {"messages": [USER, answer(**THOUGHT), USER, answer("b")]}
+        found = taught(template, row, reasoning="split")
+        assert found == [f"q{first}«{begun}r</think>a»", f"q{first}{begun}</think>a.q{first}«{begun}</think>b»"]
 
     def test_a_template_without_a_place_for_it(self, taught: Taught) -> None:
         """An instruct model's template has none: nothing can be filled."""
