@@ -25,6 +25,7 @@ OPEN: dict[str, dict[str, str]] = {
         "statistics.planning": "a plan, and the limit on flips that it takes",
         "tools.requests": "the requests that ship, as a list",
         "tools.settings": "what a run of tool calls is asked to do",
+        "statistics.repeats_planning": "a plan of items that are asked several times, and what a pilot of them says",
     },
     "k2quant.kernels.codecs.reference": {
         "seam": "the reference as codecs, to be chosen and to build on",
