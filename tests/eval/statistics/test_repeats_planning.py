@@ -112,6 +112,7 @@ def test_one_repeat_is_the_plan_of_single_answers() -> None:
     more = plan_repeats(margin=0.02, flips=0.04, correlation=0.3, repeats=4)
     assert more.items is not None
     assert found.items is not None
+    assert more.answers is not None
     assert more.items < found.items < more.answers
     assert more.answers == 4 * more.items
     assert more.as_dict()["answers"] == more.answers
