@@ -201,23 +201,31 @@ class Verdict:
         """
         return self._without_flips() | {"flips": [dataclasses.asdict(flip) for flip in self.flips]}
 
-    def as_json(self, first: Mapping[str, Any] | None = None, last: Mapping[str, Any] | None = None) -> Iterator[str]:
+    def as_json(
+        self,
+        first: Mapping[str, Any] | None = None,
+        last: Mapping[str, Any] | None = None,
+        *,
+        ensure_ascii: bool = True,
+    ) -> Iterator[str]:
         """Yield what `as_dict` returns as text, flip by flip: many of them need no memory.
 
         Args:
             first: what stands before it.
             last: what stands after it, and before the flips.
+            ensure_ascii: whether other letters are escaped, for a screen that may not have them.
 
         Raises:
             MalformedResults: a run is no longer what was read.
         """
-        head = json.dumps(
-            {**(first or {}), **self._without_flips(), **(last or {})}, ensure_ascii=False, allow_nan=False, indent=1
-        )
+
+        def text(value: Any, indent: int | None = None) -> str:
+            return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False, indent=indent)
+
+        head = text({**(first or {}), **self._without_flips(), **(last or {})}, 1)
         yield f'{head.removesuffix("}").rstrip()},\n "flips": ['
         for place, flip in enumerate(self.flips):
-            text = json.dumps(dataclasses.asdict(flip), ensure_ascii=False, allow_nan=False)
-            yield f"{',' if place else ''}\n  {text}"
+            yield f"{',' if place else ''}\n  {text(dataclasses.asdict(flip))}"
         yield "\n ]\n}\n"
 
     def _without_flips(self) -> dict[str, Any]:

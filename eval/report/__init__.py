@@ -89,7 +89,7 @@ def _as_json(verdict: Verdict, fidelity: Fidelity | None, blame: Blame | None) -
         "fidelity": None if fidelity is None else fidelity.as_dict(),
         "blame": None if blame is None else blame.as_dict(),
     }
-    return verdict.as_json({"tool": TOOL}, last)
+    return verdict.as_json({"tool": TOOL}, last, ensure_ascii=False)
 
 
 def _check_ours(path: Path) -> None:
