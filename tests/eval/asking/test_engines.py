@@ -69,10 +69,13 @@ class Engine:
         self.llm_engine = SimpleNamespace(model_config=None)
 
     def generate(self, prompts: list[Any], *, sampling_params: list[Any], **_: Any) -> list[Any]:
-        """Answer each prompt with how many tokens it has and may have."""
+        """Answer each prompt with how many tokens it has and may have; at an odd number, at the limit."""
+        sizes = [len(prompt["prompt_token_ids"]) for prompt in prompts]
         return [
-            SimpleNamespace(outputs=[SimpleNamespace(text=f"{len(prompt['prompt_token_ids'])} {sampling.max_tokens}")])
-            for prompt, sampling in zip(prompts, sampling_params, strict=True)
+            SimpleNamespace(
+                outputs=[SimpleNamespace(text=f"{size} {each.max_tokens}", finish_reason=("stop", "length")[size % 2])]
+            )
+            for size, each in zip(sizes, sampling_params, strict=True)
         ]
 
 
@@ -140,8 +143,13 @@ def test_vllm_is_given_what_was_typed(nano: Path, tasks: Path, tmp_path: Path) -
     assert {name: Engine.given[name] for name in BIG} == BIG
     assert {name: type(Engine.given[name]) for name in BIG} == {name: type(value) for name, value in BIG.items()}
     assert (Engine.given["model"], Engine.given["dtype"], Engine.given["seed"]) == (str(nano), "bfloat16", 1234)
-    settings = json.loads((tmp_path / "run" / MANIFEST).read_bytes())["settings"]
+    manifest = json.loads((tmp_path / "run" / MANIFEST).read_bytes())
+    settings = manifest["settings"]
     assert settings["max_length"] == 96
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples_nano_add.jsonl").read_bytes().splitlines()]
+    cut = [int(row["resps"][0][0].split()[0]) % 2 for row in rows]
+    assert 0 < sum(cut) < len(cut)
+    assert manifest["tasks"]["nano_add"]["truncated"] == sum(cut)
     assert settings["model_args"] == {name: BIG[name] for name in sorted(BIG) if name != "max_model_len"}
 
 
@@ -165,6 +173,15 @@ def test_answers_of_vllm_depend_on_its_arguments(nano: Path, tasks: Path, tmp_pa
     run(replace(request, model_args=same, max_length=96), tmp_path / "run")
     with pytest.raises(DestinationStale):
         run(replace(request, model_args=same | {"tensor_parallel_size": 4}, max_length=96), tmp_path / "run")
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize(("task", "room"), [("nano_add", 24), ("nano_choice", 6)])
+def test_no_prompt_for_vllm_is_cut(nano: Path, tasks: Path, tmp_path: Path, task: str, room: int) -> None:
+    """lm-eval's class would drop its beginning and go on, whether answers are written or scored."""
+    request = Request(model=str(nano), tasks=(task,), include=(tasks,), backend="vllm", max_length=room)
+    with pytest.raises(HarnessFault, match="a prompt is too long"):
+        run(request, tmp_path / "run")
 
 
 def asking(backend: str, **given: Any) -> Request:
