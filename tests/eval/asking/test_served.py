@@ -119,7 +119,13 @@ def test_a_model_that_is_served_for_chat_answers_as_the_local_one(
     """Messages through transformers' own server, and prompts through the same template here: equal texts."""
     request = replace(served(nano, tasks, url), tasks=("nano_add",), chat=True, model_args={"concurrency": 2})
     run(request, tmp_path / "api")
-    local = {"backend": "k2quant", "dtype": "float32", "chat": False, "chat_template": True, "model_args": {}}
+    local: dict[str, Any] = {
+        "backend": "k2quant",
+        "dtype": "float32",
+        "chat": False,
+        "chat_template": True,
+        "model_args": {},
+    }
     run(replace(request, base_url=None, served_from=None, **local), tmp_path / "k2quant")
     answers = {
         side: {
