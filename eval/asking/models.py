@@ -160,7 +160,7 @@ def _transformers(model: Model, request: Request) -> tuple[Any, Any]:
 
     assert model.folder  # noqa: S101  a local model has one
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(model.folder),
             dtype=request.dtype,
             device_map=request.device,

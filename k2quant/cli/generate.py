@@ -83,8 +83,8 @@ def command(
             progress=show,
         )
     tell = Telling(_show, thinks=turn.thinks) if turn else None
-    show = tell or (lambda piece: _show(piece, reasoning=False))
-    done = generate(model, tokenizer, turn or text, max_new_tokens=max_new_tokens, show=None if as_json else show)
+    show_piece = tell or (lambda piece: _show(piece, reasoning=False))
+    done = generate(model, tokenizer, turn or text, max_new_tokens=max_new_tokens, show=None if as_json else show_piece)
     if as_json:
         found = done._asdict()
         if turn is None:

@@ -287,12 +287,17 @@ class SeparateExperts(Experts):
         """See `Experts`."""
 
         def run(expert: int, token: Tensor) -> Tensor:
-            parts = (self.get_submodule(f"{expert}.{name}") for name in PROJECTIONS)
-            return reference.expert_output(x[token], *parts, lambda rows, module: module(rows))
+            gate, up, down = (self.get_submodule(f"{expert}.{name}") for name in PROJECTIONS)
+            return reference.expert_output(x[token], gate, up, down, _through)
 
         return reference.mixture(x, self.num_experts, run, ids, weights)
 
     forward = compute
+
+
+def _through(x: Tensor, module: nn.Module) -> Tensor:
+    product: Tensor = module(x)
+    return product
 
 
 def _run_experts(module: Experts, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
