@@ -10,7 +10,8 @@ from typing import Any
 
 from k2quant.checkpoint.files.strict_yaml import read_mapping
 from k2quant.errors import UsageError
-from k2quant.eval.statistics.tango import check_share
+from k2quant.eval.statistics.restricted import LEAST_ALPHA
+from k2quant.eval.statistics.tango import LEAST, check_share
 
 _LIMIT = 2**16  # bytes of a policy file
 
@@ -36,7 +37,7 @@ class Policy:
             UsageError: see there.
         """
         _check_share("margin", self.margin, 0.5)
-        _check_share("alpha", self.alpha, 0.5)
+        _check_share("alpha", self.alpha, 0.5, least=LEAST_ALPHA)
         _check_share("power", self.power, 1)
         for name, margin in self.tasks.items():
             if margin is not None:
@@ -48,10 +49,10 @@ class Policy:
         return self.margin if margin is None else margin
 
 
-def _check_share(name: str, value: object, limit: float) -> None:
+def _check_share(name: str, value: object, limit: float, *, least: float = LEAST) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UsageError(f"{name}: expected a number, found {value!r:.100}")
-    check_share(name, value, limit)
+    check_share(name, value, limit, least=least)
 
 
 _SHARE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?P<unit>pp|%)?")

@@ -1,22 +1,21 @@
 """Exact chances of paired outcomes: the sum over all of them, and the largest such sum that a hypothesis allows.
 
 A set of outcomes is a curve: for each number of flips, the most losses that belong to it. Its chance for one share of
-flips is a sum over all outcomes, of which only those within 8.5 standard deviations are visited. A p-value is the
+flips is a sum over all outcomes, of which only those within 8.5 standard deviations are visited. Its level is the
 largest chance over all shares of flips with the margin as drop: found on a grid, then closed in on.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 
-from k2quant.errors import UsageError
-from k2quant.eval.statistics.binomial import Counts, beyond, probability, window
-from k2quant.eval.statistics.tango import check_share, score
+from k2quant.eval.statistics.binomial import Counts, Floats, beyond, probability, window
+from k2quant.eval.statistics.tango import score
 
-_TIE = 1e-10  # two bounds on Z so close have the same outcomes but for rounding
 _STEP = 0.5  # of the grid, in standard deviations of the number of flips
 _NEAR = 40  # points of the grid within twenty flips of either end
 _PEAKS = 4  # highest points of the grid that are closed in on
@@ -24,12 +23,7 @@ _HALVINGS = 14  # of the grid's step around each of them
 
 
 def score_curve(
-    n: int,
-    margin: float,
-    threshold: float,
-    *,
-    within: tuple[Counts, Counts] | None = None,
-    flips: Counts | None = None,
+    n: int, margin: float, threshold: float, *, flips: Counts | None = None, near: Counts | None = None
 ) -> Counts:
     """Return for each number of flips the most losses whose Z reaches the threshold; -1 where none does.
 
@@ -39,15 +33,19 @@ def score_curve(
         n: items.
         margin: the drop in question.
         threshold: of Z.
-        within: curves that lie on or below and on or above the one wanted; None where nothing is known.
         flips: the numbers of flips; None for 0 to n.
+        near: a curve to begin at; the nearer the faster, and the result is the same.
     """
     flips = np.arange(n + 1) if flips is None else flips
-    low, high = within or (np.full(len(flips), -1), flips)
+    low, high = np.full(len(flips), -1), flips
+    probe, step = (flips // 2 if near is None else np.clip(near, 0, flips)), 1
     while (low < high).any():
+        reached = score(probe, flips - probe, n, margin) >= threshold
+        low, high = np.where(reached, probe, low), np.where(reached, high, probe - 1)
         middle = (low + high + 1) // 2
-        reached = score(middle, flips - middle, n, margin) >= threshold
-        low, high = np.where(reached, middle, low), np.where(reached, high, middle - 1)
+        # It strides out from where it began, ever wider; once the wanted lies between, it halves.
+        probe = np.where(reached, np.minimum(low + step, middle), np.maximum(high + 1 - step, middle))
+        step *= 2
     return low
 
 
@@ -55,8 +53,7 @@ def chance(curve: Counts, n: int, flips: float, losses: float, *, upper: bool = 
     """Return the probability that the losses lie on or below the curve, or above it.
 
     Of n items a share flips, of the flips a share is losses: the number of flips K is binomial, and so are the losses
-    among K. With F(k) the probability of at most `curve[k]` losses among k flips, F(k + 1) - F(k) is one binomial
-    probability times a factor.
+    among K.
     """
     low, high = window(n, flips)
     return _chance(curve[low : high + 1], low, n, flips, losses, upper=upper)
@@ -70,14 +67,32 @@ def score_chance(threshold: float, n: int, margin: float, flips: float, losses: 
 
 
 def _chance(curve: Counts, low: int, n: int, flips: float, losses: float, *, upper: bool) -> float:
-    """Sum over as many numbers of flips as the curve has, from `low` on."""
+    """Return the same as `chance` of a curve over a window of the numbers of flips, from `low` on."""
+    k = np.arange(low, low + len(curve))
+    return float(inside(curve, low, losses, upper=upper) @ probability(k, n, flips))
+
+
+def inside(curve: Counts, low: int, losses: float, *, upper: bool) -> Floats:
+    """Return for each number of flips, from `low` on, how likely its losses are on or below the curve, or above it.
+
+    With F(k) the probability of at most `curve[k]` losses among k flips, F(k + 1) - F(k) is one binomial probability
+    times a factor.
+
+    Args:
+        curve: int64 `[N]`, rising by 0 or 1.
+        low: flips of its first entry.
+        losses: the share of flips that are losses.
+        upper: whether what lies above is meant.
+
+    Returns:
+        float64 `[N]`.
+    """
     k, most = np.arange(low, low + len(curve), dtype=np.float64), curve.astype(np.float64)
     before, now, rise = k[:-1], most[:-1], np.diff(most)
     factor = losses * (rise * (before + 1) / np.maximum(now + 1, 1) - 1)
     change = np.where(now >= 0, factor * probability(now, before, losses), rise * (1 - losses) ** (before + 1))
     start = beyond(int(curve[0]), low, losses, upper=upper)
-    share = start + np.concatenate(([0.0], np.cumsum(-change if upper else change)))
-    return float(np.clip(share, 0, 1) @ probability(k, n, flips))
+    return np.clip(start + np.concatenate(([0.0], np.cumsum(-change if upper else change))), 0, 1)
 
 
 class LargestChance:
@@ -85,7 +100,7 @@ class LargestChance:
 
     def __init__(self, n: int, margin: float, *, upper: bool) -> None:
         self.n, self.margin, self.upper = n, margin, upper
-        self.grid = _grid(n, margin)
+        self.grid = shares(n, margin)
 
     def at(self, curve: Counts, flips: float) -> float:
         """Return the probability at one share of flips."""
@@ -101,24 +116,46 @@ class LargestChance:
         padded = np.concatenate(([-1.0], found, [-1.0]))
         tops = np.flatnonzero((found >= padded[:-2]) & (found >= padded[2:]))
         best = sorted(tops, key=lambda place: -found[place])[:_PEAKS]
-        return dict(self._climb(curve, int(place), float(found[place])) for place in best)
+        return dict(climb(partial(self.at, curve), self.grid, int(place), float(found[place])) for place in best)
 
-    def _climb(self, curve: Counts, place: int, height: float) -> tuple[float, float]:
-        """Close in on the maximum around a point of the grid."""
-        grid = self.grid
-        top, low, high = grid[place], grid[max(place - 1, 0)], grid[min(place + 1, len(grid) - 1)]
-        for _ in range(_HALVINGS):
-            left, right = (low + top) / 2, (top + high) / 2
-            heights = {left: self.at(curve, left), right: self.at(curve, right), top: height}
-            best = max(heights, key=lambda flips: heights[flips])
-            # In this order: at an end of the grid, where nothing lies on one side, `left` or `right` is `top` itself.
-            low, high = (left, right) if best == top else (low, top) if best == left else (top, high)
-            top, height = best, heights[best]
-        return top, height
+
+def climb(
+    at: Callable[[float], float],
+    points: Sequence[float],
+    place: int,
+    height: float,
+    *,
+    limit: float = -math.inf,
+    miss: float = 0.0,
+) -> tuple[float, float]:
+    """Close in on the maximum around one of some points.
+
+    Args:
+        at: the height at a point.
+        points: rising.
+        place: of the point, which is no lower than those beside it.
+        height: there.
+        limit: what is asked about; if the maximum is clearly lower, it is not closed in on any further.
+        miss: by how much the maximum may be higher than the point; a quarter of it with each halving.
+
+    Returns:
+        Where the maximum is, and how high.
+    """
+    top, low, high = points[place], points[max(place - 1, 0)], points[min(place + 1, len(points) - 1)]
+    for halvings in range(_HALVINGS):
+        if height < limit - miss / 4**halvings:
+            break
+        left, right = (low + top) / 2, (top + high) / 2
+        heights = {left: at(left), right: at(right), top: height}
+        best = max(heights, key=lambda point: heights[point])
+        # In this order: at an end, where nothing lies on one side, `left` or `right` is `top` itself.
+        low, high = (left, right) if best == top else (low, top) if best == left else (top, high)
+        top, height = best, heights[best]
+    return top, height
 
 
 @lru_cache(maxsize=64)
-def _grid(n: int, margin: float) -> tuple[float, ...]:
+def shares(n: int, margin: float) -> tuple[float, ...]:
     """Return shares of flips from the margin, where all flips are losses, to 1; dense towards both ends."""
     near = margin + np.geomspace(0.02 / n, min(20 / n, 1 - margin), _NEAR)
     first, last = math.asin(math.sqrt(margin)), math.pi / 2  # on this scale a standard deviation is the same anywhere
@@ -126,62 +163,3 @@ def _grid(n: int, margin: float) -> tuple[float, ...]:
     full = 1 - (near[near < 0.5 + margin] - margin)
     points = np.concatenate(([margin, 1.0], near, far, full))
     return tuple(np.unique(np.clip(points, margin, 1.0)).tolist())
-
-
-@lru_cache(maxsize=256)
-def critical_curve(n: int, margin: float, alpha: float, *, upper: bool) -> Counts:
-    """Return the curve of the largest set of outcomes, extreme in Z, whose chance is nowhere above alpha.
-
-    Args:
-        n: items, at least 1.
-        margin: above 0, below 1.
-        alpha: above 0, below 0.5.
-        upper: whether the set is what lies above the curve; else it is what lies on and below.
-
-    Raises:
-        UsageError: an argument makes no sense.
-    """
-    if n < 1:
-        raise UsageError(f"n: expected at least 1 item, found {n!r}")
-    check_share("margin", margin, 1)
-    check_share("alpha", alpha, 0.5)
-    largest = LargestChance(n, margin, upper=upper)
-    critical = _Critical(largest, alpha)
-    # In this order a bound rises a few times only; from one end to the other it might at every point.
-    shares = np.random.default_rng(0).permutation(largest.grid).tolist()
-    while shares:
-        for flips in shares:
-            critical.tighten(flips)
-        shares = [flips for flips, height in largest.peaks(critical.curve).items() if height > alpha]
-    critical.curve.setflags(write=False)
-    return critical.curve
-
-
-class _Critical:
-    """The bound on Z, and its curve, that holds alpha at all shares of flips that it was tightened for."""
-
-    def __init__(self, largest: LargestChance, alpha: float) -> None:
-        self.largest, self.alpha, self.sign = largest, alpha, -1 if largest.upper else 1
-        n, margin = largest.n, largest.margin
-        ends = sorted(self.sign * float(score(lost, n - lost, n, margin)) for lost in (0, n))
-        self.bound, self.end = ends[0] - 1, ends[1] + 1
-        self.curve = self._curve(self.bound)
-        self.none = self._curve(self.end)
-
-    def _curve(self, bound: float, *within: Counts) -> Counts:
-        around = (np.minimum(*within), np.maximum(*within)) if within else None
-        return score_curve(self.largest.n, self.largest.margin, self.sign * bound, within=around)
-
-    def tighten(self, flips: float) -> None:
-        """Raise the bound just so far that alpha holds at this share of flips too."""
-        if self.largest.at(self.curve, flips) <= self.alpha:
-            return
-        loose, outer, tight, inner, step = self.bound, self.curve, self.end, self.none, 1e-3
-        while tight - loose > _TIE and np.abs(outer - inner).sum() > 1:
-            bound = min(loose + step, (loose + tight) / 2)
-            curve = self._curve(bound, outer, inner)
-            if self.largest.at(curve, flips) > self.alpha:
-                loose, outer, step = bound, curve, 4 * step
-            else:
-                tight, inner = bound, curve
-        self.bound, self.curve = tight, inner

@@ -3,25 +3,24 @@
 Two models answer the same `n` items. `lost` items only the baseline has right, `gained` items only the candidate; the
 drop is `(lost - gained) / n`, the share of flips `(lost + gained) / n`. Tango's score statistic Z orders the outcomes:
 the larger, the better for the candidate. Its p-values here are not those of a normal distribution, which are wrong
-where flips are few, but exact: see `k2quant.eval.statistics.exact`.
+where flips are few, but exact, over the shares of flips that the data allow: see `k2quant.eval.statistics.restricted`.
 """
 
 from __future__ import annotations
 
 from k2quant.errors import UsageError
 from k2quant.eval.statistics.binomial import Counts, beyond
-from k2quant.eval.statistics.exact import LargestChance, chance, critical_curve, score_curve
+from k2quant.eval.statistics.exact import chance
+from k2quant.eval.statistics.restricted import critical_curve, restricted_p
 from k2quant.eval.statistics.tango import check_counts, check_share, interval, score
 
 __all__ = ["acceptance", "failing", "interval", "p_bad", "p_good", "p_worse", "power", "rejection", "score"]
-
-_TIE = 1e-10  # two Z so close, relative to 1 or Z, are equal but for rounding
 
 
 def p_good(lost: int, gained: int, n: int, margin: float) -> float:
     """Return the exact p-value of "the drop is at least the margin": small shows that the candidate is good enough.
 
-    Without any flips it is `(1 - margin) ** n` while that is not tiny.
+    Without any flips it is `(1 - margin) ** n`, and a millionth as of all p-values, while that is not tiny.
 
     Args:
         lost: items only the baseline has right.
@@ -54,9 +53,7 @@ def _p_value(lost: int, gained: int, n: int, margin: float, *, bad: bool) -> flo
     """Return the largest chance of what was seen or of anything better for the candidate; with `bad`, worse for it."""
     check_counts(lost, gained, n)
     check_share("margin", margin, 1)
-    seen = float(score(lost, gained, n, margin))
-    tie = _TIE * max(1, abs(seen))
-    return LargestChance(n, margin, upper=bad).of(score_curve(n, margin, seen + tie if bad else seen - tie))
+    return restricted_p(lost, gained, n, margin, upper=bad)
 
 
 def p_worse(lost: int, gained: int) -> float:
@@ -79,7 +76,7 @@ def acceptance(n: int, margin: float, alpha: float) -> Counts:
     Args:
         n: items, at least 1.
         margin: above 0, below 1.
-        alpha: above 0, below 0.5.
+        alpha: at least 1e-5, below 0.5.
 
     Returns:
         int64 `[n + 1]`: for each number of flips, the most losses that pass; -1 where none does. Read-only.
@@ -96,7 +93,7 @@ def rejection(n: int, margin: float, alpha: float) -> Counts:
     Args:
         n: items, at least 1.
         margin: above 0, below 1.
-        alpha: above 0, below 0.5.
+        alpha: at least 1e-5, below 0.5.
 
     Returns:
         int64 `[n + 1]`: for each number of flips, the most losses that do not fail yet. Read-only.
@@ -113,7 +110,7 @@ def power(n: int, margin: float, alpha: float, flips: float, drop: float = 0.0) 
     Args:
         n: items, at least 1.
         margin: above 0, below 1.
-        alpha: above 0, below 0.5.
+        alpha: at least 1e-5, below 0.5.
         flips: the true share of items that flip, 0 to 1.
         drop: the true drop; its size is at most `flips`.
 

@@ -17,6 +17,7 @@ from k2quant.errors import UsageError
 from k2quant.eval.statistics.binomial import beyond
 from k2quant.eval.statistics.exact import score_chance
 from k2quant.eval.statistics.paired import p_good, power
+from k2quant.eval.statistics.restricted import LEAST_ALPHA
 from k2quant.eval.statistics.tango import check_share
 
 MOST = 10_000_000
@@ -124,7 +125,7 @@ def flips_limit(count: int, n: int, *, confidence: float = 0.95) -> float:
 
 def _check(margin: float, alpha: float, power: float, flips: float, drop: float) -> None:
     check_share("margin", margin, 0.5)
-    check_share("alpha", alpha, 0.5)
+    check_share("alpha", alpha, 0.5, least=LEAST_ALPHA)
     check_share("power", power, 1)
     if not 0 <= flips <= 1:
         raise UsageError(f"flips: expected a share from 0 to 1, found {flips!r}")

@@ -76,14 +76,14 @@ def check_counts(lost: int, gained: int, n: int) -> None:
 
 
 LEAST = 1e-9
-"""Smallest margin, alpha or power: of smaller ones no digit would be right."""
+"""Smallest margin or power: of smaller ones no digit would be right."""
 
 
-def check_share(name: str, value: float, limit: float) -> None:
-    """Refuse what is below a billionth, or not below the limit.
+def check_share(name: str, value: float, limit: float, *, least: float = LEAST) -> None:
+    """Refuse what is below the least, a billionth unless said otherwise, or not below the limit.
 
     Raises:
         UsageError: see there.
     """
-    if not LEAST <= value < limit:
-        raise UsageError(f"{name}: expected above 0, at least {LEAST:g}, and below {limit:g}, found {value!r:.100}")
+    if not least <= value < limit:
+        raise UsageError(f"{name}: expected above 0, at least {least:g}, and below {limit:g}, found {value!r:.100}")

@@ -56,5 +56,9 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "eval/gating/verdict.py": ("tests/eval/gating",),
     "eval/statistics/exact.py": ("tests/eval/statistics/test_exact.py", "tests/eval/statistics/test_paired.py"),
     "eval/statistics/paired.py": ("tests/eval/statistics/test_exact.py", "tests/eval/statistics/test_paired.py"),
+    "eval/statistics/restricted.py": (
+        "tests/eval/statistics/test_restricted.py",
+        "tests/eval/statistics/test_paired.py",
+    ),
 }
 """Module by its path, and test files or folders by theirs."""

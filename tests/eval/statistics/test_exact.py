@@ -37,13 +37,17 @@ THRESHOLDS = [-9.0, -1.0, 0.0, 0.4, float(paired.score(2, 3, 12, 0.05)), float(p
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize("margin", [0.05, 0.3])
 def test_a_curve_holds_every_outcome_whose_z_reaches_the_threshold(threshold: float, margin: float) -> None:
-    """And no other: a Z that is the threshold reaches it. Curves that are known to lie around it change nothing."""
+    """And no other: a Z that is the threshold reaches it. Where the search begins changes nothing."""
     expected = one_by_one(12, margin, threshold)
     assert exact.score_curve(12, margin, threshold).tolist() == expected
-    around = np.array(expected) - 1, np.array(expected) + 1
-    around = np.maximum(around[0], -1), np.minimum(around[1], np.arange(13))
-    assert exact.score_curve(12, margin, threshold, within=around).tolist() == expected
-    assert exact.score_curve(12, margin, threshold, within=(np.array(expected),) * 2).tolist() == expected
+    for near in (
+        expected,
+        [-1] * 13,
+        list(range(13)),
+        [each - 3 for each in expected],
+        [each + 2 for each in expected],
+    ):
+        assert exact.score_curve(12, margin, threshold, near=np.array(near)).tolist() == expected
     assert exact.score_curve(12, margin, threshold, flips=np.array([3, 4, 11])).tolist() == [
         expected[k] for k in (3, 4, 11)
     ]
@@ -130,7 +134,7 @@ def test_a_peak_between_any_two_points_of_the_grid_is_closed_in_on(place: int, p
 @pytest.mark.parametrize(("n", "margin"), [(1, 0.05), (30, 0.3), (1000, 0.01), (5000, 0.02)])
 def test_shares_of_flips_lie_close_enough_to_miss_no_maximum(n: int, margin: float) -> None:
     """From the margin to 1, half a standard deviation apart at most, and forty within twenty flips of either end."""
-    grid = exact._grid(n, margin)  # noqa: SLF001  what the package looks at
+    grid = exact.shares(n, margin)
     assert (grid[0], grid[-1]) == (margin, 1.0)
     assert all(low < high for low, high in pairwise(grid))
     angles = [math.asin(math.sqrt(share)) for share in grid]
@@ -147,61 +151,23 @@ def test_shares_of_flips_lie_close_enough_to_miss_no_maximum(n: int, margin: flo
         assert sum(step <= reach for step in above) >= 40
 
 
-@UPPER
-@pytest.mark.parametrize(("n", "margin", "alpha"), [(8, 0.1, 0.2), (9, 0.3, 0.05), (1, 0.4, 0.45), (3, 0.05, 0.4)])
-def test_the_critical_curve_is_the_largest_set_that_holds_alpha(
-    n: int,
-    margin: float,
-    alpha: float,
-    upper: bool,  # noqa: FBT001  a parameter of the test
-) -> None:
-    """Outcomes are taken in the order of Z, best or worst first, while no share of flips has more than alpha."""
-    largest = exact.LargestChance(n, margin, upper=upper)
-    outcomes = {float(paired.score(lost, k - lost, n, margin)) for k in range(n + 1) for lost in range(k + 1)}
-    expected = exact.score_curve(n, margin, -99.0 if upper else 99.0)
-    for seen in sorted(outcomes, reverse=not upper):
-        curve = exact.score_curve(n, margin, seen + 1e-9 if upper else seen - 1e-9)
-        if largest.of(curve) > alpha:
-            break
-        expected = curve
-    found = exact.critical_curve(n, margin, alpha, upper=upper)
-    assert found.tolist() == expected.tolist()
-    assert not found.flags.writeable
+@pytest.mark.parametrize(("limit", "asked"), [(-math.inf, 28), (1.0, 28), (1.05, 0), (1.02, 2), (1.005, 4)])
+def test_a_peak_that_stays_below_the_limit_is_left_alone(limit: float, asked: int) -> None:
+    """The nearer it could come to the limit, the longer it is closed in on."""
+    calls: list[float] = []
 
+    def at(point: float) -> float:
+        calls.append(point)
+        return 1 - abs(point - 2) / 1e9
 
-@UPPER
-@pytest.mark.parametrize("threshold", [0.4, 1.2])
-def test_a_chance_that_is_alpha_to_the_last_bit_holds_it(threshold: float, upper: bool) -> None:  # noqa: FBT001  a parameter of the test
-    """A set is tightened no further than to the one whose chance is alpha."""
-    n, margin, flips = 12, 0.1, 0.4
-    curve = exact.score_curve(n, margin, -threshold if upper else threshold)
-    largest = exact.LargestChance(n, margin, upper=upper)
-    critical = exact._Critical(largest, largest.at(curve, flips))  # noqa: SLF001  one step of the search
-    critical.tighten(flips)
-    assert critical.curve.tolist() == curve.tolist()
+    assert exact.climb(at, [0.0, 1.0, 2.0, 3.0], 2, 1.0, limit=limit, miss=0.04) == (2.0, 1.0)
+    assert len(calls) == asked
 
 
 def test_arguments_that_make_no_sense_are_refused() -> None:
-    """No items, a margin of 1, an alpha of a half; one item and shares just below are allowed."""
-    for arguments, message in (((0, 0.1, 0.1), "n: "), ((5, 1.0, 0.1), "margin"), ((5, 0.1, 0.5), "alpha")):
-        with pytest.raises(UsageError, match=message):
-            exact.critical_curve(*arguments, upper=False)
-    assert exact.critical_curve(1, 0.9, 0.49, upper=False).tolist() == [0, 0]
+    """No margin and a margin of 1; one just below is allowed."""
     for p_value in (paired.p_good, paired.p_bad):
         for margin in (0.0, 1.0, 1.5):
             with pytest.raises(UsageError, match="margin"):
                 p_value(1, 0, 5, margin)
         assert 0 < p_value(1, 0, 5, 0.9) <= 1
-
-
-@UPPER
-def test_outcomes_of_one_z_count_together_however_it_is_rounded(upper: bool) -> None:  # noqa: FBT001  a parameter of the test
-    """Some outcomes have one Z but for its last bits: each has the p-value of both."""
-    n, margin = 20, 0.1
-    outcomes = [(lost, k - lost) for k in range(n + 1) for lost in range(k + 1)]
-    scores = sorted((float(paired.score(*outcome, n, margin)), outcome) for outcome in outcomes)
-    twins = [(one, other) for (a, one), (b, other) in pairwise(scores) if 0 < b - a < 1e-12]
-    for one, other in twins[:5]:
-        values = [(paired.p_bad if upper else paired.p_good)(*outcome, n, margin) for outcome in (one, other)]
-        assert values[0] == values[1]
-    assert twins

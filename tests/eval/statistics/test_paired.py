@@ -14,6 +14,7 @@ from scipy.stats import binom, binomtest, multinomial  # type: ignore[import-unt
 
 from k2quant.errors import UsageError
 from k2quant.eval.statistics import exact, paired
+from k2quant.eval.statistics.restricted import GAMMA, critical_curve
 
 MARGINS = (0.01, 0.02, 0.05)
 
@@ -86,12 +87,15 @@ class TestExact:
     @pytest.mark.parametrize("counts", [(0, 0, 30), (2, 1, 40), (5, 9, 50), (10, 0, 30), (1, 0, 12)])
     @pytest.mark.parametrize("margin", MARGINS)
     def test_against_brute_force(self, counts: tuple[int, int, int], margin: float) -> None:
-        """Both p-values are the largest sums over all outcomes; no share of flips on another grid exceeds them."""
-        shares = [*np.linspace(margin, 1, 300).tolist()]
+        """Both p-values lie between the sums over all outcomes under the share that was seen and under any share.
+
+        Which shares are looked at between these, and how exactly, is tested with `restricted`.
+        """
+        every = [*np.linspace(margin, 1, 300).tolist()]
+        seen = max(margin, (counts[0] + counts[1]) / counts[2])
         for found, bad in ((paired.p_good(*counts, margin), False), (paired.p_bad(*counts, margin), True)):
-            expected = brute_force(*counts, margin, bad=bad, flips=shares)
-            assert expected <= found + 1e-9
-            assert found == pytest.approx(expected, abs=2e-4)
+            assert found >= brute_force(*counts, margin, bad=bad, flips=[seen]) - 1e-9
+            assert found <= brute_force(*counts, margin, bad=bad, flips=every) + 2e-4
 
     @pytest.mark.parametrize("upper", [False, True])
     @pytest.mark.parametrize("share", [0.02, 0.03, 0.3, 0.97, 1.0])
@@ -106,8 +110,8 @@ class TestExact:
 
     @pytest.mark.parametrize("n", [1, 100, 268, 298, 299])
     def test_no_flips(self, n: int) -> None:
-        """Without any flips, p is the chance that no item of n is lost at a rate of the margin."""
-        assert paired.p_good(0, 0, n, 0.01) == pytest.approx(0.99**n, rel=1e-9)
+        """Without any flips, p is the chance that no item of n is lost at a rate of the margin, and gamma."""
+        assert paired.p_good(0, 0, n, 0.01) == pytest.approx(0.99**n + GAMMA, rel=1e-9)
 
     @pytest.mark.parametrize(
         ("margin", "score_passes", "passes"), [(0.01, 268, 299), (0.02, 133, 149), (0.005, 539, 598)]
@@ -133,12 +137,12 @@ class TestExact:
     @settings(deadline=None, max_examples=25)
     @given(flips(120), st.sampled_from(MARGINS))
     def test_order(self, counts: tuple[int, int, int], margin: float) -> None:
-        """One more loss for a gain or for nothing never looks better, by either p-value."""
+        """One more loss for a gain or for nothing never looks better, by either p, and one more gain never worse."""
         lost, gained, n = counts
         n += 1
-        here, worse = (lost, gained, n, margin), (lost + 1, gained, n, margin)
-        assert paired.p_good(*worse) >= paired.p_good(*here) - 1e-12
-        assert paired.p_bad(*worse) <= paired.p_bad(*here) + 1e-12
+        here, worse, better = (lost, gained, n, margin), (lost + 1, gained, n, margin), (lost, gained + 1, n, margin)
+        assert paired.p_good(*worse) >= paired.p_good(*here) - 1e-9 >= paired.p_good(*better) - 2e-9
+        assert paired.p_bad(*worse) <= paired.p_bad(*here) + 1e-9 <= paired.p_bad(*better) + 2e-9
 
     @settings(deadline=None)
     @given(flips())
@@ -177,7 +181,7 @@ class TestExact:
 
 def finer_grid(n: int, margin: float) -> list[float]:
     """Return shares of flips between those that the package looks at."""
-    inner = exact._grid(n, margin)  # noqa: SLF001  to lie between its points
+    inner = exact.shares(n, margin)
     return [low + (high - low) * part for low, high in pairwise(inner) for part in (0.23, 0.5, 0.81)]
 
 
@@ -218,8 +222,8 @@ class TestLevel:
     )
     @pytest.mark.parametrize("upper", [False, True])
     def test_no_outcome_more_would_hold_alpha(self, n: int, margin: float, alpha: float, upper: bool) -> None:  # noqa: FBT001  a parameter of the test
-        """The outcomes that pass, or fail, are all that can: with the next one in the order of Z alpha is exceeded."""
-        curve = (paired.rejection if upper else paired.acceptance)(n, margin, alpha)
+        """Where all shares count, what passes, or fails, is all that can: the next outcome by Z would exceed alpha."""
+        curve = critical_curve(n, margin, alpha, upper=upper, gamma=0.0)
         lost, k = curve + (0 if upper else 1), np.arange(n + 1)  # beside the curve
         there = (lost >= 0) & (lost <= k)
         beside = paired.score(lost[there], (k - lost)[there], n, margin)

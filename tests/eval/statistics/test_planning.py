@@ -27,10 +27,10 @@ class TestPlan:
         [(0.03, 0.04, 323), (0.02, 0.04, 676), (0.01, 0.04, 2540), (0.01, 0.02, 1355), (0.005, 0.04, 9892)],
     )
     def test_known_sizes(self, margin: float, flips: float, known: int) -> None:
-        """The numbers known for the score test are right to 3%; the exact test takes that much more."""
+        """The numbers known for the score test are right to 3%: the exact test takes a little more, or at 2 pp less."""
         found = planning.plan(margin=margin, flips=flips)
         assert found.items is not None
-        assert known * 0.99 <= found.items <= known * 1.03
+        assert known * 0.98 <= found.items <= known * 1.03
 
     @pytest.mark.parametrize(("flips", "drop"), [(0.0, 0.0), (0.001, 0.0), (0.01, 0.0), (0.04, 0.01), (0.1, 0.0)])
     def test_keeps_its_word(self, flips: float, drop: float) -> None:
