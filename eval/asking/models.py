@@ -66,7 +66,7 @@ def describe(request: Request, progress: Progress | None) -> Model:
         load_tokenizer(folder, trust_remote_code=request.trust_remote_code, follow_links=request.follow_links)
     return Model(
         folder=folder,
-        model_hash=model_hash(folder, follow_links=request.follow_links, progress=progress),
+        model_hash=model_hash(folder, follow_links=request.follow_links, reread=request.reread, progress=progress),
         tokenizer_hash=tokenizer_hash(request.tokenizer or folder, follow_links=request.follow_links),
         max_length=_asked_room(request) or _positions(folder, follow_links=request.follow_links),
     )

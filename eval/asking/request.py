@@ -75,6 +75,8 @@ class Request:
     """Whether prompts go through the tokenizer's chat template."""
     follow_links: bool = False
     """Whether links of the model's folder, and of the tokenizer's, may lead out of it."""
+    reread: bool = False
+    """Whether to hash every byte of the model, also of files that stand unchanged since they were hashed."""
     trust_remote_code: bool = False
     """Whether the checkpoint's own code may run: its tokenizer's, and for `hf` and `vllm` its model's."""
     unsafe_code: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -12,26 +13,35 @@ from pathlib import Path
 from typing import Any
 
 from k2quant.checkpoint.beside import of_tokenizer
-from k2quant.checkpoint.files.paths import inside, open_regular, read_limited
+from k2quant.checkpoint.files.digests import file_digest
+from k2quant.checkpoint.files.paths import inside, read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import MalformedFile, MissingTensor
 from k2quant.ground import pool
 
-_BLOCK = 2**24  # bytes read at once
+_log = logging.getLogger(__name__)
 _THREADS = 8
 _INDEX = "model.safetensors.index.json"
 _INDEX_LIMIT = 2**28  # bytes; that of Kimi K2 has 20 MB
 _WHERE_DATA_LIES = ("custom_dataset", "dataset_path", "dataset_kwargs", "metadata")
 
 
-def model_hash(folder: Path, *, follow_links: bool = False, progress: Callable[[int, int], None] | None = None) -> str:
+def model_hash(
+    folder: Path,
+    *,
+    follow_links: bool = False,
+    reread: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> str:
     """Return the SHA-256, in hex, of a model's config, generation config and shards: of their names and every byte.
 
-    Times, the folder's name and place, links and other files beside them play no part.
+    Times, the folder's name and place, links and other files beside them play no part. A file whose digest was noted
+    when it was read or converted, and that stands unchanged since, is not read again: see `checkpoint.files.digests`.
 
     Args:
         folder: of a checkpoint in safetensors.
         follow_links: whether its links may lead out of it.
+        reread: whether to read every byte whatever was noted.
         progress: called with the bytes read and all bytes.
 
     Raises:
@@ -40,7 +50,7 @@ def model_hash(folder: Path, *, follow_links: bool = False, progress: Callable[[
     """
     names = [name for name in ("config.json", "generation_config.json") if (folder / name).exists()]
     here = partial(inside, folder, follow_links=follow_links)
-    return _content_hash([here(name) for name in (*names, *_shards(folder, here))], progress)
+    return _content_hash([here(name) for name in (*names, *_shards(folder, here))], progress, reread=reread)
 
 
 def tokenizer_hash(folder: Path, *, follow_links: bool = False) -> str | None:
@@ -55,7 +65,7 @@ def tokenizer_hash(folder: Path, *, follow_links: bool = False) -> str | None:
     """
     names = [entry.name for entry in folder.iterdir() if of_tokenizer(entry.name) and entry.is_file()]
     paths = [inside(folder, name, follow_links=follow_links) for name in names]
-    return _content_hash(paths, None) if paths else None
+    return _content_hash(paths, None, reread=True) if paths else None
 
 
 def task_hash(config: Mapping[str, Any], docs: Iterable[Any]) -> str:
@@ -97,28 +107,24 @@ def _shards(folder: Path, here: Callable[[str], Path]) -> list[str]:
     return names
 
 
-def _content_hash(paths: list[Path], progress: Callable[[int, int], None] | None) -> str:
+def _content_hash(paths: list[Path], progress: Callable[[int, int], None] | None, *, reread: bool) -> str:
     counter = _Counter(progress)
     digests: dict[str, str] = {}
+    noted: list[Path] = []
 
     def read(path: Path) -> None:
-        digests[path.name] = _file_hash(path, counter)
+        digests[path.name], known = file_digest(path, reread=reread, add=counter.add)
+        if known:
+            noted.append(path)
 
     try:
         counter.total = sum(path.stat().st_size for path in paths)
         pool.run(iter(paths), read, workers=min(_THREADS, len(paths), os.cpu_count() or 1), tick=counter.show)
     except FileNotFoundError as error:
         raise MissingTensor("a file of the model is not there", file=error.filename) from error
+    if noted:
+        _log.info("%s: unchanged since it was hashed: %d of %d files", paths[0].parent, len(noted), len(paths))
     return digest(digests)
-
-
-def _file_hash(path: Path, counter: _Counter) -> str:
-    found = hashlib.sha256()
-    with os.fdopen(open_regular(path), "rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            found.update(block)
-            counter.add(len(block))
-    return found.hexdigest()
 
 
 class _Counter:

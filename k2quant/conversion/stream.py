@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from k2quant.checkpoint.files import digests
 from k2quant.checkpoint.files.checksum import combine, crc32
 from k2quant.checkpoint.panels import (
     PIECE_BYTES,
@@ -352,6 +353,8 @@ class Stream:
         if self._sha256:
             record["sha256"] = shard.writer.sha256()
         shard.writer.finish()
+        if self._sha256:
+            digests.note((self._folder.folder / shard.plan.file).stat(), record["sha256"])
         self._folder.record(record)
         _log.info("%s: %s, on the disk", shard.plan.file, size(shard.plan.size))
         with self._lock:

@@ -111,6 +111,7 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
 )
 @click.option("--chat-template", is_flag=True, help="Put prompts through the tokenizer's chat template.")
 @options.follow_links()
+@click.option("--reread", is_flag=True, help="Hash every byte of the model, also if it was hashed before.")
 @options.trust_remote_code(more=" With hf and vllm the model's code, too.")
 @click.option(
     "--confirm-unsafe-code", "unsafe_code", is_flag=True, help="Let tasks run the code that the model writes."
