@@ -92,6 +92,11 @@ class Unstopped:
         texts: list[str] = self._model.generate_until([self._open(request) for request in requests])
         return texts
 
+    def were_cut(self, requests: list[Any], answers: list[str]) -> list[bool | None]:
+        """Return which answers ended at the limit: no stop string did, whatever stands in the reasoning."""
+        cut: list[bool | None] = self._model.were_cut([self._open(request) for request in requests], answers)
+        return cut
+
     def _stream(self, requests: list[Any], each: Callable[[int, str, bool | None], None]) -> None:
         self._model.stream_until([self._open(request) for request in requests], each)
 

@@ -319,3 +319,17 @@ def test_every_metric_of_a_lost_answer_is_wrong() -> None:
     ]
     assert [type(value) for value in found[1].values()] == [type(value) for value in metrics.values()]
     assert task.process_results is own
+
+
+def test_a_stop_string_in_the_reasoning_ended_nothing() -> None:
+    """Whoever tells whether an answer was cut looks for stop strings; it is told those that it was sent."""
+    model = SimpleNamespace(
+        generate_until=lambda requests: ["hm\nhm" for _ in requests],
+        were_cut=lambda requests, answers: [
+            not any(stop in answer for stop in request.args[1]["until"])
+            for request, answer in zip(requests, answers, strict=True)
+        ],
+    )
+    lm = Unstopped(model, ALWAYS)
+    requests = [request_of("q"), request_of("<think></think>")]
+    assert lm.were_cut(requests, lm.generate_until(requests)) == [True, False]
