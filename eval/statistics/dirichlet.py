@@ -26,6 +26,7 @@ from k2quant.eval.statistics.binomial import Floats
 
 _STEP = 0.05
 _BLOCK = 64  # points between two looks at whether the rest counts
+_TERMS = 1 << 18  # of the logarithm at once: 4 MB
 _FAR = 60  # of u: the integrand falls at least as exp(-u)
 _HIGHEST = 100.0  # of the integrand's logarithm: on a path that bends too far it may grow beyond all numbers
 _ROUGH = 1e-9
@@ -87,7 +88,7 @@ def _along(shapes: Floats, slopes: Floats, width: Floats, bend: Floats, step: fl
         u = step * np.arange(start, start + _BLOCK)
         path = u + 1j * bend[:, None]
         z = width[:, None] * (1j * np.sinh(path) + np.sin(bend)[:, None])
-        log = -sum(shapes[:, k, None] * np.log1p(-slopes[:, k, None] * z) for k in range(shapes.shape[1]))
+        log = _logarithm(shapes, slopes, z)
         part = np.exp(np.minimum(log.real, _HIGHEST) + 1j * log.imag) * np.cosh(path)
         even += 2 * part[:, ::2].real.sum(axis=1) - (part[:, 0].real if start == 0 else 0)
         odd += 2 * part[:, 1::2].real.sum(axis=1)
@@ -95,6 +96,16 @@ def _along(shapes: Floats, slopes: Floats, width: Floats, bend: Floats, step: fl
             # The error of the rule is about the square of that with every second point.
             return step * (even + odd), ~(np.abs(even - odd) < _ROUGH * np.abs(even + odd))
     raise AssertionError  # the count has no end
+
+
+def _logarithm(shapes: Floats, slopes: Floats, z: Any) -> Any:
+    """Return the integrand's logarithm, complex `[rows, points]`, at points `z` away from the saddle."""
+    found = np.zeros_like(z)
+    wide = max(1, _TERMS // z.size)
+    for first in range(0, shapes.shape[1], wide):
+        some = slice(first, first + wide)
+        found -= np.einsum("rk,rkp->rp", shapes[:, some], np.log1p(-slopes[:, some, None] * z[:, None, :]))
+    return found
 
 
 def _saddle(weights: Floats, shapes: Floats) -> Floats:

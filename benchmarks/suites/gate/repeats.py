@@ -24,7 +24,7 @@ from suites.gate.rules import student
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+Bools = NDArray[Any]
 
 ALPHA = 0.05
 REPEATS = (2, 4, 8)
@@ -78,7 +78,8 @@ def _one_way(chances: Floats, drop: float) -> Floats:
     """Lose the first items for good, until their chances make up the drop."""
     before = np.concatenate(([0.0], np.cumsum(chances)[:-1]))
     share = np.clip((drop * len(chances) - before) / np.maximum(chances, 1e-300), 0, 1)
-    return chances * (1 - share)
+    left: Floats = chances * (1 - share)
+    return left
 
 
 def _everywhere(chances: Floats, drop: float) -> Floats:
@@ -245,16 +246,22 @@ RULES: dict[str, Callable[[Seen], Bools]] = {
 def cells() -> Iterator[Cell]:
     """Yield the cells: the margin as drop everywhere, other drops at 1,000 items, and the edges."""
     for margin, repeats, population, kind in itertools.product(MARGINS, REPEATS, POPULATIONS, KINDS):
-        common = {"population": population, "kind": kind, "repeats": repeats, "margin": margin}
+        common: dict[str, Any] = {"population": population, "kind": kind, "repeats": repeats, "margin": margin}
         for n in SIZES:
             yield Cell(group="level", n=n, drop=margin, **common)
         for times in (0.5, 2) if kind == "everywhere" else (0, 0.5, 2):
             yield Cell(group="power", n=1000, drop=times * margin, **common)
     for margin, sizes in EDGES.items():
         for n, repeats in itertools.product(sizes, REPEATS):
-            common = {"population": "certain", "kind": "one-way", "n": n, "repeats": repeats, "margin": margin}
-            yield Cell(group="edge", drop=margin, **common)
-            yield Cell(group="edge", drop=0.0, **common)
+            edge: dict[str, Any] = {
+                "population": "certain",
+                "kind": "one-way",
+                "n": n,
+                "repeats": repeats,
+                "margin": margin,
+            }
+            yield Cell(group="edge", drop=margin, **edge)
+            yield Cell(group="edge", drop=0.0, **edge)
 
 
 def measure(cell: Cell, resamples: int, seed: int) -> dict[str, Any]:

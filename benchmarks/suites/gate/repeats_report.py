@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from suites.gate.repeats import ALPHA, EDGES, KINDS, MARGINS, POPULATIONS, REPEATS, RULES
-from suites.gate.report import BARS, Row, Show, points, rate, table, text, whole
+from suites.gate.report import BARS, Row, Show, passing, points, rate, table, text, whole
 from suites.gate.rules import ceiling
 
 SECTION = """
@@ -82,7 +82,7 @@ Items for a power of .8 with one answer to each: by the exact test, which the ga
 LEVELS: dict[str, Show] = {
     "population": text("population"),
     "repeats": whole("repeats"),
-    **{rule: (lambda row, rule=rule: f"{row[rule]:.3f}") for rule in RULES},
+    **{rule: rate(rule, 3) for rule in RULES},
     "FAIL": rate("fails", 3),
 }
 
@@ -90,7 +90,7 @@ POWER: dict[str, Show] = {
     "population": text("population"),
     "drop": text("kind"),
     "repeats": whole("repeats"),
-    **{rule: (lambda row, rule=rule: f"{row['passes'][rule]:.3f}") for rule in RULES},
+    **{rule: passing(rule) for rule in RULES},
 }
 
 OTHER: dict[str, Show] = {
@@ -108,7 +108,7 @@ EDGE: dict[str, Show] = {
     "repeats": whole("repeats"),
     "passes without flips": lambda row: "yes" if row["without"] == 1 else "no",
     "exact": rate("level", 4),
-    **{rule: (lambda row, rule=rule: f"{row['passes'][rule]:.3f}") for rule in RULES},
+    **{rule: passing(rule) for rule in RULES},
 }
 
 PLANNED: dict[str, Show] = {
@@ -173,7 +173,7 @@ def section(found: dict[str, Any]) -> str:
         "level_count": len(level),
         "bars": table(BARS, found["bars"]),
         "levels": table(LEVELS, _levels(level)),
-        "over": table({rule: (lambda row, rule=rule: str(row[rule])) for rule in RULES}, [over]),
+        "over": table({rule: whole(rule) for rule in RULES}, [over]),
         "edges": table(EDGE, _edges(found["cells"], found["edges"])),
         "power": table(POWER, _at(found["cells"], 0)),
         "other": table(OTHER, _other(found["cells"])),
