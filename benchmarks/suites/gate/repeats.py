@@ -78,13 +78,14 @@ def _one_way(chances: Floats, drop: float) -> Floats:
     """Lose the first items for good, until their chances make up the drop."""
     before = np.concatenate(([0.0], np.cumsum(chances)[:-1]))
     share = np.clip((drop * len(chances) - before) / np.maximum(chances, 1e-300), 0, 1)
-    left: Floats = chances * (1 - share)
-    return left
+    found: Floats = chances * (1 - share)
+    return found
 
 
 def _everywhere(chances: Floats, drop: float) -> Floats:
     """Make every item less likely by the same part."""
-    return chances * (1 - drop / chances.mean())
+    found: Floats = chances * (1 - drop / chances.mean())
+    return found
 
 
 def _mixed(chances: Floats, drop: float) -> Floats:
@@ -161,17 +162,23 @@ def ours_fails(seen: Seen) -> Bools:
     return _gaffke(-values / seen.cell.repeats, items, -seen.cell.margin) <= ALPHA
 
 
+def within(lost: Counts, gained: Counts, n: int, margin: float) -> Bools:
+    """Return which of these counts of single answers pass the exact test."""
+    passes: Bools = lost <= acceptance(n, margin, ALPHA)[lost + gained]
+    return passes
+
+
 def naive(seen: Seen) -> Bools:
     """The exact test, as if every repeat were an item of its own."""
     lost, gained = seen.items @ seen.classes[:, 1], seen.items @ seen.classes[:, 2]
-    return lost <= acceptance(seen.cell.n * seen.cell.repeats, seen.cell.margin, ALPHA)[lost + gained]
+    return within(lost, gained, seen.cell.n * seen.cell.repeats, seen.cell.margin)
 
 
 def majority(seen: Seen) -> Bools:
     """The exact test of the items that at least half of their repeats have right."""
     base, candidate = (2 * (seen.classes[:, 0] + seen.classes[:, side]) >= seen.cell.repeats for side in (1, 2))
     lost, gained = seen.items @ (base & ~candidate), seen.items @ (candidate & ~base)
-    return lost <= acceptance(seen.cell.n, seen.cell.margin, ALPHA)[lost + gained]
+    return within(lost, gained, seen.cell.n, seen.cell.margin)
 
 
 def first_alone(seen: Seen) -> Bools:
@@ -184,7 +191,7 @@ def first_alone(seen: Seen) -> Bools:
         some = one(items, share)
         lost += some
         gained += one(items - some, min(1.0, up / max(seen.cell.repeats - down, 1)))
-    return lost <= acceptance(seen.cell.n, seen.cell.margin, ALPHA)[lost + gained]
+    return within(lost, gained, seen.cell.n, seen.cell.margin)
 
 
 def _moments(seen: Seen) -> tuple[Floats, Floats]:
