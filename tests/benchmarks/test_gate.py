@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from suites.gate import cells as gate_cells
 from suites.gate import report as gate_report
 from suites.gate import rules as gate_rules
+from suites.gate import sharper as gate_sharper
 
 
 def passes(n: int, accuracy: float, flips: float, drop: float, **other: float) -> dict[str, float]:
@@ -91,3 +92,13 @@ def test_cells_sum_to_one() -> None:
         shares = np.array([cell.lost, cell.gained, cell.accuracy - cell.lost, 1 - cell.accuracy - cell.gained])
         assert (shares >= 0).all(), cell
         assert cell.drop == pytest.approx(cell.lost - cell.gained)
+
+
+def test_restricted_shares_meet_their_bars_and_could_miss_them() -> None:
+    """The comparison of a few items holds its level and loses nothing; with a gamma of a tenth of alpha it loses."""
+    found = [gate_sharper.compared(149, 0.02, 0.05, upper=upper) for upper in (False, True)]
+    assert all(bar["met"] for bar in gate_sharper.bars(found))
+    worse = [gate_sharper.compared(149, 0.02, 0.05, upper=False, gamma=5e-3)]
+    assert [bar["met"] for bar in gate_sharper.bars(worse)] == [True, False, False]
+    over = [found[0] | {"level": 0.0501}]
+    assert [bar["met"] for bar in gate_sharper.bars(over)] == [False, True, True]
