@@ -123,7 +123,7 @@ def request_of(row: Mapping[str, Any], place: str) -> Asked:
     messages = with_fault("messages", lambda: [_message(one) for one in _list(row.get("messages"))])
     tools = with_fault("tools", lambda: _tools(row.get("tools")))
     expects = with_fault("expect", lambda: _expected(row["expect"], tools) if "expect" in row else None)
-    if row.get("n") not in {None, 1}:
+    if row.get("n", 1) != 1 and row["n"] is not None:
         raise MalformedFile("n: asks for several answers", file=place, remedy="leave it out; `repeats=` asks again")
     body = {
         key: value for key, value in row.items() if key not in {*_NOT_SENT, *SAMPLING, "n", "max_completion_tokens"}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from k2quant.errors import Incomparable, MalformedResults
 from k2quant.eval import gate, read_run, run_tools
@@ -165,6 +168,42 @@ def test_other_files_are_refused(content: str, said: str, tmp_path: Path) -> Non
     with pytest.raises(MalformedResults, match=said) as caught:
         take(path)
     assert "results.jsonl" in str(caught.value)
+
+
+ANY: st.SearchStrategy[Any] = st.sampled_from(
+    [None, True, 0, -1, 0.5, "", "a", [], [None], {}, {"a": []}, [{}], [[]], {"function": []}]
+)
+
+
+def spots(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the place of each part of a value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield (*path, key)
+        yield from spots(part, (*path, key))
+
+
+GOOD = row(0, "m", {"tool_calls": CALL, "content": "a", "reasoning": "b"})
+GOOD["request"] |= {"n": 1, "seed": 1, "top_p": 1.0, "expect": ["search"], "tool_choice": "auto"}
+
+
+@given(st.sampled_from(list(spots(GOOD))), ANY)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_part_may_be_anything(tmp_path: Path, spot: tuple[Any, ...], part: Any) -> None:
+    """With whatever in place of a part, a line is read or refused, and what was read can be written."""
+    changed = copy.deepcopy(GOOD)
+    home: Any = changed
+    for key in spot[:-1]:
+        home = home[key]
+    home[spot[-1]] = part
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(changed) + "\n")
+    try:
+        taken = take(path)
+    except MalformedResults:
+        return
+    assert json.dumps([answer.as_dict() for answer in taken.answers.values()])
+    assert all(request.shown for request in taken.requests)
 
 
 def test_a_folder_that_is_no_such_run(tmp_path: Path) -> None:
