@@ -7,7 +7,8 @@ from typing import Any
 from lm_eval.api.registry import get_model
 
 from k2quant.errors import HarnessFault, MissingExtra, UsageError
-from k2quant.eval.asking.harness.faults import check_room, no_room, said
+from k2quant.eval.asking.harness.faults import check_room, no_room
+from k2quant.ground.saying.faults import said
 
 
 class _Counting:

@@ -15,7 +15,6 @@ import pytest
 from k2quant.checkpoint.files import digests
 from k2quant.checkpoint.files.digests import file_digest, note
 from k2quant.conversion.convert import convert
-from k2quant.conversion.recipe import Recipe
 from k2quant.eval.runs.identity import model_hash
 
 
@@ -161,7 +160,7 @@ def test_a_relative_cache_is_that_of_the_home(tmp_path: Path, file: Path, monkey
 
 def test_a_model_has_one_hash_however_it_was_found(k2_bf16: Path, tmp_path: Path) -> None:
     """What a conversion wrote with digests is not read; the hash is that of the bytes, whatever its report says."""
-    convert(k2_bf16, tmp_path / "int4", Recipe(to="int4"), sha256=True)
+    convert(k2_bf16, tmp_path / "int4", "int4", sha256=True)
     read: list[int] = []
     taken = model_hash(tmp_path / "int4", progress=lambda done, _: read.append(done))
     report = tmp_path / "int4" / "k2quant_report.json"
