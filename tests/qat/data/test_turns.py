@@ -297,7 +297,9 @@ class TestReasoning:
         body = "{% generation %}assistant{{ m.content }}{% endgeneration %}"
         template = f"{{% for m in messages %}}{{% if m.role == 'user' %}}q{{% else %}}{body}{{% endif %}}{{% endfor %}}"
         template += "{{ 'assistant' if add_generation_prompt }}"
-        assert taught(template, {"messages": [USER, answer()]}, reasoning="split") == ["qassistant«a»"]
+        assert taught(template, {"messages": [USER, answer("a" * 20)]}, reasoning="split") == [
+            f"qassistant«{'a' * 20}»"
+        ]
         assert taught(template, {"messages": [USER, answer()]}) == ["q«assistanta»"]
 
     @pytest.mark.parametrize("opened", [False, True])
