@@ -318,6 +318,9 @@ class TestReasoning:
         row = {"messages": [USER, answer(**THOUGHT)]}
         with pytest.raises(MalformedFile, match=r"message 2: the chat template has no place for the reasoning.*drop"):
             taught("instruct", row, reasoning="split")
+        half = "{% for m in messages %}{{ ('</think>' if m.role == 'assistant' else '') ~ m.content }}{% endfor %}"
+        with pytest.raises(MalformedFile, match="no place for the reasoning"):
+            taught(half, row, reasoning="split")  # nothing has opened the block
         assert taught("instruct", row, reasoning="drop") == [f"{ASKED}{HEAD}«a{END}»"]
 
     def test_a_think_block_in_the_content(self, taught: Taught) -> None:
