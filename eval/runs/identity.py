@@ -120,6 +120,7 @@ def _content_hash(paths: list[Path], progress: Callable[[int, int], None] | None
     try:
         counter.total = sum(path.stat().st_size for path in paths)
         pool.run(iter(paths), read, workers=min(_THREADS, len(paths), os.cpu_count() or 1), tick=counter.show)
+        counter.show()
     except FileNotFoundError as error:
         raise MissingTensor("a file of the model is not there", file=error.filename) from error
     if noted:
