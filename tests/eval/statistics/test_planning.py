@@ -238,7 +238,7 @@ class TestCommand:
 def test_one_item_more_than_planned_is_not_too_many() -> None:
     """Where few items flip, power of an odd and an even number may differ; a plan has both.
 
-    Where all shares of flips count it differs by eight points at 517 items; those that the data allow leave nothing of it.
+    Where all shares of flips count it differs by eight points at 517 items, and not where the data have a say in them.
     """
     items = planning.plan(margin=0.01, flips=0.005).items
     assert items is not None
