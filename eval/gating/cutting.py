@@ -13,9 +13,17 @@ _MANY = 0.05
 
 
 def cut_warnings(
-    pooled: Comparison, tasks: Sequence[Comparison], pairs: Sequence[Pairs], alpha: float
+    pooled: Comparison, tasks: Sequence[Comparison], pairs: Sequence[Pairs], pool: Sequence[Pairs], alpha: float
 ) -> Iterable[str]:
-    """Say where so many answers never left their reasoning, or so many more on one side, that it should be known."""
+    """Say where so many answers never left their reasoning, or so many more on one side, that it should be known.
+
+    Args:
+        pooled: what the pool comes to.
+        tasks: what each task comes to.
+        pairs: the tasks, in the same order.
+        pool: those of them whose answers count in the pool.
+        alpha: of each doubt.
+    """
     if (pooled.base_cut is None) != (pooled.candidate_cut is None):
         yield f"{pooled.cut_in_thought}: run both with the same version of k2quant, so that both are looked at"
     looked = [task for task in pairs if task.ours.looked and task.theirs.looked]
@@ -25,7 +33,8 @@ def cut_warnings(
                 f"{comparison.name}: {comparison.cut_in_thought}: where so many never answer, the limit on new tokens "
                 "decides as much as the model; allow more"
             )
-    if looked and _differ(looked, alpha):
+    counted = [task for task in pool if task in looked]
+    if counted and _differ(counted, alpha):
         yield f"{pooled.cut_in_thought}: more than chance apart, so one of them thinks longer than the other"
         return
     for comparison, task in zip(tasks, pairs, strict=True):

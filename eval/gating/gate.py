@@ -70,8 +70,8 @@ def gate(
         decision=decision,
         reason=reason,
         warnings=(
-            *(_noise_warnings(pairs, policy) if same_model else _warnings(pooled, tasks, policy)),
-            *cut_warnings(pooled, tasks, pairs, policy.alpha),
+            *(_noise_warnings(pool, policy) if same_model else _warnings(pooled, tasks, policy)),
+            *cut_warnings(pooled, tasks, pairs, pool, policy.alpha),
             *doubts(base, candidate, pairs, same_model=same_model),
         ),
         pooled=pooled,
