@@ -114,8 +114,8 @@ def _answers(item: int, repeats: int) -> slice:
 
 
 def _said(answer: Item) -> str:
-    """Return an answer; one that never left its reasoning has none."""
-    return "(cut in thought)" if answer.cut_in_thought and not answer.answer.strip() else answer.answer
+    """Return an answer; one that never left its reasoning has none, whatever a filter makes of the empty text."""
+    return "(cut in thought)" if answer.cut_in_thought else answer.answer
 
 
 def _right(answers: Iterable[Item]) -> int:

@@ -137,7 +137,18 @@ def _prompt(row: Mapping[str, Any]) -> str:
     if isinstance(arguments, dict):
         arguments = [list(part.values()) for part in arguments.values() if isinstance(part, dict)]
     first = arguments[0] if isinstance(arguments, list) and arguments else [""]
-    return str(first[0]) if isinstance(first, list) and first else str(first)
+    return _spoken(str(_innermost(first[0]) if isinstance(first, list) and first else first))
+
+
+def _spoken(prompt: str) -> str:
+    """Return a prompt for people: chat messages, which lm-eval writes as JSON, as who says what."""
+    if not prompt.startswith('[{"role": "'):
+        return prompt
+    try:
+        said = "\n".join(f"{message['role']}: {message['content']}" for message in json.loads(prompt))
+        return said.encode(errors="replace").decode()  # JSON may spell half a character
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return prompt  # a text that only begins like them
 
 
 def _strings(value: Any) -> Any:

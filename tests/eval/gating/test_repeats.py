@@ -298,10 +298,11 @@ class TestCutInThought:
         sides = task("t", of(*GOOD), {0: 1}), task("t", of(*GOOD))
         assert any("candidate" in said and "not known" in said for said in gated(*sides).warnings)
 
-    def test_an_empty_answer_says_why(self) -> None:
-        """Among the flips."""
+    @pytest.mark.parametrize("filtered", ["", "[invalid]"])
+    def test_an_empty_answer_says_why(self, filtered: str) -> None:
+        """Among the flips, whatever the task's filter makes of an empty text."""
         base, candidate = task("t", of(*GOOD), {}), task("t", of(*GOOD), {7: 4})
-        items = [replace(item, answer="") if item.cut_in_thought else item for item in candidate.items]
+        items = [replace(item, answer=filtered) if item.cut_in_thought else item for item in candidate.items]
         (flip,) = gated(base, replace(candidate, items=tuple(items))).flips
         assert (flip.doc_id, flip.candidate_answer) == (7, "(cut in thought)")
 

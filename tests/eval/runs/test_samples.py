@@ -65,6 +65,32 @@ def repeated(answers: Sequence[Sequence[bool]], **changes: Any) -> list[dict[str
     ]
 
 
+CHAT = [
+    {"role": "user", "content": "2+2?\n"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "3+3?"},
+]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        (json.dumps(CHAT), "user: 2+2?\n\nassistant: 4\nuser: 3+3?"),
+        ('[{"role": "user", "content": "a\\ud83d"}]', "user: a?"),
+        ('[{"role": "user"}]', '[{"role": "user"}]'),
+        ('[{"role": "user", "content": 1', '[{"role": "user", "content": 1'),
+        ('[{"role": "' + "[" * 100_000, "["),
+        ("[1]", "[1]"),
+    ],
+)
+def test_chat_messages_are_shown_as_what_was_said(path: Path, prompt: str, shown: str) -> None:
+    """lm-eval writes them as JSON within a list; what only begins like them, or says half a character, is shown too."""
+    rows = [row(0, arguments={"gen_args_0": {"arg_0": [prompt], "arg_1": {}}})]
+    (item,) = read_samples(written(path, rows)).items
+    assert item.prompt.startswith(shown)
+    item.prompt.encode()
+
+
 def test_answers_are_read_again_from_their_place(path: Path) -> None:
     """By number, by slice or one after another, whatever the order of the lines; their texts are those of the file."""
     rows = [row(number, right=number % 3 > 0, target=f"target {number}") for number in range(20)]
