@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from k2quant.eval.gating.pairing import Pairs
 from k2quant.eval.runs.items import Item
 
+CUT = "(cut in thought)"
+"""What stands for the answer where there is none."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flip:
@@ -115,7 +118,7 @@ def _answers(item: int, repeats: int) -> slice:
 
 def _said(answer: Item) -> str:
     """Return an answer; one that never left its reasoning has none, whatever a filter makes of the empty text."""
-    return "(cut in thought)" if answer.cut_in_thought else answer.answer
+    return CUT if answer.cut_in_thought else answer.answer
 
 
 def _right(answers: Iterable[Item]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from k2quant.eval.gating.flips import Flip, by_kind
+from k2quant.eval.gating.flips import CUT, Flip, by_kind
 from k2quant.eval.gating.verdict import Verdict
 from k2quant.eval.report.differences import differences
 from k2quant.eval.report.wording import flips_title, lost_and_gained
@@ -87,7 +87,7 @@ def _list(found: Iterable[Flip]) -> str:
 
 
 def _flip(flip: Flip) -> str:
-    base, candidate = differences(flip.base_answer, flip.candidate_answer)
+    base, candidate = _answers(flip.base_answer, flip.candidate_answer)
     right = flip.base_answer if flip.lost else flip.candidate_answer
     lines = [
         _line(f"#{flip.doc_id}", passage(flip.prompt, _PROMPT, end=True)),
@@ -97,6 +97,13 @@ def _flip(flip: Flip) -> str:
         _line("candidate", candidate, "wrong" if flip.lost else "right"),
     ]
     return f"<li><dl class=flip>{''.join(lines)}</dl></li>\n"
+
+
+def _answers(*both: str) -> Sequence[str]:
+    """Return two answers as HTML, what differs marked, unless one of them is none."""
+    if CUT not in both:
+        return differences(*both)
+    return [f"<i>{CUT}</i>" if answer == CUT else passage(answer, _TARGET) for answer in both]
 
 
 def _line(who: str, words: str, kind: str = "") -> str:

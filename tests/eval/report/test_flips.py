@@ -9,7 +9,7 @@ from html import unescape
 
 import pytest
 
-from k2quant.eval.gating.flips import Flip
+from k2quant.eval.gating.flips import CUT, Flip
 from k2quant.eval.gating.policy import Policy
 from k2quant.eval.gating.verdict import Comparison, Side, Verdict
 from k2quant.eval.report.differences import differences
@@ -109,6 +109,13 @@ def test_a_difference_far_behind_is_seen() -> None:
     assert "word <mark>yesword</mark> word" in one
     assert "word <mark>noword</mark> word" in other
     assert len(one) < 300
+
+
+def test_no_answer_is_not_held_against_one() -> None:
+    """Where one side was cut in thought, that is said, and nothing is marked."""
+    page = flips(_verdict([_flip("t", 0), _flip("t", 1, base=CUT, lost=False)]))
+    assert re.findall(r"<dt>candidate</dt><dd class=.*?>(.*?)</dd>", page) == ["<mark>18</mark>", f"<i>{CUT}</i>"]
+    assert re.findall(r"<dt>baseline</dt><dd class=.*?>(.*?)</dd>", page)[1] == "18"
 
 
 def test_hostile_answers_stay_text_and_cost_little() -> None:
