@@ -7,7 +7,7 @@ from typing import Any
 
 from k2quant.errors import HarnessFault
 from k2quant.eval.asking.endpoint.client import Client
-from k2quant.eval.asking.endpoint.headers import read_headers
+from k2quant.eval.asking.endpoint.headers import hidden, read_headers
 from k2quant.eval.asking.request import Request
 from k2quant.eval.tools.calling import Answer, of_chat
 from k2quant.eval.tools.requests import Asked
@@ -42,7 +42,9 @@ def ask_server(request: Request, asked: Sequence[tuple[Asked, int]], each: Calla
         try:
             answer = of_chat(body)
         except ValueError as error:
-            raise HarnessFault("no answer of a chat", file=client.url, found=str(error)[:200]) from error
+            said = hidden(str(body), client.headers)  # before it is cut: half a key is one, too
+            found = f"{str(error).partition(':')[0]}: {said}"[:200]
+            raise HarnessFault("no answer of a chat", file=client.url, found=found) from error
         each(place, answer)
         under_way.pop(place)
 

@@ -29,7 +29,7 @@ from k2quant.eval.asking.endpoint.patience import LONGEST_ASKED, PASSING, asked_
 from k2quant.ground.units import counted, duration
 
 _LARGEST = 2**27  # bytes of an answer: 131,072 tokens with their log-probabilities take a fifth
-_WORDS = 2**16  # bytes of a refusal that are read
+_WORDS = 2**16  # bytes of a refusal that are read; keys are hidden in all of them, for half a key is one, too
 _SHOWN = 400  # letters of it that are shown
 _CONNECTING = 60.0  # seconds
 _QUIET = 30.0  # seconds between two remarks
@@ -177,7 +177,7 @@ class Client:
         except aiohttp.ClientSSLError as error:
             remedy = "the certificates that are trusted are those of the system, or of SSL_CERT_FILE"
             raise self._fault("no safe connection", f"{type(error).__name__}: {error}", remedy=remedy) from error
-        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
+        except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError, UnicodeError) as error:  # the last: of a host's name
             raise self._fault("no address of a server", type(error).__name__) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _Passing(f"{type(error).__name__}: {error}".removesuffix(": "), None) from error
@@ -199,7 +199,7 @@ class Client:
         try:
             answer = parse_object(body, file=self.url, half_characters=True)
         except MalformedFile as error:
-            said = f"{error.message}: {error.found}: {body[:_SHOWN].decode('utf-8', 'replace')}"
+            said = f"{error.message}: {error.found}: {body[:_WORDS].decode('utf-8', 'replace')}"
             if body.lstrip()[:1] in {b"{", b""}:  # cut on the way
                 raise _Passing(said, asked) from error
             raise self._fault("no answer of an OpenAI-style server", said, remedy="") from error
@@ -226,7 +226,7 @@ class Client:
         return HarnessFault(message, file=self.url, found=found, remedy=remedy or None)
 
     def _shown(self, said: str) -> str:
-        return " ".join(hidden(said, self.headers).split())[:_SHOWN]
+        return " ".join(hidden(said, {**self.headers, **_of_proxy(_proxy(self.url))}).split())[:_SHOWN]
 
 
 def _now_and_then(put: Callable[[str], None]) -> Callable[[str], None]:
@@ -259,6 +259,12 @@ async def _read(response: Any, limit: int) -> bytes:
         if len(data) > limit:
             break
     return bytes(data)
+
+
+def _of_proxy(proxy: str | None) -> dict[str, str]:
+    """Return the password in a proxy's address, which aiohttp repeats, as if it stood in a header."""
+    names, _, _ = (proxy or "").rpartition("@")
+    return {"Proxy-Authorization": names.partition("//")[2].partition(":")[2]}
 
 
 def _proxy(url: str) -> str | None:

@@ -43,7 +43,8 @@ class Server:
         except K2QuantError:
             raise
         except Exception as error:
-            found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            said = hidden(f"{type(error).__name__}: {error}", self.client.headers)
+            found = " ".join(said.split())[:300]
             raise HarnessFault("the server gave no usable answer", file=self.url, found=found) from error
 
     def check_writes(self) -> None:
@@ -75,7 +76,8 @@ class Server:
             self.check_echo(len(tokens), given)
             scores = given[1:-1]
             complete = all(type(score) in {float, int} for score in scores)
-            found = None if complete and any(scores) else f"log-probabilities {scores}"[:200]
+            shown = hidden(f"log-probabilities {scores}", self.client.headers)[:200]
+            found = None if complete and any(scores) else shown
         except EvaluationError as error:
             found = f"{error.message}: {error.found}"
         except (LookupError, TypeError):

@@ -356,6 +356,19 @@ def test_a_server_that_stumbles(
     assert not any(b"top-secret" in path.read_bytes() for path in (tmp_path / "run").iterdir())
 
 
+@pytest.mark.parametrize("padding", [0, 150, 190])
+def test_a_key_that_a_server_repeats_is_in_no_message(
+    padding: int, serve: Serve, requests_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor half of it, where the message is cut."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
+    for odd in ({}, {"choices": [{"message": {"tool_calls": "x" * padding + "sk-0123456789"}}]}):
+        url, _ = serve(lambda *_, odd=odd: {"a": "x" * padding + "sk-0123456789", **odd})
+        with pytest.raises(HarnessFault, match="no answer of a chat") as caught:
+            run_tools(asked(url, requests_file), tmp_path / "run")
+        assert "sk-" not in str(caught.value)
+
+
 def test_a_request_twice_counts_once(serve: Serve, tmp_path: Path) -> None:
     """It would be the same item twice, and not two; that is said."""
     path = tmp_path / "requests.jsonl"

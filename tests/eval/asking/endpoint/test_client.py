@@ -383,6 +383,37 @@ def test_a_key_is_in_no_message(serve: Serve) -> None:
         assert seen.headers[0]["Authorization"] == f"Bearer {key}"
 
 
+def test_half_a_key_is_in_no_message(serve: Serve) -> None:
+    """Wherever a message is cut, the key was hidden before."""
+    key = "sk-" + "0123456789" * 30
+    for before in range(200, 400, 25):
+        words = b'{"no JSON"' + b" " * 100 + b"x" * before + key.encode()
+        seen = serve(lambda *_, words=words: Reply(content=words))
+        with pytest.raises(HarnessFault) as caught:
+            quick(seen.url, headers={"Authorization": f"Bearer {key}"}, retries=0).post({})
+        assert "012" not in str(caught.value)
+
+
+def test_the_password_of_a_proxy_is_in_no_message(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """aiohttp names the proxy that refuses, with all of its address."""
+    proxy = serve(lambda *_: Reply())  # knows no CONNECT
+    address = proxy.url.removesuffix("/v1/completions").replace("//", "//me:pass-word@")
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, address)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(HarnessFault, match="Proxy") as caught:
+        quick("https://k2.invalid/v1", retries=0).post({})
+    assert "pass-word" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 70 + ".org"])
+def test_a_host_whose_name_is_none(host: str) -> None:
+    """It is a fault at once, and no error of the encoder of names."""
+    with pytest.raises(HarnessFault, match="no address of a server"):
+        quick(f"http://{host}/v1", retries=1000, first_wait=100.0).post({})
+
+
 def test_a_proxy_of_the_environment_is_asked(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where `http_proxy` names one and `no_proxy` does not spare the host; a key in ~/.netrc is never sent."""
     for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
