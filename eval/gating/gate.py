@@ -71,7 +71,7 @@ def gate(
         reason=reason,
         warnings=(
             *(_noise_warnings(pool, policy) if same_model else _warnings(pooled, tasks, policy)),
-            *cut_warnings(pooled, tasks, pairs, pool, policy.alpha),
+            *cut_warnings(pooled, pool, tasks, pairs, policy.alpha),
             *doubts(base, candidate, pairs, same_model=same_model),
         ),
         pooled=pooled,
@@ -168,8 +168,8 @@ def _pp(share: float) -> str:
     return f"{100 * share:.2f} pp".replace(".00 pp", " pp")
 
 
-def _noise_warnings(pairs: Sequence[Pairs], policy: Policy) -> Iterable[str]:
-    if differs(pairs) <= policy.alpha:
+def _noise_warnings(pool: Sequence[Pairs], policy: Policy) -> Iterable[str]:
+    if differs(pool) <= policy.alpha:
         yield "the two runs of one model differ by more than chance: find out what changed before gating anything"
 
 

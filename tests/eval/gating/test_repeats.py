@@ -198,6 +198,21 @@ def test_noise_of_one_model_that_draws_its_answers() -> None:
         assert "differ in 40 of 340 items" in verdict.reason
 
 
+def parts(answers: Answers, cut: Mapping[int, int]) -> list[Task]:
+    """Return a task and two that look at its answers again, as `eval tools` writes them."""
+    whole, *others = (task(name, answers, cut) for name in ("tools", "tools_call", "tools_name"))
+    return [whole, *(replace(other, settings={"part_of": "tools"}) for other in others)]
+
+
+def test_answers_that_several_tasks_look_at_are_doubted_once() -> None:
+    """Three answers more cut in thought, or three that changed, are chance (p = .25); nine, of three tasks, are not."""
+    base, candidate = parts(of(*[1] * 300, asked=1), {}), parts(of(*[1] * 300, asked=1), {0: 1, 1: 1, 2: 1})
+    assert not any("more than chance" in said for said in gated(base, candidate).warnings)
+    again = replace(run("b", *candidate), model_hash="b" * 64)
+    noise = gate(replace(again, tasks=run("b", *base).tasks, folder=Path("c")), again, same_model=True)
+    assert not any("more than chance" in said for said in noise.warnings)
+
+
 def written(folder: Path, answers: Answers, cut: int) -> Path:
     """Write a run as `k2quant eval run` does; the last answers of so many items are cut in thought."""
     rows = [
