@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from k2quant.errors import HarnessFault
-from k2quant.eval.runs.identity import digest
+from k2quant.eval.runs.identity import digest, seed_of
 from k2quant.eval.runs.journal import Journal
 
 Progress = Callable[[int, int], None]
@@ -36,7 +36,6 @@ class Reader(Protocol):
 _SCORED_AT_ONCE = 64  # batches of log-likelihoods in a chunk: seconds of work, and few batches cut at a chunk's end
 _ALL_THE_SAME = 3  # so many requests with one log-probability are no coincidence
 _ROUNDING = 1e-3  # nats that a sum of logarithms may lie above 0
-_SEED_BITS = 31  # what every server takes
 
 
 class _Asked(NamedTuple):
@@ -171,7 +170,7 @@ class Resuming:
             for repeat in range(self._repeats):
                 copied = copy.copy(request)
                 if _draws(request.args[1]):
-                    seed = int(digest([self._seed, content, repeat, before[content]])[:16], 16) % 2**_SEED_BITS
+                    seed = seed_of(self._seed, content, repeat, before[content])
                     context, settings, *rest = request.args
                     copied.arguments = (context, {**settings, "seed": seed}, *rest)
                 yield _Asked(place, repeat, copied)

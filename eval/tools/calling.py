@@ -66,13 +66,13 @@ class Answer:
 
     @property
     def decided(self) -> bool:
-        """Whether it says anything about calling: it is there, and was not cut before it came to a call."""
-        return self.fault is None and (self.called or not self.cut)
+        """Whether it says anything about calling: it is there, and did not end before it came to a call."""
+        return self.fault is None and (self.called or not (self.cut or self.cut_in_thought))
 
     @property
     def cut_in_thought(self) -> bool:
-        """Whether it was cut before its reasoning ended."""
-        return self.cut and bool(self.reasoning) and not self.called and not self.text
+        """Whether it never left its reasoning, be it that it was cut there or ended by itself."""
+        return bool(self.reasoning) and not self.called and not self.text
 
     @property
     def unparsed(self) -> bool:

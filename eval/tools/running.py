@@ -16,7 +16,7 @@ from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import HarnessFault, MalformedResults, UsageError
 from k2quant.eval.runs.folder import JOURNAL, MANIFEST, begin, finished, held, tidy
-from k2quant.eval.runs.identity import digest
+from k2quant.eval.runs.identity import digest, seed_of
 from k2quant.eval.runs.journal import Journal
 from k2quant.eval.tools.calling import Answer, read_answer
 from k2quant.eval.tools.local import Checkpoint, check_requests
@@ -138,15 +138,23 @@ def _requests(request: ToolsRequest, taken: Taken | None, say: Callable[[str], N
 
 
 def _sampling(request: ToolsRequest, one: Asked) -> dict[str, Any]:
-    """Return how an answer is drawn: as the user says, else as the request does, else greedily."""
+    """Return how an answer is drawn: as the user says, else as the request does, else greedily.
+
+    A request's own seed goes as it stands; any other becomes one for each request.
+    """
     given = {
         "temperature": request.temperature,
         "top_p": request.top_p,
         "max_tokens": request.max_new_tokens,
-        "seed": request.seed,
+        "seed": None if request.seed is None else _seed(request.seed, one),
     }
     said = {key: value for key, value in given.items() if value is not None}
-    return {"temperature": 0, "max_tokens": NEW_TOKENS, "seed": SEED, **one.sampling, **said}
+    return {"temperature": 0, "max_tokens": NEW_TOKENS, "seed": _seed(SEED, one), **one.sampling, **said}
+
+
+def _seed(seed: int, one: Asked) -> int:
+    """Return the seed of a request's first answer; each repeat counts on from it, and must still be one."""
+    return seed_of(seed, one.digest) // 2
 
 
 def _check_answered(requests: Iterable[Asked], there: Container[str], place: Path) -> None:
@@ -198,6 +206,7 @@ def _identity(request: ToolsRequest, plan: _Plan, reference: Mapping[str, Answer
         "requests": digest([one.digest for one in plan.requests]),
         "sampling": drawn[0] if all(each == drawn[0] for each in drawn) else digest(drawn),
     }
+    engine = ("torch", "transformers") if local else ()
     taken = plan.taken and digest([[*key, answer.as_dict()] for key, answer in sorted(plan.taken.answers.items())])
     return {
         "k2quant": __version__,
@@ -212,6 +221,7 @@ def _identity(request: ToolsRequest, plan: _Plan, reference: Mapping[str, Answer
             "repeats": plan.repeats,
             "device": request.device if local else None,
             "dtype": request.dtype if local else None,
+            **{name: version(name) for name in engine},
             "base_url": request.base_url if served else None,
             "answers": taken,
             "expected": _known(plan, reference),

@@ -41,7 +41,7 @@ class ToolsRequest:
     top_p: float | None = None
     """None for what each request says, or no limit."""
     seed: int | None = None
-    """Of what is drawn, repeat k by seed + k; None for what each request says, or 0."""
+    """From which the draws of every request follow; None for the seed that each request names, or 0."""
     max_new_tokens: int | None = None
     """The most tokens of an answer; None for what each request says, or 4,096."""
     base_url: str | None = None

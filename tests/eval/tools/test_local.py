@@ -75,6 +75,8 @@ def test_a_cut_answer() -> None:
     assert calls(of_text(section(("f", "{}")).removesuffix(WORDS[14]), cut=True)) == [("f", "{}")]
     thought = of_text("<think>Hm, hm", cut=True)
     assert (thought.cut_in_thought, thought.decided, thought.reasoning) == (True, False, "Hm, hm")
+    ended = of_text("<think>No call is due.", cut=False)
+    assert (ended.cut, ended.cut_in_thought, ended.decided) == (False, True, False)  # by itself, and without an answer
     assert calls(of_text(f"<think>Hm{section(('f', '{}'))}", cut=False)) == [("f", "{}")]
 
 

@@ -328,13 +328,28 @@ def test_repeats_are_of_one_item(serve: Serve, requests_file: Path, tmp_path: Pa
     """Each request is asked so often, with seeds of its own, and its rows say which repeat they are."""
     url, bodies = serve(lambda body, before: good(body) if before != 1 else text())
     run_tools(asked(url, requests_file, repeats=3, temperature=0.6, limit=2), tmp_path / "run")
-    assert sorted(body["seed"] for body in bodies) == [0, 0, 1, 1, 2, 2]
+    seeds = {number: sorted(body["seed"] for body in bodies if number_of(body) == number) for number in (0, 1)}
+    assert len({*seeds[0], *seeds[1]}) == 6  # one seed for all would have them fall to the same side together
+    assert all(each == [each[0], each[0] + 1, each[0] + 2] and 0 <= each[0] < 2**30 for each in seeds.values())
     assert {body["temperature"] for body in bodies} == {0.6}
     assert manifest_of(tmp_path / "run")["tasks"]["tools"]["repeats"] == 3
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples_tools.jsonl").read_text().splitlines()]
     metrics = manifest_of(tmp_path / "run")["tasks"]["tools"]["metrics"]["right,none"]
     assert metrics == {"value": pytest.approx(5 / 6), "stderr": pytest.approx(1 / 6)}
     assert [(row["doc_id"], row["repeat"]) for row in rows] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+
+
+def test_a_seed_that_a_request_names_goes_as_it_stands(serve: Serve, tmp_path: Path) -> None:
+    """Unless the user names one, from which those of all requests follow, the same ones each time."""
+    path = tmp_path / "requests.jsonl"
+    path.write_text("".join(json.dumps(asking(number, due=True) | {"seed": 5}) + "\n" for number in range(2)))
+    url, bodies = serve(good)
+    for name, seed in (("own", None), ("seven", 7), ("again", 7), ("eight", 8)):
+        run_tools(asked(url, path, seed=seed, temperature=0.6), tmp_path / name)
+    own, seven, again, eight = ([body["seed"] for body in bodies[begin : begin + 2]] for begin in (0, 2, 4, 6))
+    assert own == [5, 5]
+    assert sorted(seven) == sorted(again)
+    assert len({*own, *seven, *eight}) == 5
 
 
 def test_greedy_answers_are_not_repeated(requests_file: Path, tmp_path: Path) -> None:
