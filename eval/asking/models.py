@@ -17,6 +17,7 @@ from k2quant.eval.asking.endpoint.headers import read_headers
 from k2quant.eval.asking.endpoint.server import Server
 from k2quant.eval.asking.engines import longest
 from k2quant.eval.asking.request import Request
+from k2quant.eval.asking.thinking import END
 from k2quant.eval.runs.identity import model_hash, tokenizer_hash
 from k2quant.eval.runs.resuming import Progress
 from k2quant.ground.saying.faults import said
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 _CONFIG_LIMIT = 2**24  # bytes of config.json
 _LONGEST = 131_072  # tokens of a text where no config says: that of Kimi K2; a server says itself when that is too long
-_THINK_END = "</think>"  # what K2-Thinking and later write behind their reasoning
 _CODE = "transformers_modules"  # where transformers imports code of checkpoints to
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja"]
 
@@ -85,8 +85,7 @@ def _folder(request: Request) -> Path:
     try:
         return Path(snapshot_download(request.model, allow_patterns=_HUB_FILES))
     except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise UsageError(f"{request.model}: no such folder, and not on the hub: {said}"[:300]) from error
+        raise UsageError(f"{request.model:.200}: no such folder, and not on the hub: {said(error)}") from error
 
 
 def _positions(folder: Path, *, follow_links: bool) -> int:
@@ -245,8 +244,8 @@ def _served(model: Model, request: Request, tasks: Tasks, remark: Callable[[str]
             raise UsageError(f"{', '.join(tasks.scored)} need `tokenizer=` or `served_from=`: text is scored by tokens")
         tokenizer = _tokenizer(folder, request)
         server.check_scores(tokenizer.encode("1 2 3 4 5"), tasks.scored)
-    marker = getattr(request, "think_end", None)
-    lm = served_model(server, tokenizer, max_length=model.max_length, marker=_THINK_END if marker is None else marker)
+    marker = END if request.think_end is None else request.think_end
+    lm = served_model(server, tokenizer, max_length=model.max_length, marker=marker)
     lm.settings = {"url": server.url, "prompts_begin_with": _added_tokens(tokenizer) if tokenizer else None}
     return lm
 

@@ -25,6 +25,7 @@ from k2quant.eval.runs.identity import digest, task_hash
 from k2quant.eval.runs.journal import Journal
 from k2quant.eval.runs.resuming import Progress, Resuming
 from k2quant.ground.extras import install, need
+from k2quant.ground.saying.faults import said
 from k2quant.ground.saying.meter import each
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.units import counted
@@ -98,8 +99,8 @@ def run(
         begun = begin(folder, identity)
         journal = Journal(folder / JOURNAL)
         if remark:
-            for said in _remarks(request, thinking, tasks):
-                remark(said)
+            for sentence in _remarks(request, thinking, tasks):
+                remark(sentence)
             if len(journal):
                 remark(f"{folder}: resumes after {counted(len(journal), 'chunk')}")
         thoughts = Thoughts(thinking) if thinking else None
@@ -168,7 +169,7 @@ def _harness() -> Any:
         if (getattr(error, "name", None) or "").startswith("k2quant"):
             raise
         remedy = install("eval")
-        raise MissingExtra("lm-eval is not whole", found=str(error)[:200], remedy=remedy) from error
+        raise MissingExtra("lm-eval is not whole", found=said(error), remedy=remedy) from error
     return harness
 
 

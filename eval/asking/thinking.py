@@ -50,8 +50,8 @@ class Thinking:
 
     @property
     def start(self) -> str | None:
-        """What opens reasoning: `<think>` for `</think>`; None for a marker that is no pair's end."""
-        return self.end[0] + self.end[2:] if len(self.end) > 3 and self.end[1] == "/" else None
+        """What opens reasoning."""
+        return opening(self.end)
 
     def prompt(self, request: Any) -> str:
         """Return what a request of lm-eval lets see of its prompt.
@@ -101,6 +101,11 @@ class Thinking:
 
     def _plain(self, reasoning: str) -> str:
         return reasoning.lstrip().removeprefix(self.start or "").strip()
+
+
+def opening(end: str) -> str | None:
+    """Return what opens reasoning: `<think>` for `</think>`; None for a marker that is no pair's end."""
+    return end[0] + end[2:] if len(end) > 3 and end[1] == "/" else None
 
 
 def ended(text: str, until: Any) -> str:

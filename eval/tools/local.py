@@ -9,6 +9,7 @@ from typing import Any
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.eval.tools.calling import THINK, UNPARSED, Answer, of_text
 from k2quant.eval.tools.requests import Asked
+from k2quant.ground.saying.faults import said
 from k2quant.ground.saying.progress import Progress
 
 _TAKEN = {"messages", "tools", "tool_choice", "parallel_tool_calls"}
@@ -112,7 +113,7 @@ class Checkpoint:
                 tokenize=False,
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
-            found = f"{request.place}: {error}"[:300]
+            found = f"{request.place}: {said(error)}"
             raise CheckpointError(
                 "its chat template does not take a request", file=self._folder, found=found
             ) from error

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from k2quant.errors import CheckpointError, K2QuantError, MalformedFile
+from k2quant.ground.saying.faults import said
 from k2quant.qat.data.calls import has_calls, mapped, with_arguments, with_ids, with_names
 from k2quant.qat.data.turns import REASONING, Conversation
 
@@ -148,8 +149,3 @@ class Template:
     def names_reasoning(self, tools: object) -> bool:
         """Tell whether the template knows reasoning by a name of its own."""
         return REASONING[0] in self.source(tools)
-
-
-def said(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

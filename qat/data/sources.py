@@ -12,6 +12,7 @@ from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.files.strict_json import parse_object, without_mark
 from k2quant.errors import MalformedFile, MissingExtra, UsageError
 from k2quant.ground.extras import install
+from k2quant.ground.saying.faults import said
 from k2quant.qat.data.examples import BESIDE, KEYS, TOOLS, Example, examples_of
 from k2quant.qat.data.learning import Census, Learning
 from k2quant.qat.data.packing import Rows, pack
@@ -179,7 +180,7 @@ def _of_dataset(source: DataSource, progress: Progress) -> Iterator[tuple[str, d
     except ImportError as error:
         raise MissingExtra(
             f"{source.path} does not exist here, and to read it as a dataset, `datasets` must be installed",
-            found=str(error)[:200],
+            found=said(error),
             remedy=install("qat"),
         ) from error
     try:
@@ -191,9 +192,12 @@ def _of_dataset(source: DataSource, progress: Progress) -> Iterator[tuple[str, d
             if number % _OFTEN == 0 or number == total:
                 progress(number, total)
     except Exception as error:  # of the network, of the hub, of the files that came from there
-        found = " ".join(str(error).split())[:300] or type(error).__name__
-        remedy = "is it a file that is missing here, or a dataset or split that does not exist?"
-        raise MalformedFile("cannot be loaded as a dataset", file=source.path, found=found, remedy=remedy) from error
+        raise MalformedFile(
+            "cannot be loaded as a dataset",
+            file=source.path,
+            found=said(error),
+            remedy="is it a file that is missing here, or a dataset or split that does not exist?",
+        ) from error
 
 
 def _unfilled(value: Any) -> Any:

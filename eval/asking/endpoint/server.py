@@ -10,6 +10,7 @@ from typing import Any
 from k2quant.errors import EvaluationError, HarnessFault, K2QuantError
 from k2quant.eval.asking.endpoint.client import Client
 from k2quant.eval.asking.endpoint.headers import hidden
+from k2quant.ground.saying.faults import shortened
 
 _PROBE_SECONDS = 600  # a server may load its model with the first request
 _PROBE_RETRIES = 2  # of a wrong address people want to hear at once
@@ -43,8 +44,10 @@ class Server:
         except K2QuantError:
             raise
         except Exception as error:
-            said = hidden(f"{type(error).__name__}: {error}", self.client.headers)
-            found = " ".join(said.split())[:300]
+            words = hidden(
+                f"{type(error).__name__}: {error}", self.client.headers
+            )  # before it is cut: half a key is one
+            found = shortened(words)
             raise HarnessFault("the server gave no usable answer", file=self.url, found=found) from error
 
     def check_writes(self) -> None:

@@ -16,9 +16,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from k2quant.errors import HarnessFault
 from k2quant.eval.asking.endpoint.server import Server
 from k2quant.eval.asking.harness.faults import check_room
+from k2quant.eval.asking.thinking import ended, opening
 
 _REASONING = ("reasoning_content", "reasoning")  # beside `content`: as DeepSeek's API and vLLM name it, older and newer
-_OPENING = "<think>"  # says that what follows is reasoning, where the marker never comes
 
 
 class _Told:
@@ -42,8 +42,8 @@ class _Told:
         def came(place: int, answer: dict[str, Any]) -> None:
             with self.server.blamed():
                 text, cut = self._read(self.server.only_choice(answer))
-            ended = _ended(text, requests[place].args[1].get("until"))
-            each(place, ended, cut and ended == text)
+            shorter = ended(text, requests[place].args[1].get("until"))  # some servers leave stop strings in
+            each(place, shorter, cut and shorter == text)
 
         self.server.client.answers((self._asked(*request.args) for request in requests), came)
 
@@ -83,7 +83,8 @@ class _Told:
         thought = next((message[name] for name in _REASONING if message.get(name)), None)
         if thought is None or not self.marker:
             return content, cut
-        thought = _OPENING + self._whole(thought)
+        # What opens it says that it is reasoning, where the marker never comes.
+        thought = (opening(self.marker) or "") + self._whole(thought)
         return (thought + self.marker + content if content else thought), cut  # without a marker: it never ended
 
     def _whole(self, text: Any) -> str:
@@ -97,13 +98,6 @@ class _Cut(str):
     """A text that the server says it cut at the limit."""
 
     __slots__ = ()
-
-
-def _ended(text: str, until: Any) -> str:
-    """Cut a text before its first stop string, which some servers leave in."""
-    for stop in [until] if isinstance(until, str) else until or []:
-        text = text.split(stop, maxsplit=1)[0] if stop else text
-    return text
 
 
 class _Completions(_Told, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no types

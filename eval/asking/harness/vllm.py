@@ -76,7 +76,7 @@ def vllm_model(settings: dict[str, Any]) -> Any:
     try:
         kind = get_model("vllm")
     except ImportError as error:
-        raise MissingExtra("vLLM is not installed", found=str(error)[:200], remedy="pip install vllm") from error
+        raise MissingExtra("vLLM is not installed", found=said(error), remedy="pip install vllm") from error
     try:
         return _Counting(kind(**settings))
     except TypeError as error:  # its engine's arguments are those of a dataclass

@@ -8,7 +8,13 @@ _HEAD, _TAIL = 300, 500
 
 def said(error: BaseException) -> str:
     """Return an error's kind and words in one line; of a long one the beginning and the end."""
-    words = " ".join(str(error).split())
-    if len(words) > _HEAD + _TAIL:
-        words = f"{words[:_HEAD].rstrip()} ... {words[-_TAIL:].lstrip()}"
+    words = shortened(str(error))
     return ": ".join(part for part in (type(error).__name__, words) if part)  # of a KeyError the words are but a key
+
+
+def shortened(text: str) -> str:
+    """Return a text in one line; of a long one the beginning and the end."""
+    words = " ".join(text.split())
+    if len(words) <= _HEAD + _TAIL:
+        return words
+    return f"{words[:_HEAD].rstrip()} ... {words[-_TAIL:].lstrip()}"

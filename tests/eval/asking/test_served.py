@@ -516,6 +516,18 @@ def test_reasoning_that_a_server_gives_apart_is_one_text_with_the_answer(
     assert came == [(0, text, cut), (0, message.get("content") or "", cut)]
 
 
+@pytest.mark.parametrize(("marker", "text"), [("</thought>", "<thought>hm"), ("ANSWER:", "hm")])
+def test_reasoning_is_opened_by_what_belongs_to_its_marker(
+    stub: Callable[[Answer], str], marker: str, text: str
+) -> None:
+    """Of a marker that is no pair's end nothing opens it; then every answer counts as reasoning until the marker."""
+    url = stub(lambda _: (200, said({"content": None, "reasoning": "hm"}, "length")))
+    came: list[str] = []
+    requests = asked({}, context=JsonChatStr('[{"role": "user", "content": "2+2="}]'))
+    model(url, chat=True, marker=marker).stream_until(requests, lambda _, found, __: came.append(found))
+    assert came == [text]
+
+
 @pytest.mark.parametrize(
     ("body", "found"),
     [

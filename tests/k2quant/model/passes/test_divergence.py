@@ -282,5 +282,5 @@ def test_a_tokenizer_that_fails_is_blamed(tmp_path: Path) -> None:
         def __call__(self, *_: object, **__: object) -> None:
             raise ValueError("out of vocabulary")
 
-    with pytest.raises(CheckpointError, match="cannot read it, found out of vocabulary"):
+    with pytest.raises(CheckpointError, match="cannot read it, found ValueError: out of vocabulary"):
         read_text(_file(tmp_path, "abc"), Broken())
