@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from k2quant.eval.asking.thinking import END, Thinking
 from k2quant.ground.saying.showing import brief
 
 LONGEST = 2**20
@@ -14,15 +15,14 @@ LONGEST = 2**20
 UNPARSED = "<|tool_call_begin|>"
 """Begins a call in K2's own text; a server that leaves it in an answer did not read the calls."""
 
-THINK = "<think>"
-"""Begins the reasoning of K2-Thinking and later."""
+THINKING = Thinking(end=END, always=False)
+"""How reasoning is told from an answer, where the server did not."""
 
 # https://github.com/MoonshotAI/Kimi-K2/blob/main/docs/tool_call_guidance.md, "Manually Parsing Tool Calls"
 _SECTION = "<|tool_calls_section_begin|>"
 _ARGUMENTS = "<|tool_call_argument_begin|>"
 _END = "<|tool_call_end|>"
 _SECTION_END = "<|tool_calls_section_end|>"
-_THINK_END = "</think>"
 _CALLS = "tool_calls"  # a finish_reason
 
 
@@ -148,10 +148,8 @@ def of_chat(body: Any) -> Answer:
 
 def _apart(text: str) -> tuple[str, str]:
     """Return reasoning and what follows it, of a text of a model that marks where it ends."""
-    thought, marker, rest = text.rpartition(_THINK_END)
-    if not marker and text.lstrip().startswith(THINK):  # cut before it ended
-        return text.lstrip().removeprefix(THINK).strip(), ""
-    return (thought.strip().removeprefix(THINK).strip(), rest.strip()) if marker else ("", text)
+    found = THINKING.split("", text, cut=None)
+    return found.reasoning or "", found.text or ""
 
 
 def _call(call: Any) -> Call:
@@ -171,7 +169,7 @@ def of_text(text: str, *, cut: bool) -> Answer:
         cut: whether it ended at the limit on new tokens.
     """
     thought, rest = _apart(text)
-    if not rest and UNPARSED in thought and _THINK_END not in text:
+    if not rest and UNPARSED in thought and END not in text:
         thought, rest = "", text  # some begin their calls without an end of the reasoning
     begin = min((place for mark in (_SECTION, UNPARSED) if (place := rest.find(mark)) >= 0), default=len(rest))
     calls = tuple(_calls(rest[begin:]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from k2quant.errors import CheckpointError, UsageError
-from k2quant.eval.tools.calling import THINK, UNPARSED, Answer, of_text
+from k2quant.eval.tools.calling import THINKING, UNPARSED, Answer, of_text
 from k2quant.eval.tools.requests import Asked
 from k2quant.ground.saying.faults import said
 from k2quant.ground.saying.progress import Progress
@@ -99,8 +99,8 @@ class Checkpoint:
         ends = self._ends()
         ended = bool(new) and new[-1] in ends
         text = self._tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=False)
-        opened = THINK if prompt.rstrip().endswith(THINK) else ""  # some templates begin the reasoning themselves
-        return of_text(opened + text, cut=len(new) >= limit and not ended)
+        opened = THINKING.start if THINKING.begins(prompt) else None  # some templates begin the reasoning themselves
+        return of_text((opened or "") + text, cut=len(new) >= limit and not ended)
 
     def _prompt(self, request: Asked) -> str:
         from jinja2 import TemplateError

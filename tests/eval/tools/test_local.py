@@ -99,6 +99,7 @@ def test_no_chat_completion(body: Any) -> None:
     [
         ({"content": "Hm.</think>No."}, ("Hm.", "No.")),
         ({"content": "<think>Hm"}, ("Hm", "")),
+        ({"content": "Hm.</think>It writes </think>."}, ("Hm.", "It writes </think>.")),
         ({"content": "No.", "reasoning": "Hm"}, ("Hm", "No.")),
         ({"content": None, "reasoning_content": "Hm"}, ("Hm", "")),
         ({"content": "No."}, ("", "No.")),
