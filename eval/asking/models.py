@@ -12,9 +12,7 @@ from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.reader import CONFIG, open_checkpoint
 from k2quant.errors import CheckpointError, HarnessFault, UsageError
-from k2quant.eval.asking.endpoint.client import Client
-from k2quant.eval.asking.endpoint.headers import read_headers
-from k2quant.eval.asking.endpoint.server import Server
+from k2quant.eval.asking.endpoint.server import Server, client_of
 from k2quant.eval.asking.engines import longest
 from k2quant.eval.asking.request import Request
 from k2quant.eval.asking.thinking import END
@@ -227,11 +225,7 @@ def _added_tokens(tokenizer: Any) -> list[int]:
 def _served(model: Model, request: Request, tasks: Tasks, remark: Callable[[str], None] | None) -> Any:
     from k2quant.eval.asking.harness import served_model
 
-    assert request.base_url  # noqa: S101  `run` checked it
-    url = _endpoint(request.base_url, chat=request.chat)
-    given = {"concurrency": request.batch_size, **request.model_args}
-    client = Client(url=url, headers=read_headers(request.headers), remark=remark, **given)
-    server = Server(client=client, model=request.model, chat=request.chat)
+    server = Server(client=client_of(request, remark), model=request.model, chat=request.chat)
     if tasks.scored and request.chat:
         raise UsageError(
             f"chat messages cannot be scored, and {', '.join(tasks.scored)} need it; leave out `chat=True`"
@@ -248,12 +242,6 @@ def _served(model: Model, request: Request, tasks: Tasks, remark: Callable[[str]
     lm = served_model(server, tokenizer, max_length=model.max_length, marker=marker)
     lm.settings = {"url": server.url, "prompts_begin_with": _added_tokens(tokenizer) if tokenizer else None}
     return lm
-
-
-def _endpoint(base: str, *, chat: bool) -> str:
-    end = "/chat/completions" if chat else "/completions"
-    base = base.rstrip("/")
-    return base if base.endswith(end) else base + end
 
 
 def _vllm(model: Model, request: Request) -> Any:

@@ -291,7 +291,7 @@ def _asked(
             progress(len(answers), total)
 
     if missing and request.backend == "api":
-        ask_server(as_model(request), missing, came)
+        ask_server(as_model(request), missing, came, say)
     elif missing:
         local = Checkpoint(
             Path(request.model),

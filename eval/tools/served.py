@@ -6,31 +6,34 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from k2quant.errors import HarnessFault
-from k2quant.eval.asking.endpoint.client import Client
-from k2quant.eval.asking.endpoint.headers import hidden, read_headers
+from k2quant.eval.asking.endpoint.headers import hidden
+from k2quant.eval.asking.endpoint.server import client_of
 from k2quant.eval.asking.request import Request
 from k2quant.eval.tools.calling import Answer, of_chat
 from k2quant.eval.tools.requests import Asked
 
-_PATH = "/chat/completions"
 _SHOWN = 8  # requests in a message
 
 
-def ask_server(request: Request, asked: Sequence[tuple[Asked, int]], each: Callable[[int, Answer], None]) -> None:
+def ask_server(
+    request: Request,
+    asked: Sequence[tuple[Asked, int]],
+    each: Callable[[int, Answer], None],
+    remark: Callable[[str], None],
+) -> None:
     """Put requests to a server and hand on the answers in the order in which they come.
 
     Args:
         request: who is asked.
         asked: requests, each with the number of the repeat.
         each: called with the place of a request and its answer.
+        remark: called with why the server keeps everybody waiting.
 
     Raises:
+        UsageError: a variable of the environment that holds a header is not set, or holds what no header can.
         HarnessFault: the server gives no usable answer, or refuses a request.
     """
-    assert request.base_url  # noqa: S101  it was checked
-    base = request.base_url.rstrip("/")
-    given = {"concurrency": request.batch_size, **request.model_args}
-    client = Client(url=base if base.endswith(_PATH) else base + _PATH, headers=read_headers(request.headers), **given)
+    client = client_of(request, remark)
     under_way: dict[int, str] = {}
 
     def bodies() -> Iterator[dict[str, Any]]:

@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from k2quant.errors import EvaluationError, HarnessFault, K2QuantError
 from k2quant.eval.asking.endpoint.client import Client
-from k2quant.eval.asking.endpoint.headers import hidden
+from k2quant.eval.asking.endpoint.headers import hidden, read_headers
+from k2quant.eval.asking.request import Request
 from k2quant.ground.saying.faults import shortened
 
 _PROBE_SECONDS = 600  # a server may load its model with the first request
 _PROBE_RETRIES = 2  # of a wrong address people want to hear at once
+
+
+def client_of(request: Request, remark: Callable[[str], None] | None = None) -> Client:
+    """Return what talks to the server of a request.
+
+    Args:
+        request: with a `base_url`, to which the path of what is asked is added where it lacks it.
+        remark: called with why the server keeps everybody waiting.
+
+    Raises:
+        UsageError: a variable of the environment that holds a header is not set, or holds what no header can.
+    """
+    base, end = (request.base_url or "").rstrip("/"), "/chat/completions" if request.chat else "/completions"
+    given = {"concurrency": request.batch_size, **request.model_args}
+    url = base if base.endswith(end) else base + end
+    return Client(url=url, headers=read_headers(request.headers), remark=remark, **given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -362,11 +362,14 @@ def test_greedy_answers_are_not_repeated(requests_file: Path, tmp_path: Path) ->
 def test_a_server_that_stumbles(
     serve: Serve, requests_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A 500 is asked again; a key comes from the environment, reaches the server and no file."""
+    """A 500 is asked again, and why is told; a key comes from the environment, reaches the server and no file."""
     monkeypatch.setenv("MY_KEY", "top-secret")
     url, bodies = serve(lambda body, before: {"status": 500} if before == 0 and number_of(body) == 3 else good(body))
-    run_tools(asked(url, requests_file, headers={"X-Key": "MY_KEY"}, model_args={"retries": 2}), tmp_path / "run")
+    told: list[str] = []
+    request = asked(url, requests_file, headers={"X-Key": "MY_KEY"}, model_args={"retries": 2})
+    run_tools(request, tmp_path / "run", remark=told.append)
     assert len(bodies) == 41
+    assert any("500" in said and "asked again in" in said for said in told)
     assert right_of(tmp_path / "run") == [True] * 40
     assert not any(b"top-secret" in path.read_bytes() for path in (tmp_path / "run").iterdir())
 

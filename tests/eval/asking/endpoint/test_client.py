@@ -395,7 +395,7 @@ def test_half_a_key_is_in_no_message(serve: Serve) -> None:
 
 
 def test_the_password_of_a_proxy_is_in_no_message(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    """aiohttp names the proxy that refuses, with all of its address."""
+    """Aiohttp names the proxy that refuses, with all of its address."""
     proxy = serve(lambda *_: Reply())  # knows no CONNECT
     address = proxy.url.removesuffix("/v1/completions").replace("//", "//me:pass-word@")
     for name in ("https_proxy", "HTTPS_PROXY"):
