@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from k2quant.checkpoint.files.paths import write_whole
 from k2quant.eval.asking.thoughts import Thoughts
-from k2quant.eval.runs.folder import MANIFEST, RESULTS, SCHEMA, as_json, tidy
+from k2quant.eval.runs.folder import RESULTS, seal
 from k2quant.eval.runs.identity import digest
 
 
@@ -45,7 +44,6 @@ def write(
 
     samples = results.pop("samples")
     shown = {name: _write_task(folder, name, rows) for name, rows in samples.items()}
-    ended = time.time()
     full = {
         **results,
         "config": {"model": identity["model"], **identity["settings"], **settings},
@@ -63,19 +61,8 @@ def write(
             entry["repeats"] = repeats
         if thoughts and thoughts.rows[name]:
             entry["think_end"], entry["cut_in_thought"] = thoughts.thinking.end, thoughts.cut[name]
-    manifest = {
-        "schema": SCHEMA,
-        "identity": digest(identity),
-        **{key: identity[key] for key in ("k2quant", "model", "model_hash", "tokenizer_hash")},
-        "settings": {**identity["settings"], **settings},
-        "tasks": shown,
-        "groups": {name: _metrics(group) for name, group in results.get("groups", {}).items()},
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ended)),
-        "seconds": round(ended - begun, 3),
-    }
-    write_whole(folder / MANIFEST, as_json(manifest))
-    tidy(folder)
-    return folder / MANIFEST
+    groups = {name: _metrics(group) for name, group in results.get("groups", {}).items()}
+    return seal(folder, identity, settings, begun, {"tasks": shown, "groups": groups})
 
 
 def _write_task(folder: Path, name: str, samples: list[dict[str, Any]]) -> dict[str, Any]:

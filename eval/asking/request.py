@@ -94,10 +94,7 @@ def check(request: Request) -> None:
         UsageError: so it is.
     """
     one_of("backend", request.backend, BACKENDS)
-    for name, unit in _COUNTS.items():
-        value = getattr(request, name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise UsageError(f"{name}: expected at least 1 {unit}, found {value!r}")
+    check_counts(request, _COUNTS)
     if not request.tasks:
         raise UsageError("no tasks were named")
     check_headers(request.headers)
@@ -113,6 +110,22 @@ def check(request: Request) -> None:
         raise UsageError(
             "a server's options (`base_url=`, `chat=`, `tokenizer=`, `served_from=`, `headers=`) go with `backend=api`"
         )
+
+
+def check_counts(request: object, counts: Mapping[str, str]) -> None:
+    """Refuse what is no number of things, or none of them; what is None was not said.
+
+    Args:
+        request: whose fields are looked at.
+        counts: their names, each with the unit.
+
+    Raises:
+        UsageError: so it is.
+    """
+    for name, unit in counts.items():
+        value = getattr(request, name)
+        if value is not None and (type(value) is not int or value < 1):
+            raise UsageError(f"{name}: expected at least 1 {unit}, found {value!r}")
 
 
 def _check_url(url: str) -> None:

@@ -20,7 +20,7 @@ from k2quant.eval.asking.request import Request, check
 from k2quant.eval.asking.sampling import check_sampling, generation
 from k2quant.eval.asking.thinking import Thinking, decide
 from k2quant.eval.asking.thoughts import Thoughts, Unstopped
-from k2quant.eval.runs.folder import JOURNAL, MANIFEST, begin, finished, held, tidy
+from k2quant.eval.runs.folder import JOURNAL, MANIFEST, begin, finished, held
 from k2quant.eval.runs.identity import digest, task_hash
 from k2quant.eval.runs.journal import Journal
 from k2quant.eval.runs.resuming import Progress, Resuming
@@ -92,7 +92,6 @@ def run(
         thinking = decide(request, model.folder or request.tokenizer, tasks.answered)
         identity = _identity(request, model, tasks, thinking)
         if finished(folder, identity):
-            tidy(folder)  # a kill may have come between the manifest and this
             if remark:
                 remark(f"{folder}: this run is already finished")
             return folder / MANIFEST

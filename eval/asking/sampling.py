@@ -16,18 +16,27 @@ def check_sampling(request: Request) -> None:
         UsageError: so it is.
     """
     heat, top_p = request.temperature, request.top_p
-    if heat is not None and (not _is_number(heat) or not 0 <= heat <= _HOTTEST):
-        raise UsageError(f"temperature: expected 0 to {_HOTTEST}, found {heat!r}")
-    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
-        raise UsageError(f"top_p: expected more than 0 and at most 1, found {top_p!r}")
-    if type(request.seed) is not int or not 0 <= request.seed < 2**63:
-        raise UsageError(f"seed: expected a whole number from 0, found {request.seed!r}")
+    check_draws(heat, top_p, request.seed)
     if type(request.repeats) is not int or request.repeats < 1:
         raise UsageError(f"repeats: expected at least 1 answer to each question, found {request.repeats!r}")
     if top_p is not None and not heat:
         raise UsageError("`top_p=` draws, and so needs a `temperature=` above 0")
     if request.repeats > 1 and not heat:
         raise UsageError("`repeats=` needs a `temperature=` above 0: greedy answers are all the same")
+
+
+def check_draws(temperature: float | None, top_p: float | None, seed: int | None) -> None:
+    """Refuse numbers by which nothing can be drawn; what is None was not said.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if temperature is not None and (not _is_number(temperature) or not 0 <= temperature <= _HOTTEST):
+        raise UsageError(f"temperature: expected 0 to {_HOTTEST}, found {temperature!r}")
+    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
+        raise UsageError(f"top_p: expected more than 0 and at most 1, found {top_p!r}")
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
+        raise UsageError(f"seed: expected a whole number from 0, found {seed!r}")
 
 
 _HOTTEST = 10  # a server's limit is 2; beyond this it is a typing error

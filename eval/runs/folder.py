@@ -64,7 +64,7 @@ def held(folder: Path, *, soft_lock: bool = False) -> Iterator[None]:
 
 
 def finished(folder: Path, identity: Mapping[str, Any]) -> bool:
-    """Tell whether the folder holds this very run, finished.
+    """Tell whether the folder holds this very run, finished; then take away what only an unfinished run needs.
 
     Raises:
         DestinationStale: it holds another one.
@@ -80,6 +80,7 @@ def finished(folder: Path, identity: Mapping[str, Any]) -> bool:
         raise DestinationStale(
             "the folder holds another finished run", file=folder, remedy="name another folder, or delete this one"
         )
+    tidy(folder)  # a kill may have come between the manifest and this
     return True
 
 
@@ -87,6 +88,36 @@ def tidy(folder: Path) -> None:
     """Take away what only an unfinished run needs."""
     for name in (JOURNAL, REQUEST):
         (folder / name).unlink(missing_ok=True)
+
+
+def seal(
+    folder: Path, identity: Mapping[str, Any], settings: Mapping[str, Any], begun: float, content: Mapping[str, Any]
+) -> Path:
+    """Write the manifest, as the last of a run's files, and take away what only an unfinished run needs.
+
+    Args:
+        folder: of the run.
+        identity: all that the answers depend on.
+        settings: what was found out on the way.
+        begun: when, in seconds of the epoch.
+        content: what the run holds: `tasks`, `groups` and more.
+
+    Returns:
+        the manifest's path.
+    """
+    ended = time.time()
+    manifest = {
+        "schema": SCHEMA,
+        "identity": digest(identity),
+        **{key: identity[key] for key in ("k2quant", "model", "model_hash", "tokenizer_hash")},
+        "settings": {**identity["settings"], **settings},
+        **content,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ended)),
+        "seconds": round(ended - begun, 3),
+    }
+    write_whole(folder / MANIFEST, as_json(manifest))
+    tidy(folder)
+    return folder / MANIFEST
 
 
 def begin(folder: Path, identity: Mapping[str, Any]) -> float:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from k2quant.checkpoint.files.paths import write_whole
-from k2quant.eval.runs.folder import MANIFEST, SCHEMA, as_json, tidy
+from k2quant.eval.runs.folder import seal
 from k2quant.eval.runs.identity import digest
 from k2quant.eval.tools.calling import Answer
 from k2quant.eval.tools.requests import Asked
@@ -71,21 +70,7 @@ def write(
         if samples:
             part = {"part_of": WHOLE} if name != WHOLE else {}
             tasks[name] = {**_write_task(folder, name, samples, places, repeats), **shared, **part}
-    ended = time.time()
-    manifest = {
-        "schema": SCHEMA,
-        "identity": digest(identity),
-        **{key: identity[key] for key in ("k2quant", "model", "model_hash", "tokenizer_hash")},
-        "settings": {**identity["settings"], **settings},
-        "calls": calls,
-        "tasks": tasks,
-        "groups": {},
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ended)),
-        "seconds": round(ended - begun, 3),
-    }
-    write_whole(folder / MANIFEST, as_json(manifest))
-    tidy(folder)
-    return folder / MANIFEST
+    return seal(folder, identity, settings, begun, {"calls": calls, "tasks": tasks, "groups": {}})
 
 
 def _write_answers(folder: Path, rows: Iterable[Row]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from k2quant.checkpoint.files.sources import no_folder
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.errors import HarnessFault, MalformedResults, UsageError
-from k2quant.eval.runs.folder import JOURNAL, MANIFEST, begin, finished, held, tidy
+from k2quant.eval.runs.folder import JOURNAL, MANIFEST, begin, finished, held
 from k2quant.eval.runs.identity import digest, seed_of
 from k2quant.eval.runs.journal import Journal
 from k2quant.eval.tools.calling import Answer, read_answer
@@ -98,7 +98,6 @@ def run_tools(
         plan = _plan(request, requests, taken, reading)
         identity = _identity(request, plan, reference)
         if finished(folder, identity):
-            tidy(folder)  # a kill may have come between the manifest and this
             say(f"{folder}: this run is already finished")
             return folder / MANIFEST
         begun = begin(folder, identity)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from k2quant.errors import UsageError
-from k2quant.eval.asking.request import Request
+from k2quant.eval.asking.request import Request, check_counts
 from k2quant.eval.asking.request import check as check_model
+from k2quant.eval.asking.sampling import check_draws
 from k2quant.ground.units import one_of
 
 Backend = Literal["k2quant", "api", "answers"]
@@ -64,7 +65,6 @@ class ToolsRequest:
     """Whether its tokenizer's own code may run."""
 
 
-_HOTTEST = 100.0
 _COUNTS = {"repeats": "answer", "limit": "request", "max_new_tokens": "token", "batch_size": "request"}
 """What is counted, with its unit."""
 
@@ -76,14 +76,8 @@ def check(request: ToolsRequest) -> None:
         UsageError: so it is.
     """
     one_of("backend", request.backend, BACKENDS)
-    for name, unit in _COUNTS.items():
-        value = getattr(request, name)
-        if value is not None and (type(value) is not int or value < 1):
-            raise UsageError(f"{name}: expected at least 1 {unit}, found {value!r}")
-    if request.temperature is not None and not 0 <= request.temperature <= _HOTTEST:
-        raise UsageError(f"temperature: expected 0 to {_HOTTEST:g}, found {request.temperature!r}")
-    if request.top_p is not None and not 0 < request.top_p <= 1:
-        raise UsageError(f"top_p: expected above 0, to 1, found {request.top_p!r}")
+    check_counts(request, _COUNTS)
+    check_draws(request.temperature, request.top_p, request.seed)
     if request.backend == "answers":
         asked = ("temperature", "top_p", "seed", "max_new_tokens", "base_url", "headers", "model_args")
         if given := [name for name in asked if getattr(request, name) not in (None, {})]:
