@@ -24,7 +24,7 @@ from k2quant.eval.statistics.exact import climb, inside, score_curve, shares
 from k2quant.eval.statistics.tango import check_share, score
 
 GAMMA = 1e-6
-"""Chance that the number of flips lies outside the span; chosen beforehand, see benchmarks/results/gate.md."""
+"""Chance that the number of flips lies outside the span; chosen beforehand, see benchmarks/results/gate-sharper.md."""
 
 LEAST_ALPHA = 10 * GAMMA
 """Smallest alpha: p-values end at gamma."""

@@ -242,10 +242,15 @@ def render_models(folder: Path) -> str:
 
 
 def render_accuracy(folder: Path) -> str:
-    """Link the proofs of `k2quant eval`, which `gate.py`, `blame.py` and `neighbours.py` write."""
+    """Link the proofs of `k2quant eval`, which `gate.py`, `blame.py`, `neighbours.py` and two suites write."""
     pages = {
-        "gate": "[The gate](results/gate.md): false accepts, power, and the rules of other tools in the same cells.",
+        "gate": "[The gate](results/gate.md): false accepts, power, and the rules of other tools in the same cells; "
+        "then items that are asked several times, by seven rules.",
+        "gate-sharper": "[A sharper gate at the same level](results/gate-sharper.md): what restricting the share of "
+        "flips wins, enumerated; `PYTHONPATH=benchmarks python -m suites.gate.sharper`.",
         "blame": "[Blame](results/blame.md): how often planted damage is found, and anything named without it.",
+        "equals": "[Fidelity of equal values](results/equals.md): exactly 0 decoded, the noise of the fused kernels, "
+        "and what exactness costs; `PYTHONPATH=benchmarks python -m suites.blame.equals`.",
         "neighbours": "[Neighbours](results/neighbours.md): what other busy processes cost, by how threads wait.",
     }
     lines = [f"- {line}\n" for name, line in pages.items() if (folder / f"{name}.json").exists()]
