@@ -52,8 +52,8 @@ def command(
     """Decide whether the run CANDIDATE is as good as the run BASELINE: PASS, FAIL or INCONCLUSIVE.
 
     Both answered the same items; the items that flipped decide, by an exact paired non-inferiority test. An item that
-    was asked several times counts once, by its share of right answers. Runs are folders of `k2quant eval run -o`, or of
-    `lm_eval --log_samples`. Exits 0 on PASS, 3 on FAIL, 4 on INCONCLUSIVE.
+    was asked several times counts once, by its share of right answers. Runs are folders of `k2quant eval run`, `k2quant
+    eval tools`, or `lm_eval --log_samples`. Exits 0 on PASS, 3 on FAIL, 4 on INCONCLUSIVE.
 
     \b
     Example:
