@@ -139,6 +139,26 @@ def test_a_large_file_takes_a_hundred_bytes_an_answer(path: Path) -> None:
     assert peak < 150 * count + 300_000  # a line and what is made of it
 
 
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [
+        (['[{"role": "system", "content": "s"}, {"role": "user", "content": "1+1=\\n"}]'], "system: s\nuser: 1+1=\n"),
+        ('[{"role": "user", "content": "1+1="}]', "user: 1+1="),
+        (["ask"], "ask"),
+        ('[{"role": "user"}]', '[{"role": "user"}]'),
+        ("[{x", "[{x"),
+        ('[{"role": "user", "content": "a"}], "messages": [1', '[{"role": "user", "content": "a"}], "messages": [1'),
+        ("[{" * 9999, ("[{" * 9999)[-600:]),
+        (r'[{"role": "\ud800", "content": "a"}]', "?: a"),
+    ],
+)
+def test_chat_messages_are_shown_as_words(asked: Any, shown: str, path: Path) -> None:
+    """A server's prompt is a list of messages in JSON; people read who said what. Any other text stays as it is."""
+    arguments = {"gen_args_0": {"arg_0": asked, "arg_1": {"until": ["\n"]}}}
+    items = read_samples(written(path, [row(0, arguments=arguments)])).items
+    assert items[0].prompt == shown
+
+
 @pytest.mark.parametrize("change", ["longer", "same length", "gone"])
 def test_a_file_that_changed_since_is_not_read_again(change: str, path: Path) -> None:
     """Nobody is shown a text that was not counted."""
