@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from k2quant.checkpoint.files.paths import inside, read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
-from k2quant.errors import UsageError
+from k2quant.errors import CheckpointError, UsageError
 from k2quant.eval.asking.request import Request
 
 END = "</think>"
@@ -131,8 +131,11 @@ def decide(request: Request, folder: Path | None, answered: Iterable[str] = ()) 
 
     Raises:
         UsageError: `think_end` is nothing but white space.
-        CheckpointError: a file of the folder cannot be read, or is a link that leaves it.
+        CheckpointError: a file of the folder cannot be read, or is a link that leaves it; or prompts are to go through
+            a chat template that it does not have.
     """
+    if request.chat_template and folder is not None and not request.trust_remote_code:  # code may bring one
+        _check_template(folder, follow_links=request.follow_links)
     if request.think_end and request.think_end.isspace():
         raise UsageError(f"think_end: expected such as {END}, found white space")
     served = request.backend == "api" and request.chat
@@ -159,6 +162,16 @@ def thinks(folder: Path, *, follow_links: bool = False) -> bool:
         CheckpointError: a file cannot be read, or is a link that leaves the folder.
     """
     return any(END in template for template in _templates(folder, follow_links=follow_links))
+
+
+def _check_template(folder: Path, *, follow_links: bool) -> None:
+    if not (any(_templates(folder, follow_links=follow_links)) or (folder / "additional_chat_templates").exists()):
+        raise CheckpointError(
+            "has no chat template",
+            file=folder,
+            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+            remedy="take it from the model's release; a base model has none, and is asked without `chat_template=`",
+        )
 
 
 def _templates(folder: Path, *, follow_links: bool) -> Iterator[str]:

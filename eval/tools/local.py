@@ -142,7 +142,11 @@ def _check_template(tokenizer: Any, folder: Path) -> None:
     """Refuse a checkpoint whose template passes tools over, or which has other words for calls than K2."""
     template = tokenizer.chat_template
     remedy = "serve it with an engine that reads its calls, and ask that (`backend=api`)"
-    if not template or "tools" not in str(template):
+    if not template:
+        expected = "chat_template.jinja, or chat_template in tokenizer_config.json"
+        remedy = "take it from the model's release; a base model has none, and calls no tools"
+        raise CheckpointError("has no chat template", file=folder, expected=expected, remedy=remedy)
+    if "tools" not in str(template):
         raise CheckpointError("its chat template takes no tools", file=folder, remedy=remedy)
     if UNPARSED not in tokenizer.get_vocab():
         raise CheckpointError(f"its tokenizer has no {UNPARSED}, K2's word for a call", file=folder, remedy=remedy)

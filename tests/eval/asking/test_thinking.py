@@ -211,6 +211,18 @@ def test_who_decides_where_reasoning_ends(tmp_path: Path) -> None:
     assert decide(replace(chat, think_end="X"), None) == Thinking(end="X", always=True)
 
 
+def test_a_model_without_a_chat_template_is_not_asked_through_one(tmp_path: Path) -> None:
+    """Said before it is loaded, and not by transformers in the middle; a tokenizer's code may bring a template."""
+    plain = folder_with(tmp_path / "plain")
+    ask = Request(model="m", tasks=("t",), chat_template=True)
+    for think_end in (None, "", END):
+        with pytest.raises(CheckpointError, match="has no chat template"):
+            decide(replace(ask, think_end=think_end), plain)
+    assert decide(replace(ask, trust_remote_code=True), plain) is None
+    assert decide(replace(ask, chat_template=False), plain) is None
+    assert decide(ask, folder_with(tmp_path / "other", chat_template__jinja="{{ messages }}")) is None
+
+
 def request_of(prompt: Any, until: Any = ("\n",), number: int = 0) -> Instance:
     """Return a request of lm-eval."""
     return Instance("generate_until", {}, (prompt, {"until": list(until), "max_gen_toks": 5}), 0, ("t", number, 1))

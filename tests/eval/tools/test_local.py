@@ -210,6 +210,11 @@ def test_a_template_without_tools_is_refused(
     monkeypatch.setattr(K2ForCausalLM, "generate", None)
     with pytest.raises(CheckpointError, match="its chat template takes no tools"):
         run_tools(ToolsRequest(model=str(folder), requests=str(requests_file)), tmp_path / "run")
+    without = {name: value for name, value in settings.items() if name != "chat_template"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(without))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="has no chat template"):
+        run_tools(ToolsRequest(model=str(folder), requests=str(requests_file)), tmp_path / "run")
 
 
 def test_what_takes_a_server_is_refused(checkpoint: Path, requests_file: Path, tmp_path: Path) -> None:
