@@ -29,7 +29,8 @@ def lines_of(examples: Sequence[ShownExample], *, length: int, colour: bool) -> 
     whole = "".join(piece.text for example in examples for piece in example.pieces)
     marks = next((pair for pair in _MARKS if not set(pair) & set(whole)), _MARKS[0])
     how = click.style("in green", fg="green") if colour else f"between {marks[0]} and {marks[1]}"
-    yield f"The first {counted(len(examples), 'example')}; what is learnt stands {how}, ↵ is a line break."
+    first = "The first example" if len(examples) == 1 else f"The first {counted(len(examples), 'example')}"
+    yield f"{first}; what is learnt stands {how}, ↵ is a line break."
     for number, example in enumerate(examples, 1):
         yield ""
         yield f"{number}. {example.where}: {counted(example.tokens, 'token')}, {example.learnt:,} learnt{_fit(example)}"

@@ -69,6 +69,7 @@ def test_what_is_learnt_stands_between_marks(plan: Callable[..., Result]) -> Non
     assert any(line.endswith(f"{HEAD}<think></think>n<|im_end|>{HEAD}<think></think>«e<|im_end|>»") for line in lines)
     assert any(line.startswith("p\\x1b[31m«ccc") for line in lines)
     assert "\x1b" not in shown.stdout
+    assert plan("--show", "1", reasoning="split").stdout.startswith("The first example; what is learnt")
 
 
 def test_long_pieces_are_shortened_and_a_row_has_an_end(plan: Callable[..., Result]) -> None:
