@@ -194,6 +194,9 @@ def _data(pairs: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
+_ROOM = "; see --max-new-tokens"
+
+
 def _show(manifest: dict[str, Any], folder: Path) -> None:
     from k2quant.ground.units import duration
 
@@ -204,9 +207,11 @@ def _show(manifest: dict[str, Any], folder: Path) -> None:
         rows += _rows(name, metrics, "")
     click.echo(table(_COLUMNS, rows))
     for name, task in manifest["tasks"].items():
-        if task["truncated"]:
-            warn(f"{name}: {task['truncated']} answers ended at the limit on new tokens; see --max-new-tokens")
-        if task.get("cut_in_thought"):
+        lost = task.get("cut_in_thought", 0)
+        if task["truncated"] and task["truncated"] != lost:  # else they are the same, and the next line says more
+            asked = task["documents"] * task.get("repeats", 1)
+            warn(f"{name}: {task['truncated']:,} of {asked:,} answers ended at the limit on new tokens{_ROOM}")
+        if lost:
             _warn_of_thoughts(name, task)
     took, quoted = duration(manifest["seconds"]), shlex.quote(str(folder))
     remark(f"{folder}: {took}; compare with  k2quant eval gate BASELINE {quoted}")
@@ -214,7 +219,7 @@ def _show(manifest: dict[str, Any], folder: Path) -> None:
 
 def _warn_of_thoughts(name: str, task: dict[str, Any]) -> None:
     lost, asked = task["cut_in_thought"], task["documents"] * task.get("repeats", 1)
-    all_of_them = "; does this model reason at all? see --think-end" if lost == asked else "; see --max-new-tokens"
+    all_of_them = "; does this model reason at all? see --think-end" if lost == asked else _ROOM
     warn(f"{name}: {lost:,} of {asked:,} answers never left their reasoning and count as wrong{all_of_them}")
 
 

@@ -25,6 +25,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, Pre
 from transformers.modeling_outputs import CausalLMOutput
 
 from k2quant.cli import main
+from k2quant.cli.eval.run import _show
 from k2quant.errors import HarnessFault, UsageError
 from k2quant.eval.asking.harness import transformers_model
 from k2quant.eval.asking.request import Request
@@ -393,6 +394,18 @@ def test_the_command_line_tells_what_was_lost(
     assert "6 of 6 answers never left their reasoning and count as wrong; does this model reason" in done.stderr
     done = CliRunner().invoke(main, [*map(str, begin[:-1]), "--top-p", "2", "-o", str(tmp_path / "x")])
     assert done.exit_code == 2
+
+
+@pytest.mark.parametrize(("truncated", "lost", "said"), [(4, 4, [4]), (5, 4, [5, 4]), (4, 0, [4]), (0, 4, [4])])
+def test_what_was_cut_in_thought_at_the_limit_is_told_once(
+    truncated: int, lost: int, said: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line where the limit cut answers in their reasoning and no others; each says of how many."""
+    task = {"documents": 20, "repeats": 3, "metrics": {}, "truncated": truncated, "cut_in_thought": lost}
+    _show({"tasks": {"t": task}, "groups": {}, "seconds": 1.0}, Path("run"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "answers" in line]
+    assert [line.split(" answers ")[0] for line in lines] == [f"t: {count} of 60" for count in said]
+    assert ("never left their reasoning" in lines[-1]) is (lost > 0)
 
 
 class Served:
