@@ -51,12 +51,16 @@ def _ours(folder: Path) -> Run:
     manifest = parse_object(read_limited(folder / MANIFEST, _LIMIT), file=folder / MANIFEST)
     if manifest.get("schema") != SCHEMA:
         raise MalformedResults(
-            "of another version of k2quant", file=folder / MANIFEST, expected=SCHEMA, found=manifest.get("schema")
+            "of another version of k2quant",
+            file=folder / MANIFEST,
+            expected=SCHEMA,
+            found=f"{manifest.get('schema')!r:.100}",
         )
     entries = _object(manifest, "tasks", folder / MANIFEST)
     results = _summary(folder / "results.json")
     if not entries:
         raise MalformedResults("names no task", file=folder / MANIFEST)
+    _check_parts(entries, folder / MANIFEST)
     return Run(
         folder=folder,
         model=str(manifest.get("model", "")),
@@ -66,6 +70,20 @@ def _ours(folder: Path) -> Run:
         groups=_groups(results),
         tasks={name: _our_task(folder, name, _object(entries, name, folder / MANIFEST), results) for name in entries},
     )
+
+
+def _check_parts(entries: Mapping[str, Any], file: Path) -> None:
+    """Refuse a part of a task that is none: parts are left out of the pool for the whole that has their answers.
+
+    Raises:
+        MalformedResults: see above.
+    """
+    wholes = {name: entry.get("part_of") for name, entry in entries.items() if isinstance(entry, dict)}
+    for name, whole in wholes.items():
+        if whole is not None and not (isinstance(whole, str) and whole in wholes and wholes[whole] is None):
+            raise MalformedResults(
+                f"task {name:.100} is a part of no whole task", file=file, found=f"part_of {whole!r:.100}"
+            )
 
 
 def _summary(path: Path) -> dict[str, Any]:
@@ -84,6 +102,10 @@ def _our_task(folder: Path, name: str, entry: Mapping[str, Any], results: Mappin
             "changed since the run wrote it", file=path, remedy="run the evaluation again into an empty folder"
         )
     _check_direction(name, samples.metric, results, folder / "results.json")
+    if (said := entry.get("repeats", 1)) != (found := samples.items.columns.repeats):
+        raise MalformedResults(
+            "not asked as often as the run says", file=path, expected=f"{said!r:.100} answers to each", found=found
+        )
     settings = {key: value for key, value in entry.items() if key not in _NO_SETTING}
     return Task(
         name=name,

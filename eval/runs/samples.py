@@ -11,6 +11,7 @@ import os
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, overload
 
@@ -25,6 +26,7 @@ from k2quant.eval.runs.rows import answer_of, is_binary, parse_row
 from k2quant.ground.saying.showing import brief
 
 _LINE_LIMIT = 2**26  # bytes; a prompt of 128k tokens, five shots and all, is below 1 MB
+_NAMED = 10  # metrics in a message
 
 
 class Samples(NamedTuple):
@@ -100,7 +102,7 @@ class _Scores:
         """
         for chosen in self._right.items():
             return chosen
-        found = ", ".join(f"{name} {value!r:.60}" for name, value in self._graded.items())
+        found = ", ".join(f"{name:.100} {value!r:.60}" for name, value in islice(self._graded.items(), _NAMED))
         raise MalformedResults(
             "no metric says right or wrong of every item",
             file=path,

@@ -100,6 +100,8 @@ def _kind(schema: Mapping[str, Any]) -> Any:
 
     if "$schema" not in schema:
         return jsonschema.Draft202012Validator
+    if not isinstance(schema["$schema"], str):
+        return None
     return jsonschema.validators.validator_for(schema, default=None)
 
 
@@ -132,6 +134,8 @@ def _first_error(schema: Mapping[str, Any], value: dict[str, Any]) -> str | None
         return f"{UNCHECKED}: the schema never ends, its $ref lead in a circle"
     except (referencing.exceptions.Unresolvable, jsonschema.exceptions.UnknownType, re.error, ValueError) as broken:
         return f"{UNCHECKED}: the schema breaks: {broken}"[:_SHOWN]
+    except OverflowError:  # 1e400 by `multipleOf`
+        return "a number beyond what computers reckon with"
     return None if error is None else f"{error.message[:_SHOWN]} at {error.json_path[:_SHOWN]}"
 
 
