@@ -64,8 +64,10 @@ def note(status: os.stat_result, digest: str) -> None:
         digest: its SHA-256, in hex.
     """
     text = json.dumps({"file": _signature(status), "sha256": digest})
+    path = _place(status)
+    if path is None:
+        return
     with contextlib.suppress(OSError):
-        path = _place(status)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor, partial = tempfile.mkstemp(dir=path.parent)
         try:
@@ -80,6 +82,8 @@ def note(status: os.stat_result, digest: str) -> None:
 def noted(status: os.stat_result) -> str | None:
     """Return the digest that was noted of a file, if it is the same file, unchanged, and the note is the user's own."""
     path = _place(status)
+    if path is None:
+        return None
     try:
         mine = path.lstat()
         if mine.st_uid != os.geteuid() or mine.st_mode & 0o022:
@@ -97,8 +101,13 @@ def _signature(status: os.stat_result) -> list[int]:
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _place(status: os.stat_result) -> Path:
-    """Return where a file's note lies: by its inode, so that it stays known when its folder is renamed."""
+def _place(status: os.stat_result) -> Path | None:
+    """Return where a file's note lies: by its inode, so that it stays known when its folder is renamed.
+
+    None where the user has no home, as in containers: `~` would be a folder of whatever place a command is run in.
+    """
     given = os.environ.get("XDG_CACHE_HOME", "")
     caches = Path(given) if given.startswith("/") else Path(os.path.expanduser("~/.cache"))  # noqa: PTH111  it never raises
+    if not caches.is_absolute():
+        return None
     return caches / "k2quant" / "digests" / f"{status.st_dev:x}-{status.st_ino:x}.json"

@@ -170,3 +170,15 @@ def test_a_model_has_one_hash_however_it_was_found(k2_bf16: Path, tmp_path: Path
     assert taken == model_hash(tmp_path / "int4") == model_hash(tmp_path / "int4", reread=True)
     in_place(shard)
     assert model_hash(tmp_path / "int4") != taken
+
+
+@pytest.mark.parametrize("home", ["here", ".", "~nobody-has-this-name"])
+def test_without_a_home_nothing_is_noted(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `~` is no place of the user's own, the file is read each time, and no folder appears where one stands."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"x")
+    assert [file_digest(path), file_digest(path)] == [(of(path), False)] * 2
+    assert os.listdir(tmp_path) == ["model.safetensors"]
