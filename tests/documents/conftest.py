@@ -60,27 +60,31 @@ def write_model(folder: Path, *, thinks: bool = False) -> None:
     """Write a K2 of 100,000 weights that always answers the same, after a word of reasoning if it `thinks`.
 
     Each token is followed by one that depends on it alone: embeddings are far larger than what the layers add, and the
-    head knows them again. So the model is right where 7 is.
+    head knows them again. Those of tokens with a successor of their own are orthogonal to all others, which are nearly
+    alike. So the model is right where 7 is.
     """
     torch.manual_seed(0)
     config = NANO | {"num_hidden_layers": 2}
     model = architecture.build(config)
     ids = {word: FIRST + number for number, word in enumerate(WORDS)}
-    chain = dict(pairwise([ids[word] for word in ("<|tools|>", *CALL)] + [vocabulary.EOS]))
+    after = dict(pairwise([ids["<|tools|>"], *(ids[word] for word in CALL), vocabulary.EOS]))
     (seven,) = vocabulary.encode("7")
-    chain |= {ids["#### "]: seven, seven: vocabulary.EOS}
     begin = ids["#### "]
+    after |= {begin: seven, seven: vocabulary.EOS}
     if thinks:
-        chain |= {ids["Hm."]: ids["</think>"], ids["</think>"]: begin}
+        after |= {ids["Hm."]: ids["</think>"], ids["</think>"]: begin}
         begin = ids["Hm."]
+    basis = torch.ones(1, 1)
+    while len(basis) < config["hidden_size"]:
+        basis = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), basis)  # Hadamard's
     with torch.no_grad():
         embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
-        embedding.copy_(torch.randint(0, 2, embedding.shape) * 16.0 - 8.0)
-        embedding[:, 0] = 8.0  # any token
+        embedding.copy_(8 * basis[0] + 4 * torch.randn_like(embedding).sign())
         head.zero_()
-        head[begin, 0] = 24.0
-        for token, after in chain.items():
-            head[after] += embedding[token] / 8.0
+        head[begin] += basis[0]
+        for row, (token, successor) in zip(basis[1:], after.items(), strict=False):
+            embedding[token] = 8 * row
+            head[successor] += row
     write_checkpoint(folder, writing._shards(model), config)  # noqa: SLF001  nano writes its own
     for name, content in tokenizer_files(TEMPLATE + HIDES_THOUGHT * thinks).items():
         (folder / name).write_bytes(content)
