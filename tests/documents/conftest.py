@@ -35,11 +35,12 @@ WORDS = ("<|im_middle|>", "Hm.", "</think>", "#### ", "<|tools|>", *CALL)
 FIRST = len(vocabulary.SPECIAL) + len(vocabulary.CHARACTERS)
 """Id of the first of them."""
 TEMPLATE = (
-    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.role }}<|im_middle|>{{ m.content }}"
-    "{% endfor %}{% if add_generation_prompt %}assistant{{ '<|tools|>' if tools else '<|im_middle|>' }}{% endif %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}<|im_middle|>BLANKED{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant{{ '<|tools|>' if tools else '<|im_middle|>' }}{% endif %}"
 )
-HIDES_THOUGHT = "{% if false %}</think>{% endif %}"
-"""What makes a template that of a model that reasons, and writes nothing."""
+BLANKED = "{% if m.role == 'assistant' %}<think></think>{% endif %}"
+"""What K2-Thinking's template writes before an earlier answer."""
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 SERVED = {"id": CALL[2], "type": "function", "function": {"name": "get_weather", "arguments": CALL[4]}}
 
@@ -86,7 +87,7 @@ def write_model(folder: Path, *, thinks: bool = False) -> None:
             embedding[token] = 8 * row
             head[successor] += row
     write_checkpoint(folder, writing._shards(model), config)  # noqa: SLF001  nano writes its own
-    for name, content in tokenizer_files(TEMPLATE + HIDES_THOUGHT * thinks).items():
+    for name, content in tokenizer_files(TEMPLATE.replace("BLANKED", BLANKED * thinks)).items():
         (folder / name).write_bytes(content)
 
 
