@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from k2quant.cli.parts.options import Option
+
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
@@ -30,6 +32,26 @@ def model_args(texts: tuple[str, ...]) -> dict[str, Any]:
             raise click.UsageError(f"--model-args: {name} stands twice")
         found[name] = _value(name, value.strip())
     return found
+
+
+def model_args_option(about: str) -> Option[Any]:
+    """What an engine takes besides, as `model_args` reads it.
+
+    Args:
+        about: what the command has to say of it.
+    """
+    return click.option("--model-args", multiple=True, metavar="NAME=VALUE,...", help=about)
+
+
+def header_option() -> Option[Any]:
+    """Headers for a server, as `headers` reads them."""
+    return click.option(
+        "--header",
+        "headers",
+        multiple=True,
+        metavar="NAME=VARIABLE",
+        help="Header for a server, with its value in that variable of the environment; repeatable.",
+    )
 
 
 def headers(pairs: tuple[str, ...]) -> dict[str, str]:

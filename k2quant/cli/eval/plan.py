@@ -182,7 +182,9 @@ _COLUMNS = tuple(Column(head=head) for head in ("flips", "items", "chance of PAS
 
 
 def _row(plan: Plan) -> tuple[str, ...]:
-    items = f"over {10_000_000:,}" if plan.items is None else f"{plan.items:,}"
+    from k2quant.eval.statistics.planning import MOST
+
+    items = f"over {MOST:,}" if plan.items is None else f"{plan.items:,}"
     return f"{plan.flips:.2%}", items, "" if plan.reached is None else f"{plan.reached:.1%}"
 
 

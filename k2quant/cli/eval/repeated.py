@@ -70,8 +70,10 @@ def pilot(found: dict[str, Any]) -> list[str]:
 
 def row(plan: RepeatsPlan) -> tuple[str, ...]:
     """Return a line of the table."""
+    from k2quant.eval.statistics.planning import MOST
+
     if plan.items is None:
-        return str(plan.repeats), f"over {10_000_000:,}", "", ""
+        return str(plan.repeats), f"over {MOST:,}", "", ""
     return str(plan.repeats), f"{plan.items:,}", f"{plan.answers:,}", f"{plan.reached:.1%}"
 
 

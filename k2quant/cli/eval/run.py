@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from k2quant.cli.eval.arguments import headers, model_args
+from k2quant.cli.eval.arguments import header_option, headers, model_args, model_args_option
 from k2quant.cli.parts import options
 from k2quant.cli.parts.screen import progress, questions, remark, warn
 from k2quant.cli.parts.terminal.tables import Column, paragraph, table
@@ -95,19 +95,10 @@ def _presets(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # no
     type=click.Path(path_type=Path),
     help="Folder of a served model's tokenizer, to score text.  [default: that of --served-from]",
 )
-@click.option(
-    "--header",
-    "headers",
-    multiple=True,
-    metavar="NAME=VARIABLE",
-    help="Header for a server, with its value in that variable of the environment; repeatable.",
-)
-@click.option(
-    "--model-args",
-    multiple=True,
-    metavar="NAME=VALUE,...",
-    help="What the engine takes besides: tensor_parallel_size=8 for vllm; concurrency, timeout (seconds) and retries "
-    "for api; repeatable.",
+@header_option()
+@model_args_option(
+    "What the engine takes besides: tensor_parallel_size=8 for vllm; concurrency, timeout (seconds) and retries for "
+    "api; repeatable."
 )
 @click.option("--chat-template", is_flag=True, help="Put prompts through the tokenizer's chat template.")
 @options.follow_links()

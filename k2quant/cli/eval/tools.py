@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from k2quant.cli.eval.arguments import headers, model_args
+from k2quant.cli.eval.arguments import header_option, headers, model_args, model_args_option
 from k2quant.cli.eval.run import bars
 from k2quant.cli.parts import options
 from k2quant.cli.parts.screen import questions, remark, warn
@@ -80,19 +80,8 @@ def _listed(ctx: click.Context, _: click.Parameter, value: bool) -> None:  # noq
     type=click.Path(path_type=Path),
     help="The checkpoint that answers, so that the run knows its hash.",
 )
-@click.option(
-    "--header",
-    "headers",
-    multiple=True,
-    metavar="NAME=VARIABLE",
-    help="Header for a server, with its value in that variable of the environment; repeatable.",
-)
-@click.option(
-    "--model-args",
-    multiple=True,
-    metavar="NAME=VALUE,...",
-    help="What a server takes besides: concurrency, timeout (seconds) and retries; repeatable.",
-)
+@header_option()
+@model_args_option("What a server takes besides: concurrency, timeout (seconds) and retries; repeatable.")
 @options.device(others=None)
 @options.dtype()
 @options.follow_links()
