@@ -41,7 +41,7 @@ _NAMED = {
     "base_url": "`base_url=`",
     "num_concurrent": "concurrency",
     "max_retries": "retries",
-    "seed": "nothing: it is 1234, as lm-eval has it",
+    "seed": "`seed=`, from which every draw follows",
     "think_end_token": "`think_end=`",
     "enable_thinking": 'chat_template_args, such as {"enable_thinking": true}',
     "tokenizer": "`tokenizer=` for a server; other engines take that of MODEL",

@@ -51,7 +51,7 @@ def gate(
         MalformedResults: a run's files are truncated, mixed up or lie.
         Incomparable: the runs asked different things, are the same one, or the baseline is at chance.
         HarnessFault: a run's outputs say nothing.
-        UsageError: the policy names a task that there is not.
+        UsageError: the policy names a task that there is not, or several parts of one task without the whole.
     """
     policy = policy or Policy()
     base, candidate = (run if isinstance(run, Run) else read_run(run) for run in (base, candidate))

@@ -58,7 +58,8 @@ def take(path: str | os.PathLike[str]) -> Taken:
 
     Raises:
         UsageError: there is no such file.
-        MalformedResults: it holds something else, is cut or was changed.
+        MalformedResults: it holds something else, is cut or was changed, or cannot be read.
+        UnsafePath: the manifest names a file outside of the run.
     """
     place = Path(path)
     try:
@@ -69,6 +70,9 @@ def take(path: str | os.PathLike[str]) -> Taken:
         return _gathered(_of_verifier(place))
     except MalformedFile as error:
         raise MalformedResults(str(error)) from error
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise MalformedResults("cannot be read", file=error.filename or place, found=found) from error
 
 
 def _gathered(found: Iterable[tuple[Asked, Answer, str]]) -> Taken:

@@ -47,19 +47,6 @@ class _Told:
 
         self.server.client.answers((self._asked(*request.args) for request in requests), came)
 
-    def generate_until(self, requests: list[Any]) -> list[str]:
-        """Write answers."""
-        texts: dict[int, str] = {}
-
-        def keep(place: int, text: str, cut: bool) -> None:  # noqa: FBT001  as stream_until hands it on
-            texts[place] = _Cut(text) if cut else text
-
-        self.stream_until(requests, keep)
-        return [texts[place] for place in range(len(requests))]
-
-    def were_cut(self, requests: list[Any], answers: list[str]) -> list[bool]:  # noqa: ARG002  others look at the requests
-        return [isinstance(answer, _Cut) for answer in answers]
-
     def _asked(self, context: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return what is posted to have a text continued, or a message answered."""
         lm: Any = self
@@ -92,12 +79,6 @@ class _Told:
         if not isinstance(text, str):
             raise HarnessFault("an answer that is no text", file=self.server.url, found=type(text).__name__)
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half a character fits in no file
-
-
-class _Cut(str):
-    """A text that the server says it cut at the limit."""
-
-    __slots__ = ()
 
 
 class _Completions(_Told, LocalCompletionsAPI):  # type: ignore[misc]  # lm-eval has no types

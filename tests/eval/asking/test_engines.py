@@ -197,7 +197,7 @@ def asking(backend: str, **given: Any) -> Request:
         ("k2quant", {"attn_implementation": "sdpa"}, "takes none"),
         ("vllm", {"pretrained": "x"}, "argument MODEL"),
         ("vllm", {"dtype": "auto"}, "`dtype=`"),
-        ("vllm", {"seed": 1}, "1234"),
+        ("vllm", {"seed": 1}, "`seed=`"),
         ("vllm", {"trust_remote_code": True}, "`trust_remote_code=True`"),
         ("vllm", {"max_length": 9}, "`max_length=`"),
         ("vllm", {"max_model_len": "9"}, "number of tokens"),

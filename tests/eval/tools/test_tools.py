@@ -458,7 +458,7 @@ def test_options_that_make_no_sense(options: dict[str, Any], said: str, tmp_path
 
 
 def test_answers_of_a_run_may_be_judged_again(serve: Serve, requests_file: Path, tmp_path: Path) -> None:
-    """By another reference, without asking anybody; a file that was changed is refused."""
+    """By another reference, without asking anybody; a file that was changed, or is gone, is refused."""
     run_tools(asked(serve(good)[0], requests_file), tmp_path / "run")
     run_tools(asked(serve(lambda *_: call())[0], requests_file), tmp_path / "calls")
     again = ToolsRequest(model=str(tmp_path / "run"), backend="answers", reference=tmp_path / "calls")
@@ -469,6 +469,9 @@ def test_answers_of_a_run_may_be_judged_again(serve: Serve, requests_file: Path,
     answers.write_bytes(answers.read_bytes().replace(b"Oslo", b"Rome"))
     with pytest.raises(MalformedResults, match="changed since the run wrote it"):
         run_tools(again, tmp_path / "third")
+    answers.unlink()
+    with pytest.raises(MalformedResults, match=r"answers.jsonl: cannot be read, found No such file"):
+        run_tools(again, tmp_path / "fourth")
 
 
 def k2quant(*arguments: object) -> Result:
