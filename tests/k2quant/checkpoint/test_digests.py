@@ -181,4 +181,4 @@ def test_without_a_home_nothing_is_noted(home: str, tmp_path: Path, monkeypatch:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"x")
     assert [file_digest(path), file_digest(path)] == [(of(path), False)] * 2
-    assert os.listdir(tmp_path) == ["model.safetensors"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.safetensors"]
