@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from traceback import walk_tb
 from typing import Any
 
@@ -12,7 +13,7 @@ from k2quant.cli.parts.flags import in_flags, running
 from k2quant.cli.parts.lazy import LazyGroup
 from k2quant.cli.parts.screen import remarks
 from k2quant.cli.parts.terminal import colour
-from k2quant.cli.parts.terminal.streams import CUT_OFF, cut_off, open_closed, say
+from k2quant.cli.parts.terminal.streams import CUT_OFF, Terminated, cut_off, open_closed, say
 from k2quant.errors import K2QuantError, printable
 from k2quant.ground.version import __version__
 
@@ -48,11 +49,11 @@ class _Commands(LazyGroup):
             ctx.exit(error.exit_code)
         except OSError as error:
             ctx.exit(_ended(error))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             command = running()
             resumes = command is not None and command.name in _RESUMED
             say(f"k2quant: stopped{'; the same command resumes' if resumes else ''}")
-            ctx.exit(130)
+            ctx.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))
 
 
 def _ended(error: OSError) -> int:

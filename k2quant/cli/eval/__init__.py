@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import signal
-import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from k2quant.cli.parts.lazy import LazyGroup
+from k2quant.cli.parts.terminal.streams import Terminated
 
 
 class _Commands(LazyGroup):
     def invoke(self, ctx: click.Context) -> Any:
         # A cancelled job ends by SIGTERM; temporary files, gigabytes of them, then go as they do after Ctrl-C.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        signal.signal(signal.SIGTERM, _end)
         return super().invoke(ctx)
+
+
+def _end(*_: object) -> NoReturn:
+    raise Terminated
 
 
 @click.command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import signal
 import statistics
@@ -394,6 +395,30 @@ def test_the_command_line_tells_what_was_lost(
     assert "6 of 6 answers never left their reasoning and count as wrong; does this model reason" in done.stderr
     done = CliRunner().invoke(main, [*map(str, begin[:-1]), "--top-p", "2", "-o", str(tmp_path / "x")])
     assert done.exit_code == 2
+
+
+def test_a_job_that_is_told_to_end_is_no_fault_of_lm_eval(
+    scripted: Callable[..., Request], nano: Path, tasks: Path, tmp_path: Path
+) -> None:
+    """SIGTERM, as a cancelled CI job gets it, ends as Ctrl-C does, with a code of its own; the command resumes."""
+
+    def answer(prompt: str) -> str:
+        if told:
+            os.kill(os.getpid(), told.pop())
+        return double(prompt)
+
+    told = [signal.SIGTERM]
+    scripted(answer)
+    command = ["eval", "run", nano, "--include", tasks, "--tasks", "adding", "-o", tmp_path / "run"]
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        done = CliRunner().invoke(main, list(map(str, command)))
+        assert done.exit_code == 128 + signal.SIGTERM
+        assert "run: the same command resumes" in done.stderr
+        assert done.stderr.endswith("k2quant: stopped\n")
+        assert CliRunner().invoke(main, list(map(str, command))).exit_code == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(("truncated", "lost", "said"), [(4, 4, [4]), (5, 4, [5, 4]), (4, 0, [4]), (0, 4, [4])])

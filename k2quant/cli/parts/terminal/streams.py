@@ -15,6 +15,10 @@ CUT_OFF = 141
 """Exit code of who writes into a pipe that nobody reads any more: 128 and the number of SIGPIPE, as shells have it."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came. Like Ctrl-C it is nobody's error, and no library takes it for one of its own."""
+
+
 def open_closed() -> None:
     """Let what was closed by `2>&-` and the like lead nowhere.
 
