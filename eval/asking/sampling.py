@@ -8,6 +8,13 @@ from typing import Any
 from k2quant.errors import UsageError
 from k2quant.eval.asking.request import Request
 
+HOTTEST = 10
+"""Of temperatures: a server's limit is 2; beyond this it is a typing error."""
+LAST_SEED = 2**63 - 1
+"""What fits in the JSON numbers of most readers, and in torch's generators."""
+MOST_REPEATS = 10_000
+"""Of a question: all are in memory, and more tell less than other questions would."""
+
 
 def check_sampling(request: Request) -> None:
     """Refuse settings of sampling that make no sense, or do not go together.
@@ -17,8 +24,8 @@ def check_sampling(request: Request) -> None:
     """
     heat, top_p = request.temperature, request.top_p
     check_draws(heat, top_p, request.seed)
-    if type(request.repeats) is not int or request.repeats < 1:
-        raise UsageError(f"repeats: expected at least 1 answer to each question, found {request.repeats!r}")
+    if type(request.repeats) is not int or not 1 <= request.repeats <= MOST_REPEATS:
+        raise UsageError(f"repeats: expected 1 to {MOST_REPEATS:,} answers to each question, found {request.repeats!r}")
     if top_p is not None and not heat:
         raise UsageError("`top_p=` draws, and so needs a `temperature=` above 0")
     if request.repeats > 1 and not heat:
@@ -31,15 +38,12 @@ def check_draws(temperature: float | None, top_p: float | None, seed: int | None
     Raises:
         UsageError: so it is.
     """
-    if temperature is not None and (not _is_number(temperature) or not 0 <= temperature <= _HOTTEST):
-        raise UsageError(f"temperature: expected 0 to {_HOTTEST}, found {temperature!r}")
+    if temperature is not None and (not _is_number(temperature) or not 0 <= temperature <= HOTTEST):
+        raise UsageError(f"temperature: expected 0 to {HOTTEST}, found {temperature!r}")
     if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
         raise UsageError(f"top_p: expected more than 0 and at most 1, found {top_p!r}")
-    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**63):
-        raise UsageError(f"seed: expected a whole number from 0, found {seed!r}")
-
-
-_HOTTEST = 10  # a server's limit is 2; beyond this it is a typing error
+    if seed is not None and (type(seed) is not int or not 0 <= seed <= LAST_SEED):
+        raise UsageError(f"seed: expected 0 to 2^63 - 1, found {seed!r:.100}")
 
 
 def _is_number(value: object) -> bool:

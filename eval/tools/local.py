@@ -103,8 +103,6 @@ class Checkpoint:
         return of_text((opened or "") + text, cut=len(new) >= limit and not ended)
 
     def _prompt(self, request: Asked) -> str:
-        from jinja2 import TemplateError
-
         try:
             prompt: str = self._tokenizer.apply_chat_template(
                 list(request.body["messages"]),
@@ -112,7 +110,7 @@ class Checkpoint:
                 add_generation_prompt=True,
                 tokenize=False,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a template raises
             found = f"{request.place}: {said(error)}"
             raise CheckpointError(
                 "its chat template does not take a request", file=self._folder, found=found

@@ -12,6 +12,7 @@ from typing import Any
 from k2quant.checkpoint.files.paths import open_regular
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import MalformedFile, UsageError
+from k2quant.eval.asking.sampling import HOTTEST, LAST_SEED
 from k2quant.eval.runs.identity import digest
 from k2quant.ground.saying.showing import brief
 
@@ -27,6 +28,8 @@ _NOT_SENT = {"model", "stream", "stream_options", "user", "store", "metadata", *
 """Who is asked, and how the answer travels; neither is part of what is asked."""
 _ROLES = {"system", "developer", "user", "assistant", "tool"}
 _SYSTEM = "_input"  # what K2-Vendor-Verifier's file calls some of its system messages
+_LEAST = {"max_tokens": 1}
+_MOST = {"temperature": HOTTEST, "top_p": 1, "max_tokens": 2**31, "seed": LAST_SEED}
 _SHOWN = 600  # characters of a prompt's end, for people
 
 
@@ -192,7 +195,7 @@ def _check_numbers(sampling: Mapping[str, Any]) -> None:
         whole = key in {"max_tokens", "seed"}
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
             raise TypeError(f"{key} {value!r:.100}")
-        if value < 0 or (key == "max_tokens" and value < 1):
+        if not _LEAST.get(key, 0) <= value <= _MOST[key]:
             raise ValueError(f"{key} {value!r:.100}")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from k2quant.errors import UsageError
 from k2quant.eval.asking.request import Request, check_counts
 from k2quant.eval.asking.request import check as check_model
-from k2quant.eval.asking.sampling import check_draws
+from k2quant.eval.asking.sampling import MOST_REPEATS, check_draws
 from k2quant.ground.units import one_of
 
 Backend = Literal["k2quant", "api", "answers"]
@@ -77,6 +77,10 @@ def check(request: ToolsRequest) -> None:
     """
     one_of("backend", request.backend, BACKENDS)
     check_counts(request, _COUNTS)
+    if request.repeats > MOST_REPEATS:
+        raise UsageError(
+            f"repeats: expected at most {MOST_REPEATS:,} answers to each request, found {request.repeats!r}"
+        )
     check_draws(request.temperature, request.top_p, request.seed)
     if request.backend == "answers":
         asked = ("temperature", "top_p", "seed", "max_new_tokens", "base_url", "headers", "model_args")

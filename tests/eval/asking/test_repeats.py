@@ -361,7 +361,8 @@ def test_a_group_of_repeats_is_the_mean_of_its_tasks(repeated: tuple[Request, Pa
     [
         ({"repeats": 2}, "`repeats=` needs a `temperature=`"),
         ({"repeats": 2, "temperature": 0}, "`repeats=` needs a `temperature=`"),
-        ({"repeats": 0}, "repeats: expected at least 1"),
+        ({"repeats": 0}, "repeats: expected 1 to 10,000"),
+        ({"repeats": 10**9, "temperature": 1.0}, "repeats: expected 1 to 10,000"),
         ({"top_p": 0.5}, "`top_p=` draws"),
         ({"top_p": 0, "temperature": 1}, "top_p: expected"),
         ({"temperature": float("nan")}, "temperature: expected"),

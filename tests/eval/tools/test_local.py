@@ -18,6 +18,8 @@ from k2quant.errors import CheckpointError, UsageError
 from k2quant.eval import read_run, run_tools
 from k2quant.eval.runs.folder import MANIFEST
 from k2quant.eval.tools.calling import Answer, Call, of_chat, of_text, read_answer
+from k2quant.eval.tools.local import Checkpoint
+from k2quant.eval.tools.requests import request_of
 from k2quant.eval.tools.settings import ToolsRequest
 from k2quant.model.causal_lm import K2ForCausalLM
 from k2quant.nano import architecture, writing
@@ -215,6 +217,21 @@ def test_a_template_without_tools_is_refused(
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(CheckpointError, match="has no chat template"):
         run_tools(ToolsRequest(model=str(folder), requests=str(requests_file)), tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [AttributeError("a"), ZeroDivisionError("b"), RecursionError("c"), IndexError("d")])
+def test_whatever_a_template_raises_names_the_request(error: Exception) -> None:
+    """A template is a program of somebody else's."""
+
+    class Tokenizer:
+        def apply_chat_template(self, *_: Any, **__: Any) -> str:
+            raise error
+
+    local = object.__new__(Checkpoint)
+    local._tokenizer, local._folder = Tokenizer(), Path("model")
+    one = request_of({"messages": [{"role": "user", "content": "a"}]}, "requests.jsonl, line 7")
+    with pytest.raises(CheckpointError, match=f"does not take a request.*line 7: {type(error).__name__}"):
+        local.answer(one, {}, 0)
 
 
 def test_what_takes_a_server_is_refused(checkpoint: Path, requests_file: Path, tmp_path: Path) -> None:
