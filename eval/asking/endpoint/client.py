@@ -193,7 +193,7 @@ class Client:
             said = f"{status} {body[:_WORDS].decode('utf-8', 'replace')}"
             if status in PASSING:
                 raise _Passing(said, asked)
-            raise self._fault("the server refuses a request", said, remedy="")
+            raise self._fault("the server refuses a request", said, remedy=self._mended(status))
         if len(body) > limit:
             raise self._fault(f"an answer of more than {limit:,} bytes", None)
         try:
@@ -220,6 +220,14 @@ class Client:
         if type(code) is int and code in PASSING:
             raise _Passing(said, asked)
         raise self._fault("the server refuses a request", said, remedy="")
+
+    def _mended(self, status: int) -> str:
+        """Return what most often ends such a refusal, or nothing."""
+        if status in {401, 403}:
+            return "its key is that of OPENAI_API_KEY, or of a variable that `headers=` names"
+        if status in {404, 405} and not self.url.endswith("/chat/completions"):
+            return "if it takes nothing but chat messages, ask it by `chat=True`"
+        return ""
 
     def _fault(self, message: str, said: str | None, *, remedy: str = _RESUMES) -> HarnessFault:
         found = None if said is None else self._shown(said)

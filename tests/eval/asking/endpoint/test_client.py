@@ -185,6 +185,25 @@ def test_what_is_wrong_with_a_request_does_not_pass(serve: Serve, status: int) -
 
 
 @pytest.mark.parametrize(
+    ("status", "path", "remedy"),
+    [
+        (401, "/v1/completions", "`headers=`"),
+        (403, "/v1/chat/completions", "OPENAI_API_KEY"),
+        (404, "/v1/completions", "`chat=True`"),
+        (405, "/v1/completions", "`chat=True`"),
+        (404, "/v1/chat/completions", None),
+        (400, "/v1/completions", None),
+    ],
+)
+def test_a_refusal_names_its_usual_remedy(serve: Serve, status: int, path: str, remedy: str | None) -> None:
+    """Where the key goes, and that many servers take nothing but chat messages; else the server's words alone."""
+    seen = serve(lambda *_: Reply(status=status, content=b"no"))
+    with pytest.raises(HarnessFault) as caught:
+        quick(seen.url.partition("/v1")[0] + path).post({})
+    assert caught.value.remedy is None if remedy is None else remedy in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(
     "reply",
     [
         Reply(content=b"<html>Welcome</html>", headers={"Content-Type": "text/html"}),
