@@ -131,8 +131,10 @@ def _cells(comparison: Comparison) -> list[str]:
 
 
 def _early(verdict: Verdict) -> str:
-    """Say how many answers of each side ended too early, and of which tasks."""
-    parts = [(None, verdict.pooled), *((task.name, task) for task in verdict.tasks if len(verdict.tasks) > 1)]
+    """Say how many answers of each side ended too early, and of which tasks; not of those where none did."""
+    tasks = verdict.tasks if len(verdict.tasks) > 1 else ()
+    struck = [t for t in tasks if any((t.base_cut, t.candidate_cut, t.base_truncated, t.candidate_truncated))]
+    parts = [(None, verdict.pooled), *((task.name, task) for task in struck)]
     said = [(name, sentence) for name, part in parts[:_EARLY] for sentence in part.ended_early]
     listed = (f"- {f'{_name(name)}: ' if name else ''}{escaped(sentence)}\n" for name, sentence in said)
     return f"{''.join(listed)}\n" if said else ""

@@ -915,6 +915,21 @@ def test_answers_cut_in_thought_stand_on_both_sides_everywhere(tmp_path: Path) -
     assert "thought" not in page.text + unseen.markdown.read_text() + unseen.junit.read_text()
 
 
+def test_tasks_where_no_answer_ended_early_are_not_listed(tmp_path: Path) -> None:
+    """Zeros of many tasks would hide the one that counts; all together stand first, zero or not."""
+    whole = {"base_cut": 0, "candidate_cut": 0, "base_truncated": 0, "candidate_truncated": 0}
+    names = [f"t{number}" for number in range(200)]
+    tasks = tuple(replace(comparison(name, 2, 1), **whole) for name in names)
+    struck = replace(tasks[-1], candidate_truncated=3)
+    reports, _ = written(
+        tmp_path, verdict(tasks=(*tasks[:-1], struck), pooled=replace(comparison("all", 7, 1), **whole))
+    )
+    text = reports.markdown.read_text()
+    assert "\n- cut in thought: 0 of 200 (baseline), 0 of 200 (candidate)\n" in text
+    assert "- `t199`: ended at the limit on new tokens: 0 of 200 (baseline), 3 of 200 (candidate)\n" in text
+    assert "- `t1`: " not in text
+
+
 def test_the_task_table_fits_a_desktop(tmp_path: Path) -> None:
     """Names may break at each underscore, numbers between their parts, and no box scrolls."""
     name = "a_long_name_of_a_task_as_people_have_them"
