@@ -35,6 +35,7 @@ def examples_of_chat(
     Raises:
         MalformedFile: the template cannot render it, passes over its tools or calls, or writes it so that nobody can
             say which parts are the turns.
+        CheckpointError: there is no chat template, or several and none is the default.
     """
     template.check(talk.where)
     census.chats += 1

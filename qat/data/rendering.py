@@ -42,7 +42,7 @@ class Template:
         """Return the template's own text; a tokenizer may have one for tools and one for none.
 
         Raises:
-            CheckpointError: it has several, and none is the default.
+            CheckpointError: there are several, and none is the default.
         """
         try:
             return str(self.tokenizer.get_chat_template(tools=tools))
@@ -74,6 +74,10 @@ class Template:
         """Return what lies between the template's own `{% generation %}` marks, as spans of what it writes.
 
         None where it has no marks, or where the tokenizer's own code writes something else than the template.
+
+        Raises:
+            MalformedFile: the template cannot render it.
+            CheckpointError: there are several, and none is the default.
         """
         source = self.source(talk.tools)
         if not _MARKER.search(source):
@@ -105,6 +109,7 @@ class Template:
 
         Raises:
             MalformedFile: the template does not write the tools or the calls, or cannot render the conversation.
+            CheckpointError: there are several, and none is the default.
         """
         if not talk.tools and not has_calls(talk.messages):
             return talk, False

@@ -15,7 +15,11 @@ _OPEN = "<think>"
 
 
 def lossless(talk: Conversation, template: Template) -> tuple[Conversation, set[int]]:
-    """Return a conversation without the reasoning that the template does not write, and where that stood."""
+    """Return a conversation without the reasoning that the template does not write, and where that stood.
+
+    Raises:
+        MalformedFile: the template cannot render it.
+    """
     places = [place for place, message in enumerate(talk.messages) if reasoned(message)]
     if not places:
         return talk, set()
