@@ -917,7 +917,7 @@ def test_answers_cut_in_thought_stand_on_both_sides_everywhere(tmp_path: Path) -
 
 def test_tasks_where_no_answer_ended_early_are_not_listed(tmp_path: Path) -> None:
     """Zeros of many tasks would hide the one that counts; all together stand first, zero or not."""
-    whole = {"base_cut": 0, "candidate_cut": 0, "base_truncated": 0, "candidate_truncated": 0}
+    whole: dict[str, Any] = {"base_cut": 0, "candidate_cut": 0, "base_truncated": 0, "candidate_truncated": 0}
     names = [f"t{number}" for number in range(200)]
     tasks = tuple(replace(comparison(name, 2, 1), **whole) for name in names)
     struck = replace(tasks[-1], candidate_truncated=3)
