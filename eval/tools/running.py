@@ -273,9 +273,9 @@ def _asked(
     missing: list[tuple[Asked, int]] = []
     for one in plan.requests:
         for repeat in range(plan.repeats):
-            kept = journal.get(f"{one.digest} {repeat}")
+            kept = _kept(journal, f"{one.digest} {repeat}")
             if kept:
-                answers[one.digest, repeat] = read_answer(kept[0])
+                answers[one.digest, repeat] = kept
             else:
                 missing.append((one, repeat))
     if answers:
@@ -303,3 +303,11 @@ def _asked(
         for place, (one, repeat) in enumerate(missing):
             came(place, local.answer(one, one.sampling, one.sampling["seed"] + repeat))
     return answers
+
+
+def _kept(journal: Journal, key: str) -> Answer | None:
+    """Return the answer that a journal has; None for what is none, which is asked again."""
+    try:
+        return read_answer((journal.get(key) or [None])[0])
+    except ValueError:
+        return None

@@ -21,6 +21,11 @@ from k2quant.errors import HarnessFault, Incomparable, MalformedFile, MalformedR
 from k2quant.eval import gate, read_run, run_tools
 from k2quant.eval.gating.policy import Policy
 from k2quant.eval.runs.folder import JOURNAL, MANIFEST
+from k2quant.eval.runs.journal import Journal
+from k2quant.eval.tools.calling import Answer, Call
+from k2quant.eval.tools.checking import UNCHECKED
+from k2quant.eval.tools.requests import request_of
+from k2quant.eval.tools.scoring import checked
 from k2quant.eval.tools.settings import ToolsRequest
 
 Reply = dict[str, Any]
@@ -385,6 +390,36 @@ def test_a_key_that_a_server_repeats_is_in_no_message(
         with pytest.raises(HarnessFault, match="no answer of a chat") as caught:
             run_tools(asked(url, requests_file), tmp_path / "run")
         assert "sk-" not in str(caught.value)
+
+
+def test_a_journal_with_something_else_is_asked_again(serve: Serve, requests_file: Path, tmp_path: Path) -> None:
+    """A line that is whole and holds no answer is as good as none."""
+    refused = [39]
+    url, bodies = serve(lambda body, _: {"status": 400} if number_of(body) in refused else good(body))
+    with pytest.raises(HarnessFault):
+        run_tools(asked(url, requests_file, batch_size=1), tmp_path / "run")
+    journal = Journal(tmp_path / "run" / JOURNAL)
+    for answer, key in zip([5, {"tool_calls": [5]}, []], list(journal._places), strict=False):  # noqa: SLF001
+        journal.add(key, [answer])
+    bodies.clear()
+    refused.clear()
+    run_tools(asked(url, requests_file, batch_size=1), tmp_path / "run")
+    assert sorted(number_of(body) for body in bodies) == [0, 1, 2, 39]
+
+
+def test_an_answer_of_many_calls_is_given_up_with_the_first_that_never_ends() -> None:
+    """Ten seconds for each of thousands would be hours; what cannot be checked is no valid answer either way."""
+    one = request_of(asking(0, due=True), "requests.jsonl, line 1")
+    begun: list[str] = []
+
+    def never(_: object, arguments: str) -> str | None:
+        begun.append(arguments)
+        return f"{UNCHECKED} within 10 s" if arguments == "trap" else None
+
+    calls = tuple(Call(name="get_weather", arguments=text) for text in ("{}", "trap", *["trap"] * 1000))
+    found = checked(one, Answer(calls=calls), never)
+    assert begun == ["{}", "trap"]
+    assert (found.valid, found.unchecked) == (False, True)
 
 
 def test_a_request_twice_counts_once(serve: Serve, tmp_path: Path) -> None:
