@@ -189,7 +189,7 @@ class TestShapes:
             def __call__(self, *_: object, **__: object) -> None:
                 raise Panic("index\nout of bounds")
 
-        with pytest.raises(CheckpointError, match=r"line 1, and what follows: .*found index out of bounds"):
+        with pytest.raises(CheckpointError, match=r"line 1, and what follows: .*found Panic: index out of bounds"):
             load(write(tmp_path / "a.jsonl", {"text": "ab"}), Broken())
 
     def test_nano_k2_reads_the_same_as_in_its_own_training(self, tmp_path: Path) -> None:
