@@ -17,8 +17,9 @@ from k2quant.checkpoint.files.paths import inside, read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.eval.asking.request import Request
+from k2quant.ground.release import THINK_CLOSES
 
-END = "</think>"
+END = THINK_CLOSES
 """What ends the reasoning of K2-Thinking and later, and what stands for it where a server tells reasoning apart."""
 
 _LIMIT = 2**24  # bytes of a chat template, and of a tokenizer's config

@@ -1,8 +1,11 @@
-"""What moonshotai/Kimi-K2-Instruct says of itself: its sizes, and the pattern of our small models."""
+"""What Moonshot's releases say of themselves: sizes of Kimi-K2-Instruct, the pattern of our small models, and marks."""
 
 from __future__ import annotations
 
 from typing import Any
+
+THINK_OPENS, THINK_CLOSES = "<think>", "</think>"
+"""What K2-Thinking and later write before and behind their reasoning (chat_template.jinja of K2-Thinking)."""
 
 INSTRUCT_CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from k2quant.errors import MalformedFile
+from k2quant.ground.release import THINK_OPENS
 from k2quant.qat.data.rendering import Template
 from k2quant.qat.data.turns import REASONING, Conversation, bare, reasoned, rethought
 
 _EMPTY = re.compile(r"(\s*<think>)?(\s*)</think>(\s*)")
-_OPEN = "<think>"
 
 
 def lossless(talk: Conversation, template: Template) -> tuple[Conversation, set[int]]:
@@ -84,4 +84,4 @@ def empty_block(turn: str, message: dict[str, Any], prompt: str) -> int:
 def _block(turn: str, prompt: str) -> re.Match[str] | None:
     """Return the empty think block with which a turn begins, be it that the prompt has opened it."""
     found = _EMPTY.match(turn)
-    return found if found and (found[1] or prompt.rstrip().endswith(_OPEN)) else None
+    return found if found and (found[1] or prompt.rstrip().endswith(THINK_OPENS)) else None

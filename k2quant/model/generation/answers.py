@@ -13,10 +13,11 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from k2quant.errors import CheckpointError, UsageError
+from k2quant.ground.release import THINK_CLOSES, THINK_OPENS
 from k2quant.ground.saying.showing import as_html, brief
 from k2quant.ground.units import check_prompt, counted
 from k2quant.model.causal_lm import K2ForCausalLM
-from k2quant.model.generation.chats import CLOSES, OPENS, ChatPrompt, parts
+from k2quant.model.generation.chats import ChatPrompt, parts
 from k2quant.model.generation.tokenizers import blamed
 
 
@@ -113,7 +114,7 @@ def _ended(new: torch.Tensor, settings: GenerationConfig) -> bool:
 
 def _hidden(tokenizer: Any) -> frozenset[int]:
     """Return the special tokens that no answer of a chat shows: all but those around reasoning."""
-    shown = set(tokenizer.convert_tokens_to_ids([OPENS, CLOSES]))
+    shown = set(tokenizer.convert_tokens_to_ids([THINK_OPENS, THINK_CLOSES]))
     return frozenset(tokenizer.all_special_ids) - shown
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2quant.errors import CheckpointError
+from k2quant.ground.release import THINK_CLOSES as CLOSES
+from k2quant.ground.release import THINK_OPENS as OPENS
 from k2quant.ground.units import check_prompt
 from k2quant.model.generation.tokenizers import blamed
 
-OPENS, CLOSES = "<think>", "</think>"
-"""What K2-Thinking and later write before and behind their reasoning."""
 _ANSWER = "k2quantanswer"
 """Stands for an answer when a template is asked what it writes around one."""
 
