@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from math import inf, isfinite
 
 from k2quant.ground.intervals import wilson
 from k2quant.ground.units import duration
@@ -179,7 +180,8 @@ def _efforts(history: Records) -> Iterator[str]:
     if not done:
         return
     seconds, tokens = sum(record.seconds for record in done), sum(record.tokens for record in done)
-    rate = f"{count(round(tokens / seconds))} a second" if seconds else ""
+    speed = tokens / seconds if seconds else inf  # steps too short for a clock have no rate
+    rate = f"{count(round(speed))} a second" if isfinite(speed) else ""
     yield _tile("Steps", f"{len(done):,}", f"learning rate up to {max(record.rate for record in done):.3g}")
     yield _tile("Tokens learnt", count(tokens), rate)
     yield _tile("Time", duration(seconds), f"in steps, {duration(seconds / len(done))} each")

@@ -319,7 +319,8 @@ def test_a_stopped_run_resumes(serve: Serve, requests_file: Path, tmp_path: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "number_of", lambda _: 0)
         run_tools(asked(url, requests_file, batch_size=2), tmp_path / "run")
-    assert len(bodies) == 40 - kept
+    # A request of the first run may reach the server only now: it is one of those that are asked again.
+    assert len({body["messages"][0]["content"] for body in bodies}) == 40 - kept
     assert not (tmp_path / "run" / JOURNAL).exists()
     run_tools(asked(serve(good)[0], requests_file), tmp_path / "whole")
     name = "samples_tools.jsonl"

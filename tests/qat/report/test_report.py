@@ -606,6 +606,7 @@ def test_wild_numbers_do_not_break_the_pictures() -> None:
     found = check(page(Records(steps, (losses,)), summary(routers=(idle,)), "run"))
     assert "16 of 16 experts had no token" in found.text
     check(page(Records(tuple(step(n, cross_entropy=2.0) for n in range(1, 40)), ()), Summary(job={}), "run"))
+    check(page(Records((step(1, seconds=1e-308),), ()), Summary(job={}), "run"))
 
 
 def test_a_whole_k2_stays_small() -> None:
