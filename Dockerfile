@@ -11,6 +11,7 @@ ARG EXTRAS=run
 ARG TORCH_INDEX=
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE constraints-dev.txt ./
+COPY calib calib
 COPY eval eval
 COPY kernels kernels
 COPY qat qat

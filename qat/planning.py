@@ -15,6 +15,9 @@ from k2quant.checkpoint.files.paths import nearest_folder
 from k2quant.checkpoint.panels import panel_rows
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.conversion.plan import Plan, make_plan
+from k2quant.data.learning import Census, Learning
+from k2quant.data.packing import Rows, split
+from k2quant.data.sources import DataSource, load_rows
 from k2quant.errors import CheckFailed, CheckpointError, OutputError, UsageError
 from k2quant.formats.dtypes import as_bits
 from k2quant.ground import names
@@ -22,9 +25,6 @@ from k2quant.ground.saying.showing import as_html, brief
 from k2quant.kernels.codecs.choice import codecs
 from k2quant.model.decoding import decoded_rows
 from k2quant.model.generation import load_tokenizer
-from k2quant.qat.data.learning import Census, Learning
-from k2quant.qat.data.packing import Rows, split
-from k2quant.qat.data.sources import DataSource, load_rows
 from k2quant.qat.exporting.export import export_options
 from k2quant.qat.exporting.trained import Trained, key
 from k2quant.qat.job import Job, check_folders

@@ -21,8 +21,8 @@ from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, open_ch
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.writing.destination import locked
 from k2quant.conversion.plan import Options, Plan, make_plan, options_of
+from k2quant.conversion.recipes.rules import METHOD, Recipes, read_recipe
 from k2quant.conversion.resume import begin, check_finished, clear, identity, refuse_nested
-from k2quant.conversion.rules import METHOD, Recipes, read_recipe
 from k2quant.conversion.stream import Progress, Record, Stream, Substitute
 from k2quant.errors import OutputError, UnsupportedFormat
 from k2quant.formats.format import Layout, Scope

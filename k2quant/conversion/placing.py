@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from k2quant.checkpoint.header import TensorEntry, build_header
 from k2quant.checkpoint.weights import StoredWeight
-from k2quant.conversion.recipe import Recipe
+from k2quant.conversion.recipes.recipe import Recipe
 from k2quant.errors import ShapeMismatch
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.format import Format

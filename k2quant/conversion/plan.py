@@ -20,8 +20,8 @@ from k2quant.conversion import config, relatives
 from k2quant.conversion.carrying import Carried, carried
 from k2quant.conversion.placing import Job, ShardPlan, as_json, index_of, place
 from k2quant.conversion.promises import broken_promises, inventory
-from k2quant.conversion.recipe import Recipe, make_recipe
-from k2quant.conversion.rules import WrittenRecipe, WrittenRule, in_force, recipe_from
+from k2quant.conversion.recipes.recipe import Recipe, make_recipe
+from k2quant.conversion.recipes.rules import WrittenRecipe, WrittenRule, in_force, recipe_from
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.format import Layout, Scope, listed
 from k2quant.formats.known import FORMATS, FormatName

@@ -15,8 +15,8 @@ from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.conversion.convert import Conversion, carry_out, chosen, codecs_of
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, make_plan
+from k2quant.conversion.recipes.rules import Recipes
 from k2quant.conversion.resume import refuse_nested
-from k2quant.conversion.rules import Recipes
 from k2quant.errors import DtypeMismatch
 from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FormatName

@@ -8,7 +8,7 @@ from typing import Any
 
 from k2quant.checking.verify import read_report
 from k2quant.checkpoint.files import json_kinds as kinds
-from k2quant.conversion.rules import recipe_from
+from k2quant.conversion.recipes.rules import recipe_from
 from k2quant.errors import MalformedFile, ShapeMismatch, UsageError
 from k2quant.formats.known import FORMATS
 from k2quant.ground.names import TENSOR_CLASSES

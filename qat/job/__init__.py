@@ -7,7 +7,6 @@ a setting without effect, and a section with nothing under it is there, with its
 from __future__ import annotations
 
 from k2quant.qat.job.job import Job, check_data, check_folders, refuse_sharded
-from k2quant.qat.job.places import ENDING, no_data
 from k2quant.qat.job.reading import job_from, read_job
 from k2quant.qat.job.sections import (
     Data,
@@ -17,15 +16,12 @@ from k2quant.qat.job.sections import (
     Method,
     Optimizer,
     Precision,
-    Reasoning,
     Saving,
     Training,
-    Turns,
 )
 from k2quant.qat.job.template import write_template
 
 __all__ = [
-    "ENDING",
     "Data",
     "Decay",
     "Distillation",
@@ -34,14 +30,11 @@ __all__ = [
     "Method",
     "Optimizer",
     "Precision",
-    "Reasoning",
     "Saving",
     "Training",
-    "Turns",
     "check_data",
     "check_folders",
     "job_from",
-    "no_data",
     "read_job",
     "refuse_sharded",
     "write_template",

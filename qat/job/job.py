@@ -9,10 +9,10 @@ from typing import Any
 
 from k2quant.checkpoint.files.sources import no_folder
 from k2quant.conversion.resume import refuse_nested
+from k2quant.data.places import no_data
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs.grids import PACKED_BITS, largest_code
 from k2quant.qat.config import QATConfig
-from k2quant.qat.job.places import no_data
 from k2quant.qat.job.sections import Data, Distillation, Optimizer, Saving, Training
 
 _NO_PART = {"model", "output", "saving", "follow_links", "trust_remote_code"}  # in what decides the trained weights

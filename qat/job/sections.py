@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from k2quant.data.learning import Reasoning, Turns
 from k2quant.qat.job.limits import number, whole
 
 _MOST_BETA = 0.9999999  # of what float32 rounds to 1, a mean would never move
@@ -14,8 +15,6 @@ _MOST_STEPS = 10**8 - 1  # the names of checkpoints have eight digits
 Precision = Literal["float32", "bfloat16"]
 Method = Literal["adamw", "muon"]
 Decay = Literal["cosine", "linear", "constant"]
-Turns = Literal["all", "last"]
-Reasoning = Literal["refuse", "drop", "skip", "split"]
 Experts = Literal["eager", "batched_mm", "grouped_mm"]
 
 

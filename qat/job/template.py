@@ -17,6 +17,7 @@ from k2quant.checkpoint.files.paths import write_whole
 from k2quant.checkpoint.files.strict_yaml import parse_mapping
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import group_tensors
+from k2quant.data.learning import Reasoning, Turns
 from k2quant.errors import OutputError, UnsupportedFormat, UsageError
 from k2quant.formats.known import ExportFormat
 from k2quant.ground import names
@@ -31,10 +32,8 @@ from k2quant.qat.job.sections import (
     Method,
     Optimizer,
     Precision,
-    Reasoning,
     Saving,
     Training,
-    Turns,
 )
 
 MEANINGS: Mapping[str, str] = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.weights import group_tensors
-from k2quant.conversion.recipe import in_scope
+from k2quant.conversion.recipes.recipe import in_scope
 from k2quant.errors import ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.ground import engines, names
 from k2quant.ground.patterns import check_found

@@ -16,9 +16,9 @@ from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.header import TensorEntry, build_header, read_header
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writing.writer import ShardWriter
+from k2quant.data.packing import NO_TARGET
 from k2quant.errors import MalformedFile, OutputError, UsageError
 from k2quant.formats.dtypes import TensorSpec, as_memory
-from k2quant.qat.data.packing import NO_TARGET
 
 IDS, LOGS = "ids", "log_probabilities"
 _NOTE_LIMIT = 2**16

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k2quant.data.packing import Rows, batch
 from k2quant.errors import BadValue, MalformedFile
-from k2quant.qat.data.packing import Rows, batch
 from k2quant.qat.preparing import Prepared
 from k2quant.qat.run.history import Answers, Evaluation
 from k2quant.qat.training.task import Judged, Task, judged

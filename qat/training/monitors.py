@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from k2quant.data.packing import NO_TARGET
 from k2quant.ground import names
-from k2quant.qat.data.packing import NO_TARGET
 from k2quant.qat.job import Job
 from k2quant.qat.preparing import Prepared
 from k2quant.qat.report import PAGE, write_report

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from k2quant.data.packing import NO_TARGET, batch, order, share
 from k2quant.errors import BadValue, UsageError
-from k2quant.qat.data.packing import NO_TARGET, batch, order, share
 from k2quant.qat.job import Job, refuse_sharded
 from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.planning import read_data

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from k2quant.qat.data.packing import NO_TARGET
+from k2quant.data.packing import NO_TARGET
 from k2quant.qat.job import Distillation
 from k2quant.qat.training.distillation import divergence, divergence_of_likeliest
 

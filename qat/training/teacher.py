@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.data.packing import Rows, batch
 from k2quant.errors import UsageError
-from k2quant.qat.data.packing import Rows, batch
 from k2quant.qat.job import Job
 from k2quant.qat.loading import load
 from k2quant.qat.rounding.autocast import keep_out_of_autocast

@@ -24,11 +24,14 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "k2quant/formats/keys.py": (f"{_FORMATS}/test_keys.py", f"{_CONVERSION}/test_carrying.py"),
     "k2quant/ground/engines.py": ("tests/k2quant/ground/test_engines.py", f"{_CONVERSION}/recipes/test_fused.py"),
     "k2quant/ground/patterns.py": ("tests/k2quant/ground/test_patterns.py",),
-    "k2quant/conversion/recipe.py": (
+    "k2quant/conversion/recipes/recipe.py": (
         *(f"{_CONVERSION}/{name}.py" for name in ("recipes/test_fused", "recipes/test_recipes", "test_convert")),
         f"{_FORMATS}/test_fp8.py",
     ),
-    "k2quant/conversion/rules.py": (f"{_CONVERSION}/recipes/test_rules.py", f"{_CONVERSION}/recipes/test_recipes.py"),
+    "k2quant/conversion/recipes/rules.py": (
+        f"{_CONVERSION}/recipes/test_rules.py",
+        f"{_CONVERSION}/recipes/test_recipes.py",
+    ),
     "k2quant/conversion/config.py": (*_CONVERTED, f"{_CONVERSION}/test_carrying.py", f"{_CHECKPOINT}/test_hostile.py"),
     "k2quant/conversion/carrying.py": (f"{_CONVERSION}/test_carrying.py", f"{_FORMATS}/test_keys.py"),
     "k2quant/conversion/promises.py": (f"{_CONVERSION}/test_promises.py", "tests/k2quant/model/test_promises.py"),

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from k2quant.cli import main
-from k2quant.conversion.rules import parse_recipe
+from k2quant.conversion.recipes.rules import parse_recipe
 from k2quant.eval.gating.policy import read_policy
 from k2quant.qat.job import job_from
 from pages import PAGES, Block, blocks, commands

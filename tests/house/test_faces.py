@@ -46,7 +46,7 @@ OPEN: dict[str, dict[str, str]] = {
         "placement": "a device, checked",
     },
     "k2quant.qat": {
-        "data.showing": "the first examples of a job, with what of them is learnt",
+        "showing": "the first examples of a job, with what of them is learnt",
         "exporting.asked": "the job of a run or a file, without torch",
         "exporting.export": "the export of a run by its folder",
         "job": "has a face of its own",

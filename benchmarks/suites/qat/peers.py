@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from k2quant.data.packing import Rows, batch, order
+from k2quant.data.sources import DataSource, load_rows
 from k2quant.ground import names
 from k2quant.model.generation import load_tokenizer
 from k2quant.model.modules import FusedExperts, SeparateExperts
 from k2quant.nano import tasks
 from k2quant.nano.scoring import Score, score
 from k2quant.qat import QATConfig, export, load, prepare
-from k2quant.qat.data.packing import Rows, batch, order
-from k2quant.qat.data.sources import DataSource, load_rows
 from k2quant.qat.rounding.targets import canonical
 from k2quant.qat.training.task import learnt_logits
 from suites.qat import arms as qat_arms

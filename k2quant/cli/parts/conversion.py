@@ -97,7 +97,7 @@ def shard_bytes(text: str | None) -> int | None:
     Raises:
         UsageError: it is no size, or so small that a checkpoint would fall into a file for each weight.
     """
-    from k2quant.conversion.rules import LEAST_SHARD
+    from k2quant.conversion.recipes.rules import LEAST_SHARD
     from k2quant.errors import UsageError
     from k2quant.ground.units import parse_size, size
 
@@ -132,7 +132,7 @@ def read_stdin(recipe: Path | None) -> Any:
         return recipe
     import sys
 
-    from k2quant.conversion.rules import LIMIT, parse_recipe
+    from k2quant.conversion.recipes.rules import LIMIT, parse_recipe
 
     return parse_recipe(sys.stdin.buffer.read(LIMIT + 1), file="stdin")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from k2quant.qat.data.showing import Piece, ShownExample
+    from k2quant.qat.showing import Piece, ShownExample
 
 _MARKS = ("«»", "⟦⟧", "⟪⟫")
 """Around what is learnt: the first pair of which no example holds a part."""

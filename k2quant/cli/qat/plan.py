@@ -92,7 +92,7 @@ def _examples(job: Job, count: int | None, *, as_json: bool) -> dict[str, Any]:
     if count is None:
         return {}
     from k2quant.cli.qat.examples import facts_of, lines_of
-    from k2quant.qat.data.showing import first_examples
+    from k2quant.qat.showing import first_examples
 
     found = first_examples(job, count)
     if as_json:

@@ -11,7 +11,7 @@ import pytest
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.placing import as_json, index_of, output_specs, place
-from k2quant.conversion.recipe import Recipe
+from k2quant.conversion.recipes.recipe import Recipe
 from k2quant.errors import ShapeMismatch
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.dtypes import TensorSpec

@@ -24,7 +24,7 @@ from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.cli import main
 from k2quant.conversion.convert import carry_out
 from k2quant.conversion.plan import Options, describe, make_plan, plan_of
-from k2quant.conversion.recipe import Recipe, Rule
+from k2quant.conversion.recipes.recipe import Recipe, Rule
 from k2quant.errors import (
     BadValue,
     CheckpointError,

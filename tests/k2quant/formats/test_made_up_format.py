@@ -19,7 +19,7 @@ from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.convert import carry_out
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, describe, make_plan, plan_of
-from k2quant.conversion.recipe import Recipe, Rule
+from k2quant.conversion.recipes.recipe import Recipe, Rule
 from k2quant.errors import CheckpointError, UnsupportedFormat, UsageError
 from k2quant.formats import compressed_tensors
 from k2quant.formats.dtypes import TensorSpec

@@ -14,7 +14,7 @@ from k2quant.checkpoint import panels
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.placing import place
-from k2quant.conversion.recipe import Recipe
+from k2quant.conversion.recipes.recipe import Recipe
 from k2quant.errors import CheckFailed
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.int4 import Int4

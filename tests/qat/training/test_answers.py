@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from k2quant.cli import main
+from k2quant.data.packing import NO_TARGET, Document, batch, pack
 from k2quant.errors import MalformedFile
-from k2quant.qat.data.packing import NO_TARGET, Document, batch, pack
 from k2quant.qat.job import job_from
 from k2quant.qat.run.history import HISTORY, read_history
 from k2quant.qat.training.measuring import Measures

@@ -28,7 +28,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from k2quant.cli import main
-from k2quant.conversion import recipe
+from k2quant.conversion.recipes import recipe
 from k2quant.errors import (
     BadValue,
     CheckpointError,

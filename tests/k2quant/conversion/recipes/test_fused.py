@@ -18,8 +18,8 @@ from k2quant.checkpoint.reader import REPORT, open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.cli import main
 from k2quant.conversion.plan import Options, make_plan, plan_of
-from k2quant.conversion.recipe import Recipe, Rule, in_scope, make_recipe
-from k2quant.conversion.rules import WrittenRule
+from k2quant.conversion.recipes.recipe import Recipe, Rule, in_scope, make_recipe
+from k2quant.conversion.recipes.rules import WrittenRule
 from k2quant.errors import CheckpointError, DestinationStale, UsageError
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.format import Format, Scope

@@ -16,8 +16,8 @@ from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.reader import REPORT
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.plan import Options, options_from, options_of
-from k2quant.conversion.recipe import make_recipe
-from k2quant.conversion.rules import LIMIT, WrittenRecipe, WrittenRule, in_force, parse_recipe, read_recipe
+from k2quant.conversion.recipes.recipe import make_recipe
+from k2quant.conversion.recipes.rules import LIMIT, WrittenRecipe, WrittenRule, in_force, parse_recipe, read_recipe
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.bf16 import Bf16
 from k2quant.ground.names import TENSOR_CLASSES, tensor_class

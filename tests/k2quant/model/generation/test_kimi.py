@@ -20,14 +20,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k2quant.cli import main
+from k2quant.data.examples import examples_of
+from k2quant.data.tokens import Reader
 from k2quant.errors import CheckpointError, MalformedFile, MissingExtra, UnsafePath, UnsupportedFormat
 from k2quant.eval.asking.models import _added_tokens, _tokenizer
 from k2quant.model.generation import load_tokenizer, open_tokenizer
 from k2quant.model.generation.kimi import pieces
 from k2quant.model.generation.splitting import PATTERN
 from k2quant.model.passes.texts import read_text
-from k2quant.qat.data.examples import examples_of
-from k2quant.qat.data.tokens import Reader
 from kimi_files import NAMED, code, write_files
 
 PARTS = [

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from k2quant.checkpoint.writing.in_memory import write_checkpoint
+from k2quant.data.examples import examples_of
+from k2quant.data.learning import Census, Learning
 from k2quant.nano import architecture, writing
-from k2quant.qat.data.examples import examples_of
-from k2quant.qat.data.learning import Census, Learning
 from tiny import NANO
 
 SPECIAL = (

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from k2quant.data.learning import Census, Learning
+from k2quant.data.marking import Segment, examples_of_chat
+from k2quant.data.rendering import Template
+from k2quant.data.turns import conversation, text_of
 from k2quant.errors import MalformedFile
-from k2quant.qat.data.learning import Census, Learning
-from k2quant.qat.data.marking import Segment, examples_of_chat
-from k2quant.qat.data.rendering import Template
-from k2quant.qat.data.turns import conversation, text_of
 
 KEYS = ("text", "prompt", "completion", "messages")
 """Of an example; one that is null is ignored, as a missing key is in a table."""

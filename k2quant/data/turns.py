@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from k2quant.data.calls import checked_calls, checked_tools
 from k2quant.errors import MalformedFile
-from k2quant.qat.data.calls import checked_calls, checked_tools
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names that a turn's reasoning goes by. Templates get it by the first, and by the name that it had."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from k2quant.ground.units import counted
-from k2quant.qat.job import Reasoning, Turns
+
+Turns = Literal["all", "last"]
+Reasoning = Literal["refuse", "drop", "skip", "split"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

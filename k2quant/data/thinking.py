@@ -6,10 +6,10 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from k2quant.data.rendering import Template
+from k2quant.data.turns import REASONING, Conversation, bare, reasoned, rethought
 from k2quant.errors import MalformedFile
 from k2quant.ground.release import THINK_OPENS
-from k2quant.qat.data.rendering import Template
-from k2quant.qat.data.turns import REASONING, Conversation, bare, reasoned, rethought
 
 _EMPTY = re.compile(r"(\s*<think>)?(\s*)</think>(\s*)")
 

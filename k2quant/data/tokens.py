@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from k2quant.data.examples import Example
+from k2quant.data.packing import Document
 from k2quant.errors import CheckpointError, K2QuantError, MalformedFile
 from k2quant.ground.saying.faults import said
-from k2quant.qat.data.examples import Example
-from k2quant.qat.data.packing import Document
 
 _AT_ONCE = 1000
 """Examples that are tokenised at once."""

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from k2quant.data import sources as data
+from k2quant.data.learning import Learning
+from k2quant.data.packing import NO_TARGET, Document, Rows, batch, order, pack, share, split
+from k2quant.data.sources import DataSource, load_rows
 from k2quant.errors import CheckpointError, MalformedFile, MissingExtra, UnsafePath, UsageError
 from k2quant.nano import architecture, vocabulary
 from k2quant.nano.batches import mixture, tokens_of
-from k2quant.qat.data import sources as data
-from k2quant.qat.data.learning import Learning
-from k2quant.qat.data.packing import NO_TARGET, Document, Rows, batch, order, pack, share, split
-from k2quant.qat.data.sources import DataSource, load_rows
 
 CHATTY = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}[E]{% endfor %}"

@@ -10,14 +10,14 @@ from typing import Any
 
 from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.files.strict_json import parse_object, without_mark
+from k2quant.data.examples import BESIDE, KEYS, TOOLS, Example, examples_of
+from k2quant.data.learning import Census, Learning
+from k2quant.data.packing import Rows, pack
+from k2quant.data.places import ENDING, no_data
+from k2quant.data.tokens import Reader
 from k2quant.errors import MalformedFile, MissingExtra, UsageError
 from k2quant.ground.extras import install
 from k2quant.ground.saying.faults import said
-from k2quant.qat.data.examples import BESIDE, KEYS, TOOLS, Example, examples_of
-from k2quant.qat.data.learning import Census, Learning
-from k2quant.qat.data.packing import Rows, pack
-from k2quant.qat.data.tokens import Reader
-from k2quant.qat.job import ENDING, no_data
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are read and all bytes, or with the rows of a dataset."""

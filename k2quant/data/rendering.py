@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from k2quant.data.calls import has_calls, mapped, with_arguments, with_ids, with_names
+from k2quant.data.turns import REASONING, Conversation
 from k2quant.errors import CheckpointError, K2QuantError, MalformedFile
 from k2quant.ground.saying.faults import said
-from k2quant.qat.data.calls import has_calls, mapped, with_arguments, with_ids, with_names
-from k2quant.qat.data.turns import REASONING, Conversation
 
 Messages = Sequence[dict[str, Any]]
 Span = tuple[int, int]

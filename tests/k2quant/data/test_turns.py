@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from k2quant.data import marking
+from k2quant.data.examples import examples_of
+from k2quant.data.learning import Census, Learning
+from k2quant.data.tokens import Reader
 from k2quant.errors import CheckpointError, MalformedFile
 from k2quant.model.generation import open_tokenizer
-from k2quant.qat.data import marking
-from k2quant.qat.data.examples import examples_of
-from k2quant.qat.data.learning import Census, Learning
-from k2quant.qat.data.tokens import Reader
 from kimi_files import merged_ranks, write_files
 
 Row = dict[str, Any]

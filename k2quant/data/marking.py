@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from k2quant.data import thinking
+from k2quant.data.learning import Census, Learning
+from k2quant.data.rendering import Span, Template
+from k2quant.data.turns import Conversation, bare, lifted, reasoned
 from k2quant.errors import MalformedFile
-from k2quant.qat.data import thinking
-from k2quant.qat.data.learning import Census, Learning
-from k2quant.qat.data.rendering import Span, Template
-from k2quant.qat.data.turns import Conversation, bare, lifted, reasoned
 
 Segment = tuple[str, bool]
 """Text, and whether it is learnt."""

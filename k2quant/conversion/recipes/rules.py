@@ -1,6 +1,6 @@
 """Recipes as people write them: a file of rules, checked word by word, and what a report says of them again.
 
-docs/recipes.md has the keys. A rule here is text; `k2quant.conversion.recipe` makes of it what decides about weights.
+docs/recipes.md has the keys. A rule here is text; `recipe` beside it makes of it what decides about weights.
 """
 
 from __future__ import annotations

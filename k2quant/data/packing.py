@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from k2quant.data.learning import Census
 from k2quant.errors import UsageError
-from k2quant.qat.data.learning import Census
 
 NO_TARGET = -100
 """Target of a token after which nothing is to be learnt, as `cross_entropy` wants it."""

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from k2quant.checkpoint.weights import StoredWeight
+from k2quant.conversion.recipes.rules import WrittenRule, in_force
 from k2quant.conversion.relatives import shown
-from k2quant.conversion.rules import WrittenRule, in_force
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.format import Format, Scope, listed

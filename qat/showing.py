@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from k2quant.data.learning import Census, Learning
+from k2quant.data.packing import Document
+from k2quant.data.sources import DataSource, read_examples
+from k2quant.data.tokens import Reader
 from k2quant.ground.saying.showing import brief
 from k2quant.model.generation import load_tokenizer
-from k2quant.qat.data.learning import Census, Learning
-from k2quant.qat.data.packing import Document
-from k2quant.qat.data.sources import DataSource, read_examples
-from k2quant.qat.data.tokens import Reader
 from k2quant.qat.job import Job
 
 _ANY_TOKEN = 2**31 - 1  # whether the model has it, the plan finds out

@@ -1,1 +1,0 @@
-"""What is learnt from: files of examples, as rows of tokens."""
