@@ -15,6 +15,7 @@ from k2quant.kernels.codecs.ops import (
     fp8_to_int4,
     int4_to_bf16,
     int4_to_fp8,
+    search_int4_scales,
 )
 from k2quant.kernels.products.fp8_weight import Fp8Weight
 from k2quant.kernels.products.int4_weight import Int4Weight
@@ -45,5 +46,6 @@ __all__ = [
     "moe_int4",
     "prepare_fp8",
     "prepare_int4",
+    "search_int4_scales",
     "warmup",
 ]

@@ -10,7 +10,7 @@ from k2quant.kernels.codecs.cpu.checks import figures, frozen, same, same_fp8, s
 from k2quant.kernels.codecs.cpu.int4 import rule_of
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.grids import Grid
-from k2quant.kernels.codecs.recovery import int4_table
+from k2quant.kernels.codecs.scales.recovery import int4_table
 from k2quant.kernels.codecs.values import F32, I32, U8, U16
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import numpy as np
 
 from k2quant.kernels.codecs import values as explain
-from k2quant.kernels.codecs.cpu import loops
+from k2quant.kernels.codecs.cpu import loops, search_loops
 from k2quant.kernels.codecs.cpu.checks import figures, frozen, same, same_int4, valid, whole_groups
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, Grid, largest_code
-from k2quant.kernels.codecs.recovery import int4_table
+from k2quant.kernels.codecs.scales.recovery import int4_table
+from k2quant.kernels.codecs.scales.search import candidate_table, check_importance, column_weights
 from k2quant.kernels.codecs.values import F32, I32, U16, bf16_to_float
 
 
@@ -57,6 +61,34 @@ def store(weights: U16, scale: U16, grid: Grid, packed: I32, *, bits: int = 4) -
     if found is None:
         raise explain.bad_weight(weights) if explain.has_infinity(weights) else explain.bad_int4(packed, wide, GROUP)
     return found
+
+
+def search(weights: U16, importance: F32 | None, scale: U16, *, bits: int = 4, recover: bool = True) -> None:
+    """Choose the scale of least error for each group. See `seam.Int4Codec`."""
+    heavy = column_weights(importance, weights.shape[1])
+    choose(weights, "moonshot", scale, recover=recover, bits=bits)
+    largest = np.float32(largest_code("moonshot", bits, PACKED_BITS))
+    search_loops.search(frozen(weights), frozen(heavy), candidate_table(bits), _steps(bits), largest, scale)
+
+
+def weighted_error(weights: U16, scale: U16, importance: F32 | None, *, bits: int = 4) -> float:
+    """Return what rounding at these scales loses, each column weighed. See `seam.Int4Codec`."""
+    same_int4(weights.shape, scale)
+    largest = np.float32(largest_code("moonshot", bits, PACKED_BITS))
+    known = np.ones(weights.shape[1], np.float32) if importance is None else importance
+    check_importance(known, weights.shape[1])
+    sums = np.empty(len(weights))
+    good = explain.bad_divisor(bf16_to_float(scale)) is None
+    if not (good and search_loops.weighted_errors(frozen(weights), frozen(known), largest, frozen(scale), sums)):
+        store(weights, scale, "moonshot", np.empty((len(weights), weights.shape[1] // 8), np.int32), bits=bits)
+    return math.fsum(sums)
+
+
+@lru_cache(maxsize=len(PACKED_BITS))
+def _steps(bits: int) -> tuple[F32, F32, F32]:
+    """Return what the loops ask of the candidates: their reciprocals, and the candidates times 65536 and 65537."""
+    table = bf16_to_float(candidate_table(bits))
+    return np.reciprocal(table), table * np.float32(65536), table * np.float32(65537)
 
 
 def fake_quantize(weights: U16, grid: Grid, out: U16, *, bits: int = 4) -> None:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from k2quant.kernels.codecs import values as explain
 from k2quant.kernels.codecs.grids import GROUP
-from k2quant.kernels.codecs.recovery import DISTANCES, SMALLEST_AMAX
+from k2quant.kernels.codecs.scales.recovery import DISTANCES, SMALLEST_AMAX
 from k2quant.kernels.codecs.values import F32, F64, U8, U16
 
 Int = Any  # what numba makes of integers is no one Python type

@@ -7,7 +7,7 @@ a GPU the Triton kernels, one launch each. On a GPU nothing waits for the device
 
 from k2quant.kernels.codecs.ops.fp8 import bf16_to_fp8, fake_quantize_fp8, fp8_to_bf16
 from k2quant.kernels.codecs.ops.fused import fp8_to_int4, int4_to_fp8
-from k2quant.kernels.codecs.ops.int4 import bf16_to_int4, fake_quantize_int4, int4_to_bf16
+from k2quant.kernels.codecs.ops.int4 import bf16_to_int4, fake_quantize_int4, int4_to_bf16, search_int4_scales
 
 __all__ = [
     "bf16_to_fp8",
@@ -18,4 +18,5 @@ __all__ = [
     "fp8_to_int4",
     "int4_to_bf16",
     "int4_to_fp8",
+    "search_int4_scales",
 ]

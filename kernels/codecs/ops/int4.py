@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from k2quant.errors import UsageError
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.cpu import int4 as on_cpu
 from k2quant.kernels.codecs.grids import FAKE_BITS, GROUP, PACKED_BITS, Grid
@@ -65,6 +66,35 @@ def fake_quantize_int4(weights: Tensor, grid: Grid = "moonshot", *, bits: int = 
     expect_grid(grid, bits, FAKE_BITS)
     expect(weights, "weights", torch.bfloat16, multiple=GROUP)
     return cast("Tensor", torch.ops.k2quant.fake_quantize_int4(weights, grid, bits))
+
+
+def search_int4_scales(
+    weights: Tensor, importance: Tensor | None = None, *, recover: bool = True, bits: int = 4
+) -> Tensor:
+    """Choose for each group of the moonshot grid the scale of least error among 16: the plain one and lesser ones.
+
+    Plain rounding of what is decoded at these scales gives them back, and the same codes.
+
+    Args:
+        weights: BF16 `[R, K]`; K is a multiple of 32.
+        importance: float32 `[K]`, what a squared error in each column weighs, such as E[x^2] of the inputs; finite and
+            not negative. Nothing stands for ones.
+        recover: leave a group that already lies on the grid the scale that gives all its weights. It has an effect
+            with 4 bits alone.
+        bits: width of the codes, 4, 3 or 2.
+
+    Returns:
+        BF16 `[R, K/32]`.
+
+    Raises:
+        UsageError: the weights or the importance do not fit, or there is no such width.
+        ValueAt: on a CPU, a weight is not finite.
+    """
+    expect_grid("moonshot", bits, PACKED_BITS)
+    expect(weights, "weights", torch.bfloat16, multiple=GROUP)
+    if importance is not None and importance.device != weights.device:
+        raise UsageError(f"importance: expected on {weights.device}, as the weights, found on {importance.device}")
+    return cast("Tensor", torch.ops.k2quant.search_int4_scales(weights, importance, recover, bits))
 
 
 @custom_op("k2quant::bf16_to_int4", mutates_args=())
@@ -128,3 +158,19 @@ def _fake_quantize_int4(weights: Tensor, grid: str, bits: int = 4) -> Tensor:
 @_fake_quantize_int4.register_fake
 def _(weights: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(weights, memory_format=torch.contiguous_format)
+
+
+@custom_op("k2quant::search_int4_scales", mutates_args=())
+def _search_int4_scales(weights: Tensor, importance: Tensor | None, recover: bool, bits: int = 4) -> Tensor:  # noqa: FBT001 - an operator's schema
+    if weights.device.type != "cpu":
+        return reference.searched_int4_scales(weights, importance, recover=recover, bits=bits)
+    scale = new_int4(weights)[1]
+    source, factors = bits_of(weights), bits_of(scale)
+    known = None if importance is None else importance.contiguous().numpy()
+    over_rows(len(source), 1, lambda a, b: on_cpu.search(source[a:b], known, factors[a:b], bits=bits, recover=recover))
+    return scale
+
+
+@_search_int4_scales.register_fake
+def _(weights: Tensor, importance: Tensor | None, recover: bool, bits: int = 4) -> Tensor:  # noqa: FBT001 - an operator's schema
+    return new_int4(weights)[1]

@@ -21,6 +21,7 @@ from k2quant.kernels.codecs.reference.int4 import (
     plain_int4_scale,
     unpack_int4,
 )
+from k2quant.kernels.codecs.reference.search import searched_int4_scales, weighted_int4_error
 
 __all__ = [
     "GROUP",
@@ -42,5 +43,7 @@ __all__ = [
     "int4_to_fp8",
     "pack_int4",
     "plain_int4_scale",
+    "searched_int4_scales",
     "unpack_int4",
+    "weighted_int4_error",
 ]

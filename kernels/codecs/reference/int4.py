@@ -8,8 +8,8 @@ from torch import Tensor
 from k2quant.kernels.codecs import values as explain
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, Grid, largest_code
-from k2quant.kernels.codecs.recovery import CANDIDATES
 from k2quant.kernels.codecs.reference.bf16 import compare, divided, require_divisor, require_finite, valid
+from k2quant.kernels.codecs.scales.recovery import CANDIDATES
 
 
 def int4_to_bf16(packed: Tensor, scale: Tensor, group: int) -> Tensor:

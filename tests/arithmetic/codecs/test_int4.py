@@ -19,7 +19,7 @@ from k2quant.kernels.codecs import cpu as codecs
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.grids import FAKE_BITS, PACKED_BITS, Grid
-from k2quant.kernels.codecs.recovery import CANDIDATES, SMALLEST_AMAX
+from k2quant.kernels.codecs.scales.recovery import CANDIDATES, SMALLEST_AMAX
 from k2quant.kernels.codecs.values import F32, I32, U16, ValueAt, bf16_to_float, float_to_bf16
 from places import DATA
 

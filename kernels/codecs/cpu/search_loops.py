@@ -1,0 +1,173 @@
+"""The jitted loops of the search for INT4 scales, and of the error that judges it.
+
+A file of its own, for it calls none of `loops`, see there for why. `reference.search` says the same in plain torch, and
+the tests hold the two equal bit for bit.
+
+How the search is built. The 16 candidates of a group are the lanes of the innermost loops: each weight is tried at all
+of them at once, so no sum runs across lanes, and the scales and their reciprocals are rows of tables by the mantissa of
+amax. Weights are taken without sign, for rounding is symmetric, and in units of 2^e <= amax, so that nothing overflows
+and one table serves all magnitudes. Two steps replace slower ones, with equal bits:
+
+- The code is round(w/s). A quotient of two BF16 numbers is a tie n + 1/2 or further than 2^-10 from all ties. The
+  product with the reciprocal is off by less than 2^-18; adding 1536 rounds it to a multiple of 2^-13, which gives back
+  the ties and moves nothing across one. Then a second addition rounds to a whole number, half to even.
+- The value is bf16(code * s). A code of three bits times a scale of eight is a number m of at most eleven. With
+  m * 65537 rounded to float32's 24 bits and m * 65536 taken away, m is left rounded to eight, half to even; and as
+  s * 65537 is a float32 itself, code * (s * 65537) is that first product, rounded once.
+
+No fast-math: every operation is rounded as it stands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from k2quant.kernels.codecs.grids import GROUP
+from k2quant.kernels.codecs.scales.search import CANDIDATES, LARGE_AMAX, LEAST_AMAX
+from k2quant.kernels.codecs.values import F32, F64, U16
+
+Int = Any  # what numba makes of integers is no one Python type
+
+_QUARTER = GROUP // 4
+_FINE = np.float32(1536)  # adding it rounds to multiples of 2^-13
+_WHOLE = np.float32(12582912)  # 1.5 * 2^23: adding it rounds to whole numbers
+_WHOLE_LESS_FINE = np.float32(12582912 - 1536)
+
+_jit = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
+
+
+@_jit
+def _bits(value: np.float32) -> np.uint32:
+    """Return the bits of a float32 as uint32."""
+    return np.float32(value).view(np.uint32)
+
+
+@_jit
+def _float(bits: Int) -> np.float32:
+    """Return the float32 that has these bits."""
+    return np.uint32(bits).view(np.float32)
+
+
+@_jit
+def _widen(bits: Int) -> np.float32:
+    """Return the float32 value of BF16 bits."""
+    return _float(np.uint32(bits) << np.uint32(16))
+
+
+@_jit
+def _round(value: np.float32) -> np.uint32:
+    """Return the BF16 bits of a float32 that is not NaN, rounded half to even, as uint32."""
+    bits = _bits(value)
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint32(np.uint32(bits + np.uint32(np.uint32(0x7FFF) + odd)) >> np.uint32(16))
+
+
+@_jit
+def _term(
+    weight: np.float32,
+    importance: np.float32,
+    reciprocal: np.float32,
+    low: np.float32,
+    high: np.float32,
+    top: np.float32,
+) -> np.float32:
+    """Return importance * (weight - value)^2 at one candidate: `low` is 65536 times the scale, `high` 65537 times.
+
+    `top` is 1536 more than the largest code.
+    """
+    code = (min(weight * reciprocal + _FINE, top) + _WHOLE_LESS_FINE) - _WHOLE
+    difference = weight - (code * high - code * low)
+    return difference * difference * importance
+
+
+@_jit
+def _errors(values: F32, heavy: F32, steps: tuple[F32, F32, F32], top: np.float32, sums: F32, errors: F32) -> None:
+    """Write the errors of a group at each candidate: values without sign, in units of 2^e."""
+    reciprocal, low, high = steps
+    for i in range(_QUARTER):
+        w0, w1, w2, w3 = values[i], values[i + _QUARTER], values[i + 2 * _QUARTER], values[i + 3 * _QUARTER]
+        h0, h1, h2, h3 = heavy[i], heavy[i + _QUARTER], heavy[i + 2 * _QUARTER], heavy[i + 3 * _QUARTER]
+        for c in range(CANDIDATES):
+            r, a, b = reciprocal[c], low[c], high[c]
+            sums[i * CANDIDATES + c] = (_term(w0, h0, r, a, b, top) + _term(w2, h2, r, a, b, top)) + (
+                _term(w1, h1, r, a, b, top) + _term(w3, h3, r, a, b, top)
+            )
+    half = _QUARTER // 2
+    while half > 0:
+        for i in range(half * CANDIDATES):
+            sums[i] += sums[i + half * CANDIDATES]
+        half //= 2
+    for c in range(CANDIDATES):
+        errors[c] = sums[c]
+
+
+@_jit
+def search(weights: U16, heavy: F32, scales: U16, steps: tuple[F32, F32, F32], largest: np.float32, scale: U16) -> None:
+    """Replace the scale of each group by the candidate of least error; leave one that is not the plain scale.
+
+    Args:
+        weights: BF16 bits, all finite.
+        heavy: what each column weighs.
+        scales: the candidates `[128, 16]`, BF16 bits, see `search.candidate_table`.
+        steps: their reciprocals, the candidates times 65536, and times 65537.
+        largest: the largest code.
+        scale: BF16 bits, changed in place.
+    """
+    values, errors = np.empty(GROUP, np.float32), np.empty(CANDIDATES, np.float32)
+    sums = np.empty(_QUARTER * CANDIDATES, np.float32)
+    top = largest + _FINE
+    for row in range(weights.shape[0]):
+        for group in range(scale.shape[1]):
+            first = group * GROUP
+            span = weights[row, first : first + GROUP]
+            amax = np.uint16(0)
+            for i in range(GROUP):
+                amax = max(amax, np.uint16(span[i] & np.uint16(0x7FFF)))
+            if amax < LEAST_AMAX or amax >= LARGE_AMAX:
+                continue
+            mantissa, exponent = np.int64(amax) & 0x7F, np.int64(amax) >> 7
+            moved = (exponent - 127) << 7  # from the binade of 1.0 to that of amax, as BF16 bits
+            plain = np.int64(scales[mantissa, 0]) + moved
+            if scale[row, group] != plain:
+                continue
+            unit = _float((254 - exponent) << 23)
+            for i in range(GROUP):
+                values[i] = _widen(span[i] & np.uint16(0x7FFF)) * unit
+            tables = steps[0][mantissa], steps[1][mantissa], steps[2][mantissa]
+            _errors(values, heavy[first : first + GROUP], tables, top, sums, errors)
+            best = 0
+            for c in range(1, CANDIDATES):
+                if errors[c] < errors[best]:
+                    best = c
+            scale[row, group] = np.int64(scales[mantissa, best]) + moved
+
+
+@_jit
+def weighted_errors(weights: U16, importance: F32, largest: np.float32, scale: U16, sums: F64) -> bool:
+    """Write what each row loses at its scales; return whether all weights, and what they decode to, are finite.
+
+    This divides, as storing does: a scale may be any here.
+    """
+    lanes, worst = np.empty(GROUP, np.float64), np.uint32(0)
+    for row in range(weights.shape[0]):
+        lanes[:] = 0
+        for group in range(scale.shape[1]):
+            step = _widen(scale[row, group])
+            for lane in range(GROUP):
+                i = group * GROUP + lane
+                weight = _widen(weights[row, i])
+                code = (min(max(weight / step, -largest), largest) + _WHOLE) - _WHOLE
+                difference = abs(weight - _widen(_round(code * step)))
+                worst = max(worst, _bits(difference))  # in the order of the numbers, NaN beyond infinity
+                wide = np.float64(difference)
+                lanes[lane] += (wide * wide) * np.float64(importance[i])
+        half = GROUP // 2
+        while half > 0:
+            for lane in range(half):
+                lanes[lane] += lanes[lane + half]
+            half //= 2
+        sums[row] = lanes[0]
+    return bool(worst < np.uint32(0x7F800000))

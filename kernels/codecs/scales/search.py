@@ -1,0 +1,92 @@
+"""The scales among which a search chooses for a group of INT4 on the moonshot grid, and what its columns weigh.
+
+The rule (docs/formats.md, rule 7). Candidate c of a group shrinks the plain scale s0 = bf16(amax/L) by the factor
+(256 - c * STEPS[bits]) / 256 and moves the result s to one that survives, bf16(bf16(L * s) / L). That a scale survives
+means: rounded anew by the plain rule, the values decoded at it have that scale and those codes again. Candidate 0 is
+s0, which survives itself. None is larger than s0, so the largest weight keeps the code L.
+
+The least error wins, the earlier candidate among equals. An error is the sum over the group's 32 columns of
+importance * ((w - bf16(code * s)) * 2^-e)^2, with codes as `store` rounds them and 2^e <= amax < 2^(e+1). All of it is
+float32, each operation rounded: (d * d) * importance, then sums in halves: lane i and i + 16, then i + 8, 4, 2, 1. The
+power of two is exact and keeps squares of large and of small weights within float32.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from k2quant.errors import UsageError
+from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, largest_code
+from k2quant.kernels.codecs.scales.recovery import SMALLEST_AMAX
+from k2quant.kernels.codecs.values import F32, U16, bf16_to_float, float_to_bf16
+
+CANDIDATES = 16
+"""Scales that are tried for a group, the plain one first."""
+
+STEPS = {4: 5, 3: 8, 2: 11}
+"""By bits: from one candidate to the next the factor falls by so many 256ths."""
+
+LEAST_AMAX, LARGE_AMAX = SMALLEST_AMAX, 0x7E80
+"""BF16 bits of 2^-122 and 2^126: a group whose largest weight is less, or not below the second, keeps its plain scale.
+
+Between them all scales and products are normal numbers, so the mantissa of amax alone decides on the candidates.
+"""
+
+
+def surviving(scale: F32, largest: int) -> F32:
+    """Return the scale that survives nearest to BF16 numbers `scale`, as BF16 numbers in float32."""
+    divisor = np.float32(largest)
+    return bf16_to_float(float_to_bf16(bf16_to_float(float_to_bf16(scale * divisor)) / divisor))
+
+
+@lru_cache(maxsize=len(PACKED_BITS))
+def candidate_table(bits: int) -> U16:
+    """Return the candidates, as BF16 bits `[128, CANDIDATES]`, by mantissa of amax, for amax from 1.0 to 1.99.
+
+    Raises:
+        UsageError: there is no such width.
+    """
+    largest = largest_code("moonshot", bits, PACKED_BITS)
+    amax = np.arange(127 << 7, 128 << 7, dtype=np.uint16)
+    plain = bf16_to_float(float_to_bf16(bf16_to_float(amax) / np.float32(largest)))
+    factors = (256 - np.arange(CANDIDATES) * STEPS[bits]).astype(np.float32) / np.float32(256)
+    shrunk = bf16_to_float(float_to_bf16(plain[:, None] * factors))
+    table = float_to_bf16(surviving(shrunk, largest))
+    table.flags.writeable = False
+    return table
+
+
+def column_weights(importance: F32 | None, columns: int) -> F32:
+    """Return what each column weighs in a search: its importance, scaled so that the largest of a group is near 1.
+
+    A power of two for each group of columns does it: no order among candidates changes, and no error overflows.
+
+    Args:
+        importance: float32 `[K]`, finite, none negative; nothing stands for ones.
+        columns: K, a multiple of 32.
+
+    Raises:
+        UsageError: `importance` is of another dtype or length, or holds a NaN, an infinity or a negative number.
+    """
+    if importance is None:
+        return np.ones(columns, np.float32)
+    check_importance(importance, columns)
+    groups = importance.reshape(-1, GROUP)
+    _, exponent = np.frexp(groups.max(1, initial=0, keepdims=True))
+    weights: F32 = np.ldexp(groups, -exponent).reshape(-1)
+    return weights
+
+
+def check_importance(importance: F32, columns: int) -> None:
+    """Refuse what is not one importance for each column, as `column_weights` does."""
+    if importance.dtype != np.float32 or importance.shape != (columns,):
+        found = f"{importance.dtype} {list(importance.shape)}"
+        raise UsageError(f"importance: expected float32 [{columns}], one for each column, found {found}")
+    bad = ~(np.isfinite(importance) & (importance >= 0))
+    if bad.any():
+        column = int(bad.argmax())
+        raise UsageError(
+            f"importance: expected finite numbers from 0 up, found {importance[column]} at column {column}"
+        )
