@@ -1,4 +1,4 @@
-"""The folder that a conversion writes: whose it is, who works in it, and how far it has come.
+"""The folder that a conversion or a calibration writes: whose it is, who works in it, and how far it has come.
 
 While a conversion runs, the folder holds `.k2quant/lock` (locked by the process, and free when it dies),
 `.k2quant/journal.jsonl` (one line that says what is being made, then one for each finished shard) and a file
@@ -26,19 +26,26 @@ _JOURNAL = "journal.jsonl"
 REPORT_LIMIT = 2_000_000_000
 """Largest report or journal in bytes, far above what a whole K2 needs: some 300 bytes for each of 140,000 tensors."""
 
+_CONVERTING = (
+    b"k2quant is writing this checkpoint, or was stopped while it did. It cannot be used yet.\n"
+    b"Run the same `k2quant convert` again: it resumes where it stopped.\n"
+)
+
 
 class Destination:
     """An output folder, locked by this process."""
 
-    def __init__(self, folder: Path, *, report: str, incomplete: str) -> None:
+    def __init__(self, folder: Path, *, report: str, incomplete: str, mark: bytes = _CONVERTING) -> None:
         """Take what `locked` prepared.
 
         Args:
             folder: the folder.
             report: name of the report's file, which marks a finished folder as ours.
             incomplete: name of the file that marks an unfinished one.
+            mark: what that file says to whoever looks.
         """
         self.folder = folder
+        self._mark = mark
         self._report = folder / report
         self._incomplete = folder / incomplete
         self._journal = folder / _WORK / _JOURNAL
@@ -74,11 +81,7 @@ class Destination:
 
     def begin(self, records: list[dict[str, Any]]) -> None:
         """Write the journal anew with these records and mark the folder as unfinished."""
-        write_whole(
-            self._incomplete,
-            b"k2quant is writing this checkpoint, or was stopped while it did. It cannot be used yet.\n"
-            b"Run the same `k2quant convert` again: it resumes where it stopped.\n",
-        )
+        write_whole(self._incomplete, self._mark)
         write_whole(self._journal, b"".join(map(_line, records)))
 
     def record(self, record: dict[str, Any]) -> None:
@@ -153,7 +156,13 @@ def _line(record: dict[str, Any]) -> bytes:
 
 @contextlib.contextmanager
 def locked(
-    folder: Path, *, report: str, incomplete: str, restart: bool = False, soft: bool = False
+    folder: Path,
+    *,
+    report: str,
+    incomplete: str,
+    restart: bool = False,
+    soft: bool = False,
+    mark: bytes = _CONVERTING,
 ) -> Iterator[Destination]:
     """Make the folder if need be and hold its lock.
 
@@ -163,6 +172,7 @@ def locked(
         incomplete: name of the file that marks an unfinished one.
         restart: whether what an earlier run left may be thrown away, damaged or not.
         soft: whether a file may be the lock where the file system has no others.
+        mark: what the file that marks an unfinished one says.
 
     Raises:
         DestinationInUse: another process holds it.
@@ -171,7 +181,7 @@ def locked(
     """
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise DestinationForeign("not a folder", file=folder, remedy="name another one")
-    destination = Destination(folder, report=report, incomplete=incomplete)
+    destination = Destination(folder, report=report, incomplete=incomplete, mark=mark)
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     destination.refuse_foreign(restart=restart)
