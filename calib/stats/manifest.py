@@ -79,7 +79,7 @@ class Manifest:
         """Return what the file holds.
 
         Args:
-            files: size and sha256 of each JSON beside it.
+            files: size and sha256 of each JSON beside it; none while they are not there yet.
         """
         known = {name: {"size": size, "sha256": sha256} for name, (size, sha256) in files.items()}
         return {"tool": "k2quant", "version": self.version, **self.identity, "files": known}

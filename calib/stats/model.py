@@ -31,8 +31,6 @@ _SIZES = (
 _OTHERS = (
     "first_k_dense_replace",
     "q_lora_rank",
-    "vocab_size",
-    "max_position_embeddings",
     "n_group",
     "topk_group",
     "norm_topk_prob",

@@ -12,7 +12,7 @@ import hashlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -89,11 +89,12 @@ class Layer(NamedTuple):
 class Stats:
     """A finished folder of statistics; see `open_stats`. Its methods may be called from any thread."""
 
-    def __init__(self, folder: Path, manifest: Manifest, files: Files, layers: Mapping[int, Layer]) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, files: Files, layers: Mapping[int, Layer], outside: Digests
+    ) -> None:
         """Take what `open_stats` has checked."""
         self.folder, self.manifest = folder, manifest
-        self._files, self._layers = files, layers
-        self._outside: Digests = {}
+        self._files, self._layers, self._outside = files, layers, outside
         self._arrays: OrderedDict[int, Arrays] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -114,18 +115,6 @@ class Stats:
     def layers(self) -> tuple[int, ...]:
         """The decoder layers."""
         return tuple(self._layers)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files."""
-        return sum((self.folder / name).stat().st_size for name in self._all_files())
-
-    def _all_files(self) -> list[str]:
-        return [
-            MANIFEST,
-            *self._files,
-            *(header.path.name for layer in self._layers.values() for header in _headers(layer)),
-        ]
 
     def moments(self, base: str, part: Part = "train") -> Moments | None:
         """Return what was measured of the input of a matrix.
@@ -210,6 +199,12 @@ class Stats:
         home = self._layers[layer].record.digests if layer is not None and layer in self._layers else self._outside
         return home.get(base)
 
+    def digests(self) -> Iterator[tuple[str, Mapping[str, str]]]:
+        """Yield every weight that the pass has read, by its name in the language model, with its digests by suffix."""
+        yield from self._outside.items()
+        for layer in self._layers.values():
+            yield from layer.record.digests.items()
+
     def load(self, layer: int, part: Part = "train") -> tuple[NDArray[np.int64], NDArray[np.float64]] | None:
         """Return tokens int64 `[E]` and weights float64 `[E]` of a layer's routed experts; None: it has none.
 
@@ -220,6 +215,14 @@ class Stats:
             return None
         arrays, name = self._read(layer), f"model.layers.{layer}.mlp.experts.gate_proj.{part}"
         return arrays[f"{name}.tokens"], arrays[f"{name}.weight"]
+
+    def check_layer(self, layer: int) -> None:
+        """Read a layer's moments and check them, as their first use would.
+
+        Raises:
+            CheckpointError: as for `moments`.
+        """
+        self._read(layer)
 
     def _place(self, base: str) -> Place | None:
         """Return where a matrix's statistics stand, if the model has such a matrix."""
@@ -347,9 +350,7 @@ def checked(folder: Path, manifest: Manifest, files: Files) -> Stats:
         layer: open_layer(folder, layer, manifest, content[record_file(layer)])
         for layer in range(manifest.model.layers)
     }
-    stats = Stats(folder, manifest, files, layers)
-    stats._outside = read_outside(content[OUTSIDE], file=folder / OUTSIDE)  # noqa: SLF001  nobody else makes one
-    return stats
+    return Stats(folder, manifest, files, layers, read_outside(content[OUTSIDE], file=folder / OUTSIDE))
 
 
 def _known(folder: Path, name: str, size: int, sha256: str) -> bytes:
@@ -479,7 +480,3 @@ def _hex(value: object, pattern: re.Pattern[str]) -> str:
         msg = f"{value!r:.100} where a digest stands"
         raise ValueError(msg)
     return text(value)
-
-
-def _headers(layer: Layer) -> list[ShardHeader]:
-    return [layer.moments, *([layer.hessians] if layer.hessians is not None else [])]

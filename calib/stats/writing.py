@@ -148,7 +148,7 @@ def calibrating(
             _check_same(destination, manifest)
         whole = written_layers(folder, manifest)
         if destination.finished_report() is None or len(whole) < manifest.model.layers:
-            destination.begin([manifest.identity])
+            destination.begin([manifest.as_json({})])
             destination.unlink([MANIFEST])  # a run that was stopped at its very end may have left it
         yield whole
 

@@ -11,6 +11,7 @@ from k2quant.cli.parts import options
 from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 
 if TYPE_CHECKING:
+    from k2quant.calib.stats.inspection import Reach, StatsInspection
     from k2quant.checking.inspection import Inspection
 
 _LONGEST = 200  # characters of what a config says
@@ -26,15 +27,22 @@ def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
 
     Exits 1 when something would stop a conversion. What is worth saying and stops none is said on stderr.
 
+    Of the statistics of a calibration: model, data, settings, how the tokens came to the experts. All of it is read
+    and checked. Exits 1 when it is not finished.
+
     \b
     Example:
         k2quant inspect Kimi-K2-Instruct
     """
     import json
 
+    from k2quant.calib.stats.inspection import is_stats
     from k2quant.checking.inspection import inspect
     from k2quant.cli.parts.screen import warn, working
 
+    if is_stats(source):
+        _of_statistics(source, as_json=as_json)
+        return
     with working(f"reading the headers of {source.name}"):
         found = inspect(source, follow_links=follow_links)
     for text in found.remarks:
@@ -45,6 +53,65 @@ def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
         _show(found)
     if found.problems:
         raise SystemExit(1)
+
+
+def _of_statistics(folder: Path, *, as_json: bool) -> None:
+    import json
+
+    from k2quant.calib.stats.inspection import inspect_stats
+    from k2quant.cli.parts.screen import working
+
+    with working(f"reading the statistics in {folder.name}"):
+        found = inspect_stats(folder)
+    if as_json:
+        parts = {"data": [row._asdict() for row in found.data]}
+        reach = {"reach": {part: reach._asdict() for part, reach in found.reach.items()}}
+        click.echo(json.dumps({**found._asdict(), **parts, **reach}, indent=1))
+    else:
+        _show_statistics(found)
+    if not found.finished:
+        raise SystemExit(1)
+
+
+def _show_statistics(found: StatsInspection) -> None:
+    from k2quant.errors import printable
+    from k2quant.ground.units import counted, size
+
+    sizes = found.sizes
+    state = f"{counted(found.layers, 'layer')}"
+    if not found.finished:
+        state = f"not finished, {found.layers_done} of {state} done"
+    said = (
+        f"{found.folder}: statistics of a calibration, {state}, {counted(sizes['n_routed_experts'], 'expert')} a layer, "
+        f"{sizes['num_experts_per_tok']} of them a token, {size(found.nbytes)}, "
+        f"{'with' if found.hessians else 'without'} Hessians"
+    )
+    click.echo(paragraph(said) + "\n")
+    rows = [(row.part, f"{row.documents:,}", f"{row.rows:,}", f"{row.tokens:,}") for row in found.data]
+    click.echo(table(_DATA, rows) + "\n")
+    settings = ", ".join(f"{key} {value}" for key, value in found.settings.items())
+    click.echo(
+        paragraph(f"settings: {printable(settings) or 'none'}; measured by {printable(found.version)}", hang="  ")
+    )
+    for part, reach in found.reach.items():
+        click.echo(paragraph(f"{part}: {_reached(reach)}", hang="  "))
+    if found.fingerprint is None:
+        click.echo("run the same `k2quant calibrate` again: it resumes")
+    else:
+        click.echo(f"fingerprint: {found.fingerprint}")
+
+
+def _reached(reach: Reach) -> str:
+    from k2quant.ground.units import counted
+
+    return (
+        f"an expert has {reach.mean:,.0f} tokens on average; the thinnest, {reach.thinnest}, has {reach.least:,}; "
+        f"{counted(reach.empty, 'expert') if reach.empty else 'none'} of {reach.experts:,} "
+        f"{'has' if reach.empty <= 1 else 'have'} no token"
+    )
+
+
+_DATA = (Column(head="part", left=True), *(Column(head=head) for head in ("documents", "rows", "tokens")))
 
 
 def _show(found: Inspection) -> None:
