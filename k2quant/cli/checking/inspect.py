@@ -78,12 +78,12 @@ def _show_statistics(found: StatsInspection) -> None:
     from k2quant.ground.units import counted, size
 
     sizes = found.sizes
-    state = f"{counted(found.layers, 'layer')}"
+    state = counted(found.layers, "layer")
     if not found.finished:
         state = f"not finished, {found.layers_done} of {state} done"
     said = (
-        f"{found.folder}: statistics of a calibration, {state}, {counted(sizes['n_routed_experts'], 'expert')} a layer, "
-        f"{sizes['num_experts_per_tok']} of them a token, {size(found.nbytes)}, "
+        f"{found.folder}: statistics of a calibration, {state}, "
+        f"{counted(sizes['n_routed_experts'], 'expert')} a layer, {sizes['num_experts_per_tok']} of them a token, {size(found.nbytes)}, "
         f"{'with' if found.hessians else 'without'} Hessians"
     )
     click.echo(paragraph(said) + "\n")
