@@ -81,11 +81,9 @@ def _show_statistics(found: StatsInspection) -> None:
     state = counted(found.layers, "layer")
     if not found.finished:
         state = f"not finished, {found.layers_done} of {state} done"
-    said = (
-        f"{found.folder}: statistics of a calibration, {state}, "
-        f"{counted(sizes['n_routed_experts'], 'expert')} a layer, {sizes['num_experts_per_tok']} of them a token, {size(found.nbytes)}, "
-        f"{'with' if found.hessians else 'without'} Hessians"
-    )
+    experts = f"{counted(sizes['n_routed_experts'], 'expert')} a layer, {sizes['num_experts_per_tok']} of them a token"
+    hessians = "with Hessians" if found.hessians else "without Hessians"
+    said = f"{found.folder}: statistics of a calibration, {state}, {experts}, {size(found.nbytes)}, {hessians}"
     click.echo(paragraph(said) + "\n")
     rows = [(row.part, f"{row.documents:,}", f"{row.rows:,}", f"{row.tokens:,}") for row in found.data]
     click.echo(table(_DATA, rows) + "\n")
