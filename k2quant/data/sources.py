@@ -112,10 +112,18 @@ def read_examples(
     Raises:
         UsageError, UnsafePath, MalformedFile, CheckpointError, MissingExtra: as `load_rows` does.
     """
-    tell = progress or _untold
-    rows = _of_files(_files(source), tell) if os.path.lexists(source.path) else _of_dataset(source, tell)
-    for where, row in rows:
+    for where, row in rows_of(source, progress=progress):
         yield from examples_of(row, where, tokenizer, learning, census)
+
+
+def rows_of(source: DataSource, *, progress: Progress | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each row of a source as it stands there, with its place: file and line, or number in a dataset.
+
+    Raises:
+        UsageError, UnsafePath, MalformedFile, MissingExtra: as `load_rows` does.
+    """
+    tell = progress or _untold
+    yield from _of_files(_files(source), tell) if os.path.lexists(source.path) else _of_dataset(source, tell)
 
 
 def _files(source: DataSource) -> list[Path]:
