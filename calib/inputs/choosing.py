@@ -5,12 +5,24 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from k2quant.calib.inputs.documents import Raw
 from k2quant.errors import MalformedFile
+
+if TYPE_CHECKING:
+    from k2quant.calib.inputs.documents import Raw
 
 SHARE = 0.1
 """Of the documents that validate, and of those that test, where no files are given for it."""
+
+
+def held_out_rows(samples: int) -> int:
+    """Return the rows of a part that gets `SHARE` of the documents, beside those that are measured.
+
+    Args:
+        samples: rows that are measured.
+    """
+    return max(round(samples * SHARE / (1 - 2 * SHARE)), 1)
 
 
 def part_of(document: Raw, given: frozenset[str]) -> str:

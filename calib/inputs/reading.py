@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from k2quant.calib.inputs.choosing import SHARE, Parts, Pool
+from k2quant.calib.inputs.choosing import Parts, Pool, held_out_rows
 from k2quant.calib.inputs.documents import Progress, Raw, documents
 from k2quant.calib.inputs.samples import PARTS, Part, Samples
 from k2quant.data import packing
@@ -21,6 +21,7 @@ from k2quant.data.packing import Document, Rows
 from k2quant.data.sources import DataSource
 from k2quant.data.tokens import Reader
 from k2quant.errors import MalformedFile, UsageError
+from k2quant.ground.units import one_of
 
 Reasoning = Literal["split", "drop"]
 
@@ -38,7 +39,7 @@ def read_samples(
     validation: str | os.PathLike[str] | None = None,
     test: str | os.PathLike[str] | None = None,
     split: str = "train",
-    config: str | None = None,
+    config_name: str | None = None,
     reasoning: Reasoning = "split",
     progress: Progress | None = None,
 ) -> Samples:
@@ -63,7 +64,7 @@ def read_samples(
         validation: data of its own in place of a tenth of `data`; of a dataset, the split of that name.
         test: likewise.
         split: of `data`, where that is a dataset.
-        config: of datasets that have several.
+        config_name: of datasets that have several.
         reasoning: what becomes of reasoning in earlier turns of a chat that the template does not write there:
             `split`, each such turn is read once more as it is asked for, with its reasoning; or `drop`.
         progress: called while reading, for each data anew.
@@ -78,11 +79,12 @@ def read_samples(
     for name, value, least in (("samples", samples, 1), ("length", length, 2)):
         if type(value) is not int or value < least:
             raise UsageError(f"`{name}=`: expected at least {least}, found {value!r}")
-    sources = {"train": DataSource(path=os.fspath(data), split=split, config=config)}
+    one_of("`reasoning=`", reasoning, get_args(Reasoning))
+    sources = {"train": DataSource(path=os.fspath(data), split=split, config=config_name)}
     for part, place in (("validation", validation), ("test", test)):
         if place is not None:
-            sources[part] = DataSource(path=os.fspath(place), split=part, config=config)
-    rows = {part: samples if part == "train" else _held_out(samples) for part in PARTS}
+            sources[part] = DataSource(path=os.fspath(place), split=part, config=config_name)
+    rows = {part: samples if part == "train" else held_out_rows(samples) for part in PARTS}
     parts = _parted(sources, {part: count * length for part, count in rows.items()}, progress)
     maker = _Packing(tokenizer, vocabulary, length, reasoning)
     made = {part: maker.part(parts.pools[part].documents(), rows[part]) for part in PARTS}
@@ -97,11 +99,6 @@ def read_samples(
         census=maker.census,
         unread=maker.reader.unread(),
     )
-
-
-def _held_out(samples: int) -> int:
-    """Return the rows of a part that gets a tenth, beside eight tenths that are rows of `train`."""
-    return max(round(samples * SHARE / (1 - 2 * SHARE)), 1)
 
 
 def _parted(sources: dict[str, DataSource], tokens: dict[str, int], progress: Progress | None) -> Parts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +15,6 @@ from k2quant.ground.units import counted
 
 PARTS = ("train", "validation", "test")
 """What is measured, what judges it, and what nobody looks at before the end."""
-
-
-class Batch(NamedTuple):
-    """Rows that go through a model together, `[B, T]` each; see `Part`."""
-
-    tokens: Tensor
-    positions: Tensor
-    real: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,12 +39,6 @@ class Part:
         return cls(
             tokens=rows.tokens.long(), positions=rows.positions.long(), real=real, hashes=hashes, digest=rows.digest
         )
-
-    @property
-    def batches(self) -> tuple[Batch, ...]:
-        """Each row by itself, `[1, T]`."""
-        parts = (tensor.split(1) for tensor in (self.tokens, self.positions, self.real))
-        return tuple(Batch(*row) for row in zip(*parts, strict=True))
 
     @property
     def count(self) -> int:
@@ -90,6 +75,11 @@ class Samples:
     def __repr__(self) -> str:
         """Return it in one line."""
         return brief(self)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """All three, by name."""
+        return {name: getattr(self, name) for name in PARTS}
 
     def notes(self) -> Iterator[str]:
         """Yield what the user should know of it."""
