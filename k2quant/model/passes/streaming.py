@@ -18,15 +18,20 @@ from torch import Tensor, nn
 
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.errors import UsageError
-from k2quant.model.assembly import Assembly
-from k2quant.model.filling import fill, release
+from k2quant.model.assembly import EMBEDDING, Assembly
 from k2quant.model.loading import assemble
 from k2quant.model.modules import Backend
 from k2quant.model.passes.activations import Activations, held
+from k2quant.model.passes.layers import Layers
 from k2quant.model.placement import execution_device
 
 Batch = Tensor | Mapping[str, Tensor]
-"""`input_ids` int64 `[B, T]`, or a map with these and an `attention_mask` `[B, T]`."""
+"""`input_ids` int64 `[B, T]`, or a map with these and an `attention_mask` or `position_ids` `[B, T]`, or both.
+
+Without a mask, texts whose positions begin anew within a row do not see one another.
+"""
+
+_KEYS = {"input_ids", "attention_mask", "position_ids"}
 
 _EMBEDDING, _FIRST = 0, 1  # stages: the embedding, then layer 0, layer 1, ...
 _BUDGET = 4_000_000_000
@@ -124,10 +129,7 @@ class _Pass:
 
     def __init__(self, assembly: Assembly, inputs: list[dict[str, Tensor]], hooks: LayerHooks) -> None:
         self._assembly, self._inputs, self._hooks = assembly, inputs, hooks
-        self._core, self._head = assembly.model.model, assembly.model.lm_head
-        self._layers, self._norm = self._core.layers, self._core.norm
-        self._core.layers, self._core.norm = nn.ModuleList(), nn.Identity()
-        self._core.rotary_emb.to(assembly.device)
+        self._layers = Layers(assembly)
 
     def activations(self, folder: Path, budget: int, *, lasting: bool) -> Activations:
         """Return where this pass keeps what lies between its layers."""
@@ -139,31 +141,28 @@ class _Pass:
     @torch.no_grad()
     def logits(self, kept: Activations) -> Iterator[Tensor]:
         """Run what is not done yet and yield the logits."""
+        layers = self._layers
         if kept.finished < _EMBEDDING:
             self._embed(kept)
-        for number in range(kept.finished, len(self._layers)):
-            self._layer(number, self._layers[number], kept)
-        with self._loaded("model.norm", self._norm), self._loaded("lm_head", self._head):
-            self._hooks.ending(self._norm, self._head)
+        for number in range(kept.finished, len(layers.all)):
+            self._layer(number, layers.all[number], kept)
+        with layers.loaded("model.norm", layers.norm), layers.loaded("lm_head", layers.head):
+            self._hooks.ending(layers.norm, layers.head)
             for number in range(len(self._inputs)):
-                yield self._head(self._norm(self._get(kept, kept.finished, number)))
+                yield layers.head(layers.norm(self._get(kept, kept.finished, number)))
         kept.clear()
-
-    def _loaded(self, name: str, module: nn.Module) -> _Loaded:
-        return _Loaded(self._assembly, name, module)
 
     def _get(self, kept: Activations, stage: int, number: int) -> Tensor:
         return kept.get(stage, number).to(self._assembly.device)
 
     def _embed(self, kept: Activations) -> None:
-        with self._loaded("model.embed_tokens", self._core.embed_tokens):
+        with self._layers.loaded(EMBEDDING, self._layers.embedding):
             for number, batch in enumerate(self._inputs):
-                ids = batch["input_ids"].to(self._assembly.device)
-                kept.put(_EMBEDDING, number, self._core.embed_tokens(ids))
+                kept.put(_EMBEDDING, number, self._layers.embed(batch["input_ids"]))
         kept.finish(_EMBEDDING)
 
     def _layer(self, number: int, layer: nn.Module, kept: Activations) -> None:
-        with self._loaded(f"model.layers.{number}", layer):
+        with self._layers.loaded(f"model.layers.{number}", layer):
             self._hooks.before(number, layer)
             self._run_batches(number, layer, kept)
             while self._hooks.after(number, layer):
@@ -171,38 +170,11 @@ class _Pass:
         kept.finish(number + _FIRST)
 
     def _run_batches(self, number: int, layer: nn.Module, kept: Activations) -> None:
-        for batch in range(len(self._inputs)):
+        for batch, given in enumerate(self._inputs):
             inputs = self._get(kept, number + _FIRST - 1, batch)
-            outputs = self._through(layer, inputs, self._inputs[batch].get("attention_mask"))
+            outputs = self._layers.through(layer, inputs, given.get("attention_mask"), given.get("position_ids"))
             self._hooks.batch(number, batch, inputs, outputs)
             kept.put(number + _FIRST, batch, outputs)
-
-    def _through(self, layer: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Return what one layer makes of hidden states: the model's own forward pass with this layer alone."""
-        self._core.layers = nn.ModuleList([layer])
-        try:
-            mask = None if mask is None else mask.to(self._assembly.device)
-            output = self._core(inputs_embeds=hidden, attention_mask=mask, use_cache=False)
-        finally:
-            self._core.layers = nn.ModuleList()
-        result: Tensor = output.last_hidden_state
-        return result
-
-
-class _Loaded:
-    """A module with its weights in memory, as long as the block runs."""
-
-    def __init__(self, assembly: Assembly, name: str, module: nn.Module) -> None:
-        self._assembly, self._name, self._module = assembly, name, module
-
-    def __enter__(self) -> None:
-        device = self._assembly.device
-        parts = [(name, module, device) for name, module in self._module.named_modules(prefix=self._name)]
-        fill(self._assembly, parts)
-
-    def __exit__(self, *_: object) -> None:
-        for module in self._module.modules():
-            release(module, self._assembly.dtype)
 
 
 def _checked(batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
@@ -221,8 +193,8 @@ def _checked(batches: Iterable[Batch]) -> list[dict[str, Tensor]]:
 
 def _as_map(batch: object) -> dict[str, Tensor]:
     given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    if not isinstance(given, Mapping) or not {"input_ids"} <= given.keys() <= {"input_ids", "attention_mask"}:
-        raise UsageError("batch: expected input_ids, or a map with these and an attention_mask")
+    if not isinstance(given, Mapping) or not {"input_ids"} <= given.keys() <= _KEYS:
+        raise UsageError("batch: expected input_ids, or a map with these and an attention_mask or position_ids")
     for name, value in given.items():
         whole = isinstance(value, Tensor) and value.dtype in {torch.int64, torch.int32, torch.bool}
         if not whole or value.ndim != 2 or not value.numel() or value.shape != given["input_ids"].shape:
