@@ -140,11 +140,25 @@ class Assembly:
                 self._install_linear(name, module)
 
     def _install_linear(self, name: str, linear: nn.Linear) -> None:
+        self.model.set_submodule(name, self.linear(name, linear))
+
+    def linear(self, name: str, linear: nn.Linear) -> nn.Module:
+        """Return the module that takes what the checkpoint has for a matrix: the given one, unless it is quantised.
+
+        Args:
+            name: of the matrix in the model, such as `model.layers.3.mlp.experts.17.up_proj`.
+            linear: of its shape, without weights.
+
+        Raises:
+            MissingTensor: the checkpoint lacks it.
+            ShapeMismatch: it has another shape there.
+        """
         source = self._source(name)
-        if source.format is not None and source.format.quantised:
-            _check_shape(source, (linear.out_features, linear.in_features))
-            weight = _empty(source, source.format, (linear.out_features, linear.in_features), self.device)
-            self.model.set_submodule(name, QuantizedLinear(weight, source.format, self.backend, linear.bias))
+        if source.format is None or not source.format.quantised:
+            return linear
+        _check_shape(source, (linear.out_features, linear.in_features))
+        weight = _empty(source, source.format, (linear.out_features, linear.in_features), self.device)
+        return QuantizedLinear(weight, source.format, self.backend, linear.bias)
 
     def _experts(self, name: str, module: Any) -> nn.Module:
         """Return what will hold the routed experts of a layer: one stack where all are of one format."""
