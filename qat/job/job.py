@@ -16,8 +16,8 @@ from k2quant.qat.config import QATConfig
 from k2quant.qat.job.sections import Data, Distillation, Optimizer, Saving, Training
 
 _NO_PART = {"model", "output", "saving", "follow_links", "trust_remote_code"}  # in what decides the trained weights
-_YOUNGER = {"turns": "all", "reasoning": "refuse"}
-"""Keys of `data` that runs of earlier versions do not name, with what they did: a run that was begun goes on."""
+_YOUNGER = {"data": {"turns": "all", "reasoning": "refuse"}, "training": {"fallback": "rtn"}}
+"""Keys by section that runs of earlier versions do not name, with what they did: a run that was begun goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +58,22 @@ class Job:
             raise UsageError("training: a control (`fake_quantize: false`) learns no scales; use `estimator: plain`")
         if self.optimizer.scale_rate is not None and self.quantize.estimator != "learned":
             raise UsageError("optimizer: scale_rate has a meaning with `estimator: learned` alone")
+        if self.training.fallback != "rtn":
+            self._check_fallback()
         if self.training.shard:
             refuse_sharded(self)
+
+    def _check_fallback(self) -> None:
+        """Refuse a search of scales where there is none, or where its outcome could not be kept."""
+        if not self.quantize.bit_widths or self.quantize.grid != "moonshot":
+            raise UsageError(
+                f"training: fallback: {self.training.fallback} searches scales of int4 on the grid moonshot; use rtn"
+            )
+        if self.quantize.train == "adapters":
+            raise UsageError(
+                f"training: fallback: {self.training.fallback} changes weights, which `train: adapters` freezes and no "
+                "checkpoint holds; use rtn, or convert the experts that the report lists"
+            )
 
     def _check_bits(self) -> None:
         """Refuse widths that change and cannot."""
@@ -95,9 +109,11 @@ class Job:
         whole["training"].pop("shard")  # no more than the number of processes, which may change too
         whole["quantize"].pop("allow_split")  # a permission; what is quantised, its targets say
         whole["data"].pop("path")
-        for name, default in _YOUNGER.items():
-            if whole["data"][name] == default:
-                whole["data"].pop(name)
+        whole["training"].pop("fallback_stats")
+        for section, younger in _YOUNGER.items():
+            for name, default in younger.items():
+                if whole[section][name] == default:
+                    whole[section].pop(name)
         if whole["distill"]:
             whole["distill"].pop("teacher")
         return {name: value for name, value in whole.items() if name not in _NO_PART}
@@ -123,12 +139,14 @@ def refuse_sharded(job: Job) -> None:
 
 
 def check_folders(job: Job) -> None:
-    """Refuse a job whose model or teacher is not there, or whose output would lie in the model or hold it.
+    """Refuse a job whose model, teacher or calibration is not there, or whose output would lie in the model or hold it.
 
     Raises:
         UsageError: so it is; the message names the key.
     """
-    for name, folder in (("model", job.model), ("distill: teacher", job.distill.teacher if job.distill else None)):
+    teacher = job.distill.teacher if job.distill else None
+    folders = ("model", job.model), ("distill: teacher", teacher), ("training: fallback_stats", job.training.fallback_stats)
+    for name, folder in folders:
         if folder is not None and (why := no_folder(folder)):
             raise UsageError(f"{name}: {folder}: {why}")
     refuse_nested(Path(job.model), Path(job.output))

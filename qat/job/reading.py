@@ -68,7 +68,11 @@ def _located(job: Job) -> Job:
     distill = job.distill
     if distill is not None and distill.teacher is not None:
         distill = replace(distill, teacher=_found(distill.teacher))
-    return replace(job, model=_found(job.model), output=_absolute(job.output), data=data, distill=distill)
+    training = job.training
+    if training.fallback_stats is not None:
+        training = replace(training, fallback_stats=_found(training.fallback_stats))
+    found = replace(job, data=data, distill=distill, training=training)
+    return replace(found, model=_found(job.model), output=_absolute(job.output))
 
 
 def _found(path: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from k2quant.data.learning import Reasoning, Turns
+from k2quant.errors import UsageError
 from k2quant.qat.job.limits import number, whole
 
 _MOST_BETA = 0.9999999  # of what float32 rounds to 1, a mean would never move
@@ -16,6 +17,9 @@ Precision = Literal["float32", "bfloat16"]
 Method = Literal["adamw", "muon"]
 Decay = Literal["cosine", "linear", "constant"]
 Experts = Literal["eager", "batched_mm", "grouped_mm"]
+Fallback = Literal["rtn", "mse", "imatrix"]
+"""How post-training rounding chooses a group's scale: from its largest weight; searched for the least squared error; or
+for the least error of outputs, as a calibration tells what the inputs are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,10 @@ class Training:
     """Steps between measurements on the held-out rows; there is one before the first step and after the last."""
     least_tokens: int = 100
     """An expert that saw fewer keeps its weights of the start, rounded: they would be noise."""
+    fallback: Fallback = "rtn"
+    """How they are rounded then, and all that is exported of a job that was not trained."""
+    fallback_stats: str | None = None
+    """Folder that `k2quant calibrate` wrote of the model; with `imatrix`, and with nothing else."""
     fake_quantize: bool = True
     """Whether weights are fake-quantised while they train; false for a control: trained as long, rounded afterwards."""
     shard: bool = False
@@ -83,6 +91,10 @@ class Training:
         if self.micro_batch is not None:
             whole("micro_batch", self.micro_batch, 1)
         number("clip", self.clip, above=0)
+        if self.fallback == "imatrix" and not self.fallback_stats:
+            raise UsageError("fallback_stats: `imatrix` needs the folder that `k2quant calibrate` wrote of the model")
+        if self.fallback != "imatrix" and self.fallback_stats is not None:
+            raise UsageError(f"fallback_stats: has a meaning with `fallback: imatrix` alone, found {self.fallback}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,8 @@ WHOLE: dict[str, Any] = {
         "clip": 0.5,
         "evaluate_every": 7,
         "least_tokens": 0,
+        "fallback": "rtn",
+        "fallback_stats": None,
         "fake_quantize": True,
         "shard": False,
     },
