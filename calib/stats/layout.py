@@ -32,7 +32,9 @@ OUTSIDE = "outside.json"
 _SHARED = {"up_proj": "gate_proj", "kv_a_proj_with_mqa": "q_a_proj", "q_proj": "q_a_proj"}
 """Whose input a projection multiplies, where it is not its own."""
 
-_MOMENTS = {"mean_square": "F32", "weight": "F64", "tokens": "I64", "largest": "F32"}
+_MOMENTS = {"mean_square": "F32", "mean": "F32", "weight": "F64", "tokens": "I64", "largest": "F32"}
+
+_BY_COLUMN = ("mean_square", "mean")
 
 
 class Place(NamedTuple):
@@ -97,9 +99,9 @@ def inputs(model: Model, layer: int) -> tuple[Input, ...]:
 
 
 def moment_specs(model: Model, layer: int) -> dict[str, TensorSpec]:
-    """Return the tensors of a layer's file: `{input}.{part}.{mean_square, weight, tokens, largest}`."""
+    """Return the tensors of a layer's file: `{input}.{part}.{mean_square, mean, weight, tokens, largest}`."""
     return {
-        f"{one.name}.{part}.{kind}": TensorSpec(dtype, one.shape(*((one.width,) if kind == "mean_square" else ())))
+        f"{one.name}.{part}.{kind}": TensorSpec(dtype, one.shape(*((one.width,) if kind in _BY_COLUMN else ())))
         for one in inputs(model, layer)
         for part in PARTS
         for kind, dtype in _MOMENTS.items()

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _SLACK = 1.01
 """By how much a mean of squares may exceed the largest square: sums are rounded, and a device may round its inputs."""
 
+_TINY = 2.0**-100  # what float32 loses below its least normal number, with room
+
 
 class Moments(NamedTuple):
     """What was measured of the input of one matrix."""
@@ -30,6 +32,8 @@ class Moments(NamedTuple):
     """Sum of the tokens' weights: p^2 for a routed expert, p being what the router gives it; else 1 for each."""
     largest: float
     """Largest |x_j| of all, unweighted."""
+    mean: NDArray[np.float32]
+    """`[K]`: the weighted mean of x_j, weighted as its square is."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -60,21 +64,23 @@ def _faults(name: str, arrays: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str
     """Yield what is wrong with one input: the tensor, what was expected and what was found."""
     import numpy as np
 
-    squares, weight, tokens, largest = (
-        arrays[f"{name}.{kind}"] for kind in ("mean_square", "weight", "tokens", "largest")
+    squares, mean, weight, tokens, largest = (
+        arrays[f"{name}.{kind}"] for kind in ("mean_square", "mean", "weight", "tokens", "largest")
     )
-    for kind, values in (("mean_square", squares), ("weight", weight), ("largest", largest)):
+    for kind, values in (("mean_square", squares), ("mean", mean), ("weight", weight), ("largest", largest)):
         if not np.isfinite(values).all():
             yield f"{name}.{kind}", ("finite values", "NaN or infinity")
-        elif (values < 0).any():
+        elif kind != "mean" and (values < 0).any():
             yield f"{name}.{kind}", ("values from 0", f"{values.min():g}")
     if (tokens < 0).any():
         yield f"{name}.tokens", ("counts", f"{tokens.min()}")
     empty = tokens == 0
-    for kind, values in (("weight", weight), ("largest", largest), ("mean_square", squares.max(axis=-1, initial=0))):
-        if (values[empty] != 0).any():
-            yield f"{name}.{kind}", ("zeros where no token came", f"{values[empty].max():g}")
-    if (squares.max(axis=-1, initial=0) > _SLACK * largest.astype(np.float64) ** 2 + np.finfo(np.float32).tiny).any():
+    for kind, values in (("weight", weight), ("largest", largest), ("mean_square", squares), ("mean", mean)):
+        if values[empty].any():
+            yield f"{name}.{kind}", ("zeros where no token came", "others")
+    if (mean.astype(np.float64) ** 2 > _SLACK * squares.astype(np.float64) + _TINY).any():
+        yield f"{name}.mean", ("no more than the root of the mean square", "a larger mean")
+    if (squares.max(axis=-1, initial=0) > _SLACK * largest.astype(np.float64) ** 2 + _TINY).any():
         yield f"{name}.mean_square", ("no more than the square of the largest value", "a larger mean")
 
 

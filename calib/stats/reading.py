@@ -60,7 +60,7 @@ MANIFEST_LIMIT = 512_000_000
 RECORD_LIMIT = 64_000_000
 """Bytes of a layer's record: some 110 for each of K2's 1,160 weights of a layer."""
 
-_KEPT = 3  # layers whose moments stay in memory; K2's have 29 MB each
+_KEPT = 3  # layers whose moments stay in memory; K2's have 57 MB each
 _CRC = re.compile(r"[0-9a-f]{8}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -167,7 +167,7 @@ class Stats:
         return self._hessian(found.layer, found.prior, None, part)
 
     def importance(self, base: str) -> F32 | None:
-        """Return what the squared error of each column of a matrix counts for, by the train part; see `blending`.
+        """Return the mean square of each column's input by the train part, blended as `blending` says.
 
         Returns:
             float32 `[K]`; None for a matrix that is not measured.
@@ -178,8 +178,21 @@ class Stats:
         found, own = self._place(base), self.moments(base)
         if found is None or own is None:
             return None
-        prior = self.layer_moments(base)
-        return own.mean_square if found.expert is None else blending.blended(own, prior and prior.mean_square)
+        return own.mean_square if found.expert is None else blending.importance(own, self.layer_moments(base))
+
+    def mean(self, base: str) -> F32 | None:
+        """Return the mean of each column's input by the train part, blended as `importance` is.
+
+        Returns:
+            float32 `[K]`; None for a matrix that is not measured.
+
+        Raises:
+            CheckpointError: as for `moments`.
+        """
+        found, own = self._place(base), self.moments(base)
+        if found is None or own is None:
+            return None
+        return own.mean if found.expert is None else blending.mean(own, self.layer_moments(base))
 
     def held_out(self, base: str) -> HeldOut | None:
         """Return what a rounding of a matrix is judged by: the validation part; see `blending`.
@@ -191,7 +204,7 @@ class Stats:
         if found is None or own is None:
             return None
         prior = self.layer_moments(base, "validation")
-        return blending.held_out(own, prior and prior.mean_square, routed=found.expert is not None)
+        return blending.held_out(own, prior, routed=found.expert is not None)
 
     def digest(self, base: str) -> Mapping[str, str] | None:
         """Return, by suffix, the crc32 in hex of the stored bytes of the weight that was calibrated; None: not read."""
@@ -235,11 +248,11 @@ class Stats:
 
     def _moments(self, layer: int, name: str, expert: int | None, part: Part) -> Moments:
         arrays = self._read(layer)
-        squares, tokens, weight, largest = (
+        squares, mean, tokens, weight, largest = (
             arrays[f"{name}.{part}.{kind}"][... if expert is None else expert]
-            for kind in ("mean_square", "tokens", "weight", "largest")
+            for kind in ("mean_square", "mean", "tokens", "weight", "largest")
         )
-        return Moments(squares, int(tokens), float(weight), float(largest))
+        return Moments(squares, int(tokens), float(weight), float(largest), mean)
 
     def _read(self, layer: int) -> Arrays:
         """Return the checked moments of a layer; those of the last few stay in memory."""

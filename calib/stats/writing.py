@@ -56,6 +56,8 @@ class Measured(NamedTuple):
     """`[]` or `[E]`."""
     largest: NDArray[np.float32] | float
     """`[]` or `[E]`: max |x|."""
+    mean: NDArray[np.float32]
+    """As `mean_square`: sum w x / sum w."""
 
 
 LayerStats = Mapping[tuple[str, Part], Measured]
@@ -71,6 +73,7 @@ class HessianWriter:
         Raises:
             OSError: it cannot be created.
         """
+        (folder / record_file(layer)).unlink(missing_ok=True)  # which spoke of those that stood there
         self._specs = hessian_specs(model, layer)
         header, self._spans = build_header(self._specs)
         self._writer = ShardWriter(folder / hessians_file(layer), header, max(stop for _, stop in self._spans.values()))
@@ -251,6 +254,7 @@ def _arrays(measured: Measured) -> dict[str, NDArray[Any]]:
 
     return {
         "mean_square": np.asarray(measured.mean_square, np.float32),
+        "mean": np.asarray(measured.mean, np.float32),
         "weight": np.asarray(measured.weight, np.float64),
         "tokens": np.asarray(measured.tokens, np.int64),
         "largest": np.asarray(measured.largest, np.float32),
@@ -261,7 +265,7 @@ _DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64"}
 
 
 def _moments_file(arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Return the safetensors file of these tensors, which are small: 29 MB for a layer of K2."""
+    """Return the safetensors file of these tensors, which are small: 57 MB for a layer of K2."""
     ordered = dict(sorted(arrays.items()))
     header, spans = build_header(
         {name: TensorSpec(_DTYPES[str(array.dtype)], array.shape) for name, array in ordered.items()}

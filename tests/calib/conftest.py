@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from k2quant.calib.stats.digests import Digests
 from k2quant.calib.stats.layout import PARTS, Input, inputs
 from k2quant.calib.stats.manifest import DataPart, Manifest
 from k2quant.calib.stats.model import Model
+from k2quant.calib.stats.reading import Stats, open_stats
 from k2quant.calib.stats.writing import (
     HessianWriter,
     LayerStats,
@@ -46,86 +47,108 @@ CONFIG: dict[str, Any] = {
 TOKENS = {"train": 600, "validation": 60, "test": 60}
 
 
-def manifest_of(config: dict[str, Any], **changes: Any) -> Manifest:
-    """Return what a calibration of a model with this config says of itself."""
-    data = {
-        name: DataPart(
-            hashes=tuple(hashlib.sha256(f"{name} {n}".encode()).hexdigest() for n in range(count // 60)),
-            tokens=count,
-            rows=count // 20,
-            digest=hashlib.sha256(name.encode()).hexdigest(),
+class MadeUp:
+    """Writes folders of statistics below a folder; the same call writes the same bytes."""
+
+    def __init__(self, home: Path) -> None:
+        """Keep where."""
+        self.home = home
+
+    def manifest(self, *, hessians: bool = False, **config: Any) -> Manifest:
+        """Return what a calibration of a model of `CONFIG`, with changes, says of itself."""
+        data = {
+            name: DataPart(
+                hashes=tuple(hashlib.sha256(f"{name} {n}".encode()).hexdigest() for n in range(count // 60)),
+                tokens=count,
+                rows=count // 20,
+                digest=hashlib.sha256(name.encode()).hexdigest(),
+            )
+            for name, count in TOKENS.items()
+        }
+        return Manifest(
+            model=Model.of(CONFIG | config),
+            data=data,
+            hessians=hessians,
+            settings={"samples": 30, "length": 20},
+            version="0.0",
         )
-        for name, count in TOKENS.items()
-    }
-    known: dict[str, Any] = {
-        "model": Model.of(config),
-        "data": data,
-        "settings": {"samples": 30, "length": 20},
-        "version": "0.0",
-    }
-    return Manifest(**known | changes)
+
+    def layer(self, manifest: Manifest, layer: int, *, empty: int | None = None) -> LayerStats:
+        """Return moments of all inputs of a layer; expert `empty` has had no token."""
+        random = np.random.default_rng(layer)
+        found: dict[Any, Measured] = {}
+        for part in PARTS:
+            tokens = manifest.data[part].tokens
+            routed = _counts(random, manifest.model, tokens, empty)
+            for one in inputs(manifest.model, layer):
+                found[one.name, part] = _measured(random, one, tokens if one.experts is None else routed)
+        return found
+
+    def write(self, name: str = "stats", manifest: Manifest | None = None, *, empty: int | None = None) -> Path:
+        """Write a finished folder, or go on where a run was stopped."""
+        folder, said = self.home / name, manifest or self.manifest()
+        with calibrating(folder, said) as done:
+            for layer in range(said.model.layers):
+                if layer not in done:
+                    stats = self.layer(said, layer, empty=empty)
+                    crcs = hessians_of(folder, layer, said.model, stats) if said.hessians else None
+                    write_layer(folder, layer, stats, digests_of(said.model, layer), hessians=crcs)
+            write_outside(folder, {"model.embed_tokens": {"weight": "0badcafe"}})
+            finish(folder, said)
+        return folder
+
+    def stats(self, name: str = "stats", manifest: Manifest | None = None, *, empty: int | None = None) -> Stats:
+        """Write a folder and open it."""
+        return open_stats(self.write(name, manifest, empty=empty))
 
 
-def counts(random: np.random.Generator, model: Model, tokens: int, empty: int | None) -> np.ndarray[Any, Any]:
-    """Return how many tokens reach each expert, if each token has `top_k` of them and one expert has none."""
-    open_ = [expert for expert in range(model.experts) if expert != empty]
-    chosen = [random.choice(open_, model.top_k, replace=False) for _ in range(tokens)]
+def _counts(random: np.random.Generator, model: Model, tokens: int, empty: int | None) -> NDArray[np.int64]:
+    """Return how many tokens reach each expert, if each has `top_k` of them and one expert has none."""
+    others = [expert for expert in range(model.experts) if expert != empty]
+    chosen = [random.choice(others, model.top_k, replace=False) for _ in range(tokens)]
     return np.bincount(np.concatenate(chosen), minlength=model.experts).astype(np.int64)
 
 
-def measured(random: np.random.Generator, one: Input, tokens: np.ndarray[Any, Any] | int) -> Measured:
-    """Return moments that could be those of one input."""
+def _measured(random: np.random.Generator, one: Input, tokens: NDArray[np.int64] | int) -> Measured:
     seen = np.asarray(tokens) > 0
     squares = random.chisquare(1, one.shape(one.width)).astype(np.float32) * seen[..., None]
+    weight = np.asarray(tokens) * (1.0 if one.experts is None else 0.25)
     largest = np.sqrt(squares.max(axis=-1)) * np.float32(3)
-    weight = np.asarray(tokens) * (0.25 if one.experts is not None else 1.0)
-    return Measured(squares, weight, np.asarray(tokens), largest)
+    mean = np.sqrt(squares) * random.uniform(-0.9, 0.9, squares.shape).astype(np.float32)
+    return Measured(squares, weight, np.asarray(tokens), largest, mean)
 
 
-def layer_stats(random: np.random.Generator, manifest: Manifest, layer: int, empty: int | None = None) -> LayerStats:
-    """Return moments of all inputs of a layer; one expert may have had no token."""
-    found: dict[Any, Measured] = {}
-    for part in PARTS:
-        tokens = manifest.data[part].tokens
-        routed = counts(random, manifest.model, tokens, empty)
-        for one in inputs(manifest.model, layer):
-            found[one.name, part] = measured(random, one, tokens if one.experts is None else routed)
-    return found
+def digests_of(model: Model, layer: int) -> Digests:
+    """Return digests, which belong to nothing, of every projection of a layer."""
+    attention = [f"self_attn.{name}_proj" for name in ("q_a", "q_b", "kv_b", "o")] + ["self_attn.kv_a_proj_with_mqa"]
+    owners = ["mlp.shared_experts", *(f"mlp.experts.{n}" for n in range(model.experts))]
+    rest = owners if layer >= model.first_routed else ["mlp"]
+    matrices = attention + [f"{owner}.{name}_proj" for owner in rest for name in ("gate", "up", "down")]
+    return {
+        f"model.layers.{layer}.{name}": {"weight": f"{layer:04x}{n:04x}", "weight_scale_inv": f"{n:08x}"}
+        for n, name in enumerate(matrices)
+    }
 
 
 def hessians_of(folder: Path, layer: int, model: Model, stats: LayerStats) -> dict[str, list[str]]:
-    """Write diagonal Hessians that fit the moments."""
+    """Write diagonal Hessians that fit the moments of a layer; none of an expert without tokens."""
     writer = HessianWriter(folder, layer, model)
     for (name, part), one in stats.items():
-        for expert, squares in enumerate(np.atleast_2d(one.mean_square)):
-            if one.mean_square.ndim == 1 or np.atleast_1d(one.tokens)[expert]:
-                writer.write(name, part, np.diag(squares), expert=expert if one.mean_square.ndim == 2 else None)
+        if one.mean_square.ndim == 1:
+            writer.write(name, part, np.diag(one.mean_square))
+        else:
+            for expert in np.flatnonzero(one.tokens).tolist():
+                writer.write(name, part, np.diag(one.mean_square[expert]), expert=expert)
     return writer.finish()
 
 
-def digests_for(layer: int) -> Digests:
-    """Return digests that belong to nothing."""
-    return {f"model.layers.{layer}.self_attn.o_proj": {"weight": f"{layer:08x}"}}
-
-
-def write(folder: Path, manifest: Manifest, *, seed: int = 0, empty: int | None = None, restart: bool = False) -> None:
-    """Write a folder of statistics, or go on where a run was stopped."""
-    with calibrating(folder, manifest, restart=restart) as done:
-        for layer in range(manifest.model.layers):
-            if layer not in done:
-                stats = layer_stats(np.random.default_rng((seed, layer)), manifest, layer, empty)
-                crcs = hessians_of(folder, layer, manifest.model, stats) if manifest.hessians else None
-                write_layer(folder, layer, stats, digests_for(layer), hessians=crcs)
-        write_outside(folder, {"model.embed_tokens": {"weight": "0badcafe"}})
-        finish(folder, manifest)
-
-
 @pytest.fixture
-def stats_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Return what writes a finished folder of statistics: of `CONFIG` with changes, expert `empty` without a token."""
+def made_up(tmp_path: Path) -> MadeUp:
+    """Give what writes folders of statistics below the test's own folder."""
+    return MadeUp(tmp_path)
 
-    def made(name: str = "stats", *, empty: int | None = None, hessians: bool = False, **config: Any) -> Path:
-        write(tmp_path / name, manifest_of(CONFIG | config, hessians=hessians), empty=empty)
-        return tmp_path / name
 
-    return made
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory) -> MadeUp:
+    """Give the same for a whole file, whose tests change none of what it writes."""
+    return MadeUp(tmp_path_factory.mktemp("standing"))
