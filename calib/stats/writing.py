@@ -34,7 +34,7 @@ from k2quant.checkpoint.header import build_header
 from k2quant.checkpoint.reader import INCOMPLETE
 from k2quant.checkpoint.writing.destination import Destination, locked
 from k2quant.checkpoint.writing.writer import ShardWriter
-from k2quant.errors import CheckpointError, DestinationForeign, DestinationStale, ShapeMismatch
+from k2quant.errors import CheckpointError, DestinationForeign, DestinationStale, MissingTensor, ShapeMismatch
 from k2quant.formats.dtypes import TensorSpec
 
 if TYPE_CHECKING:
@@ -289,9 +289,13 @@ def finish(folder: Path, manifest: Manifest) -> None:
     names = [OUTSIDE, *map(record_file, range(manifest.model.layers))]
     known = {}
     for name in names:
+        if not (folder / name).is_file():
+            raise MissingTensor("was not written", file=folder / name, remedy="calibrate again")
         data = read_limited(folder / name, RECORD_LIMIT)
         known[name] = (len(data), hashlib.sha256(data).hexdigest())
-    checked(folder, manifest, known)
+    written = checked(folder, manifest, known)
+    for layer in written.layers:
+        written.check_layer(layer)
     content = manifest.as_json(known)
     read_manifest(content, file=folder / MANIFEST)
     write_whole(folder / MANIFEST, json.dumps(content, indent=0).encode() + b"\n")

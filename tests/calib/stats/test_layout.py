@@ -103,7 +103,7 @@ def test_the_size_foretold_is_the_size_written(standing: Any) -> None:
 
 def test_a_layers_file_is_a_safetensors_file_of_these_bytes(tmp_path: Path) -> None:
     """Wide elements first, names in order, little-endian; the record has its size and sha256."""
-    one = Measured(np.array([0.5, 2.0], np.float32), 3.0, 3, np.float32(1.5), np.array([-0.25, 1.0], np.float32))
+    one = Measured(np.array([0.5, 2.0], np.float32), 3.0, 3, 1.5, np.array([-0.25, 1.0], np.float32))
     write_layer(tmp_path, 7, {("a", "train"): one}, {"b": {"weight_scale": "00000001", "weight": "000000ff"}})
     header = (
         b'{"__metadata__":{"format":"pt"},'
