@@ -24,6 +24,7 @@ from k2quant.calib.stats.writing import (
     write_layer,
     write_outside,
 )
+from k2quant.ground import names
 
 CONFIG: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -84,22 +85,32 @@ class MadeUp:
                 found[one.name, part] = _measured(random, one, tokens if one.experts is None else routed)
         return found
 
-    def write(self, name: str = "stats", manifest: Manifest | None = None, *, empty: int | None = None) -> Path:
-        """Write a finished folder, or go on where a run was stopped."""
+    def write(
+        self,
+        name: str = "stats",
+        manifest: Manifest | None = None,
+        *,
+        empty: int | None = None,
+        digests: Digests | None = None,
+    ) -> Path:
+        """Write a finished folder, or go on where a run was stopped; the digests are those of nothing, by default."""
         folder, said = self.home / name, manifest or self.manifest()
+        known = dict(digests or {"model.embed_tokens": {"weight": "0badcafe"}})
+        of_layers = [{base: known.pop(base) for base in list(known) if names.layer(base) == n} for n in range(100)]
         with calibrating(folder, said) as done:
             for layer in range(said.model.layers):
                 if layer not in done:
                     stats = self.layer(said, layer, empty=empty)
                     crcs = hessians_of(folder, layer, said.model, stats) if said.hessians else None
-                    write_layer(folder, layer, stats, digests_of(said.model, layer), hessians=crcs)
-            write_outside(folder, {"model.embed_tokens": {"weight": "0badcafe"}})
+                    own = of_layers[layer] if digests is not None else digests_of(said.model, layer)
+                    write_layer(folder, layer, stats, own, hessians=crcs)
+            write_outside(folder, known)
             finish(folder, said)
         return folder
 
-    def stats(self, name: str = "stats", manifest: Manifest | None = None, *, empty: int | None = None) -> Stats:
-        """Write a folder and open it."""
-        return open_stats(self.write(name, manifest, empty=empty))
+    def stats(self, *given: Any, **named: Any) -> Stats:
+        """Write a folder, as `write` does, and open it."""
+        return open_stats(self.write(*given, **named))
 
 
 def _counts(random: np.random.Generator, model: Model, tokens: int, empty: int | None) -> NDArray[np.int64]:
@@ -143,9 +154,9 @@ def hessians_of(folder: Path, layer: int, model: Model, stats: LayerStats) -> di
 
 
 @pytest.fixture
-def made_up(tmp_path: Path) -> MadeUp:
-    """Give what writes folders of statistics below the test's own folder."""
-    return MadeUp(tmp_path)
+def made_up(ram: Path) -> MadeUp:
+    """Give what writes folders of statistics below a folder of the test's own."""
+    return MadeUp(ram)
 
 
 @pytest.fixture(scope="module")
