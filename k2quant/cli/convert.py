@@ -15,6 +15,7 @@ from k2quant.cli.parts.results import suggest
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("destination", type=click.Path(path_type=Path))
 @conversion.format_options()
+@conversion.method_options()
 @options.device(more="Where the arithmetic runs: cpu or cuda.", others=("cpu",))
 @conversion.run_options()
 def command(
@@ -41,6 +42,7 @@ def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) 
 
     from k2quant.cli.parts.screen import progress
     from k2quant.conversion.convert import convert
+    from k2quant.conversion.searched import bought
 
     with progress(f"{source.name} to {conversion.target(options)}") as show:
         done = convert(source, destination, progress=show, **options)
@@ -51,22 +53,31 @@ def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) 
     click.echo(conversion.last_line(done, destination))
     if not done.already_done:
         click.echo(conversion.quality(done))
+        if (line := bought(done.report)) is not None:
+            click.echo(line)
     linked = ("--follow-links",) if options["follow_links"] else ()
     suggest(("k2quant", "verify", *linked, source, destination), ("k2quant", "report", destination))
 
 
 def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
-    from k2quant.checkpoint.reader import open_checkpoint
     from k2quant.cli.parts.screen import working
-    from k2quant.conversion.convert import codecs_of
-    from k2quant.conversion.plan import make_plan
+    from k2quant.conversion.convert import codecs_of, planned
     from k2quant.conversion.resume import refuse_nested
     from k2quant.ground.pool import checked_workers
 
     refuse_nested(source, destination)
     choice = conversion.choice(options)
     with working(f"reading the headers of {source.name}"):
-        plan = make_plan(open_checkpoint(source, follow_links=options["follow_links"]), choice)
+        plan, rounder = planned(source, choice, options["stats"], follow_links=options["follow_links"])
     codecs_of(options["device"])
-    workers = checked_workers(options["workers"])
-    conversion.dry_run(plan, destination, restart=options["restart"], workers=workers, as_json=as_json)
+    more, marks = ({}, {}) if rounder is None else conversion.searching(plan, rounder)
+    conversion.dry_run(
+        plan,
+        destination,
+        restart=options["restart"],
+        workers=checked_workers(options["workers"]),
+        as_json=as_json,
+        more=more,
+        marks=marks,
+        rounder=rounder,
+    )

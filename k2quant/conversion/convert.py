@@ -16,16 +16,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from k2quant.calib.stats.reading import open_stats
 from k2quant.checkpoint.files.paths import check_inside, copy_file, write_whole
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, open_checkpoint
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.writing.destination import locked
 from k2quant.conversion.plan import Options, Plan, make_plan, options_of
-from k2quant.conversion.recipes.rules import METHOD, Recipes, read_recipe
+from k2quant.conversion.recipes.rules import Recipes, read_recipe
 from k2quant.conversion.resume import begin, check_finished, clear, identity, refuse_nested
-from k2quant.conversion.stream import Progress, Record, Stream, Substitute
+from k2quant.conversion.searched import Searched, check_method, searched
+from k2quant.conversion.stream import Progress, Record, Rounder, Stream, Substitute
 from k2quant.errors import OutputError, UnsupportedFormat
-from k2quant.formats.format import Layout, Scope
+from k2quant.formats.format import Layout, Method, Scope
 from k2quant.formats.known import FormatName
 from k2quant.ground import names
 from k2quant.ground.pool import checked_workers
@@ -98,6 +100,8 @@ def convert(
     ignore: tuple[str, ...] = (),
     grid: Grid | None = None,
     layout: Layout | None = None,
+    method: Method | None = None,
+    stats: str | os.PathLike[str] | None = None,
     shard_size: int | None = None,
     allow_split: bool = False,
     workers: int | None = None,
@@ -116,13 +120,19 @@ def convert(
         source: folder of the checkpoint, in any of the formats, mixed too.
         destination: folder to write; empty, new, or of an earlier run of the same call.
         to: `bf16`, `fp8` or `int4`.
-        recipe: in place of `to`, `scope`, `ignore`, `grid` and `layout`, rules for classes and patterns: a YAML or JSON
-            file, what such a file holds, or another conversion's folder, to convert as that was; see docs/recipes.md.
+        recipe: in place of `to`, `scope`, `ignore`, `grid`, `layout` and `method`, rules for classes and patterns: a
+            YAML or JSON file, what such a file holds, or another conversion's folder, to convert as that was; see
+            docs/recipes.md.
         scope: `experts` (default for int4), `linear` (default for fp8; as int4 it leaves out `kv_b_proj`, which MLA
             engines do not run so) or `projections` (all of them).
         ignore: regular expressions; a weight in whose name, without its `.weight`, one is found stays out of scope.
         grid: INT4 rounding rule, `moonshot` (default) or `compressed-tensors`.
         layout: whose names and config FP8 is written with, `deepseek` (default) or `compressed-tensors`.
+        method: how INT4 scales are chosen: `rtn` (default), rounding to nearest; `mse`, the least squared error among
+            some scales for each group; `imatrix`, the same with errors weighted by what a calibration saw. What is
+            INT4 already is copied.
+        stats: folder that `k2quant calibrate` wrote for this source; `imatrix` needs it, and with it the better of
+            searched and plain scales is taken for each matrix, by data that was held out.
         shard_size: largest output shard in bytes; None keeps the source's shards.
         allow_split: write what engines fuse (experts of a layer, gate and up, q_a and kv_a) in several formats too.
         workers: threads; None takes one for each core that this process may use.
@@ -154,8 +164,9 @@ def convert(
         shard_size=shard_size,
         layout=layout,
         allow_split=allow_split,
+        method=method,
     )
-    plan = make_plan(open_checkpoint(here, follow_links=follow_links), options)
+    plan, rounder = planned(here, options, stats, follow_links=follow_links)
     return carry_out(
         plan,
         there,
@@ -164,8 +175,23 @@ def convert(
         restart=restart,
         soft_lock=soft_lock,
         sha256=sha256,
+        rounder=rounder,
         progress=told(progress),
     )
+
+
+def planned(
+    source: Path, options: Options, stats: str | os.PathLike[str] | None = None, *, follow_links: bool = False
+) -> tuple[Plan, Searched | None]:
+    """Plan a conversion; return with it who searches scales, if anybody does. See `convert`.
+
+    Raises:
+        CheckpointError: the source cannot be converted, or the statistics are damaged, or another model's.
+        UsageError: the options make no sense.
+    """
+    check_method(options.in_force.method, stats=stats is not None)
+    plan = make_plan(open_checkpoint(source, follow_links=follow_links), options)
+    return searched(plan, None if stats is None else open_stats(Path(stats)))
 
 
 def carry_out(
@@ -178,6 +204,7 @@ def carry_out(
     soft_lock: bool = False,
     sha256: bool = False,
     substitute: Substitute | None = None,
+    rounder: Rounder | None = None,
     check: Callable[[Path], None] | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -192,6 +219,7 @@ def carry_out(
         soft_lock: lock by a file where there is no other way.
         sha256: note digests.
         substitute: whose values take the place of the source's; `plan.values` says which these are.
+        rounder: who rounds better than the formats' own rules; `plan.method` says how.
         check: is given the folder when all shards stand there and nothing yet makes it look finished; what it raises
             leaves it so.
         progress: called as the work goes on.
@@ -219,6 +247,7 @@ def carry_out(
                 sha256=sha256,
                 progress=progress,
                 substitute=substitute,
+                rounder=rounder,
             )
             shards = done | stream.run(threads)
             if check is not None:
@@ -284,7 +313,7 @@ def _report(plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: i
         "source_name": plan.source.folder.resolve().name,
         **identity(plan),
         **({} if plan.origin is None else {"origin": dict(plan.origin)}),
-        "recipe": plan.options.in_force.as_json(method=METHOD if plan.values is None else None),
+        "recipe": plan.options.in_force.as_json(methods=plan.values is None),
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "left_out": list(plan.left_out),

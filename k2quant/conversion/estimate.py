@@ -6,7 +6,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +18,7 @@ from k2quant.checkpoint.reading import read_into
 from k2quant.conversion.placing import ShardPlan
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.resume import bytes_missing
+from k2quant.conversion.searched import Searched
 from k2quant.errors import OutputError
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.format import Format
@@ -50,7 +52,9 @@ class Estimate(NamedTuple):
         return self.disk_needed <= self.disk_free
 
 
-def estimate(plan: Plan, destination: Path, *, done: Mapping[str, object], workers: int) -> Estimate:
+def estimate(
+    plan: Plan, destination: Path, *, done: Mapping[str, object], workers: int, rounder: Searched | None = None
+) -> Estimate:
     """Estimate a conversion. Nothing is left behind at the destination.
 
     Args:
@@ -58,6 +62,7 @@ def estimate(plan: Plan, destination: Path, *, done: Mapping[str, object], worke
         destination: where; it need not be there yet.
         done: the shards that stand there already, by file name.
         workers: threads.
+        rounder: who searches scales, if anybody does.
 
     Raises:
         OutputError: nothing can be written there.
@@ -72,24 +77,63 @@ def estimate(plan: Plan, destination: Path, *, done: Mapping[str, object], worke
     return Estimate(
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
-        peak_memory=plan.peak_memory(workers),
+        peak_memory=plan.peak_memory(workers) + (0 if rounder is None else rounder.memory(workers)),
         disk_needed=max(0, bytes_missing(where, plan, done)) if todo else 0,
         disk_free=shutil.disk_usage(where).free,
-        seconds=max(_compute_seconds(todo) / workers, disk),
+        seconds=max(_compute_seconds(todo, rounder) / workers, disk),
     )
 
 
-def _compute_seconds(shards: list[ShardPlan]) -> float:
+def _compute_seconds(shards: list[ShardPlan], rounder: Searched | None) -> float:
     """Return the seconds that one core needs for the codecs and copies."""
     pairs: dict[tuple[Format, Format], int] = {}
+    searched: dict[Format, int] = {}
     copied = 0
     for job in (job for shard in shards for job in shard.jobs):
         if job.target is not None and job.weight.format is not None:
             pair = (job.weight.format, job.target)
             pairs[pair] = pairs.get(pair, 0) + prod(job.weight.shape)
+            if rounder is not None and rounder.takes(job):
+                searched[job.target] = searched.get(job.target, 0) + prod(job.weight.shape)
         else:
             copied += job.weight.nbytes
-    return copied / _COPY_RATE + sum(count / codec_rate(*pair) for pair, count in pairs.items())
+    coded = sum(count / codec_rate(*pair) for pair, count in pairs.items())
+    weighted = rounder is not None and rounder.weighted
+    more = sum(count / search_rate(target, weighted=weighted) for target, count in searched.items())
+    return copied / _COPY_RATE + coded + more
+
+
+def search_rate(target: Format, *, weighted: bool) -> float:
+    """Return the weights a second for which one core searches scales and compares them with plain ones.
+
+    Args:
+        target: a format that `searches`.
+        weighted: whether columns count differently.
+    """
+    import numpy as np
+
+    from k2quant.kernels.codecs.choice import codecs
+    from k2quant.kernels.codecs.values import float_to_bf16
+
+    random, cpu = np.random.default_rng(0), codecs("cpu")
+    values = float_to_bf16(random.standard_normal((_PROBE_ROWS, _PROBE_WIDTH), np.float32) * np.float32(0.02))
+    importance = np.abs(random.standard_normal(_PROBE_WIDTH, np.float32)) if weighted else None
+
+    def search() -> None:
+        for scales in (target.search(values, importance, cpu), target.choose(values, cpu)):
+            target.weighted_error(values, scales, importance, cpu)
+
+    return values.size / _seconds_of(search)
+
+
+def _seconds_of(work: Callable[[], object]) -> float:
+    """Return the seconds that some work takes; the first time, which compiles or loads a codec, does not count."""
+    work()
+    rounds, begun = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - begun) < _PROBE_SECONDS or not rounds:
+        work()
+        rounds += 1
+    return seconds / rounds
 
 
 def codec_rate(source: Format, target: Format) -> float:
@@ -105,13 +149,9 @@ def codec_rate(source: Format, target: Format) -> float:
     outputs = {
         suffix: scratch.take(suffix, spec) for suffix, spec in panel_state(target, shape, 0, _PROBE_ROWS).items()
     }
-    cpu, rounds, seconds = codecs("cpu"), -1, 0.0
-    while rounds < 1 or seconds < _PROBE_SECONDS:  # the first round compiles or loads the codec and does not count
-        begun = time.perf_counter()
-        transcode(source, target, parts, outputs, codecs=cpu, scratch=scratch)
-        rounds += 1
-        seconds += (time.perf_counter() - begun) if rounds else 0.0
-    return rounds * prod(shape) / seconds
+    cpu = codecs("cpu")
+    work = partial(transcode, source, target, parts, outputs, codecs=cpu, scratch=scratch)
+    return prod(shape) / _seconds_of(work)
 
 
 def _probe_array(spec: TensorSpec, random: np.random.Generator) -> NDArray[Any]:

@@ -21,9 +21,9 @@ from k2quant.conversion.carrying import Carried, carried
 from k2quant.conversion.placing import Job, ShardPlan, as_json, index_of, place
 from k2quant.conversion.promises import broken_promises, inventory
 from k2quant.conversion.recipes.recipe import Recipe, make_recipe
-from k2quant.conversion.recipes.rules import WrittenRecipe, WrittenRule, in_force, recipe_from
+from k2quant.conversion.recipes.rules import METHODS, WrittenRecipe, WrittenRule, in_force, recipe_from
 from k2quant.errors import CheckpointError, UsageError
-from k2quant.formats.format import Layout, Scope, listed
+from k2quant.formats.format import Layout, Method, Scope, listed
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
 from k2quant.ground.saying.showing import brief
@@ -60,8 +60,10 @@ class Options:
     is another run; a training's job may change it, for it notes the weights themselves."""
 
     rules: tuple[WrittenRule, ...] = ()
-    """What a recipe says that `to`, `scope`, `ignore`, `grid` and `layout` cannot say; the first that takes a weight
-    counts."""
+    """What a recipe says that `to`, `scope`, `ignore`, `grid`, `layout` and `method` cannot say; the first that takes a
+    weight counts."""
+    method: Method | None = None
+    """None: rtn."""
 
     def __post_init__(self) -> None:
         if self.rules and (given := self._said()):
@@ -84,7 +86,7 @@ class Options:
         """The rules, one where a format was asked for."""
         if self.to is None:
             return self.rules
-        return (WrittenRule(to=self.to, scope=self.scope, ignore=self.ignore, grid=self.grid, layout=self.layout),)
+        return (WrittenRule(**{name: getattr(self, name) for name in _OF_A_RULE}),)
 
     @property
     def main(self) -> FormatName:
@@ -106,11 +108,13 @@ class Options:
         plain = not others and not first.narrowed
         said = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "rules"}
         said |= {name: getattr(first, name) for name in _OF_A_RULE} if plain else {"to": self.main}
+        if said["method"] is None:
+            del said["method"]  # journals of plain options are as they were before there were methods
         rules = {} if plain else {"rules": [rule.as_json() for rule in self.rules]}
         return {**said, "ignore": list(said["ignore"]), **rules}
 
 
-_OF_A_RULE = ("to", "scope", "ignore", "grid", "layout")
+_OF_A_RULE = ("to", "scope", "ignore", "grid", "layout", "method")
 
 
 def options_of(recipe: WrittenRecipe, **more: Any) -> Options:
@@ -171,6 +175,9 @@ class Plan:
     """Files that are not copied: weights that the index does not name, and what other tools say of a quantization."""
     values: Mapping[str, Any] | None = None
     """What the values depend on that are not the source's own, as JSON has it; None where all are."""
+    method: Mapping[str, Any] | None = None
+    """How better scales are searched than the format's own rule takes, and by what, as JSON has it; None: they are not.
+    The values are the source's own."""
     origin: Mapping[str, Any] | None = None
     """Where such values come from, for the report alone: by another name they are no other values."""
     remarks: tuple[str, ...] = ()
@@ -216,6 +223,11 @@ def make_plan(source: Checkpoint, options: Options, *, substituted: bool = False
         CheckpointError: the source cannot be converted; every check that needs no weights has been made.
         UsageError: the options make no sense.
     """
+    if substituted and (method := options.in_force.method) != METHODS[0]:
+        raise UsageError(
+            f"`method=` {method} searches scales for a source's own values, which only `k2quant convert` writes: write "
+            "bf16 here, then convert that"
+        )
     weights, problems = group_tensors(source.tensors)
     if problems:
         raise problems[0]

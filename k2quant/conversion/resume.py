@@ -37,6 +37,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     others = {name: (plan.source.folder / name).stat() for name in plan.copies}
     return {
         "values": plan.values,
+        **({} if plan.method is None else {"method": plan.method}),
         "options": plan.options.as_json(),
         "source": plan.source.fingerprint()
         | {"other_files": {name: [status.st_size, status.st_mtime_ns] for name, status in others.items()}},
@@ -116,7 +117,12 @@ def _in_force(options: object) -> object:
 
 def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationStale:
     what = " and ".join(
-        {"options": "other options", "source": "another source", "values": "other values"}.get(key, f"another {key}")
+        {
+            "options": "other options",
+            "source": "another source",
+            "values": "other values",
+            "method": "another method, or other statistics",
+        }.get(key, f"another {key}")
         for key in changed
     )
     return DestinationStale(
@@ -202,10 +208,12 @@ def _stands(folder: Path, record: Record, planned: dict[str, tuple[int, set[str]
 
 def _sound(facts: object) -> bool:
     """Tell whether what a record says of a tensor has the parts that the report needs."""
-    if not isinstance(facts, dict) or facts.keys() - {"figures", "substituted"} != {"from", "to", "shape", "crc32"}:
+    more = {"figures", "substituted", "scales"}
+    if not isinstance(facts, dict) or facts.keys() - more != {"from", "to", "shape", "crc32"}:
         return False
-    figures = facts.get("figures", {})
-    return isinstance(facts["crc32"], dict) and isinstance(facts["shape"], list) and isinstance(figures, dict)
+    figures, scales = facts.get("figures", {}), facts.get("scales", {})
+    sound = isinstance(figures, dict) and isinstance(scales, dict)
+    return sound and isinstance(facts["crc32"], dict) and isinstance(facts["shape"], list)
 
 
 def bytes_missing(folder: Path, plan: Plan, done: Mapping[str, object]) -> int:

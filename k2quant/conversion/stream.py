@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -66,6 +66,45 @@ class Substitute(Protocol):
         """
 
 
+class Rounder(Protocol):
+    """Who rounds the source's own values better than their format's own rule does.
+
+    Called from several threads at once; what it says depends on a weight alone, and on none that came before.
+    """
+
+    def takes(self, job: Job) -> bool:
+        """Tell whether it rounds a weight."""
+
+    def panel(self, job: Job, start: int, parts: Parts, outputs: Parts, codecs: Codecs, scratch: Scratch) -> Figures:
+        """Fill a panel's arrays in the format of the job with what the source's mean; return what that did.
+
+        Args:
+            job: one that it `takes`.
+            start: first row of the panel.
+            parts: arrays of the source's format, by suffix.
+            outputs: arrays of the job's, likewise.
+            codecs: who does the arithmetic.
+            scratch: this thread's buffers.
+
+        Raises:
+            ValueAt: a value that cannot be carried.
+        """
+
+    def again(self, job: Job, read: Mapping[str, str]) -> bool:
+        """Tell, when all of a weight was read, whether its panels are asked for once more, and come out otherwise.
+
+        Args:
+            job: any, taken or not.
+            read: crc32 of each tensor of the source as it was read, in hexadecimal, by suffix.
+
+        Raises:
+            CheckpointError: the weight is not the one that this is for.
+        """
+
+    def facts(self, job: Job) -> Mapping[str, Any]:
+        """Return what a record says of a weight that it took."""
+
+
 # Linux lets one thread at a time write to a file: two threads wrote 1.6 GB/s to one file, 3.1 to two (tmpfs, 2 cores).
 _SHARDS_ABREAST = 8
 _SHARDS_IN_FLUSH = 2  # finished shards that may wait for the disk before the pool waits for them
@@ -74,34 +113,47 @@ _SHARDS_IN_FLUSH = 2  # finished shards that may wait for the disk before the po
 class _Log:
     """What the tasks of one job have found, by the position of their piece."""
 
-    def __init__(self) -> None:
+    def __init__(self, pending: int) -> None:
+        self.pending = pending
+        """Tasks that are not done yet."""
         self.figures: dict[int, Figures] = {}
         self.checksums: dict[str, dict[int, tuple[int, int]]] = {}
+        self.read: dict[str, dict[int, tuple[int, int]]] = {}
+        """Of the source's tensors, where somebody wants to know."""
 
     def add(self, position: int, checksums: dict[str, tuple[int, int]], figures: Figures | None = None) -> None:
         if figures is not None:
             self.figures[position] = figures
-        for suffix, checksum in checksums.items():
-            self.checksums.setdefault(suffix, {})[position] = checksum
+        _note(self.checksums, position, checksums)
 
-    def record(self, job: Job, *, substituted: bool) -> Record:
+    def add_read(self, position: int, checksums: dict[str, tuple[int, int]]) -> None:
+        _note(self.read, position, checksums)
+
+    def record(self, job: Job, *, substituted: bool, more: Mapping[str, Any]) -> Record:
         """Return what the report says of this job; `substituted`: its values were not the source's."""
         source = job.weight.format
         record: Record = {
             "from": source.name if source else None,
             "to": job.target.name if job.target else None,
             "shape": list(job.weight.shape),
-            "crc32": {
-                suffix: f"{combine(crc for _, crc in sorted(self.checksums.get(suffix, {}).items())):08x}"
-                for suffix in job.outputs
-            },
+            "crc32": {suffix: _whole(self.checksums.get(suffix, {})) for suffix in job.outputs},
         }
         if substituted:
             record["substituted"] = True
         if self.figures:
             first, *rest = (figures for _, figures in sorted(self.figures.items()))
             record["figures"] = asdict(sum(rest, start=first))
-        return record
+        return {**record, **more}
+
+
+def _note(into: dict[str, dict[int, tuple[int, int]]], position: int, checksums: Mapping[str, tuple[int, int]]) -> None:
+    for suffix, checksum in checksums.items():
+        into.setdefault(suffix, {})[position] = checksum
+
+
+def _whole(pieces: Mapping[int, tuple[int, int]]) -> str:
+    """Return the crc32 of pieces by their position, in hexadecimal."""
+    return f"{combine(crc for _, crc in sorted(pieces.items())):08x}"
 
 
 @dataclass(slots=True)
@@ -146,6 +198,15 @@ def _tasks_of(shard: _Shard, substitute: Substitute | None) -> list[_Task]:
     return tasks
 
 
+def _checksums(stored: Format, parts: Parts, start: int) -> dict[str, tuple[int, int]]:
+    """Return crc32 and length of a panel's arrays as they were read; of what every panel has whole, with the first."""
+    return {
+        suffix: (crc32(array.data.cast("B")), array.nbytes)
+        for suffix, array in parts.items()
+        if not (start and suffix in stored.whole)
+    }
+
+
 class Stream:
     """One pass over the shards of a plan that are not finished yet."""
 
@@ -159,6 +220,7 @@ class Stream:
         sha256: bool,
         progress: Progress | None,
         substitute: Substitute | None = None,
+        rounder: Rounder | None = None,
     ) -> None:
         """Prepare a pass.
 
@@ -170,9 +232,10 @@ class Stream:
             sha256: whether to note a digest of each file.
             progress: called as the work goes on.
             substitute: whose values take the place of the source's, if any.
+            rounder: who rounds better than the formats' own rules, if anybody.
         """
         self._plan, self._folder, self._sha256, self._progress = plan, folder, sha256, progress
-        self._codecs, self._substitute = codecs, substitute
+        self._codecs, self._substitute, self._rounder = codecs, substitute, rounder
         self._todo = [shard for shard in plan.shards if shard.file not in done]
         self._total = plan.bytes_read
         self._read = self._total - sum(shard.bytes_read for shard in self._todo)
@@ -222,8 +285,10 @@ class Stream:
         self._wait_for_disk(backlog=_SHARDS_IN_FLUSH)
         writer = ShardWriter(self._folder.folder / plan.file, plan.header, plan.size)
         self._open.add(writer)
-        shard = _Shard(plan, writer, [_Log() for _ in plan.jobs])
+        shard = _Shard(plan, writer, [])
         tasks = _tasks_of(shard, self._substitute)
+        counts = Counter(task.job for task in tasks)
+        shard.logs += [_Log(counts[number]) for number in range(len(plan.jobs))]
         shard.pending = len(tasks)
         if not tasks:
             self._flushes.append(self._disk.submit(self._finish, shard))
@@ -236,12 +301,26 @@ class Stream:
             read = self._replace(task, self._substitute)
         else:
             read = self._convert(task)
+        if self._rounder is not None:
+            self._settle(task, self._rounder)
         with self._lock:
             self._read += read
             task.shard.pending -= 1
             done = task.shard.pending == 0
         if done:
             self._flushes.append(self._disk.submit(self._finish, task.shard))
+
+    def _settle(self, task: _Task, rounder: Rounder) -> None:
+        """Once all of a weight was read, hear whether it is the right one, and write it anew where that is asked."""
+        job, log = task.shard.plan.jobs[task.job], task.shard.logs[task.job]
+        with task.shard.lock:
+            log.pending -= 1
+            if log.pending:
+                return
+        read = log.read if job.target is not None else log.checksums
+        if rounder.again(job, {suffix: _whole(pieces) for suffix, pieces in read.items()}):
+            for start, stop in panel_rows(job.weight.shape):
+                self._convert(task._replace(start=start, stop=stop))
 
     @property
     def _scratch(self) -> Scratch:
@@ -273,11 +352,17 @@ class Stream:
         parts = read_panel(self._plan.source, weight, task.start, task.stop, scratch)
         state = panel_state(target, weight.shape, task.start, task.stop)
         outputs = {suffix: scratch.take(f"out {suffix}", spec) for suffix, spec in state.items()}
+        figures: Figures | None
         with naming(weight, task.start):
-            figures = transcode(source, target, parts, outputs, codecs=self._codecs, scratch=scratch)
+            if self._rounder is not None and self._rounder.takes(job):
+                figures = self._rounder.panel(job, task.start, parts, outputs, self._codecs, scratch)
+            else:
+                figures = transcode(source, target, parts, outputs, codecs=self._codecs, scratch=scratch)
         checksums = self._write_panel(task, target, outputs)
+        read = {} if self._rounder is None else _checksums(source, parts, task.start)
         with task.shard.lock:
             task.shard.logs[task.job].add(task.start, checksums, figures)
+            task.shard.logs[task.job].add_read(task.start, read)
         return sum(array.nbytes for array in parts.values())
 
     def _settled(self, shard: _Shard, number: int) -> Format:
@@ -340,13 +425,18 @@ class Stream:
             self._flushes.append(self._disk.submit(shard.writer.flush))
         return crc32(data), len(data)
 
+    def _more(self, job: Job) -> Mapping[str, Any]:
+        return self._rounder.facts(job) if self._rounder is not None and self._rounder.takes(job) else {}
+
     def _finish(self, shard: _Shard) -> None:
         """Give a finished shard its name and note it in the journal. Runs in the disk's thread."""
         record: Record = {
             "shard": shard.plan.file,
             "size": shard.plan.size,
             "tensors": {
-                job.output_main.name: log.record(job, substituted=_is_substituted(job, self._substitute))
+                job.output_main.name: log.record(
+                    job, substituted=_is_substituted(job, self._substitute), more=self._more(job)
+                )
                 for job, log in zip(shard.plan.jobs, shard.logs, strict=True)
             },
         }

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.grids import Grid
     from k2quant.kernels.codecs.seam import Codecs
-    from k2quant.kernels.codecs.values import U16
+    from k2quant.kernels.codecs.values import F32, U16
     from k2quant.kernels.products.weights import PackedWeight
 
 Parts = dict[str, "NDArray[Any]"]
@@ -38,6 +38,10 @@ Scope = Literal["experts", "linear", "projections"]
 
 Layout = Literal["deepseek", "compressed-tensors"]
 """Whose names and config a format of several tools is written with, the default first."""
+
+Method = Literal["rtn", "mse", "imatrix"]
+"""How scales are chosen, the default first: `rtn` by the format's own rule, rounding to nearest; `mse`, searched for
+the least squared error; `imatrix`, searched for the least error weighted by what a calibration saw of the inputs."""
 
 
 class Entry(Protocol):
@@ -143,6 +147,10 @@ class Format(ABC):
     """Whether QAT can train for it."""
     bit_widths: ClassVar[tuple[int, ...]] = ()
     """Widths of its codes that QAT can train for; none where there is no choice."""
+    searches: ClassVar[bool] = False
+    """Whether better scales than the rule's can be searched; see `search`."""
+    searched_grids: ClassVar[tuple[str, ...]] = ()
+    """Of `grids`, those on which they can be."""
     surveyed: ClassVar[bool] = False
     """Whether a whole tensor must be seen before its first panel is written; see `survey`."""
 
@@ -313,6 +321,20 @@ class Format(ABC):
     @abstractmethod
     def store(self, weights: U16, scales: NDArray[Any], parts: Parts, codecs: Codecs) -> Figures:
         """Fill a panel's arrays with BF16 weights `[R, K]` rounded at scales that are given, whoever chose them."""
+
+    def search(self, weights: U16, importance: F32 | None, codecs: Codecs) -> NDArray[Any]:
+        """Return scales with the least error for BF16 weights `[R, K]`, as they are stored; only for what `searches`.
+
+        Args:
+            weights: BF16 bits.
+            importance: float32 `[K]`, what the squared error of each column counts, finite and at least 0; None: one.
+            codecs: who does the arithmetic.
+        """
+        raise AssertionError(f"{self.label} searches no scales: {weights.shape}")  # refused before
+
+    def weighted_error(self, weights: U16, scales: NDArray[Any], importance: F32 | None, codecs: Codecs) -> float:
+        """Return what `store` at these scales would lose: the sum of importance * (w - w')^2, in float64; likewise."""
+        raise AssertionError(f"{self.label} searches no scales: {weights.shape}")  # refused before
 
     def survey(self, weights: U16, codecs: Codecs) -> object:
         """Return what must be known of a panel of BF16 weights before any panel of its weight is written."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.seam import Codecs
-    from k2quant.kernels.codecs.values import U16
+    from k2quant.kernels.codecs.values import F32, U16
     from k2quant.kernels.products.weights import PackedWeight
 
 INT4_GROUP = GROUP
@@ -44,8 +44,9 @@ _SCHEME: dict[str, Any] = {"num_bits": 4, "symmetric": True, "type": "int"}
 # Codes are whole numbers, so |w - w'| <= s/2; rounding code * s to BF16 adds at most 7s * 2^-9, and the
 # compressed-tensors grid clamps at 7.5 after a division in BF16: 0.55 s covers all of it. `s` is the scale that is
 # stored, but no more than 1.01 times amax/7 of the weights before; where it is subnormal it has few bits left, hence
-# 2^-130 on top.
-_BUDGET = {"largest_code": 7.0, "steps": 0.55, "relative": 0.0, "floor": 2.0**-130}
+# 2^-130 on top. A searched scale cuts off what lies above 7s, and is never below 0.7 amax/7
+# (`kernels.codecs.scales.search.STEPS`): there a weight may be as far off as it exceeds 7s, if its code is 7.
+_BUDGET = {"largest_code": 7.0, "steps": 0.55, "relative": 0.0, "floor": 2.0**-130, "least": 0.7}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +66,8 @@ class Int4(Format):
     default_scope: ClassVar[Scope | None] = "experts"
     unfit: ClassVar[tuple[str, ...]] = ("kv_b_proj",)  # absorbed into its neighbours by MLA, which takes BF16 or FP8
     grids: ClassVar[tuple[str, ...]] = get_args(Grid)
+    searches: ClassVar[bool] = True
+    searched_grids: ClassVar[tuple[str, ...]] = ("moonshot",)
     trained: ClassVar[bool] = True
     bit_widths: ClassVar[tuple[int, ...]] = FAKE_BITS
 
@@ -228,6 +231,34 @@ class Int4(Format):
         """Round at given scales, BF16 bits."""
         parts["weight_scale"][...] = scales
         return codecs.int4.store(weights, scales, self.grid, parts["weight_packed"])
+
+    def search(self, weights: U16, importance: F32 | None, codecs: Codecs) -> NDArray[Any]:
+        """Return the BF16 bits of the best of some shrunk scales for each group (docs/formats.md).
+
+        Raises:
+            UnsupportedFormat: on another grid than moonshot.
+        """
+        import numpy as np
+
+        self._check_searched()
+        scale = np.empty((weights.shape[0], weights.shape[1] // self.group), np.uint16)
+        codecs.int4.search(weights, importance, scale)
+        return scale
+
+    def weighted_error(self, weights: U16, scales: NDArray[Any], importance: F32 | None, codecs: Codecs) -> float:
+        """Sum what columns lose at given scales.
+
+        Raises:
+            UnsupportedFormat: on another grid than moonshot.
+        """
+        self._check_searched()
+        return codecs.int4.weighted_error(weights, scales, importance)
+
+    def _check_searched(self) -> None:
+        if self.grid not in self.searched_grids:
+            raise UnsupportedFormat(
+                "scales are not searched on this grid", expected=listed(self.searched_grids), found=self.grid
+            )
 
     def outside(self, before: U16, after: U16, parts: Parts) -> int:
         """Allow half a step and what rounding to BF16 adds."""

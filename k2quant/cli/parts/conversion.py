@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from k2quant.cli.parts.options import Option, follow_links, soft_lock, words
-from k2quant.formats.format import Layout, Scope
+from k2quant.formats.format import Layout, Method, Scope
 from k2quant.formats.known import FORMATS
 from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Options, Plan
+    from k2quant.conversion.searched import Searched
 
 _FORMAT = (
     click.option("--to", type=words(FORMATS), help="Format to write."),
@@ -60,6 +61,21 @@ _FORMAT = (
     click.option("--workers", type=click.IntRange(1, 256), help="Threads; default: one for each core."),
 )
 
+_METHOD = (
+    click.option(
+        "--method",
+        type=words(get_args(Method)),
+        help="How INT4 scales are chosen: rounding to nearest (rtn, default), searched for the least squared error "
+        "(mse), or for the least error weighted by what a calibration saw (imatrix). A RECIPE says it in its rules.",
+    ),
+    click.option(
+        "--stats",
+        type=click.Path(path_type=Path),
+        metavar="STATS",
+        help="What k2quant calibrate wrote for SOURCE: for imatrix, and to judge each matrix by data held out.",
+    ),
+)
+
 _RUN = (
     click.option(
         "--dry-run", is_flag=True, help="Print what it would cost, write nothing; exit 1 if the disk is too small."
@@ -75,6 +91,11 @@ _RUN = (
 def format_options() -> Option[Any]:
     """Which weights get which format, in which shards, by how many threads."""
     return _all(_FORMAT)
+
+
+def method_options() -> Option[Any]:
+    """How scales are chosen, and by what."""
+    return _all(_METHOD)
 
 
 def run_options() -> Option[Any]:
@@ -112,14 +133,14 @@ def shard_bytes(text: str | None) -> int | None:
     return found
 
 
-_ASKED = ("to", "scope", "ignore", "grid", "shard_size", "layout", "allow_split")
+_ASKED = ("to", "scope", "ignore", "grid", "shard_size", "layout", "allow_split", "method")
 
 
 def choice(options: dict[str, Any]) -> Options:
     """Return what the options of `format_options` ask for."""
     from k2quant.conversion.convert import chosen
 
-    return chosen(options["recipe"], **{name: options[name] for name in _ASKED})
+    return chosen(options["recipe"], **{name: options[name] for name in _ASKED if name in options})
 
 
 def read_stdin(recipe: Path | None) -> Any:
@@ -200,6 +221,16 @@ def quality(done: Conversion) -> str:
     return "SQNR: " + ", ".join(rounded) + (", the rest exact" if exact else "")
 
 
+def searching(plan: Plan, rounder: Searched) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what a dry run says of a search, as `dry_run` takes it: `more` and `marks`."""
+    from k2quant.ground.units import counted
+
+    said = plan.method or {}
+    what = f"{said['asked']}, {said['candidates']} scales a group; {counted(len(rounder), 'weight')} searched"
+    more = {"method": what, **({"stats": said["stats"]} if "stats" in said else {})}
+    return more, {job.weight.main.name: "searched" for job in plan.jobs() if rounder.takes(job)}
+
+
 def dry_run(
     plan: Plan,
     destination: Path,
@@ -210,6 +241,7 @@ def dry_run(
     peak_memory: int | None = None,
     more: dict[str, Any] | None = None,
     marks: dict[str, str] | None = None,
+    rounder: Searched | None = None,
 ) -> None:
     """Print what a plan would cost; exit 1 if the disk is too small.
 
@@ -222,6 +254,7 @@ def dry_run(
         peak_memory: bytes, where they are not the plan's own estimate.
         more: what else there is to say, by name; JSON alone has what is no plain value.
         marks: what else is done with some weights, as `describe` takes it.
+        rounder: who searches scales, if anybody does.
     """
     import json
 
@@ -232,7 +265,7 @@ def dry_run(
     from k2quant.ground.units import counted, duration, size
 
     done, table = standing_shards(plan, destination, restart=restart), describe(plan, marks)
-    cost = estimate(plan, destination, done=done, workers=workers)
+    cost = estimate(plan, destination, done=done, workers=workers, rounder=rounder)
     _say(plan.remarks)
     cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
     if as_json:

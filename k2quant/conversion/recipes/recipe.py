@@ -34,6 +34,8 @@ class Rule:
     """Classes that it takes, of `names.TENSOR_CLASSES`; empty: all."""
     match: tuple[re.Pattern[str], ...] = ()
     """It takes weights in whose name one of these is found; empty: all."""
+    searches: bool = False
+    """Whether better scales than the format's own rule takes are searched for what it takes."""
 
     def takes(self, base: str) -> bool:
         """Tell whether a weight is to be stored in the format."""
@@ -115,6 +117,14 @@ class Recipe:
     def rule_of(self, weight: StoredWeight) -> Rule | None:
         """Return the first rule that takes a weight, if one does."""
         return next((rule for rule in self.rules if rule.takes(weight.base)), None)
+
+    def searches(self, weight: StoredWeight) -> bool:
+        """Tell whether better scales than those of the format's own rule are searched for a weight.
+
+        Only for one that gets the format: what is stored in it already lies on its grid, and is copied.
+        """
+        rule = self.rule_of(weight)
+        return rule is not None and rule.searches and self._recasts(weight)
 
     def splits(self, weights: list[StoredWeight]) -> list[engines.Split]:
         """Return what engines fuse and the output has in several formats."""
@@ -210,7 +220,8 @@ def _rule(written: WrittenRule, weights: list[StoredWeight]) -> Rule:
     for name, found in patterns.items():
         check_found(found, bases, written.called(name))
     target = FORMATS[written.to].asked_for(stored, written.grid, written.layout)
-    return Rule(format=target, scope=written.scope, classes=written.classes, **patterns)
+    searches = written.method is not None
+    return Rule(format=target, scope=written.scope, classes=written.classes, searches=searches, **patterns)
 
 
 def _check_taken(recipe: Recipe, written: tuple[WrittenRule, ...], weights: list[StoredWeight]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,7 +19,7 @@ from k2quant.checkpoint.files.strict_yaml import Placed, parse_mapping
 from k2quant.checkpoint.reader import REPORT
 from k2quant.checkpoint.writing.destination import REPORT_LIMIT
 from k2quant.errors import CheckpointError, UsageError, printable
-from k2quant.formats.format import Layout, Scope
+from k2quant.formats.format import Layout, Method, Scope, listed
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.ground.patterns import SAFE_PATTERN, may_take_for_ever
@@ -29,8 +29,8 @@ from k2quant.kernels.codecs.grids import Grid
 VERSION = 1
 """Of the schema of a recipe."""
 
-METHOD = "rtn"
-"""How scales and codes are chosen: rounding to nearest, by the format's own rule."""
+METHODS: tuple[Method, ...] = get_args(Method)
+"""How scales are chosen; the first, rounding to nearest by the format's own rule, where nothing is said."""
 
 LIMIT = 2**20
 """Bytes of a recipe; a report may be as large as reports are."""
@@ -63,6 +63,7 @@ class WrittenRule:
     """Regular expressions, none of which is found in the name."""
     grid: Grid | None = None
     layout: Layout | None = None
+    method: Method | None = None
     place: str = field(default="", compare=False, repr=False)
     """Where it stands, for messages; empty for what was asked for in arguments."""
 
@@ -73,6 +74,8 @@ class WrittenRule:
                 one_of(what, value, get_args(choices))
         if self.layout is not None:
             one_of("layout", self.layout, get_args(Layout))
+        if self.method is not None:
+            one_of("method", self.method, METHODS)
         for kind in self.classes:
             one_of("class", kind, TENSOR_CLASSES)
         for name in ("match", "ignore"):
@@ -96,7 +99,7 @@ class WrittenRule:
 
     def summary(self) -> str:
         """Return what it says, in a line: `int4 moonshot: linear, of routed experts, without router`."""
-        kind = " ".join(word for word in (self.to, self.grid, self.layout) if word)
+        kind = " ".join(word for word in (self.to, self.grid, self.layout, self.method) if word)
         takes: list[str] = [self.scope or "everything"]
         takes += [f"of {' and '.join(self.classes)}"] if self.classes else []
         takes += [f"with {' or '.join(self.match)}"] if self.match else []
@@ -113,17 +116,24 @@ class WrittenRecipe:
     """Bytes; None: the source's shards."""
     allow_split: bool = False
 
-    def as_json(self, *, method: str | None = None) -> dict[str, Any]:
+    @property
+    def method(self) -> Method:
+        """How the scales of weights are chosen that are not merely rounded; all rules that search agree on it."""
+        return next((rule.method for rule in self.rules if rule.method), METHODS[0])
+
+    def as_json(self, *, methods: bool = False) -> dict[str, Any]:
         """Return it as a file has it, so that `--config` reads it again.
 
         Args:
-            method: how the values of quantised weights were chosen, where a recipe says that.
+            methods: whether to say of each quantised format how its scales were chosen, for values were rounded so.
         """
-        quantised = {name for name, kind in FORMATS.items() if kind.quantised}
-        said = {} if method is None else {"method": method}
+        said = {name for name, kind in FORMATS.items() if kind.quantised} if methods else set()
         return {
             "version": VERSION,
-            "rules": [{**rule.as_json(), **(said if rule.to in quantised else {})} for rule in self.rules],
+            "rules": [
+                rule.as_json() | ({"method": rule.method or METHODS[0]} if rule.to in said else {})
+                for rule in self.rules
+            ],
             "shard_size": self.shard_size,
             "allow_split": self.allow_split,
         }
@@ -134,7 +144,7 @@ Recipes = str | os.PathLike[str] | Mapping[str, Any] | WrittenRecipe
 
 
 def in_force(rules: tuple[WrittenRule, ...]) -> tuple[WrittenRule, ...]:
-    """Return rules with all that they leave to others said: scope, grid and layout.
+    """Return rules with all that they leave to others said: scope, grid and layout; a method only where it searches.
 
     A grid or layout that one rule of a format says holds for all of that format. Beside another quantised format, a
     format is written in the layout that a config can describe there.
@@ -145,10 +155,18 @@ def in_force(rules: tuple[WrittenRule, ...]) -> tuple[WrittenRule, ...]:
     for rule in rules:
         _check_meaning(rule, alone=not any(FORMATS[other.to].quantised for other in rules))
     mixed = len({rule.to for rule in rules if FORMATS[rule.to].quantised}) > 1
-    return tuple(
-        replace(rule, scope=_scope_of(rule), grid=_agreed(rule, rules, "grid"), layout=_layout_of(rule, rules, mixed))
+    found = tuple(
+        replace(
+            rule,
+            scope=_scope_of(rule),
+            grid=_agreed(rule, rules, "grid"),
+            layout=_layout_of(rule, rules, mixed),
+            method=None if rule.method == METHODS[0] else rule.method,
+        )
         for rule in rules
     )
+    _check_methods([rule for rule in found if rule.method])
+    return found
 
 
 def _scope_of(rule: WrittenRule) -> Scope | None:
@@ -181,6 +199,32 @@ def _layout_of(rule: WrittenRule, rules: tuple[WrittenRule, ...], mixed: bool) -
         return found
     grouped = (each for each in get_args(Layout) if each in kind.layouts)
     return next((each for each in grouped if kind.asked_for(layout=each).config_group() is not None), found)
+
+
+def _check_methods(searching: Sequence[WrittenRule]) -> None:
+    """Refuse a search where there is nothing to be searched, and two kinds of it.
+
+    Raises:
+        UsageError: a rule asks for that.
+    """
+    for rule in searching:
+        kind, first = FORMATS[rule.to], searching[0]
+        owners = [name.upper() for name, other in FORMATS.items() if other.searches]
+        if not kind.searches:
+            raise UsageError(
+                f"{rule.called('method')} {rule.method} has no meaning with {rule.to}: it searches better scales, "
+                f"which is for {' and '.join(owners)}"
+            )
+        if kind.grids and rule.grid not in kind.searched_grids:
+            raise UsageError(
+                f"{rule.called('method')} {rule.method} searches scales on the grid {listed(kind.searched_grids)} "
+                f"alone, found {rule.grid}"
+            )
+        if rule.method != first.method:
+            raise UsageError(
+                f"{rule.called('method')} {rule.method}, where {first.called('method')} says {first.method}: one "
+                "conversion searches in one way"
+            )
 
 
 def _check_meaning(rule: WrittenRule, *, alone: bool) -> None:
@@ -330,6 +374,13 @@ def _size(content: Mapping[Any, Any], file: str) -> int | None:
 
 _LISTS = ("classes", "match", "ignore")
 _KEYS = ("to", "scope", *_LISTS, "grid", "layout", "method")
+_WORDS: dict[str, tuple[str, ...]] = {
+    "to": tuple(FORMATS),
+    "scope": get_args(Scope),
+    "grid": get_args(Grid),
+    "layout": get_args(Layout),
+    "method": METHODS,
+}
 
 
 def _rule(content: object, number: int, file: str) -> WrittenRule:
@@ -339,11 +390,9 @@ def _rule(content: object, number: int, file: str) -> WrittenRule:
     _check_keys(content, _KEYS, place)
     if "to" not in content:
         raise UsageError(f"{place}: the key 'to' is missing: which format?")
-    method = content.get("method")
-    if method not in (None, METHOD):
-        where = _at(content, "method", place)
-        raise UsageError(f"{where}: method: expected {METHOD}, rounding to nearest, found {_shown(method)}")
-    words: dict[str, Any] = {name: _word(content, name, place) for name in ("to", "scope", "grid", "layout")}
+    words: dict[str, Any] = {name: _word(content, name, place) for name in _WORDS}
+    if words["method"] == METHODS[0]:
+        words["method"] = None  # what is meant where nothing is said, and reports say it
     lists: dict[str, Any] = {name: _texts(content, name, place) for name in _LISTS}
     lists["classes"] = tuple(_class(kind, _at(content, "classes", place)) for kind in lists["classes"])
     for name in ("match", "ignore"):
@@ -354,7 +403,7 @@ def _rule(content: object, number: int, file: str) -> WrittenRule:
 
 def _word(content: Mapping[Any, Any], name: str, place: str) -> Any:
     """Return one of the words that a key may have, or None where it says nothing."""
-    choices = {"to": tuple(FORMATS), "scope": get_args(Scope), "grid": get_args(Grid), "layout": get_args(Layout)}[name]
+    choices = _WORDS[name]
     value = content.get(name)
     if value is None and name != "to":
         return None

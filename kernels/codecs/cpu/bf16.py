@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -38,10 +40,12 @@ def outside(
     steps: float,
     relative: float,
     floor: float,
+    least: float = math.inf,
 ) -> int:
     """Count the weights for which |before - after| exceeds steps * step + relative * |before| + floor.
 
-    The step is the block's scale, but no more than its largest weight asks for: too large a scale excuses nothing.
+    The step is the block's scale, but no more than its largest weight asks for: too large a scale excuses nothing. One
+    that is less, but not below `least` of that, may cut off what exceeds its largest code, if it is stored as that.
 
     Args:
         before: BF16 bits `[R, K]`.
@@ -52,8 +56,9 @@ def outside(
         steps: allowed error in steps.
         relative: allowed error in units of the weight.
         floor: allowed error in units of one.
+        least: share of the step that the largest weight asks for, from which on larger weights may be cut off.
     """
     same(before.shape, after.shape)
     same_fp8(before.shape, scale, block)
-    bounds = np.float32(largest_code), np.float32(steps), np.float32(relative), np.float32(floor)
+    bounds = [np.float32(each) for each in (largest_code, steps, relative, floor, least)]
     return int(loops.outside(frozen(before), frozen(after), frozen(scale), *block, *bounds))

@@ -720,6 +720,7 @@ def outside(
     steps: np.float32,
     relative: np.float32,
     floor: np.float32,
+    least: np.float32,
 ) -> int:
     """Count the weights that `bf16.outside` is asked for."""
     count = 0
@@ -729,11 +730,21 @@ def outside(
             amax = np.uint16(0)
             for row in range(top, min(top + height, rows)):
                 amax = max(amax, _largest(before[row, left : min(left + width, columns)]))
-            step = min(scale[top // height, left // width], _widen(amax) / largest_code * np.float32(1.01))
+            asked = _widen(amax) / largest_code
+            step = min(scale[top // height, left // width], asked * np.float32(1.01))
+            edge = scale[top // height, left // width] * largest_code
+            clips = scale[top // height, left // width] >= least * asked
             for row in range(top, min(top + height, rows)):
                 for column in range(left, min(left + width, columns)):
                     weight = _widen(before[row, column])
+                    stored = _widen(after[row, column])
                     room = steps * step + relative * abs(weight) + floor
-                    if not abs(weight - _widen(after[row, column])) <= room:
+                    if (
+                        clips
+                        and abs(weight) > edge
+                        and abs(stored - (edge if weight > 0 else -edge)) <= edge * np.float32(2.0**-8)
+                    ):
+                        continue
+                    if not abs(weight - stored) <= room:
                         count += 1
     return count

@@ -69,6 +69,7 @@ def plan(folder: Path, **changes: Any) -> Plan:
         (folder / "tokenizer").write_bytes(b"xyz")
     known: dict[str, Any] = {
         "values": None,
+        "method": None,
         "options": Options(to="int4", ignore=("a", "b")),
         "copies": ["tokenizer"],
         "shards": shards,

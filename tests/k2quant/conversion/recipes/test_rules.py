@@ -75,7 +75,7 @@ def test_a_recipe_says_all_that_arguments_say() -> None:
         ("rules: [{to: int4, grid: gptq}]", "grid: expected moonshot, compressed-tensors, found 'gptq'"),
         ("rules: [{to: int4, scope: all}]", "scope: expected experts, linear, projections"),
         ("rules: [{to: fp8, layout: x}]", "layout: expected deepseek, compressed-tensors"),
-        ("rules: [{to: int4, method: gptq}]", "method: expected rtn, rounding to nearest, found 'gptq'"),
+        ("rules: [{to: int4, method: gptq}]", "method: expected rtn, mse, imatrix, found 'gptq'"),
         ("rules: [{to: int4, classes: [attn]}]", "unknown class 'attn'.*known are routed experts"),
         ("rules: [{to: int4, classes: attention, match: []}]", "match: an empty list takes nothing"),
         ("rules: [{to: int4, match: 5}]", "match: expected text or a list of texts, found 5"),
@@ -239,6 +239,7 @@ RULES = some.builds(
     classes=some.lists(some.sampled_from(TENSOR_CLASSES[:6]), max_size=2, unique=True).map(tuple),
     match=some.lists(some.sampled_from(PATTERNS), max_size=2, unique=True).map(tuple),
     ignore=some.lists(some.sampled_from(PATTERNS), max_size=1).map(tuple),
+    method=some.sampled_from([None, None, "rtn", "mse"]),
 )
 
 
@@ -256,7 +257,7 @@ def test_the_first_rule_that_takes_a_weight_counts(rules: list[WrittenRule]) -> 
         wanted = next((rule.to for rule in resolved if _takes(rule, weight.base)), None)
         found = recipe.rule_of(weight)
         assert (found.format.name if found else None) == wanted
-    written = WrittenRecipe(rules=resolved).as_json(method="rtn")
+    written = WrittenRecipe(rules=resolved).as_json(methods=True)
     again = read_recipe(json.loads(json.dumps(written)))
     assert again.rules == resolved == in_force(again.rules)
     options = options_of(WrittenRecipe(rules=tuple(rules)))

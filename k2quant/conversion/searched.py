@@ -1,0 +1,359 @@
+"""Better scales than rounding's: searched, judged on data that decided nothing, dropped where that finds them worse.
+
+A panel is written at searched scales as soon as it is read, and what both ways of rounding lose is noted. With the last
+panel of a weight it is known which is better; the few for which that is plain rounding are written once more.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from k2quant.calib.stats.digests import base_of
+from k2quant.calib.stats.layout import Input, inputs, place_of
+from k2quant.calib.stats.model import Model
+from k2quant.checkpoint.panels import PANEL_WEIGHTS, format_of, panel_state
+from k2quant.conversion import relatives
+from k2quant.conversion.placing import Job
+from k2quant.conversion.plan import Plan
+from k2quant.conversion.recipes.rules import METHODS
+from k2quant.errors import CheckpointError, UsageError
+from k2quant.formats.format import Format, Method, Parts
+from k2quant.ground.units import counted
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from k2quant.calib.stats.reading import Stats
+    from k2quant.formats.transcode import Scratch
+    from k2quant.kernels.codecs.figures import Figures
+    from k2quant.kernels.codecs.seam import Codecs
+    from k2quant.kernels.codecs.values import F32, U16
+
+    U16Scales = NDArray[Any]
+
+_PLAIN, _UNWEIGHTED, _WEIGHTED = METHODS
+_MOST = 1e9
+"""The largest error that a report says, in units of rounding's, which may be nothing."""
+
+_COLUMNS = 512  # of a Hessian that are widened to float64 at a time
+_REMEDY = "calibrate this folder, or convert the one that was calibrated"
+
+
+def check_method(method: Method, *, stats: bool) -> None:
+    """Refuse statistics that nobody would read, and a search that cannot do without.
+
+    Args:
+        method: how scales are chosen.
+        stats: whether a folder of statistics was named.
+
+    Raises:
+        UsageError: so it is.
+    """
+    if method == _WEIGHTED and not stats:
+        raise UsageError(
+            f"`method=` {method} weighs errors by what a calibration saw, and `stats=` names none: make it with "
+            "`k2quant calibrate SOURCE STATS --data FILE`, or take `method=` mse, which needs no data"
+        )
+    if method == _PLAIN and stats:
+        raise UsageError(
+            f"`stats=` has no meaning with `method=` {method}: rounding to nearest asks no data; take `method=` "
+            f"{_WEIGHTED}"
+        )
+
+
+def searched(plan: Plan, stats: Stats | None) -> tuple[Plan, Searched | None]:
+    """Return a plan that says how scales are searched, and who does it; None where nobody asked for it.
+
+    Args:
+        plan: of a conversion.
+        stats: what is known of the source's inputs, if anything.
+
+    Raises:
+        UsageError: the method needs statistics, or has no use for them.
+        CheckpointError: they are another model's.
+    """
+    method = plan.options.in_force.method
+    check_method(method, stats=stats is not None)
+    if method == _PLAIN:
+        return plan, None
+    from k2quant.kernels.codecs.scales.search import CANDIDATES
+
+    said: dict[str, Any] = {"asked": method, "candidates": CANDIDATES}
+    remarks = plan.remarks
+    if stats is not None:
+        said["stats"] = stats.fingerprint
+        remarks = (*remarks, *_unmeasured(plan, stats))
+    plan = replace(plan, method=said, remarks=remarks)
+    return plan, Searched(plan, method, stats)
+
+
+def _unmeasured(plan: Plan, stats: Stats) -> Iterator[str]:
+    """Compare statistics with a source's config, names and shapes, and say which weights they do not know.
+
+    Raises:
+        CheckpointError: they are another model's.
+    """
+    _check_config(plan, stats)
+    known = {one.name: one for layer in stats.layers for one in inputs(stats.manifest.model, layer)}
+    missing = []
+    for job in plan.jobs():
+        _check_parts(job, stats)
+        if job.target is None or not plan.recipe.searches(job.weight):
+            continue
+        one = _input_of(job, known)
+        if one is None:
+            missing.append(job.weight.base)
+        elif one.width != job.weight.shape[-1]:
+            raise CheckpointError(
+                "the statistics are another model's",
+                tensor=job.weight.main.name,
+                file=job.weight.main.file,
+                expected=f"{one.width} columns, as they have",
+                found=job.weight.shape,
+                remedy=_REMEDY,
+            )
+    if missing:
+        such = relatives.shown(missing[0])
+        yield (
+            f"not measured by the calibration, so searched for the least squared error alone ({_UNWEIGHTED}): "
+            f"{counted(len(missing), 'weight')}, such as {such}"
+        )
+
+
+def _check_config(plan: Plan, stats: Stats) -> None:
+    ours, theirs = Model.of(plan.source.config).config, stats.manifest.model.config
+    for key in sorted({*ours, *theirs}):
+        if ours.get(key) != theirs.get(key):
+            raise CheckpointError(
+                f"the statistics are another model's: {key}",
+                file=stats.folder,
+                expected=f"{ours.get(key)!r:.100}, as config.json of {plan.source.folder.name} has it",
+                found=f"{theirs.get(key)!r:.100}",
+                remedy=_REMEDY,
+            )
+
+
+def _check_parts(job: Job, stats: Stats) -> None:
+    """Refuse a weight that was calibrated in another format: its values may differ."""
+    known = stats.digest(base) if (base := base_of(job.weight)) is not None else None
+    if known is not None and (new := job.weight.parts.keys() - known.keys()):
+        raise CheckpointError(
+            "was calibrated in another format",
+            tensor=job.weight.parts[min(new)].name,
+            file=job.weight.main.file,
+            expected=" and ".join(sorted(known)),
+            found=" and ".join(sorted(job.weight.parts)),
+            remedy=_REMEDY,
+        )
+
+
+def _input_of(job: Job, known: Mapping[str, Input]) -> Input | None:
+    base = base_of(job.weight)
+    place = place_of(base) if base is not None else None
+    one = known.get(place.input) if place is not None else None
+    if one is None or place is None or (place.expert or 0) >= (one.experts or 1):
+        return None
+    return one
+
+
+@dataclass(slots=True)
+class _Weight:
+    """What is known of a weight while its panels are searched."""
+
+    method: Method
+    """How: without importance for the least squared error."""
+    importance: F32 | None = None
+    judge: F32 | None = None
+    """What columns count for on the held-out part; None: they all count alike."""
+    hessian: F32 | None = None
+    """In its place, for the whole error of the outputs."""
+    measure: str = "weights"
+    tokens: int | None = None
+    reason: str | None = None
+    errors: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """By first row of a panel: what searched and plain scales lose."""
+
+
+class Searched:
+    """A `stream.Rounder` that searches scales; what held-out data finds worse than rounding is rounded."""
+
+    def __init__(self, plan: Plan, method: Method, stats: Stats | None) -> None:
+        """Take what `searched` has checked."""
+        self._method, self._stats = method, stats
+        self._taken = frozenset(
+            job.name for job in plan.jobs() if job.target is not None and plan.recipe.searches(job.weight)
+        )
+        widths = [job.weight.shape[-1] for job in plan.jobs() if job.name in self._taken]
+        self._widest = max(widths, default=0)
+        self._lock = threading.Lock()
+        self._weights: dict[str, _Weight] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of weights that are searched."""
+        return len(self._taken)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether errors are weighted by what a calibration saw."""
+        return self._method == _WEIGHTED
+
+    def memory(self, workers: int) -> int:
+        """Return the bytes that a conversion needs for this, beside its own."""
+        layers = 0 if self._stats is None else 120_000_000  # moments of the last few layers stay in memory: K2's, 29 MB
+        if self._stats is None or not self._stats.manifest.hessians:
+            return layers
+        widened = 8 * (_COLUMNS * self._widest + 3 * PANEL_WEIGHTS)
+        return layers + workers * (4 * self._widest**2 + widened)
+
+    def takes(self, job: Job) -> bool:
+        """Tell whether a weight's scales are searched."""
+        return job.name in self._taken
+
+    def panel(self, job: Job, start: int, parts: Parts, outputs: Parts, codecs: Codecs, scratch: Scratch) -> Figures:
+        """Store a panel at searched scales, or at plain ones where these were found better."""
+        from k2quant.formats.transcode import to_bf16
+
+        source, target = format_of(job.weight), job.target
+        if target is None:
+            msg = f"{job.name} is copied"  # never asked
+            raise AssertionError(msg)
+        values = to_bf16(source, parts, codecs=codecs, scratch=scratch)
+        if job.name in self._facts:
+            return target.encode(values, outputs, codecs)
+        weight = self._known(job)
+        scales = target.search(values, weight.importance, codecs)
+        figures = target.store(values, scales, outputs, codecs)
+        plain = target.choose(values, codecs)
+        if weight.hessian is None:
+            found = tuple(target.weighted_error(values, each, weight.judge, codecs) for each in (scales, plain))
+        else:
+            state = panel_state(target, (len(values), job.weight.shape[1]), 0, len(values))
+            other = {suffix: scratch.take(f"plain {suffix}", spec) for suffix, spec in state.items()}
+            target.store(values, plain, other, codecs)
+            found = _output_errors(values, (outputs, other), target, weight.hessian, codecs)
+        with self._lock:
+            weight.errors[start] = (found[0], found[1])
+        return figures
+
+    def again(self, job: Job, read: Mapping[str, str]) -> bool:
+        """Refuse a weight that is not the calibrated one; tell whether held-out data finds rounding better.
+
+        Raises:
+            CheckpointError: its bytes are others.
+        """
+        if self._stats is not None:
+            _check_bytes(job, read, self._stats)
+        if job.name not in self._taken:
+            return False
+        with self._lock:
+            weight = self._weights.pop(job.name)
+        better, plain = (sum(error[side] for _, error in sorted(weight.errors.items())) for side in (0, 1))
+        worse = weight.measure != "weights" and better > plain
+        relative = min(better / plain, _MOST) if plain else float(_MOST if better else 1)
+        facts: dict[str, Any] = {"method": _PLAIN if worse else weight.method, "relative": relative}
+        facts["measure"] = weight.measure
+        if weight.tokens is not None:
+            facts["tokens"] = weight.tokens
+        if reason := "worse than rounding on held-out data" if worse else weight.reason:
+            facts["reason"] = reason
+        self._facts[job.name] = facts
+        return worse
+
+    def facts(self, job: Job) -> Mapping[str, Any]:
+        """Return which scales a weight has, and how good they are."""
+        return {"scales": self._facts[job.name]}
+
+    def _known(self, job: Job) -> _Weight:
+        """Return what is known of a weight; the first of its panels reads it."""
+        with self._lock:
+            if job.name not in self._weights:
+                self._weights[job.name] = self._look_up(job)
+            return self._weights[job.name]
+
+    def _look_up(self, job: Job) -> _Weight:
+        base = base_of(job.weight)
+        if self._stats is None or base is None or (held := self._stats.held_out(base)) is None:
+            reason = "not measured by the calibration" if self.weighted else None
+            return _Weight(_UNWEIGHTED, reason=reason)
+        found = _Weight(self._method, tokens=held.tokens, judge=held.values, measure="validation")
+        if self.weighted:
+            found.importance = self._stats.importance(base)
+        if held.blended:
+            found.measure = "validation, blended"
+        elif (hessian := self._stats.hessian(base, "validation")) is not None:
+            found.hessian, found.measure = hessian, "validation, hessian"
+        return found
+
+
+def _check_bytes(job: Job, read: Mapping[str, str], stats: Stats) -> None:
+    base = base_of(job.weight)
+    known = (stats.digest(base) if base is not None else None) or {}
+    for suffix, crc in read.items():
+        if suffix in known and known[suffix] != crc:
+            raise CheckpointError(
+                "is not the weight that was calibrated",
+                tensor=job.weight.parts[suffix].name,
+                file=job.weight.parts[suffix].file,
+                expected=f"crc32 {known[suffix]}",
+                found=crc,
+                remedy=_REMEDY,
+            )
+
+
+def _output_errors(
+    values: U16, ways: tuple[Parts, Parts], target: Format, hessian: F32, codecs: Codecs
+) -> tuple[float, float]:
+    """Return tr(D H D^T) for both ways in which a panel was rounded, D being what it lost; in float64.
+
+    Args:
+        values: BF16 bits `[R, K]`.
+        ways: the panel's arrays, rounded.
+        target: their format.
+        hessian: float32 `[K, K]`.
+        codecs: who decodes.
+    """
+    import numpy as np
+
+    from k2quant.kernels.codecs.values import bf16_to_float
+
+    exact, after = bf16_to_float(values), np.empty_like(values)
+    lost: list[NDArray[np.float64]] = []
+    for parts in ways:
+        target.decode(parts, after, codecs)
+        lost.append((exact - bf16_to_float(after)).astype(np.float64))
+    sums = [0.0, 0.0]
+    for first in range(0, len(hessian), _COLUMNS):
+        columns = slice(first, first + _COLUMNS)
+        wide = hessian[:, columns].astype(np.float64)
+        for side, each in enumerate(lost):
+            sums[side] += float(np.vdot(each @ wide, each[:, columns]))
+    return sums[0], sums[1]
+
+
+def bought(report: Mapping[str, Any]) -> str | None:
+    """Say what a search bought, by a report: `imatrix: held-out error 0.71 of rounding's (median of 48 matrices)`."""
+    if (method := report.get("method")) is None:
+        return None
+    asked = method["asked"]
+    found = [facts["scales"] for facts in report["tensors"].values() if "scales" in facts]
+    if not found:
+        return f"{asked}: nothing was searched, for no weight gets new codes"
+    held_out = [scales for scales in found if scales["measure"] != "weights"]
+    middle = median(scales["relative"] for scales in held_out or found)
+    what = "held-out" if held_out else "squared"
+    said = f"{asked}: {what} error {middle:.2f} of rounding's (median of {_matrices(len(held_out or found))})"
+    if rounded := sum(scales["method"] == _PLAIN for scales in found):
+        said += f", {rounded:,} {'ships' if rounded == 1 else 'ship'} rounded"
+    if held_out and (others := len(found) - len(held_out)):
+        said += f", {others:,} not measured"
+    return said
+
+
+def _matrices(count: int) -> str:
+    return counted(count, "matrix", "matrices")
