@@ -124,6 +124,7 @@ def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationSt
             "method": "another method, or other statistics",
         }.get(key, f"another {key}")
         for key in changed
+        if key != "method" or "options" not in changed  # which say it
     )
     return DestinationStale(
         f"holds a {state} conversion of {what}",

@@ -198,8 +198,11 @@ def test_rooms_are_reached_through_the_package() -> None:
 
 
 def test_conversion_on_the_cpu_imports_no_torch(k2_source: Path, tmp_path: Path) -> None:
-    """A whole conversion on the CPU runs without torch."""
-    code = "import sys, k2quant; k2quant.convert(sys.argv[1], sys.argv[2], to='int4'); print('torch' in sys.modules)"
+    """A whole conversion on the CPU runs without torch, one that searches scales too."""
+    code = (
+        "import sys, k2quant; k2quant.convert(sys.argv[1], sys.argv[2], 'int4', method='mse'); "
+        "print('torch' in sys.modules)"
+    )
     command = [sys.executable, "-c", code, str(k2_source), str(tmp_path / "out")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "False"
 

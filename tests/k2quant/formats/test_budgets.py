@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.reading import read_tensor
 from k2quant.formats.format import Parts
 from k2quant.formats.int4 import Int4
-from k2quant.kernels.codecs.values import U16, float_to_bf16
+from k2quant.kernels.codecs.choice import codecs
+from k2quant.kernels.codecs.scales.search import candidate_table
+from k2quant.kernels.codecs.values import U16, bf16_to_float, float_to_bf16
 
 
 def bits(*values: float) -> U16:
@@ -44,6 +50,50 @@ def test_an_int4_scale_excuses_what_the_largest_weight_asks_for(amax: float, out
     """Under a scale of 2, an error of 1.1 is half a step for a largest weight of 14, and too much for one of 7."""
     before, after = bits(amax, 2.90625), bits(amax, 4.0)
     assert Int4().outside(before, after, int4_parts(2.0)) == outside
+
+
+@pytest.mark.parametrize(
+    ("scale", "before", "after", "outside"),
+    [
+        (0.75, 7.0, 5.25, 0),  # 7 * 0.75: cut off, as a searched scale does
+        (0.75, -7.0, -5.25, 0),
+        (0.75, 7.0, 4.5, 1),  # the code 6
+        (0.75, 7.0, -5.25, 1),
+        (0.75, 5.25, 4.5, 1),  # not cut off: it has a code of its own, 7
+        (0.6875, 7.0, 4.8125, 1),  # no search shrinks a scale so far
+    ],
+)
+def test_an_int4_scale_may_cut_off_what_a_search_would(scale: float, before: float, after: float, outside: int) -> None:
+    """Where a scale is at least 0.7 of what the largest weight asks for, weights above 7 s may have the code 7."""
+    assert Int4().outside(bits(7.0, before), bits(7.0 * scale, after), int4_parts(scale)) == outside + (scale < 0.7)
+
+
+def test_searched_scales_are_never_as_small_as_what_verify_refuses() -> None:
+    """Whatever the largest weight of a group: its least candidate cuts off no more than is excused."""
+    amax = bf16_to_float(np.arange(127 << 7, 128 << 7, dtype=np.uint16))
+    ratio = bf16_to_float(candidate_table(4)) * np.float32(7) / amax[:, None]
+    assert 0.7 < ratio.min() < 0.71
+
+
+def test_a_searched_scale_explains_no_wrong_code(k2_bf16: Path) -> None:
+    """Groups at searched scales lie within; one code that is one off does not, nor do scales that are 10 % off."""
+    found = open_checkpoint(k2_bf16)
+    entry = found.tensors["model.layers.1.mlp.experts.0.up_proj.weight"]
+    before = np.frombuffer(read_tensor(found, entry), np.uint16).reshape(entry.shape)
+    cpu, int4 = codecs("cpu"), Int4()
+    parts: Parts = {"weight_packed": np.empty((256, 64), np.int32)}
+    parts["weight_scale"] = int4.search(before, None, cpu)
+    int4.store(before, parts["weight_scale"].copy(), parts, cpu)
+    after = np.empty_like(before)
+    int4.decode(parts, after, cpu)
+    assert int4.outside(before, after, parts) == 0
+    parts["weight_packed"][3, 5] ^= 0x10
+    int4.decode(parts, after, cpu)
+    assert int4.outside(before, after, parts) == 1
+    parts["weight_packed"][3, 5] ^= 0x10
+    parts["weight_scale"] = float_to_bf16(bf16_to_float(parts["weight_scale"]) * np.float32(0.9))
+    int4.decode(parts, after, cpu)
+    assert int4.outside(before, after, parts) > before.size / 32
 
 
 @pytest.mark.parametrize(("units", "outside"), [(8, 0), (9, 1)])

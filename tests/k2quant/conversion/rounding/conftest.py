@@ -47,7 +47,8 @@ TOKENS = 400
 RARE = "model.layers.1.mlp.experts.3.down_proj"
 EXPERT = "model.layers.{}.mlp.experts.{}.{}"
 
-Squares = Callable[[Input, Part], NDArray[np.float32]]
+Squares = Callable[[Input, Part, NDArray[np.float32]], NDArray[np.float32]]
+"""What becomes of the second moments that are made for an input and a part."""
 
 
 def tensors(layer: int) -> Shard:
@@ -105,12 +106,13 @@ def counts(layer: int) -> NDArray[np.int64]:
 class Making(NamedTuple):
     """What a folder of statistics is made of."""
 
-    squares: Squares = spiky
+    squares: Squares | None = None
+    """None: as they are made."""
     hessians: bool = False
     config: dict[str, Any] = CONFIG
 
 
-def write_stats(folder: Path, source: Path, making: Making = Making()) -> Path:
+def write_stats(folder: Path, source: Path, making: Making) -> Path:
     """Write statistics of a source as a calibration would."""
     data = {
         name: DataPart(hashes=(hashlib.sha256(name.encode()).hexdigest(),), tokens=TOKENS, rows=4, digest="0" * 64)
@@ -121,7 +123,9 @@ def write_stats(folder: Path, source: Path, making: Making = Making()) -> Path:
     weights = group_tensors(open_checkpoint(source).tensors).weights
     with calibrating(folder, manifest):
         for layer in range(model.layers):
-            found = {(one.name, part): _measured(one, part, layer, making) for one in inputs(model, layer) for part in PARTS}
+            found = {
+                (one.name, part): _measured(one, part, layer, making) for one in inputs(model, layer) for part in PARTS
+            }
             here = [weight for weight in weights if names.layer(weight.main.name) == layer]
             crcs = _hessians(folder, layer, model, found) if making.hessians else None
             write_layer(folder, layer, found, digests_of(open_checkpoint(source), here), hessians=crcs)
@@ -131,9 +135,17 @@ def write_stats(folder: Path, source: Path, making: Making = Making()) -> Path:
 
 
 def _measured(one: Input, part: Part, layer: int, making: Making) -> Measured:
-    squares = making.squares(one, part)
+    squares = spiky(one, part)
+    if making.squares is not None:
+        squares = making.squares(one, part, squares)
     tokens: Any = TOKENS if one.experts is None else counts(layer)
-    return Measured(squares, tokens * 0.5, tokens, np.sqrt(squares.max(axis=-1)) * np.float32(4))
+    return Measured(
+        mean_square=squares,
+        mean=np.zeros_like(squares),
+        weight=tokens * 0.5,
+        tokens=tokens,
+        largest=np.sqrt(squares.max(axis=-1)) * np.float32(4),
+    )
 
 
 def hessian_of(squares: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -156,4 +168,14 @@ def _hessians(folder: Path, layer: int, model: Model, found: dict[Any, Measured]
 @pytest.fixture(scope="session")
 def stats(small: Path) -> Path:
     """Statistics of the small K2."""
-    return write_stats(small.parent / "stats", small)
+    return write_stats(small.parent / "stats", small, Making())
+
+
+@pytest.fixture
+def make_stats(small: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Return what writes other statistics, of the small K2 or another source; see `Making`."""
+
+    def made(source: Path = small, **making: Any) -> Path:
+        return write_stats(tmp_path / "made-stats", source, Making(**making))
+
+    return made
