@@ -7,7 +7,7 @@ people know, and of measurements; each says where it comes from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, log
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from k2quant.calib.stats.layout import PARTS, Part
 from k2quant.ground.saying.showing import brief
 from k2quant.ground.units import counted
 
@@ -29,9 +30,6 @@ TIERS = (0.25, 1.0, 4.0)
 d they have no full rank, and from 4 d on more of them change little (errors of GPTQ by tokens, synthetic inputs)."""
 UNSEEN = 3.0
 """What happens nowhere in T tries has, with 95 % confidence, a chance of at most 3/T (the rule of three)."""
-
-Counts = tuple[NDArray[np.int64], NDArray[np.float64]]
-"""Tokens [E] and sums of p^2 [E] of a layer's routed experts."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +102,7 @@ class LayerLoad:
 class PartCoverage:
     """How the tokens of one part of the data spread."""
 
-    part: str
+    part: Part
     layers: tuple[LayerLoad, ...]
     """Those with routed experts, in order."""
     hidden: int
@@ -157,6 +155,18 @@ class PartCoverage:
     def needed(self, width: int) -> int:
         """Return how many more tokens of such data bring every expert to `width` tokens; see `LayerLoad.needed`."""
         return max((load.needed(width) for load in self.layers), default=0)
+
+    def needed_by(self, part: float, width: int) -> int:
+        """Return how many more tokens of such data bring this part of all experts to `width` tokens, at their loads.
+
+        As in `needed`, what is told of experts without a token is a lower bound.
+        """
+        if not self.layers:
+            return 0
+        tokens = np.sort(np.concatenate([load.tokens for load in self.layers]))
+        left_out = min(int((1 - part) * len(tokens)), len(tokens) - 1)
+        worst = int(tokens[left_out])
+        return max(ceil(self.seen * width / (worst or UNSEEN) - self.seen), 0) if worst < width else 0
 
     def tiers(self, width: int) -> tuple[int, ...]:
         """Count the experts with no token, then those below each of `TIERS` times the width, then the rest."""
@@ -247,16 +257,17 @@ def coverage_of(stats: Stats) -> Coverage:
     """Return how the tokens of a calibration spread over the experts.
 
     Raises:
-        CheckpointError: a layer's file cannot be read or is not what the manifest says.
+        CheckpointError: a layer's file is not what was written.
     """
-    parts = {}
-    for part in ("train", "validation"):
-        loads = ((layer, stats.load(layer, part)) for layer in stats.layers)
-        parts[part] = _part(stats, part, ((layer, found) for layer, found in loads if found is not None))
-    return Coverage(train=parts["train"], validation=parts["validation"])
-
-
-def _part(stats: Stats, part: str, loads: Iterable[tuple[int, Counts]]) -> PartCoverage:
+    found: dict[Part, list[LayerLoad]] = {part: [] for part in PARTS}
     model = stats.manifest.model
-    layers = tuple(LayerLoad(layer, tokens, weight, model.top_k) for layer, (tokens, weight) in loads)
-    return PartCoverage(part=part, layers=layers, hidden=model.hidden, inner=model.inner)
+    for layer in stats.layers:
+        for part, loads in found.items():  # one after the other: a layer's file is read once
+            counts = stats.load(layer, part)
+            if counts is not None:
+                loads.append(LayerLoad(layer, *counts, model.top_k))
+    train, validation = (
+        PartCoverage(part=part, layers=tuple(loads), hidden=model.hidden, inner=model.inner)
+        for part, loads in found.items()
+    )
+    return Coverage(train=train, validation=validation)

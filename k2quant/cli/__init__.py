@@ -79,7 +79,7 @@ def _was_printed(error: OSError) -> bool:
         "inspect": ("k2quant.cli.checking.inspect", "Describe a checkpoint, and what does not fit together."),
         "verify": ("k2quant.cli.checking.verify", "Check a conversion against its source, or its checksums."),
         "diff": ("k2quant.cli.checking.diff", "List the tensors in which two checkpoints differ."),
-        "report": ("k2quant.cli.checking.report", "Draw a conversion's report as a page with pictures."),
+        "report": ("k2quant.cli.checking.report", "Draw a conversion or a calibration as a page with pictures."),
         "generate": ("k2quant.cli.generate", "Continue a prompt with a checkpoint in any format."),
         "qat": ("k2quant.cli.qat", "Train a model to survive rounding, and export it exactly."),
         "eval": ("k2quant.cli.eval", "Measure and judge what quantisation did to accuracy."),

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from k2quant.checkpoint.files.paths import write_whole
 from k2quant.checkpoint.files.sources import check_folder
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT
-from k2quant.errors import MalformedFile, OutputError, UsageError
+from k2quant.errors import MalformedFile
 from k2quant.ground.extras import need
+from k2quant.report.document import page_file, write_page
 from k2quant.report.page import page
 from k2quant.report.reading import read
-
-PAGE = "k2quant_report.html"
-"""The page's name in the folder of the conversion, unless another is asked for."""
 
 
 def write_html(folder: Path, output: Path | None = None) -> Path:
@@ -37,17 +34,11 @@ def write_html(folder: Path, output: Path | None = None) -> Path:
         MissingExtra: matplotlib is not installed.
     """
     need("report", "drawing a report")
-    target = folder / PAGE if output is None else output
-    if target.suffix.lower() not in {".html", ".htm"} or target.is_dir():
-        raise UsageError(f"{target} is no name for a page; end it in .html")
+    target = page_file(folder, output)
     check_folder(folder)
     if (folder / INCOMPLETE).exists():
         raise MalformedFile(
             "the conversion is not finished", file=folder, remedy="run the same k2quant convert again: it resumes"
         )
-    text = page(read(folder / REPORT), folder.resolve().name)
-    try:
-        write_whole(target, text.encode())
-    except OSError as error:
-        raise OutputError("cannot be written", file=target, found=error.strerror or str(error)) from error
+    write_page(target, page(read(folder / REPORT), folder.resolve().name))
     return target

@@ -57,11 +57,21 @@ def figure(title: str, note: str, draw: Draw, heights: tuple[int, int], *, legen
         legend: from `legend`.
         table: what the picture shows, for those who want the numbers.
     """
-    label = re.sub(r"<[^>]*>", "", f"{title}. {note}")
+    label = spoken(title, note)
     drawings = (_svg(draw, canvas, height, label) for canvas, height in zip((WIDE, NARROW), heights, strict=True))
+    return frame(title, note, "".join(drawings), legend=legend, table=table)
+
+
+def spoken(title: str, note: str) -> str:
+    """Return what a picture is, for those who hear the page: its title and its sentence without markup."""
+    return re.sub(r"<[^>]*>", "", f"{title}. {note}")
+
+
+def frame(title: str, note: str, pictures: str, *, legend: str = "", table: str = "") -> str:
+    """Return a figure of pictures that are drawn already; the arguments are those of `figure`."""
     caption = f"<figcaption><h2>{title}</h2><p class=note>{note}</p></figcaption>"
     numbers = f"<details><summary>As a table</summary>{table}</details>" if table else ""
-    return f"<figure class=card>{caption}{legend}{''.join(drawings)}{numbers}</figure>"
+    return f"<figure class=card>{caption}{legend}{pictures}{numbers}</figure>"
 
 
 def legend(entries: Iterable[tuple[str, str, str]]) -> str:

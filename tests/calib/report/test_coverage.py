@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from k2quant.calib.coverage import THIN, THINNEST, Coverage, LayerLoad, PartCoverage, needed
+from k2quant.calib.stats.layout import Part
 
 HIDDEN, INNER, TOP_K = 64, 16, 2
 
@@ -24,7 +25,7 @@ def load(tokens: Sequence[int], layer: int = 1) -> LayerLoad:
     return LayerLoad(layer, counts, counts / 4, TOP_K)
 
 
-def part(*layers: Sequence[int], name: str = "train") -> PartCoverage:
+def part(*layers: Sequence[int], name: Part = "train") -> PartCoverage:
     """Return the coverage of layers 1, 2 and so on."""
     loads = tuple(load(tokens, layer) for layer, tokens in enumerate(layers, 1))
     return PartCoverage(part=name, layers=loads, hidden=HIDDEN, inner=INNER)
