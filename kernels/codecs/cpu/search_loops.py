@@ -31,7 +31,7 @@ from k2quant.kernels.codecs.values import F32, F64, U16
 
 Int = Any  # what numba makes of integers is no one Python type
 
-_QUARTER = GROUP // 4
+_HALF = GROUP // 2
 _FINE = np.float32(1536)  # adding it rounds to multiples of 2^-13
 _WHOLE = np.float32(12582912)  # 1.5 * 2^23: adding it rounds to whole numbers
 _WHOLE_LESS_FINE = np.float32(12582912 - 1536)
@@ -84,24 +84,24 @@ def _term(
 
 
 @_jit
-def _errors(values: F32, heavy: F32, steps: tuple[F32, F32, F32], top: np.float32, sums: F32, errors: F32) -> None:
-    """Write the errors of a group at each candidate: values without sign, in units of 2^e."""
-    reciprocal, low, high = steps
-    for i in range(_QUARTER):
-        w0, w1, w2, w3 = values[i], values[i + _QUARTER], values[i + 2 * _QUARTER], values[i + 3 * _QUARTER]
-        h0, h1, h2, h3 = heavy[i], heavy[i + _QUARTER], heavy[i + 2 * _QUARTER], heavy[i + 3 * _QUARTER]
+def _errors(values: F32, heavy: F32, reciprocal: F32, low: F32, high: F32, top: np.float32, sums: F32) -> None:
+    """Write the errors of a group at each candidate: the first 16 of `sums`, in which 16 rows of 16 find room."""
+    for i in range(_HALF):
+        w0, w1, h0, h1 = values[i], values[i + _HALF], heavy[i], heavy[i + _HALF]
         for c in range(CANDIDATES):
-            r, a, b = reciprocal[c], low[c], high[c]
-            sums[i * CANDIDATES + c] = (_term(w0, h0, r, a, b, top) + _term(w2, h2, r, a, b, top)) + (
-                _term(w1, h1, r, a, b, top) + _term(w3, h3, r, a, b, top)
-            )
-    half = _QUARTER // 2
-    while half > 0:
-        for i in range(half * CANDIDATES):
-            sums[i] += sums[i + half * CANDIDATES]
-        half //= 2
+            first = _term(w0, h0, reciprocal[c], low[c], high[c], top)
+            sums[i * CANDIDATES + c] = first + _term(w1, h1, reciprocal[c], low[c], high[c], top)
     for c in range(CANDIDATES):
-        errors[c] = sums[c]
+        sums[c] = (_four(sums, c) + _four(sums, c + 2 * CANDIDATES)) + (
+            _four(sums, c + CANDIDATES) + _four(sums, c + 3 * CANDIDATES)
+        )
+
+
+@_jit
+def _four(sums: F32, at: Int) -> np.float32:
+    """Return rows i, i + 4, i + 8 and i + 12 of a column added in halves."""
+    step = 4 * CANDIDATES
+    return (sums[at] + sums[at + 2 * step]) + (sums[at + step] + sums[at + 3 * step])
 
 
 @_jit
@@ -116,8 +116,9 @@ def search(weights: U16, heavy: F32, scales: U16, steps: tuple[F32, F32, F32], l
         largest: the largest code.
         scale: BF16 bits, changed in place.
     """
-    values, errors = np.empty(GROUP, np.float32), np.empty(CANDIDATES, np.float32)
-    sums = np.empty(_QUARTER * CANDIDATES, np.float32)
+    values, sums = np.empty(GROUP, np.float32), np.empty(_HALF * CANDIDATES, np.float32)
+    reciprocal, low, high = steps
+    bits = sums.view(np.uint32)
     top = largest + _FINE
     for row in range(weights.shape[0]):
         for group in range(scale.shape[1]):
@@ -128,21 +129,18 @@ def search(weights: U16, heavy: F32, scales: U16, steps: tuple[F32, F32, F32], l
                 amax = max(amax, np.uint16(span[i] & np.uint16(0x7FFF)))
             if amax < LEAST_AMAX or amax >= LARGE_AMAX:
                 continue
-            mantissa, exponent = np.int64(amax) & 0x7F, np.int64(amax) >> 7
+            m, exponent = np.int64(amax) & 0x7F, np.int64(amax) >> 7
             moved = (exponent - 127) << 7  # from the binade of 1.0 to that of amax, as BF16 bits
-            plain = np.int64(scales[mantissa, 0]) + moved
-            if scale[row, group] != plain:
+            if scale[row, group] != np.int64(scales[m, 0]) + moved:
                 continue
             unit = _float((254 - exponent) << 23)
             for i in range(GROUP):
                 values[i] = _widen(span[i] & np.uint16(0x7FFF)) * unit
-            tables = steps[0][mantissa], steps[1][mantissa], steps[2][mantissa]
-            _errors(values, heavy[first : first + GROUP], tables, top, sums, errors)
-            best = 0
-            for c in range(1, CANDIDATES):
-                if errors[c] < errors[best]:
-                    best = c
-            scale[row, group] = np.int64(scales[mantissa, best]) + moved
+            _errors(values, heavy[first : first + GROUP], reciprocal[m], low[m], high[m], top, sums)
+            least = np.uint64(0xFFFFFFFFFFFFFFFF)
+            for c in range(CANDIDATES):  # errors have no sign, so their bits are in their order; then the earlier one
+                least = min(least, np.uint64(np.uint64(bits[c]) << np.uint64(8)) | np.uint64(c))
+            scale[row, group] = np.int64(scales[m, np.int64(least & np.uint64(0xFF))]) + moved
 
 
 @_jit

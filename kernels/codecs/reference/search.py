@@ -16,7 +16,7 @@ from k2quant.kernels.codecs.reference.int4 import (
     int4_to_bf16,
     plain_int4_scale,
 )
-from k2quant.kernels.codecs.scales.search import CANDIDATES, LARGE_AMAX, LEAST_AMAX, STEPS, column_weights
+from k2quant.kernels.codecs.scales.search import LARGE_AMAX, LEAST_AMAX, SHRINK, column_weights
 
 
 def searched_int4_scales(weights: Tensor, importance: Tensor | None, *, recover: bool = True, bits: int = 4) -> Tensor:
@@ -39,8 +39,8 @@ def searched_int4_scales(weights: Tensor, importance: Tensor | None, *, recover:
     groups = torch.where(_spread(asked), weights, 0)
     unit = torch.where(asked, (254 - (amax >> 7)) << 23, 127 << 23).view(torch.float32)
     least = torch.full_like(unit, torch.inf)
-    for candidate in range(CANDIDATES):
-        factor = (256 - candidate * STEPS[bits]) / 256
+    for less in SHRINK[bits]:
+        factor = (256 - less) / 256
         shrunk = (plain.float() * factor).to(torch.bfloat16).float() * largest
         trial = torch.where(asked, divided(shrunk.to(torch.bfloat16).float(), largest), 1).to(torch.bfloat16)
         error = _group_errors(groups, trial, unit, heavy, bits)

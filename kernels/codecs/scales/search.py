@@ -1,7 +1,7 @@
 """The scales among which a search chooses for a group of INT4 on the moonshot grid, and what its columns weigh.
 
 The rule (docs/formats.md, rule 7). Candidate c of a group shrinks the plain scale s0 = bf16(amax/L) by the factor
-(256 - c * STEPS[bits]) / 256 and moves the result s to one that survives, bf16(bf16(L * s) / L). That a scale survives
+(256 - SHRINK[bits][c]) / 256 and moves the result s to one that survives, bf16(bf16(L * s) / L). That a scale survives
 means: rounded anew by the plain rule, the values decoded at it have that scale and those codes again. Candidate 0 is
 s0, which survives itself. None is larger than s0, so the largest weight keeps the code L.
 
@@ -22,11 +22,27 @@ from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, largest_code
 from k2quant.kernels.codecs.scales.recovery import SMALLEST_AMAX
 from k2quant.kernels.codecs.values import F32, U16, bf16_to_float, float_to_bf16
 
-CANDIDATES = 16
-"""Scales that are tried for a group, the plain one first."""
+SHRINK = {
+    4: (0, 5, 10, 13, 17, 20, 24, 29, 34, 41, 50, 59, 70, 82, 97, 119),
+    3: (0, 10, 18, 26, 32, 40, 46, 52, 58, 66, 76, 86, 98, 112, 128, 148),
+    2: (0, 32, 56, 76, 92, 104, 116, 124, 132, 140, 148, 160, 172, 184, 196, 216),
+}
+"""By bits: how many 256ths each candidate takes from the plain scale.
 
-STEPS = {4: 5, 3: 8, 2: 11}
-"""By bits: from one candidate to the next the factor falls by so many 256ths."""
+Chosen one after the other, each the one that lowers the mean relative error most over Gaussian, Laplace and Student-t
+(4 degrees) weights and those of a trained nano-K2, with importances that are equal or log-normal (sigma 0.5 to 1.5).
+What is lost against all 256 as candidates: 0.6, 0.5 and 0.3 % for 4, 3 and 2 bits. Measured on other draws, the squared
+error relative to the plain scale, with equal and with log-normal importances (sigma 1):
+
+| bits | Gaussian | Laplace | Student-t | nano-K2 |
+|---|---|---|---|---|
+| 4 | 0.881, 0.780 | 0.906, 0.809 | 0.913, 0.816 | 0.881, 0.779 |
+| 3 | 0.740, 0.643 | 0.775, 0.663 | 0.779, 0.660 | 0.739, 0.643 |
+| 2 | 0.412, 0.375 | 0.537, 0.463 | 0.560, 0.476 | 0.412, 0.376 |
+"""
+
+CANDIDATES = len(SHRINK[4])
+"""Scales that are tried for a group, the plain one first."""
 
 LEAST_AMAX, LARGE_AMAX = SMALLEST_AMAX, 0x7E80
 """BF16 bits of 2^-122 and 2^126: a group whose largest weight is less, or not below the second, keeps its plain scale.
@@ -51,7 +67,7 @@ def candidate_table(bits: int) -> U16:
     largest = largest_code("moonshot", bits, PACKED_BITS)
     amax = np.arange(127 << 7, 128 << 7, dtype=np.uint16)
     plain = bf16_to_float(float_to_bf16(bf16_to_float(amax) / np.float32(largest)))
-    factors = (256 - np.arange(CANDIDATES) * STEPS[bits]).astype(np.float32) / np.float32(256)
+    factors = (256 - np.array(SHRINK[bits])).astype(np.float32) / np.float32(256)
     shrunk = bf16_to_float(float_to_bf16(plain[:, None] * factors))
     table = float_to_bf16(surviving(shrunk, largest))
     table.flags.writeable = False
