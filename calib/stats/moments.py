@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
     from k2quant.calib.stats.manifest import Manifest
 
-_SLACK = 1.01
-"""By how much a mean of squares may exceed the largest square: sums are rounded, and a device may round its inputs."""
+_SLACK = 1.005
+"""By how much a root of a mean square may exceed the largest value, and a mean that root: sums are rounded, and a
+device may round its inputs."""
 
-_TINY = 2.0**-100  # what float32 loses below its least normal number, with room
+_TINY = 2.0**-50  # below it squares are lost: float32's least normal number is 2^-126
 
 
 class Moments(NamedTuple):
@@ -78,9 +79,9 @@ def _faults(name: str, arrays: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str
     for kind, values in (("weight", weight), ("largest", largest), ("mean_square", squares), ("mean", mean)):
         if values[empty].any():
             yield f"{name}.{kind}", ("zeros where no token came", "others")
-    if (mean.astype(np.float64) ** 2 > _SLACK * squares.astype(np.float64) + _TINY).any():
+    if (np.abs(mean) > _SLACK * np.sqrt(squares) + _TINY).any():
         yield f"{name}.mean", ("no more than the root of the mean square", "a larger mean")
-    if (squares.max(axis=-1, initial=0) > _SLACK * largest.astype(np.float64) ** 2 + _TINY).any():
+    if (np.sqrt(squares.max(axis=-1, initial=0)) > _SLACK * largest + _TINY).any():
         yield f"{name}.mean_square", ("no more than the square of the largest value", "a larger mean")
 
 

@@ -8,6 +8,7 @@ crc32, that it is finite, and that its diagonal is the mean square.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import threading
@@ -106,10 +107,15 @@ class Stats:
         """Return what it comes to, in a few words."""
         return {"folder": str(self.folder), "layers": len(self.layers), "fingerprint": self.fingerprint}
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """The sha256 over what was measured, in hex: model, data, settings and every layer; no times, no paths."""
         return self.manifest.fingerprint(self._files)
+
+    @property
+    def memory(self) -> int:
+        """Most bytes that stay in memory: the moments of the last few layers, of which others may be read again."""
+        return (_KEPT + 1) * max(layer.moments.size for layer in self._layers.values())
 
     @property
     def layers(self) -> tuple[int, ...]:
