@@ -1,4 +1,52 @@
 """Calibration: what data says of a model, so that its weights are rounded where it matters least.
 
-Naming this package loads neither torch nor numpy.
+k2quant.calib.calibrate("Kimi-K2-Instruct", "stats", data="chats.jsonl")
+k2quant.convert("Kimi-K2-Instruct", "Kimi-K2-INT4", to="int4", method="imatrix", stats="stats")
+
+Naming this package loads neither torch nor numpy; each name loads what it needs.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from k2quant.ground.extras import need
+
+if TYPE_CHECKING:
+    from k2quant.calib.calibrating import Calibration, calibrate
+    from k2quant.calib.coverage import Coverage, coverage_of
+    from k2quant.calib.planning import CalibrationPlan, plan_calibration
+    from k2quant.calib.stats.reading import Stats, open_stats
+
+_HOMES = {
+    "Calibration": "calibrating",
+    "CalibrationPlan": "planning",
+    "Coverage": "coverage",
+    "Stats": "stats.reading",
+    "calibrate": "calibrating",
+    "coverage_of": "coverage",
+    "open_stats": "stats.reading",
+    "plan_calibration": "planning",
+}
+
+__all__ = [
+    "Calibration",
+    "CalibrationPlan",
+    "Coverage",
+    "Stats",
+    "calibrate",
+    "coverage_of",
+    "open_stats",
+    "plan_calibration",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a function and what it needs when it is first asked for."""
+    if _HOMES.get(name) == "calibrating":  # all else reads files
+        need("run", "running a model")
+    if name in _HOMES:
+        return getattr(import_module(f"k2quant.calib.{_HOMES[name]}"), name)
+    msg = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(msg)

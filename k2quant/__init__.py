@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
         from k2quant import model
 
         return getattr(model, name)
-    if name in {"eval", "qat"}:  # rooms of their own; naming them is enough
+    if name in {"calib", "eval", "qat"}:  # rooms of their own; naming them is enough
         return import_module(f"k2quant.{name}")
     msg = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(msg)

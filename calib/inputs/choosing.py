@@ -7,13 +7,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from k2quant.errors import MalformedFile
+from k2quant.errors import MalformedFile, UsageError
 
 if TYPE_CHECKING:
     from k2quant.calib.inputs.documents import Raw
 
 SHARE = 0.1
 """Of the documents that validate, and of those that test, where no files are given for it."""
+
+
+def check_rows(samples: int, length: int, *, longest: int | None = None) -> None:
+    """Refuse numbers of rows and of their tokens that make no sense.
+
+    Args:
+        samples: rows.
+        length: tokens of a row.
+        longest: that the model reads, where that is known.
+
+    Raises:
+        UsageError: so it is.
+    """
+    for name, value, least in (("samples", samples, 1), ("length", length, 2)):
+        if type(value) is not int or value < least:
+            raise UsageError(f"`{name}=`: expected at least {least}, found {value!r}")
+    if longest is not None and length > longest:
+        raise UsageError(f"`length=`: expected at most the {longest:,} tokens that the model reads, found {length:,}")
 
 
 def held_out_rows(samples: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from k2quant.calib.inputs.choosing import Parts, Pool, held_out_rows
+from k2quant.calib.inputs.choosing import Parts, Pool, check_rows, held_out_rows
 from k2quant.calib.inputs.documents import Progress, Raw, documents
 from k2quant.calib.inputs.samples import PARTS, Part, Samples
 from k2quant.data import packing
@@ -76,9 +76,7 @@ def read_samples(
         CheckpointError: the tokenizer cannot read it, or lacks the end-of-text token or the chat template.
         MissingExtra: a source is a dataset, and `datasets` is not installed.
     """
-    for name, value, least in (("samples", samples, 1), ("length", length, 2)):
-        if type(value) is not int or value < least:
-            raise UsageError(f"`{name}=`: expected at least {least}, found {value!r}")
+    check_rows(samples, length)
     one_of("`reasoning=`", reasoning, get_args(Reasoning))
     sources = {"train": DataSource(path=os.fspath(data), split=split, config=config_name)}
     for part, place in (("validation", validation), ("test", test)):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checkpoint.files.paths import nearest_folder
 from k2quant.checkpoint.panels import panel_state
+from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.conversion.placing import ShardPlan
 from k2quant.conversion.plan import Plan
@@ -71,7 +72,7 @@ def estimate(
     todo = [shard for shard in plan.shards if shard.file not in done]
     read, written = sum(shard.bytes_read for shard in todo), sum(shard.size for shard in todo)
     try:
-        disk = read / _read_rate(plan) + written / _write_rate(where)
+        disk = read / read_rate(plan.source) + written / _write_rate(where)
     except OSError as error:
         raise OutputError("cannot be written", file=where, found=error.strerror) from error
     return Estimate(
@@ -171,9 +172,9 @@ def _probe_array(spec: TensorSpec, random: np.random.Generator) -> NDArray[Any]:
     return as_array(random.integers(0, 0x7F, spec.nbytes, np.uint8), spec)
 
 
-def _read_rate(plan: Plan) -> float:
-    """Return the bytes a second at which the beginning of the source can be read."""
-    shard = next(iter(plan.source.shards.values()))
+def read_rate(source: Checkpoint) -> float:
+    """Return the bytes a second at which the beginning of a checkpoint can be read."""
+    shard = next(iter(source.shards.values()))
     buffer = memoryview(bytearray(min(_PROBE_BYTES, shard.size)))
     begun = time.perf_counter()
     read_into(shard, 0, buffer)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from k2quant.calib import plan_calibration, planning
 from k2quant.cli import main
 from places import ROOT
 
@@ -53,6 +54,23 @@ def test_it_is_k2_in_everything_but_weights(layout: Path) -> None:
     assert sum(map(len, shards)) == TENSORS
     assert sum(prod(entry["shape"]) for shard in shards for entry in shard.values()) == ELEMENTS
     assert sum(path.stat().st_blocks * 512 for path in layout.iterdir()) < 100e6
+
+
+def test_a_calibration_of_the_release_is_planned(layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of 512 rows of 2,048 tokens that were worked out on paper, in the memory that is asked for."""
+    monkeypatch.setattr(planning, "product_rate", lambda *_: 1e12)
+    monkeypatch.setattr(planning, "read_rate", lambda *_: 1e9)
+    plan = plan_calibration(layout, tmp_path / "stats", memory=32_000_000_000)
+    assert plan.tokens == 512 * 2048
+    assert plan.judging == 64 * 2048
+    assert plan.mean == plan.tokens / 48
+    assert plan.passes.hidden / (plan.tokens + plan.judging) == 7168 * 2  # 15.0 GB of them for what is measured
+    assert 1.4e9 < plan.stats_bytes < 4e9
+    assert plan.disk_needed == plan.stats_bytes + 2 * plan.passes.hidden
+    assert 1.02e12 < plan.bytes_read < 1.03e12
+    routed = 60 * 8 * 3 * 7168 * 2048
+    assert routed < plan.work / (plan.tokens + plan.judging) < 1.6 * routed
+    assert plan.seconds == plan.work / 1e12 + plan.bytes_read / 1e9
 
 
 def test_a_dry_run_plans_the_release(layout: Path, tmp_path: Path) -> None:

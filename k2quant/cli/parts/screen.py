@@ -91,11 +91,29 @@ def staged_training(what: str) -> Iterator[tuple[ShowStep | None, Callable[[str]
 
     Gives what is told of steps, and what is told that another part begins, or a note, which stays.
     """
-    with _shown(what, "STEPS") as meter:
+    with _staged(what, "STEPS") as (meter, stage):
 
         def show(done: int, total: int, loss: float) -> None:
             if meter:
                 meter.tell(done, total, f"loss {loss:.3f}")
+
+        yield (show if meter else None), stage
+
+
+@contextlib.contextmanager
+def staged_tokens(what: str) -> Iterator[tuple[Show | None, Callable[[str], None]]]:
+    """Show tokens through layers, rate and time left, and before it what else takes its time, as a training is shown.
+
+    Gives what is told of tokens, and what `staged_training` gives.
+    """
+    with _staged(what, "TOKENS") as (meter, stage):
+        yield (meter.tell if meter else None), stage
+
+
+@contextlib.contextmanager
+def _staged(what: str, measure: str) -> Iterator[tuple[Meter | None, Callable[[str], None]]]:
+    """Show a meter as `_shown` does; give it, and what is told that another part begins, or a note, which stays."""
+    with _shown(what, measure) as meter:
 
         def stage(text: str) -> None:
             if text.startswith("note: "):
@@ -103,7 +121,7 @@ def staged_training(what: str) -> Iterator[tuple[ShowStep | None, Callable[[str]
             elif meter:
                 meter.begin(text)
 
-        yield (show if meter else None), stage
+        yield meter, stage
 
 
 @contextlib.contextmanager

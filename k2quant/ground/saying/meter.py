@@ -48,6 +48,8 @@ BYTES = Measure(amount=lambda done, total: f"{size(done)} of {size(total)}", rat
 THINGS = Measure(amount=lambda done, total: f"{done:,} of {total:,}")
 ANSWERS = Measure(amount=THINGS.amount, rate=lambda rate: f"{rate:.3g} a second")
 STEPS = each("step", "steps")
+TOKENS = Measure(amount=lambda done, total: f"{done:,} of {total:,} tokens", rate=lambda rate: f"{rate:,.0f} a second")
+"""Through a layer: a token counts once for each."""
 
 
 class Meter:

@@ -35,6 +35,7 @@ PLAIN = {
 NEEDY = {
     "report": ("report", "report int4"),
     "generate": ("run", "generate int4 --prompt a"),
+    "calibrate": ("run", "calibrate fp8 new --data data.jsonl"),
     "tune": ("run", "tune"),
     "nano": ("run", "nano new"),
     "eval run": ("eval", "eval run int4 --tasks gsm8k -o new"),
@@ -58,6 +59,7 @@ PYTHON = {
     "k2quant.convert('fp8', 'new', to='int4', device='cuda')": "run",
     "k2quant.eval.measure_fidelity": "run",
     "k2quant.eval.find_blame": "run",
+    "k2quant.calib.calibrate": "run",
     "k2quant.eval.run(__import__('k2quant.eval.asking.request').eval.asking.request.Request("
     "model='int4', tasks=('gsm8k',)), __import__('pathlib').Path('new'))": "eval",
     "k2quant.qat.load": "run",
