@@ -30,7 +30,7 @@ class Piece(NamedTuple):
     """bool `[B, T]`, False for padding."""
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """Tokens, those of padding too."""
         return self.tokens.numel()
 

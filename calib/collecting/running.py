@@ -113,7 +113,7 @@ def collect(
     walk = Walk(assembly, model, segments(samples), plan, hessians=hessians)
     with calibrating(stats, manifest, restart=restart, soft_lock=soft_lock) as whole, _as_output_error(stats):
         measured = _Run(walk, manifest, source, stats).go(whole, progress, restart=restart)
-    tokens = {part: getattr(samples, part).count for part in PARTS}
+    tokens: dict[str, int] = {part: getattr(samples, part).count for part in PARTS}
     return Collected(folder=stats, layers=model.layers, measured=measured, tokens=tokens, needs=plan)
 
 

@@ -57,7 +57,7 @@ class Walk:
         """All rows, in order."""
         self.shapes = [(*piece.tokens.shape, model.hidden) for piece in self.pieces]
         """Of the hidden states of each piece."""
-        self.tokens = sum(piece.count for piece in self.pieces)
+        self.tokens = sum(piece.size for piece in self.pieces)
         """Tokens that go through a layer."""
 
     def outside(self) -> Digests:
@@ -141,7 +141,7 @@ class _Step:
         done = 0
         for number, piece in enumerate(self._walk.pieces):
             self._put(number, self._through(number, piece))
-            done += piece.count
+            done += piece.size
             self._tell(done)
 
     def _through(self, number: int, piece: Piece) -> Tensor:
@@ -178,7 +178,7 @@ class _Step:
         done: int,
     ) -> int:
         """Run a wave; what it keeps is gone afterwards. Return how many tokens are done."""
-        wave = _Wave(sum(piece.count for segment in segments for piece in segment), self._assembly)
+        wave = _Wave(sum(piece.size for segment in segments for piece in segment), self._assembly)
         routes = self._route(moe, wave, first, segments)
         for chunk in experts.chunks():
             if not done:
@@ -199,14 +199,14 @@ class _Step:
             chosen = []
             start = begun
             for piece in segment:
-                wave.residual[begun : begun + piece.count] = self._through(number, piece).flatten(0, 1)
+                wave.residual[begun : begun + piece.size] = self._through(number, piece).flatten(0, 1)
                 x = self._layer.mlp.seen
                 self.watch.see(self.watch.experts, x)
                 _, weights, ids = moe.gate(x)
-                wave.x[begun : begun + piece.count] = x.flatten(0, 1)
-                wave.out[begun : begun + piece.count] = moe.shared_experts(x).flatten(0, 1)
+                wave.x[begun : begun + piece.size] = x.flatten(0, 1)
+                wave.out[begun : begun + piece.size] = moe.shared_experts(x).flatten(0, 1)
                 chosen.append((ids, weights))
-                number, begun = number + 1, begun + piece.count
+                number, begun = number + 1, begun + piece.size
             ids, weights = (torch.cat(each) for each in zip(*chosen, strict=True))
             real = torch.cat([piece.real.flatten() for piece in segment]).to(ids.device)
             found.append(sort_by_expert(segment[0].part, ids, weights, real, start, self._walk.model.experts))
@@ -216,10 +216,10 @@ class _Step:
     def _gather(self, wave: _Wave, first: int, segments: Sequence[Segment]) -> None:
         begun = 0
         for number, piece in enumerate((piece for segment in segments for piece in segment), first):
-            span = slice(begun, begun + piece.count)
+            span = slice(begun, begun + piece.size)
             out = wave.residual[span] + wave.out[span].to(wave.residual.dtype)
             self._put(number, out.view(*piece.tokens.shape, -1))
-            begun += piece.count
+            begun += piece.size
 
     @property
     def _sums(self) -> Any:
