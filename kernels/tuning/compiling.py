@@ -22,6 +22,7 @@ from k2quant.ground.release import EXPERTS, TOP
 from k2quant.kernels.codecs.gpu import figures as figures_triton
 from k2quant.kernels.codecs.gpu import fp8 as fp8_codecs_triton
 from k2quant.kernels.codecs.gpu import int4 as int4_codecs_triton
+from k2quant.kernels.codecs.gpu import search as search_triton
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.devices.launch import Launch, recorded
 from k2quant.kernels.products.fp8_weight import Fp8Weight
@@ -117,6 +118,11 @@ def rehearse_codecs(arch: int) -> list[Launch]:
         int4_codecs_triton.bf16_to_int4(weights, bits=3)
         int4_codecs_triton.fake_quantize_int4(weights, bits=8)
         int4_codecs_triton.int4_to_bf16(packed, scale)
+        importance = torch.empty(weights.shape[1])
+        for known, width in ((None, 4), (importance, 4), (importance, 3)):
+            search_triton.search_int4_scales(weights, known, bits=width)
+        for known in (None, importance):
+            search_triton.weighted_errors(weights, scale, known)
         figures_triton.compare(weights, weights)
         groups = repack_triton.repack_int4(packed, scale)
         repack_triton.unpack_int4(*groups)

@@ -145,7 +145,11 @@ def check_folders(job: Job) -> None:
         UsageError: so it is; the message names the key.
     """
     teacher = job.distill.teacher if job.distill else None
-    folders = ("model", job.model), ("distill: teacher", teacher), ("training: fallback_stats", job.training.fallback_stats)
+    folders = (
+        ("model", job.model),
+        ("distill: teacher", teacher),
+        ("training: fallback_stats", job.training.fallback_stats),
+    )
     for name, folder in folders:
         if folder is not None and (why := no_folder(folder)):
             raise UsageError(f"{name}: {folder}: {why}")

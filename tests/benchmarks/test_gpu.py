@@ -364,7 +364,7 @@ class TestBits:
                 taken[name] |= set(np.unique(weights).tolist())
                 raise ValueAt(row=0, column=0, what="refused")
 
-            return SimpleNamespace(encode=encode, decode=lambda *_: None)
+            return SimpleNamespace(encode=encode, decode=lambda *_: None, search=encode)
 
         codecs = SimpleNamespace(fp8=taker("fp8"), int4=taker("int4"))
         made = bench.bit_cases.Bench(codecs, torch_codecs("cpu"), torch.device("cpu"))

@@ -174,6 +174,17 @@ def encode_int4(bits: U16, grid: Grid, codecs: Codecs, *, recover: bool = True, 
     return arrays | figures(found)
 
 
+def search_int4(bits: U16, codecs: Codecs, *, width: int = 4, weighed: bool = True) -> Arrays:
+    """Search INT4 scales, columns weighed by numbers of every size or not at all, and judge them."""
+    random = np.random.default_rng(13)
+    size = np.ldexp(random.random(bits.shape[1], np.float32), random.integers(-16, 16, bits.shape[1]))
+    importance = size.astype(np.float32) if weighed else None
+    scale = np.empty((len(bits), bits.shape[1] // GROUP), np.uint16)
+    codecs.int4.search(bits, importance, scale, bits=width)
+    error = codecs.int4.weighted_error(bits, scale, importance, bits=width)
+    return {"searched": scale, "error": np.array([error])}
+
+
 def _wide(bits: U16) -> F32:
     """Return BF16 bits as float32 numbers."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
@@ -187,10 +198,14 @@ def _encoding(bench: Bench, kind: str, bits: U16, blocks: tuple[tuple[int, int],
         for width in (3, 2):
             name = f"BF16 -> INT{width} moonshot -> BF16, {kind}"
             yield bench.case(name, partial(encode_int4, bits, "moonshot", width=width))
+            yield bench.case(f"INT{width} scales, searched, {kind}", partial(search_int4, bits, width=width))
         return
     for grid, recover in GRIDS:
         name = f"BF16 -> INT4 {grid}{'' if recover else ' without recovery'} -> BF16, {kind}"
         yield bench.case(name, partial(encode_int4, bits, grid, recover=recover))
+    for weighed in (True, False):
+        name = f"INT4 scales, searched{', columns weighed' if weighed else ''}, {kind}"
+        yield bench.case(name, partial(search_int4, bits, weighed=weighed))
 
 
 def fp8_everything(bench: Bench) -> tuple[NDArray[np.uint8], F32]:
@@ -406,3 +421,4 @@ def _matrices(bench: Bench) -> Iterator[Case]:
     factors = _wide(float_to_bf16(factors))
     packed = words(random, rows, columns)
     yield bench.case(f"INT4 -> FP8 128x128, {size}", partial(to_fp8, packed, factors, BLOCK))
+    yield bench.case(f"INT4 scales, searched, columns weighed, {size}", partial(search_int4, bits))

@@ -22,8 +22,8 @@ SUMS = 1e-12
 
 DRY = {"every": 509, "ragged": (25, 160), "matrix": (136, 256)}
 """What a dry run takes: a few values, and small matrices."""
-DRY_STEP = 5
-"""And of all cases each so many-th; a kind of weights has four, so that every codec has its turn."""
+DRY_STEP = 7
+"""And of all cases each so many-th; a kind of weights has six, so that every codec has its turn."""
 
 
 def run(kept: Record, setting: Setting) -> None:

@@ -102,6 +102,9 @@ PEERS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 """Who meets k2quant in each section, on each device."""
 
+SEARCH = "INT4 scales, searched"
+"""A codec that tries each weight at 16 scales: it is no copy of memory, and G13 does not ask the speed of one."""
+
 CODECS = (
     "INT4 -> BF16",
     "FP8 -> BF16",
@@ -111,6 +114,7 @@ CODECS = (
     "BF16 -> FP8",
     "activations -> FP8 1x128",
     "repack INT4",
+    SEARCH,
 )
 
 

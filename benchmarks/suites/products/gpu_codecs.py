@@ -10,7 +10,7 @@ from torch import Tensor
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.ops import prepare_int4
 from k2quant.kernels.products import reference as matmul_reference
-from suites.products.cases import Cell
+from suites.products.cases import SEARCH, Cell
 from suites.products.inputs import BLOCK, CodecBank, Entry, Work
 
 
@@ -48,7 +48,7 @@ Codec = Callable[..., tuple[Tensor, ...]]
 
 def _codec(name: str, bank: CodecBank) -> tuple[Codec, Codec, tuple[Tensor, ...]]:
     """Return a codec, its reference, and what they take."""
-    from k2quant.kernels.codecs.gpu import fp8, int4
+    from k2quant.kernels.codecs.gpu import fp8, int4, search
     from k2quant.kernels.products.gpu import repack as repack_triton
     from k2quant.kernels.products.gpu import w8a8 as w8a8_triton
 
@@ -78,6 +78,11 @@ def _codec(name: str, bank: CodecBank) -> tuple[Codec, Codec, tuple[Tensor, ...]
         "activations -> FP8 1x128": lambda: (
             w8a8_triton.quantize_activations,
             matmul_reference.fp8_quantize_activations,
+            bf16,
+        ),
+        SEARCH: lambda: (
+            lambda weights: (search.search_int4_scales(weights, bank.importance),),
+            lambda weights: (reference.searched_int4_scales(weights, bank.importance),),
             bf16,
         ),
         "repack INT4": lambda: (repack_triton.repack_int4, _repacked, (bank.packed, bank.scale4)),

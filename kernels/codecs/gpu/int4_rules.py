@@ -11,9 +11,16 @@ import triton
 import triton.language as tl
 
 from k2quant.kernels.codecs.gpu.bf16 import INFINITY, any_of, magnitude_of, round_to_bf16, widen
+from k2quant.kernels.codecs.scales import search
 
-LARGE = tl.constexpr(0x7E80)
+LARGE = tl.constexpr(search.LARGE_AMAX)
 """BF16 bits of 2^126: below this largest weight no group has a value that exceeds BF16."""
+
+LEAST_AMAX = tl.constexpr(search.LEAST_AMAX)
+"""BF16 bits of the least largest weight of a group that is searched."""
+
+CANDIDATES = tl.constexpr(search.CANDIDATES)
+"""Scales that a search tries."""
 
 
 @triton.jit
@@ -92,6 +99,80 @@ def recovered_int4_scale(bits, amax, scale, candidates):
 
 
 @triton.jit
+def recoverable(magnitude, amax, scale):
+    """Return which groups may lie on the grid, and are worth trying.
+
+    No value but zero is below its scale, and no candidate is below bf16(amax/7) less a step. Of ordinary groups one in
+    5000 holds nothing smaller; only such are tried, and all of those whose scale may be subnormal.
+
+    Args:
+        magnitude: BF16 bits without sign `[G, 4, 8]`.
+        amax: the largest of each group.
+        scale: the plain scales, BF16 bits `[G]`.
+    """
+    least = tl.min(tl.min(tl.where(magnitude == 0, 0x7FFF, magnitude), 2), 1)
+    return ((least >= scale.to(tl.int32) - 1) | (amax < 0x200)) & (amax > 0) & (amax < INFINITY)
+
+
+@triton.jit
+def chosen_int4_scale(bits, amax, RECOVER: tl.constexpr, LARGEST: tl.constexpr):
+    """Return the scales, BF16 bits `[G]`, that moonshot's rule takes for groups `[G, 4, 8]`, recovered ones among them.
+
+    A group that is not finite gets the scale NaN.
+    """
+    scale = int4_scale(amax, "moonshot", LARGEST)
+    if RECOVER:
+        candidates = recoverable(magnitude_of(bits), amax, scale)
+        if any_of(candidates) > 0:
+            scale = recovered_int4_scale(bits, amax, scale, candidates)
+    return tl.where(amax >= INFINITY, 0x7FC0, scale).to(tl.int16)
+
+
+@triton.jit
+def halved(lanes):
+    """Return the sums `[G]` of lanes `[G, 4, 8]`: lane i and i + 16, then i + 8, 4, 2, 1.
+
+    Each step adds two numbers, so no order is left to the compiler.
+    """
+    groups: tl.constexpr = lanes.shape[0]
+    fours = tl.sum(tl.sum(lanes.reshape(groups, 2, 2, 8), 1), 1).reshape(groups, 2, 4)
+    return tl.sum(tl.sum(tl.sum(fours, 1).reshape(groups, 2, 2), 1), 1)
+
+
+@triton.jit
+def searched_scale(bits, heavy, amax, scale, LARGEST: tl.constexpr, STEP: tl.constexpr):
+    """Return the scales of least error, BF16 bits `[G]`: rule 7 of docs/formats.md, see `scales.search`.
+
+    Args:
+        bits: BF16 bits `[G, 4, 8]`.
+        heavy: what each weighs, float32 `[G, 4, 8]`; a group in which one is NaN gets the scale NaN.
+        amax: their largest magnitudes `[G]`, int32.
+        scale: BF16 bits `[G]`; one that is not the plain scale stays.
+        LARGEST: the largest code, a float.
+        STEP: by so many 256ths the factor falls from one candidate to the next.
+    """
+    plain = int4_scale(amax, "moonshot", LARGEST)
+    asked = (amax >= LEAST_AMAX) & (amax < LARGE) & (scale == plain)
+    unit = tl.where(asked, (254 - (amax >> 7)) << 23, 0).to(tl.float32, bitcast=True)[:, None, None]  # 2^-e
+    values = tl.where(asked[:, None, None], widen(bits), 0.0)
+    least = tl.full(amax.shape, float("inf"), tl.float32)
+    candidate = 0
+    while candidate < CANDIDATES:
+        factor = (256 - candidate * STEP).to(tl.float32) * 0.00390625  # 256ths
+        shrunk = widen(round_to_bf16(widen(plain) * factor)) * LARGEST
+        trial = round_to_bf16(tl.div_rn(widen(round_to_bf16(shrunk)), LARGEST))
+        step = widen(tl.where(asked, trial, 0x3F80))
+        after = int4_product(int4_nibble(values, step, "moonshot", LARGEST), step[:, None, None])
+        difference = (values - widen(after)) * unit
+        error = halved(difference * difference * heavy)
+        better = asked & (error < least)
+        scale = tl.where(better, trial, scale)
+        least = tl.where(better, error, least)
+        candidate += 1
+    return tl.where(asked & (least == float("inf")), 0x7FC0, scale).to(tl.int16)
+
+
+@triton.jit
 def encode_int4(bits, bad_ptr, GRID: tl.constexpr, RECOVER: tl.constexpr, LARGEST: tl.constexpr):
     """Round groups to INT4; set the flag at `bad_ptr` where a weight is not finite, or would not be after decoding.
 
@@ -110,10 +191,7 @@ def encode_int4(bits, bad_ptr, GRID: tl.constexpr, RECOVER: tl.constexpr, LARGES
     scale = int4_scale(amax, GRID, LARGEST)
     special = amax >= LARGE
     if RECOVER and GRID == "moonshot":
-        # No value but zero is below its scale, and no candidate is below bf16(amax/7) less a step. Of ordinary groups
-        # one in 5000 holds nothing smaller; only such are searched, and all of those whose scale may be subnormal.
-        least = tl.min(tl.min(tl.where(magnitude == 0, 0x7FFF, magnitude), 2), 1)
-        candidates = ((least >= scale.to(tl.int32) - 1) | (amax < 0x200)) & (amax > 0) & (amax < INFINITY)
+        candidates = recoverable(magnitude, amax, scale)
         special = special | candidates
     found = any_of(special)  # one vote among the program's threads for all that seldom happens
     if RECOVER and GRID == "moonshot":

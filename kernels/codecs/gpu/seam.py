@@ -2,12 +2,12 @@
 
 A panel is copied to the device, one kernel makes of it what is asked for, and the outcome is copied back. The kernels
 report in a flag that they met a bad value; which one it was is then searched on the CPU, see `values`. Rounding from
-float32 and float16 is left to torch, and so is what no conversion asks for: choosing scales without codes, and storing
-at scales that are given.
+float32 and float16 is left to torch, and so are choosing scales without codes, and storing at scales that are given.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from k2quant.kernels.codecs import values as explain
 from k2quant.kernels.codecs.figures import Figures
-from k2quant.kernels.codecs.gpu import fp8, int4
+from k2quant.kernels.codecs.gpu import fp8, int4, search
 from k2quant.kernels.codecs.gpu.figures import compare, figures_of
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.codecs.reference.seam import OnDevice, TorchFloats, TorchFp8, TorchInt4, copy_bits
+from k2quant.kernels.codecs.scales.search import check_importance
 from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import F32, I32, U8, U16, ValueAt
 
@@ -82,6 +83,27 @@ class CudaInt4(TorchInt4):
         found = int4.bf16_to_int4(self.bf16(weights), grid, recover=recover, bits=bits, figures=True, bad=bad)
         _refuse(bad, lambda: explain.bad_group(weights, bits))
         return _filled(found, packed, scale)
+
+    def search(self, weights: U16, importance: F32 | None, scale: U16, *, bits: int = 4, recover: bool = True) -> None:
+        """Choose the scale of least error for each group."""
+        bad, heavy = _flag(self), self._importance(importance, weights.shape[1])
+        found = search.search_int4_scales(self.bf16(weights), heavy, recover=recover, bits=bits, bad=bad)
+        _refuse(bad, lambda: explain.bad_weight(weights))
+        copy_bits(found, scale)
+
+    def weighted_error(self, weights: U16, scale: U16, importance: F32 | None, *, bits: int = 4) -> float:
+        """Return what rounding at these scales loses, each column weighed; the device sums rows, the CPU adds them."""
+        bad, heavy = _flag(self), self._importance(importance, weights.shape[1])
+        sums = search.weighted_errors(self.bf16(weights), self.bf16(scale), heavy, bits=bits, bad=bad)
+        if bad.item():
+            return super().weighted_error(weights, scale, importance, bits=bits)  # the reference says what it is
+        return math.fsum(sums.tolist())
+
+    def _importance(self, importance: F32 | None, columns: int) -> Tensor | None:
+        if importance is None:
+            return None
+        check_importance(importance, columns)
+        return self.tensor(importance)
 
 
 class CudaFused(OnDevice):

@@ -88,7 +88,7 @@ def search_int4_scales(
 
     Raises:
         UsageError: the weights or the importance do not fit, or there is no such width.
-        ValueAt: on a CPU, a weight is not finite.
+        ValueAt: on a CPU, a weight is not finite; on a GPU such a group gets the scale NaN.
     """
     expect_grid("moonshot", bits, PACKED_BITS)
     expect(weights, "weights", torch.bfloat16, multiple=GROUP)
@@ -162,6 +162,10 @@ def _(weights: Tensor, *_: Any) -> Tensor:
 
 @custom_op("k2quant::search_int4_scales", mutates_args=())
 def _search_int4_scales(weights: Tensor, importance: Tensor | None, recover: bool, bits: int = 4) -> Tensor:  # noqa: FBT001 - an operator's schema
+    if on_triton(weights):
+        from k2quant.kernels.codecs.gpu import search as on_gpu
+
+        return on_gpu.search_int4_scales(weights, importance, recover=recover, bits=bits)
     if weights.device.type != "cpu":
         return reference.searched_int4_scales(weights, importance, recover=recover, bits=bits)
     scale = new_int4(weights)[1]

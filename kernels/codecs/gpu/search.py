@@ -1,0 +1,218 @@
+"""The search for INT4 scales on a GPU, and the error that judges it: the bits of `reference.search`.
+
+A thread holds a group through all candidates: memory is read once. What a column weighs is made ahead,
+once for all rows. As in `int4`, nothing here waits for the device, and what the seam refuses is reported in a flag;
+a group with such a value gets the scale NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from k2quant.errors import UsageError
+from k2quant.kernels.codecs.gpu.bf16 import INFINITY, any_of, bad_scale, magnitude_of, widen
+from k2quant.kernels.codecs.gpu.figures import bits_of, flag_for
+from k2quant.kernels.codecs.gpu.int4_rules import chosen_int4_scale, halved, int4_nibble, int4_product, searched_scale
+from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, largest_code
+from k2quant.kernels.codecs.scales.search import STEPS
+from k2quant.kernels.devices.launch import launch
+
+_GROUPS = 128
+"""Groups that a program searches, one a thread: so no error is added up across threads, 16 times over."""
+
+_ROWS = 16
+"""Rows whose errors a program adds up, each in its order: 4 weights a thread."""
+
+_COLUMNS = 16
+"""Groups of columns that a program weighs."""
+
+
+@triton.jit
+def _column_weights(importance_ptr, out_ptr, groups, GROUPS: tl.constexpr):
+    """Write each importance times a power of two that brings the largest of its group to 1/2 or more, below 1.
+
+    All of a group that holds what is no importance, a NaN or less than zero, becomes NaN.
+    """
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    place = (group * 32)[:, None] + tl.arange(0, 32)[None, :]
+    inside = (group < groups)[:, None]
+    given = tl.load(importance_ptr + place, mask=inside, other=0.0)
+    bad = tl.max((bad_scale(given) & (given != 0)).to(tl.int32), 1)
+    # float64 holds the power even where the largest is subnormal in float32; it is made of the exponent's bits alone.
+    wide = given.to(tl.float64)
+    exponent = tl.max(wide.to(tl.int64, bitcast=True) >> 52, 1) & 0x7FF
+    power = ((2045 - exponent) << 52).to(tl.float64, bitcast=True)
+    weight = (wide * power[:, None]).to(tl.float32)
+    weight = tl.where(bad[:, None] > 0, float("nan"), weight)
+    tl.store(out_ptr + place, weight, mask=inside)
+
+
+@triton.jit
+def _search(
+    weights_ptr,
+    heavy_ptr,
+    scale_ptr,
+    bad_ptr,
+    groups,
+    ACROSS,
+    RECOVER: tl.constexpr,
+    LARGEST: tl.constexpr,
+    STEP: tl.constexpr,
+    WEIGHED: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Choose the scales of GROUPS groups, of which ACROSS lie in a row."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    inside = (group < groups)[:, None, None]
+    lane = (8 * tl.arange(0, 4))[:, None] + tl.arange(0, 8)[None, :]
+    bits = tl.load(weights_ptr + ((group * 32)[:, None, None] + lane[None, :, :]), mask=inside, other=0)
+    if WEIGHED:
+        column = (group % ACROSS * 32)[:, None, None] + lane[None, :, :]
+        heavy = tl.load(heavy_ptr + column, mask=inside, other=0.0)
+    else:
+        heavy = tl.full((GROUPS, 4, 8), 1.0, tl.float32)
+    amax = tl.max(tl.max(magnitude_of(bits), 2), 1)
+    scale = chosen_int4_scale(bits, amax, RECOVER, LARGEST)
+    scale = searched_scale(bits, heavy, amax, scale, LARGEST, STEP)
+    if tl.max(amax) >= INFINITY:
+        tl.store(bad_ptr, 1)
+    tl.store(scale_ptr + group, scale, mask=group < groups)
+
+
+def search_int4_scales(
+    weights: Tensor,
+    importance: Tensor | None,
+    *,
+    recover: bool = True,
+    bits: int = 4,
+    bad: Tensor | None = None,
+) -> Tensor:
+    """Return the BF16 scales `[R, K/32]` of least error, see `seam.Int4Codec.search`.
+
+    Args:
+        weights: BF16 `[R, K]`; K is a multiple of 32.
+        importance: float32 `[K]`; nothing stands for ones. A group of columns with one that is NaN, infinite or
+            negative gets the scale NaN where it is searched.
+        recover: leave groups that lie on the grid the scale that gives all their weights; of 4 bits alone.
+        bits: width of the codes, 4, 3 or 2.
+        bad: int32 `[1]`, set to 1 if a weight is not finite.
+
+    Raises:
+        UsageError: there is no such width, or `importance` is of another dtype or length.
+    """
+    largest, across = largest_code("moonshot", bits, PACKED_BITS), weights.shape[-1] // GROUP
+    scale = torch.empty((*weights.shape[:-1], across), dtype=torch.bfloat16, device=weights.device)
+    launch(
+        _search,
+        (triton.cdiv(scale.numel(), _GROUPS),),
+        bits_of(weights),
+        weights if importance is None else column_weights(importance, weights.shape[-1]),
+        bits_of(scale),
+        flag_for(bad, weights),
+        scale.numel(),
+        across,
+        RECOVER=recover and bits == 4,
+        LARGEST=float(largest),
+        STEP=STEPS[bits],
+        WEIGHED=importance is not None,
+        GROUPS=_GROUPS,
+        exact=True,
+    )
+    return scale
+
+
+def column_weights(importance: Tensor, columns: int) -> Tensor:
+    """Return what each column weighs in a search, float32 `[K]`: the bits of `scales.search.column_weights`.
+
+    Raises:
+        UsageError: `importance` is of another dtype or length; what it holds is not looked at.
+    """
+    if importance.dtype != torch.float32 or importance.shape != (columns,):
+        found = f"{str(importance.dtype).removeprefix('torch.')} {list(importance.shape)}"
+        raise UsageError(f"importance: expected float32 [{columns}], one for each column, found {found}")
+    out, groups = torch.empty_like(importance, memory_format=torch.contiguous_format), columns // GROUP
+    launch(
+        _column_weights,
+        (triton.cdiv(groups, _COLUMNS),),
+        importance.contiguous(),
+        out,
+        groups,
+        GROUPS=_COLUMNS,
+        exact=True,
+    )
+    return out
+
+
+@triton.jit
+def _weighted_errors(
+    weights_ptr,
+    scale_ptr,
+    importance_ptr,
+    sums_ptr,
+    bad_ptr,
+    rows,
+    ACROSS,
+    LARGEST: tl.constexpr,
+    WEIGHED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Write what each of ROWS rows loses: 32 lanes go along a row, and are added in halves at its end."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    lane = (8 * tl.arange(0, 4))[:, None] + tl.arange(0, 8)[None, :]
+    lanes = tl.zeros((ROWS, 4, 8), tl.float64)
+    bad = tl.zeros((ROWS,), tl.int32)
+    group = 0
+    while group < ACROSS:
+        scale = tl.load(scale_ptr + row * ACROSS + group, mask=inside, other=0x3F80)
+        place = ((row * ACROSS + group) * 32)[:, None, None] + lane[None, :, :]
+        bits = tl.load(weights_ptr + place, mask=inside[:, None, None], other=0)
+        step = widen(scale)
+        after = int4_product(int4_nibble(widen(bits), step, "moonshot", LARGEST), step[:, None, None])
+        difference = tl.abs(widen(bits) - widen(after)).to(tl.float64)
+        term = difference * difference
+        if WEIGHED:
+            term = term * tl.load(importance_ptr + (group * 32 + lane))[None, :, :].to(tl.float64)
+        lanes += term
+        worst = tl.max(tl.max(tl.maximum(magnitude_of(bits), magnitude_of(after)), 2), 1)
+        bad = bad | (bad_scale(step) | (scale == 0) | (worst >= INFINITY)).to(tl.int32)
+        group += 1
+    tl.store(sums_ptr + row, halved(lanes), mask=inside)
+    if any_of(bad > 0) > 0:
+        tl.store(bad_ptr, 1)
+
+
+def weighted_errors(
+    weights: Tensor, scale: Tensor, importance: Tensor | None, *, bits: int = 4, bad: Tensor | None = None
+) -> Tensor:
+    """Return for each row, float64 `[R]`, what rounding at given scales loses: see `seam.Int4Codec.weighted_error`.
+
+    Args:
+        weights: BF16 `[R, K]`; K is a multiple of 32.
+        scale: BF16 `[R, K/32]`.
+        importance: float32 `[K]`; nothing stands for ones.
+        bits: width of the codes, 4, 3 or 2.
+        bad: int32 `[1]`, set to 1 if a weight is not finite or decodes to more than BF16 holds, or a scale is bad or
+            zero.
+    """
+    largest, rows = largest_code("moonshot", bits, PACKED_BITS), weights.shape[0]
+    sums = torch.empty(rows, dtype=torch.float64, device=weights.device)
+    launch(
+        _weighted_errors,
+        (triton.cdiv(rows, _ROWS),),
+        bits_of(weights),
+        bits_of(scale),
+        sums if importance is None else importance.contiguous(),
+        sums,
+        flag_for(bad, weights),
+        rows,
+        weights.shape[1] // GROUP,
+        LARGEST=float(largest),
+        WEIGHED=importance is not None,
+        ROWS=_ROWS,
+        exact=True,
+    )
+    return sums
