@@ -1,0 +1,96 @@
+"""The output error of every linear of nano-K2, by each method and width: true, on held-out activations, and as judged.
+
+One file for each model and draw in `WORKDIR/proof`; what is there is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from k2quant.calib import calibrate
+from k2quant.calib.stats.reading import Stats, open_stats
+from k2quant.ground import names
+from k2quant.nano.tasks import Item
+from suites.calib import drift, rounding, samples, truth
+from suites.calib.samples import DRAWS, SEEDS, WIDTHS, tell
+
+LENGTH = 64
+"""Tokens of a row: two to four documents, which do not see one another."""
+
+
+def calibrated(workdir: Path, folder: Path, seed: int, draw: int, documents: int = samples.DOCUMENTS) -> Stats:
+    """Return what `k2quant calibrate` measures of a model on one draw; it is measured if it is not there yet."""
+    stats = workdir / "stats" / f"{seed}-{draw}"
+    if not (stats / "k2quant_stats.json").exists():
+        data = samples.write_draw(workdir / "data" / f"{seed}-{draw}.jsonl", seed, draw, documents)
+        calibrate(folder, stats, data=str(data), samples=documents, length=LENGTH)
+    return open_stats(stats)
+
+
+def kind(base: str) -> str:
+    """Return which linears of a model are alike, such as `experts' gate` or `kv_b`."""
+    projection = base.rpartition(".")[2].removesuffix("_with_mqa").removesuffix("_proj")
+    if names.is_routed_expert(base):
+        return f"experts' {projection}"
+    mlp = {".shared_experts.": "shared", ".mlp.": "dense"}
+    where = next((word for part, word in mlp.items() if part in base), "")
+    return f"{where} {projection}".strip()
+
+
+def errors(model: Any, stats: Stats, test: truth.Seen, widths: Sequence[int] = WIDTHS) -> Iterator[dict[str, Any]]:
+    """Yield a row for each linear that the test reaches, and each width.
+
+    "true" is sum w |(W - Q) x|^2 of each method over that of `rtn`; "judged" is the same by the mean squares
+    and means of the validation part, as rule 6 sees it.
+    """
+    for base, matrix in truth.matrices(model).items():
+        here, held, own = test.of(base), stats.held_out(base), stats.moments(base)
+        if here is None or held is None or own is None:
+            continue
+        weights, known = rounding.bits_of(matrix), rounding.Known.of(stats, base)
+        for bits in widths:
+            found = {method: rounding.scales(weights, method, bits, known) for method in rounding.METHODS}
+            true = {
+                method: here.error(matrix, rounding.values(weights, scale, bits)) for method, scale in found.items()
+            }
+            judged = rounding.judged(weights, found, held, bits)
+            yield {
+                "base": base,
+                "kind": kind(base),
+                "bits": bits,
+                "tokens": {"train": own.tokens, "validation": held.tokens, "test": here.tokens},
+                "true": {method: true[method] / true["rtn"] for method in rounding.METHODS},
+                "judged": {method: judged[method] / judged["rtn"] for method in rounding.METHODS},
+            }
+
+
+def arm(workdir: Path, folder: Path, seed: int, draw: int, items: Sequence[Item]) -> dict[str, Any]:
+    """Return all that is measured of one model and one draw; what needs no data is measured with the first."""
+    path = workdir / "proof" / f"{seed}-{draw}.json"
+    if not path.exists():
+        tell(f"proof: seed {seed}, draw {draw}")
+        stats, model = calibrated(workdir, folder, seed, draw), truth.load(folder)
+        test = truth.seen(model, items)
+        methods = rounding.METHODS if draw == DRAWS[0] else ("imatrix",)
+        found = {
+            "seed": seed,
+            "draw": draw,
+            "fingerprint": stats.fingerprint,
+            "rows": list(errors(model, stats, test)),
+            "drift": list(drift.measure(workdir, folder, model, stats, methods, items)),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(found))
+        partial.rename(path)
+    kept: dict[str, Any] = json.loads(path.read_text())
+    return kept
+
+
+def measure(workdir: Path, seeds: Sequence[int] = SEEDS, draws: Sequence[int] = DRAWS) -> list[dict[str, Any]]:
+    """Return all arms."""
+    folders, items = samples.bases(workdir, seeds), samples.exam()
+    return [arm(workdir, folders[seed], seed, draw, items) for seed in seeds for draw in draws]
