@@ -63,10 +63,15 @@ def divergence(base: Predicted, other: Predicted) -> float:
 
 
 def measure(
-    workdir: Path, folder: Path, model: Any, stats: Stats, methods: Sequence[str], items: Sequence[Item]
+    workdir: Path,
+    folder: Path,
+    model: Any,
+    base: Predicted,
+    stats: Stats,
+    methods: Sequence[str],
+    items: Sequence[Item],
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for each method and width: KL to the model as it was, and which answers are right."""
-    base = predicted(model, items)
     yield {"method": "none", "bits": 16, "right": base.right}
     for bits in WIDTHS:
         for method in methods:

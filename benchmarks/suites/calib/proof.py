@@ -67,30 +67,44 @@ def errors(model: Any, stats: Stats, test: truth.Seen, widths: Sequence[int] = W
             }
 
 
-def arm(workdir: Path, folder: Path, seed: int, draw: int, items: Sequence[Item]) -> dict[str, Any]:
-    """Return all that is measured of one model and one draw; what needs no data is measured with the first."""
-    path = workdir / "proof" / f"{seed}-{draw}.json"
-    if not path.exists():
-        tell(f"proof: seed {seed}, draw {draw}")
-        stats, model = calibrated(workdir, folder, seed, draw), truth.load(folder)
-        test = truth.seen(model, items)
-        methods = rounding.METHODS if draw == DRAWS[0] else ("imatrix",)
-        found = {
-            "seed": seed,
-            "draw": draw,
-            "fingerprint": stats.fingerprint,
-            "rows": list(errors(model, stats, test)),
-            "drift": list(drift.measure(workdir, folder, model, stats, methods, items)),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(found))
-        partial.rename(path)
-    kept: dict[str, Any] = json.loads(path.read_text())
-    return kept
+class Tested:
+    """A model, and what its test says of it before anything is rounded."""
+
+    def __init__(self, folder: Path, items: Sequence[Item]) -> None:
+        """Run the test through it."""
+        self.folder, self.items, self.model = folder, items, truth.load(folder)
+        self.seen, self.base = truth.seen(self.model, items), drift.predicted(self.model, items)
+
+
+def arm(workdir: Path, tested: Tested, seed: int, draw: int) -> dict[str, Any]:
+    """Return what is measured of one model and one draw; what needs no data is measured with the first."""
+    tell(f"proof: seed {seed}, draw {draw}")
+    stats = calibrated(workdir, tested.folder, seed, draw)
+    methods = rounding.METHODS if draw == DRAWS[0] else ("imatrix",)
+    return {
+        "seed": seed,
+        "draw": draw,
+        "fingerprint": stats.fingerprint,
+        "rows": list(errors(tested.model, stats, tested.seen)),
+        "drift": list(drift.measure(workdir, tested.folder, tested.model, tested.base, stats, methods, tested.items)),
+    }
+
+
+def of_seed(workdir: Path, folder: Path, seed: int, draws: Sequence[int] = DRAWS) -> list[dict[str, Any]]:
+    """Return the arms of one model."""
+    paths = {draw: workdir / "proof" / f"{seed}-{draw}.json" for draw in draws}
+    wanted = [draw for draw, path in paths.items() if not path.exists()]
+    if wanted:
+        tested = Tested(folder, samples.exam())
+        for draw in wanted:
+            paths[draw].parent.mkdir(parents=True, exist_ok=True)
+            partial = paths[draw].with_suffix(".partial")
+            partial.write_text(json.dumps(arm(workdir, tested, seed, draw)))
+            partial.rename(paths[draw])
+    return [json.loads(path.read_text()) for path in paths.values()]
 
 
 def measure(workdir: Path, seeds: Sequence[int] = SEEDS, draws: Sequence[int] = DRAWS) -> list[dict[str, Any]]:
     """Return all arms."""
-    folders, items = samples.bases(workdir, seeds), samples.exam()
-    return [arm(workdir, folders[seed], seed, draw, items) for seed in seeds for draw in draws]
+    folders = samples.bases(workdir, seeds)
+    return [one for seed in seeds for one in of_seed(workdir, folders[seed], seed, draws)]

@@ -144,8 +144,13 @@ def stream(source: Path, rows: Samples) -> None:
     """Run the rows through the model, plainly."""
     from k2quant.model import stream_forward
 
-    batches = [batch for part in (rows.train, rows.validation) for batch in part.batches]
-    for _ in stream_forward(source, [{"input_ids": one.tokens, "position_ids": one.positions} for one in batches]):
+    parts = [(part.tokens.split(1), part.positions.split(1)) for part in (rows.train, rows.validation)]
+    batches = [
+        {"input_ids": tokens, "position_ids": positions}
+        for part in parts
+        for tokens, positions in zip(*part, strict=True)
+    ]
+    for _ in stream_forward(source, batches):
         pass
 
 

@@ -90,10 +90,10 @@ def ggml(weights: U16, importance: F32, job: dict[str, Any]) -> Timed:
         begun = time.perf_counter()
         list(pool.map(piece, np.array_split(np.arange(rows), job["threads"])))
         seconds = time.perf_counter() - begun
-    return seconds, _decoded(blocks).reshape(rows, columns)
+    return seconds, decoded(blocks).reshape(rows, columns)
 
 
-def _decoded(blocks: NDArray[np.uint8]) -> F32:
+def decoded(blocks: NDArray[np.uint8]) -> F32:
     """Return scale * (nibble - 8); the lower nibbles are the first half of a block."""
     scale = blocks[..., :2].copy().view(np.float16).astype(np.float32)
     codes = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], -1).astype(np.float32) - 8
