@@ -107,6 +107,7 @@ def test_opcheck() -> None:
     found = torch.ops.k2quant
     int4, fp8 = found.bf16_to_int4(sample, "moonshot", True), found.bf16_to_fp8(sample, 128, 128)
     opcheck(found.bf16_to_int4.default, (sample, "moonshot", True, 3))
+    opcheck(found.search_int4_scales.default, (sample, torch.rand(96), True, 3))
     opcheck(found.int4_to_bf16.default, int4)
     opcheck(found.bf16_to_fp8.default, (sample, 128, 128))
     opcheck(found.fp8_to_bf16.default, (*fp8, 128, 128))
@@ -137,6 +138,10 @@ FP8 = torch.zeros(130, 8).to(torch.float8_e4m3fn)
         (lambda: ops.bf16_to_int4(weights(), bits=8), "bits: expected 4 or 3 or 2, found 8"),
         (lambda: ops.fake_quantize_int4(weights(), bits=5), "bits: expected 8 or 4 or 3 or 2, found 5"),
         (lambda: ops.bf16_to_int4(weights(), "compressed-tensors", bits=3), "bits: expected 4 for the grid compressed"),
+        (lambda: ops.search_int4_scales(weights(), bits=8), "bits: expected 4 or 3 or 2, found 8"),
+        (lambda: ops.search_int4_scales(weights(4, 40)), "expected a multiple of 32 columns, found 40"),
+        (lambda: ops.search_int4_scales(weights(), torch.ones(32)), "importance: expected float32 [160], one for each"),
+        (lambda: ops.search_int4_scales(weights(), torch.ones(160, device="meta")), "importance: expected on cpu, as"),
         (lambda: ops.bf16_to_fp8(weights(), (0, 128)), "block: expected its rows and columns"),
         (lambda: ops.bf16_to_fp8(weights(4, 0)), "expected at least one column, found [4, 0]"),
         (lambda: ops.bf16_to_int4(weights(4, 40)), "expected a multiple of 32 columns, found 40"),
