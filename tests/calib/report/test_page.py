@@ -6,7 +6,6 @@ import html
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,9 +109,9 @@ def test_an_expert_without_a_token_is_ringed(drawn: Pages) -> None:
 # --- what it says ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_draws_the_page_of_a_calibration(stats_folder: Callable[..., Path]) -> None:
+def test_the_command_draws_the_page_of_a_calibration(made_up: Any) -> None:
     """`k2quant report STATS` writes the page into the folder, says where, and the statistics stay what they were."""
-    folder = stats_folder(empty=2)
+    folder = made_up.write(empty=2)
     before = open_stats(folder).fingerprint
     result = CliRunner().invoke(main, ["report", str(folder)])
     assert result.exit_code == 0, result.output
@@ -240,17 +239,17 @@ def test_many_layers_and_experts_are_cut(drawn: Pages) -> None:
 # --- what it refuses -------------------------------------------------------------------------------------------------
 
 
-def test_unfinished_statistics_are_refused(stats_folder: Callable[..., Path]) -> None:
+def test_unfinished_statistics_are_refused(made_up: Any) -> None:
     """A calibration that is still at work has no page."""
-    folder = stats_folder()
+    folder = made_up.write()
     (folder / INCOMPLETE).touch()
     with pytest.raises(CheckpointError, match="not finished"):
         write_html(folder)
 
 
-def test_damaged_statistics_are_refused(stats_folder: Callable[..., Path]) -> None:
+def test_damaged_statistics_are_refused(made_up: Any) -> None:
     """A layer that changed since it was written is an error that names its file, and nothing is written."""
-    folder = stats_folder()
+    folder = made_up.write()
     path = folder / "layer-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -261,8 +260,8 @@ def test_damaged_statistics_are_refused(stats_folder: Callable[..., Path]) -> No
 
 
 @pytest.mark.parametrize("name", ["page", "k2quant_stats.json"])
-def test_only_pages_are_written(stats_folder: Callable[..., Path], name: str) -> None:
+def test_only_pages_are_written(made_up: Any, name: str) -> None:
     """A name that is no page's is refused."""
-    folder = stats_folder()
+    folder = made_up.write()
     with pytest.raises(UsageError, match=r"\.html"):
         write_html(folder, folder / name)
