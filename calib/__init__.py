@@ -8,7 +8,9 @@ Naming this package loads neither torch nor numpy; each name loads what it needs
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2quant.ground.extras import need
@@ -17,16 +19,14 @@ if TYPE_CHECKING:
     from k2quant.calib.calibrating import Calibration, calibrate
     from k2quant.calib.coverage import Coverage, coverage_of
     from k2quant.calib.planning import CalibrationPlan, plan_calibration
-    from k2quant.calib.stats.reading import Stats, open_stats
+    from k2quant.calib.stats.reading import Stats
 
 _HOMES = {
     "Calibration": "calibrating",
     "CalibrationPlan": "planning",
     "Coverage": "coverage",
-    "Stats": "stats.reading",
     "calibrate": "calibrating",
     "coverage_of": "coverage",
-    "open_stats": "stats.reading",
     "plan_calibration": "planning",
 }
 
@@ -34,12 +34,25 @@ __all__ = [
     "Calibration",
     "CalibrationPlan",
     "Coverage",
-    "Stats",
     "calibrate",
     "coverage_of",
     "open_stats",
     "plan_calibration",
 ]
+
+
+def open_stats(folder: str | os.PathLike[str]) -> Stats:
+    """Open what `calibrate` wrote; see `k2quant.calib.stats.reading` for what is checked then, and what later.
+
+    Args:
+        folder: with the statistics.
+
+    Raises:
+        CheckpointError: it is not finished, or not whole, or holds what cannot have been measured.
+    """
+    from k2quant.calib.stats import reading
+
+    return reading.open_stats(Path(folder))
 
 
 def __getattr__(name: str) -> Any:

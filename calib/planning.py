@@ -11,13 +11,13 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-from k2quant.calib.collecting.memory import Needs, needs
+from k2quant.calib.collecting import Needs, needs
 from k2quant.calib.coverage import THIN
 from k2quant.calib.inputs.choosing import check_rows, held_out_rows
 from k2quant.calib.stats.layout import inputs, stats_bytes
 from k2quant.calib.stats.model import Model
 from k2quant.checkpoint.files.paths import nearest_folder
-from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.estimate import read_rate
 from k2quant.conversion.resume import refuse_nested
@@ -113,7 +113,7 @@ def plan_calibration(
     refuse_nested(place, folder)
     checkpoint = open_checkpoint(place, follow_links=follow_links)
     model = Model.of(checkpoint.config, file=checkpoint.folder / "config.json")
-    check_rows(samples, length, longest=model.config.get("max_position_embeddings"))
+    check_rows(samples, length, longest=_longest(checkpoint))
     rows = samples, held_out_rows(samples)
     passes = needs(checkpoint, rows=rows, length=length, memory=memory, hessians=hessians)
     sizes = Sizes.of(model, group_tensors(checkpoint.tensors).weights, passes)
@@ -137,6 +137,13 @@ def plan_calibration(
         rate=product_rate(model, device),
         reading=read_rate(checkpoint),
     )
+
+
+def _longest(checkpoint: Checkpoint) -> int | None:
+    """Return the tokens that a model reads, as its config has them."""
+    config = checkpoint.config or {}
+    found = config.get("text_config", config).get("max_position_embeddings")
+    return found if type(found) is int else None
 
 
 class Sizes(NamedTuple):

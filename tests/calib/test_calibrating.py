@@ -17,7 +17,7 @@ from tiny import write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROWS = {"samples": 8, "length": 32, "memory": "2GB"}
+ROWS: dict[str, Any] = {"samples": 8, "length": 32, "memory": "2GB"}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ def plan(k2_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
     monkeypatch.setattr(planning, "read_rate", lambda *_: 1e6)
 
     def made(**options: Any) -> planning.CalibrationPlan:
-        known = {"samples": 16, "length": 64, "memory": 2_000_000_000}
+        known: dict[str, Any] = {"samples": 16, "length": 64, "memory": 2_000_000_000}
         return plan_calibration(k2_source, tmp_path / "stats", **known | options)
 
     return made
 
 
 def test_hessians_of_k2_are_as_on_paper() -> None:
-    """A token adds to 8 experts' pairs of 7,168 and of 2,048 columns in 60 layers; attention, the router's input, shared and dense come on top."""
+    """A token adds to the pairs of 7,168 and of 2,048 columns of 8 experts, and to those that all share."""
     routed = 60 * 8 * (7168**2 + 2048**2) / 2
     shared = (
         61 * (7168**2 + 1536**2 + 512**2 + 8192**2) / 2 + 60 * (2 * 7168**2 + 2048**2) / 2 + (7168**2 + 18432**2) / 2
@@ -71,7 +72,7 @@ def test_a_disk_that_is_too_small_is_said(plan: Any, monkeypatch: pytest.MonkeyP
     """`fits` compares what is needed with what is free."""
     needed = plan().disk_needed
     for free, fits in ((needed, True), (needed - 1, False)):
-        monkeypatch.setattr(planning.shutil, "disk_usage", lambda _, free=free: Usage(free))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(free))
         assert plan().fits is fits
 
 

@@ -46,6 +46,7 @@ def test_rules_keep_their_numbers() -> None:
     ("page", "module"),
     [
         ("k2quant", "k2quant"),
+        ("calib", "k2quant.calib"),
         ("qat", "k2quant.qat"),
         ("eval", "k2quant.eval"),
         ("ops", "k2quant.kernels.ops"),

@@ -13,6 +13,13 @@ from graph import House, Import, made_up, the_house
 Opened = Mapping[str, Mapping[str, str]]
 
 OPEN: dict[str, dict[str, str]] = {
+    "k2quant.calib": {
+        "report": "the page of a calibration",
+        "stats": "what a calibration knows, for conversions that take it",
+    },
+    "k2quant.calib.inputs": {
+        "choosing": "numbers of rows, and how many of them judge, without torch",
+    },
     "k2quant.eval": {
         "asking.presets": "what presets hold, as a table",
         "asking.request": "what a run is asked to do",

@@ -30,6 +30,7 @@ OWN = ("k2quant/formats/", "kernels/codecs/", "kernels/products/", "kernels/tuni
 """What a format is stands here: its bytes, its codecs, its products."""
 
 DEFAULTS: dict[str, int] = {
+    "k2quant/cli/calibrate.py": 1,  # what statistics are taken for, in the command that comes next
     "k2quant/ground/release.py": 1,  # the config of the published model says fp8
     "k2quant/nano/demo.py": 11,  # the formats that the demo writes, step by step
     "qat/config.py": 1,  # what is trained for unless a job says otherwise

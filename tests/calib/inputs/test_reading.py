@@ -150,7 +150,7 @@ class TestTheSame:
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         same = [{"content": "a", "role": "user", "name": None}, {"role": "assistant", "content": " b"}]
         other = [*talk[:1], {"role": "assistant", "content": "c"}]
-        rows = [{"messages": talk, "id": 1}, {"id": 2, "messages": same}, {"messages": other}]
+        rows: list[dict[str, Any]] = [{"messages": talk, "id": 1}, {"id": 2, "messages": same}, {"messages": other}]
         assert read(write(tmp_path / "a.jsonl", texts(60) + rows)).duplicates == 1
 
     def test_a_passage_tells_texts_that_are_cut_otherwise(self, read: Read, tmp_path: Path) -> None:
