@@ -44,9 +44,8 @@ _SCHEME: dict[str, Any] = {"num_bits": 4, "symmetric": True, "type": "int"}
 # Codes are whole numbers, so |w - w'| <= s/2; rounding code * s to BF16 adds at most 7s * 2^-9, and the
 # compressed-tensors grid clamps at 7.5 after a division in BF16: 0.55 s covers all of it. `s` is the scale that is
 # stored, but no more than 1.01 times amax/7 of the weights before; where it is subnormal it has few bits left, hence
-# 2^-130 on top. A searched scale cuts off what lies above 7s, and is never below 0.7 amax/7
-# (`kernels.codecs.scales.search.STEPS`): there a weight may be as far off as it exceeds 7s, if its code is 7.
-_BUDGET = {"largest_code": 7.0, "steps": 0.55, "relative": 0.0, "floor": 2.0**-130, "least": 0.7}
+# 2^-130 on top.
+_BUDGET = {"largest_code": 7.0, "steps": 0.55, "relative": 0.0, "floor": 2.0**-130}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,10 +260,12 @@ class Int4(Format):
             )
 
     def outside(self, before: U16, after: U16, parts: Parts) -> int:
-        """Allow half a step and what rounding to BF16 adds."""
+        """Allow half a step and what rounding to BF16 adds; and what a searched scale cuts off, if the code is 7."""
         from k2quant.kernels.codecs.cpu.bf16 import outside
+        from k2quant.kernels.codecs.scales.search import least_share
 
-        return outside(before, after, widened(parts["weight_scale"]), (1, self.group), **_BUDGET)
+        scale, block = widened(parts["weight_scale"]), (1, self.group)
+        return outside(before, after, scale, block, **_BUDGET, least=least_share(4))
 
     def steps(self, parts: Parts) -> NDArray[Any]:
         """Return the scales."""

@@ -74,6 +74,14 @@ def candidate_table(bits: int) -> U16:
     return table
 
 
+def least_share(bits: int) -> float:
+    """Return a share of amax/L below which no searched scale is.
+
+    From the last candidate's factor 2 % are taken: it is rounded to BF16 three times, by at most 2^-8, and amax/L once.
+    """
+    return 0.98 * (256 - max(SHRINK[bits])) / 256
+
+
 def column_weights(importance: F32 | None, columns: int) -> F32:
     """Return what each column weighs in a search: its importance, scaled so that the largest of a group is near 1.
 

@@ -12,7 +12,7 @@ from k2quant.checkpoint.reading import read_tensor
 from k2quant.formats.format import Parts
 from k2quant.formats.int4 import Int4
 from k2quant.kernels.codecs.choice import codecs
-from k2quant.kernels.codecs.scales.search import candidate_table
+from k2quant.kernels.codecs.scales.search import candidate_table, least_share
 from k2quant.kernels.codecs.values import U16, bf16_to_float, float_to_bf16
 
 
@@ -60,19 +60,20 @@ def test_an_int4_scale_excuses_what_the_largest_weight_asks_for(amax: float, out
         (0.75, 7.0, 4.5, 1),  # the code 6
         (0.75, 7.0, -5.25, 1),
         (0.75, 5.25, 4.5, 1),  # not cut off: it has a code of its own, 7
-        (0.6875, 7.0, 4.8125, 1),  # no search shrinks a scale so far
+        (0.5, 7.0, 3.5, 1),  # no search shrinks a scale so far
     ],
 )
 def test_an_int4_scale_may_cut_off_what_a_search_would(scale: float, before: float, after: float, outside: int) -> None:
-    """Where a scale is at least 0.7 of what the largest weight asks for, weights above 7 s may have the code 7."""
-    assert Int4().outside(bits(7.0, before), bits(7.0 * scale, after), int4_parts(scale)) == outside + (scale < 0.7)
+    """Where a scale is as large as a search may leave it, weights above 7 s may have the code 7."""
+    assert Int4().outside(bits(7.0, before), bits(7.0 * scale, after), int4_parts(scale)) == outside + (scale == 0.5)
 
 
 def test_searched_scales_are_never_as_small_as_what_verify_refuses() -> None:
     """Whatever the largest weight of a group: its least candidate cuts off no more than is excused."""
     amax = bf16_to_float(np.arange(127 << 7, 128 << 7, dtype=np.uint16))
-    ratio = bf16_to_float(candidate_table(4)) * np.float32(7) / amax[:, None]
-    assert 0.7 < ratio.min() < 0.71
+    for bits, largest in ((4, 7), (3, 3), (2, 1)):
+        ratio = bf16_to_float(candidate_table(bits)) * np.float32(largest) / amax[:, None]
+        assert 0.95 * ratio.min() < least_share(bits) < ratio.min()
 
 
 def test_a_searched_scale_explains_no_wrong_code(k2_bf16: Path) -> None:
