@@ -19,6 +19,7 @@ from k2quant.ground.saying.showing import brief
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.merge.figures import MergeFigures
 from k2quant.report.origins import Exported, Origin, Unknown, label
+from k2quant.report.searches import Scales, Search
 
 
 class Way(NamedTuple):
@@ -66,6 +67,8 @@ class Tensor(NamedTuple):
     """What rounding did, where there was rounding; of an export's tensor that moved, how far it is from the base's."""
     update: MergeFigures | None = None
     """What rounding left of an update."""
+    scales: Scales | None = None
+    """What a search of its scales came to."""
 
 
 @dataclass(slots=True)
@@ -140,6 +143,8 @@ class Report:
     tensors: list[Tensor]
     rules: tuple[str, ...] = ()
     """What each rule of a recipe says, in a line; none where a format was asked for."""
+    search: Search | None = None
+    """How scales were searched; None where they were rounding's."""
     cells: dict[Cell, Sum] = field(default_factory=dict)
 
     def __repr__(self) -> str:

@@ -78,7 +78,17 @@ def _done(report: Report) -> str:
         case Unknown():
             changed = f"replaced the values of {tensors(_count(others))}"
             return f"k2quant {_listed([changed, *plain])}."
-    return f"k2quant {_listed(plain or ['found nothing to convert'])}."
+    return f"k2quant {_listed(plain or ['found nothing to convert'])}.{_searched(report)}"
+
+
+def _searched(report: Report) -> str:
+    """Say how scales were chosen, where they are not rounding's own."""
+    if report.search is None:
+        return ""
+    weighed = ", weighed by what a calibration saw" if report.search.stats else ""
+    return (
+        f" Scales are the best of {report.search.candidates:,} a group by <b>{text(report.search.method)}</b>{weighed}."
+    )
 
 
 def _plain(ways: Ways) -> Iterator[str]:

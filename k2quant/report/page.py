@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator
 
 from k2quant.ground.units import duration, size
-from k2quant.report import updates
-from k2quant.report.checks import how
 from k2quant.report.content import Report
 from k2quant.report.document import document
 from k2quant.report.headline import header, title
 from k2quant.report.origins import Exported, Merged
 from k2quant.report.pictures import by_class, by_format, by_layer
+from k2quant.report.sections import searched, updates
+from k2quant.report.sections.checks import how
 from k2quant.report.words import (
     DASH,
     TIMES,
@@ -46,6 +46,7 @@ def _sections(report: Report, folder: str) -> Iterator[str]:
     yield f"<ul class=tiles>{''.join(_tiles(report))}</ul>\n"
     if isinstance(report.origin, Merged):
         yield f"{updates.section(report, report.origin)}\n"
+    yield f"{searched.section(report)}\n"
     if not report.measured:
         yield f"<p class=card>{_why_not_measured(report)}</p>\n"
     elif report.exact:
@@ -105,6 +106,7 @@ def _tiles(report: Report) -> Iterator[str]:
     ratio = f"{after / before:.2f} times the source" if before else "an empty source"
     yield tile("Size", f"{size(before)} &rarr; {size(after)}", ratio)
     yield from updates.tiles(report)
+    yield from searched.tiles(report)
     yield from _errors(report)
     rate = f"{size(before / report.seconds)}/s read" if report.seconds else ""
     yield tile("Time", duration(report.seconds), rate)

@@ -16,6 +16,7 @@ from k2quant.kernels.codecs.figures import Figures
 from k2quant.merge.figures import MergeFigures
 from k2quant.report.content import Report, Tensor, Way
 from k2quant.report.origins import Exported, Origin, read_origin
+from k2quant.report.searches import read_scales, read_search
 
 _ROUNDING = 1 + 1e-9  # two sums of the same squares
 
@@ -42,6 +43,7 @@ def read(path: Path) -> Report:
             origin=origin,
             remarks=tuple(kinds.text(said) for said in kinds.values(report.get("remarks", []))),
             rules=_rules(report),
+            search=read_search(report),
             tensors=[_tensor(name, facts, origin) for name, facts in report["tensors"].items()],
         )
     except KeyError as error:
@@ -69,6 +71,7 @@ def _tensor(name: str, facts: dict[str, Any], origin: Origin) -> Tensor:
         shape,
         figures,
         _update(found) if found is not None and "update" in found else None,
+        read_scales(facts),
     )
 
 

@@ -9,6 +9,7 @@ from k2quant.formats.known import FORMATS
 from k2quant.ground.units import size
 from k2quant.report.content import Report
 from k2quant.report.origins import Exported, Merged
+from k2quant.report.sections import searched
 from k2quant.report.words import code, table, text
 
 _NOTE = 500  # letters of a remark
@@ -62,6 +63,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     """Yield options and fingerprint as pairs of HTML."""
     shard_size = report.options["shard_size"]
     yield from _origin(report)
+    if report.search is not None:
+        yield from searched.facts(report.search)
     if report.rules:
         yield from ((f"rule {number}", code(rule)) for number, rule in enumerate(report.rules[:_LIST_SHOWN], 1))
     else:
