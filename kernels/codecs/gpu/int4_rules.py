@@ -140,7 +140,7 @@ def halved(lanes):
 
 
 @triton.jit
-def searched_scale(bits, heavy, amax, scale, LARGEST: tl.constexpr, STEP: tl.constexpr):
+def searched_scale(bits, heavy, amax, scale, shrink_ptr, LARGEST: tl.constexpr):
     """Return the scales of least error, BF16 bits `[G]`: rule 7 of docs/formats.md, see `scales.search`.
 
     Args:
@@ -148,8 +148,8 @@ def searched_scale(bits, heavy, amax, scale, LARGEST: tl.constexpr, STEP: tl.con
         heavy: what each weighs, float32 `[G, 4, 8]`; a group in which one is NaN gets the scale NaN.
         amax: their largest magnitudes `[G]`, int32.
         scale: BF16 bits `[G]`; one that is not the plain scale stays.
+        shrink_ptr: int32, by candidate how many 256ths of the plain scale it takes off.
         LARGEST: the largest code, a float.
-        STEP: by so many 256ths the factor falls from one candidate to the next.
     """
     plain = int4_scale(amax, "moonshot", LARGEST)
     asked = (amax >= LEAST_AMAX) & (amax < LARGE) & (scale == plain)
@@ -158,7 +158,7 @@ def searched_scale(bits, heavy, amax, scale, LARGEST: tl.constexpr, STEP: tl.con
     least = tl.full(amax.shape, float("inf"), tl.float32)
     candidate = 0
     while candidate < CANDIDATES:
-        factor = (256 - candidate * STEP).to(tl.float32) * 0.00390625  # 256ths
+        factor = (256 - tl.load(shrink_ptr + candidate)).to(tl.float32) * 0.00390625  # 256ths
         shrunk = widen(round_to_bf16(widen(plain) * factor)) * LARGEST
         trial = round_to_bf16(tl.div_rn(widen(round_to_bf16(shrunk)), LARGEST))
         step = widen(tl.where(asked, trial, 0x3F80))

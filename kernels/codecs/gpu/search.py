@@ -7,6 +7,8 @@ a group with such a value gets the scale NaN.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ from k2quant.kernels.codecs.gpu.bf16 import INFINITY, any_of, bad_scale, magnitu
 from k2quant.kernels.codecs.gpu.figures import bits_of, flag_for
 from k2quant.kernels.codecs.gpu.int4_rules import chosen_int4_scale, halved, int4_nibble, int4_product, searched_scale
 from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, largest_code
-from k2quant.kernels.codecs.scales.search import STEPS
+from k2quant.kernels.codecs.scales.search import SHRINK
 from k2quant.kernels.devices.launch import launch
 
 _GROUPS = 128
@@ -54,13 +56,13 @@ def _column_weights(importance_ptr, out_ptr, groups, GROUPS: tl.constexpr):
 def _search(
     weights_ptr,
     heavy_ptr,
+    shrink_ptr,
     scale_ptr,
     bad_ptr,
     groups,
     ACROSS,
     RECOVER: tl.constexpr,
     LARGEST: tl.constexpr,
-    STEP: tl.constexpr,
     WEIGHED: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
@@ -76,7 +78,7 @@ def _search(
         heavy = tl.full((GROUPS, 4, 8), 1.0, tl.float32)
     amax = tl.max(tl.max(magnitude_of(bits), 2), 1)
     scale = chosen_int4_scale(bits, amax, RECOVER, LARGEST)
-    scale = searched_scale(bits, heavy, amax, scale, LARGEST, STEP)
+    scale = searched_scale(bits, heavy, amax, scale, shrink_ptr, LARGEST)
     if tl.max(amax) >= INFINITY:
         tl.store(bad_ptr, 1)
     tl.store(scale_ptr + group, scale, mask=group < groups)
@@ -110,18 +112,24 @@ def search_int4_scales(
         (triton.cdiv(scale.numel(), _GROUPS),),
         bits_of(weights),
         weights if importance is None else column_weights(importance, weights.shape[-1]),
+        _shrink(bits, weights.device),
         bits_of(scale),
         flag_for(bad, weights),
         scale.numel(),
         across,
         RECOVER=recover and bits == 4,
         LARGEST=float(largest),
-        STEP=STEPS[bits],
         WEIGHED=importance is not None,
         GROUPS=_GROUPS,
         exact=True,
     )
     return scale
+
+
+@lru_cache
+def _shrink(bits: int, device: torch.device) -> Tensor:
+    """Return `SHRINK` on a device, int32 `[16]`; copied there once."""
+    return torch.tensor(SHRINK[bits], dtype=torch.int32, device=device)
 
 
 def column_weights(importance: Tensor, columns: int) -> Tensor:
