@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from k2quant.calib import calibrate
 from k2quant.calib.stats.reading import Stats, open_stats
 from k2quant.ground import names
 from k2quant.nano.tasks import Item
@@ -23,6 +22,8 @@ LENGTH = 64
 
 def calibrated(workdir: Path, folder: Path, seed: int, draw: int, documents: int = samples.DOCUMENTS) -> Stats:
     """Return what `k2quant calibrate` measures of a model on one draw; it is measured if it is not there yet."""
+    from k2quant.calib import calibrate
+
     stats = workdir / "stats" / f"{seed}-{draw}"
     if not (stats / "k2quant_stats.json").exists():
         data = samples.write_draw(workdir / "data" / f"{seed}-{draw}.jsonl", seed, draw, documents)

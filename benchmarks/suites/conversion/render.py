@@ -257,6 +257,21 @@ def render_accuracy(folder: Path) -> str:
     return f"\n## Accuracy\n\n{''.join(lines)}" if lines else ""
 
 
+def render_calibration(folder: Path) -> str:
+    """Link the pages of `python -m suites.calib.run`."""
+    pages = {
+        "calib-proof": "[What each method buys](results/calib-proof.md): true errors of every linear of nano-K2, its "
+        "predictions and its answers, by `rtn`, `mse` and `imatrix` at INT4, INT3 and INT2.",
+        "calib-peers": "[Beside its peers](results/calib-peers.md): llm-compressor's observers and llama.cpp's Q4_0 on "
+        "the same matrices, errors and rates.",
+        "calib-rates": "[How fast](results/calib-rates.md): the search in memory, whole conversions, the pass that "
+        "collects.",
+    }
+    lines = [f"- {line}\n" for name, line in pages.items() if (folder / f"{name}.json").exists()]
+    command = "`PYTHONPATH=benchmarks python -m suites.calib.run --only proof`, or `peers`, or `rates`."
+    return f"\n## Calibration\n\n{command}\n\n{''.join(lines)}" if lines else ""
+
+
 SECTIONS = {
     "peers": render_peers,
     "cat": render_cat,
@@ -275,5 +290,6 @@ def render(results: dict[str, Any], source: str, page: Path, *, remarks: str) ->
         f"\n{remarks}" if remarks else "",
     ]
     parts += [section(results) for name, section in SECTIONS.items() if name in results]
-    parts += [linked(page.parent / "results") for linked in (render_kernels, render_models, render_accuracy)]
+    linkers = (render_kernels, render_models, render_accuracy, render_calibration)
+    parts += [linked(page.parent / "results") for linked in linkers]
     page.write_text("".join(parts))
