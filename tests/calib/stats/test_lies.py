@@ -128,6 +128,15 @@ def test_down_counts_other_than_gate_counts(folder: Path) -> None:
         open_stats(folder).load(1)
 
 
+def test_an_expert_with_more_tokens_than_there_are(folder: Path) -> None:
+    """Though the sum over the experts is what it should be."""
+    for projection in ("gate_proj", "down_proj"):
+        for expert, count in enumerate((601, 598, 1)):
+            put(folder, f"{E}.{projection}.train.tokens", count, at=expert)
+    with pytest.raises(BadValue, match="found 1200 tokens, 601 of one expert"):
+        open_stats(folder).load(1)
+
+
 @pytest.mark.parametrize("name", [MANIFEST, "outside.json", FILE, RECORD, "layer-00001.hessians.safetensors"])
 def test_cut_short(folder: Path, name: str) -> None:
     """Every file, by one byte or to nothing; the file is named."""
@@ -235,6 +244,7 @@ def test_a_record_that_the_manifest_does_not_know(folder: Path) -> None:
     ("change", "said"),
     [
         ({"size": -1}, "-1 where a count"),
+        ({"size": 5}, "layer-00001.safetensors: not whole, expected 5 bytes"),
         ({"sha256": "0" * 63}, "where a digest stands"),
         ({"digests": {"a": {"weight": 3}}}, "3 where text stands"),
         ({"digests": {"a": {"weight": "xyz"}}}, "'xyz' where a digest stands"),
