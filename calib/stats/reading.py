@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -318,14 +319,17 @@ def read_moments(record: Record, header: ShardHeader) -> Arrays:
     }
 
 
-def open_stats(folder: Path) -> Stats:
+def open_stats(folder: str | os.PathLike[str]) -> Stats:
     """Open what `k2quant calibrate` wrote.
+
+    Args:
+        folder: of the statistics.
 
     Raises:
         CheckpointError: it is no such folder, is unfinished, or is not what was written, as the module says above.
     """
     try:
-        return _open(folder)
+        return _open(Path(folder))
     except OSError as error:
         found = error.strerror or str(error)
         raise CheckpointError("cannot be read", file=error.filename or folder, found=found, remedy=AGAIN) from error
