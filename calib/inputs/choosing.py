@@ -61,20 +61,19 @@ class Pool:
 
     letters: int
     """Characters that are enough."""
-    _heap: list[tuple[int, int]] = field(default_factory=list)
-    """The negative hash of each, and its number, the largest hash first."""
+    _heap: list[int] = field(default_factory=list)
+    """The negative hash of each, as a number: the largest hash first."""
     _kept: dict[int, Raw] = field(default_factory=dict)
     _size: int = 0
 
     def add(self, document: Raw) -> None:
         """Take a document; those of the largest hashes go while the others are enough."""
         rank = int(document.hash, 16)
-        heapq.heappush(self._heap, (-rank, len(self._heap)))
+        heapq.heappush(self._heap, -rank)
         self._kept[rank] = document
         self._size += document.letters
-        while self._size - (last := self._kept[-self._heap[0][0]]).letters >= self.letters:
-            heapq.heappop(self._heap)
-            del self._kept[int(last.hash, 16)]
+        while self._size - (last := self._kept[-self._heap[0]]).letters >= self.letters:
+            del self._kept[-heapq.heappop(self._heap)]
             self._size -= last.letters
 
     def documents(self) -> list[Raw]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from k2quant.errors import MalformedFile, UsageError
 Progress = Callable[[int, int], None]
 """Called with the bytes that are read and all bytes, or with the rows of a dataset."""
 
+_BLANK = re.compile(r"\n\s*\n")
 _PASSAGE = 100
 """Characters from which a paragraph of a text tells where it comes from; shorter ones, such as headings, may recur."""
 
@@ -120,7 +122,7 @@ def _of_text(file: Path, *, whole: bool) -> Iterator[Raw]:
     for line, text in found:
         if not text.strip():
             continue
-        paragraphs = filter(None, (" ".join(part.split()) for part in text.split("\n\n")))
+        paragraphs = (" ".join(part.split()) for part in _BLANK.split(text))
         passages = tuple(_digest(part) for part in paragraphs if len(part) >= _PASSAGE)
         row = {"text": text.strip()}
         where = f"{file}, line {line}"

@@ -112,8 +112,9 @@ def _calibrate(source: Path, stats: Path, *, as_json: bool, options: dict[str, A
         return
     for line in (_last_line(done), *coverage.lines()):
         click.echo(paragraph(line))
+    linked = ("--follow-links",) if options["follow_links"] else ()
     suggest(
-        ("k2quant", "convert", "--to", "int4", "--method", "imatrix", "--stats", stats, source, "DST"),
+        ("k2quant", "convert", "--to", "int4", "--method", "imatrix", "--stats", stats, *linked, source, "DST"),
         ("k2quant", "report", stats),
     )
 
