@@ -108,7 +108,7 @@ def needs(source: Checkpoint, *, rows: Sequence[int], length: int, memory: int, 
             f"{size(least)}, found {size(memory)}"
         )
     chunk, wave = sizes.shares(memory, largest, segments, tokens)
-    taken = sizes.taken(chunk, min(wave * largest, tokens))
+    taken = sizes.taken(chunk, min(wave * largest, tokens), all_hessians=wave < segments)
     return Needs(
         least=least,
         memory=memory,
@@ -185,7 +185,7 @@ class _Sizes:
     def _sums(self) -> int:
         """Return the bytes of moments, twice, and of the Hessians of what is no routed expert's."""
         found = [one for layer in (0, self.model.layers - 1) for one in inputs(self.model, layer)]
-        sums = sum(one.width * (one.experts or 1) * 16 for one in found)
+        sums = sum(one.width * (one.experts or 1) * 24 for one in found)
         return _PARTS * (sums + (max(map(self._plain_hessians, (0, self.model.layers - 1))) if self._hessians else 0))
 
     def _plain_hessians(self, layer: int) -> int:

@@ -1,4 +1,4 @@
-"""Sums over tokens of one input: second moments of columns, and of pairs of columns where Hessians are asked for.
+"""Sums over tokens of one input: moments of its columns, and of pairs of columns where Hessians are asked for.
 
 Products of a block of tokens are float32, and blocks are cut in the same places whatever memory there is; they are
 added in float64, Hessians in float32, in the order of the tokens. So a run gives the same bits each time on a machine.
@@ -31,6 +31,8 @@ class Moments:
         lead = () if experts is None else (experts,)
         self.square = torch.zeros(*lead, width, dtype=torch.float64, device=device)
         """Sum w x^2, `[K]` or `[E, K]`."""
+        self.sum = torch.zeros_like(self.square)
+        """Sum w x."""
         self.weight = torch.zeros(lead, dtype=torch.float64, device=device)
         """Sum w."""
         self.tokens = torch.zeros(lead, dtype=torch.int64)
@@ -51,18 +53,20 @@ class Moments:
         values = x.to(torch.float32, copy=True)
         weights = torch.ones(len(x), device=x.device) if weights is None else weights
         self.largest[at] = torch.maximum(self.largest[at], values.abs().amax())
+        self.sum[at] += (weights @ values).double()
         self.square[at] += (weights @ values.square_()).double()
         self.weight[at] += weights.double().sum()
         self.tokens[at] += len(x)
 
     def measured(self) -> Measured:
         """Return the means, as statistics are written; zeros where no token came."""
-        mean = self.square / self.weight.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
+        weight = self.weight.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(-1)
         return Measured(
-            mean_square=mean.float().cpu().numpy(),
+            mean_square=(self.square / weight).float().cpu().numpy(),
             weight=self.weight.cpu().numpy(),
             tokens=self.tokens.numpy(),
             largest=self.largest.cpu().numpy(),
+            mean=(self.sum / weight).float().cpu().numpy(),
         )
 
 

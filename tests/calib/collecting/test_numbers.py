@@ -99,6 +99,7 @@ def assert_same(stats: Stats, base: str, part: Any, seen: Seen) -> None:
     assert found.largest == pytest.approx(float(x.abs().max()), rel=0.05)
     wanted = (w @ x**2) / w.sum()
     assert far(found.mean_square, wanted) < 0.03
+    assert np.linalg.norm(found.mean - ((w @ x) / w.sum()).numpy()) < 0.05 * float(wanted.sum()) ** 0.5
     hessian = stats.hessian(base, part)
     assert hessian is not None
     product = ((x * w[:, None]).T @ x / w.sum()).numpy()
@@ -196,7 +197,11 @@ def test_moments_by_hand() -> None:
     found, exact = sums.measured(), x.double()
     wanted = (w.double() @ exact**2 / w.double().sum()).numpy()
     assert np.allclose(found.mean_square[1], wanted, rtol=1e-5)
+    assert np.allclose(
+        found.mean[1], (w.double() @ exact / w.double().sum()).numpy(), rtol=1e-4, atol=1e-6 * wanted**0.5
+    )
     assert not found.mean_square[0].any()
+    assert not found.mean[0].any()
     assert np.asarray(found.tokens).tolist() == [0, 700]
     assert np.asarray(found.largest).tolist() == [0, float(exact.abs().max())]
     mean = hessian.mean(float(w.double().sum()))
@@ -206,10 +211,11 @@ def test_moments_by_hand() -> None:
 
 
 def test_one_token_counts_as_what_it_is() -> None:
-    """A single token of weight w gives E[x^2] = x^2, whatever w."""
+    """A single token of weight w gives E[x] = x and E[x^2] = x^2, whatever w."""
     sums = Moments(2, None, torch.device("cpu"))
     sums.add(torch.tensor([[3.0, -4.0]]), torch.tensor([1e-6]))
     assert sums.measured().mean_square.tolist() == pytest.approx([9.0, 16.0])
+    assert sums.measured().mean.tolist() == pytest.approx([3.0, -4.0])
     assert float(sums.measured().largest) == 4.0
 
 
