@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ from k2quant.checkpoint.files.paths import nearest_folder
 from k2quant.checkpoint.panels import panel_state
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
-from k2quant.conversion.placing import ShardPlan
+from k2quant.conversion.placing import Job, ShardPlan
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.resume import bytes_missing
 from k2quant.conversion.searched import Searched
@@ -81,7 +81,7 @@ def estimate(
         peak_memory=plan.peak_memory(workers) + (0 if rounder is None else rounder.memory(workers)),
         disk_needed=max(0, bytes_missing(where, plan, done)) if todo else 0,
         disk_free=shutil.disk_usage(where).free,
-        seconds=max(_compute_seconds(todo, rounder) / workers, disk),
+        seconds=max(_compute_seconds(todo, rounder) / workers + _judging_seconds(todo, rounder), disk),
     )
 
 
@@ -90,7 +90,7 @@ def _compute_seconds(shards: list[ShardPlan], rounder: Searched | None) -> float
     pairs: dict[tuple[Format, Format], int] = {}
     searched: dict[Format, int] = {}
     copied = 0
-    for job in (job for shard in shards for job in shard.jobs):
+    for job in _jobs(shards):
         if job.target is not None and job.weight.format is not None:
             pair = (job.weight.format, job.target)
             pairs[pair] = pairs.get(pair, 0) + prod(job.weight.shape)
@@ -102,6 +102,21 @@ def _compute_seconds(shards: list[ShardPlan], rounder: Searched | None) -> float
     weighted = rounder is not None and rounder.weighted
     more = sum(count / search_rate(target, weighted=weighted) for target, count in searched.items())
     return copied / _COPY_RATE + coded + more
+
+
+def _judging_seconds(shards: list[ShardPlan], rounder: Searched | None) -> float:
+    """Return the seconds that products with Hessians take, on all cores: two ways of rounding, half of each product."""
+    if rounder is None or not rounder.by_outputs:
+        return 0.0
+    import numpy as np
+
+    work = sum(2 * prod(job.weight.shape) * job.weight.shape[-1] for job in _jobs(shards) if rounder.takes(job))
+    square = np.ones((_PROBE_ROWS, _PROBE_ROWS))
+    return work * _seconds_of(lambda: square @ square) / (2 * _PROBE_ROWS**3)
+
+
+def _jobs(shards: list[ShardPlan]) -> Iterator[Job]:
+    return (job for shard in shards for job in shard.jobs)
 
 
 def search_rate(target: Format, *, weighted: bool) -> float:
@@ -118,11 +133,14 @@ def search_rate(target: Format, *, weighted: bool) -> float:
 
     random, cpu = np.random.default_rng(0), codecs("cpu")
     values = float_to_bf16(random.standard_normal((_PROBE_ROWS, _PROBE_WIDTH), np.float32) * np.float32(0.02))
-    importance = np.abs(random.standard_normal(_PROBE_WIDTH, np.float32)) if weighted else None
+    mean = random.standard_normal(_PROBE_WIDTH, np.float32) if weighted else None
+    importance = None if mean is None else mean * mean + 1
 
     def search() -> None:
-        for scales in (target.search(values, importance, cpu), target.choose(values, cpu)):
-            target.weighted_error(values, scales, importance, cpu)
+        scales = target.search(values, importance, cpu)
+        if weighted:  # without data a sample of rows is compared
+            for each in (scales, target.choose(values, cpu)):
+                target.weighted_error(values, each, importance, cpu)
 
     return values.size / _seconds_of(search)
 

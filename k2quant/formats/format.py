@@ -322,18 +322,27 @@ class Format(ABC):
     def store(self, weights: U16, scales: NDArray[Any], parts: Parts, codecs: Codecs) -> Figures:
         """Fill a panel's arrays with BF16 weights `[R, K]` rounded at scales that are given, whoever chose them."""
 
-    def search(self, weights: U16, importance: F32 | None, codecs: Codecs) -> NDArray[Any]:
+    def search(self, weights: U16, importance: F32 | None, codecs: Codecs, mean: F32 | None = None) -> NDArray[Any]:
         """Return scales with the least error for BF16 weights `[R, K]`, as they are stored; only for what `searches`.
 
         Args:
             weights: BF16 bits.
-            importance: float32 `[K]`, what the squared error of each column counts, finite and at least 0; None: one.
+            importance: float32 `[K]`, what the squared error of each column counts, finite and at least 0: the mean
+                square of its input; None: one.
             codecs: who does the arithmetic.
+            mean: float32 `[K]`, the mean of each column's input, along which errors of columns add up; None: zeros.
         """
         raise AssertionError(f"{self.label} searches no scales: {weights.shape}")  # refused before
 
-    def weighted_error(self, weights: U16, scales: NDArray[Any], importance: F32 | None, codecs: Codecs) -> float:
-        """Return what `store` at these scales would lose: the sum of importance * (w - w')^2, in float64; likewise."""
+    def weighted_error(
+        self,
+        weights: U16,
+        scales: NDArray[Any],
+        importance: F32 | None,
+        codecs: Codecs,
+        mean: F32 | None = None,
+    ) -> float:
+        """Return what `store` at these scales would lose, columns weighted as in `search`, in float64; likewise."""
         raise AssertionError(f"{self.label} searches no scales: {weights.shape}")  # refused before
 
     def survey(self, weights: U16, codecs: Codecs) -> object:

@@ -231,7 +231,7 @@ class Int4(Format):
         parts["weight_scale"][...] = scales
         return codecs.int4.store(weights, scales, self.grid, parts["weight_packed"])
 
-    def search(self, weights: U16, importance: F32 | None, codecs: Codecs) -> NDArray[Any]:
+    def search(self, weights: U16, importance: F32 | None, codecs: Codecs, mean: F32 | None = None) -> NDArray[Any]:
         """Return the BF16 bits of the best of some shrunk scales for each group (docs/formats.md).
 
         Raises:
@@ -244,7 +244,14 @@ class Int4(Format):
         codecs.int4.search(weights, importance, scale)
         return scale
 
-    def weighted_error(self, weights: U16, scales: NDArray[Any], importance: F32 | None, codecs: Codecs) -> float:
+    def weighted_error(
+        self,
+        weights: U16,
+        scales: NDArray[Any],
+        importance: F32 | None,
+        codecs: Codecs,
+        mean: F32 | None = None,
+    ) -> float:
         """Sum what columns lose at given scales.
 
         Raises:

@@ -141,7 +141,7 @@ def _measured(one: Input, part: Part, layer: int, making: Making) -> Measured:
     tokens: Any = TOKENS if one.experts is None else counts(layer)
     return Measured(
         mean_square=squares,
-        mean=np.zeros_like(squares),
+        mean=np.sqrt(squares) * np.float32(0.5),
         weight=tokens * 0.5,
         tokens=tokens,
         largest=np.sqrt(squares.max(axis=-1)) * np.float32(4),

@@ -92,10 +92,10 @@ def test_a_format_refuses_a_grid_that_is_not_searched() -> None:
 def test_statistics_of_another_model_are_refused(small: Path, make_stats: Callable[..., Path], tmp_path: Path) -> None:
     """A size of the config tells, before a byte is written."""
     config = json.loads((small / CONFIG).read_text())
-    stats = make_stats(config={**config, "num_experts_per_tok": 1})
+    stats = make_stats(config={**config, "qk_nope_head_dim": 64})
     found = run("convert", "--to", "int4", "--method", "imatrix", "--stats", stats, small, tmp_path / "out")
     assert found.exit_code == 1
-    assert "the statistics are another model's: num_experts_per_tok" in found.stderr
+    assert "the statistics are another model's: qk_nope_head_dim" in found.stderr
     assert not (tmp_path / "out").exists()
 
 
