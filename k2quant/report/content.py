@@ -211,6 +211,31 @@ class Report:
             if any(other == kind for other, _ in order)
         }
 
+    def as_json(self) -> dict[str, Any]:
+        """Return the sums by class and way as JSON holds them; an SQNR is None where nothing was rounded, or lost."""
+        classes = [
+            {
+                "class": kind,
+                "from": way.source,
+                "to": way.target,
+                "tensors": total.tensors,
+                "values": total.values,
+                "sqnr_db": _finite(total.figures.sqnr_db if total.figures else math.inf),
+                "worst_sqnr_db": _finite(total.lowest),
+            }
+            for kind, ways in self.rows().items()
+            for way, total in ways.items()
+        ]
+        return {
+            "source_name": self.source_name,
+            "version": self.version,
+            "to": self.options["to"],
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "seconds": self.seconds,
+            "classes": classes,
+        }
+
     def layers(self) -> dict[str, dict[int, Sum]]:
         """Return the sums of what was rounded to codes by class and layer, both in order.
 
@@ -254,3 +279,7 @@ class Report:
                     stored = FORMATS[name].asked_for()
                     where[name] += count * stored.state(shape)[stored.main].nbytes
         return before, after
+
+
+def _finite(ratio: float) -> float | None:
+    return ratio if math.isfinite(ratio) else None

@@ -12,7 +12,8 @@ import click
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="File to write; default: k2quant_report.html in FOLDER."
 )
-def command(folder: Path, output: Path | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the page's figures as JSON, and draw nothing.")
+def command(folder: Path, output: Path | None, *, as_json: bool) -> None:
     """Draw the report of a finished conversion or calibration in FOLDER as one HTML page with pictures.
 
     Of a merge it shows what rounding left of the update, of an export from training how far the weights are from the
@@ -22,14 +23,19 @@ def command(folder: Path, output: Path | None) -> None:
     Example:
         k2quant report Kimi-K2-Instruct-INT4
     """
+    import json
+
     from k2quant.calib.stats.inspection import is_stats
     from k2quant.cli.parts.screen import working
+    from k2quant.errors import UsageError
 
-    with working("drawing"):
+    if as_json and output is not None:
+        raise UsageError("--output names a page, and --json draws none")
+    with working("reading" if as_json else "drawing"):
         if is_stats(folder):
-            from k2quant.calib.report import write_html
+            from k2quant.calib.report import read_figures, write_html
         else:
-            from k2quant.report import write_html
+            from k2quant.report import read_figures, write_html
 
-        page = write_html(folder, output)
-    click.echo(str(page))
+        said = json.dumps(read_figures(folder), indent=1) if as_json else str(write_html(folder, output))
+    click.echo(said)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.report.content import Report
@@ -36,11 +36,11 @@ Groups = dict[str, list[_One]]
 class _Spread(NamedTuple):
     """Relative errors of some weights, in order of size."""
 
-    least: float
+    best: float
     tenth: float
-    middle: float
+    median: float
     ninth: float
-    most: float
+    worst: float
 
     @classmethod
     def of(cls, weights: Sequence[_One]) -> _Spread:
@@ -73,6 +73,28 @@ def section(report: Report) -> str:
     if not groups:
         return f"<p class=card>{_asked(report.search)}: no weight got new codes, so no scales were searched.</p>"
     return f"{_by_layer(groups)}\n{_by_projection(groups)}\n{_ships(report.search, groups)}\n{_ends(groups)}"
+
+
+def as_json(report: Report) -> dict[str, Any] | None:
+    """Return what a search bought as JSON holds it; None where no scales were searched."""
+    if report.search is None:
+        return None
+    groups = _groups(report)
+    every = [one for weights in groups.values() for one in weights]
+    ways = Counter((one.scales.method, one.scales.measure, one.scales.reason) for one in every)
+    return {
+        **report.search._asdict(),
+        "matrices": len(every),
+        "relative": _Spread.of(every)._asdict() if every else None,
+        "projections": {
+            name: {"matrices": len(weights), "relative": _Spread.of(weights)._asdict()}
+            for name, weights in groups.items()
+        },
+        "ships": [
+            {"method": method, "measure": measure, "reason": reason, "matrices": number}
+            for (method, measure, reason), number in ways.most_common()
+        ],
+    }
 
 
 def facts(search: Search) -> Iterator[tuple[str, str]]:
@@ -135,7 +157,7 @@ def _by_layer(groups: Groups) -> str:
     heads = ["layer", *map(text, series)]
     numbers = sorted({layer for points in series.values() for layer in points})
     rows = [
-        [str(layer), *(_times(points[layer].middle) if layer in points else DASH for points in series.values())]
+        [str(layer), *(_times(points[layer].median) if layer in points else DASH for points in series.values())]
         for layer in numbers
     ]
     return figure(
@@ -179,8 +201,8 @@ def _by_projection(groups: Groups) -> str:
             )
             axes.plot([middle], [row], MARKERS[row % len(MARKERS)], color=paint, markersize=0.75 * canvas.font)
         _draw_one(axes.axvline)
-        low = min(spread.least for spread in spreads.values())
-        high = max(1.0, *(min(spread.most, _BEYOND) for spread in spreads.values()))
+        low = min(spread.best for spread in spreads.values())
+        high = max(1.0, *(min(spread.worst, _BEYOND) for spread in spreads.values()))
         room = 0.05 * (high - low) or 0.05
         lay_bars(axes, [_short(name, canvas) for name in spreads], (low - room, high + room), "error over rounding's")
 

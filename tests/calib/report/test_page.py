@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -124,6 +125,19 @@ def test_the_command_draws_the_page_of_a_calibration(made_up: Any) -> None:
     assert "1 of 4 experts saw no token" in said
     assert f"Median expert {train.median:,.0f}" in said
     assert before in said
+
+
+def test_json_has_the_figures_of_the_page(made_up: Any) -> None:
+    """`--json` prints fingerprint, data and coverage, and draws nothing."""
+    folder = made_up.write(empty=2)
+    before = sorted(path.name for path in folder.iterdir())
+    result = CliRunner().invoke(main, ["report", str(folder), "--json"])
+    assert result.exit_code == 0, result.output
+    found, stats = json.loads(result.output), open_stats(folder)
+    assert found["fingerprint"] == stats.fingerprint
+    assert found["data"]["train"]["tokens"] == stats.manifest.data["train"].tokens
+    assert found["coverage"] == coverage_of(stats).as_json()
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 def test_figures_are_those_of_the_counts(drawn: Pages) -> None:

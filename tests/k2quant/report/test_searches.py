@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from k2quant.checkpoint.reader import REPORT
+from k2quant.cli import main
 from k2quant.conversion.convert import convert
 from k2quant.errors import MalformedFile
 from k2quant.report import write_html
@@ -113,6 +115,25 @@ def test_the_page_of_a_real_search(k2_source: Path, tmp_path: Path) -> None:
     assert all(legend in html for legend in ("expert gate_proj", "attention o_proj", "dense mlp down_proj"))
     report = json.loads((folder / REPORT).read_text())
     assert all(facts["scales"]["relative"] < 1 for facts in rounded(report))
+
+
+def test_json_has_the_figures_of_the_page(report: Json, tmp_path: Path) -> None:
+    """`--json` prints classes and what the search bought, draws nothing, and needs no name of a page."""
+    (tmp_path / REPORT).write_text(json.dumps(report))
+    result = CliRunner().invoke(main, ["report", str(tmp_path), "--json"])
+    assert result.exit_code == 0, result.output
+    found, count = json.loads(result.output), len(rounded(report))
+    search = found["search"]
+    assert (search["method"], search["candidates"], search["matrices"]) == ("imatrix", 16, count)
+    assert search["relative"]["best"] == 0.5
+    assert search["relative"]["worst"] == 1.25
+    assert [way["matrices"] for way in search["ships"]] == [count - 1, 1]
+    assert sum(row["tensors"] for row in found["classes"]) == len(report["tensors"])
+    assert all(row["sqnr_db"] is None or row["sqnr_db"] > 15 for row in found["classes"])
+    assert [path.name for path in tmp_path.iterdir()] == [REPORT]
+    result = CliRunner().invoke(main, ["report", str(tmp_path), "--json", "-o", str(tmp_path / "x.html")])
+    assert result.exit_code == 2
+    assert "--json draws none" in result.output
 
 
 def test_errors_beyond_the_picture_are_counted(report: Json, said: Draw, drawn: Draw) -> None:
