@@ -26,6 +26,7 @@ from k2quant.kernels.codecs.choice import codecs
 from k2quant.model.decoding import decoded_rows
 from k2quant.model.generation import load_tokenizer
 from k2quant.qat.exporting.export import export_options
+from k2quant.qat.exporting.starting import PostTraining
 from k2quant.qat.exporting.trained import Trained, key
 from k2quant.qat.job import Job, check_folders
 from k2quant.qat.loading import skeleton
@@ -132,7 +133,10 @@ def plan_job(job: Job, *, processes: int = 1) -> JobPlan:
     if job.training.batch % processes:
         raise UsageError(f"training: batch {job.training.batch} is no multiple of the {processes} processes")
     rows, held_out = read_data(job, model.config)
+    post_training = PostTraining.of(job)
+    post_training.check(source)
     facts = {"data": rows.digest, "held_out": held_out.digest, TARGETS: bases_digest(found.targets)}
+    facts |= post_training.facts()
     begun, obstacle = _output(job, facts)
     sizes, top_k = _Sizes.of(job, model), (job.distill.top_k if job.distill else None) or 0
     return JobPlan(

@@ -29,12 +29,13 @@ from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.qat.config import QATConfig
 from k2quant.qat.exporting.asked import asked_job
 from k2quant.qat.exporting.gate import check_export
+from k2quant.qat.exporting.starting import PostTraining, round_start
 from k2quant.qat.exporting.trained import Trained
 from k2quant.qat.job import Job
 from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.preparing import prepare, prepared
 from k2quant.qat.rounding.rules import check_packed
-from k2quant.qat.rounding.targets import bases_digest
+from k2quant.qat.rounding.targets import bases_digest, bases_of
 from k2quant.qat.run import checkpoints, naming
 from k2quant.qat.run.folder import TARGETS, Run
 from k2quant.qat.run.state import restore_weights
@@ -180,9 +181,20 @@ def _origin(folder: Path, *, untrained: bool) -> dict[str, Any]:
 
 
 def load_start(job: Job) -> nn.Module:
-    """Return a job's model before its first step, prepared for the width of the export."""
-    model = load(Path(job.model), dtype=MASTERS[job.training.masters], follow_links=job.follow_links)
-    return prepare(model, dataclasses.replace(job.quantize, bits=job.final_bits))
+    """Return a job's model before its first step, prepared for the width of the export and rounded as the job says.
+
+    Raises:
+        CheckpointError: the statistics that the job names are not those of its model.
+    """
+    source, post_training = open_checkpoint(Path(job.model), follow_links=job.follow_links), PostTraining.of(job)
+    post_training.check(source)
+    model = load(source, dtype=MASTERS[job.training.masters])
+    prepare(model, dataclasses.replace(job.quantize, bits=job.final_bits))
+    if post_training.searches:
+        found = prepared(model)
+        post_training.check(source, bases_of(found.targets))
+        round_start(found, post_training)
+    return model
 
 
 def load_run(folder: Path, job: Job) -> nn.Module:

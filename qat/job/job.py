@@ -65,7 +65,7 @@ class Job:
 
     def _check_fallback(self) -> None:
         """Refuse a search of scales where there is none, or where its outcome could not be kept."""
-        if not self.quantize.bit_widths or self.quantize.grid != "moonshot":
+        if self.quantize.grid not in self.quantize.format.searched_grids:
             raise UsageError(
                 f"training: fallback: {self.training.fallback} searches scales of int4 on the grid moonshot; use rtn"
             )

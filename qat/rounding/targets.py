@@ -103,8 +103,12 @@ def find_targets(model: nn.Module, config: QATConfig) -> list[Target]:
 
 def bases_digest(targets: Iterable[Target]) -> str:
     """Return a sha256 of which weights are fake-quantised: of their names in a checkpoint, whatever their order."""
-    bases = sorted(part.base for target in targets for part in target.parts)
-    return hashlib.sha256("\n".join(bases).encode()).hexdigest()
+    return hashlib.sha256("\n".join(sorted(bases_of(targets))).encode()).hexdigest()
+
+
+def bases_of(targets: Iterable[Target]) -> set[str]:
+    """Return the names in the language model of all matrices of some targets."""
+    return {part.base for target in targets for part in target.parts}
 
 
 def _bases(model: nn.Module, candidates: list[Target]) -> Iterator[str]:

@@ -28,6 +28,8 @@ FACTS = ("data", "held_out", "model", "teacher")
 """Keys of the manifest: digests of what a training is made of."""
 TARGETS = "targets"
 """Key of the manifest: a digest of what is fake-quantised, for what a scope takes is no more than a word."""
+STATS = "fallback_stats"
+"""Key of the manifest: what tells the statistics from others by which experts fall back; only where there are any."""
 _BEGUN = "begun_as"
 """Key of the manifest: the identity that checkpoints were written under, where it would be written otherwise now."""
 _LOCK = "k2quant_qat.lock"
@@ -178,6 +180,7 @@ class Run:
         """
         manifest = self._manifest()
         decisive = {key: manifest.get(key) for key in ("identity", *FACTS)}
+        decisive |= {STATS: manifest[STATS]} if STATS in manifest else {}
         decisive["identity"] = manifest.get(_BEGUN, decisive["identity"])
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 

@@ -59,7 +59,10 @@ def stamps(job: Job) -> Stamps:
     """Return names, sizes and times of the files that a training is made of; to be taken before they are read."""
     teacher = job.distill.teacher if job.distill else None
     found: Stamps = {}
-    for what, path in (("model", job.model), ("teacher", teacher), ("data", job.data.path)):
+    places = [("model", job.model), ("teacher", teacher), ("data", job.data.path)]
+    if job.training.fallback_stats is not None:
+        places.append(("fallback_stats", job.training.fallback_stats))
+    for what, path in places:
         found[what] = None
         if path is not None and os.path.lexists(path):
             with contextlib.suppress(OSError):  # whoever reads it says what is wrong with it

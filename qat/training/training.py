@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from k2quant.checkpoint.contents import contents
-from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.errors import OutputError
 from k2quant.qat.exporting.export import plan_export
+from k2quant.qat.exporting.starting import PostTraining
 from k2quant.qat.job import Job, check_folders
 from k2quant.qat.planning import tried
-from k2quant.qat.rounding.targets import bases_digest
+from k2quant.qat.rounding.targets import bases_digest, bases_of
 from k2quant.qat.run import checkpoints, naming
 from k2quant.qat.run.folder import TARGETS, Run
 from k2quant.qat.run.history import Evaluation, History, Record, Records, kept_history
@@ -95,21 +96,22 @@ class Trainer:
         """Load everything and check all that can be checked before the first step."""
         self.job, self.processes = job, processes
         self._run = run
+        self._post_training = PostTraining.of(job)
         self.stepper = Stepper(job, processes, stage)
         source, files = open_checkpoint(Path(job.model), follow_links=job.follow_links), None
         with self.stepper.final_width():
             export, _ = plan_export(self.stepper.model, source)  # a result that cannot be saved is not worth a step
         if processes.leads:
             list(tried(job, source, self.stepper.prepared, export))
-            files = self._begin_run(restart=restart, stage=stage)
+            files = self._begin_run(source, restart=restart, stage=stage)
         processes.wait()
         self.stepper.set_up(Teacher.of(job, run, self.stepper.rows, processes, files, stage))
 
-    def _begin_run(self, *, restart: bool, stage: Callable[[str], None]) -> dict[str, str] | None:
+    def _begin_run(self, source: Checkpoint, *, restart: bool, stage: Callable[[str], None]) -> dict[str, str] | None:
         """Note what is trained, or check that it is what was begun; return the digests of the teacher's files."""
         stage("reading the digests of the model")
         job = self.job
-        model = contents(open_checkpoint(Path(job.model), follow_links=job.follow_links))
+        model = contents(source)
         named = job.distill.teacher if job.distill else None
         teacher = (
             contents(open_checkpoint(Path(named), follow_links=job.follow_links))
@@ -121,6 +123,8 @@ class Trainer:
         rows, held_out = self.stepper.rows, self.stepper.held_out
         facts = {"data": rows.digest, "held_out": held_out.digest, "model": model, "teacher": teacher}
         facts[TARGETS] = bases_digest(self.stepper.prepared.targets)
+        self._post_training.check(source, bases_of(self.stepper.prepared.targets))
+        facts |= self._post_training.facts()
         self._run.begin(job, facts, restart=restart)
         return teacher
 
@@ -228,7 +232,13 @@ class Trainer:
         starved = self.stepper.monitors.starved(self.job.training.least_tokens, self.processes.total)
         if trained:
             names = [name for name, _ in starved]
-            fallback.restore(self.stepper.prepared, names, Path(self.job.model), follow_links=self.job.follow_links)
+            fallback.restore(
+                self.stepper.prepared,
+                names,
+                Path(self.job.model),
+                post_training=self._post_training,
+                follow_links=self.job.follow_links,
+            )
             last = self.stepper.evaluate(steps)
             _tell(sinks, last)
             self._save(steps)
