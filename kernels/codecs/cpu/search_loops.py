@@ -98,7 +98,7 @@ def _errors(values: F32, heavy: F32, reciprocal: F32, low: F32, high: F32, top: 
 
 
 @_jit
-def _four(sums: F32, at: Int) -> np.float32:
+def _four(sums: F32, at: Int) -> Any:
     """Return rows i, i + 4, i + 8 and i + 12 of a column added in halves."""
     step = 4 * CANDIDATES
     return (sums[at] + sums[at + 2 * step]) + (sums[at + step] + sums[at + 3 * step])
