@@ -6,18 +6,18 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from k2quant.calib.inputs.arranging import arranged, pieces
 from k2quant.calib.inputs.choosing import Parts, Pool, check_rows, held_out_rows
 from k2quant.calib.inputs.documents import Progress, Raw, documents
 from k2quant.calib.inputs.samples import PARTS, Part, Samples
 from k2quant.data import packing
 from k2quant.data.examples import examples_of
 from k2quant.data.learning import Census, Learning
-from k2quant.data.packing import Document, Rows
+from k2quant.data.packing import Document
 from k2quant.data.sources import DataSource
 from k2quant.data.tokens import Reader
 from k2quant.errors import MalformedFile, UsageError
@@ -123,20 +123,19 @@ class _Packing:
 
     def part(self, raw: list[Raw], count: int) -> Part:
         """Return the first rows that documents fill, and the hashes of those that stand in them."""
-        found: list[Document] = []
-        hashes: list[str] = []
+        found: list[tuple[Document, str]] = []
         filled = 0
         for document in raw:
-            own = [one for one in self._tokens(document) if len(one.tokens) > 1]
-            found += own
-            hashes += [document.hash] * len(own)
-            filled += sum(len(one.tokens) - 1 for one in own)
+            own = [piece for one in self._tokens(document) for piece in pieces(one, self._length)]
+            found += [(piece, document.hash) for piece in own]
+            filled += sum(len(piece.tokens) - 1 for piece in own)
             if filled >= count * self._length:  # a row holds no more than its length, so these are enough
                 break
-        rows = _first(packing.pack(found, length=self._length, padding=self.reader.padding), count)
-        pieces = accumulate(-(-(len(one.tokens) - 1) // self._length) for one in found)
-        last = sum(before < rows.documents for before in [0, *pieces][:-1])
-        return Part.of(rows, tuple(dict.fromkeys(hashes[:last])))
+        order = arranged([len(piece.tokens) - 1 for piece, _ in found], self._length)
+        rows = packing.pack((found[n][0] for n in order), length=self._length, padding=self.reader.padding)
+        if len(rows.tokens) > count:
+            rows, _ = packing.split(rows, len(rows.tokens) - count)
+        return Part.of(rows, tuple(dict.fromkeys(found[n][1] for n in order[: rows.documents])))
 
     def _tokens(self, raw: Raw) -> Iterator[Document]:
         """Yield what a document is in tokens, all of which count; a chat may be several."""
@@ -144,10 +143,6 @@ class _Packing:
             examples = examples_of(raw.row, raw.where, self.reader.tokenizer, self._learning, self.census)
             for document in self.reader.documents(examples):
                 yield replace(document, learnt=np.ones(len(document.tokens), np.bool_), divisible=True)
-
-
-def _first(rows: Rows, count: int) -> Rows:
-    return packing.split(rows, len(rows.tokens) - count)[0] if len(rows.tokens) > count else rows
 
 
 @contextlib.contextmanager
