@@ -42,7 +42,7 @@ def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) 
 
     from k2quant.cli.parts.screen import progress
     from k2quant.conversion.convert import convert
-    from k2quant.conversion.searched import bought
+    from k2quant.conversion.searching.gains import bought
 
     with progress(f"{source.name} to {conversion.target(options)}") as show:
         done = convert(source, destination, progress=show, **options)

@@ -24,7 +24,8 @@ from k2quant.checkpoint.writing.destination import locked
 from k2quant.conversion.plan import Options, Plan, make_plan, options_of
 from k2quant.conversion.recipes.rules import Recipes, read_recipe
 from k2quant.conversion.resume import begin, check_finished, clear, identity, refuse_nested
-from k2quant.conversion.searched import Searched, check_method, searched
+from k2quant.conversion.searching.fitting import check_method
+from k2quant.conversion.searching.searched import Searched, searched
 from k2quant.conversion.stream import Progress, Record, Rounder, Stream, Substitute
 from k2quant.errors import OutputError, UnsupportedFormat
 from k2quant.formats.format import Layout, Method, Scope

@@ -19,7 +19,7 @@ from k2quant.checkpoint.reading import read_into
 from k2quant.conversion.placing import Job, ShardPlan
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.resume import bytes_missing
-from k2quant.conversion.searched import Searched
+from k2quant.conversion.searching.searched import Searched
 from k2quant.errors import OutputError
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.format import Format

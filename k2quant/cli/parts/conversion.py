@@ -17,7 +17,7 @@ from k2quant.kernels.codecs.grids import Grid
 if TYPE_CHECKING:
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Options, Plan
-    from k2quant.conversion.searched import Searched
+    from k2quant.conversion.searching.searched import Searched
 
 _FORMAT = (
     click.option("--to", type=words(FORMATS), help="Format to write."),

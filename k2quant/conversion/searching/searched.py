@@ -7,22 +7,16 @@ panel of a weight it is known which is better; the few for which that is plain r
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from k2quant.calib.stats.digests import base_of
-from k2quant.calib.stats.layout import Input, inputs, place_of
-from k2quant.calib.stats.model import Model
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, format_of, panel_state
-from k2quant.conversion import relatives
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
-from k2quant.conversion.recipes.rules import METHODS
-from k2quant.errors import CheckpointError, UsageError
+from k2quant.conversion.searching.fitting import PLAIN, UNWEIGHTED, WEIGHTED, check_bytes, check_method, unmeasured
 from k2quant.formats.format import Format, Method, Parts
-from k2quant.ground.units import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,35 +29,11 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.seam import Codecs
     from k2quant.kernels.codecs.values import F32, U16
 
-_PLAIN, _UNWEIGHTED, _WEIGHTED = METHODS
 _MOST = 1e9
 """The largest error that a report says, in units of rounding's, which may be nothing."""
 
 _SAMPLED = 8  # rows of which one is measured where nothing is decided
 _COLUMNS = 512  # of a Hessian that are widened to float64 at a time
-_REMEDY = "calibrate this folder, or convert the one that was calibrated"
-
-
-def check_method(method: Method, *, stats: bool) -> None:
-    """Refuse statistics that nobody would read, and a search that cannot do without.
-
-    Args:
-        method: how scales are chosen.
-        stats: whether a folder of statistics was named.
-
-    Raises:
-        UsageError: so it is.
-    """
-    if method == _WEIGHTED and not stats:
-        raise UsageError(
-            f"`method=` {method} weighs errors by what a calibration saw, and `stats=` names none: make it with "
-            "`k2quant calibrate SOURCE STATS --data FILE`, or take `method=` mse, which needs no data"
-        )
-    if method == _PLAIN and stats:
-        raise UsageError(
-            f"`stats=` has no meaning with `method=` {method}: rounding to nearest asks no data; take `method=` "
-            f"{_WEIGHTED}"
-        )
 
 
 def searched(plan: Plan, stats: Stats | None) -> tuple[Plan, Searched | None]:
@@ -79,7 +49,7 @@ def searched(plan: Plan, stats: Stats | None) -> tuple[Plan, Searched | None]:
     """
     method = plan.options.in_force.method
     check_method(method, stats=stats is not None)
-    if method == _PLAIN:
+    if method == PLAIN:
         return plan, None
     from k2quant.kernels.codecs.scales.search import CANDIDATES
 
@@ -87,85 +57,9 @@ def searched(plan: Plan, stats: Stats | None) -> tuple[Plan, Searched | None]:
     remarks = plan.remarks
     if stats is not None:
         said["stats"] = stats.fingerprint
-        remarks = (*remarks, *_unmeasured(plan, stats))
+        remarks = (*remarks, *unmeasured(plan, stats))
     plan = replace(plan, method=said, remarks=remarks)
     return plan, Searched(plan, method, stats)
-
-
-def _unmeasured(plan: Plan, stats: Stats) -> Iterator[str]:
-    """Compare statistics with a source's config, names and shapes, and say which weights they do not know.
-
-    Raises:
-        CheckpointError: they are another model's.
-    """
-    _check_config(plan, stats)
-    known = {one.name: one for layer in stats.layers for one in inputs(stats.manifest.model, layer)}
-    missing = []
-    for job in plan.jobs():
-        _check_parts(job, stats)
-        if job.target is None or not plan.recipe.searches(job.weight):
-            continue
-        one = _input_of(job, known)
-        if one is None:
-            missing.append(job.weight.base)
-        elif stats.digest(base_of(job.weight) or "") is None:
-            raise CheckpointError(
-                "the statistics do not say which bytes of this weight were calibrated",
-                tensor=job.weight.main.name,
-                file=stats.folder,
-                remedy=_REMEDY,
-            )
-        elif one.width != job.weight.shape[-1]:
-            raise CheckpointError(
-                "the statistics are another model's",
-                tensor=job.weight.main.name,
-                file=job.weight.main.file,
-                expected=f"{one.width} columns, as they have",
-                found=job.weight.shape,
-                remedy=_REMEDY,
-            )
-    if missing:
-        such = relatives.shown(missing[0])
-        yield (
-            f"not measured by the calibration, so searched for the least squared error alone ({_UNWEIGHTED}): "
-            f"{counted(len(missing), 'weight')}, such as {such}"
-        )
-
-
-def _check_config(plan: Plan, stats: Stats) -> None:
-    ours, theirs = Model.of(plan.source.config).config, stats.manifest.model.config
-    for key in sorted({*ours, *theirs}):
-        if ours.get(key) != theirs.get(key):
-            raise CheckpointError(
-                f"the statistics are another model's: {key}",
-                file=stats.folder,
-                expected=f"{ours.get(key)!r:.100}, as config.json of {plan.source.folder.name} has it",
-                found=f"{theirs.get(key)!r:.100}",
-                remedy=_REMEDY,
-            )
-
-
-def _check_parts(job: Job, stats: Stats) -> None:
-    """Refuse a weight that was calibrated in another format: its values may differ."""
-    known = stats.digest(base) if (base := base_of(job.weight)) is not None else None
-    if known is not None and (new := job.weight.parts.keys() - known.keys()):
-        raise CheckpointError(
-            "was calibrated in another format",
-            tensor=job.weight.parts[min(new)].name,
-            file=job.weight.main.file,
-            expected=" and ".join(sorted(known)),
-            found=" and ".join(sorted(job.weight.parts)),
-            remedy=_REMEDY,
-        )
-
-
-def _input_of(job: Job, known: Mapping[str, Input]) -> Input | None:
-    base = base_of(job.weight)
-    place = place_of(base) if base is not None else None
-    one = known.get(place.input) if place is not None else None
-    if one is None or place is None or (place.expert or 0) >= (one.experts or 1):
-        return None
-    return one
 
 
 @dataclass(slots=True)
@@ -207,7 +101,7 @@ class Searched:
     @property
     def weighted(self) -> bool:
         """Whether errors are weighted by what a calibration saw."""
-        return self._method == _WEIGHTED
+        return self._method == WEIGHTED
 
     @property
     def by_outputs(self) -> bool:
@@ -258,7 +152,7 @@ class Searched:
             CheckpointError: its bytes are others.
         """
         if self._stats is not None:
-            _check_bytes(job, read, self._stats)
+            check_bytes(job, read, self._stats)
         if job.name not in self._taken:
             return False
         with self._lock:
@@ -266,7 +160,7 @@ class Searched:
         better, plain = (sum(error[side] for _, error in sorted(weight.errors.items())) for side in (0, 1))
         worse = weight.measure != "weights" and better > plain
         relative = min(better / plain, _MOST) if plain else float(_MOST if better else 1)
-        facts: dict[str, Any] = {"method": _PLAIN if worse else weight.method, "relative": relative}
+        facts: dict[str, Any] = {"method": PLAIN if worse else weight.method, "relative": relative}
         facts["measure"] = weight.measure
         if weight.held is not None:
             facts["tokens"] = weight.held.tokens
@@ -290,7 +184,7 @@ class Searched:
         base = base_of(job.weight)
         if self._stats is None or base is None or (held := self._stats.held_out(base)) is None:
             reason = "not measured by the calibration" if self.weighted else None
-            return _Weight(_UNWEIGHTED, reason=reason)
+            return _Weight(UNWEIGHTED, reason=reason)
         found = _Weight(self._method, held=held, measure="validation")
         if self.weighted:
             found.importance = self._stats.importance(base)
@@ -299,21 +193,6 @@ class Searched:
         elif (hessian := self._stats.hessian(base, "validation")) is not None:
             found.hessian, found.measure = hessian, "validation, hessian"
         return found
-
-
-def _check_bytes(job: Job, read: Mapping[str, str], stats: Stats) -> None:
-    base = base_of(job.weight)
-    known = (stats.digest(base) if base is not None else None) or {}
-    for suffix, crc in read.items():
-        if suffix in known and known[suffix] != crc:
-            raise CheckpointError(
-                "is not the weight that was calibrated",
-                tensor=job.weight.parts[suffix].name,
-                file=job.weight.parts[suffix].file,
-                expected=f"crc32 {known[suffix]}",
-                found=crc,
-                remedy=_REMEDY,
-            )
 
 
 def _errors(
@@ -364,26 +243,3 @@ def _output_errors(
             sums[side] += float(np.vdot(mine @ wide[first:], mine))
             sums[side] += 2 * float(np.vdot(each[:, :first] @ wide[:first], mine))  # a Hessian is symmetric
     return sums[0], sums[1]
-
-
-def bought(report: Mapping[str, Any]) -> str | None:
-    """Say what a search bought, by a report: `imatrix: held-out error 0.71 of rounding's (median of 48 matrices)`."""
-    if (method := report.get("method")) is None:
-        return None
-    asked = method["asked"]
-    found = [facts["scales"] for facts in report["tensors"].values() if "scales" in facts]
-    if not found:
-        return f"{asked}: nothing was searched, for no weight gets new codes"
-    held_out = [scales for scales in found if scales["measure"] != "weights"]
-    middle = median(1 if scales["method"] == _PLAIN else scales["relative"] for scales in held_out or found)
-    what = "held-out" if held_out else "squared"
-    said = f"{asked}: {what} error {middle:.2f} of rounding's (median of {_matrices(len(held_out or found))})"
-    if rounded := sum(scales["method"] == _PLAIN for scales in found):
-        said += f", {rounded:,} {'ships' if rounded == 1 else 'ship'} rounded"
-    if held_out and (others := len(found) - len(held_out)):
-        said += f", {others:,} not measured"
-    return said
-
-
-def _matrices(count: int) -> str:
-    return counted(count, "matrix", "matrices")
