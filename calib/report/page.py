@@ -99,7 +99,11 @@ def _tiles(coverage: Coverage) -> Iterator[str]:
     yield tile("Median expert", f"{train.median:,.0f}", f"{median} (layer {lowest.layer}, expert {lowest.worst})")
     even = f"lowest of all layers, layer {uneven.layer}; 1 is an even load"
     yield tile("Entropy of the load", f"{uneven.entropy:.3f}", even)
-    yield tile("Tokens missing", missing(train, train.hidden), "of such data, for the worst expert to reach d")
+    yield tile(
+        "Tokens missing",
+        missing(train, train.hidden).replace("&nbsp;", " "),
+        "of such data, for the worst expert to reach d",
+    )
     few = held.below(LEAST_HELD_OUT)
     yield tile("Not measurable", f"{few:,}", f"experts with fewer than {LEAST_HELD_OUT} held-out tokens")
 

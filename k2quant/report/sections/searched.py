@@ -59,10 +59,9 @@ def tiles(report: Report) -> Iterator[str]:
     what = "Held-out error" if judged else "Squared error"
     number = len(judged or weights)
     middle = median(one.scales.relative for one in judged or weights)
-    yield tile(what, _times(middle), f"of rounding&rsquo;s: median of {_matrices(number)}, {_asked(report.search)}")
-    if judged:
-        rounded = sum(_rounded(one, report.search) for one in weights)
-        yield tile("Ship rounded", f"{rounded:,}", f"of {_matrices(len(weights))}; held-out data found them no better")
+    rounded = sum(_rounded(one, report.search) for one in weights)
+    ships = f"; {rounded:,} {'ships' if rounded == 1 else 'ship'} rounded" if judged else ""
+    yield tile(what, _times(middle), f"of rounding&rsquo;s, median of {_matrices(number)}{ships}")
 
 
 def section(report: Report) -> str:
