@@ -34,7 +34,7 @@ EXPERTS = 64
 """Of the layer that is converted, 3 GB."""
 FEW = 16
 """Of the layer that is passed through; a token has eight."""
-DOCUMENTS = 200
+DOCUMENTS = 100
 LENGTH = 512
 """Tokens of a row."""
 MEMORY = 4_000_000_000
