@@ -15,7 +15,7 @@ from k2quant.errors import UsageError
 from k2quant.eval.statistics import exact, paired, restricted
 
 UPPER = pytest.mark.parametrize("upper", [False, True])
-CASES = [(6, 0.3, 0.02), (9, 0.05, 0.3)]
+CASES = [(5, 0.3, 0.02), (7, 0.05, 0.3)]
 
 Outcome = tuple[int, int]
 
