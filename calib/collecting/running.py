@@ -111,7 +111,8 @@ def collect(
         assembly.model.set_attn_implementation(IMPLEMENTATION)
     manifest = _manifest(model, samples, place, hessians=hessians)
     walk = Walk(assembly, model, segments(samples), plan, hessians=hessians)
-    with calibrating(stats, manifest, restart=restart, soft_lock=soft_lock) as whole, _as_output_error(stats):
+    locked = calibrating(stats, manifest, restart=restart, soft_lock=soft_lock)
+    with _whole_float32(), locked as whole, _as_output_error(stats):
         measured = _Run(walk, manifest, source, stats).go(whole, progress, restart=restart)
     tokens: dict[str, int] = {part: getattr(samples, part).count for part in PARTS}
     return Collected(folder=stats, layers=model.layers, measured=measured, tokens=tokens, needs=plan)
@@ -244,6 +245,17 @@ def _check_tokens(samples: Samples, source: Checkpoint) -> None:
                 f"samples, {part}: expected tokens from 0 to {vocabulary - 1}, found {low} to {high}; is the "
                 "tokenizer that of this checkpoint?"
             )
+
+
+@contextlib.contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Have products of float32 keep all of it, whatever the process has set: sums of squares need more than TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from k2quant.calib.collecting import collect
 from k2quant.calib.collecting.memory import needs
@@ -112,6 +113,21 @@ def test_memory_changes_no_byte(
         found.append(contents(tmp_path / f"{memory}"))
     assert found[0] == found[1] == found[2]
     assert ways == [(8, 8), (1, 1), (7, 1)] if hessians else [(8, 8), (1, 8), (3, 4)]
+
+
+def test_a_lower_precision_of_the_process_changes_no_byte(
+    tiny: Checkpoint, data: Samples, tmp_path: Path, contents: Contents
+) -> None:
+    """Sums are whole float32 where the process lets torch multiply with less, which it may do again afterwards."""
+    collect(tiny, tmp_path / "highest", data, memory=PLENTY)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        collect(tiny, tmp_path / "medium", data, memory=PLENTY)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert contents(tmp_path / "medium") == contents(tmp_path / "highest")
 
 
 def test_too_little_memory_names_the_least(tiny: Checkpoint, data: Samples, tmp_path: Path) -> None:
