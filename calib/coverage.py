@@ -164,7 +164,7 @@ class PartCoverage:
         if not self.layers:
             return 0
         tokens = np.sort(np.concatenate([load.tokens for load in self.layers]))
-        left_out = min(int((1 - part) * len(tokens)), len(tokens) - 1)
+        left_out = min(int((1 - part) * len(tokens) + 1e-9), len(tokens) - 1)  # 5% of 100 are 5
         worst = int(tokens[left_out])
         return max(ceil(self.seen * width / (worst or UNSEEN) - self.seen), 0) if worst < width else 0
 

@@ -55,6 +55,18 @@ def test_an_expert_without_a_token_needs_at_least_so_many() -> None:
     assert found.as_json()["needed_is_lower_bound"] is True
 
 
+def test_most_experts_need_less_than_all() -> None:
+    """Of 40 experts the two with the fewest tokens are left out for 95 %, and what the next one needs is told."""
+    found = part([2, *[8] * 9, *[32] * 10], [32] * 20)
+    seen = found.layers[0].seen
+    assert found.seen == seen
+    assert found.needed_by(1.0, HIDDEN) == seen * 64 / 2 - seen
+    assert found.needed_by(0.95, HIDDEN) == seen * 64 / 8 - seen
+    assert found.needed_by(0.75, HIDDEN) == seen * 64 / 32 - seen
+    assert found.needed_by(0.95, 8) == 0
+    assert part([0, 0, 9, 9]).needed_by(0.95, HIDDEN) == 9 * 64 // 3 - 9
+
+
 @pytest.mark.parametrize(
     ("tokens", "entropy"),
     [([5, 5, 5, 5], 1.0), ([10, 0, 0], 0.0), ([8, 8, 0, 0], 0.5), ([0, 0], 1.0), ([7], 1.0)],
