@@ -94,7 +94,16 @@ class Int4Codec(Protocol):
         product that exceeds BF16, are errors.
         """
 
-    def search(self, weights: U16, importance: F32 | None, scale: U16, *, bits: int = 4, recover: bool = True) -> None:
+    def search(
+        self,
+        weights: U16,
+        importance: F32 | None,
+        scale: U16,
+        *,
+        mean: F32 | None = None,
+        bits: int = 4,
+        recover: bool = True,
+    ) -> None:
         """Write for each group, on the moonshot grid, the scale of least error among 16: the plain one and lesser ones.
 
         `scales.search` has the rule. Each of the scales comes back by the plain rule from what is decoded at it, with
@@ -103,16 +112,24 @@ class Int4Codec(Protocol):
         more. By its own measure no group is worse than at the plain scale.
 
         `importance` is float32 `[K]`, finite and not negative: what a squared error in each column weighs, in every
-        row. Nothing stands for ones. Anything else is a `UsageError`; a weight that is not finite is an error, as
-        in `choose`. Rows know nothing of each other: panels give the scales of the whole.
+        row, such as E[x^2] of what it is multiplied with. Nothing stands for ones. `mean` is float32 `[K]`, finite:
+        E[x] beside it, so that columns may err against each other; nothing stands for zeros. Anything else is a
+        `UsageError`; a weight that is not finite is an error, as in `choose`. Rows know nothing of each other: panels
+        give the scales of the whole.
         """
 
-    def weighted_error(self, weights: U16, scale: U16, importance: F32 | None, *, bits: int = 4) -> float:
+    def weighted_error(
+        self, weights: U16, scale: U16, importance: F32 | None, *, mean: F32 | None = None, bits: int = 4
+    ) -> float:
         """Return the sum of importance * (w - w')^2, where w' is what `store` at these scales on moonshot decodes to.
 
-        `importance` and scales as in `search` and `store`, with their errors. w - w' is float32, all else float64. In a
-        row, 32 lanes add what stands there in each group, in order; then the lanes are added in halves, and the rows
-        exactly. So the bits are those of any device. Panels are added by the caller, in an order of his own.
+        With a mean, of each row: the sum of (importance - mean^2) * (w - w')^2, and the square of that of
+        mean * (w - w'), over all its columns; which is the expected square of what an output loses.
+
+        `importance`, `mean` and scales as in `search` and `store`, with their errors. w - w' is float32, all else
+        float64. In a row, 32 lanes add what stands there in each group, in order; then the lanes are added in halves,
+        and the rows exactly. So the bits are those of any device. Panels are added by the caller, in an order of his
+        own.
         """
 
 

@@ -13,8 +13,17 @@ from k2quant.kernels.codecs.cpu.checks import figures, frozen, same, same_int4, 
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, Grid, largest_code
 from k2quant.kernels.codecs.scales.recovery import int4_table
-from k2quant.kernels.codecs.scales.search import candidate_table, check_importance, column_weights
+from k2quant.kernels.codecs.scales.search import (
+    candidate_table,
+    check_importance,
+    check_mean,
+    column_moments,
+    column_weights,
+    variance,
+)
 from k2quant.kernels.codecs.values import F32, I32, U16, bf16_to_float
+
+_NO_MEAN = np.empty(0, np.float32)
 
 
 def decode(packed: I32, scale: F32, group: int, out: U16) -> None:
@@ -63,23 +72,40 @@ def store(weights: U16, scale: U16, grid: Grid, packed: I32, *, bits: int = 4) -
     return found
 
 
-def search(weights: U16, importance: F32 | None, scale: U16, *, bits: int = 4, recover: bool = True) -> None:
+def search(
+    weights: U16,
+    importance: F32 | None,
+    scale: U16,
+    *,
+    mean: F32 | None = None,
+    bits: int = 4,
+    recover: bool = True,
+) -> None:
     """Choose the scale of least error for each group. See `seam.Int4Codec`."""
-    heavy = column_weights(importance, weights.shape[1])
+    heavy, shift = column_weights(importance, weights.shape[1]), _NO_MEAN
+    if mean is not None:
+        heavy, shift = column_moments(importance, mean, weights.shape[1])
     choose(weights, "moonshot", scale, recover=recover, bits=bits)
     largest = np.float32(largest_code("moonshot", bits, PACKED_BITS))
-    search_loops.search(frozen(weights), frozen(heavy), candidate_table(bits), _steps(bits), largest, scale)
+    search_loops.search(
+        frozen(weights), frozen(heavy), frozen(shift), candidate_table(bits), _steps(bits), largest, scale
+    )
 
 
-def weighted_error(weights: U16, scale: U16, importance: F32 | None, *, bits: int = 4) -> float:
+def weighted_error(
+    weights: U16, scale: U16, importance: F32 | None, *, mean: F32 | None = None, bits: int = 4
+) -> float:
     """Return what rounding at these scales loses, each column weighed. See `seam.Int4Codec`."""
     same_int4(weights.shape, scale)
     largest = np.float32(largest_code("moonshot", bits, PACKED_BITS))
     known = np.ones(weights.shape[1], np.float32) if importance is None else importance
     check_importance(known, weights.shape[1])
+    if mean is not None:
+        check_mean(mean, importance, weights.shape[1])
+    heavy, shift = frozen(variance(known, mean)), frozen(_NO_MEAN if mean is None else mean)
     sums = np.empty(len(weights))
     good = explain.bad_divisor(bf16_to_float(scale)) is None
-    if not (good and search_loops.weighted_errors(frozen(weights), frozen(known), largest, frozen(scale), sums)):
+    if not (good and search_loops.weighted_errors(frozen(weights), heavy, shift, largest, frozen(scale), sums)):
         store(weights, scale, "moonshot", np.empty((len(weights), weights.shape[1] // 8), np.int32), bits=bits)
     return math.fsum(sums)
 

@@ -66,6 +66,16 @@ def _round(value: np.float32) -> np.uint32:
 
 
 @_jit
+def _difference(weight: np.float32, reciprocal: np.float32, low: np.float32, high: np.float32, top: np.float32) -> Any:
+    """Return weight - value at one candidate: `low` is 65536 times the scale, `high` 65537 times.
+
+    `top` is 1536 more than the largest code.
+    """
+    code = (min(weight * reciprocal + _FINE, top) + _WHOLE_LESS_FINE) - _WHOLE
+    return weight - (code * high - code * low)
+
+
+@_jit
 def _term(
     weight: np.float32,
     importance: np.float32,
@@ -74,12 +84,8 @@ def _term(
     high: np.float32,
     top: np.float32,
 ) -> np.float32:
-    """Return importance * (weight - value)^2 at one candidate: `low` is 65536 times the scale, `high` 65537 times.
-
-    `top` is 1536 more than the largest code.
-    """
-    code = (min(weight * reciprocal + _FINE, top) + _WHOLE_LESS_FINE) - _WHOLE
-    difference = weight - (code * high - code * low)
+    """Return importance * (weight - value)^2 at one candidate: see `_difference`."""
+    difference = _difference(weight, reciprocal, low, high, top)
     return difference * difference * importance
 
 
@@ -92,9 +98,53 @@ def _errors(values: F32, heavy: F32, reciprocal: F32, low: F32, high: F32, top: 
             first = _term(w0, h0, reciprocal[c], low[c], high[c], top)
             sums[i * CANDIDATES + c] = first + _term(w1, h1, reciprocal[c], low[c], high[c], top)
     for c in range(CANDIDATES):
-        sums[c] = (_four(sums, c) + _four(sums, c + 2 * CANDIDATES)) + (
-            _four(sums, c + CANDIDATES) + _four(sums, c + 3 * CANDIDATES)
-        )
+        sums[c] = _column(sums, c)
+
+
+@_jit
+def _with_mean(
+    values: F32,
+    heavy: F32,
+    mean: F32,
+    reciprocal: F32,
+    low: F32,
+    high: F32,
+    top: np.float32,
+    sums: F32,
+    shifts: F32,
+) -> None:
+    """Write the errors of a group at each candidate, the square of what its mean shifts added.
+
+    Args:
+        values: weights without sign.
+        heavy: variances.
+        mean: of each column, with the other sign where the weight is negative.
+        reciprocal: of the candidates.
+        low: see `_term`.
+        high: see `_term`.
+        top: see `_term`.
+        sums: see `_errors`.
+        shifts: as large, for the sums of mean * difference.
+    """
+    for i in range(_HALF):
+        w0, w1, h0, h1 = values[i], values[i + _HALF], heavy[i], heavy[i + _HALF]
+        m0, m1 = mean[i], mean[i + _HALF]
+        for c in range(CANDIDATES):
+            d0 = _difference(w0, reciprocal[c], low[c], high[c], top)
+            d1 = _difference(w1, reciprocal[c], low[c], high[c], top)
+            sums[i * CANDIDATES + c] = d0 * d0 * h0 + d1 * d1 * h1
+            shifts[i * CANDIDATES + c] = d0 * m0 + d1 * m1
+    for c in range(CANDIDATES):
+        shift = _column(shifts, c)
+        sums[c] = _column(sums, c) + shift * shift
+
+
+@_jit
+def _column(sums: F32, c: Int) -> Any:
+    """Return a column added in halves."""
+    return (_four(sums, c) + _four(sums, c + 2 * CANDIDATES)) + (
+        _four(sums, c + CANDIDATES) + _four(sums, c + 3 * CANDIDATES)
+    )
 
 
 @_jit
@@ -105,18 +155,28 @@ def _four(sums: F32, at: Int) -> Any:
 
 
 @_jit
-def search(weights: U16, heavy: F32, scales: U16, steps: tuple[F32, F32, F32], largest: np.float32, scale: U16) -> None:
+def search(
+    weights: U16,
+    heavy: F32,
+    mean: F32,
+    scales: U16,
+    steps: tuple[F32, F32, F32],
+    largest: np.float32,
+    scale: U16,
+) -> None:
     """Replace the scale of each group by the candidate of least error; leave one that is not the plain scale.
 
     Args:
         weights: BF16 bits, all finite.
         heavy: what each column weighs.
+        mean: of each column; of length 0 where none is known.
         scales: the candidates `[128, 16]`, BF16 bits, see `search.candidate_table`.
         steps: their reciprocals, the candidates times 65536, and times 65537.
         largest: the largest code.
         scale: BF16 bits, changed in place.
     """
     values, sums = np.empty(GROUP, np.float32), np.empty(_HALF * CANDIDATES, np.float32)
+    shifts, signed = np.empty(_HALF * CANDIDATES, np.float32), np.empty(GROUP, np.float32)
     reciprocal, low, high = steps
     bits = sums.view(np.uint32)
     top = largest + _FINE
@@ -136,7 +196,13 @@ def search(weights: U16, heavy: F32, scales: U16, steps: tuple[F32, F32, F32], l
             unit = _float((254 - exponent) << 23)
             for i in range(GROUP):
                 values[i] = _widen(span[i] & np.uint16(0x7FFF)) * unit
-            _errors(values, heavy[first : first + GROUP], reciprocal[m], low[m], high[m], top, sums)
+            if len(mean):
+                for i in range(GROUP):
+                    signed[i] = -mean[first + i] if span[i] & np.uint16(0x8000) else mean[first + i]
+                here = heavy[first : first + GROUP]
+                _with_mean(values, here, signed, reciprocal[m], low[m], high[m], top, sums, shifts)
+            else:
+                _errors(values, heavy[first : first + GROUP], reciprocal[m], low[m], high[m], top, sums)
             least = np.uint64(0xFFFFFFFFFFFFFFFF)
             for c in range(CANDIDATES):  # errors have no sign, so their bits are in their order; then the earlier one
                 least = min(least, np.uint64(np.uint64(bits[c]) << np.uint64(8)) | np.uint64(c))
@@ -144,28 +210,32 @@ def search(weights: U16, heavy: F32, scales: U16, steps: tuple[F32, F32, F32], l
 
 
 @_jit
-def weighted_errors(weights: U16, importance: F32, largest: np.float32, scale: U16, sums: F64) -> bool:
+def weighted_errors(weights: U16, heavy: F64, mean: F32, largest: np.float32, scale: U16, sums: F64) -> bool:
     """Write what each row loses at its scales; return whether all weights, and what they decode to, are finite.
 
-    This divides, as storing does: a scale may be any here.
+    This divides, as storing does: a scale may be any here. `mean` has the length 0 where none is known.
     """
-    lanes, worst = np.empty(GROUP, np.float64), np.uint32(0)
+    lanes, shifts, worst = np.empty(GROUP, np.float64), np.empty(GROUP, np.float64), np.uint32(0)
     for row in range(weights.shape[0]):
         lanes[:] = 0
+        shifts[:] = 0
         for group in range(scale.shape[1]):
             step = _widen(scale[row, group])
             for lane in range(GROUP):
                 i = group * GROUP + lane
                 weight = _widen(weights[row, i])
                 code = (min(max(weight / step, -largest), largest) + _WHOLE) - _WHOLE
-                difference = abs(weight - _widen(_round(code * step)))
-                worst = max(worst, _bits(difference))  # in the order of the numbers, NaN beyond infinity
+                difference = weight - _widen(_round(code * step))
+                worst = max(worst, _bits(abs(difference)))  # in the order of the numbers, NaN beyond infinity
                 wide = np.float64(difference)
-                lanes[lane] += (wide * wide) * np.float64(importance[i])
+                lanes[lane] += (wide * wide) * heavy[i]
+                if len(mean):
+                    shifts[lane] += wide * np.float64(mean[i])
         half = GROUP // 2
         while half > 0:
             for lane in range(half):
                 lanes[lane] += lanes[lane + half]
+                shifts[lane] += shifts[lane + half]
             half //= 2
-        sums[row] = lanes[0]
+        sums[row] = lanes[0] + shifts[0] * shifts[0]
     return bool(worst < np.uint32(0x7F800000))

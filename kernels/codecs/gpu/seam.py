@@ -84,15 +84,31 @@ class CudaInt4(TorchInt4):
         _refuse(bad, lambda: explain.bad_group(weights, bits))
         return _filled(found, packed, scale)
 
-    def search(self, weights: U16, importance: F32 | None, scale: U16, *, bits: int = 4, recover: bool = True) -> None:
-        """Choose the scale of least error for each group."""
+    def search(
+        self,
+        weights: U16,
+        importance: F32 | None,
+        scale: U16,
+        *,
+        mean: F32 | None = None,
+        bits: int = 4,
+        recover: bool = True,
+    ) -> None:
+        """Choose the scale of least error for each group; where means are known, in plain torch."""
+        if mean is not None:
+            super().search(weights, importance, scale, mean=mean, bits=bits, recover=recover)
+            return
         bad, heavy = _flag(self), self._importance(importance, weights.shape[1])
         found = search.search_int4_scales(self.bf16(weights), heavy, recover=recover, bits=bits, bad=bad)
         _refuse(bad, lambda: explain.bad_weight(weights))
         copy_bits(found, scale)
 
-    def weighted_error(self, weights: U16, scale: U16, importance: F32 | None, *, bits: int = 4) -> float:
+    def weighted_error(
+        self, weights: U16, scale: U16, importance: F32 | None, *, mean: F32 | None = None, bits: int = 4
+    ) -> float:
         """Return what rounding at these scales loses, each column weighed; the device sums rows, the CPU adds them."""
+        if mean is not None:
+            return super().weighted_error(weights, scale, importance, mean=mean, bits=bits)
         bad, heavy = _flag(self), self._importance(importance, weights.shape[1])
         sums = search.weighted_errors(self.bf16(weights), self.bf16(scale), heavy, bits=bits, bad=bad)
         if bad.item():

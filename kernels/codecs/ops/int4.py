@@ -69,7 +69,12 @@ def fake_quantize_int4(weights: Tensor, grid: Grid = "moonshot", *, bits: int = 
 
 
 def search_int4_scales(
-    weights: Tensor, importance: Tensor | None = None, *, recover: bool = True, bits: int = 4
+    weights: Tensor,
+    importance: Tensor | None = None,
+    mean: Tensor | None = None,
+    *,
+    recover: bool = True,
+    bits: int = 4,
 ) -> Tensor:
     """Choose for each group of the moonshot grid the scale of least error among 16: the plain one and lesser ones.
 
@@ -79,6 +84,7 @@ def search_int4_scales(
         weights: BF16 `[R, K]`; K is a multiple of 32.
         importance: float32 `[K]`, what a squared error in each column weighs, such as E[x^2] of the inputs; finite and
             not negative. Nothing stands for ones.
+        mean: float32 `[K]`, E[x] of the inputs, beside their E[x^2]; finite. Nothing stands for zeros.
         recover: leave a group that already lies on the grid the scale that gives all its weights. It has an effect
             with 4 bits alone.
         bits: width of the codes, 4, 3 or 2.
@@ -92,9 +98,10 @@ def search_int4_scales(
     """
     expect_grid("moonshot", bits, PACKED_BITS)
     expect(weights, "weights", torch.bfloat16, multiple=GROUP)
-    if importance is not None and importance.device != weights.device:
-        raise UsageError(f"importance: expected on {weights.device}, as the weights, found on {importance.device}")
-    return cast("Tensor", torch.ops.k2quant.search_int4_scales(weights, importance, recover, bits))
+    for name, known in (("importance", importance), ("mean", mean)):
+        if known is not None and known.device != weights.device:
+            raise UsageError(f"{name}: expected on {weights.device}, as the weights, found on {known.device}")
+    return cast("Tensor", torch.ops.k2quant.search_int4_scales(weights, importance, recover, bits, mean))
 
 
 @custom_op("k2quant::bf16_to_int4", mutates_args=())
@@ -161,20 +168,36 @@ def _(weights: Tensor, *_: Any) -> Tensor:
 
 
 @custom_op("k2quant::search_int4_scales", mutates_args=())
-def _search_int4_scales(weights: Tensor, importance: Tensor | None, recover: bool, bits: int = 4) -> Tensor:  # noqa: FBT001 - an operator's schema
-    if on_triton(weights):
+def _search_int4_scales(
+    weights: Tensor,
+    importance: Tensor | None,
+    recover: bool,  # noqa: FBT001 - an operator's schema
+    bits: int = 4,
+    mean: Tensor | None = None,
+) -> Tensor:
+    if on_triton(weights) and mean is None:
         from k2quant.kernels.codecs.gpu import search as on_gpu
 
         return on_gpu.search_int4_scales(weights, importance, recover=recover, bits=bits)
     if weights.device.type != "cpu":
-        return reference.searched_int4_scales(weights, importance, recover=recover, bits=bits)
+        return reference.searched_int4_scales(weights, importance, mean, recover=recover, bits=bits)
     scale = new_int4(weights)[1]
     source, factors = bits_of(weights), bits_of(scale)
-    known = None if importance is None else importance.contiguous().numpy()
-    over_rows(len(source), 1, lambda a, b: on_cpu.search(source[a:b], known, factors[a:b], bits=bits, recover=recover))
+    known, shift = (None if part is None else part.contiguous().numpy() for part in (importance, mean))
+    over_rows(
+        len(source),
+        1,
+        lambda a, b: on_cpu.search(source[a:b], known, factors[a:b], mean=shift, bits=bits, recover=recover),
+    )
     return scale
 
 
 @_search_int4_scales.register_fake
-def _(weights: Tensor, importance: Tensor | None, recover: bool, bits: int = 4) -> Tensor:  # noqa: FBT001 - an operator's schema
+def _(
+    weights: Tensor,
+    importance: Tensor | None,
+    recover: bool,  # noqa: FBT001 - an operator's schema
+    bits: int = 4,
+    mean: Tensor | None = None,
+) -> Tensor:
     return new_int4(weights)[1]

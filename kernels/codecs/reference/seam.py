@@ -108,15 +108,27 @@ class TorchInt4(OnDevice):
         copy_bits(found, packed)
         return figures
 
-    def search(self, weights: U16, importance: F32 | None, scale: U16, *, bits: int = 4, recover: bool = True) -> None:
+    def search(
+        self,
+        weights: U16,
+        importance: F32 | None,
+        scale: U16,
+        *,
+        mean: F32 | None = None,
+        bits: int = 4,
+        recover: bool = True,
+    ) -> None:
         """Choose the scale of least error for each group."""
-        heavy = None if importance is None else self.tensor(importance)
-        copy_bits(reference.searched_int4_scales(self.bf16(weights), heavy, recover=recover, bits=bits), scale)
+        heavy, shift = (None if part is None else self.tensor(part) for part in (importance, mean))
+        found = reference.searched_int4_scales(self.bf16(weights), heavy, shift, recover=recover, bits=bits)
+        copy_bits(found, scale)
 
-    def weighted_error(self, weights: U16, scale: U16, importance: F32 | None, *, bits: int = 4) -> float:
+    def weighted_error(
+        self, weights: U16, scale: U16, importance: F32 | None, *, mean: F32 | None = None, bits: int = 4
+    ) -> float:
         """Return what rounding at these scales loses, each column weighed."""
-        heavy = None if importance is None else self.tensor(importance)
-        return reference.weighted_int4_error(self.bf16(weights), self.bf16(scale), heavy, bits)
+        heavy, shift = (None if part is None else self.tensor(part) for part in (importance, mean))
+        return reference.weighted_int4_error(self.bf16(weights), self.bf16(scale), heavy, bits, shift)
 
 
 class TorchFused(OnDevice):

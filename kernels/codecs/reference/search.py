@@ -16,21 +16,24 @@ from k2quant.kernels.codecs.reference.int4 import (
     int4_to_bf16,
     plain_int4_scale,
 )
-from k2quant.kernels.codecs.scales.search import LARGE_AMAX, LEAST_AMAX, SHRINK, column_weights
+from k2quant.kernels.codecs.scales.search import LARGE_AMAX, LEAST_AMAX, SHRINK, column_moments, column_weights
 
 
-def searched_int4_scales(weights: Tensor, importance: Tensor | None, *, recover: bool = True, bits: int = 4) -> Tensor:
+def searched_int4_scales(
+    weights: Tensor, importance: Tensor | None, mean: Tensor | None = None, *, recover: bool = True, bits: int = 4
+) -> Tensor:
     """Return the BF16 scales `[R, K/32]` of least error for BF16 `[R, K]` on the moonshot grid.
 
     Args:
         weights: BF16 `[R, K]`; K is a multiple of 32.
         importance: float32 `[K]`, what a squared error in each column weighs; nothing stands for ones.
+        mean: float32 `[K]`, of what each column is multiplied with; nothing stands for zeros.
         recover: leave groups that lie on the grid the scale that gives all their weights; with 4 bits alone.
         bits: width of the codes, 4, 3 or 2.
     """
     largest = largest_code("moonshot", bits, PACKED_BITS)
     rows, columns = weights.shape
-    heavy = _column_weights(importance, columns, weights.device)
+    heavy, shift = _column_weights(importance, mean, columns, weights.device)
     scale = int4_scales(weights, "moonshot", recover=recover, bits=bits)
     plain = plain_int4_scale(weights, "moonshot", bits)
     amax = weights.reshape(rows, columns // GROUP, GROUP).abs().amax(2).view(torch.int16).int()
@@ -43,36 +46,57 @@ def searched_int4_scales(weights: Tensor, importance: Tensor | None, *, recover:
         factor = (256 - less) / 256
         shrunk = (plain.float() * factor).to(torch.bfloat16).float() * largest
         trial = torch.where(asked, divided(shrunk.to(torch.bfloat16).float(), largest), 1).to(torch.bfloat16)
-        error = _group_errors(groups, trial, unit, heavy, bits)
+        error = _group_errors(groups, trial, unit, (heavy, shift), bits)
         better = asked & (error < least)
         scale, least = torch.where(better, trial, scale), torch.where(better, error, least)
     return scale
 
 
-def weighted_int4_error(weights: Tensor, scale: Tensor, importance: Tensor | None, bits: int = 4) -> float:
+def weighted_int4_error(
+    weights: Tensor, scale: Tensor, importance: Tensor | None, bits: int = 4, mean: Tensor | None = None
+) -> float:
     """Return the sum of importance * (w - w')^2 over BF16 `[R, K]`, where w' is w at BF16 scales `[R, K/32]`.
+
+    With a mean, importance less its square stands there, and the square of each row's sum of mean * (w - w') is added.
 
     Differences are float32, all else float64. In a row, 32 lanes each add what stands there in their groups, in order;
     the lanes are added in halves, and the rows exactly, by `math.fsum`.
     """
-    rows, columns = weights.shape
-    _column_weights(importance, columns, weights.device)
+    columns = weights.shape[1]
+    _column_weights(importance, mean, columns, weights.device)
     packed, _ = bf16_to_int4_at(weights, scale, "moonshot", bits)
     difference = (weights.float() - int4_to_bf16(packed, scale.float(), GROUP).float()).double()
     terms = difference * difference
     if importance is not None:
-        terms = terms * importance.double()
-    lanes = torch.zeros(rows, GROUP, dtype=torch.float64, device=weights.device)
+        wide = importance.double()
+        terms = terms * (wide if mean is None else (wide - mean.double() * mean.double()).clamp(min=0))
+    found = _in_lanes(terms)
+    if mean is not None:
+        shift = _in_lanes(difference * mean.double())
+        found = found + shift * shift
+    return math.fsum(found.tolist())
+
+
+def _in_lanes(terms: Tensor) -> Tensor:
+    """Return the sum of each row `[R]` of float64 `[R, K]`."""
+    lanes = torch.zeros(len(terms), GROUP, dtype=torch.float64, device=terms.device)
     for group in terms.split(GROUP, 1):
         lanes = lanes + group
-    return math.fsum(_halved(lanes).tolist())
+    return _halved(lanes)
 
 
-def _group_errors(groups: Tensor, scale: Tensor, unit: Tensor, heavy: Tensor, bits: int) -> Tensor:
-    """Return float32 `[R, K/32]`: the error of each group at its scale."""
+def _group_errors(
+    groups: Tensor, scale: Tensor, unit: Tensor, known: tuple[Tensor, Tensor | None], bits: int
+) -> Tensor:
+    """Return float32 `[R, K/32]`: the error of each group at its scale, by `column_weights`."""
+    heavy, mean = known
     _, values = int4_at_scale(groups, scale, bits)
     difference = (groups.float() - values.float()) * _spread(unit)
-    return _halved((difference * difference * heavy).reshape(*scale.shape, GROUP))
+    found = _halved((difference * difference * heavy).reshape(*scale.shape, GROUP))
+    if mean is None:
+        return found
+    shift = _halved((difference * mean).reshape(*scale.shape, GROUP))
+    return found + shift * shift
 
 
 def _halved(lanes: Tensor) -> Tensor:
@@ -88,7 +112,12 @@ def _spread(groups: Tensor) -> Tensor:
     return groups.repeat_interleave(GROUP, 1)
 
 
-def _column_weights(importance: Tensor | None, columns: int, device: torch.device) -> Tensor:
-    """Return `column_weights` on a device."""
-    found = column_weights(None if importance is None else importance.detach().cpu().numpy(), columns)
-    return torch.from_numpy(found).to(device)
+def _column_weights(
+    importance: Tensor | None, mean: Tensor | None, columns: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Return `column_weights`, or `column_moments`, on a device."""
+    known, shift = (None if part is None else part.detach().cpu().numpy() for part in (importance, mean))
+    if shift is None:
+        return torch.from_numpy(column_weights(known, columns)).to(device), None
+    heavy, moved = column_moments(known, shift, columns)
+    return torch.from_numpy(heavy).to(device), torch.from_numpy(moved).to(device)

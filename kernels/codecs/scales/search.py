@@ -5,10 +5,14 @@ s0 = bf16(amax/L) is the plain scale, moved to a scale that survives, bf16(bf16(
 means: rounded anew by the plain rule, the values decoded at it have that scale and those codes again. Candidate 0 is
 s0, which survives itself. None is larger than s0, so the largest weight keeps the code L.
 
-The least error wins, the earlier candidate among equals. An error is the sum over the group's 32 columns of
-importance * ((w - bf16(code * s)) * 2^-e)^2, with codes as `store` rounds them and 2^e <= amax < 2^(e+1). All of it is
+The least error wins, the earlier candidate among equals. With d = (w - bf16(code * s)) * 2^-e, codes as `store` rounds
+them and 2^e <= amax < 2^(e+1), an error is the sum over the group's 32 columns of importance * d^2. All of it is
 float32, each operation rounded: (d * d) * importance, then sums in halves: lane i and i + 16, then i + 8, 4, 2, 1. The
 power of two is exact and keeps squares of large and of small weights within float32.
+
+Where the columns' means are known too, the error is the expected square of the group's share of an output, as long as
+columns vary independently: E[(sum d x)^2] = sum var d^2 + (sum mean d)^2. Then var = max(importance - mean * mean, 0)
+stands for the importance, and the square of the sum of mean * d, in the same halves, is added.
 """
 
 from __future__ import annotations
@@ -16,11 +20,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, largest_code
 from k2quant.kernels.codecs.scales.recovery import SMALLEST_AMAX
-from k2quant.kernels.codecs.values import F32, U16, bf16_to_float, float_to_bf16
+from k2quant.kernels.codecs.values import F32, F64, U16, bf16_to_float, float_to_bf16
 
 SHRINK = {
     4: (0, 5, 10, 13, 17, 20, 24, 29, 34, 41, 50, 59, 70, 82, 97, 119),
@@ -97,10 +102,60 @@ def column_weights(importance: F32 | None, columns: int) -> F32:
     if importance is None:
         return np.ones(columns, np.float32)
     check_importance(importance, columns)
-    groups = importance.reshape(-1, GROUP)
-    _, exponent = np.frexp(groups.max(1, initial=0, keepdims=True))
-    weights: F32 = np.ldexp(groups, -exponent).reshape(-1)
-    return weights
+    _, exponent = np.frexp(importance.reshape(-1, GROUP).max(1, initial=0, keepdims=True))
+    return _moved(importance, -exponent)
+
+
+def column_moments(importance: F32 | None, mean: F32, columns: int) -> tuple[F32, F32]:
+    """Return the variance and the mean of each column, scaled so that the largest of a group is near 1.
+
+    A power of four for each group of columns does it, and its root for means.
+
+    Args:
+        importance: as for `column_weights`, but there must be one.
+        mean: float32 `[K]`, finite.
+        columns: K, a multiple of 32.
+
+    Returns:
+        float32 `[K]` each: max(importance - mean * mean, 0), and the mean.
+
+    Raises:
+        UsageError: as for `column_weights`, of both.
+    """
+    importance = check_mean(mean, importance, columns)
+    check_importance(importance, columns)
+    with np.errstate(over="ignore"):  # a mean whose square is infinite leaves no variance
+        heavy = np.maximum(importance - mean * mean, np.float32(0))
+    largest = np.maximum(importance.astype(np.float64), mean.astype(np.float64) ** 2)
+    _, exponent = np.frexp(largest.reshape(-1, GROUP).max(1, initial=0, keepdims=True))
+    root = -((exponent + 1) // 2)
+    return _moved(heavy, 2 * root), _moved(mean, root)
+
+
+def _moved(values: F32, exponent: NDArray[np.int32]) -> F32:
+    """Return each group of columns `[K]` times a power of two, `[K/32, 1]`."""
+    found: F32 = np.ldexp(values.reshape(-1, GROUP), exponent).reshape(-1)
+    return found
+
+
+def check_mean(mean: F32, importance: F32 | None, columns: int) -> F32:
+    """Return the importance beside a mean; refuse what is not one mean for each column, and one without importance."""
+    if importance is None:
+        raise UsageError("mean: expected only beside an importance, found none")
+    if mean.dtype != np.float32 or mean.shape != (columns,):
+        found = f"{mean.dtype} {list(mean.shape)}"
+        raise UsageError(f"mean: expected float32 [{columns}], one for each column, found {found}")
+    bad = ~np.isfinite(mean)
+    if bad.any():
+        column = int(bad.argmax())
+        raise UsageError(f"mean: expected finite numbers, found {mean[column]} at column {column}")
+    return importance
+
+
+def variance(importance: F32, mean: F32 | None) -> F64:
+    """Return what judges the squared error of each column: importance less the mean's square, float64 `[K]`."""
+    wide = importance.astype(np.float64)
+    return wide if mean is None else np.maximum(wide - mean.astype(np.float64) ** 2, 0.0)
 
 
 def check_importance(importance: F32, columns: int) -> None:
