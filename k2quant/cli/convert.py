@@ -47,14 +47,15 @@ def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) 
     with progress(f"{source.name} to {conversion.target(options)}") as show:
         done = convert(source, destination, progress=show, **options)
     conversion.announce(done)
+    gain = None if done.already_done else bought(done.report)
     if as_json:
-        click.echo(json.dumps(conversion.summary(done, destination)))
+        click.echo(json.dumps(conversion.summary(done, destination) | ({} if gain is None else {"bought": gain})))
         return
     click.echo(conversion.last_line(done, destination))
     if not done.already_done:
         click.echo(conversion.quality(done))
-        if (line := bought(done.report)) is not None:
-            click.echo(line)
+    if gain is not None:
+        click.echo(gain)
     linked = ("--follow-links",) if options["follow_links"] else ()
     suggest(("k2quant", "verify", *linked, source, destination), ("k2quant", "report", destination))
 

@@ -165,6 +165,18 @@ def test_a_journal_of_something_else_is_refused(key: str, words: str, source: Pa
         resume.finished_shards(as_destination(begun), made)
 
 
+def test_a_journal_of_another_method_is_refused(source: Path, out: Path) -> None:
+    """One by other statistics is named; where the options say it already, they alone are."""
+    made = plan(source, method={"asked": "imatrix", "stats": "a"})
+    for other, words in (
+        ({"method": {"asked": "imatrix", "stats": "b"}}, "conversion of another method, or other statistics;"),
+        ({"method": {"asked": "mse"}, "options": "other"}, "conversion of other options;"),
+    ):
+        with pytest.raises(DestinationStale, match=words):
+            resume.finished_shards(as_destination(Folder(out, [head(made) | other, record()])), made)
+    assert resume.finished_shards(as_destination(Folder(out, [head(made), record()])), made)
+
+
 def test_a_folder_that_was_being_emptied_is_refused(source: Path, out: Path) -> None:
     """Its journal names files and no options."""
     with pytest.raises(DestinationStale, match="being emptied"):
@@ -186,6 +198,7 @@ def test_a_folder_that_was_being_emptied_is_refused(source: Path, out: Path) -> 
         record(tensors={"w": FACTS | {"crc32": []}}),
         record(tensors={"w": FACTS | {"shape": {}}}),
         record(tensors={"w": FACTS | {"figures": []}}),
+        record(tensors={"w": FACTS | {"scales": []}}),
     ],
 )
 def test_a_record_that_is_not_sound_does_not_count(bad: dict[str, Any], source: Path, out: Path) -> None:
@@ -195,8 +208,8 @@ def test_a_record_that_is_not_sound_does_not_count(bad: dict[str, Any], source: 
 
 
 def test_figures_may_be_there_or_not(source: Path, out: Path) -> None:
-    """A tensor that was copied has none."""
-    made, good = plan(source), record(tensors={"w": FACTS | {"figures": {"count": 1}}})
+    """A tensor that was copied has none; only one that was searched has facts of its scales."""
+    made, good = plan(source), record(tensors={"w": FACTS | {"figures": {"count": 1}, "scales": {"relative": 1}}})
     assert resume.finished_shards(as_destination(Folder(out, [head(made), good])), made) == {"one": good}
 
 

@@ -188,6 +188,8 @@ def test_the_command_line_says_what_was_bought(small: Path, stats: Path, tmp_pat
     assert re.fullmatch(
         r"imatrix: held-out error 0\.\d\d of rounding's \(median of 24 matrices\)", done.stdout.splitlines()[-1]
     )
+    again = json.loads(run(*call, "--restart", "--json").stdout)
+    assert (again["bought"], again["method"]["asked"]) == (done.stdout.splitlines()[-1], "imatrix")
     refused = run("convert", "--to", "int4", "--method", "imatrix", small, tmp_path / "more")
     assert (
         refused.exit_code,
