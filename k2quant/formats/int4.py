@@ -241,7 +241,7 @@ class Int4(Format):
 
         self._check_searched()
         scale = np.empty((weights.shape[0], weights.shape[1] // self.group), np.uint16)
-        codecs.int4.search(weights, importance, scale)
+        codecs.int4.search(weights, importance, scale, mean=mean)
         return scale
 
     def weighted_error(
@@ -258,7 +258,7 @@ class Int4(Format):
             UnsupportedFormat: on another grid than moonshot.
         """
         self._check_searched()
-        return codecs.int4.weighted_error(weights, scales, importance)
+        return codecs.int4.weighted_error(weights, scales, importance, mean=mean)
 
     def _check_searched(self) -> None:
         if self.grid not in self.searched_grids:

@@ -69,6 +69,7 @@ class _Weight:
     method: Method
     """How: without importance for the least squared error."""
     importance: F32 | None = None
+    mean: F32 | None = None
     held: HeldOut | None = None
     """What columns count for on the held-out part; None: they all count alike."""
     hessian: F32 | None = None
@@ -132,7 +133,7 @@ class Searched:
         if job.name in self._facts:
             return target.encode(values, outputs, codecs)
         weight = self._known(job)
-        scales = target.search(values, weight.importance, codecs)
+        scales = target.search(values, weight.importance, codecs, weight.mean)
         figures = target.store(values, scales, outputs, codecs)
         if weight.hessian is None:
             found = _errors(values, scales, target, weight.held, codecs)
@@ -187,7 +188,7 @@ class Searched:
             return _Weight(UNWEIGHTED, reason=reason)
         found = _Weight(self._method, held=held, measure="validation")
         if self.weighted:
-            found.importance = self._stats.importance(base)
+            found.importance, found.mean = self._stats.importance(base), self._stats.mean(base)
         if held.blended:
             found.measure = "validation, blended"
         elif (hessian := self._stats.hessian(base, "validation")) is not None:
@@ -207,9 +208,9 @@ def _errors(
 
     if held is None:
         values, scales = np.ascontiguousarray(values[::_SAMPLED]), np.ascontiguousarray(scales[::_SAMPLED])
-    weights = None if held is None else held.values
+    weights, mean = (None, None) if held is None else (held.values, held.mean)
     plain = target.choose(values, codecs)
-    searched, rounded = (target.weighted_error(values, each, weights, codecs) for each in (scales, plain))
+    searched, rounded = (target.weighted_error(values, each, weights, codecs, mean) for each in (scales, plain))
     return searched, rounded
 
 

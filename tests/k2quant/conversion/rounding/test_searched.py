@@ -65,10 +65,10 @@ def scales_of(done: k2quant.Conversion) -> dict[str, Any]:
     return {name.rpartition(".")[0]: facts["scales"] for name, facts in tensors.items() if "scales" in facts}
 
 
-def chosen(values: U16, importance: F32 | None) -> U16:
+def chosen(values: U16, importance: F32 | None, mean: F32 | None = None) -> U16:
     """Return the scales that the codec finds."""
     scale = np.empty((len(values), values.shape[1] // 32), np.uint16)
-    cpu.int4.search(values, importance, scale)
+    cpu.int4.search(values, importance, scale, mean=mean)
     return scale
 
 
@@ -189,9 +189,9 @@ def test_importance_decides_and_held_out_data_judges(
     for base, said in scales_of(imatrix).items():
         values, held = weight(small_bf16, base), known.held_out(base)
         assert held is not None
-        scale = chosen(values, known.importance(base))
+        scale = chosen(values, known.importance(base), known.mean(base))
         assert codes(imatrix.folder, base)[1].tolist() == scale.tolist()
-        lost = [cpu.int4.weighted_error(values, each, held.values) for each in (scale, plain(values))]
+        lost = [cpu.int4.weighted_error(values, each, held.values, mean=held.mean) for each in (scale, plain(values))]
         measure = "validation, blended" if ".1.mlp.experts.3." in base else "validation"
         assert said == {
             "method": "imatrix",
@@ -250,7 +250,7 @@ def test_with_hessians_outputs_are_judged(
         hessian, values = known.hessian(base, "validation"), weight(small_bf16, base)
         assert hessian is not None
         lost = []
-        for scale in (chosen(values, known.importance(base)), plain(values)):
+        for scale in (chosen(values, known.importance(base), known.mean(base)), plain(values)):
             packed, after = np.empty((len(values), values.shape[1] // 8), np.int32), np.empty_like(values)
             cpu.int4.store(values, scale, "moonshot", packed)
             cpu.int4.decode(packed, bf16_to_float(scale), 32, after)
