@@ -98,6 +98,7 @@ class Stats:
         self.folder, self.manifest = folder, manifest
         self._files, self._layers, self._outside = files, layers, outside
         self._arrays: OrderedDict[int, Arrays] = OrderedDict()
+        self._kept = _KEPT
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -116,12 +117,16 @@ class Stats:
     @property
     def memory(self) -> int:
         """Most bytes that stay in memory: the moments of the last few layers, of which others may be read again."""
-        return (_KEPT + 1) * max(layer.moments.size for layer in self._layers.values())
+        return (self._kept + 1) * max(layer.moments.size for layer in self._layers.values())
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The decoder layers."""
         return tuple(self._layers)
+
+    def keep(self, layers: int) -> None:
+        """Keep at least so many layers' moments in memory, for who works on as many at a time."""
+        self._kept = max(self._kept, layers)
 
     def moments(self, base: str, part: Part = "train") -> Moments | None:
         """Return what was measured of the input of a matrix.
@@ -267,7 +272,7 @@ class Stats:
             if layer not in self._arrays:
                 self._arrays[layer] = read_moments(self._layers[layer].record, self._layers[layer].moments)
                 check_moments(self._arrays[layer], self.manifest, layer, file=self._layers[layer].moments.path)
-                while len(self._arrays) > _KEPT:
+                while len(self._arrays) > self._kept:
                     self._arrays.popitem(last=False)
             self._arrays.move_to_end(layer)
             return self._arrays[layer]

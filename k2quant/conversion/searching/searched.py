@@ -16,6 +16,7 @@ from k2quant.checkpoint.panels import PANEL_WEIGHTS, format_of, panel_state
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.searching.fitting import PLAIN, UNWEIGHTED, WEIGHTED, check_bytes, check_method, unmeasured
+from k2quant.conversion.stream import SHARDS_ABREAST
 from k2quant.formats.format import Format, Method, Parts
 
 if TYPE_CHECKING:
@@ -111,11 +112,19 @@ class Searched:
 
     def memory(self, workers: int) -> int:
         """Return the bytes that a conversion needs for this, beside its own."""
-        layers = 0 if self._stats is None else 120_000_000  # moments of the last few layers stay in memory: K2's, 29 MB
+        if self._stats is None:
+            return 0
+        self.begin(min(workers, SHARDS_ABREAST))
+        layers = self._stats.memory
         if not self.by_outputs:
             return layers
         widened = 8 * (_COLUMNS * self._widest + 3 * PANEL_WEIGHTS)
         return layers + workers * (4 * self._widest**2 + widened)
+
+    def begin(self, abreast: int) -> None:
+        """Have statistics of as many layers in memory as shards are written at a time: most hold one."""
+        if self._stats is not None:
+            self._stats.keep(abreast + 1)
 
     def takes(self, job: Job) -> bool:
         """Tell whether a weight's scales are searched."""
