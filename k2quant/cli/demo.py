@@ -204,16 +204,17 @@ def _calibrated(folder: Path, rounded: Fidelity) -> None:
         folder: of the demo.
         rounded: how far INT4 by the plain rule drifts, on held-out items.
     """
-    from k2quant import convert
     from k2quant.calib import calibrate
+    from k2quant.conversion.convert import convert
     from k2quant.eval import measure_fidelity
     from k2quant.nano.benchmark import TEXT, TRAIN
+    from k2quant.nano.demo import ROUNDED
 
     source, stats, place = (folder / name for name in ("nano", "nano-stats", "nano-int4-imatrix"))
     with working("calibrating"):
         data = folder / "tasks" / TRAIN
         calibrate(source, stats, data=data, samples=_ROWS, length=_ROW, restart=True)
-        convert(source, place, to="int4", method="imatrix", stats=stats, restart=True)
+        convert(source, place, to=ROUNDED.to, method="imatrix", stats=stats, restart=True)
         searched = measure_fidelity(source, place, text=folder / "tasks" / TEXT)
     before, after = rounded.kl, searched.kl
     click.echo(
