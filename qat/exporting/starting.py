@@ -105,10 +105,11 @@ class PostTraining:
             return weights
         plain = reference.plain_int4_scale(weights, "moonshot", bits)
         source, found = as_bits(weights), np.empty_like(as_bits(plain))
-        importance = None if self.stats is None else self.stats.importance(base)
+        importance, mean = (None, None) if self.stats is None else (self.stats.importance(base), self.stats.mean(base))
         for start, stop in panel_rows(tuple(weights.shape)):
             # Scales that `recover` would keep need not survive the plain rule.
-            self._codec.search(source[start:stop], importance, found[start:stop], bits=bits, recover=False)
+            rows = slice(start, stop)
+            self._codec.search(source[rows], importance, found[rows], mean=mean, bits=bits, recover=False)
         if self._worse(base, source, (found, as_bits(plain)), bits):
             return weights
         scale = torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
@@ -122,7 +123,9 @@ class PostTraining:
         panels = list(panel_rows(weights.shape))
         ours, plain = (
             sum(
-                self._codec.weighted_error(weights[start:stop], each[start:stop], held.values, bits=bits)
+                self._codec.weighted_error(
+                    weights[start:stop], each[start:stop], held.values, mean=held.mean, bits=bits
+                )
                 for start, stop in panels
             )
             for each in scales

@@ -75,7 +75,7 @@ def measured(one: Input, part: str) -> Measured:
         squares[3] = 1 / squares[3]
     tokens: Any = TOKENS if one.experts is None else np.full(EXPERTS, TOKENS * TOP // EXPERTS, np.int64)
     largest = np.sqrt(squares.max(axis=-1)) * np.float32(4)
-    return Measured(squares, tokens * 0.5, tokens, largest, np.zeros_like(squares))
+    return Measured(squares, tokens * 0.5, tokens, largest, np.sqrt(squares) * np.float32(0.6))
 
 
 def make_job(home: Path, output: Path, method: str, **changes: dict[str, Any]) -> Job:
@@ -101,11 +101,13 @@ def searched(home: Path, base: str, method: str, bits: int) -> tuple[I32, U16]:
     codec, weights = codecs("cpu").int4, stored(home / "model", base)
     scale = np.empty((len(weights), weights.shape[1] // 32), np.uint16)
     packed = np.empty((len(weights), weights.shape[1] // 8), np.int32)
-    importance: F32 | None = open_stats(home / "stats").importance(base) if method == "imatrix" else None
+    stats = open_stats(home / "stats")
+    importance: F32 | None = stats.importance(base) if method == "imatrix" else None
+    mean: F32 | None = stats.mean(base) if method == "imatrix" else None
     if method == "rtn" or (method, base) == ("imatrix", WORSE):
         codec.choose(weights, "moonshot", scale, recover=False, bits=bits)
     else:
-        codec.search(weights, importance, scale, bits=bits, recover=False)
+        codec.search(weights, importance, scale, mean=mean, bits=bits, recover=False)
     codec.store(weights, scale, "moonshot", packed, bits=bits)
     return packed, scale
 
