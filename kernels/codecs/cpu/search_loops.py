@@ -86,7 +86,7 @@ def _term(
 ) -> np.float32:
     """Return importance * (weight - value)^2 at one candidate: see `_difference`."""
     difference = _difference(weight, reciprocal, low, high, top)
-    return difference * difference * importance
+    return np.float32(difference * difference * importance)
 
 
 @_jit
