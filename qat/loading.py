@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
 
 from k2quant.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
 from k2quant.errors import UnsupportedFormat, UsageError
@@ -17,7 +16,6 @@ from k2quant.model.assembly import Assembly
 from k2quant.model.causal_lm import K2ForCausalLM
 from k2quant.model.filling import fill
 from k2quant.model.loading import assemble
-from k2quant.model.modules import FusedExperts, QuantizedExperts, QuantizedLinear, SeparateExperts
 from k2quant.model.placement import checked_device
 
 MASTERS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -85,21 +83,5 @@ def _assembled(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
             expected="0.0, as K2 has it",
             found=assembly.config.attention_dropout,
         )
-    _make_dense(assembly)
+    assembly.make_dense()
     return assembly
-
-
-def _make_dense(assembly: Assembly) -> None:
-    """Put transformers' own modules, on the meta device, in the place of those that hold packed weights."""
-    replaced: dict[str, nn.Module] = {}
-    for name, module in list(assembly.model.named_modules()):
-        if isinstance(module, QuantizedExperts | SeparateExperts):
-            with torch.device("meta"):
-                replaced[name] = FusedExperts(assembly.config)  # type: ignore[no-untyped-call]
-        elif isinstance(module, QuantizedLinear) and not any(name.startswith(f"{above}.") for above in replaced):
-            rows, columns = module.packed("weight").shape
-            linear = nn.Linear(columns, rows, bias=False, device="meta")
-            linear.register_parameter("bias", module.bias)
-            replaced[name] = linear
-    for name, module in replaced.items():
-        assembly.model.set_submodule(name, module)

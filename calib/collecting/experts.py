@@ -18,9 +18,9 @@ from k2quant.calib.collecting.moments import Hessian, Moments
 from k2quant.calib.stats.layout import PARTS, Part
 from k2quant.model.assembly import Assembly
 from k2quant.model.filling import fill
-from k2quant.model.modules import PROJECTIONS, QuantizedLinear, decoded_linear
+from k2quant.model.modules import PROJECTIONS, decoded_linear
 
-Expert = Mapping[str, nn.Module]
+Expert = Mapping[str, nn.Linear]
 """The three projections of an expert, by name."""
 
 
@@ -96,18 +96,14 @@ class Experts:
             yield from ((f"{self._name}.{number}.{part}", module) for part, module in expert.items())
 
     def _read(self, first: int, last: int) -> dict[int, Expert]:
-        found = {number: self._empty(number) for number in range(first, last)}
+        found = {number: self._empty() for number in range(first, last)}
         fill(self._assembly, [(name, module, self._assembly.device) for name, module in self.modules(found)])
         return found
 
-    def _empty(self, number: int) -> Expert:
+    def _empty(self) -> Expert:
         hidden, inner = self._assembly.config.hidden_size, self._assembly.config.moe_intermediate_size
-        found: dict[str, nn.Module] = {}
-        for part in PROJECTIONS:
-            sides = (inner, hidden) if part == "down_proj" else (hidden, inner)
-            linear = nn.Linear(*sides, bias=False, device="meta")
-            found[part] = self._assembly.linear(f"{self._name}.{number}.{part}", linear)
-        return found
+        sides = {part: (inner, hidden) if part == "down_proj" else (hidden, inner) for part in PROJECTIONS}
+        return {part: nn.Linear(*each, bias=False, device="meta") for part, each in sides.items()}
 
 
 class Sums:
@@ -139,7 +135,7 @@ def run_expert(
         sums: what is measured.
         hessians: that too, where it is asked for.
     """
-    gate, up, down = (_values(expert[name]) for name in PROJECTIONS)
+    gate, up, down = (expert[name].weight for name in PROJECTIONS)
     for segment in segments:
         for tokens, weights, real in segment.of(number):
             given = x[tokens]
@@ -164,10 +160,3 @@ def _add(
     if hessians is not None:
         for hessian, values in zip(hessians[part], (given, inner), strict=True):
             hessian.add(values, squared)
-
-
-def _values(module: nn.Module) -> Tensor:
-    if isinstance(module, QuantizedLinear):
-        return module.values()
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight

@@ -5,13 +5,14 @@
 - process: Python, torch and transformers themselves.
 - layer: the weights of the largest layer without its routed experts, or the embedding; the buffers of a piece in
   attention and in a dense MLP; sums.
-- chunk: the weights of some routed experts, one of them decoded, the buffers of `BLOCK` tokens in it, its Hessians.
+- chunk: the weights of some routed experts, the buffers of `BLOCK` tokens in one of them, its Hessians.
 - wave: what a layer keeps of each token of some rows while experts come and go: 8 H bytes and its routing.
 
 Where all experts of a layer fit they are read once a layer, and a wave is one segment. Otherwise they are read once a
 wave, and waves are as large as memory allows. With Hessians, either those of all experts fit or all rows are one wave.
 
-No torch is needed here.
+Weights lie there in BF16, whatever the checkpoint's format: they are decoded once, as they are read. No torch is needed
+here.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class _Sizes:
         layer = self._layer + 2 * self._matrix + self._piece() + self._sums()
         routed = 0
         if self._expert:
-            routed = chunk * self._expert + self._decoded() + tokens * self._token()
+            routed = chunk * self._expert + self._block() + tokens * self._token()
         if self._expert and self._hessians:
             pair = 4 * (self.model.hidden**2 + self.model.inner**2)
             routed += _PARTS * pair * (self.model.experts if all_hessians else 1)
@@ -192,10 +193,9 @@ class _Sizes:
         plain: list[Input] = [one for one in inputs(self.model, layer) if one.experts is None]
         return sum(4 * one.width**2 for one in plain)
 
-    def _decoded(self) -> int:
-        """Return the bytes of one expert decoded, and of a block of tokens in it."""
-        hidden, inner = self.model.hidden, self.model.inner
-        return 6 * hidden * inner + BLOCK * (12 * hidden + 18 * inner)
+    def _block(self) -> int:
+        """Return the bytes of a block of tokens in an expert."""
+        return BLOCK * (12 * self.model.hidden + 18 * self.model.inner)
 
     def _token(self) -> int:
         """Return what a wave keeps of a token: input, residual, and the sum of its experts; ids, weights, order."""
@@ -206,7 +206,7 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 
 class _Held:
-    """Bytes of weights as they lie in memory: packed as in the checkpoint, all else in BF16."""
+    """Bytes of weights as they lie in memory, in BF16."""
 
     def __init__(self, weights: Iterable[StoredWeight]) -> None:
         self.layers: dict[int, int] = {}
@@ -216,22 +216,21 @@ class _Held:
         self.outside = 0
         """Of the largest weight outside the layers."""
         self.matrix = 0
-        """Of the largest matrix of a layer, decoded."""
+        """Of the largest matrix of a layer."""
         for weight in weights:
             if (name := names.in_language_model(weight.main.name)) is not None:
                 self._add(name, weight)
 
     def _add(self, name: str, weight: StoredWeight) -> None:
         layer, expert = names.layer(name), names.expert(names.split(name)[0])
-        decoded = 2 * prod(weight.shape)
-        held = weight.nbytes if weight.format is not None and weight.format.quantised else decoded
+        held = 2 * prod(weight.shape)
         if layer is None:
             self.outside = max(self.outside, held)
         elif expert is not None:
             _count(self.experts, (layer, expert), held)
         else:
             _count(self.layers, layer, held)
-            self.matrix = max(self.matrix, decoded)
+            self.matrix = max(self.matrix, held)
 
 
 def _count(found: dict[_Key, int], key: _Key, nbytes: int) -> None:

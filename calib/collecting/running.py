@@ -107,6 +107,7 @@ def collect(
     plan = needs(source, rows=_rows(samples), length=samples.train.tokens.shape[1], memory=memory, hessians=hessians)
     _check_tokens(samples, source)
     assembly = assemble(source, device=place, dtype=torch.bfloat16, backend="decoded")
+    assembly.make_dense()  # decoded once, when they are read, and not for every product
     if place.type == "cpu":
         assembly.model.set_attn_implementation(IMPLEMENTATION)
     manifest = _manifest(model, samples, place, hessians=hessians)

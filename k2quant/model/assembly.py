@@ -110,6 +110,24 @@ class Assembly:
         self.model.model.rotary_emb = DeepseekV3RotaryEmbedding(self.config)  # its size is that of checked tensors
         check_constants(checkpoint, self._sources.values())
 
+    def make_dense(self) -> None:
+        """Put transformers' own modules, without weights, in the place of those that would hold packed ones.
+
+        Filled, they hold the BF16 values that the checkpoint's weights mean, in the assembly's dtype.
+        """
+        replaced: dict[str, nn.Module] = {}
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, QuantizedExperts | SeparateExperts):
+                with torch.device("meta"):
+                    replaced[name] = FusedExperts(self.config)  # type: ignore[no-untyped-call]
+            elif isinstance(module, QuantizedLinear) and not any(name.startswith(f"{above}.") for above in replaced):
+                rows, columns = module.packed("weight").shape
+                linear = nn.Linear(columns, rows, bias=False, device="meta")
+                linear.register_parameter("bias", module.bias)
+                replaced[name] = linear
+        for name, module in replaced.items():
+            self.model.set_submodule(name, module)
+
     def placed(self, name: str, module: nn.Module) -> Iterator[Placed]:
         """Yield what the checkpoint holds for a module's own tensors, its children's left out."""
         for full, matrix in _own_matrices(name, module):
@@ -140,25 +158,11 @@ class Assembly:
                 self._install_linear(name, module)
 
     def _install_linear(self, name: str, linear: nn.Linear) -> None:
-        self.model.set_submodule(name, self.linear(name, linear))
-
-    def linear(self, name: str, linear: nn.Linear) -> nn.Module:
-        """Return the module that takes what the checkpoint has for a matrix: the given one, unless it is quantised.
-
-        Args:
-            name: of the matrix in the model, such as `model.layers.3.mlp.experts.17.up_proj`.
-            linear: of its shape, without weights.
-
-        Raises:
-            MissingTensor: the checkpoint lacks it.
-            ShapeMismatch: it has another shape there.
-        """
         source = self._source(name)
-        if source.format is None or not source.format.quantised:
-            return linear
-        _check_shape(source, (linear.out_features, linear.in_features))
-        weight = _empty(source, source.format, (linear.out_features, linear.in_features), self.device)
-        return QuantizedLinear(weight, source.format, self.backend, linear.bias)
+        if source.format is not None and source.format.quantised:
+            _check_shape(source, (linear.out_features, linear.in_features))
+            weight = _empty(source, source.format, (linear.out_features, linear.in_features), self.device)
+            self.model.set_submodule(name, QuantizedLinear(weight, source.format, self.backend, linear.bias))
 
     def _experts(self, name: str, module: Any) -> nn.Module:
         """Return what will hold the routed experts of a layer: one stack where all are of one format."""

@@ -161,10 +161,6 @@ class QuantizedLinear(Quantized):
         product = multiply(x, self.packed("weight"))
         return product if self.bias is None else product + self.bias
 
-    def values(self) -> Tensor:
-        """Return the BF16 values that the weight means, `[N, K]`, as `decoded_linear` multiplies by them."""
-        return dequantize(self.packed("weight"), torch.bfloat16)
-
     def extra_repr(self) -> str:
         """Return what `print(model)` shows."""
         rows, columns = self.packed("weight").shape
