@@ -121,8 +121,9 @@ def rehearse_codecs(arch: int) -> list[Launch]:
         importance = torch.empty(weights.shape[1])
         for known, width in ((None, 4), (importance, 4), (importance, 3)):
             search_triton.search_int4_scales(weights, known, bits=width)
-        for known in (None, importance):
-            search_triton.weighted_errors(weights, scale, known)
+        search_triton.search_weighed(weights, importance, importance)
+        for known, mean in ((None, None), (importance, None), (importance, importance)):
+            search_triton.weighted_errors(weights, scale, known, mean)
         figures_triton.compare(weights, weights)
         groups = repack_triton.repack_int4(packed, scale)
         repack_triton.unpack_int4(*groups)

@@ -56,6 +56,7 @@ def _column_weights(importance_ptr, out_ptr, groups, GROUPS: tl.constexpr):
 def _search(
     weights_ptr,
     heavy_ptr,
+    mean_ptr,
     shrink_ptr,
     scale_ptr,
     bad_ptr,
@@ -64,6 +65,7 @@ def _search(
     RECOVER: tl.constexpr,
     LARGEST: tl.constexpr,
     WEIGHED: tl.constexpr,
+    SHIFTED: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     """Choose the scales of GROUPS groups, of which ACROSS lie in a row."""
@@ -71,14 +73,14 @@ def _search(
     inside = (group < groups)[:, None, None]
     lane = (8 * tl.arange(0, 4))[:, None] + tl.arange(0, 8)[None, :]
     bits = tl.load(weights_ptr + ((group * 32)[:, None, None] + lane[None, :, :]), mask=inside, other=0)
+    column = (group % ACROSS * 32)[:, None, None] + lane[None, :, :]
     if WEIGHED:
-        column = (group % ACROSS * 32)[:, None, None] + lane[None, :, :]
         heavy = tl.load(heavy_ptr + column, mask=inside, other=0.0)
     else:
         heavy = tl.full((GROUPS, 4, 8), 1.0, tl.float32)
     amax = tl.max(tl.max(magnitude_of(bits), 2), 1)
     scale = chosen_int4_scale(bits, amax, RECOVER, LARGEST)
-    scale = searched_scale(bits, heavy, amax, scale, shrink_ptr, LARGEST)
+    scale = searched_scale(bits, heavy, mean_ptr, column, amax, scale, shrink_ptr, LARGEST, SHIFTED)
     if tl.max(amax) >= INFINITY:
         tl.store(bad_ptr, 1)
     tl.store(scale_ptr + group, scale, mask=group < groups)
@@ -105,13 +107,40 @@ def search_int4_scales(
     Raises:
         UsageError: there is no such width, or `importance` is of another dtype or length.
     """
+    heavy = None if importance is None else column_weights(importance, weights.shape[-1])
+    return search_weighed(weights, heavy, None, recover=recover, bits=bits, bad=bad)
+
+
+def search_weighed(
+    weights: Tensor,
+    heavy: Tensor | None,
+    mean: Tensor | None,
+    *,
+    recover: bool = True,
+    bits: int = 4,
+    bad: Tensor | None = None,
+) -> Tensor:
+    """Return the same for what columns weigh in a search, and their means: see `scales.search.column_moments`.
+
+    Args:
+        weights: BF16 `[R, K]`; K is a multiple of 32.
+        heavy: float32 `[K]`; nothing stands for ones.
+        mean: float32 `[K]`; nothing stands for zeros.
+        recover: as in `search_int4_scales`.
+        bits: likewise.
+        bad: likewise.
+
+    Raises:
+        UsageError: there is no such width.
+    """
     largest, across = largest_code("moonshot", bits, PACKED_BITS), weights.shape[-1] // GROUP
     scale = torch.empty((*weights.shape[:-1], across), dtype=torch.bfloat16, device=weights.device)
     launch(
         _search,
         (triton.cdiv(scale.numel(), _GROUPS),),
         bits_of(weights),
-        weights if importance is None else column_weights(importance, weights.shape[-1]),
+        weights if heavy is None else heavy,
+        weights if mean is None else mean,
         _shrink(bits, weights.device),
         bits_of(scale),
         flag_for(bad, weights),
@@ -119,7 +148,8 @@ def search_int4_scales(
         across,
         RECOVER=recover and bits == 4,
         LARGEST=float(largest),
-        WEIGHED=importance is not None,
+        WEIGHED=heavy is not None,
+        SHIFTED=mean is not None,
         GROUPS=_GROUPS,
         exact=True,
     )
@@ -159,12 +189,14 @@ def _weighted_errors(
     weights_ptr,
     scale_ptr,
     importance_ptr,
+    mean_ptr,
     sums_ptr,
     bad_ptr,
     rows,
     ACROSS,
     LARGEST: tl.constexpr,
     WEIGHED: tl.constexpr,
+    SHIFTED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Write what each of ROWS rows loses: 32 lanes go along a row, and are added in halves at its end."""
@@ -172,6 +204,7 @@ def _weighted_errors(
     inside = row < rows
     lane = (8 * tl.arange(0, 4))[:, None] + tl.arange(0, 8)[None, :]
     lanes = tl.zeros((ROWS, 4, 8), tl.float64)
+    shifts = tl.zeros((ROWS, 4, 8), tl.float64)
     bad = tl.zeros((ROWS,), tl.int32)
     group = 0
     while group < ACROSS:
@@ -180,21 +213,36 @@ def _weighted_errors(
         bits = tl.load(weights_ptr + place, mask=inside[:, None, None], other=0)
         step = widen(scale)
         after = int4_product(int4_nibble(widen(bits), step, "moonshot", LARGEST), step[:, None, None])
-        difference = tl.abs(widen(bits) - widen(after)).to(tl.float64)
+        difference = (widen(bits) - widen(after)).to(tl.float64)
         term = difference * difference
         if WEIGHED:
-            term = term * tl.load(importance_ptr + (group * 32 + lane))[None, :, :].to(tl.float64)
+            weighs = tl.load(importance_ptr + (group * 32 + lane))[None, :, :].to(tl.float64)
+            if SHIFTED:
+                mean = tl.load(mean_ptr + (group * 32 + lane))[None, :, :].to(tl.float64)
+                weighs = tl.maximum(weighs - mean * mean, 0.0)
+                shifts += difference * mean
+            term = term * weighs
         lanes += term
         worst = tl.max(tl.max(tl.maximum(magnitude_of(bits), magnitude_of(after)), 2), 1)
         bad = bad | (bad_scale(step) | (scale == 0) | (worst >= INFINITY)).to(tl.int32)
         group += 1
-    tl.store(sums_ptr + row, halved(lanes), mask=inside)
+    found = halved(lanes)
+    if SHIFTED:
+        shift = halved(shifts)
+        found = found + shift * shift
+    tl.store(sums_ptr + row, found, mask=inside)
     if any_of(bad > 0) > 0:
         tl.store(bad_ptr, 1)
 
 
 def weighted_errors(
-    weights: Tensor, scale: Tensor, importance: Tensor | None, *, bits: int = 4, bad: Tensor | None = None
+    weights: Tensor,
+    scale: Tensor,
+    importance: Tensor | None,
+    mean: Tensor | None = None,
+    *,
+    bits: int = 4,
+    bad: Tensor | None = None,
 ) -> Tensor:
     """Return for each row, float64 `[R]`, what rounding at given scales loses: see `seam.Int4Codec.weighted_error`.
 
@@ -202,6 +250,7 @@ def weighted_errors(
         weights: BF16 `[R, K]`; K is a multiple of 32.
         scale: BF16 `[R, K/32]`.
         importance: float32 `[K]`; nothing stands for ones.
+        mean: float32 `[K]`, beside an importance; nothing stands for zeros.
         bits: width of the codes, 4, 3 or 2.
         bad: int32 `[1]`, set to 1 if a weight is not finite or decodes to more than BF16 holds, or a scale is bad or
             zero.
@@ -214,12 +263,14 @@ def weighted_errors(
         bits_of(weights),
         bits_of(scale),
         sums if importance is None else importance.contiguous(),
+        sums if mean is None else mean.contiguous(),
         sums,
         flag_for(bad, weights),
         rows,
         weights.shape[1] // GROUP,
         LARGEST=float(largest),
         WEIGHED=importance is not None,
+        SHIFTED=mean is not None,
         ROWS=_ROWS,
         exact=True,
     )

@@ -52,10 +52,24 @@ def importance(kind: str) -> F32 | None:
     return found
 
 
-def searched(codecs: Codecs, weights: U16, weighs: F32 | None, *, bits: int = 4, recover: bool = True) -> U16:
+def mean_of(weighs: F32) -> F32:
+    """Return means that leave some of the columns variance, and others none."""
+    share = random().uniform(-1.1, 1.1, weighs.shape)
+    return (np.sqrt(weighs.astype(np.float64)) * share).astype(np.float32)
+
+
+def searched(
+    codecs: Codecs,
+    weights: U16,
+    weighs: F32 | None,
+    *,
+    mean: F32 | None = None,
+    bits: int = 4,
+    recover: bool = True,
+) -> U16:
     """Return what a search gives, as BF16 bits."""
     scale = np.empty((len(weights), SHAPE[1] // 32), np.uint16)
-    codecs.int4.search(weights, weighs, scale, bits=bits, recover=recover)
+    codecs.int4.search(weights, weighs, scale, mean=mean, bits=bits, recover=recover)
     return scale
 
 
@@ -82,6 +96,20 @@ def test_a_search_has_the_bits_of_the_reference(kind: str, weighs: str, bits: in
         assert ours.int4.weighted_error(weights, found, known, bits=bits) == truth.int4.weighted_error(
             weights, found, known, bits=bits
         )
+
+
+@pytest.mark.parametrize(("weighs", "bits"), [("some", 4), ("every size", 2)])
+def test_means_are_taken_as_the_reference_takes_them(weighs: str, bits: int) -> None:
+    """Errors that add up where columns have means decide otherwise, to the same bits; so do whole rows."""
+    weights, known = drawn("gaussian"), importance(weighs)
+    assert known is not None
+    ours, truth, mean = cuda_codecs(DEVICE), torch_codecs("cpu"), mean_of(known)
+    found = searched(ours, weights, known, mean=mean, bits=bits)
+    np.testing.assert_array_equal(found, searched(truth, weights, known, mean=mean, bits=bits))
+    assert (found != searched(truth, weights, known, bits=bits)).any()
+    assert ours.int4.weighted_error(weights, found, known, mean=mean, bits=bits) == truth.int4.weighted_error(
+        weights, found, known, mean=mean, bits=bits
+    )
 
 
 def test_a_search_finds_what_plain_rounding_does_not() -> None:
@@ -132,6 +160,8 @@ JOBS: dict[str, Callable[[Codecs, U16, F32, U16], object]] = {
     "a scale of NaN": lambda c, w, i, s: c.int4.weighted_error(w, s | np.uint16(0x7FC0), i),
     "a product beyond BF16": lambda c, w, i, s: c.int4.weighted_error(w | np.uint16(0x7F00), s | np.uint16(0x7F00), i),
     "a negative importance": lambda c, w, i, _: searched(c, w, -i),
+    "a mean of nothing": lambda c, w, i, _: searched(c, w, None, mean=i),
+    "a mean of NaN, judged": lambda c, w, i, s: c.int4.weighted_error(w, s, i, mean=i * np.float32("nan")),
     "too few, judged": lambda c, w, i, s: c.int4.weighted_error(w, s, i[:96]),
 }
 
