@@ -175,13 +175,14 @@ def encode_int4(bits: U16, grid: Grid, codecs: Codecs, *, recover: bool = True, 
 
 
 def search_int4(bits: U16, codecs: Codecs, *, width: int = 4, weighed: bool = True) -> Arrays:
-    """Search INT4 scales, columns weighed by numbers of every size or not at all, and judge them."""
+    """Search INT4 scales, columns weighed by moments of every size or not at all, and judge them."""
     random = np.random.default_rng(13)
     size = np.ldexp(random.random(bits.shape[1], np.float32), random.integers(-16, 16, bits.shape[1]))
     importance = size.astype(np.float32) if weighed else None
+    mean = (np.sqrt(size) * random.uniform(-1, 1, len(size))).astype(np.float32) if weighed else None
     scale = np.empty((len(bits), bits.shape[1] // GROUP), np.uint16)
-    codecs.int4.search(bits, importance, scale, bits=width)
-    error = codecs.int4.weighted_error(bits, scale, importance, bits=width)
+    codecs.int4.search(bits, importance, scale, mean=mean, bits=width)
+    error = codecs.int4.weighted_error(bits, scale, importance, mean=mean, bits=width)
     return {"searched": scale, "error": np.array([error])}
 
 
