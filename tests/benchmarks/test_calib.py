@@ -149,7 +149,7 @@ def test_nothing_is_claimed_whose_interval_holds_no_difference() -> None:
     assert not unsure["kl_claimed"]
     assert sure["kl_claimed"]
     assert sure["kl"]["mean"] == pytest.approx(0.51, abs=0.001)
-    assert sure["answers"]["gained"] == 6
+    assert sure["answers"]["gained"] == 3
     assert sure["answers"]["lost"] == 0
 
 

@@ -26,7 +26,7 @@ class Answers(NamedTuple):
     gain: Interval
     """Of the better one's share of right answers, mean over draws, with its interval over models."""
     lost: int
-    """Answers that only the first has right, all models and draws."""
+    """Answers that only the first has right, all models, one draw."""
     gained: int
     """Answers that only the second has right."""
     low: float
@@ -137,7 +137,8 @@ def answers(arms: Rows, bits: int, worse: str, better: str) -> Answers:
     for arm in arms:
         first, second = (_drift(arms, arm["seed"], arm["draw"], method, bits)["right"] for method in (worse, better))
         only = [sum(a == one and b != one for a, b in zip(first, second, strict=True)) for one in "10"]
-        lost, gained, n = lost + only[0], gained + only[1], n + len(first)
+        if arm["draw"] == min(each["draw"] for each in arms):  # other draws ask the same of the same models
+            lost, gained, n = lost + only[0], gained + only[1], n + len(first)
         gains[arm["seed"], arm["draw"]] = (only[1] - only[0]) / len(first)
     low, high = paired_interval(lost, gained, n, ALPHA)
     return Answers(over_seeds(arms, lambda arm: gains[arm["seed"], arm["draw"]]), lost, gained, -high, -low)
