@@ -38,7 +38,7 @@ DOCUMENTS = 100
 LENGTH = 512
 """Tokens of a row."""
 MEMORY = 4_000_000_000
-ROUNDS = 3
+ROUNDS = 2
 """Of whole commands, after one that warms up."""
 
 LAYERS = 60
