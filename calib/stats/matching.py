@@ -1,12 +1,11 @@
-"""Whether statistics are those of a checkpoint, as far as headers and config tell; the bytes are compared when read."""
+"""Whether statistics are those of a checkpoint: told by its config, names and shapes, then by its bytes when read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from k2quant.calib.stats.digests import base_of
-from k2quant.calib.stats.layout import inputs, place_of
 from k2quant.calib.stats.model import Model
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.weights import StoredWeight
@@ -28,29 +27,18 @@ def check_source(stats: Stats, checkpoint: Checkpoint, weights: Iterable[StoredW
             predict further tokens (MTP), say nothing for or against.
 
     Raises:
-        CheckpointError: what the configs say of the layers differs.
+        CheckpointError: what the configs say of the layers differs, or nothing tells which bytes of a matrix were
+            calibrated.
         MissingTensor: a weight that was calibrated is not there, or is stored in other tensors.
         ShapeMismatch: a matrix does not take the input that was measured.
     """
     _check_config(stats, checkpoint)
     known = dict(stats.digests())
-    widths = {one.name: one.width for layer in stats.layers for one in inputs(stats.manifest.model, layer)}
     found: dict[str, set[str]] = {}
     for weight in weights:
-        if (base := base_of(weight)) is None:
-            continue
-        found.setdefault(base, set()).update(weight.parts)
-        place = place_of(base)
-        wanted = widths.get(place.input) if place is not None and base in known else None
-        if wanted is not None and weight.shape[-1:] != (wanted,):
-            raise ShapeMismatch(
-                "not the input that was measured",
-                tensor=weight.main.name,
-                file=weight.main.file,
-                expected=f"{wanted} columns, as in {stats.folder}",
-                found=list(weight.shape),
-                remedy=_OWN,
-            )
+        if (base := base_of(weight)) is not None:
+            found.setdefault(base, set()).update(weight.parts)
+            _check_input(stats, weight, base, known=base in known)
     for base, parts in known.items():
         if parts.keys() != found.get(base, set()):
             raise MissingTensor(
@@ -61,6 +49,54 @@ def check_source(stats: Stats, checkpoint: Checkpoint, weights: Iterable[StoredW
                 found=", ".join(sorted(found[base])) if base in found else None,
                 remedy=_OWN,
             )
+
+
+def check_bytes(stats: Stats, weight: StoredWeight, read: Mapping[str, str]) -> None:
+    """Refuse a weight whose bytes are not those that were calibrated; what the pass did not read may be any.
+
+    Args:
+        stats: of the model that was calibrated.
+        weight: of the checkpoint that is to be converted.
+        read: crc32 of its tensors, or of some, as `digests.shown` has it, by suffix.
+
+    Raises:
+        CheckpointError: one differs.
+    """
+    base = base_of(weight)
+    known = (stats.digest(base) if base is not None else None) or {}
+    for suffix, crc in read.items():
+        if suffix in known and known[suffix] != crc:
+            raise CheckpointError(
+                "is not the weight that was calibrated",
+                tensor=weight.parts[suffix].name,
+                file=weight.parts[suffix].file,
+                expected=f"crc32 {known[suffix]}",
+                found=crc,
+                remedy=_OWN,
+            )
+
+
+def _check_input(stats: Stats, weight: StoredWeight, base: str, *, known: bool) -> None:
+    """Refuse a matrix that is measured, if another input was, or if nothing tells with which bytes it was."""
+    width = stats.width(base)
+    if width is None:
+        return
+    if not known:
+        raise CheckpointError(
+            "the statistics do not say which bytes of this weight were calibrated",
+            tensor=weight.main.name,
+            file=stats.folder,
+            remedy=_OWN,
+        )
+    if weight.shape[-1:] != (width,):
+        raise ShapeMismatch(
+            "not the input that was measured",
+            tensor=weight.main.name,
+            file=weight.main.file,
+            expected=f"{width} columns, as in {stats.folder}",
+            found=list(weight.shape),
+            remedy=_OWN,
+        )
 
 
 def _check_config(stats: Stats, checkpoint: Checkpoint) -> None:

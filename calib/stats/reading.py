@@ -128,6 +128,17 @@ class Stats:
         """Keep at least so many layers' moments in memory, for who works on as many at a time."""
         self._kept = max(self._kept, layers)
 
+    def width(self, base: str) -> int | None:
+        """Return the columns of the input of a matrix; None for a matrix that is not measured.
+
+        Args:
+            base: its name in the language model without the suffix, such as `model.layers.3.self_attn.o_proj`.
+        """
+        found = self._place(base)
+        if found is None:
+            return None
+        return self._layers[found.layer].moments.tensors[f"{found.input}.train.mean_square"].shape[-1]
+
     def moments(self, base: str, part: Part = "train") -> Moments | None:
         """Return what was measured of the input of a matrix.
 

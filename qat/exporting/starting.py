@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from k2quant.calib.stats.digests import digest_of
-from k2quant.calib.stats.matching import check_source
+from k2quant.calib.stats.matching import check_bytes, check_source
 from k2quant.calib.stats.reading import Stats, open_stats
 from k2quant.checkpoint.panels import panel_rows
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.weights import group_tensors
-from k2quant.errors import CheckpointError
 from k2quant.formats.dtypes import as_bits
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.choice import codecs
@@ -79,16 +78,8 @@ class PostTraining:
         weights = group_tensors(source.tensors).weights
         check_source(self.stats, source, weights)
         for weight in weights:
-            known = self.stats.digest(key(weight)) if key(weight) in bases else None
-            if known is not None and dict(known) != (found := digest_of(source, weight)):
-                raise CheckpointError(
-                    "is not the weight that was calibrated",
-                    tensor=weight.main.name,
-                    file=weight.main.file,
-                    expected=", ".join(f"{suffix} crc32 {crc}" for suffix, crc in known.items()),
-                    found=", ".join(f"{suffix} crc32 {crc}" for suffix, crc in found.items()),
-                    remedy="calibrate this model, or name the statistics that belong to it as `fallback_stats`",
-                )
+            if key(weight) in bases:
+                check_bytes(self.stats, weight, digest_of(source, weight))
 
     def rounded(self, base: str, weights: Tensor, bits: int) -> Tensor:
         """Return what stands for BF16 weights `[R, K]` afterwards: values that the plain rule rounds as was decided.

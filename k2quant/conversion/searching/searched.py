@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from k2quant.calib.stats.digests import base_of
+from k2quant.calib.stats.matching import check_bytes, check_source
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, format_of, panel_state
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
-from k2quant.conversion.searching.fitting import PLAIN, UNWEIGHTED, WEIGHTED, check_bytes, check_method, unmeasured
+from k2quant.conversion.searching.fitting import PLAIN, UNWEIGHTED, WEIGHTED, check_method, unmeasured
 from k2quant.conversion.stream import SHARDS_ABREAST
 from k2quant.formats.format import Format, Method, Parts
 
@@ -55,12 +56,13 @@ def searched(plan: Plan, stats: Stats | None) -> tuple[Plan, Searched | None]:
     from k2quant.kernels.codecs.scales.search import CANDIDATES
 
     said: dict[str, Any] = {"asked": method, "candidates": CANDIDATES}
-    remarks = plan.remarks
+    remarks, rounder = plan.remarks, Searched(plan, method, stats)
     if stats is not None:
+        jobs = list(plan.jobs())
+        check_source(stats, plan.source, [job.weight for job in jobs])
         said["stats"] = stats.fingerprint
-        remarks = (*remarks, *unmeasured(plan, stats))
-    plan = replace(plan, method=said, remarks=remarks)
-    return plan, Searched(plan, method, stats)
+        remarks = (*remarks, *unmeasured(filter(rounder.takes, jobs), stats))
+    return replace(plan, method=said, remarks=remarks), rounder
 
 
 @dataclass(slots=True)
@@ -162,7 +164,7 @@ class Searched:
             CheckpointError: its bytes are others.
         """
         if self._stats is not None:
-            check_bytes(job, read, self._stats)
+            check_bytes(self._stats, job.weight, read)
         if job.name not in self._taken:
             return False
         with self._lock:

@@ -9,7 +9,7 @@ from zlib import crc32
 import pytest
 
 from k2quant.calib.stats.digests import base_of, digest_of, digests_of
-from k2quant.calib.stats.matching import check_source
+from k2quant.calib.stats.matching import check_bytes, check_source
 from k2quant.calib.stats.reading import Stats
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
@@ -129,6 +129,22 @@ def test_a_matrix_of_another_width_is_named(stats: Stats, k2_source: Path) -> No
     ]
     with pytest.raises(ShapeMismatch, match=r"15\.down_proj.*expected 256 columns, as .*, found \[512, 128\]"):
         check_source(stats, checkpoint, weights)
+
+
+def test_a_measured_matrix_without_digests_is_named(standing: Any, stats: Stats, k2_source: Path) -> None:
+    """Nobody could tell another weight from it."""
+    digests = {base: parts for base, parts in stats.digests() if base != LAST}
+    bare = standing.stats("bare", stats.manifest, digests=digests)
+    with pytest.raises(CheckpointError, match=r"15\.down_proj.*do not say which bytes of this weight were calibrated"):
+        check(bare, k2_source)
+
+
+def test_other_bytes_are_refused_by_the_tensor(stats: Stats, k2_source: Path) -> None:
+    """Of a weight that the pass read; a tensor of which nothing is known may hold anything."""
+    weight = next(weight for weight in weights_of(open_checkpoint(k2_source)) if weight.base == LAST)
+    check_bytes(stats, weight, {**(stats.digest(LAST) or {}), "more": "0" * 8})
+    with pytest.raises(CheckpointError, match=r"down_proj\.weight_scale_inv` in .*: is not the weight that was calibr"):
+        check_bytes(stats, weight, {"weight_scale_inv": "0" * 8})
 
 
 def test_what_the_pass_did_not_read_says_nothing(stats: Stats, k2_source: Path) -> None:

@@ -184,7 +184,7 @@ def test_what_fallback_means_is_told_from_another(home: Path, ram: Path) -> None
 def test_statistics_of_another_model_are_refused_before_the_first_step(home: Path, ram: Path) -> None:
     """Of the same shapes but other weights: the message names the weight, and training, plan and export refuse it."""
     job = make_job(home, ram / "run", "imatrix", training={"fallback_stats": str(home / "other-stats")})
-    with pytest.raises(CheckpointError, match=r"is not the weight that was calibrated.*fallback_stats"):
+    with pytest.raises(CheckpointError, match=r"is not the weight that was calibrated.*name the statistics"):
         train(job)
     assert not (ram / "run" / "history.jsonl").exists()
     missing = replace(job, training=replace(job.training, fallback_stats=str(home / "nothing")))

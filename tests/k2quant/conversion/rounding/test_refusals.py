@@ -95,16 +95,21 @@ def test_statistics_of_another_model_are_refused(small: Path, make_stats: Callab
     stats = make_stats(config={**config, "qk_nope_head_dim": 64})
     found = run("convert", "--to", "int4", "--method", "imatrix", "--stats", stats, small, tmp_path / "out")
     assert found.exit_code == 1
-    assert "the statistics are another model's: qk_nope_head_dim" in found.stderr
+    assert "of another model: qk_nope_head_dim" in found.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_statistics_of_another_format_are_refused(
     small_bf16: Path, small: Path, make_stats: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Those of the BF16 checkpoint do not fit the FP8 one that it was made of: its scales were not there."""
-    with pytest.raises(CheckpointError, match=r"weight_scale_inv`.*was calibrated in another format"):
+    """Those of the BF16 checkpoint do not fit the FP8 one that it was made of, nor the reverse."""
+    with pytest.raises(
+        CheckpointError,
+        match=r"was calibrated in other tensors, expected weight, as .*, found weight, weight_scale_inv",
+    ):
         k2quant.convert(small, tmp_path / "out", "int4", method="imatrix", stats=make_stats(small_bf16))
+    with pytest.raises(CheckpointError, match="was calibrated in other tensors, expected weight, weight_scale_inv, as"):
+        k2quant.convert(small_bf16, tmp_path / "out", "int4", method="imatrix", stats=make_stats(small))
     assert not (tmp_path / "out").exists()
 
 
