@@ -126,9 +126,9 @@ rows of {length}, in a process of its own, imports left out.
 ## On paper
 
 Not run: arithmetic. {tokens:,} tokens through K2's 60 layers of 384 experts, of which each token has 8 as it does
-here, so that the time a token and layer is that of the pass above ({token:.2f} ms). Attention and the disk of this
-machine are in it; the weights of 384 experts are read and decoded once a layer, which costs less a token the more
-tokens there are.
+here, so that the time a token and layer is that of the pass above ({token:.2f} ms). The attention and the disk of this
+machine are in it, and the weights of all experts, read and decoded once for only so many tokens: more than a long
+calibration would take.
 
 - On this machine: {paper[this machine]:.0f} h.
 - A node of {node} cores, if all of it scales with cores: {paper[node]:.1f} h.
