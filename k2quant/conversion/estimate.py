@@ -124,7 +124,7 @@ def search_rate(target: Format, *, weighted: bool) -> float:
 
     Args:
         target: a format that `searches`.
-        weighted: whether columns count differently.
+        weighted: whether moments of columns are known.
     """
     import numpy as np
 
@@ -137,10 +137,10 @@ def search_rate(target: Format, *, weighted: bool) -> float:
     importance = None if mean is None else mean * mean + 1
 
     def search() -> None:
-        scales = target.search(values, importance, cpu)
+        scales = target.search(values, importance, cpu, mean)
         if weighted:  # without data a sample of rows is compared
             for each in (scales, target.choose(values, cpu)):
-                target.weighted_error(values, each, importance, cpu)
+                target.weighted_error(values, each, importance, cpu, mean)
 
     return values.size / _seconds_of(search)
 
