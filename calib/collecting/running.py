@@ -88,7 +88,7 @@ def collect(
         source: the checkpoint, in any format; layers that only predict further tokens (MTP) are left out.
         stats: folder for the statistics; see `stats.layout`.
         samples: rows of tokens. `train` and `validation` go through the model side by side and are summed apart.
-        hessians: whether E[x x^T] is collected beside E[x^2].
+        hessians: whether E[x x^T] is collected beside E[x] and E[x^2].
         memory: bytes that the pass may take; the rest of the hidden states lies on disk, below the folder.
         device: where layers compute.
         restart: whether what stands in the folder is thrown away.

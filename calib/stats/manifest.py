@@ -55,7 +55,7 @@ class Manifest:
     data: Mapping[str, DataPart]
     """`train`, `validation` and `test`, disjoint by document. The last is kept for a final figure: it is not read."""
     hessians: bool = False
-    """Whether E[x x^T] was collected beside E[x^2]."""
+    """Whether E[x x^T] was collected beside E[x] and E[x^2]."""
     settings: Mapping[str, Setting]
     """What else decides the numbers, such as samples and length."""
     version: str

@@ -41,7 +41,8 @@ Layout = Literal["deepseek", "compressed-tensors"]
 
 Method = Literal["rtn", "mse", "imatrix"]
 """How scales are chosen, the default first: `rtn` by the format's own rule, rounding to nearest; `mse`, searched for
-the least squared error; `imatrix`, searched for the least error weighted by what a calibration saw of the inputs."""
+the least squared error; `imatrix`, searched for the least error of the outputs, by the mean and the mean square of each
+column of the inputs, which a calibration saw."""
 
 
 class Entry(Protocol):
@@ -342,7 +343,10 @@ class Format(ABC):
         codecs: Codecs,
         mean: F32 | None = None,
     ) -> float:
-        """Return what `store` at these scales would lose, columns weighted as in `search`, in float64; likewise."""
+        """Return what `store` at these scales would lose, by moments as in `search`, in float64; likewise.
+
+        With a mean, errors add up over all columns of a row, not over a group's alone.
+        """
         raise AssertionError(f"{self.label} searches no scales: {weights.shape}")  # refused before
 
     def survey(self, weights: U16, codecs: Codecs) -> object:

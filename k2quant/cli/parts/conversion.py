@@ -66,7 +66,7 @@ _METHOD = (
         "--method",
         type=words(get_args(Method)),
         help="How INT4 scales are chosen: rounding to nearest (rtn, default), searched for the least squared error "
-        "(mse), or for the least error weighted by what a calibration saw (imatrix). A RECIPE says it in its rules.",
+        "(mse), or for the least error of outputs, by what a calibration saw (imatrix). A RECIPE says it in its rules.",
     ),
     click.option(
         "--stats",

@@ -74,7 +74,7 @@ class _Weight:
     importance: F32 | None = None
     mean: F32 | None = None
     held: HeldOut | None = None
-    """What columns count for on the held-out part; None: they all count alike."""
+    """Moments of columns on the held-out part; None: they all count alike."""
     hessian: F32 | None = None
     """In its place, for the whole error of the outputs."""
     measure: str = "weights"
