@@ -5,22 +5,25 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
+from k2quant.calib.stats.blending import HeldOut
 from k2quant.calib.stats.digests import digests_of
 from k2quant.calib.stats.layout import PARTS, Input, inputs
 from k2quant.calib.stats.manifest import DataPart, Manifest
 from k2quant.calib.stats.model import Model
-from k2quant.calib.stats.reading import open_stats
+from k2quant.calib.stats.reading import Stats, open_stats
 from k2quant.calib.stats.writing import Measured, calibrating, finish, write_layer, write_outside
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
 from k2quant.checkpoint.weights import group_tensors
 from k2quant.errors import CheckpointError, DestinationStale, UsageError
 from k2quant.ground import names
+from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.choice import codecs
 from k2quant.kernels.codecs.values import F32, I32, U16
 from k2quant.qat.exporting.export import export_run
@@ -152,6 +155,39 @@ def test_an_untrained_export_is_rounded_so_too(method: str, home: Path, ram: Pat
     assert read_job(ram / "job.yaml").training.fallback == method
     export_run(ram / "job.yaml", ram / "export")
     check_experts(home, ram / "export", method)
+
+
+class Shifted:
+    """Statistics of which the train part knows nothing, and whose held-out inputs never leave their means."""
+
+    def __init__(self, mean: F32, varies: float) -> None:
+        """Take the means, and what a column varies."""
+        self._mean, self._square = mean, np.square(mean) + np.float32(varies)
+
+    def importance(self, _: str) -> F32:
+        """Return ones."""
+        return np.ones_like(self._mean)
+
+    def mean(self, _: str) -> F32:
+        """Return zeros."""
+        return np.zeros_like(self._mean)
+
+    def held_out(self, _: str) -> HeldOut:
+        """Return the moments."""
+        return HeldOut(self._square, self._mean, TOKENS, blended=False)
+
+
+def test_errors_that_add_up_in_held_out_data_decide_too() -> None:
+    """A search that squared errors alone would praise is dropped where it shifts an output more than rounding does."""
+    weights = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = PostTraining("mse").rounded("any", weights, 4)
+    lost = (weights - found).float()[0].numpy()
+    plain = (weights - reference.fake_quantize_int4(weights, "moonshot", 4)).float()[0].numpy()
+    mean = lost - plain * (lost @ plain) / (plain @ plain)  # what rounding loses, it does not shift
+    mean *= np.sqrt(2 * (plain @ plain - lost @ lost)) / (lost @ mean)
+    shifted, alike = (PostTraining("imatrix", cast("Stats", Shifted(each, 1))) for each in (mean, 0 * mean))
+    assert shifted.rounded("any", weights, 4).equal(weights)
+    assert alike.rounded("any", weights, 4).equal(found)
 
 
 def test_the_case_that_held_out_data_decides_is_one(home: Path) -> None:
