@@ -118,12 +118,11 @@ def rehearse_codecs(arch: int) -> list[Launch]:
         int4_codecs_triton.bf16_to_int4(weights, bits=3)
         int4_codecs_triton.fake_quantize_int4(weights, bits=8)
         int4_codecs_triton.int4_to_bf16(packed, scale)
-        importance = torch.empty(weights.shape[1])
-        for known, width in ((None, 4), (importance, 4), (importance, 3)):
-            search_triton.search_int4_scales(weights, known, bits=width)
-        search_triton.search_weighed(weights, importance, importance)
-        for known, mean in ((None, None), (importance, None), (importance, importance)):
+        moments = torch.empty(weights.shape[1])
+        for known, mean in ((None, None), (moments, None), (moments, moments)):
+            search_triton.search_int4_scales(weights, known, mean)
             search_triton.weighted_errors(weights, scale, known, mean)
+        search_triton.search_int4_scales(weights, moments, moments, bits=3)
         figures_triton.compare(weights, weights)
         groups = repack_triton.repack_int4(packed, scale)
         repack_triton.unpack_int4(*groups)

@@ -81,8 +81,8 @@ def _codec(name: str, bank: CodecBank) -> tuple[Codec, Codec, tuple[Tensor, ...]
             bf16,
         ),
         SEARCH: lambda: (
-            lambda weights: (search.search_int4_scales(weights, bank.importance),),
-            lambda weights: (reference.searched_int4_scales(weights, bank.importance),),
+            lambda weights: (search.search_int4_scales(weights, bank.importance, bank.mean),),
+            lambda weights: (reference.searched_int4_scales(weights, bank.importance, bank.mean),),
             bf16,
         ),
         "repack INT4": lambda: (repack_triton.repack_int4, _repacked, (bank.packed, bank.scale4)),

@@ -106,7 +106,8 @@ class CodecBank:
         self.bf16 = (normal(size, self.device, seed=1) * 0.02).bfloat16()
         self.packed, self.scale4 = _int4_parts(size, self.device)
         self.codes, self.scale8 = _fp8_parts(size, self.device)
-        self.importance = normal(size[1:], self.device, seed=2).square()
+        self.mean = normal(size[1:], self.device, seed=2)
+        self.importance = self.mean.square() + 1
 
 
 def _int4(shape: tuple[int, ...], device: torch.device) -> tuple[PackedWeight, PackedWeight]:

@@ -140,21 +140,18 @@ def halved(lanes):
 
 
 @triton.jit
-def searched_scale(
-    bits, heavy, mean_ptr, column, amax, scale, shrink_ptr, LARGEST: tl.constexpr, SHIFTED: tl.constexpr
-):
+def searched_scale(bits, heavy, mean, amax, scale, shrink_ptr, LARGEST: tl.constexpr, SHIFTED: tl.constexpr):
     """Return the scales of least error, BF16 bits `[G]`: rule 7 of docs/formats.md, see `scales.search`.
 
     Args:
         bits: BF16 bits `[G, 4, 8]`.
         heavy: what each weighs, float32 `[G, 4, 8]`; a group in which one is NaN gets the scale NaN.
-        mean_ptr: if SHIFTED, float32 `[K]`, what columns are multiplied with on the average.
-        column: of each weight `[G, 4, 8]`.
+        mean: of what each is multiplied with, float32 `[G, 4, 8]`; not looked at unless SHIFTED.
         amax: their largest magnitudes `[G]`, int32.
         scale: BF16 bits `[G]`; one that is not the plain scale stays.
         shrink_ptr: int32, by candidate how many 256ths of the plain scale it takes off.
         LARGEST: the largest code, a float.
-        SHIFTED: whether the square of what the means make of a group's errors is added.
+        SHIFTED: whether means are known.
     """
     plain = int4_scale(amax, "moonshot", LARGEST)
     asked = (amax >= LEAST_AMAX) & (amax < LARGE) & (scale == plain)
@@ -171,9 +168,8 @@ def searched_scale(
         difference = (values - widen(after)) * unit
         error = halved(difference * difference * heavy)
         if SHIFTED:
-            # Read again for each candidate, from the cache: to keep it would spill registers.
-            shift = halved(difference * tl.load(mean_ptr + column))
-            error = error + shift * shift
+            shift = halved(difference * mean)
+            error += shift * shift
         better = asked & (error < least)
         scale = tl.where(better, trial, scale)
         least = tl.where(better, error, least)

@@ -20,7 +20,7 @@ from k2quant.kernels.codecs.gpu import fp8, int4, search
 from k2quant.kernels.codecs.gpu.figures import compare, figures_of
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.codecs.reference.seam import OnDevice, TorchFloats, TorchFp8, TorchInt4, copy_bits
-from k2quant.kernels.codecs.scales.search import check_importance, check_mean, column_moments, column_weights
+from k2quant.kernels.codecs.scales.search import check_importance, check_mean
 from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import F32, I32, U8, U16, ValueAt
 
@@ -94,15 +94,9 @@ class CudaInt4(TorchInt4):
         bits: int = 4,
         recover: bool = True,
     ) -> None:
-        """Choose the scale of least error for each group; what columns weigh is made on the CPU."""
-        columns, bad = weights.shape[1], _flag(self)
-        heavy: tuple[F32 | None, ...] = (None, None)
-        if mean is not None:
-            heavy = column_moments(importance, mean, columns)
-        elif importance is not None:
-            heavy = (column_weights(importance, columns), None)
-        known = [None if part is None else self.tensor(part) for part in heavy]
-        found = search.search_weighed(self.bf16(weights), *known, recover=recover, bits=bits, bad=bad)
+        """Choose the scale of least error for each group."""
+        bad, known = _flag(self), self._moments(importance, mean, weights.shape[1])
+        found = search.search_int4_scales(self.bf16(weights), *known, recover=recover, bits=bits, bad=bad)
         _refuse(bad, lambda: explain.bad_weight(weights))
         copy_bits(found, scale)
 
@@ -110,16 +104,20 @@ class CudaInt4(TorchInt4):
         self, weights: U16, scale: U16, importance: F32 | None, *, mean: F32 | None = None, bits: int = 4
     ) -> float:
         """Return what rounding at these scales loses, each column weighed; the device sums rows, the CPU adds them."""
-        columns, bad = weights.shape[1], _flag(self)
-        if importance is not None:
-            check_importance(importance, columns)
-        if mean is not None:
-            check_mean(mean, importance, columns)
-        known = [None if part is None else self.tensor(part) for part in (importance, mean)]
+        bad, known = _flag(self), self._moments(importance, mean, weights.shape[1])
         sums = search.weighted_errors(self.bf16(weights), self.bf16(scale), *known, bits=bits, bad=bad)
         if bad.item():  # the reference says what it is
             return super().weighted_error(weights, scale, importance, mean=mean, bits=bits)
         return math.fsum(sums.tolist())
+
+    def _moments(self, importance: F32 | None, mean: F32 | None, columns: int) -> tuple[Tensor | None, Tensor | None]:
+        """Copy what is known of the columns, once it has been looked at."""
+        if mean is not None:
+            check_mean(mean, importance, columns)
+        if importance is not None:
+            check_importance(importance, columns)
+        heavy, moved = (None if part is None else self.tensor(part) for part in (importance, mean))
+        return heavy, moved
 
 
 class CudaFused(OnDevice):

@@ -175,10 +175,10 @@ def _search_int4_scales(
     bits: int = 4,
     mean: Tensor | None = None,
 ) -> Tensor:
-    if on_triton(weights) and mean is None:
+    if on_triton(weights):
         from k2quant.kernels.codecs.gpu import search as on_gpu
 
-        return on_gpu.search_int4_scales(weights, importance, recover=recover, bits=bits)
+        return on_gpu.search_int4_scales(weights, importance, mean, recover=recover, bits=bits)
     if weights.device.type != "cpu":
         return reference.searched_int4_scales(weights, importance, mean, recover=recover, bits=bits)
     scale = new_int4(weights)[1]

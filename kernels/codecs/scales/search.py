@@ -56,6 +56,10 @@ Between them all scales and products are normal numbers, so the mantissa of amax
 """
 
 
+ALONE = "mean: expected only beside an importance, found none"
+"""What is said of a mean that stands alone."""
+
+
 def surviving(scale: F32, largest: int) -> F32:
     """Return the scale that survives nearest to BF16 numbers `scale`, as BF16 numbers in float32."""
     divisor = np.float32(largest)
@@ -141,7 +145,7 @@ def _moved(values: F32, exponent: NDArray[np.int32]) -> F32:
 def check_mean(mean: F32, importance: F32 | None, columns: int) -> F32:
     """Return the importance beside a mean; refuse what is not one mean for each column, and one without importance."""
     if importance is None:
-        raise UsageError("mean: expected only beside an importance, found none")
+        raise UsageError(ALONE)
     if mean.dtype != np.float32 or mean.shape != (columns,):
         found = f"{mean.dtype} {list(mean.shape)}"
         raise UsageError(f"mean: expected float32 [{columns}], one for each column, found {found}")

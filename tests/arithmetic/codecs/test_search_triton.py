@@ -14,7 +14,7 @@ from k2quant.errors import UsageError
 from k2quant.kernels.codecs.gpu import search
 from k2quant.kernels.codecs.gpu.seam import cuda_codecs
 from k2quant.kernels.codecs.reference.seam import torch_codecs
-from k2quant.kernels.codecs.scales.search import column_weights
+from k2quant.kernels.codecs.scales.search import column_moments, column_weights
 from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import F32, U16, ValueAt, float_to_bf16
 
@@ -52,18 +52,25 @@ def importance(kind: str) -> F32 | None:
     return found
 
 
-def mean_of(weighs: F32) -> F32:
-    """Return means that leave some of the columns variance, and others none."""
-    share = random().uniform(-1.1, 1.1, weighs.shape)
-    return (np.sqrt(weighs.astype(np.float64)) * share).astype(np.float32)
+def moments(kind: str) -> tuple[F32 | None, F32 | None]:
+    """Return what columns weigh, and their means: those of `importance` have none, but these do."""
+    if not kind.startswith("means"):
+        return importance(kind), None
+    mean = random().standard_normal(SHAPE[1], np.float32)
+    if kind == "means of every size":
+        mean = np.ldexp(mean, random().integers(-148, 58, SHAPE[1])).astype(np.float32)
+        mean[32:64] = 0
+    square = mean * mean * (random().random(SHAPE[1], np.float32) + np.float32(0.75))  # some less than the mean's
+    square[64:96] = np.float32(2) ** -149
+    return square, mean
 
 
 def searched(
     codecs: Codecs,
     weights: U16,
     weighs: F32 | None,
-    *,
     mean: F32 | None = None,
+    *,
     bits: int = 4,
     recover: bool = True,
 ) -> U16:
@@ -83,33 +90,22 @@ def searched(
         ("large", "some", 4, False),
         ("any", "none", 3, True),
         ("gaussian", "every size", 2, True),
+        ("tall", "means", 4, True),
+        ("any", "means of every size", 3, True),
     ],
 )
 def test_a_search_has_the_bits_of_the_reference(kind: str, weighs: str, bits: int, *, recover: bool) -> None:
     """Rule 7: scales are equal, and so is what they lose, summed in the reference's order to the last bit."""
     weights = drawn("gaussian", TALL) if kind == "tall" else drawn(kind)
-    known = importance(weighs)
+    known, mean = moments(weighs)
     ours, truth = cuda_codecs(DEVICE), torch_codecs("cpu")
-    found = searched(ours, weights, known, bits=bits, recover=recover)
-    np.testing.assert_array_equal(found, searched(truth, weights, known, bits=bits, recover=recover))
+    found = searched(ours, weights, known, mean, bits=bits, recover=recover)
+    np.testing.assert_array_equal(found, searched(truth, weights, known, mean, bits=bits, recover=recover))
+    if mean is not None:
+        assert (found != searched(truth, weights, known, bits=bits, recover=recover)).any()
     if kind != "large" and weighs != "every size":
-        assert ours.int4.weighted_error(weights, found, known, bits=bits) == truth.int4.weighted_error(
-            weights, found, known, bits=bits
-        )
-
-
-@pytest.mark.parametrize(("weighs", "bits"), [("some", 4), ("every size", 2)])
-def test_means_are_taken_as_the_reference_takes_them(weighs: str, bits: int) -> None:
-    """Errors that add up where columns have means decide otherwise, to the same bits; so do whole rows."""
-    weights, known = drawn("gaussian"), importance(weighs)
-    assert known is not None
-    ours, truth, mean = cuda_codecs(DEVICE), torch_codecs("cpu"), mean_of(known)
-    found = searched(ours, weights, known, mean=mean, bits=bits)
-    np.testing.assert_array_equal(found, searched(truth, weights, known, mean=mean, bits=bits))
-    assert (found != searched(truth, weights, known, bits=bits)).any()
-    assert ours.int4.weighted_error(weights, found, known, mean=mean, bits=bits) == truth.int4.weighted_error(
-        weights, found, known, mean=mean, bits=bits
-    )
+        errors = [each.int4.weighted_error(weights, found, known, mean=mean, bits=bits).hex() for each in (ours, truth)]
+        assert errors[0] == errors[1]
 
 
 def test_a_search_finds_what_plain_rounding_does_not() -> None:
@@ -140,6 +136,19 @@ def test_columns_weigh_what_they_weigh_on_the_cpu(kind: str) -> None:
     assert found.tobytes() == column_weights(known, len(known)).tobytes()
 
 
+@pytest.mark.parametrize("kind", ["means", "means of every size"])
+def test_columns_vary_as_they_do_on_the_cpu(kind: str) -> None:
+    """A variance is never negative, and powers of four and of two are taken off exactly."""
+    known, mean = moments(kind)
+    assert known is not None
+    assert mean is not None
+    given = [torch.from_numpy(part).to(DEVICE) for part in (known, mean)]
+    found = search.column_moments(given[0], given[1], len(mean))
+    for ours, truth in zip(found, column_moments(known, mean, len(mean)), strict=True):
+        assert ours.cpu().numpy().tobytes() == truth.tobytes()
+    assert (found[0] == 0).sum() > 32  # a group of zeros, and columns that never vary
+
+
 def test_what_is_not_finite_spreads_instead_of_passing_unseen() -> None:
     """Where nobody reads a flag, a group with a bad weight or a bad importance gets the scale NaN, and no other."""
     bits = drawn("gaussian")
@@ -150,6 +159,10 @@ def test_what_is_not_finite_spreads_instead_of_passing_unseen() -> None:
     found = search.search_int4_scales(weights, known.to(DEVICE)).isnan().cpu()
     assert found[:, 2:].all()
     assert found[:, :2].nonzero().tolist() == [[3, 1]]
+    mean = torch.zeros(160)
+    mean[5], known[100] = float("-inf"), 1.0
+    found = search.search_int4_scales(weights, known.to(DEVICE), mean.to(DEVICE)).isnan().cpu()
+    assert found[1].tolist() == [True, False, True, False, True]
 
 
 JOBS: dict[str, Callable[[Codecs, U16, F32, U16], object]] = {
@@ -160,9 +173,10 @@ JOBS: dict[str, Callable[[Codecs, U16, F32, U16], object]] = {
     "a scale of NaN": lambda c, w, i, s: c.int4.weighted_error(w, s | np.uint16(0x7FC0), i),
     "a product beyond BF16": lambda c, w, i, s: c.int4.weighted_error(w | np.uint16(0x7F00), s | np.uint16(0x7F00), i),
     "a negative importance": lambda c, w, i, _: searched(c, w, -i),
-    "a mean of nothing": lambda c, w, i, _: searched(c, w, None, mean=i),
-    "a mean of NaN, judged": lambda c, w, i, s: c.int4.weighted_error(w, s, i, mean=i * np.float32("nan")),
     "too few, judged": lambda c, w, i, s: c.int4.weighted_error(w, s, i[:96]),
+    "a mean of NaN": lambda c, w, i, _: searched(c, w, i, i * np.float32(np.nan)),
+    "a mean alone, judged": lambda c, w, i, s: c.int4.weighted_error(w, s, None, mean=i),
+    "a scale of zero, with means": lambda c, w, i, s: c.int4.weighted_error(w, s * np.uint16(0), i, mean=i),
 }
 
 
@@ -186,6 +200,10 @@ def test_an_importance_that_does_not_fit_is_refused_unread() -> None:
         search.search_int4_scales(weights, torch.ones(64, dtype=torch.float64, device=DEVICE))
     with pytest.raises(UsageError, match=r"found float32 \[32\]"):
         search.search_int4_scales(weights, torch.ones(32, device=DEVICE))
+    with pytest.raises(UsageError, match=r"mean: expected float32 \[64\], .* found float32 \[32\]"):
+        search.search_int4_scales(weights, torch.ones(64, device=DEVICE), torch.ones(32, device=DEVICE))
+    with pytest.raises(UsageError, match="mean: expected only beside an importance"):
+        search.search_int4_scales(weights, None, torch.ones(64, device=DEVICE))
     with pytest.raises(UsageError, match="bits: expected 4 or 3 or 2, found 8"):
         search.search_int4_scales(weights, None, bits=8)
     assert search.search_int4_scales(weights, None).tolist() == [[2.0**-7] * 2] * 2  # of zeros
