@@ -27,6 +27,9 @@ Reasoning = Literal["split", "drop"]
 
 _LETTERS = 64
 """Characters that are kept for each token that is wanted; a real token has about four."""
+_BEGINNING = 8
+"""Characters of a long text that are read first for each token that is wanted: a tokenizer takes some 100 bytes for a
+token, so what nobody asks for of a text of 60 MB would take gigabytes."""
 
 
 def read_samples(
@@ -126,7 +129,8 @@ class _Packing:
         found: list[tuple[Document, str]] = []
         filled = 0
         for document in raw:
-            own = [piece for one in self._tokens(document) for piece in pieces(one, self._length)]
+            read = self._tokens(document, count * self._length)
+            own = [piece for one in read for piece in pieces(one, self._length)]
             found += [(piece, document.hash) for piece in own]
             filled += sum(len(piece.tokens) - 1 for piece in own)
             if filled >= count * self._length:  # a row holds no more than its length, so these are enough
@@ -137,7 +141,18 @@ class _Packing:
             rows, _ = packing.split(rows, len(rows.tokens) - count)
         return Part.of(rows, tuple(dict.fromkeys(found[n][1] for n in order[: rows.documents])))
 
-    def _tokens(self, raw: Raw) -> Iterator[Document]:
+    def _tokens(self, raw: Raw, places: int) -> list[Document]:
+        """Return what a document is in tokens; of a text that is longer than `places`, the first that fill them."""
+        text, letters = raw.row.get("text"), _BEGINNING * (places + self._length)
+        while isinstance(text, str) and len(text) > letters:
+            for document in self._whole(replace(raw, row={**raw.row, "text": text[:letters]})):
+                if len(document.tokens) > places + self._length:  # so these are far from where the text is cut
+                    first = slice(places + 1)
+                    return [replace(document, tokens=document.tokens[first], learnt=document.learnt[first])]
+            letters *= 4
+        return list(self._whole(raw))
+
+    def _whole(self, raw: Raw) -> Iterator[Document]:
         """Yield what a document is in tokens, all of which count; a chat may be several."""
         with _in_arguments():
             examples = examples_of(raw.row, raw.where, self.reader.tokenizer, self._learning, self.census)

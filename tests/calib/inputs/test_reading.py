@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from k2quant.calib.inputs import Part, Samples
+from k2quant.calib.inputs import Part, Samples, read_samples, reading
 from k2quant.errors import CheckpointError, MalformedFile, MissingExtra, UnsafePath, UsageError
 from k2quant.nano import vocabulary
 
@@ -195,6 +195,34 @@ class TestRows:
         assert max(len(one) for one in said) == 32
         assert "".join(said).count("g") == 2 * long.count("g")  # the template writes none
         assert len(found.hashes) == 2
+
+    def test_of_a_long_text_no_more_is_tokenised_than_can_be_needed(
+        self, letters: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """A text of megabytes takes the memory of the rows that are wanted, which are those that all of it gives."""
+        data = write(tmp_path / "long.jsonl", [{"text": letters_of(0, 60_000)}])
+        judge, kept = (write(tmp_path / f"{part}.jsonl", [{"text": part}]) for part in ("judge", "kept"))
+        seen: list[int] = []
+
+        class Counting:
+            """Tokenises, and keeps how long texts were."""
+
+            def __call__(self, given: list[str], **options: Any) -> Any:
+                seen.extend(map(len, given))
+                return letters(given, **options)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(letters, name)
+
+        def digest() -> str:
+            options: dict[str, Any] = {"samples": 3, "length": 32, "vocabulary": len(letters)}
+            return read_samples(data, Counting(), validation=judge, test=kept, **options).train.digest
+
+        short = digest()
+        assert max(seen) == 8 * 4 * 32
+        monkeypatch.setattr(reading, "_BEGINNING", 10**6)
+        assert short == digest()
+        assert max(seen) == 60_000
 
     def test_less_than_was_asked_for_is_told(self, read: Read, tmp_path: Path) -> None:
         """The note has the tokens that were found, and the rows that were wanted."""
