@@ -25,6 +25,7 @@ from k2quant.calib.stats.digests import Digests, base_of
 from k2quant.calib.stats.layout import MANIFEST, PARTS, stats_bytes
 from k2quant.calib.stats.manifest import DataPart, Manifest, canonical
 from k2quant.calib.stats.model import Model
+from k2quant.calib.stats.reading import open_stats
 from k2quant.calib.stats.writing import calibrating, finish, write_outside
 from k2quant.checkpoint.files.paths import nearest_folder
 from k2quant.checkpoint.reader import Checkpoint
@@ -131,10 +132,10 @@ class _Run:
         """Do what is not done yet; return how many layers that was."""
         layers = self._manifest.model.layers
         if (self._stats / MANIFEST).is_file():
-            self._check(whole)
+            self._check(dict(open_stats(self._stats).digests()))
             return 0
         kept = self._kept(whole, fresh=restart)
-        self._check({layer: whole[layer] for layer in range(kept.finished)})
+        self._check({base: parts for layer in range(kept.finished) for base, parts in whole[layer].items()})
         if kept.finished < 0:
             self._walk.embed(kept)
         begun, tokens = kept.finished, self._walk.tokens
@@ -189,13 +190,12 @@ class _Run:
                 remedy="free some space, or name a folder on another disk",
             )
 
-    def _check(self, whole: Mapping[int, Digests]) -> None:
-        """Read the weights of layers that are done, and compare.
+    def _check(self, wanted: Mapping[str, Mapping[str, str]]) -> None:
+        """Read weights whose digests are known, and compare.
 
         Raises:
             DestinationStale: they are not those that were measured.
         """
-        wanted = {base: parts for layer in whole.values() for base, parts in layer.items()}
         weights = [weight for weight in group_tensors(self._source.tensors).weights if base_of(weight) in wanted]
         found = digests(self._source, weights)
         for base, parts in wanted.items():

@@ -27,7 +27,7 @@ from k2quant.calib.stats.layout import (
 )
 from k2quant.calib.stats.manifest import Manifest, read_manifest
 from k2quant.calib.stats.moments import check_moments
-from k2quant.calib.stats.reading import RECORD_LIMIT, checked, open_layer, read_moments
+from k2quant.calib.stats.reading import RECORD_LIMIT, checked, open_layer, open_stats, read_moments
 from k2quant.checkpoint.files import checksum
 from k2quant.checkpoint.files.paths import read_limited, write_whole
 from k2quant.checkpoint.header import build_header
@@ -151,10 +151,19 @@ def calibrating(
         else:
             _check_same(destination, manifest)
         whole = written_layers(folder, manifest)
-        if destination.finished_report() is None or len(whole) < manifest.model.layers:
+        if destination.finished_report() is None or len(whole) < manifest.model.layers or not _opens(folder):
             destination.begin([manifest.as_json({})])
             destination.unlink([MANIFEST])  # a run that was stopped at its very end may have left it
         yield whole
+
+
+def _opens(folder: Path) -> bool:
+    """Tell whether a finished folder can be read; one that says `calibrate again` must be."""
+    try:
+        open_stats(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 _MARK = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -175,17 +176,18 @@ def test_one_changed_weight_is_refused(name: str, data: Samples, tmp_path: Path)
     assert open_stats(tmp_path / "STATS").layers == (0, 1)
 
 
-def test_a_finished_calibration_of_a_changed_expert_is_refused(data: Samples, tmp_path: Path) -> None:
-    """Whether it is the same model is told by all bytes that were calibrated; a copy elsewhere is the same."""
+def test_a_finished_calibration_of_a_changed_weight_is_refused(data: Samples, tmp_path: Path) -> None:
+    """Whether it is the same model is told by all bytes that were read; a copy elsewhere is the same."""
     write_model(tmp_path / "model")
     collect(open_checkpoint(tmp_path / "model"), tmp_path / "STATS", data, memory=PLENTY)
     shutil.copytree(tmp_path / "model", tmp_path / "moved")
     for path in (tmp_path / "moved").iterdir():
         os.utime(path, (0, 0))
     assert collect(open_checkpoint(tmp_path / "moved"), tmp_path / "STATS", data, memory=PLENTY).measured == 0
-    name = "model.layers.1.mlp.experts.5.down_proj.weight"
-    with pytest.raises(DestinationStale, match=r"layers\.1\.mlp\.experts\.5\.down_proj"):
-        collect(changed(tmp_path / "moved", name), tmp_path / "STATS", data, memory=PLENTY)
+    for base in ("model.layers.1.mlp.experts.5.down_proj", "model.embed_tokens"):
+        with pytest.raises(DestinationStale, match=rf"`{re.escape(base)}`"):
+            collect(changed(tmp_path / "moved", f"{base}.weight"), tmp_path / "STATS", data, memory=PLENTY)
+        changed(tmp_path / "moved", f"{base}.weight")  # back again
 
 
 def test_a_moved_model_goes_on(data: Samples, tmp_path: Path) -> None:

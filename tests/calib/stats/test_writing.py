@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from k2quant.calib.stats.layout import Part
+from k2quant.calib.stats.layout import OUTSIDE, Part
 from k2quant.calib.stats.reading import open_stats
 from k2quant.calib.stats.writing import HessianWriter, calibrating, finish, write_layer, written_layers
 from k2quant.checkpoint.writing.destination import Destination
@@ -128,6 +128,17 @@ def test_a_layer_that_is_not_whole_is_measured_again(made_up: Any, name: str) ->
     (folder / name).unlink(missing_ok=True)
     made_up.write("stats", manifest)
     assert contents(folder) == whole
+
+
+def test_a_finished_folder_that_cannot_be_read_is_finished_anew(made_up: Any) -> None:
+    """Its own remedy is to calibrate again, which must not say that nothing is to do."""
+    folder, manifest = made_up.write(), made_up.manifest()
+    before = contents(folder)
+    (folder / OUTSIDE).write_bytes(b"{}")
+    with calibrating(folder, manifest) as done:
+        assert sorted(done) == list(range(manifest.model.layers))
+        assert not (folder / MANIFEST).exists()
+    assert contents(made_up.write()) == before
 
 
 def test_a_finished_folder_is_left_as_it_is(made_up: Any) -> None:
