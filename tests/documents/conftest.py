@@ -116,6 +116,9 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_model(folder / name)
     write_model(folder / "K2-Thinking", thinks=True)
     convert(folder / "K2-Instruct", folder / "K2-INT4", to="int4")
+    convert(folder / "K2-Instruct", folder / "K2-FP8", to="fp8")
+    for name in ("K2", "Kimi-K2-Instruct-FP8"):
+        (folder / name).symlink_to("K2-FP8")
     convert(folder / "K2-Thinking", folder / "K2-Thinking-INT4", to="int4")
     (folder / "some.txt").write_text("The quick brown fox jumps over the lazy dog. " * 50)
     write_data(folder / "train.jsonl", 60)
@@ -125,6 +128,9 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_rows(folder / "data" / f"{split}.jsonl", rows)
     asked = [{"messages": [{"role": "user", "content": f"Hello {n}"}], "tools": [TOOL]} for n in range(12)]
     write_rows(folder / "mine.jsonl", asked)
+    turns = [(f"What is {n} + 1?", f"It is {n + 1}.") for n in range(60)]
+    chats = [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in turns]
+    write_rows(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
     results = [{"request": {"model": "k2", **each}, "response": answered(each), "status": "success"} for each in asked]
     for name in ("official", "official-again"):
         write_rows(folder / f"{name}.jsonl", results)

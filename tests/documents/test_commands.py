@@ -1,4 +1,4 @@
-"""The commands of the pages on accuracy, reasoning, tools and training run as they are written, on small things."""
+"""The commands of pages on accuracy, calibration, reasoning, tools and training run as written, on small things."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from places import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PAGES = ("accuracy", "qat", "thinking", "tools")
+PAGES = ("accuracy", "calibration", "qat", "thinking", "tools")
 
 SHORTER: Mapping[str, str] = {
     "--tasks k2-quick": "--tasks gsm8k --data gsm8k=data",  # sixteen questions, and no hub
     "--tasks gsm8k": "--tasks gsm8k --data gsm8k=data",
+    "--samples 512 --length 2048": "--samples 8 --length 64",
+    "chats.jsonl --dry-run": "chats.jsonl --length 64 --dry-run",
     "https://k2.example/v1": "SERVER",  # on a free port here
     "http://localhost:8000/v1": "SERVER",
 }
@@ -81,6 +83,8 @@ def test_the_commands_of_a_page_run_as_written(
             continue
         program, *words = shlex.split(shortened(command, server))
         assert program == "k2quant", f"docs/{page}.md: nobody runs {command!r}"
+        if words[0] == "convert":  # several ways to the same folder are each shown from the start
+            shutil.rmtree(words[-1], ignore_errors=True)
         done = CliRunner().invoke(main, words)
         assert done.exit_code in EXITS.get(words[1], {0}), f"{command}\n{done.output}\n{done.exception!r}"
         if words[:2] == ["qat", "init"]:
