@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,13 +43,18 @@ def codecs() -> Iterator[dict[str, Any]]:
     generator = np.random.default_rng(0)
     weights = float_to_bf16(generator.standard_normal(SHAPE, np.float32) * np.float32(0.02))
     known = Known.made_up(SHAPE[1], generator)
-    spent: dict[tuple[str, int], list[float]] = {(method, threads): [] for method in METHODS for threads in (1, 2)}
+    spent: dict[tuple[str, int], list[tuple[float, float]]] = {
+        (method, threads): [] for method in METHODS for threads in (1, 2)
+    }
     for turn in range(ROUNDS + 1):
         tell(f"rates: codec, round {turn}")
         for (method, threads), seconds in spent.items():
-            seconds.append(beside.ours(method, threads, weights, known))
+            busy = time.process_time()
+            wall = beside.ours(method, threads, weights, known)
+            seconds.append((wall, time.process_time() - busy))
     for (method, threads), seconds in spent.items():
-        yield {"method": method, "threads": threads, **_summed([weights.size / each / 1e9 for each in seconds[1:]])}
+        wall, core = ([weights.size / each[side] / 1e9 for each in seconds[1:]] for side in (0, 1))
+        yield {"method": method, "threads": threads, **_summed(wall), "core": statistics.median(core)}
 
 
 def _summed(values: Sequence[float]) -> dict[str, float]:
@@ -110,12 +117,13 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     small = wide.written(workdir / f"wide-{wide.FEW}", wide.FEW)
     stats = wide.calibrated(source, workdir / "stats")
     found = {
+        "codec_load": os.getloadavg()[0],
         "codecs": list(codecs()),
         "source": {"bytes": size(source), "experts": wide.EXPERTS, "weights": wide.weights(wide.EXPERTS)},
         "converts": list(conversions(workdir, source, stats)),
         "few": {"bytes": size(small), "experts": wide.FEW},
         "passes": passes(workdir, small, wide.MEMORY),
-        "memory_of_machine": machine.disk(workdir),
+        "disk": machine.disk(workdir),
         "rounds": {"codec": ROUNDS, "whole": wide.ROUNDS},
     }
     return found | {"bars": list(bars(found)), "paper": wide.paper(found)}

@@ -110,7 +110,8 @@ other processes were at work, and times are good for comparison alone.
 ## Search in memory
 
 10^9 weights a second from BF16 to codes and scales, [2048, 7168], {rounds[codec]} rounds. `imatrix` has mean squares
-and means.
+and means. The last column is the same by the processor time of the process: what a thread does that is never
+interrupted. Load before: {codec_load:.1f}.
 
 {codecs}
 
@@ -294,6 +295,7 @@ def rates(results: Mapping[str, Any]) -> str:
         "method": lambda row: row["method"],
         "threads": lambda row: str(row["threads"]),
         "G weights/s": lambda row: _range(row, ".2f"),
+        "a core's second": lambda row: f"{row['core']:.2f}",
     }
     converts: dict[str, Show] = {
         "method": lambda row: row["method"],
