@@ -23,6 +23,7 @@ from k2quant.conversion.estimate import read_rate
 from k2quant.conversion.resume import refuse_nested
 from k2quant.ground import names
 from k2quant.ground.saying.showing import as_html, brief
+from k2quant.ground.units import parse_size
 
 _PROBE_TOKENS = 512
 _PROBE_SECONDS = 0.5
@@ -89,7 +90,7 @@ def plan_calibration(
     samples: int = 512,
     length: int = 2048,
     hessians: bool = False,
-    memory: int = 32_000_000_000,
+    memory: int | str = "32GB",
     device: str = "cpu",
     follow_links: bool = False,
 ) -> CalibrationPlan:
@@ -101,7 +102,7 @@ def plan_calibration(
         samples: rows that are measured.
         length: tokens of a row.
         hessians: whether products of all pairs of columns are summed too.
-        memory: bytes that the pass may take.
+        memory: bytes, or a size such as `32GB`, that the pass may take.
         device: where layers compute.
         follow_links: whether links of the checkpoint's folder may lead out of it.
 
@@ -111,11 +112,12 @@ def plan_calibration(
     """
     place, folder = Path(source), Path(stats)
     refuse_nested(place, folder)
+    limit = parse_size(memory) if isinstance(memory, str) else memory
     checkpoint = open_checkpoint(place, follow_links=follow_links)
     model = Model.of(checkpoint.config, file=checkpoint.folder / "config.json")
     check_rows(samples, length, longest=_longest(checkpoint))
     rows = samples, held_out_rows(samples)
-    passes = needs(checkpoint, rows=rows, length=length, memory=memory, hessians=hessians)
+    passes = needs(checkpoint, rows=rows, length=length, memory=limit, hessians=hessians)
     sizes = Sizes.of(model, group_tensors(checkpoint.tensors).weights, passes)
     tokens, judging = (count * length for count in rows)
     mean = tokens * model.top_k / model.experts

@@ -53,6 +53,11 @@ def test_tokens_of_an_expert_follow_from_the_rows(plan: Any) -> None:
     assert found.thin == pytest.approx(found.mean / 10)
 
 
+def test_memory_may_be_written_as_people_write_it(plan: Any) -> None:
+    """As `calibrate` takes it."""
+    assert plan(memory="2GB").passes == plan(memory=2_000_000_000).passes
+
+
 def test_twice_the_rows_take_twice_the_work(plan: Any) -> None:
     """And read no byte more of the checkpoint, where its experts fit into memory."""
     once, twice = plan(), plan(samples=32)
