@@ -99,12 +99,15 @@ def _calibrate(source: Path, stats: Path, *, as_json: bool, options: dict[str, A
 
     gc.enable()  # the command line runs without; a pass makes garbage
     from k2quant.calib import calibrate, coverage_of, open_stats  # only now: it loads torch and transformers
-    from k2quant.cli.parts.screen import staged_tokens
+    from k2quant.cli.parts.screen import remark, staged_tokens
+    from k2quant.ground.units import counted
     from k2quant.model.generation import silence
 
     silence()
     with staged_tokens("loading") as (show, stage):
         done = calibrate(source, stats, progress=show, stage=stage, **options)
+    if done.resumed:
+        remark(f"resumed: {counted(done.resumed, 'layer')} finished before")
     found = open_stats(stats)
     coverage = coverage_of(found)
     if as_json:

@@ -112,8 +112,10 @@ def test_a_run_that_was_stopped_goes_on_and_writes_the_same_bytes(place: Path, w
     with pytest.raises(KeyboardInterrupt):
         k2quant.calib.calibrate(place / "model", stats, data=place / "data.jsonl", **ROWS, progress=stop)
     assert not (stats / "k2quant_stats.json").exists()
-    found = json.loads(typed(place, stats, "--json").stdout)
+    again = typed(place, stats, "--json")
+    found = json.loads(again.stdout)
     assert (found["resumed"], found["already_done"]) == (1, False)
+    assert "resumed: 1 layer finished before" in again.stderr
     assert content(stats) == content(whole)
 
 
