@@ -19,7 +19,7 @@ from k2quant.calib.collecting.memory import needs
 from k2quant.calib.inputs import Samples
 from k2quant.calib.stats.reading import open_stats
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from k2quant.errors import CheckpointError, DestinationStale, OutputError, UsageError
+from k2quant.errors import BadValue, CheckpointError, DestinationStale, OutputError, UsageError
 from tiny import write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -212,6 +212,29 @@ def test_other_data_or_settings_are_refused(
     with pytest.raises(DestinationStale, match="hessians"):
         collect(tiny, tmp_path / "STATS", data, memory=PLENTY, hessians=True)
     assert collect(tiny, tmp_path / "STATS", data, memory=PLENTY).measured == 1
+
+
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7E00])
+def test_a_model_that_computes_no_numbers_is_refused_at_that_layer(bits: int, data: Samples, tmp_path: Path) -> None:
+    """NaN, or what is too large to be squared, ends a pass where it shows: not days later, with every layer done."""
+    write_model(tmp_path / "model")
+    source = open_checkpoint(tmp_path / "model")
+    entry = source.tensors["model.layers.0.mlp.up_proj.weight"]
+    with (tmp_path / "model" / entry.file).open("r+b") as file:
+        file.seek(entry.start)
+        file.write(bits.to_bytes(2, "little") * (entry.nbytes // 2))
+    told: list[int] = []
+    with pytest.raises(BadValue, match=r"layers\.0\.mlp\.down_proj.*no number, or what is too large") as error:
+        collect(
+            open_checkpoint(source.folder),
+            tmp_path / "STATS",
+            data,
+            memory=PLENTY,
+            progress=lambda n, _: told.append(n),
+        )
+    assert "calibrate again" not in str(error.value)
+    assert max(told) == 16 * LENGTH  # of one layer
+    assert not list((tmp_path / "STATS").glob("layer-*"))
 
 
 def test_damaged_hidden_states_are_an_error(tiny: Checkpoint, data: Samples, tmp_path: Path) -> None:
