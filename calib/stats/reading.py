@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[Any]]
 
 AGAIN = "calibrate again"
+_ANEW = "calibrate again with `restart=True`"  # a run that finds the layer there reads no Hessian
 MANIFEST_LIMIT = 512_000_000
 """Bytes of a manifest: 64 hexadecimal digits for each document, some 100 for each layer."""
 RECORD_LIMIT = 64_000_000
@@ -300,7 +301,7 @@ class Stats:
         read_into(file, file.tensors[tensor].start + place * found.nbytes, found.data.cast("B"))
         crc = self._layers[layer].record.hessians[tensor][place]
         if f"{checksum.crc32(found):08x}" != crc:
-            raise MalformedFile("changed since it was written", tensor=tensor, file=file.path, remedy=AGAIN)
+            raise MalformedFile("changed since it was written", tensor=tensor, file=file.path, remedy=_ANEW)
         _check_hessian(found, self._moments(layer, name, expert, part), tensor, file.path)
         return found
 
@@ -309,10 +310,10 @@ def _check_hessian(found: F32, own: Moments, tensor: str, file: Path) -> None:
     import numpy as np
 
     if not np.isfinite(found).all():
-        raise BadValue(tensor=tensor, file=file, expected="finite values", found="NaN or infinity", remedy=AGAIN)
+        raise BadValue(tensor=tensor, file=file, expected="finite values", found="NaN or infinity", remedy=_ANEW)
     if not np.allclose(found.diagonal(), own.mean_square, rtol=0.01, atol=1e-6 * (own.mean_square.max(initial=0))):
         raise BadValue(
-            tensor=tensor, file=file, expected="the mean squares on the diagonal", found="others", remedy=AGAIN
+            tensor=tensor, file=file, expected="the mean squares on the diagonal", found="others", remedy=_ANEW
         )
 
 

@@ -237,6 +237,19 @@ def test_a_model_that_computes_no_numbers_is_refused_at_that_layer(bits: int, da
     assert not list((tmp_path / "STATS").glob("layer-*"))
 
 
+def test_what_is_damaged_beside_the_layers_is_mended(
+    tiny: Checkpoint, data: Samples, tmp_path: Path, contents: Contents
+) -> None:
+    """Whoever reads `calibrate again` and does it has a whole folder, and is not told that it was finished before."""
+    collect(tiny, tmp_path / "STATS", data, memory=PLENTY)
+    whole = contents(tmp_path / "STATS")
+    (tmp_path / "STATS" / "outside.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="calibrate again"):
+        open_stats(tmp_path / "STATS")
+    assert collect(tiny, tmp_path / "STATS", data, memory=PLENTY).measured == 2
+    assert contents(tmp_path / "STATS") == whole
+
+
 def test_damaged_hidden_states_are_an_error(tiny: Checkpoint, data: Samples, tmp_path: Path) -> None:
     """A file that is not what was written is named, and never measured."""
     stopped(tiny, tmp_path / "STATS", data)
