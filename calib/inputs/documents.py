@@ -113,8 +113,12 @@ def _files(place: Path) -> list[tuple[Path, int]]:
 
 
 def _of_row(where: str, row: dict[str, Any]) -> Raw:
-    letters = sum(len(str(row[key])) for key in (*KEYS, TOOLS) if row.get(key))
-    return Raw(where=where, row=row, hash=hash_of(row), letters=letters)
+    try:
+        letters = sum(len(str(row[key])) for key in (*KEYS, TOOLS) if row.get(key))
+        return Raw(where=where, row=row, hash=hash_of(row), letters=letters)
+    except RecursionError as error:  # JSON is read somewhat deeper than it is walked through here
+        found = "brackets within brackets, deeper than any conversation goes"
+        raise MalformedFile("not one example", file=where, found=found) from error
 
 
 def _of_text(file: Path, *, whole: bool) -> Iterator[Raw]:

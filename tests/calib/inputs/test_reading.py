@@ -376,7 +376,17 @@ class TestBadData:
         with pytest.raises(UnsafePath):
             read(tmp_path / "data")
 
-    @pytest.mark.parametrize("line", ["{", '{"text": 1}', '{"prompt": "a"}', '{"messages": "a"}', '{"text": ""}'])
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "{",
+            '{"text": 1}',
+            '{"prompt": "a"}',
+            '{"messages": "a"}',
+            '{"text": ""}',
+            pytest.param('{"messages": ' + 700 * "[" + 700 * "]" + "}", id="deeper than Python goes"),
+        ],
+    )
     def test_a_line_that_is_no_example(self, read: Read, line: str, tmp_path: Path) -> None:
         """File and line are named."""
         (tmp_path / "a.jsonl").write_text(f"{line}\n{json.dumps(texts(1)[0])}\n")
