@@ -20,13 +20,12 @@ from k2quant.calib.collecting.experts import Experts, Routed, run_expert, sort_b
 from k2quant.calib.collecting.measuring import Watch
 from k2quant.calib.collecting.memory import Needs
 from k2quant.calib.collecting.pieces import Piece, Segment, waves
-from k2quant.calib.stats.digests import Digests, base_of, digest_of
+from k2quant.calib.stats.digests import Digests, digests_of
 from k2quant.calib.stats.model import Model
 from k2quant.calib.stats.writing import HessianWriter, LayerStats, write_layer
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.errors import BadValue
-from k2quant.ground import pool
 from k2quant.ground.pool import available_cores
 from k2quant.model.assembly import EMBEDDING, HEAD, Assembly
 from k2quant.model.filling import READERS
@@ -271,12 +270,5 @@ def _check_finite(stats: LayerStats, folder: Path) -> None:
 
 
 def digests(checkpoint: Checkpoint, weights: Iterable[StoredWeight]) -> Digests:
-    """Read weights and return their digests, by base in the language model; several are read at a time."""
-    found: Digests = {}
-
-    def work(weight: StoredWeight) -> None:
-        if (base := base_of(weight)) is not None:
-            found.setdefault(base, {}).update(digest_of(checkpoint, weight))
-
-    pool.run(iter(list(weights)), work, workers=min(available_cores(), READERS))
-    return found
+    """Read weights and return their digests; as many are read at a time as where a model is filled."""
+    return digests_of(checkpoint, weights, workers=min(available_cores(), READERS))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from k2quant.checkpoint.files import checksum
 from k2quant.checkpoint.panels import PIECE_BYTES
 from k2quant.checkpoint.reading import read_into
-from k2quant.ground import names
+from k2quant.ground import names, pool
 
 if TYPE_CHECKING:
     from k2quant.checkpoint.header import TensorEntry
@@ -43,15 +43,26 @@ def base_of(weight: StoredWeight) -> str | None:
     return None if name is None else names.split(name)[0]
 
 
-def digests_of(checkpoint: Checkpoint, weights: Iterable[StoredWeight]) -> Digests:
+def digests_of(checkpoint: Checkpoint, weights: Iterable[StoredWeight], *, workers: int = 1) -> Digests:
     """Return the digests of some weights; those of the vision tower are left out.
 
     A base may have several: a router's weight and its bias are two tensors of one.
+
+    Args:
+        checkpoint: that holds them.
+        weights: in whatever format.
+        workers: how many are read at a time.
+
+    Raises:
+        CheckpointError: as for `digest_of`.
     """
     found: Digests = {}
-    for weight in weights:
+
+    def work(weight: StoredWeight) -> None:
         if (base := base_of(weight)) is not None:
             found.setdefault(base, {}).update(digest_of(checkpoint, weight))
+
+    pool.run(iter(weights), work, workers=workers)
     return found
 
 
