@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -19,14 +18,13 @@ from k2quant.calib.stats.model import Model
 from k2quant.checkpoint.files.paths import nearest_folder
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
-from k2quant.conversion.estimate import read_rate
+from k2quant.conversion.estimate import read_rate, seconds_of
 from k2quant.conversion.resume import refuse_nested
 from k2quant.ground import names
 from k2quant.ground.saying.showing import as_html, brief
 from k2quant.ground.units import parse_size
 
 _PROBE_TOKENS = 512
-_PROBE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,10 +212,8 @@ def product_rate(model: Model, device: str) -> float:
     where = checked_device(device)
     weight = torch.zeros(model.inner, model.hidden, dtype=torch.bfloat16, device=where)
     given = torch.zeros(_PROBE_TOKENS, model.hidden, dtype=torch.bfloat16, device=where)
-    rounds, seconds = -1, 0.0
-    while rounds < 1 or seconds < _PROBE_SECONDS:  # the first round wakes threads and does not count
-        begun = time.perf_counter()
+
+    def product() -> None:
         (given @ weight.T)[0, 0].item()  # which a GPU is waited for
-        rounds += 1
-        seconds += time.perf_counter() - begun if rounds else 0.0
-    return rounds * _PROBE_TOKENS * model.inner * model.hidden / seconds
+
+    return _PROBE_TOKENS * model.inner * model.hidden / seconds_of(product)

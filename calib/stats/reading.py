@@ -115,10 +115,13 @@ class Stats:
         """The sha256 over what was measured, in hex: model, data, settings and every layer; no times, no paths."""
         return self.manifest.fingerprint(self._files)
 
-    @property
-    def memory(self) -> int:
-        """Most bytes that stay in memory: the moments of the last few layers, of which others may be read again."""
-        return (self._kept + 1) * max(layer.moments.size for layer in self._layers.values())
+    def memory(self, layers: int = 0) -> int:
+        """Return the most bytes that moments take in memory: those of the layers that are kept, and of one being read.
+
+        Args:
+            layers: that `keep` is to be asked for.
+        """
+        return (max(self._kept, layers) + 1) * max(layer.moments.size for layer in self._layers.values())
 
     @property
     def layers(self) -> tuple[int, ...]:

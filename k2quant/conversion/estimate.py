@@ -99,8 +99,8 @@ def _compute_seconds(shards: list[ShardPlan], rounder: Searched | None) -> float
         else:
             copied += job.weight.nbytes
     coded = sum(count / codec_rate(*pair) for pair, count in pairs.items())
-    weighted = rounder is not None and rounder.weighted
-    more = sum(count / search_rate(target, weighted=weighted) for target, count in searched.items())
+    known = {} if rounder is None else {"weighted": rounder.weighted, "judged": rounder.judged}
+    more = sum(count / search_rate(target, **known) for target, count in searched.items())
     return copied / _COPY_RATE + coded + more
 
 
@@ -112,19 +112,20 @@ def _judging_seconds(shards: list[ShardPlan], rounder: Searched | None) -> float
 
     work = sum(2 * prod(job.weight.shape) * job.weight.shape[-1] for job in _jobs(shards) if rounder.takes(job))
     square = np.ones((_PROBE_ROWS, _PROBE_ROWS))
-    return work * _seconds_of(lambda: square @ square) / (2 * _PROBE_ROWS**3)
+    return work * seconds_of(lambda: square @ square) / (2 * _PROBE_ROWS**3)
 
 
 def _jobs(shards: list[ShardPlan]) -> Iterator[Job]:
     return (job for shard in shards for job in shard.jobs)
 
 
-def search_rate(target: Format, *, weighted: bool) -> float:
+def search_rate(target: Format, *, weighted: bool = False, judged: bool = False) -> float:
     """Return the weights a second for which one core searches scales and compares them with plain ones.
 
     Args:
         target: a format that `searches`.
-        weighted: whether moments of columns are known.
+        weighted: whether the search knows what columns count for.
+        judged: whether all rows are compared, by what they count for; else that takes too little to be measured.
     """
     import numpy as np
 
@@ -133,19 +134,19 @@ def search_rate(target: Format, *, weighted: bool) -> float:
 
     random, cpu = np.random.default_rng(0), codecs("cpu")
     values = float_to_bf16(random.standard_normal((_PROBE_ROWS, _PROBE_WIDTH), np.float32) * np.float32(0.02))
-    mean = random.standard_normal(_PROBE_WIDTH, np.float32) if weighted else None
-    importance = None if mean is None else mean * mean + 1
+    mean = random.standard_normal(_PROBE_WIDTH, np.float32)
+    importance = mean * mean + 1
 
     def search() -> None:
-        scales = target.search(values, importance, cpu, mean)
-        if weighted:  # without data a sample of rows is compared
+        scales = target.search(values, importance, cpu, mean) if weighted else target.search(values, None, cpu)
+        if judged:
             for each in (scales, target.choose(values, cpu)):
                 target.weighted_error(values, each, importance, cpu, mean)
 
-    return values.size / _seconds_of(search)
+    return values.size / seconds_of(search)
 
 
-def _seconds_of(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     """Return the seconds that some work takes; the first time, which compiles or loads a codec, does not count."""
     work()
     rounds, begun = 0, time.perf_counter()
@@ -170,7 +171,7 @@ def codec_rate(source: Format, target: Format) -> float:
     }
     cpu = codecs("cpu")
     work = partial(transcode, source, target, parts, outputs, codecs=cpu, scratch=scratch)
-    return prod(shape) / _seconds_of(work)
+    return prod(shape) / seconds_of(work)
 
 
 def _probe_array(spec: TensorSpec, random: np.random.Generator) -> NDArray[Any]:

@@ -108,6 +108,11 @@ class Searched:
         return self._method == WEIGHTED
 
     @property
+    def judged(self) -> bool:
+        """Whether held-out data judges what was searched; else a sample of the rows says how much is won."""
+        return self._stats is not None
+
+    @property
     def by_outputs(self) -> bool:
         """Whether what is measured well enough is judged by whole Hessians."""
         return self._stats is not None and self._stats.manifest.hessians
@@ -116,17 +121,18 @@ class Searched:
         """Return the bytes that a conversion needs for this, beside its own."""
         if self._stats is None:
             return 0
-        self.begin(min(workers, SHARDS_ABREAST))
-        layers = self._stats.memory
+        abreast = min(workers, SHARDS_ABREAST)
+        moments = self._stats.memory(_layers(abreast))
         if not self.by_outputs:
-            return layers
-        widened = 8 * (_COLUMNS * self._widest + 3 * PANEL_WEIGHTS)
-        return layers + workers * (4 * self._widest**2 + widened)
+            return moments
+        # A worker has a panel of one weight, and each shard may have one more that is begun and waits for its turn.
+        hessians = (workers + abreast) * 4 * self._widest**2
+        return moments + hessians + workers * 8 * (_COLUMNS * self._widest + 3 * PANEL_WEIGHTS)
 
     def begin(self, abreast: int) -> None:
         """Have statistics of as many layers in memory as shards are written at a time: most hold one."""
         if self._stats is not None:
-            self._stats.keep(abreast + 1)
+            self._stats.keep(_layers(abreast))
 
     def takes(self, job: Job) -> bool:
         """Tell whether a weight's scales are searched."""
@@ -205,6 +211,11 @@ class Searched:
         elif (hessian := self._stats.hessian(base, "validation")) is not None:
             found.hessian, found.measure = hessian, "validation, hessian"
         return found
+
+
+def _layers(abreast: int) -> int:
+    """Return the layers whose statistics are asked for in turn: one a shard, and the next where one is through."""
+    return abreast + 1
 
 
 def _errors(
