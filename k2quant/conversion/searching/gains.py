@@ -19,7 +19,7 @@ def bought(report: Mapping[str, Any]) -> str | None:
     if not found:
         return f"{asked}: nothing was searched, for no weight gets new codes"
     held_out = [scales for scales in found if scales["measure"] != "weights"]
-    middle = median(1 if scales["method"] == PLAIN else scales["relative"] for scales in held_out or found)
+    middle = median(shipped(scales["method"], scales["relative"]) for scales in held_out or found)
     what = "held-out" if held_out else "squared"
     said = f"{asked}: {what} error {middle:.2f} of rounding's (median of {_matrices(len(held_out or found))})"
     if rounded := sum(scales["method"] == PLAIN for scales in found):
@@ -27,6 +27,16 @@ def bought(report: Mapping[str, Any]) -> str | None:
     if held_out and (others := len(found) - len(held_out)):
         said += f", {others:,} not measured"
     return said
+
+
+def shipped(method: str, relative: float) -> float:
+    """Return the error of what a weight ships with, over that of rounding: 1 where it ships rounded.
+
+    Args:
+        method: what it ships with.
+        relative: error of the searched scales over that of rounding.
+    """
+    return 1.0 if method == PLAIN else relative
 
 
 def _matrices(count: int) -> str:

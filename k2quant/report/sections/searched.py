@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from k2quant.conversion.searching.fitting import PLAIN
+from k2quant.conversion.searching.gains import shipped
 from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.report.content import Report
 from k2quant.report.drawing import WIDE, Canvas, colour, figure, legend
@@ -58,8 +60,8 @@ def tiles(report: Report) -> Iterator[str]:
     judged = [one for one in weights if one.scales.held_out]
     what = "Held-out error" if judged else "Squared error"
     number = len(judged or weights)
-    middle = median(one.scales.relative for one in judged or weights)
-    rounded = sum(_rounded(one, report.search) for one in weights)
+    middle = median(shipped(one.scales.method, one.scales.relative) for one in judged or weights)
+    rounded = sum(one.scales.method == PLAIN for one in weights)
     ships = f"; {rounded:,} {'ships' if rounded == 1 else 'ship'} rounded" if judged else ""
     yield tile(what, _times(middle), f"of rounding&rsquo;s, median of {_matrices(number)}{ships}")
 
@@ -111,10 +113,6 @@ def _groups(report: Report) -> Groups:
             name = projection(tensor.name, tensor.kind)
             found.setdefault(name, []).append(_One(tensor.name, tensor.layer, tensor.scales))
     return found
-
-
-def _rounded(one: _One, search: Search) -> bool:
-    return one.scales.method == "rtn" != search.method
 
 
 def _asked(search: Search) -> str:

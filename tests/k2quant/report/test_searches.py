@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from k2quant.checkpoint.reader import REPORT
 from k2quant.cli import main
 from k2quant.conversion.convert import convert
+from k2quant.conversion.searching.gains import bought
 from k2quant.errors import MalformedFile
 from k2quant.report import write_html
 from k2quant.report.searches import projection
@@ -58,6 +59,15 @@ def test_a_search_has_its_numbers(report: Json, said: Draw) -> None:
     assert f"imatrix {count - 1} validation \N{EN DASH}" in words
     assert f"rtn 1 validation, blended {WORSE}" in words
     assert f"statistics {'ab' * 32}" in words
+
+
+def test_what_ships_rounded_counts_as_rounding(report: Json, said: Draw) -> None:
+    """The number at the head is of what ships, as in the command's last line, not of what was dropped."""
+    for facts in rounded(report):
+        facts["scales"] = {"method": "rtn", "relative": 1.25, "measure": "validation", "tokens": 9, "reason": WORSE}
+    assert "Held-out error 1.000 of rounding" in said(report)
+    assert f"median of {len(rounded(report))} matrices" in str(bought(report))
+    assert "held-out error 1.00 of rounding's" in str(bought(report))
 
 
 def test_the_ends_are_listed(report: Json, said: Draw) -> None:
