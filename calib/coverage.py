@@ -32,6 +32,11 @@ UNSEEN = 3.0
 """What happens nowhere in T tries has, with 95 % confidence, a chance of at most 3/T (the rule of three)."""
 
 
+def _missing(tokens: int, seen: float, width: int) -> int:
+    """Return how many more tokens bring an expert from `tokens` of the `seen` to `width`; see `LayerLoad.needed`."""
+    return max(ceil(seen * width / (tokens or UNSEEN) - seen), 0) if tokens < width else 0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerLoad:
     """How many tokens each routed expert of one layer saw."""
@@ -94,8 +99,7 @@ class LayerLoad:
 
         Of an expert without a token only a lower bound can be told: its share is at most `UNSEEN` over the tokens seen.
         """
-        worst, seen = int(self.tokens[self.worst]), self.seen
-        return max(ceil(seen * width / (worst or UNSEEN) - seen), 0) if worst < width else 0
+        return _missing(int(self.tokens[self.worst]), self.seen, width)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -165,8 +169,7 @@ class PartCoverage:
             return 0
         tokens = np.sort(np.concatenate([load.tokens for load in self.layers]))
         left_out = min(int((1 - part) * len(tokens) + 1e-9), len(tokens) - 1)  # 5% of 100 are 5
-        worst = int(tokens[left_out])
-        return max(ceil(self.seen * width / (worst or UNSEEN) - self.seen), 0) if worst < width else 0
+        return _missing(int(tokens[left_out]), self.seen, width)
 
     def tiers(self, width: int) -> tuple[int, ...]:
         """Count the experts with no token, then those below each of `TIERS` times the width, then the rest."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from k2quant.calib.stats.layout import MANIFEST, Part
+from k2quant.calib.stats.layout import MANIFEST, PARTS, Part
 from k2quant.calib.stats.manifest import Manifest, Setting, read_manifest
 from k2quant.calib.stats.reading import Stats, open_stats
 from k2quant.calib.stats.writing import written_layers
@@ -133,11 +133,10 @@ def _described(
 
 def _reach(stats: Stats, progress: Callable[[int, int], None]) -> dict[str, Reach]:
     """Read every layer and count the tokens of its experts."""
-    parts: tuple[Part, ...] = ("train", "validation")
-    loads: Mapping[Part, dict[int, list[int]]] = {part: {} for part in parts}
+    loads: Mapping[Part, dict[int, list[int]]] = {part: {} for part in PARTS}
     for number, layer in enumerate(stats.layers):
         stats.check_layer(layer)
-        for part in parts:
+        for part in PARTS:
             if (load := stats.load(layer, part)) is not None:
                 loads[part][layer] = load[0].tolist()
         progress(number + 1, len(stats.layers))
