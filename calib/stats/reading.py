@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -202,10 +202,7 @@ class Stats:
         Raises:
             CheckpointError: as for `moments`.
         """
-        found, own = self._place(base), self.moments(base)
-        if found is None or own is None:
-            return None
-        return own.mean_square if found.expert is None else blending.importance(own, self.layer_moments(base))
+        return self._decisive(base, lambda own: own.mean_square, blending.importance)
 
     def mean(self, base: str) -> F32 | None:
         """Return the mean of each column's input by the train part, blended as `importance` is.
@@ -216,10 +213,16 @@ class Stats:
         Raises:
             CheckpointError: as for `moments`.
         """
+        return self._decisive(base, lambda own: own.mean, blending.mean)
+
+    def _decisive(
+        self, base: str, plain: Callable[[Moments], F32], blended: Callable[[Moments, Moments | None], F32]
+    ) -> F32 | None:
+        """Return what the train part says of a matrix: a routed expert's is blended, as `held_out` has it too."""
         found, own = self._place(base), self.moments(base)
         if found is None or own is None:
             return None
-        return own.mean if found.expert is None else blending.mean(own, self.layer_moments(base))
+        return plain(own) if found.expert is None else blended(own, self.layer_moments(base))
 
     def held_out(self, base: str) -> HeldOut | None:
         """Return what a rounding of a matrix is judged by: the validation part; see `blending`.
