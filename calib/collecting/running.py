@@ -27,7 +27,7 @@ from k2quant.calib.stats.manifest import DataPart, Manifest, canonical
 from k2quant.calib.stats.model import Model
 from k2quant.calib.stats.reading import open_stats
 from k2quant.calib.stats.writing import calibrating, finish, write_outside
-from k2quant.checkpoint.files.paths import nearest_folder
+from k2quant.checkpoint.files.paths import as_output_error, nearest_folder
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.weights import group_tensors
 from k2quant.errors import DestinationStale, OutputError, UsageError
@@ -114,7 +114,7 @@ def collect(
     manifest = _manifest(model, samples, place, hessians=hessians)
     walk = Walk(assembly, model, segments(samples), plan, hessians=hessians)
     locked = calibrating(stats, manifest, restart=restart, soft_lock=soft_lock)
-    with _whole_float32(), locked as whole, _as_output_error(stats):
+    with _whole_float32(), as_output_error(stats), locked as whole:
         measured = _Run(walk, manifest, source, stats).go(whole, progress, restart=restart)
     tokens: dict[str, int] = {part: getattr(samples, part).count for part in PARTS}
     return Collected(folder=stats, layers=model.layers, measured=measured, tokens=tokens, needs=plan)
@@ -257,13 +257,3 @@ def _whole_float32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@contextlib.contextmanager
-def _as_output_error(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            "cannot be written", file=error.filename or folder, found=error.strerror or str(error)
-        ) from error

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from k2quant.checkpoint.beside import PASSED_OVER, describes_quantization, other_files
-from k2quant.checkpoint.files.paths import copy_file, read_limited, write_whole
+from k2quant.checkpoint.files.paths import as_output_error, copy_file, read_limited, write_whole
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.header import ShardHeader, TensorEntry
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, Checkpoint, open_checkpoint
@@ -33,7 +33,6 @@ from k2quant.errors import (
     DestinationForeign,
     DestinationStale,
     MissingTensor,
-    OutputError,
     UsageError,
 )
 from k2quant.formats.dtypes import as_memory, torch_dtype
@@ -69,17 +68,13 @@ def save_model(model: Assembled, folder: str | os.PathLike[str], *, state: Mappi
     _check_places(source)
     tensors = _Tensors(model, state)
     live = _by_shard(source)
-    try:
+    with as_output_error(there):
         there.mkdir(parents=True, exist_ok=True)
         write_whole(there / INCOMPLETE, begun.mark())
         for name, shard in source.shards.items():
             _write_shard(there / name, shard, live[name], tensors)
         _write_rest(there, source, begun)
         (there / INCOMPLETE).unlink()
-    except OSError as error:
-        raise OutputError(
-            "cannot be written", file=error.filename or there, found=error.strerror or str(error)
-        ) from error
 
 
 def save_pretrained(

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from k2quant.checkpoint.contents import contents
+from k2quant.checkpoint.files.paths import as_output_error
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from k2quant.errors import OutputError
 from k2quant.qat.exporting.export import plan_export
 from k2quant.qat.exporting.starting import PostTraining
 from k2quant.qat.job import Job, check_folders
@@ -65,26 +65,19 @@ def train(
     unused = plain and job.quantize.estimator == "learned"
     processes = Processes(shard=job.training.shard, unused=unused)
     run, made_of = Run(Path(job.output)), stamps(job)
-    try:
-        held = run.held(soft_lock=soft_lock) if processes.leads else contextlib.nullcontext()
-        with reproducible(job, processes.device), held:
-            processes.wait()
-            trainer = Trainer(job, run, processes, say, restart=restart)
-            resumed = trainer.resume()
-            if resumed < job.training.steps:
-                say("training")
-            evaluation, starved = trainer.run(resumed, progress)
-            notes = tuple(trainer.stepper.rows.notes())
-            result = Result(
-                run.folder, job.training.steps, resumed, time.monotonic() - begun, evaluation, starved, notes
-            )
-            if processes.leads:
-                note_done(run, result, made_of)
-            return result
-    except OSError as error:
-        raise OutputError(
-            "cannot be written", file=error.filename or run.folder, found=error.strerror or str(error)
-        ) from error
+    held = run.held(soft_lock=soft_lock) if processes.leads else contextlib.nullcontext()
+    with as_output_error(run.folder), reproducible(job, processes.device), held:
+        processes.wait()
+        trainer = Trainer(job, run, processes, say, restart=restart)
+        resumed = trainer.resume()
+        if resumed < job.training.steps:
+            say("training")
+        evaluation, starved = trainer.run(resumed, progress)
+        notes = tuple(trainer.stepper.rows.notes())
+        result = Result(run.folder, job.training.steps, resumed, time.monotonic() - begun, evaluation, starved, notes)
+        if processes.leads:
+            note_done(run, result, made_of)
+        return result
 
 
 class Trainer:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from k2quant.checkpoint.files.pointers import POINTER_LIMIT, refuse_pointer
-from k2quant.errors import CheckpointError, DestinationForeign, MalformedFile, UnsafePath
+from k2quant.errors import CheckpointError, DestinationForeign, MalformedFile, OutputError, UnsafePath
 
 PARTIAL = ".partial"
 """Suffix of a file that is being written; it is renamed when it is whole and on the disk."""
@@ -151,6 +151,20 @@ def replacing(path: Path) -> Iterator[int]:
         os.close(descriptor)
     partial.rename(path)
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def as_output_error(folder: Path) -> Iterator[None]:
+    """Have what the system says against writing come as an error of ours, which names the file or else the folder.
+
+    Raises:
+        OutputError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise OutputError("cannot be written", file=error.filename or folder, found=found) from error
 
 
 def write_whole(path: Path, data: bytes) -> None:

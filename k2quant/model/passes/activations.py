@@ -20,6 +20,7 @@ from torch import Tensor
 from k2quant.checkpoint.files.checksum import crc32
 from k2quant.checkpoint.files.locks import locked_file
 from k2quant.checkpoint.files.paths import (
+    as_output_error,
     check_inside,
     open_regular,
     read_limited,
@@ -28,7 +29,7 @@ from k2quant.checkpoint.files.paths import (
     write_whole,
 )
 from k2quant.checkpoint.files.strict_json import parse_object
-from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, OutputError
+from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile
 from k2quant.formats.dtypes import as_memory
 
 _STATE, _LOCK = "k2quant_stream.json", "k2quant_stream.lock"
@@ -113,7 +114,7 @@ class Activations:
         if self._lasting or not fits:
             data = as_memory(value)
             self._sums[stage, batch] = crc32(data)
-            with _as_output_error(self._folder), replacing(self._path(stage, batch)) as descriptor:
+            with as_output_error(self._folder), replacing(self._path(stage, batch)) as descriptor:
                 write_all(descriptor, data, 0)
 
     def get(self, stage: int, batch: int) -> Tensor:
@@ -149,7 +150,7 @@ class Activations:
         """
         self.finished = stage
         if self._lasting:
-            with _as_output_error(self._folder):
+            with as_output_error(self._folder):
                 self._note(stage)
         for batch in range(len(self._shapes)):
             self._forget(stage - 1, batch)
@@ -184,7 +185,7 @@ def held(folder: Path, *, soft_lock: bool = False) -> Iterator[None]:
         DestinationForeign: it holds something else, or is no folder.
         OutputError: it cannot be made.
     """
-    with _as_output_error(folder):
+    with as_output_error(folder):
         if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
             raise DestinationForeign("not a folder", file=folder, remedy="name another one")
         folder.mkdir(parents=True, exist_ok=True)
@@ -195,13 +196,3 @@ def held(folder: Path, *, soft_lock: bool = False) -> Iterator[None]:
             yield
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-@contextlib.contextmanager
-def _as_output_error(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            "cannot be written", file=error.filename or folder, found=error.strerror or str(error)
-        ) from error

@@ -287,6 +287,13 @@ def test_tokens_of_another_vocabulary_are_refused(tiny: Checkpoint, tmp_path: Pa
     assert not (tmp_path / "STATS").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_named(tiny: Checkpoint, data: Samples, tmp_path: Path) -> None:
+    """Below a file there is no folder."""
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"file.*: cannot be written, found Not a directory"):
+        collect(tiny, tmp_path / "file" / "STATS", data, memory=PLENTY)
+
+
 def test_a_full_disk_is_said_before_the_first_layer(
     tiny: Checkpoint, data: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
