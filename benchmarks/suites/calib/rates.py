@@ -53,8 +53,8 @@ def codecs() -> Iterator[dict[str, Any]]:
             wall = beside.ours(method, threads, weights, known)
             seconds.append((wall, time.process_time() - busy))
     for (method, threads), seconds in spent.items():
-        wall, core = ([weights.size / each[side] / 1e9 for each in seconds[1:]] for side in (0, 1))
-        yield {"method": method, "threads": threads, **_summed(wall), "core": statistics.median(core)}
+        walls, cores = ([weights.size / each[side] / 1e9 for each in seconds[1:]] for side in (0, 1))
+        yield {"method": method, "threads": threads, **_summed(walls), "core": statistics.median(cores)}
 
 
 def _summed(values: Sequence[float]) -> dict[str, float]:
