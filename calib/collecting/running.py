@@ -98,7 +98,7 @@ def collect(
 
     Raises:
         UsageError: `memory` is too small, or a token is none of the model's.
-        CheckpointError: the checkpoint is no model, or cannot be read.
+        CheckpointError: the checkpoint is no model, cannot be read, or gives a matrix an input that is not finite.
         DestinationStale: the folder holds a calibration of other weights, other data or other settings.
         DestinationForeign: it holds something else.
         DestinationInUse: another process works there.

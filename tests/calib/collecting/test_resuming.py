@@ -287,6 +287,19 @@ def test_tokens_of_another_vocabulary_are_refused(tiny: Checkpoint, tmp_path: Pa
     assert not (tmp_path / "STATS").exists()
 
 
+def test_a_model_that_overflows_is_said_at_once(data: Samples, tmp_path: Path) -> None:
+    """An input that is not finite is named with its layer, before another layer is run; the layers before it stand."""
+    write_model(tmp_path / "model")
+    entry = open_checkpoint(tmp_path / "model").tensors["model.layers.0.self_attn.q_a_layernorm.weight"]
+    with (tmp_path / "model" / entry.file).open("r+b") as file:
+        file.seek(entry.start)
+        file.write(b"\x80\x7f")  # infinity
+    source, told = open_checkpoint(tmp_path / "model"), list[int]()
+    with pytest.raises(BadValue, match=r"layers\.0\.self_attn\.q_b_proj.*found NaN or infinity; weights of this layer"):
+        collect(source, tmp_path / "STATS", data, memory=PLENTY, progress=lambda done, _: told.append(done))
+    assert max(told) == 16 * LENGTH
+
+
 def test_a_folder_that_cannot_be_made_is_named(tiny: Checkpoint, data: Samples, tmp_path: Path) -> None:
     """Below a file there is no folder."""
     (tmp_path / "file").touch()
