@@ -1,4 +1,7 @@
-"""The contestants: each makes of a matrix the values that its method ships, through the codec that `convert` uses."""
+"""The contestants: each makes of a matrix the values that its method gives, through the codec that `convert` uses.
+
+What `convert` does beyond that, to ship rounded what held-out data finds worse, is left out: the methods are compared.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,7 @@ def values(weights: U16, scale: U16, bits: int) -> Tensor:
 
 
 def rounded(matrix: Tensor, method: str, bits: int, known: Known | None = None) -> Tensor:
-    """Return a matrix as a method ships it, float32 `[N, K]`."""
+    """Return a matrix as a method rounds it, float32 `[N, K]`."""
     weights = bits_of(matrix)
     return values(weights, scales(weights, method, bits, known), bits)
 
