@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
@@ -22,10 +21,9 @@ from k2quant.calib.collecting.memory import Needs
 from k2quant.calib.collecting.pieces import Piece, Segment, waves
 from k2quant.calib.stats.digests import Digests, digests_of
 from k2quant.calib.stats.model import Model
-from k2quant.calib.stats.writing import HessianWriter, LayerStats, write_layer
+from k2quant.calib.stats.writing import HessianWriter, write_layer
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.weights import StoredWeight
-from k2quant.errors import BadValue
 from k2quant.ground.pool import available_cores
 from k2quant.model.assembly import EMBEDDING, HEAD, Assembly
 from k2quant.model.filling import READERS
@@ -101,7 +99,6 @@ class Walk:
             found = step.run(writer)
             hessians = None
             stats = step.watch.stats()
-            _check_finite(stats, self.assembly.checkpoint.folder)
             if writer is not None:
                 step.watch.write_plain(writer)
                 hessians = writer.finish()
@@ -253,20 +250,6 @@ class _Noted(nn.Module):
         """Return zeros, so that the layer gives the residual."""
         self.seen = x
         return torch.zeros_like(x)
-
-
-def _check_finite(stats: LayerStats, folder: Path) -> None:
-    """Refuse what no scale can be chosen by, where it first shows: the layers behind it would take days for nothing."""
-    for (name, part), measured in stats.items():
-        if not np.isfinite(measured.mean_square).all():
-            raise BadValue(
-                "the model computes what is no number, or what is too large to be squared",
-                tensor=name,
-                file=folder,
-                expected=f"finite mean squares of its input, over the part {part}",
-                found="NaN or infinity",
-                remedy="weights of this layer, or of one before, are damaged; take them from the release again",
-            )
 
 
 def digests(checkpoint: Checkpoint, weights: Iterable[StoredWeight]) -> Digests:

@@ -224,7 +224,7 @@ def test_a_model_that_computes_no_numbers_is_refused_at_that_layer(bits: int, da
         file.seek(entry.start)
         file.write(bits.to_bytes(2, "little") * (entry.nbytes // 2))
     told: list[int] = []
-    with pytest.raises(BadValue, match=r"layers\.0\.mlp\.down_proj.*no number, or what is too large") as error:
+    with pytest.raises(BadValue, match=r"layers\.0\.mlp\.down_proj.*found NaN or infinity") as error:
         collect(
             open_checkpoint(source.folder),
             tmp_path / "STATS",
@@ -285,19 +285,6 @@ def test_tokens_of_another_vocabulary_are_refused(tiny: Checkpoint, tmp_path: Pa
     finally:
         data.train.tokens[0, 0] = 0
     assert not (tmp_path / "STATS").exists()
-
-
-def test_a_model_that_overflows_is_said_at_once(data: Samples, tmp_path: Path) -> None:
-    """An input that is not finite is named with its layer, before another layer is run; the layers before it stand."""
-    write_model(tmp_path / "model")
-    entry = open_checkpoint(tmp_path / "model").tensors["model.layers.0.self_attn.q_a_layernorm.weight"]
-    with (tmp_path / "model" / entry.file).open("r+b") as file:
-        file.seek(entry.start)
-        file.write(b"\x80\x7f")  # infinity
-    source, told = open_checkpoint(tmp_path / "model"), list[int]()
-    with pytest.raises(BadValue, match=r"layers\.0\.self_attn\.q_b_proj.*found NaN or infinity; weights of this layer"):
-        collect(source, tmp_path / "STATS", data, memory=PLENTY, progress=lambda done, _: told.append(done))
-    assert max(told) == 16 * LENGTH
 
 
 def test_a_folder_that_cannot_be_made_is_named(tiny: Checkpoint, data: Samples, tmp_path: Path) -> None:
