@@ -21,7 +21,7 @@ from k2quant.data.packing import Document
 from k2quant.data.sources import DataSource
 from k2quant.data.tokens import Reader
 from k2quant.errors import MalformedFile, UsageError
-from k2quant.ground.units import one_of
+from k2quant.ground.units import counted, one_of
 
 Reasoning = Literal["split", "drop"]
 
@@ -181,7 +181,8 @@ def _empty(part: str, parts: Parts, sources: dict[str, DataSource]) -> UsageErro
     if part in sources and (part != "train" or found or not any(parts.found.values())):
         return UsageError(f"{sources[part].path}: expected documents with at least 2 tokens, found none")
     whole = sum(count for name, count in parts.found.items() if name not in sources or name == "train")
+    more = "give more documents" if part == "train" else f"give more documents, or `{part}=` a file of its own"
     return UsageError(
-        f"{sources['train'].path}: of its {whole:,} documents none with 2 tokens is for the part {part}, which gets "
-        f"them by their hash; give more documents{'' if part == 'train' else f', or `{part}=` a file of its own'}"
+        f"{sources['train'].path}: of its {counted(whole, 'document')} none with 2 tokens is for the part {part}, "
+        f"which gets them by their hash; {more}"
     )

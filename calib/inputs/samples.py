@@ -90,7 +90,7 @@ class Samples:
                 f"for {self.wanted:,} rows of {length:,}: all of it is read"
             )
         if self.duplicates:
-            yield f"left out, since they stand in the data before: {counted(self.duplicates, 'document')}"
+            yield f"left out, since the data has them already: {counted(self.duplicates, 'document')}"
         if self.census.losing:
             what = {"split": "each such turn is read as it is asked for, with its reasoning", "drop": "it is left out"}
             yield (

@@ -101,13 +101,11 @@ class TestParts:
         assert [len(part.tokens) for part in found.parts.values()] == [80, 10, 10]
         assert not list(found.notes())
 
-    @pytest.mark.parametrize("count", [1, 3])
-    def test_a_part_without_documents_is_an_error(self, read: Read, count: int, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(("count", "said"), [(1, "1 document"), (3, "3 documents")], ids=["one", "three"])
+    def test_a_part_without_documents_is_an_error(self, read: Read, count: int, said: str, tmp_path: Path) -> None:
         """The message has the number of documents, the part, and two ways out."""
         rows = [{"text": word * 9} for word in ("ab", "cd", "ef")][:count]
-        expected = (
-            rf"a\.jsonl: of its {count} documents none .* the part (validation|test), .* give more documents, or "
-        )
+        expected = rf"a\.jsonl: of its {said} none .* the part (validation|test), .* give more documents, or "
         with pytest.raises(UsageError, match=expected):
             read(write(tmp_path / "a.jsonl", rows))
 
@@ -132,7 +130,7 @@ class TestTheSame:
         once, twice = read(write(tmp_path / "a.jsonl", rows)), read(write(tmp_path / "b.jsonl", rows + again))
         assert (once.duplicates, twice.duplicates) == (0, 3)
         assert all_hashes(once) == all_hashes(twice)
-        assert "left out, since they stand in the data before: 3 documents" in list(twice.notes())
+        assert "left out, since the data has them already: 3 documents" in list(twice.notes())
 
     def test_in_the_data_of_two_parts_they_are_refused(self, read: Read, tmp_path: Path) -> None:
         """Both places are named, also where blanks differ and where the document would not be read."""
