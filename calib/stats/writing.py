@@ -205,12 +205,22 @@ def _check_same(destination: Destination, manifest: Manifest) -> None:
     changed = [key for key, value in manifest.identity.items() if found.get(key) != json.loads(json.dumps(value))]
     if changed:
         what = " and ".join(_WORDS.get(key, f"another {key}") for key in changed)
+        if "settings" in changed:
+            what += _compared(found.get("settings"), manifest.settings)
         state = "a finished" if report is not None else "a half-finished"
         raise DestinationStale(
             f"holds {state} calibration of {what}",
             file=destination.folder,
             remedy="write it anew with `restart=True`, or name another folder",
         )
+
+
+def _compared(was: object, now: Mapping[str, object]) -> str:
+    """Return, in brackets, which settings were others; nothing where a folder does not say."""
+    if not isinstance(was, dict):
+        return ""
+    other = [f"{key} {was.get(key)!r:.40}, now {value!r}" for key, value in now.items() if was.get(key) != value]
+    return f" ({'; '.join(other)})" if other else ""
 
 
 _WORDS = {

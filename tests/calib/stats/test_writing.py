@@ -155,7 +155,7 @@ def test_a_finished_folder_is_left_as_it_is(made_up: Any) -> None:
     ("change", "said"),
     [
         ({"model": {"hidden_size": 96}}, "another model"),
-        ({"settings": {"samples": 31}}, "other settings"),
+        ({"settings": {"samples": 31}}, r"other settings \(samples 30, now 31\)"),
         ({"hessians": True}, "another choice of `hessians=`"),
         ({"data": "0" * 64}, "other data"),
     ],
