@@ -71,14 +71,11 @@ def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) 
     with working(f"reading the headers of {source.name}"):
         plan, rounder = planned(source, choice, options["stats"], follow_links=options["follow_links"])
     codecs_of(options["device"])
-    more, marks = ({}, {}) if rounder is None else conversion.searching(plan, rounder)
     conversion.dry_run(
         plan,
         destination,
         restart=options["restart"],
         workers=checked_workers(options["workers"]),
         as_json=as_json,
-        more=more,
-        marks=marks,
         rounder=rounder,
     )

@@ -221,14 +221,19 @@ def quality(done: Conversion) -> str:
     return "SQNR: " + ", ".join(rounded) + (", the rest exact" if exact else "")
 
 
-def searching(plan: Plan, rounder: Searched) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what a dry run says of a search, as `dry_run` takes it: `more` and `marks`."""
+def _search(plan: Plan, rounder: Searched | None) -> dict[str, Any]:
+    """Return what a dry run says of a search, as JSON has it: what a report says of it, and of how many weights."""
+    return {} if rounder is None else {**(plan.method or {}), "weights": len(rounder)}
+
+
+def _search_lines(method: dict[str, Any]) -> list[str]:
     from k2quant.ground.units import counted
 
-    said = plan.method or {}
-    what = f"{said['asked']}, {said['candidates']} scales a group; {counted(len(rounder), 'weight')} searched"
-    more = {"method": what, **({"stats": said["stats"]} if "stats" in said else {})}
-    return more, {job.weight.main.name: "searched" for job in plan.jobs() if rounder.takes(job)}
+    if not method:
+        return []
+    what = f"{method['asked']}, {method['candidates']} scales a group; {counted(method['weights'], 'weight')} searched"
+    lines = [f"{'method':<16} {what}"]
+    return [*lines, f"{'stats':<16} {method['stats']}"] if "stats" in method else lines
 
 
 def dry_run(
@@ -240,7 +245,6 @@ def dry_run(
     as_json: bool,
     peak_memory: int | None = None,
     more: dict[str, Any] | None = None,
-    marks: dict[str, str] | None = None,
     rounder: Searched | None = None,
 ) -> None:
     """Print what a plan would cost; exit 1 if the disk is too small.
@@ -253,7 +257,6 @@ def dry_run(
         as_json: print JSON.
         peak_memory: bytes, where they are not the plan's own estimate.
         more: what else there is to say, by name; JSON alone has what is no plain value.
-        marks: what else is done with some weights, as `describe` takes it.
         rounder: who searches scales, if anybody does.
     """
     import json
@@ -264,14 +267,17 @@ def dry_run(
     from k2quant.conversion.resume import standing_shards
     from k2quant.ground.units import counted, duration, size
 
+    marks = {job.weight.main.name: "searched" for job in plan.jobs() if rounder is not None and rounder.takes(job)}
     done, table = standing_shards(plan, destination, restart=restart), describe(plan, marks)
     cost = estimate(plan, destination, done=done, workers=workers, rounder=rounder)
     _say(plan.remarks)
     cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
+    method = _search(plan, rounder)
     if as_json:
         work = {"shards": len(plan.shards), "shards_done": len(done), "work": table}
         work["remarks"] = list(plan.remarks)
         work["rules"] = [{**rule.as_json(), "weights": count} for rule, count in taken(plan)]
+        work |= {"method": method} if method else {}
         click.echo(json.dumps({**cost._asdict(), "fits": cost.fits, **work, **(more or {})}))
     else:
         for number, (rule, count) in enumerate(taken(plan) if plan.options.rules else (), 1):
@@ -279,6 +285,8 @@ def dry_run(
             click.echo(paragraph(line, hang=" " * 17))
         for kind, row in table.items():
             click.echo(f"{kind:<16} " + ", ".join(f"{count} {what}" for what, count in row.items()))
+        for line in _search_lines(method):
+            click.echo(line)
         for name, value in (more or {}).items():
             if not isinstance(value, dict):
                 click.echo(f"{name:<16} {value}")
