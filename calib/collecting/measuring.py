@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from k2quant.calib.collecting.pieces import Piece
 from k2quant.calib.stats.layout import PARTS, Input, Part, inputs
 from k2quant.calib.stats.model import Model
 from k2quant.calib.stats.writing import HessianWriter, LayerStats
+from k2quant.errors import BadValue
 
 
 class Watch:
@@ -103,8 +105,22 @@ class Watch:
             hook.remove()
 
     def stats(self) -> LayerStats:
-        """Return what was measured."""
-        return {key: moments.measured() for key, moments in self._all()}
+        """Return what was measured.
+
+        Raises:
+            BadValue: an input is not finite; all that comes after would be as little.
+        """
+        found = {key: moments.measured() for key, moments in self._all()}
+        for (name, part), measured in found.items():
+            if not np.isfinite(measured.mean_square).all():
+                raise BadValue(
+                    f"what it is given on the part {part} cannot be measured",
+                    tensor=name,
+                    expected="finite values whose squares float32 holds",
+                    found="NaN or infinity",
+                    remedy="weights of this layer or of one before it are damaged or far too large",
+                )
+        return found
 
     def _all(self) -> Iterator[tuple[tuple[str, Part], Moments]]:
         yield from self._moments.items()
