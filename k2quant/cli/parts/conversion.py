@@ -245,6 +245,7 @@ def dry_run(
     as_json: bool,
     peak_memory: int | None = None,
     more: dict[str, Any] | None = None,
+    marks: dict[str, str] | None = None,
     rounder: Searched | None = None,
 ) -> None:
     """Print what a plan would cost; exit 1 if the disk is too small.
@@ -257,6 +258,7 @@ def dry_run(
         as_json: print JSON.
         peak_memory: bytes, where they are not the plan's own estimate.
         more: what else there is to say, by name; JSON alone has what is no plain value.
+        marks: what else is done with some weights, as `describe` takes it.
         rounder: who searches scales, if anybody does.
     """
     import json
@@ -267,8 +269,8 @@ def dry_run(
     from k2quant.conversion.resume import standing_shards
     from k2quant.ground.units import counted, duration, size
 
-    marks = {job.weight.main.name: "searched" for job in plan.jobs() if rounder is not None and rounder.takes(job)}
-    done, table = standing_shards(plan, destination, restart=restart), describe(plan, marks)
+    searched = {job.weight.main.name: "searched" for job in plan.jobs() if rounder is not None and rounder.takes(job)}
+    done, table = standing_shards(plan, destination, restart=restart), describe(plan, searched | (marks or {}))
     cost = estimate(plan, destination, done=done, workers=workers, rounder=rounder)
     _say(plan.remarks)
     cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
