@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 import k2quant
 from k2quant.calib import calibrating
 from k2quant.cli import main
-from k2quant.errors import DestinationStale, UsageError
+from k2quant.errors import DestinationForeign, DestinationStale, UsageError
 from tiny import write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -99,6 +99,14 @@ def test_other_data_is_refused(place: Path, whole: Path, tmp_path: Path) -> None
     done = typed(place, whole, "--data", str(tmp_path / "data.jsonl"))
     assert done.exit_code == 1
     assert "--restart" in done.stderr
+
+
+def test_statistics_are_no_place_for_a_conversion(place: Path, whole: Path) -> None:
+    """The refusal does not deny that k2quant wrote the folder; nothing in it is touched."""
+    before = content(whole)
+    with pytest.raises(DestinationForeign, match="not empty, and not written by this command"):
+        k2quant.convert(place / "model", whole, "int4", restart=True)
+    assert content(whole) == before
 
 
 def test_a_run_that_was_stopped_goes_on_and_writes_the_same_bytes(place: Path, whole: Path, tmp_path: Path) -> None:

@@ -142,8 +142,9 @@ class Destination:
                 remedy="write it anew with `restart=True`",
             )
         if not begun and self.finished_report() is None:
+            ours = any(name.startswith("k2quant_") and name.endswith(".json") for name in foreign)
             raise DestinationForeign(
-                "not empty, and not written by k2quant",
+                f"not empty, and not written by {'this command' if ours else 'k2quant'}",
                 file=self.folder,
                 found=", ".join(foreign[:5]),
                 remedy="name another folder",
