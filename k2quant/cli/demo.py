@@ -206,6 +206,7 @@ def _calibrated(folder: Path, rounded: Fidelity) -> None:
     """
     from k2quant.calib import calibrate
     from k2quant.conversion.convert import convert
+    from k2quant.conversion.searching.gains import bought
     from k2quant.eval import measure_fidelity
     from k2quant.nano.benchmark import TEXT, TRAIN
     from k2quant.nano.demo import ROUNDED
@@ -214,13 +215,11 @@ def _calibrated(folder: Path, rounded: Fidelity) -> None:
     with working("calibrating"):
         data = folder / "tasks" / TRAIN
         calibrate(source, stats, data=data, samples=_ROWS, length=_ROW, restart=True)
-        convert(source, place, to=ROUNDED.to, method="imatrix", stats=stats, restart=True)
+        done = convert(source, place, to=ROUNDED.to, method="imatrix", stats=stats, restart=True)
         searched = measure_fidelity(source, place, text=folder / "tasks" / TEXT)
-    before, after = rounded.kl, searched.kl
-    click.echo(
-        f"\nCalibrated, INT4 drifts {after.value / before.value - 1:+.0%} from BF16 on the held-out items: "
-        f"{before.value:.5f} -> {after.value:.5f} nats a token ({place.name}, the scales of --method imatrix)"
-    )
+    drifts = (f"{each.value:.5f} ± {each.error:.5f}" for each in (rounded.kl, searched.kl))
+    line = f"Calibrated, {bought(done.report)}; drift from BF16 {' -> '.join(drifts)} nats a token: {place}"
+    click.echo(f"\n{paragraph(line)}")
 
 
 _ROWS, _ROW = 256, 128  # tokens that calibrate nano-K2 in seconds
