@@ -60,7 +60,7 @@ def test_a_calibration_of_the_release_is_planned(layout: Path, tmp_path: Path, m
     """The numbers of 512 rows of 2,048 tokens that were worked out on paper, in the memory that is asked for."""
     monkeypatch.setattr(planning, "product_rate", lambda *_: 1e12)
     monkeypatch.setattr(planning, "read_rate", lambda *_: 1e9)
-    plan = plan_calibration(layout, tmp_path / "stats", memory=32_000_000_000)
+    plan = plan_calibration(layout, tmp_path / "stats", memory=48_000_000_000)  # a layer fits: each expert is read once
     assert plan.tokens == 512 * 2048
     assert plan.judging == 64 * 2048
     assert plan.mean == plan.tokens / 48
@@ -71,6 +71,8 @@ def test_a_calibration_of_the_release_is_planned(layout: Path, tmp_path: Path, m
     routed = 60 * 8 * 3 * 7168 * 2048
     assert routed < plan.work / (plan.tokens + plan.judging) < 1.6 * routed
     assert plan.seconds == plan.work / 1e12 + plan.bytes_read / 1e9
+    smaller = plan_calibration(layout, tmp_path / "stats", memory=32_000_000_000)
+    assert 2.9 < smaller.bytes_read / plan.bytes_read < 3  # experts three times, all else once
 
 
 def test_a_dry_run_plans_the_release(layout: Path, tmp_path: Path) -> None:

@@ -188,9 +188,9 @@ def test_the_jobs_of_the_guide_are_jobs() -> None:
     """Every YAML block of the guide is a job, or the part of one that its text is about."""
     needed = {"model": "m", "output": "o", "data": {"path": "p"}, "training": {"steps": 1000}}
     found = [job_from(_merged(needed, yaml.safe_load(block))) for block in blocks(GUIDE, "yaml")]
-    assert len(found) == 3
-    ramp, control = found[1:]
+    _, ramp, searched, control = found
     assert [ramp.bits_at(step) for step in (0, 150, 299, 300)] == [None, 8, 4, 2]
+    assert (searched.training.fallback, searched.training.fallback_stats) == ("imatrix", "Kimi-K2-stats")
     assert not control.training.fake_quantize
 
 
