@@ -117,8 +117,6 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_model(folder / "K2-Thinking", thinks=True)
     convert(folder / "K2-Instruct", folder / "K2-INT4", to="int4")
     convert(folder / "K2-Instruct", folder / "K2-FP8", to="fp8")
-    for name in ("K2", "Kimi-K2-Instruct-FP8"):
-        (folder / name).symlink_to("K2-FP8")
     convert(folder / "K2-Thinking", folder / "K2-Thinking-INT4", to="int4")
     (folder / "some.txt").write_text("The quick brown fox jumps over the lazy dog. " * 50)
     write_data(folder / "train.jsonl", 60)
