@@ -82,11 +82,11 @@ class Experts:
     def chunks(self) -> Iterator[dict[int, Expert]]:
         """Yield all experts, with their weights, chunk by chunk; if all fit they are read but once."""
         if self._chunk >= self.count:
-            self._kept = self._kept or self._read(0, self.count)
+            self._kept = self._kept or self.read(0, self.count)
             yield self._kept
             return
         for first in range(0, self.count, self._chunk):
-            found = self._read(first, min(first + self._chunk, self.count))
+            found = self.read(first, min(first + self._chunk, self.count))
             yield found
             found.clear()  # before the next ones are read
 
@@ -95,7 +95,8 @@ class Experts:
         for number, expert in experts.items():
             yield from ((f"{self._name}.{number}.{part}", module) for part, module in expert.items())
 
-    def _read(self, first: int, last: int) -> dict[int, Expert]:
+    def read(self, first: int, last: int) -> dict[int, Expert]:
+        """Read experts from `first` to `last`, the latter left out; whoever holds them decides how long they stay."""
         found = {number: self._empty() for number in range(first, last)}
         fill(self._assembly, [(name, module, self._assembly.device) for name, module in self.modules(found)])
         return found

@@ -99,7 +99,7 @@ def needs(source: Checkpoint, *, rows: Sequence[int], length: int, memory: int, 
         UsageError: `memory` is too small; the least that works is named.
         CheckpointError: the checkpoint is no model.
     """
-    sizes = _Sizes(Model.of(source.config), group_tensors(source.tensors).weights, length, hessians=hessians)
+    sizes = Sizes(Model.of(source.config), group_tensors(source.tensors).weights, length, hessians=hessians)
     tokens = sum(rows) * length
     largest = min(segment_rows(length), max(rows)) * length
     segments = sum(-(-count // segment_rows(length)) for count in rows)
@@ -121,15 +121,24 @@ def needs(source: Checkpoint, *, rows: Sequence[int], length: int, memory: int, 
     )
 
 
-class _Sizes:
+class Sizes:
     """Bytes of what a pass holds."""
 
-    def __init__(self, model: Model, weights: Sequence[StoredWeight], length: int, *, hessians: bool) -> None:
+    def __init__(self, model: Model, weights: Sequence[StoredWeight], length: int, *, hessians: bool = False) -> None:
+        """Look at headers.
+
+        Args:
+            model: its sizes.
+            weights: of the checkpoint.
+            length: tokens of a row.
+            hessians: whether E[x x^T] is collected too.
+        """
         self.model, self._length, self._hessians = model, length, hessians
         held = _Held(weights)
         self._layer = max(held.layers.values(), default=0)
         self._outside, self._matrix = held.outside, held.matrix
-        self._expert = max(held.experts.values(), default=0)
+        self.expert = max(held.experts.values(), default=0)
+        """Of a routed expert's weights."""
 
     def least(self, largest: int, tokens: int) -> int:
         """Return the least that works, where the largest segment has `largest` tokens."""
@@ -164,14 +173,22 @@ class _Sizes:
             all_hessians: whether those of all experts are, if any are asked for, as they must be where there are
                 several waves.
         """
-        layer = self._layer + 2 * self._matrix + self._piece() + self._sums()
+        layer = self.layer() + self._sums()
         routed = 0
-        if self._expert:
-            routed = chunk * self._expert + self._block() + tokens * self._token()
-        if self._expert and self._hessians:
+        if self.expert:
+            routed = chunk * self.expert + self._block() + tokens * self._token()
+        if self.expert and self._hessians:
             pair = 4 * (self.model.hidden**2 + self.model.inner**2)
             routed += _PARTS * pair * (self.model.experts if all_hessians else 1)
-        return PROCESS + max(layer + routed, self._outside + self._piece())
+        return PROCESS + max(layer + routed, self.outside())
+
+    def layer(self) -> int:
+        """Return the bytes of a layer without its routed experts while a piece goes through."""
+        return self._layer + 2 * self._matrix + self._piece()
+
+    def outside(self) -> int:
+        """Return the bytes of the embedding, or of the head, and of a piece."""
+        return self._outside + self._piece()
 
     def _piece(self) -> int:
         """Return the bytes of a piece in attention, or in a dense MLP."""

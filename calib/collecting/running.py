@@ -106,7 +106,7 @@ def collect(
     """
     model, place = Model.of(source.config), execution_device(device)
     plan = needs(source, rows=_rows(samples), length=samples.train.tokens.shape[1], memory=memory, hessians=hessians)
-    _check_tokens(samples, source)
+    check_tokens(samples, source)
     assembly = assemble(source, device=place, dtype=torch.bfloat16, backend="decoded")
     assembly.make_dense()  # decoded once, when they are read, and not for every product
     if place.type == "cpu":
@@ -114,7 +114,7 @@ def collect(
     manifest = _manifest(model, samples, place, hessians=hessians)
     walk = Walk(assembly, model, segments(samples), plan, hessians=hessians)
     locked = calibrating(stats, manifest, restart=restart, soft_lock=soft_lock)
-    with _whole_float32(), as_output_error(stats), locked as whole:
+    with whole_float32(), as_output_error(stats), locked as whole:
         measured = _Run(walk, manifest, source, stats).go(whole, progress, restart=restart)
     tokens: dict[str, int] = {part: getattr(samples, part).count for part in PARTS}
     return Collected(folder=stats, layers=model.layers, measured=measured, tokens=tokens, needs=plan)
@@ -235,7 +235,12 @@ def _manifest(model: Model, samples: Samples, device: torch.device, *, hessians:
     )
 
 
-def _check_tokens(samples: Samples, source: Checkpoint) -> None:
+def check_tokens(samples: Samples, source: Checkpoint) -> None:
+    """Refuse tokens that the model does not have.
+
+    Raises:
+        UsageError: there are some.
+    """
     text: Any = (source.config or {}).get("text_config", source.config)
     vocabulary = text["vocab_size"]
     for part in PARTS:
@@ -249,7 +254,7 @@ def _check_tokens(samples: Samples, source: Checkpoint) -> None:
 
 
 @contextlib.contextmanager
-def _whole_float32() -> Iterator[None]:
+def whole_float32() -> Iterator[None]:
     """Have products of float32 keep all of it, whatever the process has set: sums of squares need more than TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -37,20 +37,18 @@ Tell = Callable[[int], None]
 """Called with tokens times layers that are done."""
 
 
-class Walk:
+class Rows:
     """A model, the rows that go through it, and where both lie."""
 
-    def __init__(self, assembly: Assembly, model: Model, rows: list[Segment], plan: Needs, *, hessians: bool) -> None:
+    def __init__(self, assembly: Assembly, model: Model, rows: list[Segment]) -> None:
         """Take the model apart.
 
         Args:
             assembly: of the checkpoint.
             model: its sizes.
             rows: what goes through it.
-            plan: how to go about it.
-            hessians: whether E[x x^T] is collected.
         """
-        self.assembly, self.model, self.rows, self.plan, self.hessians = assembly, model, rows, plan, hessians
+        self.assembly, self.model, self.rows = assembly, model, rows
         self.layers = Layers(assembly)
         self.pieces = [piece for segment in rows for piece in segment]
         """All rows, in order."""
@@ -58,11 +56,6 @@ class Walk:
         """Of the hidden states of each piece."""
         self.tokens = sum(piece.size for piece in self.pieces)
         """Tokens that go through a layer."""
-
-    def outside(self) -> Digests:
-        """Return the digests of the weights outside the layers: embedding, last norm, head."""
-        layers = self.layers
-        return self.digests([(EMBEDDING, layers.embedding), ("model.norm", layers.norm), (HEAD, layers.head)])
 
     def embedded(self) -> Digests:
         """Return the digests of the embedding."""
@@ -79,6 +72,28 @@ class Walk:
             for number, piece in enumerate(self.pieces):
                 kept.put(_EMBEDDED, number, self.layers.embed(piece.tokens))
         kept.finish(_EMBEDDED)
+
+
+class Walk(Rows):
+    """The same, and what is measured on the way."""
+
+    def __init__(self, assembly: Assembly, model: Model, rows: list[Segment], plan: Needs, *, hessians: bool) -> None:
+        """Take the model apart.
+
+        Args:
+            assembly: of the checkpoint.
+            model: its sizes.
+            rows: what goes through it.
+            plan: how to go about it.
+            hessians: whether E[x x^T] is collected.
+        """
+        super().__init__(assembly, model, rows)
+        self.plan, self.hessians = plan, hessians
+
+    def outside(self) -> Digests:
+        """Return the digests of the weights outside the layers: embedding, last norm, head."""
+        layers = self.layers
+        return self.digests([(EMBEDDING, layers.embedding), ("model.norm", layers.norm), (HEAD, layers.head)])
 
     def run_layer(self, number: int, kept: Activations, folder: Path, tell: Tell) -> None:
         """Run a layer, write what was measured, and note that its hidden states are whole.
@@ -159,7 +174,7 @@ class _Step:
         experts = Experts(self._assembly, self.watch.experts, self._walk.plan.chunk)
         found: Digests = {}
         try:
-            self._layer.mlp = _Noted()
+            self._layer.mlp = Noted()
             done = 0
             for first, segments in waves(self._walk.rows, self._walk.plan.wave):
                 last = segments[-1] is self._walk.rows[-1]
@@ -241,7 +256,7 @@ class _Wave:
         """That sum, begun by the shared experts."""
 
 
-class _Noted(nn.Module):
+class Noted(nn.Module):
     """Stands where a layer's experts are, and keeps what they would be given."""
 
     seen: Tensor | None = None

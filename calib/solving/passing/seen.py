@@ -1,0 +1,87 @@
+"""What goes into matrices that share an input: sums over training tokens, and held-out tokens themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from k2quant.calib.collecting.memory import BLOCK
+from k2quant.calib.collecting.moments import Hessian
+from k2quant.calib.solving.evidence import Evidence, Prior
+from k2quant.calib.solving.memory import HELD
+from k2quant.calib.stats.layout import Part
+from k2quant.errors import BadValue
+
+
+class Seen:
+    """One input while tokens pass."""
+
+    def __init__(self, name: str, width: int, held: int, device: torch.device) -> None:
+        """Begin with nothing.
+
+        Args:
+            name: of a matrix that has it, for the message.
+            width: columns, K.
+            held: held-out tokens that will come; `HELD` of them at most are kept, evenly spaced.
+            device: where it is summed.
+        """
+        self._name = name
+        self._hessian = Hessian(width, device)
+        self._sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self._weight, self._tokens = 0.0, 0
+        self._wanted = torch.arange(min(held, HELD)) * held // max(min(held, HELD), 1)
+        self._passed = 0
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self._empty = torch.zeros(0, width, dtype=torch.bfloat16, device=device)
+
+    def see(self, part: Part, x: Tensor, weights: Tensor) -> None:
+        """Add some tokens, padding left out.
+
+        Args:
+            part: theirs.
+            x: BF16 `[M, K]`.
+            weights: float32 `[M]`: how much each counts.
+        """
+        for rows, counts in zip(x.split(BLOCK), weights.split(BLOCK), strict=True):
+            (self._train if part == "train" else self._hold)(rows, counts)
+
+    def _train(self, x: Tensor, weights: Tensor) -> None:
+        self._hessian.add(x, weights)
+        self._sum += (weights @ x.float()).double()
+        self._weight += float(weights.double().sum())
+        self._tokens += len(x)
+
+    def _hold(self, x: Tensor, weights: Tensor) -> None:
+        begun, self._passed = self._passed, self._passed + len(x)
+        rows = self._wanted[(self._wanted >= begun) & (self._wanted < self._passed)] - begun
+        self._held.append((x[rows], weights[rows]))
+
+    def evidence(self, prior: Prior | None = None) -> Evidence:
+        """Return what is known of the input; the sums are gone afterwards.
+
+        Raises:
+            BadValue: it is not finite; all that comes after would be as little.
+        """
+        if not bool(self._sum.isfinite().all()):
+            raise BadValue(
+                "what it is given cannot be measured",
+                tensor=self._name,
+                expected="finite values",
+                found="NaN or infinity",
+                remedy="weights of this layer or of one before it are damaged or far too large",
+            )
+        held, weights = (torch.cat(each) for each in zip((self._empty, self._empty[:, 0].float()), *self._held))
+        return Evidence(
+            hessian=torch.from_numpy(self._hessian.mean(self._weight)).to(self._sum.device),
+            mean=(self._sum / (self._weight or 1.0)).float(),
+            weight=self._weight,
+            tokens=self._tokens,
+            prior=prior,
+            held=held,
+            held_weights=weights,
+        )
+
+    def prior(self) -> Prior:
+        """Return the same as what all tokens of a layer say; the sums are gone afterwards."""
+        found = self.evidence()
+        return Prior(hessian=found.hessian, mean=found.mean, tokens=found.tokens, held=found.held)
