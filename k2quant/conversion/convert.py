@@ -131,7 +131,8 @@ def convert(
         layout: whose names and config FP8 is written with, `deepseek` (default) or `compressed-tensors`.
         method: how INT4 scales are chosen: `rtn` (default), rounding to nearest; `mse`, the least squared error among
             some scales for each group; `imatrix`, the least error of the outputs, by means and mean squares of the
-            inputs that a calibration saw. What is INT4 already is copied.
+            inputs that a calibration saw; `awq`, the same after a fold. `gptq` runs the model, which
+            `k2quant.calib.solve` does. What is INT4 already is copied.
         stats: folder that `k2quant calibrate` wrote for this source; `imatrix` needs it, and with it the better of
             searched and plain scales is taken for each matrix, by data that was held out.
         shard_size: largest output shard in bytes; None keeps the source's shards.

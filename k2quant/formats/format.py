@@ -39,10 +39,12 @@ Scope = Literal["experts", "linear", "projections"]
 Layout = Literal["deepseek", "compressed-tensors"]
 """Whose names and config a format of several tools is written with, the default first."""
 
-Method = Literal["rtn", "mse", "imatrix"]
-"""How scales are chosen, the default first: `rtn` by the format's own rule, rounding to nearest; `mse`, searched for
-the least squared error; `imatrix`, searched for the least error of the outputs, by the mean and the mean square of each
-column of the inputs, which a calibration saw."""
+Method = Literal["rtn", "mse", "imatrix", "gptq", "awq"]
+"""How scales and codes are chosen, the default first: `rtn` by the format's own rule, rounding to nearest; `mse`,
+scales searched for the least squared error; `imatrix`, searched for the least error of the outputs, by the mean and the
+mean square of each column of the inputs, which a calibration saw; `gptq`, codes too, column by column, each of which
+makes up for what those before it lost; `awq`, scales as `imatrix` has them, after powers of two were moved from the
+rows of `up_proj` to the columns of `down_proj`."""
 
 
 class Entry(Protocol):

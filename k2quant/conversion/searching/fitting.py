@@ -16,11 +16,11 @@ from k2quant.ground.units import counted
 if TYPE_CHECKING:
     from k2quant.calib.stats.reading import Stats
 
-PLAIN, UNWEIGHTED, WEIGHTED = METHODS
+PLAIN, UNWEIGHTED, WEIGHTED, SOLVED, FOLDED = METHODS
 
 
 def check_method(method: Method, *, stats: bool) -> None:
-    """Refuse statistics that nobody would read, and a search that cannot do without.
+    """Refuse statistics that nobody would read, a search that cannot do without, and what is no search.
 
     Args:
         method: how scales are chosen.
@@ -29,7 +29,12 @@ def check_method(method: Method, *, stats: bool) -> None:
     Raises:
         UsageError: so it is.
     """
-    if method == WEIGHTED and not stats:
+    if method == SOLVED:
+        raise UsageError(
+            f"`method=` {method} runs data through the model while it converts: call `k2quant.calib.solve` with "
+            "`data=`, or `k2quant convert --method gptq --data FILE`"
+        )
+    if method in {WEIGHTED, FOLDED} and not stats:
         raise UsageError(
             f"`method=` {method} weighs errors by what a calibration saw, and `stats=` names none: make it with "
             "`k2quant calibrate SOURCE STATS --data FILE`, or take `method=` mse, which needs no data"

@@ -16,8 +16,9 @@ from k2quant.calib.stats.matching import check_bytes, check_source
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, format_of, panel_state
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
-from k2quant.conversion.searching.fitting import PLAIN, UNWEIGHTED, WEIGHTED, check_method, unmeasured
+from k2quant.conversion.searching.fitting import FOLDED, PLAIN, UNWEIGHTED, WEIGHTED, check_method, unmeasured
 from k2quant.conversion.stream import SHARDS_ABREAST
+from k2quant.errors import UsageError
 from k2quant.formats.format import Format, Method, Parts
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def searched(plan: Plan, stats: Stats | None) -> tuple[Plan, Searched | None]:
     check_method(method, stats=stats is not None)
     if method == PLAIN:
         return plan, None
+    if method == FOLDED:
+        raise UsageError(f"`method=` {method} is not there yet: take `method=` {WEIGHTED}")
     from k2quant.kernels.codecs.scales.search import CANDIDATES
 
     said: dict[str, Any] = {"asked": method, "candidates": CANDIDATES}

@@ -75,7 +75,7 @@ def test_a_recipe_says_all_that_arguments_say() -> None:
         ("rules: [{to: int4, grid: gptq}]", "grid: expected moonshot, compressed-tensors, found 'gptq'"),
         ("rules: [{to: int4, scope: all}]", "scope: expected experts, linear, projections"),
         ("rules: [{to: fp8, layout: x}]", "layout: expected deepseek, compressed-tensors"),
-        ("rules: [{to: int4, method: gptq}]", "method: expected rtn, mse, imatrix, found 'gptq'"),
+        ("rules: [{to: int4, method: optq}]", "method: expected rtn, mse, imatrix, gptq, awq, found 'optq'"),
         ("rules: [{to: int4, classes: [attn]}]", "unknown class 'attn'.*known are routed experts"),
         ("rules: [{to: int4, classes: attention, match: []}]", "match: an empty list takes nothing"),
         ("rules: [{to: int4, match: 5}]", "match: expected text or a list of texts, found 5"),

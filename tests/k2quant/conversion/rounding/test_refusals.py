@@ -58,7 +58,9 @@ def unfinished(folder: Path) -> bool:
         ),
         ({"to": "bf16", "method": "mse"}, "`method=` mse has no meaning with bf16"),
         ({"grid": "compressed-tensors", "method": "mse"}, "on the grid moonshot alone, found compressed-tensors"),
-        ({"method": "gptq"}, "unknown method 'gptq'; expected rtn, mse, imatrix"),
+        ({"method": "optq"}, "unknown method 'optq'; expected rtn, mse, imatrix, gptq, awq"),
+        ({"method": "gptq"}, "runs data through the model while it converts: call `k2quant.calib.solve` with `data=`"),
+        ({"method": "awq"}, "and `stats=` names none: make it with"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], words: str, small: Path, tmp_path: Path) -> None:
