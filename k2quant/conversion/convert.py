@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -254,7 +254,8 @@ def carry_out(
             shards = done | stream.run(threads)
             if check is not None:
                 check(folder.folder)
-            report = _report(plan, shards, seconds=time.monotonic() - begun, resumed=len(done))
+            more = {} if rounder is None else rounder.summary()
+            report = _report(plan, shards, seconds=time.monotonic() - begun, resumed=len(done), more=more)
             _complete(folder.folder, plan, report, sha256=sha256)
             folder.finish()
             return Conversion(there, report, len(done), already_done=False)
@@ -303,8 +304,10 @@ def _refuse_surveyed(plan: Plan, substitute: Substitute) -> None:
             )
 
 
-def _report(plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: int) -> dict[str, Any]:
-    """Return the content of k2quant_report.json, the other files aside."""
+def _report(
+    plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: int, more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the content of k2quant_report.json, the other files aside; `more`: what a rounder says of the whole."""
     records = [shards[shard.file] for shard in plan.shards]
     return {
         "tool": "k2quant",
@@ -316,6 +319,7 @@ def _report(plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: i
         **identity(plan),
         **({} if plan.origin is None else {"origin": dict(plan.origin)}),
         "recipe": plan.options.in_force.as_json(methods=plan.values is None),
+        **more,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "left_out": list(plan.left_out),

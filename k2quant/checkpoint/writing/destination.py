@@ -48,7 +48,9 @@ class Destination:
         self._mark = mark
         self._report = folder / report
         self._incomplete = folder / incomplete
-        self._journal = folder / _WORK / _JOURNAL
+        self.work = folder / _WORK
+        """Where a run keeps what is nobody's when it is done: folders of its own beside lock and journal."""
+        self._journal = self.work / _JOURNAL
 
     def finished_report(self) -> dict[str, Any] | None:
         """Return the report of a finished conversion, or None while there is none of ours."""
@@ -98,11 +100,16 @@ class Destination:
         sync_folder(self.folder)
 
     def clear(self, files: list[str]) -> None:
-        """Delete these files of an earlier conversion, finished or not.
+        """Delete these files of an earlier conversion, finished or not, and what it kept to go on from.
 
         The journal notes them first, so that a kill in between leaves a folder that is still ours. It stays.
         """
         self.begin([{"files": files}])
+        for path in self.work.iterdir():
+            if path.is_symlink():
+                path.unlink()
+            elif path.is_dir():
+                shutil.rmtree(path)
         self.unlink(files)
 
     def unlink(self, files: list[str]) -> None:

@@ -7,14 +7,14 @@ panel of a weight it is known which is better; the few for which that is plain r
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from k2quant.calib.stats.digests import base_of
 from k2quant.calib.stats.matching import check_bytes, check_source
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, format_of, panel_state
-from k2quant.conversion.placing import Job
+from k2quant.conversion.placing import Job, ShardPlan
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.searching.fitting import FOLDED, PLAIN, UNWEIGHTED, WEIGHTED, check_method, unmeasured
 from k2quant.conversion.stream import SHARDS_ABREAST
@@ -137,6 +137,10 @@ class Searched:
         if self._stats is not None:
             self._stats.keep(_layers(abreast))
 
+    def batches(self, shards: Sequence[ShardPlan]) -> Iterable[Sequence[ShardPlan]]:
+        """Have all shards written at once: nothing is done before."""
+        return (shards,)
+
     def takes(self, job: Job) -> bool:
         """Tell whether a weight's scales are searched."""
         return job.name in self._taken
@@ -193,6 +197,10 @@ class Searched:
     def facts(self, job: Job) -> Mapping[str, Any]:
         """Return which scales a weight has, and how good they are."""
         return {"scales": self._facts[job.name]}
+
+    def summary(self) -> Mapping[str, Any]:
+        """Return nothing: the plan says how scales were searched, and each record what came of it."""
+        return {}
 
     def _known(self, job: Job) -> _Weight:
         """Return what is known of a weight; the first of its panels reads it."""
