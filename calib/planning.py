@@ -113,7 +113,7 @@ def plan_calibration(
     limit = parse_size(memory) if isinstance(memory, str) else memory
     checkpoint = open_checkpoint(place, follow_links=follow_links)
     model = Model.of(checkpoint.config, file=checkpoint.folder / "config.json")
-    check_rows(samples, length, longest=_longest(checkpoint))
+    check_rows(samples, length, longest=longest(checkpoint))
     rows = samples, held_out_rows(samples)
     passes = needs(checkpoint, rows=rows, length=length, memory=limit, hessians=hessians)
     sizes = Sizes.of(model, group_tensors(checkpoint.tensors).weights, passes)
@@ -139,8 +139,8 @@ def plan_calibration(
     )
 
 
-def _longest(checkpoint: Checkpoint) -> int | None:
-    """Return the tokens that a model reads, as its config has them."""
+def longest(checkpoint: Checkpoint) -> int | None:
+    """Return the tokens that a model reads, as its config has them; None where it does not say."""
     config = checkpoint.config or {}
     found = config.get("text_config", config).get("max_position_embeddings")
     return found if type(found) is int else None

@@ -1,0 +1,221 @@
+"""`--dry-run` of `convert --method gptq`: what it will take, by headers, the config, and two seconds of measuring."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from k2quant.calib.coverage import THIN
+from k2quant.calib.inputs.choosing import check_rows, held_out_rows
+from k2quant.calib.operations import Counts, Work, measured, solved
+from k2quant.calib.planning import longest
+from k2quant.calib.stats.digests import base_of
+from k2quant.calib.stats.model import Model
+from k2quant.checkpoint.files.paths import nearest_folder
+from k2quant.checkpoint.weights import StoredWeight, group_tensors
+from k2quant.conversion.estimate import read_rate
+from k2quant.conversion.placing import Job
+from k2quant.conversion.plan import Plan
+from k2quant.ground import names
+from k2quant.ground.pool import checked_workers
+from k2quant.ground.saying.showing import as_html, brief
+from k2quant.ground.units import counted, duration, parse_size, size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolvingPlan:
+    """What solving will take, of data that has as many tokens as are asked for."""
+
+    matrices: int
+    """That are solved."""
+    hessians: int
+    """Inputs that they have: gate and up share one."""
+    tokens: int
+    """That Hessians are summed over."""
+    judging: int
+    """That judge."""
+    experts: int
+    """Routed experts of a layer."""
+    mean: float
+    """Tokens that an expert sees in the mean."""
+    thin: float
+    """Tokens of an expert with `THIN` of the mean."""
+    hidden: int
+    """Columns of what an expert's gate and up multiply."""
+    inner: int
+    """Columns of what its down multiplies."""
+    least: int
+    """Bytes of memory below which it does not work."""
+    memory: int
+    """Bytes of memory that it may take."""
+    states: int
+    """Bytes of hidden states between two layers."""
+    spool: int
+    """Bytes of solved matrices that wait for their shard: those of two layers."""
+    beside: int
+    """Bytes on the disk beside the output until it is finished: states of two layers, what a layer keeps of its tokens
+    where memory is short, and the spool."""
+    output: int
+    """Bytes of the output."""
+    disk_free: int
+    """Bytes, where the output will lie."""
+    bytes_moved: int
+    """Read from and written to the disk in all."""
+    reading: float
+    """Bytes of the checkpoint a second, as just measured on its beginning."""
+    work: Work
+    """Of the whole run."""
+    rates: Work
+    """Of a second, with all workers, as just measured."""
+    workers: int
+    """Threads."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it will take, about."""
+        return sum(self.parts().values())
+
+    @property
+    def disk_needed(self) -> int:
+        """Bytes that must be free where nothing of the output stands yet."""
+        return self.output + self.beside
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room."""
+        return self.disk_needed <= self.disk_free
+
+    def parts(self) -> dict[str, float]:
+        """Return the seconds of each kind of work."""
+        computed = {name: work / rate for name, work, rate in zip(Work._fields, self.work, self.rates, strict=True)}
+        return computed | {"disk": self.bytes_moved / self.reading}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as JSON holds it."""
+        said = asdict(self) | {"work": self.work._asdict(), "rates": self.rates._asdict()}
+        derived = {"seconds": self.seconds, "parts": self.parts(), "disk_needed": self.disk_needed, "fits": self.fits}
+        return said | derived
+
+    def lines(self) -> dict[str, str]:
+        """Return it as people read it, by what stands before each line."""
+        short = "" if self.fits else ", TOO SMALL"
+        parts = sorted(self.parts().items(), key=lambda pair: -pair[1])
+        largest = ", ".join(f"{_SPOKEN[name]} {duration(seconds)}" for name, seconds in parts if seconds)
+        return {
+            "tokens": f"{self.tokens:,} to solve by, {self.judging:,} that judge, if the data has as many",
+            "an expert": f"sees {self.mean:,.0f} tokens in the mean, and one with {self.thin / self.mean:.0%} of the "
+            f"mean {self.thin:,.0f}; its inputs have {self.hidden:,} columns, {self.inner:,} of down_proj",
+            "solved": f"{counted(self.matrices, 'matrix', 'matrices')} by {counted(self.hessians, 'Hessian')}, "
+            f"{counted(self.workers, 'expert')} at a time",
+            "hidden states": f"{size(self.states)}; on the disk twice, of two layers, while it runs",
+            "disk needed": f"{size(self.disk_needed)}: {size(self.output)} for the output, {size(self.beside)} more "
+            f"until it is finished{short}",
+            "disk free": size(self.disk_free),
+            "memory": f"at most {size(self.memory)}; {size(self.least)} is the least that works",
+            "time": f"about {duration(self.seconds)} here: {largest}; rates were measured just now on small matrices "
+            "and are scaled by operations",
+        }
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
+    def _repr_html_(self) -> str:
+        """Return it as a small table, for notebooks."""
+        return as_html(self)
+
+
+_SPOKEN = {
+    "model": "the model",
+    "hessians": "Hessians",
+    "factors": "their factors",
+    "sweeps": "rounding columns",
+    "search": "searching scales",
+    "judging": "judging",
+    "disk": "the disk",
+}
+
+
+def plan_solving(
+    plan: Plan,
+    destination: Path,
+    *,
+    samples: int = 512,
+    length: int = 2048,
+    memory: int | str = "32GB",
+    workers: int | None = None,
+    device: str = "cpu",
+    scales: str = "imatrix",
+    propagate: bool = True,
+) -> SolvingPlan:
+    """Plan a conversion whose weights are solved; headers, the config and the beginning of a shard are read.
+
+    Args:
+        plan: of the conversion, with `method` gptq.
+        destination: folder that would be written.
+        samples: rows that Hessians are summed over.
+        length: tokens of a row.
+        memory: bytes, or a size such as `32GB`, that the pass may take.
+        workers: threads, an expert each; None takes one for each core.
+        device: where layers compute.
+        scales: how those are chosen that a matrix is solved with.
+        propagate: whether a layer sees what quantised layers give.
+
+    Raises:
+        UsageError: an option makes no sense, or `memory` is too small.
+        CheckpointError: the checkpoint is no model.
+    """
+    source, threads = plan.source, checked_workers(workers)
+    model = Model.of(source.config, file=source.folder / "config.json")
+    check_rows(samples, length, longest=longest(source))
+    rows = samples, held_out_rows(samples)
+    tokens, judging = (count * length for count in rows)
+    jobs = list(solved(plan, model))
+    weights = group_tensors(source.tensors).weights
+    states = (tokens + judging) * model.hidden * 2
+    spool = _spool(jobs)
+    counts = Counts(model, jobs, tokens, judging, length)
+    mean = tokens * model.top_k / model.experts
+    read = sum(weight.nbytes for weight in weights if _used(weight, model))
+    limit = parse_size(memory) if isinstance(memory, str) else memory
+    return SolvingPlan(
+        matrices=len(jobs),
+        hessians=len(counts.inputs),
+        tokens=tokens,
+        judging=judging,
+        experts=model.experts,
+        mean=mean,
+        thin=mean * THIN,
+        hidden=model.hidden,
+        inner=model.inner,
+        least=0,
+        memory=limit,
+        states=states,
+        spool=spool,
+        beside=2 * states + spool,
+        output=plan.bytes_written,
+        disk_free=shutil.disk_usage(nearest_folder(destination)).free,
+        bytes_moved=2 * read + 2 * model.layers * states + plan.bytes_written,
+        reading=read_rate(source),
+        work=counts.work(weights, searched=scales != "rtn", propagate=propagate),
+        rates=measured(model, device, threads, next((job.target for job in jobs), None)),
+        workers=threads,
+    )
+
+
+def _used(weight: StoredWeight, model: Model) -> bool:
+    base = base_of(weight)
+    layer = None if base is None else names.layer(base)
+    return base is not None and (layer is None or layer < model.layers)
+
+
+def _spool(jobs: Iterable[Job]) -> int:
+    """Return the bytes of the two layers whose solved matrices have the most."""
+    layers: dict[int | None, int] = {}
+    for job in jobs:
+        layer = names.layer(job.name)
+        layers[layer] = layers.get(layer, 0) + sum(entry.nbytes for entry in job.outputs.values())
+    return sum(sorted(layers.values())[-2:])
