@@ -6,7 +6,7 @@ A bad value raises `ValueAt`. No speed tricks: a block, a group and a candidate 
 """
 
 from k2quant.kernels.codecs.grids import GROUP
-from k2quant.kernels.codecs.reference.bf16 import compare, double_to_bf16, float_to_bf16
+from k2quant.kernels.codecs.reference.bf16 import compare, double_to_bf16, float_to_bf16, require_finite
 from k2quant.kernels.codecs.reference.fp8 import bf16_to_fp8, bf16_to_fp8_at, fp8_scales, fp8_to_bf16
 from k2quant.kernels.codecs.reference.fused import fp8_to_int4, int4_to_fp8
 from k2quant.kernels.codecs.reference.int4 import (
@@ -17,6 +17,8 @@ from k2quant.kernels.codecs.reference.int4 import (
     int4_inside,
     int4_scales,
     int4_to_bf16,
+    moonshot_codes,
+    moonshot_values,
     pack_int4,
     plain_int4_scale,
     unpack_int4,
@@ -41,8 +43,11 @@ __all__ = [
     "int4_scales",
     "int4_to_bf16",
     "int4_to_fp8",
+    "moonshot_codes",
+    "moonshot_values",
     "pack_int4",
     "plain_int4_scale",
+    "require_finite",
     "searched_int4_scales",
     "unpack_int4",
     "weighted_int4_error",

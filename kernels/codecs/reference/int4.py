@@ -14,7 +14,7 @@ from k2quant.kernels.codecs.scales.recovery import CANDIDATES
 
 def int4_to_bf16(packed: Tensor, scale: Tensor, group: int) -> Tensor:
     """Multiply each group of codes, in words `[R, K/8]`, by its float32 scale `[R, K/group]`."""
-    weights = (unpack_int4(packed).float() * scale.repeat_interleave(group, 1)).to(torch.bfloat16)
+    weights = moonshot_values(unpack_int4(packed), scale.repeat_interleave(group, 1))
     if not (valid(scale) and weights.isfinite().all()):
         raise explain.bad_int4(packed.cpu().numpy(), scale.cpu().numpy(), group)
     return weights
@@ -106,8 +106,18 @@ def _codes_at(weights: Tensor, scale: Tensor, grid: Grid, largest: int) -> Tenso
     if grid == "compressed-tensors":
         codes = quotient.to(torch.bfloat16).float().clamp(-8, 7).round()
     else:
-        codes = quotient.round().clamp(-largest, largest)
+        codes = moonshot_codes(quotient, largest)
     return codes.to(torch.int32)
+
+
+def moonshot_codes(quotient: Tensor, largest: int) -> Tensor:
+    """Return float32 weights divided by their scales as codes, still float32: half to even, -L..L."""
+    return quotient.round().clamp(-largest, largest)
+
+
+def moonshot_values(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the BF16 values of codes at scales of the same shape, or one that is spread to it."""
+    return (codes.float() * scale.float()).to(torch.bfloat16)
 
 
 def _quotient(weights: Tensor, scale: Tensor) -> Tensor:
@@ -117,7 +127,7 @@ def _quotient(weights: Tensor, scale: Tensor) -> Tensor:
 
 def _int4_values(weights: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Return the BF16 values, in the shape of the weights that were encoded; refuse what exceeds BF16."""
-    values = (codes.float() * scale.float()[:, None]).to(torch.bfloat16).reshape(weights.shape)
+    values = moonshot_values(codes, scale[:, None]).reshape(weights.shape)
     if not values.isfinite().all():
         raise explain.bad_group(weights.view(torch.uint16).cpu().numpy(), bits)
     return values

@@ -1,0 +1,1 @@
+"""The solver's loops on the CPU, compiled by numba."""

@@ -1,0 +1,121 @@
+"""GPTQ of a matrix at scales that are given: on the CPU by compiled loops, elsewhere with torch alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from k2quant.errors import UsageError
+from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, largest_code
+from k2quant.kernels.codecs.reference import moonshot_values, require_finite
+from k2quant.kernels.devices.threads import over_rows
+from k2quant.kernels.solvers import device
+from k2quant.kernels.solvers.cpu import loops
+from k2quant.kernels.solvers.factors import Factor, require_whole_products
+from k2quant.kernels.solvers.reference import BLOCK, LANES, Solved, earlier
+
+CHUNK = 512
+"""Rows of W that go through all columns together on a CPU; so much memory, 8 K bytes a row, each thread takes."""
+
+
+def solve(weights: Tensor, scales: Tensor, factor: Factor, *, bits: int = 4) -> Solved:
+    """Round a matrix column by column, later columns making up for earlier ones.
+
+    Rows do not know each other. They are cut in the same places whatever threads there are, up to
+    `torch.get_num_threads()`, so that their number changes no bit. The GIL is free in all long parts.
+
+    Args:
+        weights: bfloat16 `[R, K]`, K a multiple of 32.
+        scales: bfloat16 `[R, K/32]`, weight units a code; 0 gives codes 0.
+        factor: of the Hessian of the inputs, on the same device.
+        bits: width of the codes, 4, 3 or 2: -L..L with L = 2^(bits-1) - 1.
+
+    Raises:
+        UsageError: shapes or dtypes do not belong together, or torch multiplies float32 with fewer bits.
+        ValueAt: a weight or a value is not finite.
+    """
+    _check(weights, scales, factor)
+    largest = largest_code("moonshot", bits, PACKED_BITS)
+    solved = _on_cpu if weights.device.type == "cpu" else _with_torch
+    return solved(weights.contiguous(), scales.contiguous(), factor, largest)
+
+
+def _check(weights: Tensor, scales: Tensor, factor: Factor) -> None:
+    rows, columns = weights.shape
+    if columns % GROUP or scales.shape != (rows, columns // GROUP) or factor.upper.shape != (columns, columns):
+        raise UsageError(
+            f"GPTQ of `[{rows}, {columns}]`: expected scales `[{rows}, {columns / GROUP:g}]` and a factor of "
+            f"{columns} columns, found {list(scales.shape)} and {len(factor.order)}"
+        )
+    if weights.dtype != torch.bfloat16 or scales.dtype != torch.bfloat16:
+        raise UsageError(f"GPTQ takes bfloat16 weights and scales, found {weights.dtype} and {scales.dtype}")
+    require_whole_products()
+    require_finite(weights)
+
+
+def _on_cpu(weights: Tensor, scales: Tensor, factor: Factor, largest: int) -> Solved:
+    values, codes = torch.empty_like(weights), torch.empty(weights.shape, dtype=torch.int8)
+    saturated: list[int] = []
+
+    def work(first: int, last: int) -> None:
+        for start in range(first, last, CHUNK):
+            rows = slice(start, min(start + CHUNK, last))
+            saturated.append(_chunk(weights[rows], scales[rows], factor, largest, codes[rows], values[rows]))
+
+    over_rows(len(weights), CHUNK, work)
+    return Solved(values, codes, sum(saturated))
+
+
+def _chunk(weights: Tensor, scales: Tensor, factor: Factor, largest: int, codes: Tensor, values: Tensor) -> int:
+    """Solve some rows of W on this thread; write their codes and values, return how many saturated."""
+    rows, columns = weights.shape
+    lanes = rows + -rows % LANES
+    order, upper = factor.order.numpy(), factor.upper
+    gathered = np.empty((columns, lanes), np.uint16)
+    loops.gather(_bits(weights), order, gathered)
+    steps = torch.zeros(columns // GROUP, lanes)
+    steps[:, :rows] = scales.T
+    differences = torch.empty(columns, lanes)
+    found = np.empty((columns, lanes), np.int8)
+    saturated = 0
+    for start in range(0, columns, BLOCK):
+        sums = earlier(upper, differences, start, min(start + BLOCK, columns))
+        saturated += loops.round_block(
+            start,
+            gathered,
+            steps.numpy(),
+            order // GROUP,
+            upper.numpy(),
+            sums.numpy(),
+            np.float32(largest),
+            differences.numpy(),
+            found,
+        )
+    loops.spread(found, order, _bits(scales), codes.numpy(), _bits(values))
+    return saturated
+
+
+def _bits(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
+    return values.view(torch.uint16).numpy()
+
+
+def _with_torch(weights: Tensor, scales: Tensor, factor: Factor, largest: int) -> Solved:
+    rows, columns = weights.shape
+    order, upper, padding = factor.order, factor.upper, (0, -len(weights) % LANES)
+    gathered = torch.nn.functional.pad(weights.T[order], padding)
+    steps = torch.nn.functional.pad(scales.float().T, padding)
+    differences = torch.empty(gathered.shape, device=weights.device)
+    codes = torch.empty(gathered.shape, dtype=torch.int8, device=weights.device)
+    saturated = torch.zeros((), dtype=torch.int64, device=weights.device)
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        sums = earlier(upper, differences, start, stop)
+        own, groups = gathered[start:stop].float(), order[start:stop] // GROUP
+        saturated += device.round_block(
+            start, own, steps[groups], upper, sums, largest, differences[start:stop], codes[start:stop]
+        )
+    found = torch.empty_like(codes)
+    found[order] = codes
+    found = found[:, :rows].T.contiguous()
+    return Solved(moonshot_values(found, scales.repeat_interleave(GROUP, 1)), found, int(saturated))
