@@ -82,7 +82,8 @@ def needs(
         length: tokens of a row.
         bases: the matrices that are solved, by their names in the language model without suffix.
         memory: bytes that the pass may take.
-        workers: experts that may be solved at a time; None: as many as there are cores. Fewer are where memory is short.
+        workers: experts that may be solved at a time; None: as many as there are cores. Where memory is short, fewer
+            are.
 
     Raises:
         UsageError: `memory` is too small, with the least that works; or so many workers make no sense.
@@ -157,7 +158,7 @@ class _Taken:
 
     @staticmethod
     def _solving(width: int, rows: int) -> int:
-        """Return the bytes of solving matrices: Hessians; weights in float32, errors, values, scales; judging tokens."""
+        """Return the bytes of solving: Hessians; weights in float32, errors, values, scales; tokens that judge."""
         return 4 * _COPIES * width**2 + rows * width * 14 + HELD * (2 * width + 8 * rows)
 
     def _block(self, inner: int) -> int:

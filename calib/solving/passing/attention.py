@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from k2quant.calib.collecting.pieces import Piece
+from k2quant.calib.solving.evidence import Evidence
 from k2quant.calib.solving.passing.groups import Groups
 from k2quant.calib.solving.passing.seen import Seen
 
@@ -47,7 +48,7 @@ class Attention:
             seen = self._watch(missing, run) if missing else {}
             for names in shared:
                 weights = {name: self._projection(name).weight.detach() for name in names}
-                values = self._groups.values(self._name, weights, lambda key=names[0]: seen[key].evidence())  # type: ignore[misc]
+                values = self._groups.values(self._name, weights, _later(seen, names[0]))
                 if propagate:
                     self._hold(values)
 
@@ -97,8 +98,12 @@ class Attention:
         return seen
 
 
-class _Enough(Exception):  # noqa: N818  no error: what comes after it in the layer is not needed
-    """All inputs of a stage were seen."""
+class _Enough(Exception):
+    """All inputs of a stage were seen: what comes after it in the layer is not needed."""
+
+
+def _later(seen: Mapping[str, Seen], name: str) -> Callable[[], Evidence]:
+    return lambda: seen[name].evidence()
 
 
 def _see(seen: Seen, piece: Piece, x: Tensor) -> None:

@@ -140,7 +140,7 @@ class LayerRun:
         if chosen is None:
             self._plain(f"{self._name}.mlp", mlp, everyone, None)
             return
-        given = self._look(mlp, everyone)
+        given = self._look(everyone)
         if mlp.shared_experts is not None and _width(mlp.shared_experts):
             self._plain(f"{self._name}.mlp.shared_experts", mlp.shared_experts, everyone, given)
         ids, weights = chosen
@@ -168,7 +168,7 @@ class LayerRun:
         one.solve(self._groups)
         add(tokens, one.outputs())
 
-    def _look(self, mlp: Any, everyone: Tokens) -> Evidence | None:
+    def _look(self, everyone: Tokens) -> Evidence | None:
         """Sum what all MLPs of the layer are given, if one of them is still to be settled by it."""
         pair = PROJECTIONS[:2]
         above = [f"{self._name}.mlp.experts.{number}" for number in reversed(range(self._rows.model.experts))]
@@ -184,9 +184,7 @@ class LayerRun:
                 at = tokens if real is None else tokens[real]
                 seen.see(routed.part, everyone.x[at].to(device), counts[: len(at)].to(device))
         evidence = seen.evidence()
-        self._wide = Prior(
-            hessian=evidence.hessian, mean=evidence.mean, tokens=evidence.tokens, held=evidence.held
-        )
+        self._wide = Prior(hessian=evidence.hessian, mean=evidence.mean, tokens=evidence.tokens, held=evidence.held)
         return evidence
 
     def _experts(self, experts: Experts, tokens: Tokens) -> None:

@@ -25,8 +25,8 @@ class LayerFacts:
     solved: int
     """Matrices of it that were solved."""
     relative: float | None
-    """|MLP(x) - MLP'(x)|^2 / |MLP(x)|^2 over held-out tokens under the same input and routing, shared and routed experts
-    together; None where none of its matrices was solved, or no token was held out."""
+    """|MLP(x) - MLP'(x)|^2 / |MLP(x)|^2 over held-out tokens, shared and routed experts together, under the same input
+    and routing; None where none of the layer's matrices was solved, or no token was held out."""
     tokens: int
     """Held-out tokens that it is measured on."""
 

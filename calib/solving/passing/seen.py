@@ -70,7 +70,8 @@ class Seen:
                 found="NaN or infinity",
                 remedy="weights of this layer or of one before it are damaged or far too large",
             )
-        held, weights = (torch.cat(each) for each in zip((self._empty, self._empty[:, 0].float()), *self._held))
+        held = torch.cat([self._empty, *(rows for rows, _ in self._held)])
+        weights = torch.cat([self._empty[:, 0].float(), *(counts for _, counts in self._held)])
         return Evidence(
             hessian=torch.from_numpy(self._hessian.mean(self._weight)).to(self._sum.device),
             mean=(self._sum / (self._weight or 1.0)).float(),
@@ -80,8 +81,3 @@ class Seen:
             held=held,
             held_weights=weights,
         )
-
-    def prior(self) -> Prior:
-        """Return the same as what all tokens of a layer say; the sums are gone afterwards."""
-        found = self.evidence()
-        return Prior(hessian=found.hessian, mean=found.mean, tokens=found.tokens, held=found.held)
