@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Attention:
             seen = self._watch(missing, run) if missing else {}
             for names in shared:
                 weights = {name: self._projection(name).weight.detach() for name in names}
-                values = self._groups.values(self._name, weights, _later(seen, names[0]))
+                values = self._groups.values(self._name, weights, partial(_evidence, seen, names[0]))
                 if propagate:
                     self._hold(values)
 
@@ -102,8 +103,8 @@ class _Enough(Exception):
     """All inputs of a stage were seen: what comes after it in the layer is not needed."""
 
 
-def _later(seen: Mapping[str, Seen], name: str) -> Callable[[], Evidence]:
-    return lambda: seen[name].evidence()
+def _evidence(seen: Mapping[str, Seen], name: str) -> Evidence:
+    return seen[name].evidence()
 
 
 def _see(seen: Seen, piece: Piece, x: Tensor) -> None:
