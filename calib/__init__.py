@@ -2,6 +2,7 @@
 
 k2quant.calib.calibrate("Kimi-K2-Instruct", "stats", data="chats.jsonl")
 k2quant.convert("Kimi-K2-Instruct", "Kimi-K2-INT4", to="int4", method="imatrix", stats="stats")
+k2quant.calib.solve("Kimi-K2-Instruct", "Kimi-K2-GPTQ", data="chats.jsonl")
 
 Naming this package loads neither torch nor numpy; each name loads what it needs.
 """
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from k2quant.calib.calibrating import Calibration, calibrate
     from k2quant.calib.coverage import Coverage, coverage_of
     from k2quant.calib.planning import CalibrationPlan, plan_calibration
+    from k2quant.calib.solving.solve import solve
     from k2quant.calib.stats.reading import Stats
 
 _HOMES = {
@@ -28,6 +30,7 @@ _HOMES = {
     "calibrate": "calibrating",
     "coverage_of": "coverage",
     "plan_calibration": "planning",
+    "solve": "solving.solve",
 }
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "coverage_of",
     "open_stats",
     "plan_calibration",
+    "solve",
 ]
 
 
@@ -57,7 +61,7 @@ def open_stats(folder: str | os.PathLike[str]) -> Stats:
 
 def __getattr__(name: str) -> Any:
     """Load a function and what it needs when it is first asked for."""
-    if _HOMES.get(name) == "calibrating":  # all else reads files
+    if _HOMES.get(name) in {"calibrating", "solving.solve"}:  # all else reads files
         need("run", "running a model")
     if name in _HOMES:
         return getattr(import_module(f"k2quant.calib.{_HOMES[name]}"), name)
