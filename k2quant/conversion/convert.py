@@ -24,8 +24,10 @@ from k2quant.checkpoint.writing.destination import locked
 from k2quant.conversion.plan import Options, Plan, make_plan, options_of
 from k2quant.conversion.recipes.rules import Recipes, read_recipe
 from k2quant.conversion.resume import begin, check_finished, clear, identity, refuse_nested
+from k2quant.conversion.searching.asked import searched
 from k2quant.conversion.searching.fitting import check_method
-from k2quant.conversion.searching.searched import Searched, searched
+from k2quant.conversion.searching.folding import check_halves
+from k2quant.conversion.searching.searched import Searched
 from k2quant.conversion.stream import Progress, Record, Rounder, Stream, Substitute
 from k2quant.errors import OutputError, UnsupportedFormat
 from k2quant.formats.format import Layout, Method, Scope
@@ -252,6 +254,7 @@ def carry_out(
                 rounder=rounder,
             )
             shards = done | stream.run(threads)
+            check_halves(shards.values(), folder.folder)
             if check is not None:
                 check(folder.folder)
             more = {} if rounder is None else rounder.summary()

@@ -88,14 +88,14 @@ def estimate(
 def _compute_seconds(shards: list[ShardPlan], rounder: Searched | None) -> float:
     """Return the seconds that one core needs for the codecs and copies."""
     pairs: dict[tuple[Format, Format], int] = {}
-    searched: dict[Format, int] = {}
+    searched: dict[Format, float] = {}
     copied = 0
     for job in _jobs(shards):
         if job.target is not None and job.weight.format is not None:
             pair = (job.weight.format, job.target)
             pairs[pair] = pairs.get(pair, 0) + prod(job.weight.shape)
             if rounder is not None and rounder.takes(job):
-                searched[job.target] = searched.get(job.target, 0) + prod(job.weight.shape)
+                searched[job.target] = searched.get(job.target, 0) + prod(job.weight.shape) * rounder.effort(job)
         else:
             copied += job.weight.nbytes
     coded = sum(count / codec_rate(*pair) for pair, count in pairs.items())

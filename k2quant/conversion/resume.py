@@ -209,11 +209,10 @@ def _stands(folder: Path, record: Record, planned: dict[str, tuple[int, set[str]
 
 def _sound(facts: object) -> bool:
     """Tell whether what a record says of a tensor has the parts that the report needs."""
-    more = {"figures", "substituted", "scales"}
+    more = {"figures", "substituted", "scales", "fold"}
     if not isinstance(facts, dict) or facts.keys() - more != {"from", "to", "shape", "crc32"}:
         return False
-    figures, scales = facts.get("figures", {}), facts.get("scales", {})
-    sound = isinstance(figures, dict) and isinstance(scales, dict)
+    sound = all(isinstance(facts.get(name, {}), dict) for name in ("figures", "scales", "fold"))
     return sound and isinstance(facts["crc32"], dict) and isinstance(facts["shape"], list)
 
 

@@ -151,7 +151,7 @@ class _Log:
             "from": source.name if source else None,
             "to": job.target.name if job.target else None,
             "shape": list(job.weight.shape),
-            "crc32": {suffix: _whole(self.checksums.get(suffix, {})) for suffix in job.outputs},
+            "crc32": {suffix: whole(self.checksums.get(suffix, {})) for suffix in job.outputs},
         }
         if substituted:
             record["substituted"] = True
@@ -166,7 +166,7 @@ def _note(into: dict[str, dict[int, tuple[int, int]]], position: int, checksums:
         into.setdefault(suffix, {})[position] = checksum
 
 
-def _whole(pieces: Mapping[int, tuple[int, int]]) -> str:
+def whole(pieces: Mapping[int, tuple[int, int]]) -> str:
     """Return the crc32 of pieces by their position, in hexadecimal."""
     return f"{combine(crc for _, crc in sorted(pieces.items())):08x}"
 
@@ -213,7 +213,7 @@ def _tasks_of(shard: _Shard, substitute: Substitute | None) -> list[_Task]:
     return tasks
 
 
-def _checksums(stored: Format, parts: Parts, start: int) -> dict[str, tuple[int, int]]:
+def checksums_of(stored: Format, parts: Parts, start: int) -> dict[str, tuple[int, int]]:
     """Return crc32 and length of a panel's arrays as they were read; of what every panel has whole, with the first."""
     return {
         suffix: (crc32(array.data.cast("B")), array.nbytes)
@@ -337,7 +337,7 @@ class Stream:
             if log.pending:
                 return
         read = log.read if job.target is not None else log.checksums
-        if rounder.again(job, {suffix: _whole(pieces) for suffix, pieces in read.items()}):
+        if rounder.again(job, {suffix: whole(pieces) for suffix, pieces in read.items()}):
             for start, stop in panel_rows(job.weight.shape):
                 self._convert(task._replace(start=start, stop=stop))
 
@@ -378,7 +378,7 @@ class Stream:
             else:
                 figures = transcode(source, target, parts, outputs, codecs=self._codecs, scratch=scratch)
         checksums = self._write_panel(task, target, outputs)
-        read = {} if self._rounder is None else _checksums(source, parts, task.start)
+        read = {} if self._rounder is None else checksums_of(source, parts, task.start)
         with task.shard.lock:
             task.shard.logs[task.job].add(task.start, checksums, figures)
             task.shard.logs[task.job].add_read(task.start, read)

@@ -31,17 +31,27 @@ _KEPT, _GROWN = 0.52, 1.02
 """What of a group's largest weight rounding leaves of it, at scales as `scales.search` finds them: 0.53 to 1.01."""
 
 
-def foldable(weights: U16, *, columns: bool) -> NDArray[np.bool_]:
-    """Tell which rows or columns of BF16 weights `[R, K]` can be folded: no zeros throughout, no extreme exponents.
+def foldable(weights: U16) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Tell which of some BF16 weights can be folded, and which of them ask for it.
 
-    Args:
-        weights: BF16 bits.
-        columns: whether columns are folded; else rows.
+    A row of up, or a column of down, is folded if all its weights can be and some are not zero.
+
+    Returns:
+        of each weight, whether it is 0 or far from the exponent's ends, and whether it is not 0.
     """
+    import numpy as np
+
     magnitude = weights & _MAGNITUDE
-    axis = 0 if columns else 1
-    near = (magnitude == 0) | ((magnitude >= _LEAST) & (magnitude <= _LARGEST))
-    found: NDArray[np.bool_] = near.all(axis) & magnitude.any(axis)
+    used = np.asarray(magnitude != 0)
+    return ~used | ((magnitude >= _LEAST) & (magnitude <= _LARGEST)), used
+
+
+def foldable_rows(weights: U16) -> NDArray[np.bool_]:
+    """Tell which rows of BF16 weights `[R, K]` can be folded."""
+    import numpy as np
+
+    near, used = foldable(weights)
+    found: NDArray[np.bool_] = np.logical_and(near.all(1), used.any(1))
     return found
 
 
@@ -58,11 +68,24 @@ def shifted(bits: U16, k: NDArray[np.integer]) -> U16:
     return np.where(bits & _MAGNITUDE, moved, bits).astype(np.uint16)
 
 
+def shifted_scales(scales: U16, weights: U16, k: I8) -> U16:
+    """Return the scales of INT4 for rows that are multiplied by 2^k: a group of zeros keeps its own.
+
+    Args:
+        scales: BF16 bits `[R, K/32]`, of the rows as they are.
+        weights: BF16 bits `[R, K]`.
+        k: int8 `[R]`; zero for rows that are not foldable.
+    """
+    import numpy as np
+
+    return shifted(scales, np.where(_largest(weights), k[:, None], 0))
+
+
 def fold_of(source: U16, output: U16) -> I8:
     """Return which powers of two were taken out of rows of `up_proj`, by what these are before and after.
 
     The largest weight of a group keeps 0.53 to 1.01 of its size where a group is rounded at scales that the moonshot
-    rule or a search finds, so it alone tells k. Only rows that are `foldable` are folded; for others it is 0.
+    rule or a search finds, so it alone tells k. Only `foldable_rows` are folded; for others it is 0.
 
     Args:
         source: BF16 bits `[R, K]` of the rows before.
@@ -79,7 +102,7 @@ def fold_of(source: U16, output: U16) -> I8:
     from k2quant.kernels.codecs.values import ValueAt, bf16_to_float
 
     found = np.zeros(len(source), np.int8)
-    rows = np.flatnonzero(foldable(source, columns=False))
+    rows = np.flatnonzero(foldable_rows(source))
     before, after = (bf16_to_float(_largest(values[rows])) for values in (source, output))
     share = np.divide(after, before, out=np.full_like(before, np.nan), where=before > 0)
     with np.errstate(divide="ignore"):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2quant.conversion.searching.powers import MOST, fold_of, foldable, shifted
+from k2quant.conversion.searching.powers import MOST, fold_of, foldable, foldable_rows, shifted, shifted_scales
 from k2quant.kernels.codecs import cpu
 from k2quant.kernels.codecs.values import F32, I32, U16, ValueAt, bf16_to_float, float_to_bf16
 
@@ -44,7 +44,7 @@ def decoded(packed: I32, scale: U16) -> U16:
 def test_a_fold_of_rows_changes_no_code_and_is_found_again(seed: int) -> None:
     """Rows times 2^-k are exact, get the same codes at scales times 2^-k, and give k away."""
     values, random = drawn(seed), np.random.default_rng(seed + 1)
-    able = foldable(values, columns=False)
+    able = foldable_rows(values)
     assert able.tolist() == values.astype(bool).any(1).tolist()
     k = np.where(able, random.integers(-MOST, MOST + 1, len(values)), 0).astype(np.int8)
     folded = shifted(values, -k[:, None])
@@ -52,8 +52,8 @@ def test_a_fold_of_rows_changes_no_code_and_is_found_again(seed: int) -> None:
     importance = random.lognormal(0, 1, SHAPE[1]).astype(np.float32)
     (packed, scale), (moved, lesser) = (searched(each, importance) for each in (values, folded))
     assert moved.tolist() == packed.tolist()
-    groups = values.reshape(len(values), 3, 32).any(2)
-    assert lesser.tolist() == np.where(groups, shifted(scale, -k[:, None]), scale).tolist()
+    assert lesser.tolist() == shifted_scales(scale, values, -k).tolist()
+    assert lesser[3].tolist() == scale[3].tolist()
     assert fold_of(values, decoded(moved, lesser)).tolist() == k.tolist()
 
 
@@ -75,8 +75,8 @@ def test_rows_at_the_ends_of_the_exponent_are_not_folded() -> None:
     values = np.full((5, 32), 0x3F00, np.uint16)
     for row, bad in enumerate((0x0001, 0x0D00, 0x7F00, 0x8001)):  # subnormal, 2^-101, 2^127, negative
         values[row, row] = bad
-    assert foldable(values, columns=False).tolist() == [False] * 4 + [True]
-    assert foldable(values, columns=True).tolist() == [False] * 4 + [True] * 28
+    assert foldable_rows(values).tolist() == [False] * 4 + [True]
+    assert foldable(values)[0].all(0).tolist() == [False] * 4 + [True] * 28
     assert fold_of(values, values).tolist() == [0] * 5
 
 

@@ -1,0 +1,43 @@
+"""Who searches scales for a conversion, and what its plan says of that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from k2quant.calib.stats.matching import check_source
+from k2quant.conversion.plan import Plan
+from k2quant.conversion.searching.fitting import FOLDED, PLAIN, check_method, unmeasured
+from k2quant.conversion.searching.folding import Folding
+from k2quant.conversion.searching.searched import Searched
+
+if TYPE_CHECKING:
+    from k2quant.calib.stats.reading import Stats
+
+
+def searched(plan: Plan, stats: Stats | None) -> tuple[Plan, Searched | None]:
+    """Return a plan that says how scales are searched, and who does it; None where nobody asked for it.
+
+    Args:
+        plan: of a conversion.
+        stats: what is known of the source's inputs, if anything.
+
+    Raises:
+        UsageError: the method needs statistics, or has no use for them.
+        CheckpointError: they are another model's.
+    """
+    method = plan.options.in_force.method
+    check_method(method, stats=stats is not None)
+    if method == PLAIN:
+        return plan, None
+    from k2quant.kernels.codecs.scales.search import CANDIDATES
+
+    said: dict[str, Any] = {"asked": method, "candidates": CANDIDATES}
+    if stats is None:
+        return replace(plan, method=said), Searched(plan, method, stats)
+    jobs = list(plan.jobs())
+    check_source(stats, plan.source, [job.weight for job in jobs])
+    said["stats"] = stats.fingerprint
+    rounder = Folding(plan, stats) if method == FOLDED else Searched(plan, method, stats)
+    remarks = (*plan.remarks, *unmeasured(filter(rounder.takes, jobs), stats), *rounder.remarks())
+    return replace(plan, method=said, remarks=remarks), rounder
