@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from k2quant.ground.extras import need
 
 if TYPE_CHECKING:
+    from k2quant.calib.budget.allotting import Allotment, allot
     from k2quant.calib.calibrating import Calibration, calibrate
     from k2quant.calib.coverage import Coverage, coverage_of
     from k2quant.calib.planning import CalibrationPlan, plan_calibration
@@ -24,9 +25,11 @@ if TYPE_CHECKING:
     from k2quant.calib.stats.reading import Stats
 
 _HOMES = {
+    "Allotment": "budget.allotting",
     "Calibration": "calibrating",
     "CalibrationPlan": "planning",
     "Coverage": "coverage",
+    "allot": "budget.allotting",
     "calibrate": "calibrating",
     "coverage_of": "coverage",
     "plan_calibration": "planning",
@@ -34,9 +37,11 @@ _HOMES = {
 }
 
 __all__ = [
+    "Allotment",
     "Calibration",
     "CalibrationPlan",
     "Coverage",
+    "allot",
     "calibrate",
     "coverage_of",
     "open_stats",

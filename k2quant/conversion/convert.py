@@ -321,6 +321,7 @@ def _report(
         "source_name": plan.source.folder.resolve().name,
         **identity(plan),
         **({} if plan.origin is None else {"origin": dict(plan.origin)}),
+        **({} if plan.options.budget is None else {"budget": dict(plan.options.budget)}),
         "recipe": plan.options.in_force.as_json(methods=plan.values is None),
         **more,
         "bytes_read": plan.bytes_read,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from k2quant.checkpoint.beside import PASSED_OVER, Beside, describes_quantization, other_files
@@ -64,6 +64,9 @@ class Options:
     weight counts."""
     method: Method | None = None
     """None: rtn."""
+    budget: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    """Why the rules are as they are, as JSON has it, where errors were weighed against bytes: for the report alone.
+    Another choice has other rules."""
 
     def __post_init__(self) -> None:
         if self.rules and (given := self._said()):
@@ -106,7 +109,7 @@ class Options:
         """
         first, *others = self.written
         plain = not others and not first.narrowed
-        said = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "rules"}
+        said = {part.name: getattr(self, part.name) for part in fields(self) if part.compare and part.name != "rules"}
         said |= {name: getattr(first, name) for name in _OF_A_RULE} if plain else {"to": self.main}
         if said["method"] is None:
             del said["method"]  # journals of plain options are as they were before there were methods
@@ -137,6 +140,7 @@ def options_of(recipe: WrittenRecipe, **more: Any) -> Options:
         rules=recipe.rules,
         shard_size=recipe.shard_size or more.get("shard_size"),
         allow_split=recipe.allow_split or more.get("allow_split", False),
+        budget=recipe.budget,
     )
 
 

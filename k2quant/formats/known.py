@@ -18,6 +18,10 @@ FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (Bf16, Fp8, Int4
 """By name. The first that recognises a tensor has it."""
 
 
+LADDER: tuple[FormatName, ...] = ("int4", "fp8", "bf16")
+"""The formats from the cheapest to the dearest, each of which loses less than the one before."""
+
+
 def supported() -> str:
     """Return what can be read, in words."""
     *first, last = (kind.reads for kind in FORMATS.values())

@@ -115,6 +115,8 @@ class WrittenRecipe:
     shard_size: int | None = None
     """Bytes; None: the source's shards."""
     allow_split: bool = False
+    budget: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    """Why the rules are as they are, where `k2quant.calib.allot` made them: for the report alone."""
 
     @property
     def method(self) -> Method:
