@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from k2quant.checking.folded import Fold, consumer, is_producer
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.panels import PIECE_BYTES, format_of, panel_rows, panel_shape, read_values
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
@@ -19,6 +20,7 @@ from k2quant.ground import pool
 from k2quant.ground.units import counted
 
 if TYPE_CHECKING:
+    from k2quant.checking.made import Made
     from k2quant.formats.transcode import Scratch
     from k2quant.kernels.codecs.figures import Figures
 
@@ -51,6 +53,8 @@ class Finding(NamedTuple):
     """Whether a side has F16 or F32, which were rounded to BF16 before values were compared."""
     dtypes: tuple[str | None, str | None] = (None, None)
     """Dtype of the tensor that carries the values, as safetensors has it, in the first and in the second checkpoint."""
+    solved: bool = False
+    """Whether it was compared as one that was solved, `outside` by `Format.unsolved`."""
 
     def how(self) -> str:
         """Say in words how the weight differs."""
@@ -97,6 +101,10 @@ class _Pair:
     identical: bool = True
     """Whether the BF16 bits are the same."""
     bytes_changed: int = 0
+    solved: bool = False
+    """Whether the second was made by what moves weights by more than rounding."""
+    fold: Fold | None = None
+    """What may have moved powers of two into it, or out of it."""
 
     @property
     def same_layout(self) -> bool:
@@ -131,6 +139,7 @@ class _Pair:
             self.bytes_changed,
             rounded=figures is not None and any(map(_wide, (self.first, self.second))),
             dtypes=(self.first.main.dtype, self.second.main.dtype),
+            solved=self.solved and bool(self.figures),
         )
 
     def _relation(self, figures: Figures | None) -> Relation:
@@ -205,8 +214,17 @@ def compare(
     return compare_opened(a, b, workers=workers, progress=progress)
 
 
-def compare_opened(a: Checkpoint, b: Checkpoint, *, workers: int, progress: Progress | None = None) -> list[Finding]:
+def compare_opened(
+    a: Checkpoint, b: Checkpoint, *, workers: int, progress: Progress | None = None, made: Made | None = None
+) -> list[Finding]:
     """Compare every tensor of two checkpoints that are open; see `compare`.
+
+    Args:
+        a: that counts as the truth.
+        b: the other.
+        workers: threads.
+        progress: called as the work goes on.
+        made: how the weights of the second were made, where that is more than rounding.
 
     Raises:
         CheckpointError: one of them is not sound.
@@ -215,6 +233,8 @@ def compare_opened(a: Checkpoint, b: Checkpoint, *, workers: int, progress: Prog
     _log.info("%s: %s", a.folder, counted(len(ours), "weight"))
     _log.info("%s: %s", b.folder, counted(len(theirs), "weight"))
     pairs = {key: _Pair(weight, theirs[key], {}) for key, weight in ours.items() if key in theirs}
+    if made is not None:
+        _tell(pairs, made, a, b)
     _Comparison(a, b, list(pairs.values()), progress).run(workers)
     findings = [
         pairs[key].finding()
@@ -228,6 +248,22 @@ def compare_opened(a: Checkpoint, b: Checkpoint, *, workers: int, progress: Prog
         if key not in ours
     ]
     return findings + extra
+
+
+def _tell(pairs: dict[str, _Pair], made: Made, a: Checkpoint, b: Checkpoint) -> None:
+    """Note of each weight how it was made. Those that have the bytes of the first were not made at all."""
+    for base, pair in pairs.items():
+        pair.solved = base in made.solved
+    if made.folded:
+        folds = {base: Fold(a, b, pair.first, pair.second) for base, pair in pairs.items() if _foldable(base, pair)}
+        for base, fold in folds.items():
+            pairs[base].fold = fold
+            if (partner := pairs.get(consumer(base))) is not None:
+                partner.fold = fold
+
+
+def _foldable(base: str, pair: _Pair) -> bool:
+    return is_producer(base) and pair.comparable and not pair.same_layout and format_of(pair.second).searches
 
 
 def _name(weight: StoredWeight) -> str | None:
@@ -306,9 +342,17 @@ class _Comparison:
                 (self._a, self._b), (task.pair.first, task.pair.second), self._scratch, strict=True
             )
         )
-        figures = cpu.floats.compare(before.values, after.values)
-        identical = bool(np.array_equal(before.values, after.values))
-        outside = stored.outside(before.values, after.values, after.parts) if figures.changed else 0
+        exact, fold = before.values, task.pair.fold
+        if fold is not None:
+            exact = fold.of_rows(exact, after.values) if task.pair.second is fold.after else fold.of_columns(exact)
+        figures = cpu.floats.compare(exact, after.values)
+        identical = bool(np.array_equal(exact, after.values))
+        if not figures.changed:
+            outside = 0
+        elif task.pair.solved:
+            outside = stored.unsolved(exact, after.values, after.parts, cpu)
+        else:
+            outside = stored.outside(exact, after.values, after.parts)
         with self._lock:
             task.pair.figures[task.start] = figures
             task.pair.identical &= identical

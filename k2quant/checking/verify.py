@@ -8,9 +8,10 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checking.comparison import Finding, Progress, compare_opened
+from k2quant.checking.made import Made, made
 from k2quant.checkpoint.files.checksum import combine, crc32
 from k2quant.checkpoint.files.paths import check_inside, read_limited
 from k2quant.checkpoint.files.sources import check_folder
@@ -31,8 +32,13 @@ from k2quant.ground.pool import checked_workers
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.saying.showing import as_html, brief
 
+if TYPE_CHECKING:
+    from k2quant.kernels.codecs.figures import Figures
+
 _FIGURES = {"count", "changed", "energy", "error", "worst"}
 _SAME = 1e-6  # relative; two ways of summing the same squares
+_EQUAL = 1e-9  # the same way of summing, on another processor; one code that is one off moves K2's largest sum by more
+_EXPLAINED = 0.5  # of a weight's energy; of 84 kinds of weights and inputs, the worst lost 0.47 to solving
 
 
 class Verification(NamedTuple):
@@ -75,14 +81,18 @@ def verify(
     """Compare a converted checkpoint with its source.
 
     A weight in the same format must be byte-equal; one that became BF16 must be bit-equal to what its codes mean; one
-    that was rounded must lie within the rounding of its format (`Format.outside`). Scales of activations and of the KV
-    cache may be missing where the config of the converted checkpoint does not speak of them, those of the cache only
-    where it has another `quant_method` than the source's.
+    that was rounded must lie within the rounding of its format (`Format.outside`). One that was solved, by its report,
+    has codes that are none of the nearest: its scales must be such as are chosen for the source's weights, its squared
+    error below half of its energy, and its figures those of the report. Where a fold was asked for, rows of `up_proj`
+    may have lost powers of two that the columns of `down_proj` have. Scales of activations and of the KV cache may be
+    missing where the config of the converted checkpoint does not speak of them, those of the cache only where it has
+    another `quant_method` than the source's.
 
     Args:
         source: folder of the source.
         destination: folder of the converted checkpoint, whoever converted it.
-        against: a k2quant_report.json; each weight's figures must be as good as it says.
+        against: a k2quant_report.json; each weight's figures must be as good as it says. None: one in the converted
+            checkpoint still says which weights were solved or folded.
         workers: threads; None takes one for each core.
         follow_links: whether links of both folders may lead out of them.
         progress: called as the work goes on; True for a bar.
@@ -92,17 +102,31 @@ def verify(
     """
     threads = checked_workers(workers)
     before, after = (open_checkpoint(Path(folder), follow_links=follow_links) for folder in (source, destination))
-    findings = compare_opened(before, after, workers=threads, progress=told(progress))
-    stored = read_report(Path(against))["tensors"] if against is not None else None
+    stored = None if against is None else read_report(Path(against))
+    report = stored or _own_report(after) or {}
+    how = made(report)
+    findings = compare_opened(before, after, workers=threads, progress=told(progress), made=how or None)
     failures = _config_failure(after)
     idle = set() if failures else _idle_scales(before, after, findings)
     for finding in findings:
         if finding.name in idle:
             continue
-        why = _failure(finding) or (_worse(finding, stored) if stored is not None else None)
+        why = (
+            _failure(finding)
+            or _unlike(finding, report, how)
+            or (_worse(finding, stored["tensors"]) if stored else None)
+        )
         if why:
             failures[finding.name] = why
     return Verification(findings, failures)
+
+
+def _own_report(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the report that lies beside a checkpoint; None where there is none that could be believed."""
+    try:
+        return read_report(checkpoint.folder / REPORT)
+    except CheckpointError:
+        return None
 
 
 def _config_failure(checkpoint: Checkpoint) -> dict[str, str]:
@@ -137,16 +161,50 @@ def _failure(finding: Finding) -> str | None:
             return f"was to be copied, but {finding.bytes_changed or 'all'} bytes differ{same}"
         case "differs" if finding.figures is None:
             return "has another shape or kind"
+        case "differs" if finding.solved:
+            return _unsolved(finding, finding.figures)
         case "differs" if finding.outside:
             return f"{finding.outside} weights are further off than {finding.formats[1]} rounding explains"
     return None
 
 
-def _worse(finding: Finding, stored: dict[str, Any]) -> str | None:
-    """Say in what a weight is worse than a report has it, or None."""
+def _unsolved(finding: Finding, figures: Figures) -> str | None:
+    """Say why a weight cannot have been solved, or None."""
+    if finding.outside:
+        return f"{finding.outside} weights have scales or codes that solving does not give"
+    if figures.error > _EXPLAINED * figures.energy:
+        return f"squared error {figures.error / figures.energy:.3g} of its energy; solving explains {_EXPLAINED}"
+    return None
+
+
+def _unlike(finding: Finding, report: dict[str, Any], how: Made) -> str | None:
+    """Say in what a weight that was solved or may be folded is not as the report has it that says so, or None.
+
+    No other rule would find one wrong code among codes that are none of the nearest.
+    """
+    facts = _facts_of(finding, report.get("tensors", {})) if finding.solved or how.folded else None
+    figures = None if facts is None else facts.get("figures")
+    if figures is None or finding.figures is None:
+        return None
+    found = finding.figures
+    if found.changed == figures["changed"] and abs(found.error - figures["error"]) <= _EQUAL * found.error:
+        return None
+    return (
+        f"{found.changed:,} weights differ from the source's by a squared error of {found.error:.10g}, the report has "
+        f"{figures['changed']:,} and {figures['error']:.10g}"
+    )
+
+
+def _facts_of(finding: Finding, stored: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a report has of a weight, under whichever name."""
     base, _ = names.split(finding.name)
     mains = dict.fromkeys(f"{base}.{kind.main}" for kind in FORMATS.values())
-    facts = next((stored[name] for name in (finding.name, *mains) if name in stored), None)
+    return next((stored[name] for name in (finding.name, *mains) if name in stored), None)
+
+
+def _worse(finding: Finding, stored: dict[str, Any]) -> str | None:
+    """Say in what a weight is worse than a report has it, or None."""
+    facts = _facts_of(finding, stored)
     if facts is None:
         return "is not in the report"
     figures = facts.get("figures")

@@ -371,6 +371,19 @@ class Format(ABC):
             parts: the panel's arrays in this format.
         """
 
+    def unsolved(self, before: U16, after: U16, parts: Parts, codecs: Codecs) -> int:
+        """Count the weights of a panel that are none of what solving gives, which moves weights by more than rounding.
+
+        Scales are chosen for the weights as they were, before any is moved: a group at another one counts whole.
+
+        Args:
+            before: BF16 bits `[R, K]`.
+            after: BF16 bits `[R, K]`, decoded from `parts`.
+            parts: the panel's arrays in this format.
+            codecs: who chooses plain scales.
+        """
+        return self.outside(before, after, parts)
+
     def steps(self, parts: Parts) -> NDArray[Any] | None:
         """Return the step of each group as float32 `[R, groups]`; None where codes do not lie at equal distances."""
         return None

@@ -274,6 +274,21 @@ class Int4(Format):
         scale, block = widened(parts["weight_scale"]), (1, self.group)
         return outside(before, after, scale, block, **_BUDGET, least=least_share(4))
 
+    def unsolved(self, before: U16, after: U16, parts: Parts, codecs: Codecs) -> int:
+        """Count groups whose scale neither the plain rule nor a search would choose, and codes that the grid lacks."""
+        import numpy as np
+
+        from k2quant.kernels.codecs.scales.search import is_candidate
+
+        if self.grid not in self.searched_grids or self.scale_dtype != "BF16":
+            return self.outside(before, after, parts)
+        scale: NDArray[np.uint16] = parts["weight_scale"]
+        amax = (before & 0x7FFF).reshape(*scale.shape, self.group).max(-1)
+        wrong = ~is_candidate(amax, scale) & (scale != self.choose(before, codecs))
+        pairs = parts["weight_packed"].view(np.uint8)
+        lacking = np.count_nonzero((pairs & 15) == 0) + np.count_nonzero((pairs >> 4) == 0)  # the code -8
+        return int(np.count_nonzero(wrong) * self.group + lacking)
+
     def steps(self, parts: Parts) -> NDArray[Any]:
         """Return the scales."""
         return widened(parts["weight_scale"])

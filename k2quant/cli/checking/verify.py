@@ -118,7 +118,7 @@ def _result(finding: Finding, failures: Mapping[str, str]) -> str:
     if finding.name in failures:
         return "FAILED"
     if finding.relation == "differs" and finding.formats[1]:
-        return f"within {finding.formats[1].upper()} rounding"
+        return f"within {finding.formats[1].upper()} rounding{', solved' if finding.solved else ''}"
     return _WORDS.get(finding.relation, finding.relation)
 
 

@@ -173,3 +173,18 @@ def check_importance(importance: F32, columns: int) -> None:
         raise UsageError(
             f"importance: expected finite numbers from 0 up, found {importance[column]} at column {column}"
         )
+
+
+def is_candidate(amax: U16, scale: U16, bits: int = 4) -> NDArray[np.bool_]:
+    """Tell which scales are among those that a search tries for a group, by its largest weight alone.
+
+    Args:
+        amax: BF16 bits of each group's largest magnitude.
+        scale: BF16 bits of its scale, of the same shape.
+        bits: width of the codes.
+    """
+    candidates = candidate_table(bits)[amax & 0x7F].astype(np.int32)
+    moved = candidates + (((amax >> 7).astype(np.int32) - 127) << 7)[..., None]
+    searched = (amax >= LEAST_AMAX) & (amax < LARGE_AMAX)
+    found: NDArray[np.bool_] = (moved == scale[..., None]).any(-1) & searched
+    return found
