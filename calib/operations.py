@@ -23,10 +23,9 @@ from k2quant.conversion.plan import Plan
 from k2quant.formats.format import Format
 from k2quant.ground import names
 
-_JUDGED = 1024
-"""Held-out tokens of an input by which its matrices are judged, at most."""
 _WAYS = 3
 """In which a matrix is rounded, of which one ships: plainly, at searched scales, and solved."""
+_SHARED = ".shared_experts.gate_proj"
 _STAGES = {"q_a_proj": 1, "q_b_proj": 2, "kv_b_proj": 2, "o_proj": 3}
 """Inputs of attention by the stage in which they are seen: each sees the quantised weights of those before it."""
 
@@ -99,37 +98,46 @@ class Counts:
             searched: whether scales are.
             propagate: whether a layer sees what quantised layers give.
         """
+        from k2quant.calib.solving.deciding.judging import JUDGED  # torch is loaded to measure anyway
+
         model, share = self._model, self._model.top_k / self._model.experts
         hessians = len(self._priors) * self._tokens * model.hidden**2 / 2
         factors = sweeps = search = judging = 0.0
-        for (_, expert), (columns, rows) in self.inputs.items():
+        for (name, expert), (columns, rows) in self.inputs.items():
             seen = 1 if expert is None else share
-            hessians += seen * self._tokens * columns**2 / 2
+            if name.replace(_SHARED, ".experts") not in self._priors:  # all tokens of the layer are summed once
+                hessians += seen * self._tokens * columns**2 / 2
             factors += columns**3 / 6
             sweeps += rows * columns**2 / 2
             search += rows * columns * searched
-            judging += _WAYS * min(_JUDGED, seen * self._judging) * rows * columns
-        forward = (self._tokens + self._judging) * self._forward(weights) * (1 if propagate else 2)
+            judging += _WAYS * min(JUDGED, seen * self._judging) * rows * columns
+        attention, mlp = self._forward(weights)
+        aside = self._judging if propagate else self._tokens + self._judging  # those that the source's weights see too
+        forward = (self._tokens + self._judging) * (attention + mlp) + aside * mlp
         return Work(forward, hessians, factors, sweeps, search, judging)
 
-    def _forward(self, weights: Iterable[StoredWeight]) -> float:
-        """Return the products that a token takes in all layers; in attention as often as it has stages, and once."""
-        model, total = self._model, 0.0
+    def _forward(self, weights: Iterable[StoredWeight]) -> tuple[float, float]:
+        """Return the products that a token takes in all layers, in attention as often as it has stages, and in MLPs."""
+        model, share = self._model, self._model.top_k / self._model.experts
+        looks = scores(model, self._length) / model.layers
+        attention, mlp = looks * sum(map(self._often, range(model.layers))), 0.0
         for weight in weights:
             base = base_of(weight) or ""
             layer = names.layer(base)
-            if names.is_projection(base) and layer is not None and layer < model.layers:
-                attention = ".self_attn." in base
-                often = 1.0 if names.expert(base) is None else model.top_k / model.experts
-                total += prod(weight.shape) * (self._often(layer) if attention else often)
-        looks = scores(model, self._length) / model.layers
-        return total + looks * sum(map(self._often, range(model.layers)))
+            if not names.is_projection(base) or layer is None or layer >= model.layers:
+                continue
+            if ".self_attn." in base:
+                attention += prod(weight.shape) * self._often(layer)
+            else:
+                mlp += prod(weight.shape) * (1.0 if names.expert(base) is None else share)
+        return attention, mlp
 
     def _often(self, layer: int) -> int:
         return 1 + len(self._stages.get(layer, ()))
 
 
-_PROBE_TOKENS, _PROBE_COLUMNS, _PROBE_ROWS = 2048, 1024, 256
+_PROBE_TOKENS, _PROBE_COLUMNS, _PROBE_ROWS = 1024, 1024, 256
+_PROBE_PAIRS = 2048  # columns of a Hessian, of which that many must be summed that whole stripes are left out
 _PROBE_SECONDS = 0.2
 
 
@@ -145,6 +153,9 @@ def measured(model: Model, device: str, workers: int, target: Format | None) -> 
     import torch
 
     from k2quant.calib.collecting.moments import Hessian
+    from k2quant.calib.collecting.running import whole_float32
+    from k2quant.calib.solving.passing.layers import one_thread_each
+    from k2quant.kernels.codecs.grids import GROUP
     from k2quant.kernels.solvers.errors import output_error
     from k2quant.kernels.solvers.factors import factorise
     from k2quant.kernels.solvers.gptq import solve
@@ -153,22 +164,29 @@ def measured(model: Model, device: str, workers: int, target: Format | None) -> 
     place = torch.device(checked_device(device))
     columns, rows, tokens = _PROBE_COLUMNS, _PROBE_ROWS, _PROBE_TOKENS
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, columns, generator=generator).to(torch.bfloat16).to(place)
+    x = torch.randn(tokens, _PROBE_PAIRS, generator=generator).to(torch.bfloat16).to(place)
     weights = (torch.randn(rows, columns, generator=generator) * 0.02).to(torch.bfloat16).to(place)
-    scales = (weights.float().unflatten(1, (-1, 32)).abs().amax(-1) / 7).to(torch.bfloat16)
-    gram = x.float().T @ x.float() / tokens
+    scales = (weights.float().unflatten(1, (-1, GROUP)).abs().amax(-1) / 7).to(torch.bfloat16)
+    given = x[:, :columns].contiguous()
+    gram = given.float().T @ given.float() / tokens
+    values, each = torch.zeros_like(weights), torch.ones(tokens, device=place)
+
     factor = factorise(gram)
     if factor is None:
-        msg = "the Hessian of random inputs has a factor"
+        msg = "the Hessian of random inputs has no factor"
         raise AssertionError(msg)
-    values, each = torch.zeros_like(weights), torch.ones(tokens, device=place)
+
+    def seconds(work: Callable[[], object]) -> float:
+        with whole_float32(), one_thread_each():
+            return abreast(work, workers)
+
     return Work(
         model=product_rate(model, device),
-        hessians=tokens * columns**2 / 2 / abreast(lambda: Hessian(columns, place).add(x), workers),
-        factors=columns**3 / 6 / abreast(lambda: factorise(gram), workers),
-        sweeps=rows * columns**2 / 2 / abreast(lambda: solve(weights, scales, factor), workers),
+        hessians=tokens * _PROBE_PAIRS**2 / 2 / seconds(lambda: Hessian(_PROBE_PAIRS, place).add(x)),
+        factors=columns**3 / 6 / seconds(lambda: factorise(gram)),
+        sweeps=rows * columns**2 / 2 / seconds(lambda: solve(weights, scales, factor)),
         search=1.0 if target is None else workers * search_rate(target, weighted=True),
-        judging=tokens * rows * columns / abreast(lambda: output_error(weights, values, x, each), workers),
+        judging=tokens * rows * columns / seconds(lambda: output_error(weights, values, given, each)),
     )
 
 

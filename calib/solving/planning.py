@@ -12,6 +12,7 @@ from k2quant.calib.coverage import THIN
 from k2quant.calib.inputs.choosing import check_rows, held_out_rows
 from k2quant.calib.operations import Counts, Work, measured, solved
 from k2quant.calib.planning import longest
+from k2quant.calib.solving.memory import Needs, needs
 from k2quant.calib.stats.digests import base_of
 from k2quant.calib.stats.model import Model
 from k2quant.checkpoint.files.paths import nearest_folder
@@ -20,7 +21,6 @@ from k2quant.conversion.estimate import read_rate
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
 from k2quant.ground import names
-from k2quant.ground.pool import checked_workers
 from k2quant.ground.saying.showing import as_html, brief
 from k2quant.ground.units import counted, duration, parse_size, size
 
@@ -47,17 +47,10 @@ class SolvingPlan:
     """Columns of what an expert's gate and up multiply."""
     inner: int
     """Columns of what its down multiplies."""
-    least: int
-    """Bytes of memory below which it does not work."""
-    memory: int
-    """Bytes of memory that it may take."""
-    states: int
-    """Bytes of hidden states between two layers."""
+    passes: Needs
+    """What memory and disk the pass itself takes."""
     spool: int
     """Bytes of solved matrices that wait for their shard: those of two layers."""
-    beside: int
-    """Bytes on the disk beside the output until it is finished: states of two layers, what a layer keeps of its tokens
-    where memory is short, and the spool."""
     output: int
     """Bytes of the output."""
     disk_free: int
@@ -70,13 +63,16 @@ class SolvingPlan:
     """Of the whole run."""
     rates: Work
     """Of a second, with all workers, as just measured."""
-    workers: int
-    """Threads."""
 
     @property
     def seconds(self) -> float:
         """How long it will take, about."""
         return sum(self.parts().values())
+
+    @property
+    def beside(self) -> int:
+        """Bytes on the disk beside the output until it is finished: the pass's files, and the spool."""
+        return self.passes.disk + self.spool
 
     @property
     def disk_needed(self) -> int:
@@ -96,12 +92,13 @@ class SolvingPlan:
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON holds it."""
         said = asdict(self) | {"work": self.work._asdict(), "rates": self.rates._asdict()}
-        derived = {"seconds": self.seconds, "parts": self.parts(), "disk_needed": self.disk_needed, "fits": self.fits}
-        return said | derived
+        disk = {"beside": self.beside, "disk_needed": self.disk_needed, "fits": self.fits}
+        return said | disk | {"seconds": self.seconds, "parts": self.parts()}
 
     def lines(self) -> dict[str, str]:
         """Return it as people read it, by what stands before each line."""
-        short = "" if self.fits else ", TOO SMALL"
+        short, passes = "" if self.fits else ", TOO SMALL", self.passes
+        tokens = "lies in files" if passes.in_files else "is kept in memory"
         parts = sorted(self.parts().items(), key=lambda pair: -pair[1])
         largest = ", ".join(f"{_SPOKEN[name]} {duration(seconds)}" for name, seconds in parts if seconds)
         return {
@@ -109,12 +106,13 @@ class SolvingPlan:
             "an expert": f"sees {self.mean:,.0f} tokens in the mean, and one with {self.thin / self.mean:.0%} of the "
             f"mean {self.thin:,.0f}; its inputs have {self.hidden:,} columns, {self.inner:,} of down_proj",
             "solved": f"{counted(self.matrices, 'matrix', 'matrices')} by {counted(self.hessians, 'Hessian')}, "
-            f"{counted(self.workers, 'expert')} at a time",
-            "hidden states": f"{size(self.states)}; on the disk twice, of two layers, while it runs",
+            f"{counted(passes.workers, 'expert')} at a time",
+            "hidden states": f"{size(passes.hidden)}, on the disk twice while it runs; what a layer keeps of its "
+            f"tokens, {size(passes.arrays)}, {tokens}",
             "disk needed": f"{size(self.disk_needed)}: {size(self.output)} for the output, {size(self.beside)} more "
             f"until it is finished{short}",
             "disk free": size(self.disk_free),
-            "memory": f"at most {size(self.memory)}; {size(self.least)} is the least that works",
+            "memory": f"at most {size(passes.memory)}; {size(passes.least)} is the least that works",
             "time": f"about {duration(self.seconds)} here: {largest}; rates were measured just now on small matrices "
             "and are scaled by operations",
         }
@@ -168,19 +166,19 @@ def plan_solving(
         UsageError: an option makes no sense, or `memory` is too small.
         CheckpointError: the checkpoint is no model.
     """
-    source, threads = plan.source, checked_workers(workers)
+    source = plan.source
     model = Model.of(source.config, file=source.folder / "config.json")
     check_rows(samples, length, longest=longest(source))
     rows = samples, held_out_rows(samples)
     tokens, judging = (count * length for count in rows)
     jobs = list(solved(plan, model))
     weights = group_tensors(source.tensors).weights
-    states = (tokens + judging) * model.hidden * 2
-    spool = _spool(jobs)
+    limit = parse_size(memory) if isinstance(memory, str) else memory
+    bases = {base for job in jobs if (base := base_of(job.weight)) is not None}
+    passes = needs(source, rows=rows, length=length, bases=bases, memory=limit, workers=workers)
     counts = Counts(model, jobs, tokens, judging, length)
     mean = tokens * model.top_k / model.experts
     read = sum(weight.nbytes for weight in weights if _used(weight, model))
-    limit = parse_size(memory) if isinstance(memory, str) else memory
     return SolvingPlan(
         matrices=len(jobs),
         hessians=len(counts.inputs),
@@ -191,18 +189,14 @@ def plan_solving(
         thin=mean * THIN,
         hidden=model.hidden,
         inner=model.inner,
-        least=0,
-        memory=limit,
-        states=states,
-        spool=spool,
-        beside=2 * states + spool,
+        passes=passes,
+        spool=_spool(jobs),
         output=plan.bytes_written,
         disk_free=shutil.disk_usage(nearest_folder(destination)).free,
-        bytes_moved=2 * read + 2 * model.layers * states + plan.bytes_written,
+        bytes_moved=read + plan.bytes_written + _moved(model, passes, jobs),
         reading=read_rate(source),
         work=counts.work(weights, searched=scales != "rtn", propagate=propagate),
-        rates=measured(model, device, threads, next((job.target for job in jobs), None)),
-        workers=threads,
+        rates=measured(model, device, passes.workers, next((job.target for job in jobs), None)),
     )
 
 
@@ -210,6 +204,13 @@ def _used(weight: StoredWeight, model: Model) -> bool:
     base = base_of(weight)
     layer = None if base is None else names.layer(base)
     return base is not None and (layer is None or layer < model.layers)
+
+
+def _moved(model: Model, passes: Needs, jobs: Iterable[Job]) -> int:
+    """Return the bytes that are written and read again in all: states and tokens of each layer, and the spool."""
+    solved = sum(entry.nbytes for job in jobs for entry in job.outputs.values())
+    tokens = passes.arrays if passes.in_files else 0
+    return 2 * (solved + model.layers * (passes.hidden + tokens))
 
 
 def _spool(jobs: Iterable[Job]) -> int:

@@ -159,20 +159,18 @@ def _failure(finding: Finding) -> str | None:
             values = finding.figures is not None and not finding.figures.changed
             same = ", though every value is the same" if values else ""
             return f"was to be copied, but {finding.bytes_changed or 'all'} bytes differ{same}"
-        case "differs" if finding.figures is None:
-            return "has another shape or kind"
-        case "differs" if finding.solved:
-            return _unsolved(finding, finding.figures)
-        case "differs" if finding.outside:
-            return f"{finding.outside} weights are further off than {finding.formats[1]} rounding explains"
+        case "differs":
+            return "has another shape or kind" if finding.figures is None else _beyond(finding, finding.figures)
     return None
 
 
-def _unsolved(finding: Finding, figures: Figures) -> str | None:
-    """Say why a weight cannot have been solved, or None."""
-    if finding.outside:
+def _beyond(finding: Finding, figures: Figures) -> str | None:
+    """Say what of a weight neither rounding nor, where it was solved, solving explains, or None."""
+    if finding.outside and finding.solved:
         return f"{finding.outside} weights have scales or codes that solving does not give"
-    if figures.error > _EXPLAINED * figures.energy:
+    if finding.outside:
+        return f"{finding.outside} weights are further off than {finding.formats[1]} rounding explains"
+    if finding.solved and figures.error > _EXPLAINED * figures.energy:
         return f"squared error {figures.error / figures.energy:.3g} of its energy; solving explains {_EXPLAINED}"
     return None
 
