@@ -32,19 +32,20 @@ PIECES = 2
 Work = Callable[[int, int], object]
 
 
-def over_rows(rows: int, multiple: int, work: Work) -> None:
-    """Call work(first, last) for ranges that cover rows 0 to `rows`, on up to `torch.get_num_threads()` threads.
+def over_rows(rows: int, multiple: int, work: Work, *, threads: int | None = None) -> None:
+    """Call work(first, last) for ranges that cover rows 0 to `rows`, on several threads.
 
     Args:
         rows: how many rows there are; with none, `work` is not called.
         multiple: every range but the last has a multiple of so many rows.
         work: does one range; it should release the GIL.
+        threads: how many at most; None: `torch.get_num_threads()`.
 
     Raises:
         BaseException: the first error of `work`, after all ranges that were begun have ended.
     """
     blocks = -(-rows // multiple)
-    threads = min(torch.get_num_threads(), blocks)
+    threads = min(threads or torch.get_num_threads(), blocks)
     if threads <= 1:
         if rows:
             work(0, rows)
@@ -66,6 +67,13 @@ def without_lock(entry: int, parameters: int) -> bool:
         return False
     openmp.GOMP_parallel(ctypes.cast(entry, _CALLBACK), parameters, torch.get_num_threads(), 0)
     return True
+
+
+def set_own_threads(threads: int) -> None:
+    """Set how many threads OpenMP gives to what this thread alone asks for; the process's number stays what it is."""
+    openmp = _openmp()
+    if openmp is not None:
+        openmp.omp_set_num_threads(threads)
 
 
 class _Job:

@@ -9,11 +9,12 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, largest_code
 from k2quant.kernels.codecs.reference import moonshot_values, require_finite
+from k2quant.kernels.devices.single import single_threaded
 from k2quant.kernels.devices.threads import over_rows
 from k2quant.kernels.solvers import device
 from k2quant.kernels.solvers.cpu import loops
 from k2quant.kernels.solvers.factors import Factor, require_whole_products
-from k2quant.kernels.solvers.reference import BLOCK, LANES, Solved, earlier
+from k2quant.kernels.solvers.reference import BLOCK, Solved, earlier
 
 CHUNK = 512
 """Rows of W that go through all columns together on a CPU; so much memory, 8 K bytes a row, each thread takes."""
@@ -51,7 +52,6 @@ def _check(weights: Tensor, scales: Tensor, factor: Factor) -> None:
     if weights.dtype != torch.bfloat16 or scales.dtype != torch.bfloat16:
         raise UsageError(f"GPTQ takes bfloat16 weights and scales, found {weights.dtype} and {scales.dtype}")
     require_whole_products()
-    require_finite(weights)
 
 
 def _on_cpu(weights: Tensor, scales: Tensor, factor: Factor, largest: int) -> Solved:
@@ -63,30 +63,33 @@ def _on_cpu(weights: Tensor, scales: Tensor, factor: Factor, largest: int) -> So
             rows = slice(start, min(start + CHUNK, last))
             saturated.append(_chunk(weights[rows], scales[rows], factor, largest, codes[rows], values[rows]))
 
-    over_rows(len(weights), CHUNK, work)
+    with single_threaded() as threads:
+        over_rows(len(weights), CHUNK, work, threads=threads)
     return Solved(values, codes, sum(saturated))
 
 
 def _chunk(weights: Tensor, scales: Tensor, factor: Factor, largest: int, codes: Tensor, values: Tensor) -> int:
     """Solve some rows of W on this thread; write their codes and values, return how many saturated."""
     rows, columns = weights.shape
-    lanes = rows + -rows % LANES
+    lanes = rows + -rows % loops.LANES
     order, upper = factor.order.numpy(), factor.upper
     gathered = np.empty((columns, lanes), np.uint16)
-    loops.gather(_bits(weights), order, gathered)
+    if not loops.gather(_bits(weights), order, gathered):
+        require_finite(weights)
     steps = torch.zeros(columns // GROUP, lanes)
     steps[:, :rows] = scales.T
     differences = torch.empty(columns, lanes)
     found = np.empty((columns, lanes), np.int8)
     saturated = 0
     for start in range(0, columns, BLOCK):
-        sums = earlier(upper, differences, start, min(start + BLOCK, columns))
+        stop = min(start + BLOCK, columns)
+        sums = earlier(upper, differences, start, stop)
         saturated += loops.round_block(
             start,
             gathered,
             steps.numpy(),
             order // GROUP,
-            upper.numpy(),
+            upper[start:stop, start:stop].contiguous().numpy(),
             sums.numpy(),
             np.float32(largest),
             differences.numpy(),
@@ -101,8 +104,9 @@ def _bits(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
 
 
 def _with_torch(weights: Tensor, scales: Tensor, factor: Factor, largest: int) -> Solved:
+    require_finite(weights)
     rows, columns = weights.shape
-    order, upper, padding = factor.order, factor.upper, (0, -len(weights) % LANES)
+    order, upper, padding = factor.order, factor.upper, (0, -len(weights) % loops.LANES)
     gathered = torch.nn.functional.pad(weights.T[order], padding)
     steps = torch.nn.functional.pad(scales.float().T, padding)
     differences = torch.empty(gathered.shape, device=weights.device)

@@ -2,6 +2,7 @@
 
 The order of the sums is part of the rule. What the columns before a block of `BLOCK` add to it is one float32 product;
 what columns inside the block add comes on top, one column after the other, each product rounded before it is added.
+Rows of W come in multiples of `LANES`, zeros behind the last, so that a BLAS takes the same way for each of them.
 """
 
 from __future__ import annotations
@@ -13,13 +14,11 @@ from torch import Tensor
 
 from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, largest_code
 from k2quant.kernels.codecs.reference import moonshot_codes, moonshot_values
+from k2quant.kernels.solvers.cpu.loops import LANES
 from k2quant.kernels.solvers.factors import Factor
 
 BLOCK = 128
 """Columns between two products; GPTQ's own (arXiv 2210.17323, section 3.3)."""
-
-LANES = 64
-"""Rows of W come in multiples of so many, zeros behind the last: so a BLAS takes the same way for each of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
