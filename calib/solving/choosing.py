@@ -1,7 +1,14 @@
-"""One input, the matrices that it goes into, and what each ships with: the best of three ways on held-out tokens."""
+"""One input, the matrices that it goes into, and what each ships with: the best of three ways on held-out tokens.
+
+The ways are plain rounding, rounding at scales that are searched, and GPTQ at these scales. Tiers by the number of
+tokens need no limits: what is believed of an input is drawn to a prior (`deciding.drawing`), so that with few tokens
+GPTQ goes over into searched scales by itself, and an input that no token reached is never given to it. What held-out
+tokens find worse than plain rounding does not ship.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,15 +56,21 @@ class _Case(NamedTuple):
     settings: Settings
     belief: Belief | None
     factor: Factor | None
-    judge: Judge | None
+    judge: Judge
     tokens: int
     """Training tokens."""
-    held: int
-    """Held-out tokens."""
+    reason: str | None
+    """Why nothing is solved; None if something is."""
 
 
 def settle(weights: Mapping[str, Tensor], evidence: Evidence, settings: Settings) -> dict[str, Settled]:
     """Round matrices that share an input, each in the way that loses least on held-out tokens.
+
+    A matrix that plain rounding gives back exactly, as it does native INT4, stays what it is. A Hessian that cannot be
+    factorised ends in searched scales, never in an error. What is measured beside the plain rule's share is in `facts`:
+    `method` (gptq, imatrix, mse or rtn), `relative` (its error over plain rounding's), `measure` (who judged),
+    `tokens` (held out) and `seen` (in training), `saturated` (share of weights whose code was clamped because others
+    had moved them), `short` (share of groups without the largest code) and `reason`, if it is not GPTQ.
 
     Args:
         weights: BF16 `[R, K]` by projection; K is a multiple of 32.
@@ -72,52 +85,70 @@ def settle(weights: Mapping[str, Tensor], evidence: Evidence, settings: Settings
     """
     rounded = {name: ways.plain(each, settings.bits) for name, each in weights.items()}
     lossy = [name for name, each in weights.items() if not torch.equal(each, rounded[name].values)]
-    belief = believed(evidence) if lossy else None
-    factor = None if belief is None else factorise(belief.hessian, damping=settings.damping)
-    case = _Case(settings, belief, factor, judge_of(evidence), evidence.tokens, len(evidence.held))
+    case = _case(evidence, settings) if lossy else None
     return {
         name: _best(each, rounded[name], case)
-        if name in lossy
-        else _shipped(rounded[name], case, relative=1.0, reason="rounding loses nothing")
+        if case is not None and name in lossy
+        else _shipped(rounded[name], settings, _exact(evidence))
         for name, each in weights.items()
     }
 
 
+def _case(evidence: Evidence, settings: Settings) -> _Case:
+    belief, factor, reason = believed(evidence), None, None
+    if not evidence.tokens:
+        reason = "no token came"
+    elif belief is None:
+        reason = "the Hessian is zero or not finite"
+    elif (factor := factorise(belief.hessian, damping=settings.damping)) is None:
+        reason = "the Hessian is not positive definite"
+    judge = judge_of(evidence, None if factor is None else belief)
+    return _Case(settings, belief, factor, judge, evidence.tokens, reason)
+
+
 def _best(weights: Tensor, rounded: Way, case: _Case) -> Settled:
-    """Return the way of least held-out error."""
+    """Return the way of least held-out error; among equals the one that was asked for."""
     bits, how = case.settings.bits, case.settings.scales
     found = [rounded] if how == "rtn" else [rounded, ways.searched(weights, case.belief, how, bits)]
     if case.factor is not None:
         found.append(ways.solved(weights, found[-1].scales, case.factor, bits))
-    if case.judge is None:
-        return _shipped(found[1 if how != "rtn" else 0], case, relative=1.0, reason=_missing(case))
     errors = [case.judge.error(weights, way.values) for way in found]
-    # The last among equals: it is the one that was asked for.
-    best = min(range(len(found)), key=lambda at: (errors[at], -at))
-    relative = min(errors[best] / errors[0], _MOST) if errors[0] else float(_MOST if errors[best] else 1)
-    reason = None if found[best].method == "gptq" else _missing(case) or "worse on held-out tokens"
-    return _shipped(found[best], case, relative=relative, reason=reason)
-
-
-def _missing(case: _Case) -> str | None:
-    """Say why nothing was solved; None if something was."""
-    if case.belief is None:
-        return "no token came" if not case.tokens else "the Hessian is zero or not finite"
-    return "the Hessian is not positive definite" if case.factor is None else None
-
-
-def _shipped(way: Way, case: _Case, *, relative: float, reason: str | None) -> Settled:
-    largest = largest_code("moonshot", case.settings.bits)
-    tops = way.values.unflatten(1, (-1, GROUP)).abs().amax(2).float() / way.scales.float()
+    best = min(range(len(found)), key=lambda at: (errors[at], -at)) if all(map(math.isfinite, errors)) else 0
     facts: dict[str, Any] = {
-        "method": way.method,
-        "relative": relative,
-        "measure": case.judge.measure if case.judge else "weights",
-        "tokens": case.held,
+        "relative": _relative(errors[best], errors[0]),
+        "measure": case.judge.measure,
+        "tokens": case.judge.tokens,
         "seen": case.tokens,
-        "saturated": way.saturated / way.values.numel(),
-        "short": float((tops.round() < largest).float().mean()),
     }
-    if reason:
-        facts["reason"] = reason
-    return Settled(way.values, way.scales, facts)
+    if found[best].method != "gptq":
+        facts["reason"] = case.reason or f"{found[best].method} loses less on held-out data"
+    return _shipped(found[best], case.settings, facts)
+
+
+def _exact(evidence: Evidence) -> dict[str, Any]:
+    tokens = len(evidence.held)
+    return {
+        "relative": 1.0,
+        "measure": "weights",
+        "tokens": tokens,
+        "seen": evidence.tokens,
+        "reason": "rounding loses nothing",
+    }
+
+
+def _relative(error: float, plain: float) -> float:
+    if not plain:
+        return _MOST if error else 1.0
+    return min(error / plain, _MOST) if math.isfinite(error / plain) else _MOST
+
+
+def _shipped(way: Way, settings: Settings, facts: Mapping[str, Any]) -> Settled:
+    saturated = way.saturated / max(way.values.numel(), 1)
+    told = {"method": way.method, **facts, "saturated": saturated, "short": _short(way, settings.bits)}
+    return Settled(way.values, way.scales, told)
+
+
+def _short(way: Way, bits: int) -> float:
+    """Return the share of groups whose largest code is not the largest there is: amax would give another scale."""
+    tops = way.values.unflatten(1, (-1, GROUP)).abs().amax(2).float()
+    return float((tops < way.scales.float() * (largest_code("moonshot", bits) - 0.5)).float().mean())

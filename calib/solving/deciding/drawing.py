@@ -2,23 +2,37 @@
 
     (n S + n_0 P) / (n + n_0)
 
-with n the tokens that came, S what they say, and P the prior, as if n_0 tokens had been seen that look like it. Such a
-blend of E[x x^T] is that of a mixture of inputs, so it stays positive semidefinite.
+with n the tokens that came, S the mean that they give and P the prior, as if n_0 tokens had been seen that look like
+it. Means and squares of single columns need few tokens, products of two columns about as many as there are columns.
 
-For gate and up of a routed expert P is what all tokens of the layer say. `down_proj` has none such: columns of one
-expert are other things than those of another. There products of two columns are drawn to nothing and squares stay.
+Squares and means are drawn as `stats.blending` draws them for a search of scales: to those of the layer for gate and up
+of a routed expert, whose columns are the same hidden channels for every expert; else to equal squares and no mean.
+
+Products are drawn to r sqrt(P_ii P_jj), with the squares just blended on the diagonal and r the layer's correlation of
+the two columns, taken down by what the expert's own tokens say of it: the slope of their correlations on the layer's,
+over all pairs of columns, between 0 and 1. It is known after a few tokens, for it is one number out of K (K - 1) / 2
+pairs. An expert that sees what the layer sees gets nearly all of the layer's; one that sees something else gets none of
+it, and is solved as if columns were independent of each other: then every column is rounded by itself. So is
+`down_proj`, where no other expert has the same columns, until own tokens say more.
+
+Both terms are mean products of some inputs, or of independent columns, so what is believed is positive semidefinite.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+from k2quant.calib.stats.blending import PRIOR_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from k2quant.calib.solving.evidence import Evidence
+
+_ROWS = 512  # of a Hessian that are looked at at a time
 
 
 class Belief(NamedTuple):
@@ -27,25 +41,79 @@ class Belief(NamedTuple):
     hessian: Tensor
     """float32 `[K, K]`: E[x x^T]."""
     square: Tensor
-    """float32 `[K]`: E[x^2], its diagonal."""
+    """float32 `[K]`: E[x^2], for a search of scales."""
     mean: Tensor
-    """float32 `[K]`: E[x]."""
+    """float32 `[K]`: E[x], likewise."""
+    agreement: float | None
+    """How far own tokens agree with the layer's, from 0 to 1; None where there is no layer to agree with."""
 
 
 def believed(evidence: Evidence) -> Belief | None:
-    """Return what is believed of an input; None where nothing was seen, not even of the layer, or not finite."""
-    own, prior = evidence.hessian, evidence.prior
-    if prior is not None and prior.tokens:
-        share = evidence.tokens / (evidence.tokens + len(own))
-        hessian = torch.lerp(prior.hessian, own, share)
-        mean = torch.lerp(prior.mean, evidence.mean, share)
-    elif evidence.tokens:
-        share = evidence.tokens / (evidence.tokens + len(own))
-        hessian, mean = own * share, evidence.mean
-        hessian.diagonal().copy_(own.diagonal())
-    else:
+    """Return what is believed of an input; None where nothing is known, not even of the layer, or no finite number.
+
+    It takes one more Hessian of memory, and reads those of the evidence without changing them.
+    """
+    prior = evidence.prior if evidence.prior is not None and evidence.prior.tokens else None
+    if not (evidence.tokens or prior):
         return None
-    square = hessian.diagonal().clamp(min=0)
-    if not (square.isfinite().all() and mean.isfinite().all() and square.any()):
+    own = evidence.hessian
+    square = _drawn(own.diagonal(), _squares(evidence, prior), evidence.tokens)
+    mean = _drawn(evidence.mean, torch.zeros_like(evidence.mean) if prior is None else prior.mean, evidence.tokens)
+    if not (square.isfinite().all() and mean.isfinite().all() and (square >= 0).all() and square.any()):
         return None
-    return Belief(hessian, square.contiguous(), mean)
+    share = evidence.tokens / (evidence.tokens + len(own))
+    agreement = None
+    hessian = own * share
+    if prior is not None:
+        agreement = agreed(own, prior.hessian, square) if evidence.tokens else 0.0
+        _add_layer(hessian, prior.hessian, square, agreement * (1 - share))
+    hessian.diagonal().copy_(own.diagonal() * share + square * (1 - share))
+    return Belief(hessian, square, mean, agreement)
+
+
+def agreed(own: Tensor, layer: Tensor, square: Tensor) -> float:
+    """Return the slope of own correlations on the layer's, over all pairs of columns; at least 0 and at most 1.
+
+    Args:
+        own: float32 `[K, K]`, mean products of own tokens.
+        layer: float32 `[K, K]`, the same of the layer's.
+        square: float32 `[K]`, what own products are divided by the roots of: own squares, or what is believed of them.
+    """
+    mine, theirs = _inverse_root(square), _inverse_root(layer.diagonal())
+    both = alone = 0.0
+    for start in range(0, len(own), _ROWS):
+        stop = start + _ROWS
+        other = layer[start:stop] * theirs[start:stop, None] * theirs
+        other.diagonal(start).zero_()
+        correlated = own[start:stop] * mine[start:stop, None] * mine
+        both += float((correlated * other).sum(dtype=torch.float64))
+        alone += float(other.square_().sum(dtype=torch.float64))
+    slope = both / alone if alone > 0 else 0.0
+    return min(max(slope, 0.0), 1.0) if math.isfinite(slope) else 0.0
+
+
+def _add_layer(hessian: Tensor, layer: Tensor, square: Tensor, share: float) -> None:
+    """Add a share of the layer's correlations at other squares, in place; the diagonal is left to the caller."""
+    if not share:
+        return
+    factor = square.sqrt() * _inverse_root(layer.diagonal())
+    for start in range(0, len(hessian), _ROWS):
+        stop = start + _ROWS
+        hessian[start:stop] += layer[start:stop] * (factor[start:stop, None] * share) * factor
+
+
+def _squares(evidence: Evidence, prior: object) -> Tensor:
+    own = evidence.hessian.diagonal()
+    if prior is None or evidence.prior is None:
+        return own.mean(dtype=torch.float64).float().expand(len(own))
+    return evidence.prior.hessian.diagonal()
+
+
+def _drawn(own: Tensor, prior: Tensor, tokens: int) -> Tensor:
+    mixed = (tokens * own.double() + PRIOR_TOKENS * prior.double()) / (tokens + PRIOR_TOKENS)
+    return mixed.float()
+
+
+def _inverse_root(square: Tensor) -> Tensor:
+    """Return 1/sqrt, and 0 for columns that are never anything but 0."""
+    return torch.where(square > 0, square.rsqrt(), 0.0)

@@ -1,4 +1,4 @@
-"""What a way of rounding loses on held-out tokens."""
+"""What a way of rounding loses on held-out tokens, and on what is believed of the input where these are few."""
 
 from __future__ import annotations
 
@@ -7,57 +7,109 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from k2quant.calib.stats.blending import LEAST_HELD_OUT
+from k2quant.ground.saying.showing import brief
 from k2quant.kernels.solvers.errors import output_error
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from k2quant.calib.solving.deciding.drawing import Belief
     from k2quant.calib.solving.evidence import Evidence
 
 JUDGED = 512
-"""Held-out tokens that judge at most, evenly spaced: each costs as much as a row of the weights in a product, for each
-way of rounding. What a token says is already a mean over all rows."""
+"""Held-out tokens that judge at most, evenly spaced. Of each the loss is summed over all rows, so that a few hundred
+tell ways apart, and judging three ways takes a third of the time of solving."""
+
+_ROWS = 512
+"""Rows of a matrix, evenly spaced, on which what is believed judges: a product with a Hessian costs as much as solving,
+and rows are alike."""
 
 
 class Judge(NamedTuple):
-    """Tokens that decide between ways of rounding, and had no part in any of them."""
+    """Tokens that had no part in any way of rounding; where they are few, others beside them."""
 
-    inputs: Tensor
-    """BF16 `[n, K]`."""
-    weights: Tensor
+    own: Tensor
+    """BF16 `[n, K]`: held-out tokens of the matrix's own."""
+    shares: Tensor
     """float32 `[n]`: what each counts; they add up to 1."""
     tokens: int
-    """Held-out tokens of the matrix's own."""
-    measure: str
-    """As a report says it."""
+    """How many came, those that do not judge too."""
+    others: Tensor | None
+    """BF16 `[m, K]`: the layer's held-out tokens, for what has few of its own."""
+    belief: Belief | None
+    """In their place, for what has none: it comes from training tokens, and is partial to what was solved by it."""
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
+
+    @property
+    def blended(self) -> bool:
+        """Whether there are so few tokens that others count too, as many as if 64 had come that look like them."""
+        return self.tokens < LEAST_HELD_OUT
+
+    @property
+    def measure(self) -> str:
+        """What judges, as a report says it."""
+        if not self.tokens and self.others is None and self.belief is None:
+            return "weights"
+        return "validation, blended" if self.blended else "validation"
 
     def error(self, weights: Tensor, values: Tensor) -> float:
-        """Return the mean square of what an output token loses, summed over rows."""
-        return output_error(weights, values, self.inputs, self.weights)
+        """Return the mean of |(W - Q) x|^2 over tokens; nothing to judge by gives |W - Q|^2.
+
+        Args:
+            weights: BF16 `[R, K]`, W.
+            values: BF16 `[R, K]`, Q.
+        """
+        found = output_error(weights, values, self.own, self.shares) if self.tokens else 0.0
+        if not self.blended:
+            return found
+        share = self.tokens / (self.tokens + LEAST_HELD_OUT)
+        if self.others is not None:
+            beside = output_error(weights, values, self.others, _shares(None, self.others))
+        elif self.belief is not None:
+            beside = _believed_error(weights, values, self.belief.hessian)
+        elif self.tokens:
+            return found
+        else:
+            return float((weights.float() - values.float()).square_().sum(dtype=torch.float64))
+        return share * found + (1 - share) * beside
 
 
-def judge_of(evidence: Evidence) -> Judge | None:
-    """Return who judges; None where no held-out token came, to this input or to the layer."""
-    own, counts, tokens = *_sample(evidence.held, evidence.held_weights), len(evidence.held)
-    own_share = _shares(counts)
+def judge_of(evidence: Evidence, belief: Belief | None) -> Judge:
+    """Return who judges matrices of an input.
+
+    Args:
+        evidence: with the tokens that were held out.
+        belief: what judges beside few of them where no other expert has the same input.
+    """
+    rows = _spaced(len(evidence.held), JUDGED, evidence.held.device)
+    own, tokens = evidence.held[rows], len(evidence.held)
+    shares = _shares(evidence.held_weights[rows], own)
     if tokens >= LEAST_HELD_OUT:
-        return Judge(own, own_share, tokens, "validation")
-    prior = evidence.prior
-    if prior is None or not len(prior.held):
-        return Judge(own, own_share, tokens, "validation, blended") if tokens else None
-    others, ones = _sample(prior.held, torch.ones(len(prior.held), device=prior.held.device))
-    share = tokens / (tokens + LEAST_HELD_OUT)
-    weights = torch.cat([own_share * share, _shares(ones) * (1 - share)])
-    return Judge(torch.cat([own, others]), weights, tokens, "validation, blended")
+        return Judge(own, shares, tokens, None, None)
+    if (prior := evidence.prior) is not None and len(prior.held):
+        return Judge(own, shares, tokens, prior.held[_spaced(len(prior.held), JUDGED, own.device)], None)
+    return Judge(own, shares, tokens, None, belief)
 
 
-def _sample(inputs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    if len(inputs) <= JUDGED:
-        return inputs, weights
-    rows = torch.arange(JUDGED, device=inputs.device) * len(inputs) // JUDGED
-    return inputs[rows], weights[rows]
+def _believed_error(weights: Tensor, values: Tensor, hessian: Tensor) -> float:
+    """Return tr(D H D^T) for what was lost, by a sample of the rows."""
+    rows = _spaced(len(weights), _ROWS, weights.device)
+    lost = weights[rows].float() - values[rows].float()
+    return float((lost @ hessian).mul_(lost).sum(dtype=torch.float64)) * len(weights) / len(rows)
 
 
-def _shares(weights: Tensor) -> Tensor:
-    total = weights.sum()
-    return weights / total if total > 0 else torch.full_like(weights, 1 / max(len(weights), 1))
+def _spaced(count: int, most: int, device: torch.device) -> Tensor:
+    """Return which of `count` rows are looked at: all, or `most` at even distances."""
+    kept = min(count, most)
+    return torch.arange(kept, device=device) * count // max(kept, 1)
+
+
+def _shares(weights: Tensor | None, inputs: Tensor) -> Tensor:
+    """Return weights that add up to 1; equal ones for tokens that count alike, or nothing."""
+    total = 0.0 if weights is None else float(weights.sum(dtype=torch.float64))
+    if weights is None or not total > 0:
+        return torch.full((len(inputs),), 1 / max(len(inputs), 1), device=inputs.device)
+    return weights / total
