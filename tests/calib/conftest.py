@@ -1,15 +1,23 @@
-"""Folders of statistics that nobody measured, for tests of what reads them."""
+"""Folders of statistics that nobody measured, rows of random tokens, and a small model to be measured or solved."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import silu
 
+from k2quant.calib.collecting import memory
+from k2quant.calib.inputs import Part, Samples
 from k2quant.calib.stats.digests import Digests
 from k2quant.calib.stats.layout import PARTS, Input, inputs
 from k2quant.calib.stats.manifest import DataPart, Manifest
@@ -24,7 +32,10 @@ from k2quant.calib.stats.writing import (
     write_layer,
     write_outside,
 )
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.data.learning import Census
 from k2quant.ground import names
+from tiny import write_model
 
 CONFIG: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -163,3 +174,112 @@ def made_up(ram: Path) -> MadeUp:
 def standing(tmp_path_factory: pytest.TempPathFactory) -> MadeUp:
     """Give the same for a whole file, whose tests change none of what it writes."""
     return MadeUp(tmp_path_factory.mktemp("standing"))
+
+
+LENGTH = 24
+
+
+def rows(seed: int, count: int, vocabulary: int) -> Part:
+    """Return rows of random tokens; the first holds two texts, the last one ends in padding."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, vocabulary, (count, LENGTH), generator=draw)
+    positions = torch.arange(LENGTH).repeat(count, 1)
+    positions[0, 10:] -= 10
+    real = torch.ones(count, LENGTH, dtype=torch.bool)
+    real[-1, -5:] = False
+    positions[-1, -5:] = 0
+    digest = hashlib.sha256(tokens.numpy().tobytes() + positions.numpy().tobytes()).hexdigest()
+    hashes = (hashlib.sha256(f"{seed}".encode()).hexdigest(),)
+    return Part(tokens=tokens, positions=positions, real=real, hashes=hashes, digest=digest)
+
+
+def samples(vocabulary: int, *, seed: int = 0, wanted: int = 12) -> Samples:
+    """Return rows of all parts."""
+    parts = [rows(3 * seed + number, count, vocabulary) for number, count in enumerate((12, 4, 2))]
+    return Samples(
+        train=parts[0],
+        validation=parts[1],
+        test=parts[2],
+        wanted=wanted,
+        duplicates=0,
+        reasoning="split",
+        census=Census(),
+        unread="",
+    )
+
+
+@pytest.fixture(scope="session")
+def drawn() -> Callable[..., Samples]:
+    """Give the function that makes rows."""
+    return samples
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A K2 of two layers in BF16, one of them with eight experts."""
+    folder = tmp_path_factory.mktemp("tiny") / "K2-Tiny"
+    write_model(folder)
+    return open_checkpoint(folder)
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make pieces of a row and segments of two, so that even a small pass has several of each."""
+    monkeypatch.setattr(memory, "PIECE_TOKENS", LENGTH)
+    monkeypatch.setattr(memory, "SEGMENT_TOKENS", 2 * LENGTH)
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """Give the function that returns every file of a folder, by its name below it."""
+    return lambda folder: {
+        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def _texts(part: Part) -> Iterator[Tensor]:
+    """Yield each text of the rows by itself, without padding."""
+    for tokens, positions, real in zip(part.tokens, part.positions, part.real, strict=True):
+        count = int(real.sum())
+        starts = [*(positions[:count] == 0).nonzero().flatten().tolist(), count]
+        yield from (tokens[start:stop][None] for start, stop in itertools.pairwise(starts))
+
+
+Seen = dict[str, list[tuple[Tensor, Tensor]]]
+"""Of each matrix: what it multiplies, `[M, K]`, and how much each row counts."""
+
+
+def _by_hand(model: Any, part: Part) -> Seen:
+    """Run texts through a loaded model, one by one, and note what every matrix multiplies."""
+    seen: Seen = defaultdict(list)
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if last.endswith("_proj") or "kv_a_proj" in last:
+            module.register_forward_pre_hook(
+                lambda _, given, name=name: seen[name].append((given[0].flatten(0, -2), torch.ones(given[0].numel())))
+            )
+        if last == "experts":
+            module.register_forward_pre_hook(lambda _, given, name=name: _route(seen, state, name, *given))
+    with torch.no_grad():
+        for tokens in _texts(part):
+            model(tokens)
+    return seen
+
+
+def _route(seen: Seen, state: dict[str, Tensor], name: str, x: Tensor, ids: Tensor, weights: Tensor) -> None:
+    """Note what a layer's experts multiply, from what the router gave them."""
+    seen[name].append((x, torch.ones(len(x))))
+    for expert in ids.unique().tolist():
+        token, slot = torch.where(ids == expert)
+        p = weights[token, slot]
+        gate, up = (x[token] @ state[f"{name}.{expert}.{part}_proj.weight"].T for part in ("gate", "up"))
+        seen[f"{name}.{expert}.gate_proj"].append((x[token], p**2))
+        seen[f"{name}.{expert}.up_proj"].append((x[token], p**2))
+        seen[f"{name}.{expert}.down_proj"].append((silu(gate) * up, p**2))
+
+
+@pytest.fixture(scope="session")
+def by_hand() -> Callable[[Any, Part], Seen]:
+    """Give the function that runs texts through a loaded model, and returns what each matrix multiplies."""
+    return _by_hand

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from k2quant.calib.collecting import collect
 from k2quant.calib.collecting.memory import needs
@@ -41,46 +39,8 @@ def measured(k2_bf16: Path, tmp_path_factory: pytest.TempPathFactory, drawn: Cal
     return folder
 
 
-def texts(part: Part) -> Iterator[Tensor]:
-    """Yield each text of the rows by itself, without padding."""
-    for tokens, positions, real in zip(part.tokens, part.positions, part.real, strict=True):
-        count = int(real.sum())
-        starts = [*(positions[:count] == 0).nonzero().flatten().tolist(), count]
-        yield from (tokens[start:stop][None] for start, stop in itertools.pairwise(starts))
-
-
 Seen = dict[str, list[tuple[Tensor, Tensor]]]
 """Of each matrix: what it multiplies, `[M, K]`, and how much each row counts."""
-
-
-def by_hand(model: Any, part: Part) -> Seen:
-    """Run texts through a loaded model, one by one, and note what every matrix multiplies."""
-    seen: Seen = defaultdict(list)
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if last.endswith("_proj") or "kv_a_proj" in last:
-            module.register_forward_pre_hook(
-                lambda _, given, name=name: seen[name].append((given[0].flatten(0, -2), torch.ones(given[0].numel())))
-            )
-        if last == "experts":
-            module.register_forward_pre_hook(lambda _, given, name=name: route(seen, state, name, *given))
-    with torch.no_grad():
-        for tokens in texts(part):
-            model(tokens)
-    return seen
-
-
-def route(seen: Seen, state: dict[str, Tensor], name: str, x: Tensor, ids: Tensor, weights: Tensor) -> None:
-    """Note what a layer's experts multiply, from what the router gave them."""
-    seen[name].append((x, torch.ones(len(x))))
-    for expert in ids.unique().tolist():
-        token, slot = torch.where(ids == expert)
-        p = weights[token, slot]
-        gate, up = (x[token] @ state[f"{name}.{expert}.{part}_proj.weight"].T for part in ("gate", "up"))
-        seen[f"{name}.{expert}.gate_proj"].append((x[token], p**2))
-        seen[f"{name}.{expert}.up_proj"].append((x[token], p**2))
-        seen[f"{name}.{expert}.down_proj"].append((silu(gate) * up, p**2))
 
 
 def far(found: Any, wanted: Any) -> float:
@@ -108,7 +68,9 @@ def assert_same(stats: Stats, base: str, part: Any, seen: Seen) -> None:
     assert np.allclose(hessian.diagonal(), found.mean_square, rtol=1e-4)
 
 
-def test_every_matrix_is_measured_as_by_hand(measured: Path, k2_bf16: Path, drawn: Callable[..., Samples]) -> None:
+def test_every_matrix_is_measured_as_by_hand(
+    measured: Path, k2_bf16: Path, drawn: Callable[..., Samples], by_hand: Callable[[Any, Part], Seen]
+) -> None:
     """Of each matrix and part: tokens without padding, of texts that do not see one another; p^2 weighs experts'."""
     stats = open_stats(measured)
     bases = [name.removesuffix(".weight") for name in open_checkpoint(k2_bf16).tensors if "_proj" in name]
