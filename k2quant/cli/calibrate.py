@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from k2quant.cli.parts import options
+from k2quant.cli.parts.data import check_data, data_options
 from k2quant.cli.parts.results import suggest
 from k2quant.cli.parts.terminal.tables import paragraph
 
@@ -18,36 +19,8 @@ if TYPE_CHECKING:
 @click.command(name="calibrate")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("stats", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    required=True,
-    metavar="FILE|NAME",
-    help="Rows of text or chats (.jsonl), plain text (.txt, .text, .md, .raw), a folder of such, or a dataset.",
-)
-@click.option("--samples", type=click.IntRange(1), default=512, show_default=True, help="Rows to measure, at most.")
-@click.option("--length", type=click.IntRange(2), default=2048, show_default=True, help="Tokens of a row.")
-@click.option(
-    "--validation",
-    metavar="FILE|NAME",
-    help="What judges each matrix, in place of a tenth of the documents of --data.",
-)
-@click.option(
-    "--test", metavar="FILE|NAME", help="What is kept for a final figure and not measured, in place of another tenth."
-)
-@click.option("--split", default="train", show_default=True, help="Of --data, where that is a dataset.")
-@click.option("--config-name", metavar="NAME", help="Configuration of datasets that have several.")
-@click.option(
-    "--reasoning",
-    type=options.words(["split", "drop"]),
-    default="split",
-    show_default=True,
-    help="Earlier turns of a chat whose reasoning the chat template drops: read once more as they were asked for, with "
-    "it, or left without it.",
-)
+@data_options(required=True)
 @click.option("--hessians", is_flag=True, help="Also sum products of all pairs of columns, as GPTQ needs them.")
-@click.option(
-    "--memory", default="32GB", show_default=True, metavar="SIZE", help="What the pass may take; the rest is on disk."
-)
 @options.device(more="Where layers compute: cpu, cuda or cuda:N.", others=("cpu",))
 @click.option("--dry-run", is_flag=True, help="Print what it would cost, write nothing; exit 1 if it does not fit.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left in STATS.")
@@ -72,25 +45,11 @@ def command(source: Path, stats: Path, *, dry_run: bool, as_json: bool, memory: 
 
     need("run", "`k2quant calibrate`")
     options["memory"] = parse_size(memory)
-    _check_early(source, options, tokenizer=not dry_run)
+    check_data(source, options, tokenizer=not dry_run)
     if dry_run:
         _dry_run(source, stats, as_json=as_json, options=options)
     else:
         _calibrate(source, stats, as_json=as_json, options=options)
-
-
-def _check_early(source: Path, given: dict[str, Any], *, tokenizer: bool) -> None:
-    """Refuse what cannot be read before torch and transformers are loaded, which takes seconds."""
-    from k2quant.checkpoint.beside import check_tokenizer
-    from k2quant.data.places import no_data
-    from k2quant.errors import UsageError
-
-    for name in ("data", "validation", "test"):
-        if given[name] is not None and (why := no_data(given[name])):
-            raise UsageError(f"`{name}=`: {given[name]!r}: {why}")
-    options.check_early(source, follow_links=given["follow_links"])
-    if tokenizer:
-        check_tokenizer(source)
 
 
 def _calibrate(source: Path, stats: Path, *, as_json: bool, options: dict[str, Any]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts import conversion, options
+from k2quant.cli.parts import conversion, options, solving
 from k2quant.cli.parts.results import suggest
+
+if TYPE_CHECKING:
+    from k2quant.conversion.convert import Conversion
 
 
 @click.command(name="convert")
@@ -16,6 +19,7 @@ from k2quant.cli.parts.results import suggest
 @click.argument("destination", type=click.Path(path_type=Path))
 @conversion.format_options()
 @conversion.method_options()
+@solving.solving_options()
 @options.device(more="Where the arithmetic runs: cpu or cuda.", others=("cpu",))
 @conversion.run_options()
 def command(
@@ -26,26 +30,40 @@ def command(
     The same command after a kill resumes; on a finished DESTINATION it says so and does nothing.
 
     \b
-    Example:
+    Examples:
         k2quant convert --to int4 Kimi-K2-Instruct Kimi-K2-Instruct-INT4
+        k2quant convert --to int4 --method gptq --data chats.jsonl Kimi-K2-Instruct Kimi-K2-Instruct-GPTQ
     """
     options["shard_size"] = conversion.shard_bytes(shard_size)
     options["recipe"] = conversion.read_stdin(options["recipe"])
-    if dry_run:
+    own = solving.taken_out(options, conversion.choice(options))
+    if own is not None:
+        solving.check_solving(source, options, own, tokenizer=not dry_run)
+        if dry_run:
+            solving.dry_run(source, destination, options, own, as_json=as_json)
+        else:
+            _say(solving.solve(source, destination, options, own), source, destination, options, as_json=as_json)
+    elif dry_run:
         _dry_run(source, destination, as_json=as_json, **options)
     else:
         _convert(source, destination, as_json=as_json, **options)
 
 
 def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
-    import json
-
     from k2quant.cli.parts.screen import progress
     from k2quant.conversion.convert import convert
-    from k2quant.conversion.searching.gains import bought
 
     with progress(f"{source.name} to {conversion.target(options)}") as show:
         done = convert(source, destination, progress=show, **options)
+    _say(done, source, destination, options, as_json=as_json)
+
+
+def _say(done: Conversion, source: Path, destination: Path, options: dict[str, Any], *, as_json: bool) -> None:
+    """Say what a run came to."""
+    import json
+
+    from k2quant.conversion.searching.gains import bought
+
     conversion.announce(done)
     gain = None if done.already_done else bought(done.report)
     if as_json:

@@ -121,7 +121,7 @@ def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationSt
             "options": "other options",
             "source": "another source",
             "values": "other values",
-            "method": "another method, or other statistics",
+            "method": "another method, other statistics or other data",
         }.get(key, f"another {key}")
         for key in changed
         if key != "method" or "options" not in changed  # which say it

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import click
 
@@ -15,6 +15,7 @@ from k2quant.formats.known import FORMATS
 from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
+    from k2quant.calib.solving.planning import SolvingPlan
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Options, Plan
     from k2quant.conversion.searching.searched import Searched
@@ -66,7 +67,8 @@ _METHOD = (
         "--method",
         type=words(get_args(Method)),
         help="How INT4 scales are chosen: rounding to nearest (rtn, default), searched for the least squared error "
-        "(mse), or for the least error of outputs, by what a calibration saw (imatrix). A RECIPE says it in its rules.",
+        "(mse), or for the least error of outputs, by what a calibration saw (imatrix; awq: after a fold). gptq "
+        "chooses codes too, in a pass of --data through the model. A RECIPE says it in its rules.",
     ),
     click.option(
         "--stats",
@@ -231,7 +233,10 @@ def _search_lines(method: dict[str, Any]) -> list[str]:
 
     if not method:
         return []
-    what = f"{method['asked']}, {method['candidates']} scales a group; {counted(method['weights'], 'weight')} searched"
+    weights = counted(method["weights"], "weight")
+    if "candidates" not in method:
+        return [f"{'method':<16} {method['asked']}, at scales of {method['scales']}; {weights} solved"]
+    what = f"{method['asked']}, {method['candidates']} scales a group; {weights} searched"
     lines = [f"{'method':<16} {what}"]
     return [*lines, f"{'stats':<16} {method['stats']}"] if "stats" in method else lines
 
@@ -247,6 +252,8 @@ def dry_run(
     more: dict[str, Any] | None = None,
     marks: dict[str, str] | None = None,
     rounder: Searched | None = None,
+    method: dict[str, Any] | None = None,
+    cost: SolvingPlan | None = None,
 ) -> None:
     """Print what a plan would cost; exit 1 if the disk is too small.
 
@@ -260,27 +267,27 @@ def dry_run(
         more: what else there is to say, by name; JSON alone has what is no plain value.
         marks: what else is done with some weights, as `describe` takes it.
         rounder: who searches scales, if anybody does.
+        method: what is said of how codes are chosen, where that is no rounder's to say.
+        cost: what it would take, where that is no mere conversion.
     """
     import json
 
     from k2quant.cli.parts.terminal.tables import paragraph
-    from k2quant.conversion.estimate import estimate
     from k2quant.conversion.plan import describe, taken
     from k2quant.conversion.resume import standing_shards
-    from k2quant.ground.units import counted, duration, size
+    from k2quant.ground.units import counted, size
 
     searched = {job.weight.main.name: "searched" for job in plan.jobs() if rounder is not None and rounder.takes(job)}
     done, table = standing_shards(plan, destination, restart=restart), describe(plan, searched | (marks or {}))
-    cost = estimate(plan, destination, done=done, workers=workers, rounder=rounder)
+    found = _cost(plan, destination, done, workers, rounder, peak_memory) if cost is None else _solving_cost(plan, cost)
     _say(plan.remarks)
-    cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
-    method = _search(plan, rounder)
+    method = method or _search(plan, rounder)
     if as_json:
         work = {"shards": len(plan.shards), "shards_done": len(done), "work": table}
         work["remarks"] = list(plan.remarks)
         work["rules"] = [{**rule.as_json(), "weights": count} for rule, count in taken(plan)]
         work |= {"method": method} if method else {}
-        click.echo(json.dumps({**cost._asdict(), "fits": cost.fits, **work, **(more or {})}))
+        click.echo(json.dumps({**found.facts, "fits": found.fits, **work, **(more or {})}))
     else:
         for number, (rule, count) in enumerate(taken(plan) if plan.options.rules else (), 1):
             line = f"{f'rule {number}':<16} {counted(count, 'weight')} to {rule.summary()}"
@@ -292,12 +299,46 @@ def dry_run(
         for name, value in (more or {}).items():
             if not isinstance(value, dict):
                 click.echo(f"{name:<16} {value}")
-        click.echo(f"{'read':<16} {size(cost.bytes_read)}")
+        click.echo(f"{'read':<16} {size(plan.bytes_read)}")
         shards = counted(len(plan.shards), "shard")
-        click.echo(f"{'written':<16} {size(cost.bytes_written)} in {shards}, {len(done)} of them done")
-        click.echo(f"{'disk needed':<16} {size(cost.disk_needed)}" + ("" if cost.fits else ", TOO SMALL"))
-        click.echo(f"{'disk free':<16} {size(cost.disk_free)}")
-        click.echo(f"{'peak memory':<16} {size(cost.peak_memory)}")
-        click.echo(f"{'time':<16} about {duration(cost.seconds)} on the CPU")
-    if not cost.fits:
+        click.echo(f"{'written':<16} {size(plan.bytes_written)} in {shards}, {len(done)} of them done")
+        for name, text in found.lines.items():
+            click.echo(paragraph(f"{name:<16} {text}", hang=" " * 17))
+    if not found.fits:
         raise SystemExit(1)
+
+
+class _Cost(NamedTuple):
+    """What a dry run says that a run would take."""
+
+    facts: dict[str, Any]
+    lines: dict[str, str]
+    fits: bool
+
+
+def _cost(
+    plan: Plan,
+    destination: Path,
+    done: Mapping[str, object],
+    workers: int,
+    rounder: Searched | None,
+    peak_memory: int | None,
+) -> _Cost:
+    """Return what a conversion takes that runs no model."""
+    from k2quant.conversion.estimate import estimate
+    from k2quant.ground.units import duration, size
+
+    cost = estimate(plan, destination, done=done, workers=workers, rounder=rounder)
+    cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
+    lines = {
+        "disk needed": size(cost.disk_needed) + ("" if cost.fits else ", TOO SMALL"),
+        "disk free": size(cost.disk_free),
+        "peak memory": size(cost.peak_memory),
+        "time": f"about {duration(cost.seconds)} on the CPU",
+    }
+    return _Cost(cost._asdict(), lines, cost.fits)
+
+
+def _solving_cost(plan: Plan, cost: SolvingPlan) -> _Cost:
+    read = {"bytes_read": plan.bytes_read, "bytes_written": plan.bytes_written}
+    return _Cost({**read, **cost.as_json()}, cost.lines(), cost.fits)

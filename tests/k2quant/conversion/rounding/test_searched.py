@@ -295,7 +295,7 @@ def test_another_method_and_other_statistics_are_another_run(
     with pytest.raises(DestinationStale, match="of other options"):
         k2quant.convert(small, rounded, "int4", method="mse")
     other = make_stats(squares=lambda _one, _part, squares: squares * 2)
-    with pytest.raises(DestinationStale, match="of another method, or other statistics"):
+    with pytest.raises(DestinationStale, match="of another method, other statistics or other data"):
         k2quant.convert(small, imatrix.folder, "int4", method="imatrix", stats=other)
     assert k2quant.convert(small, rounded, "int4", method="rtn").already_done
     assert k2quant.convert(small, imatrix.folder, recipe=imatrix.folder, stats=stats).already_done

@@ -1,0 +1,143 @@
+"""What `convert --method gptq` has beside other methods: its options, who may use them, the run and the dry run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from k2quant.cli.parts.data import check_data, data_options, said
+from k2quant.cli.parts.options import Option, trust_remote_code, words
+
+if TYPE_CHECKING:
+    from k2quant.conversion.convert import Conversion
+    from k2quant.conversion.plan import Options
+
+SOLVED = "gptq"
+
+_HOW = ("scales", "damping", "propagate")
+_DATA = ("data", "samples", "length", "validation", "test", "split", "config_name", "reasoning", "memory")
+_ALL = (*_HOW, *_DATA, "trust_remote_code")
+"""Options that no other method has a use for."""
+
+
+def solving_options() -> Option[Any]:
+    """How matrices are solved, and by which text."""
+    from k2quant.calib.solving.settings import Scales
+
+    options = (
+        click.option(
+            "--scales",
+            type=words(get_args(Scales)),
+            default="imatrix",
+            show_default=True,
+            help="Of gptq: who chooses the scales that codes are solved with.",
+        ),
+        click.option(
+            "--damping",
+            type=click.FloatRange(0, min_open=True),
+            default=0.1,
+            show_default=True,
+            help="Of gptq: what is added to a Hessian's diagonal, in units of its mean.",
+        ),
+        click.option(
+            "--propagate/--no-propagate",
+            default=True,
+            show_default=True,
+            help="Of gptq: whether a layer sees what the quantised layers before it give.",
+        ),
+        data_options(required=False),
+        trust_remote_code(),
+    )
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def taken_out(given: dict[str, Any], choice: Options) -> dict[str, Any] | None:
+    """Take the options of this method out of a command's; None where another method was chosen.
+
+    Args:
+        given: the options by name; they are changed.
+        choice: what they ask for.
+
+    Raises:
+        UsageError: the method has no use for one of them, or cannot do without.
+    """
+    from k2quant.errors import UsageError
+    from k2quant.formats.format import listed
+
+    method = choice.in_force.method
+    own = {name: given.pop(name) for name in _ALL}
+    if method != SOLVED:
+        if stray := said(_ALL):
+            names = listed(f"`{name}=`" for name in stray)
+            raise UsageError(f"{names} with `method=` {method}, which runs no text through the model; gptq does")
+        return None
+    if given.pop("stats") is not None:
+        raise UsageError("`stats=` has no meaning with `method=` gptq, which measures as it goes: name text, `data=`")
+    if own["data"] is None:
+        raise UsageError("`method=` gptq runs text through the model while it converts, and `data=` names none")
+    return own
+
+
+def check_solving(source: Path, given: dict[str, Any], own: dict[str, Any], *, tokenizer: bool) -> None:
+    """Refuse what is missing or cannot be read before torch is loaded."""
+    from k2quant.ground.extras import need
+    from k2quant.ground.units import parse_size
+
+    need("run", f"`convert --method {SOLVED}`")
+    own["memory"] = parse_size(own["memory"])
+    check_data(source, given | own, tokenizer=tokenizer)
+
+
+def solve(source: Path, destination: Path, given: dict[str, Any], own: dict[str, Any]) -> Conversion:
+    """Solve and convert, with a bar."""
+    import gc
+
+    gc.enable()  # the command line runs without; a pass makes garbage
+    from k2quant.calib import solve  # only now: it loads torch and transformers
+    from k2quant.cli.parts.screen import staged_tokens
+    from k2quant.model.generation import silence
+
+    silence()
+    how = {name: value for name, value in given.items() if name != "method"}
+    with staged_tokens("loading") as (show, stage):
+        return solve(source, destination, progress=show, stage=stage, **how, **own)
+
+
+def dry_run(source: Path, destination: Path, given: dict[str, Any], own: dict[str, Any], *, as_json: bool) -> None:
+    """Print what solving would take; exit 1 if the disk is too small."""
+    from k2quant.calib.solving.planning import plan_solving
+    from k2quant.calib.solving.writing.planned import plan_solved
+    from k2quant.checkpoint.reader import open_checkpoint
+    from k2quant.cli.parts import conversion
+    from k2quant.cli.parts.screen import working
+    from k2quant.conversion.resume import refuse_nested
+    from k2quant.ground.pool import checked_workers
+
+    refuse_nested(source, destination)
+    with working(f"planning {source.name}"):
+        planned = plan_solved(open_checkpoint(source, follow_links=given["follow_links"]), conversion.choice(given))
+        rows = {name: own[name] for name in ("samples", "length", "memory", "scales", "propagate")}
+        cost = plan_solving(planned.plan, destination, workers=given["workers"], device=given["device"], **rows)
+    solved = {job.weight.main.name: "solved" for job in planned.jobs.values()}
+    searched = {
+        job.weight.main.name: "searched" for job in planned.plan.jobs() if job.name in frozenset(planned.abroad)
+    }
+    conversion.dry_run(
+        planned.plan,
+        destination,
+        restart=given["restart"],
+        workers=checked_workers(given["workers"]),
+        as_json=as_json,
+        marks=solved | searched,
+        method={"asked": SOLVED, **{name: own[name] for name in _HOW}, "weights": len(planned.jobs)},
+        cost=cost,
+    )
