@@ -30,7 +30,7 @@ def command(
     The same command after a kill resumes; on a finished DESTINATION it says so and does nothing.
 
     \b
-    Examples:
+    Example:
         k2quant convert --to int4 Kimi-K2-Instruct Kimi-K2-Instruct-INT4
         k2quant convert --to int4 --method gptq --data chats.jsonl Kimi-K2-Instruct Kimi-K2-Instruct-GPTQ
     """

@@ -15,6 +15,9 @@ Opened = Mapping[str, Mapping[str, str]]
 OPEN: dict[str, dict[str, str]] = {
     "k2quant.calib": {
         "report": "the page of a calibration",
+        "solving.planning": "what solving would take, for a plan that a command has",
+        "solving.settings": "the words of its options, without torch",
+        "solving.writing": "the plan of a conversion that solves",
         "stats": "what a calibration knows, for conversions that take it",
     },
     "k2quant.calib.inputs": {

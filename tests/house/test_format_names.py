@@ -30,6 +30,7 @@ OWN = ("k2quant/formats/", "kernels/codecs/", "kernels/products/", "kernels/tuni
 """What a format is stands here: its bytes, its codecs, its products."""
 
 DEFAULTS: dict[str, int] = {
+    "calib/solving/solve.py": 1,  # what is solved for unless a call says otherwise
     "k2quant/cli/calibrate.py": 1,  # what statistics are taken for, in the command that comes next
     "k2quant/ground/release.py": 1,  # the config of the published model says fp8
     "k2quant/nano/demo.py": 11,  # the formats that the demo writes, step by step

@@ -169,7 +169,7 @@ def test_a_journal_of_another_method_is_refused(source: Path, out: Path) -> None
     """One by other statistics is named; where the options say it already, they alone are."""
     made = plan(source, method={"asked": "imatrix", "stats": "a"})
     for other, words in (
-        ({"method": {"asked": "imatrix", "stats": "b"}}, "conversion of another method, other statistics or other data;"),
+        ({"method": {"asked": "imatrix", "stats": "b"}}, "of another method, other statistics or other data;"),
         ({"method": {"asked": "mse"}, "options": "other"}, "conversion of other options;"),
     ):
         with pytest.raises(DestinationStale, match=words):
