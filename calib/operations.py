@@ -6,6 +6,7 @@ ones are a little faster an operation, so what is planned by this is no promise.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -153,8 +154,6 @@ def measured(model: Model, device: str, workers: int, target: Format | None) -> 
     import torch
 
     from k2quant.calib.collecting.moments import Hessian
-    from k2quant.calib.collecting.running import whole_float32
-    from k2quant.calib.solving.passing.layers import one_thread_each
     from k2quant.kernels.codecs.grids import GROUP
     from k2quant.kernels.solvers.errors import output_error
     from k2quant.kernels.solvers.factors import factorise
@@ -177,7 +176,7 @@ def measured(model: Model, device: str, workers: int, target: Format | None) -> 
         raise AssertionError(msg)
 
     def seconds(work: Callable[[], object]) -> float:
-        with whole_float32(), one_thread_each():
+        with _as_in_a_run():
             return abreast(work, workers)
 
     return Work(
@@ -188,6 +187,21 @@ def measured(model: Model, device: str, workers: int, target: Format | None) -> 
         search=1.0 if target is None else workers * search_rate(target, weighted=True),
         judging=tokens * rows * columns / seconds(lambda: output_error(weights, values, given, each)),
     )
+
+
+@contextlib.contextmanager
+def _as_in_a_run() -> Iterator[None]:
+    """Have torch compute on the thread that asks, and with all bits of float32, without loading what runs a model."""
+    import torch
+
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 def abreast(work: Callable[[], object], workers: int) -> float:
