@@ -60,20 +60,21 @@ class Seen:
         """Return what is known of the input; the sums are gone afterwards.
 
         Raises:
-            BadValue: it is not finite; all that comes after would be as little.
+            BadValue: it is not finite, or too large to be squared; all that comes after would be as little.
         """
-        if not bool(self._sum.isfinite().all()):
+        hessian = torch.from_numpy(self._hessian.mean(self._weight)).to(self._sum.device)
+        if not bool((hessian.diagonal() + self._sum).isfinite().all()):
             raise BadValue(
                 "what it is given cannot be measured",
                 tensor=self._name,
-                expected="finite values",
+                expected="finite values whose squares float32 holds",
                 found="NaN or infinity",
                 remedy="weights of this layer or of one before it are damaged or far too large",
             )
         held = torch.cat([self._empty, *(rows for rows, _ in self._held)])
         weights = torch.cat([self._empty[:, 0].float(), *(counts for _, counts in self._held)])
         return Evidence(
-            hessian=torch.from_numpy(self._hessian.mean(self._weight)).to(self._sum.device),
+            hessian=hessian,
             mean=(self._sum / (self._weight or 1.0)).float(),
             weight=self._weight,
             tokens=self._tokens,
