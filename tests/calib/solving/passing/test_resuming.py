@@ -254,14 +254,13 @@ def test_an_input_that_is_not_finite_is_named(
 ) -> None:
     """NaN, or what is too large to be squared, ends a pass where it shows; so does one that was stopped before it."""
     write_model(tmp_path / "model")
-    source = open_checkpoint(tmp_path / "model")
-    entry = source.tensors["model.layers.0.mlp.up_proj.weight"]
+    entry = open_checkpoint(tmp_path / "model").tensors["model.layers.0.mlp.up_proj.weight"]
     with (tmp_path / "model" / entry.file).open("r+b") as file:
         file.seek(entry.start)
         file.write(bits.to_bytes(2, "little") * (entry.nbytes // 2))
     for _ in range(2):
         with pytest.raises(BadValue, match=r"layers\.0\.mlp\.down_proj.*found NaN or infinity"):
-            through(source, data, sinks(), bases=["model.layers.0.mlp.down_proj"])
+            through(open_checkpoint(tmp_path / "model"), data, sinks(), bases=["model.layers.0.mlp.down_proj"])
 
 
 def test_work_is_done_in_turn() -> None:
