@@ -20,6 +20,15 @@ OPEN: dict[str, dict[str, str]] = {
         "solving.writing": "the plan of a conversion that solves",
         "stats": "what a calibration knows, for conversions that take it",
     },
+    "k2quant.calib.collecting": {
+        "attention": "attention that needs no score matrix on a CPU, for the pass that solves",
+        "experts": "routed experts one by one, and who is sent to them",
+        "memory": "what a layer takes, and how tokens are cut, without torch",
+        "moments": "the sum of a Hessian, to solve by and to be timed",
+        "pieces": "rows as they go through a layer",
+        "running": "what holds for any pass over samples",
+        "walking": "a model whose layers have weights one at a time",
+    },
     "k2quant.calib.inputs": {
         "choosing": "numbers of rows, and how many of them judge, without torch",
     },

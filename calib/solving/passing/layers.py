@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from k2quant.calib.solving.passing.seen import Seen
 from k2quant.calib.solving.passing.turns import Turns
 from k2quant.calib.stats.layout import PARTS, Part
 from k2quant.ground import pool
+from k2quant.kernels.devices.single import single_threaded
 from k2quant.model.modules import PROJECTIONS
 from k2quant.model.passes.activations import Activations
 
@@ -202,7 +202,7 @@ class LayerRun:
                 raise
             done[0] += 1  # only a display: a lost update does no harm
 
-        with one_thread_each():
+        with single_threaded():
             tick = lambda: self._tell((1 + done[0]) / (1 + experts.count))  # noqa: E731
             pool.run(iter(range(experts.count)), work, workers=self._workers, tick=tick)
 
@@ -238,14 +238,3 @@ class LayerRun:
 
 def _width(module: Any) -> int:
     return int(module.down_proj.in_features)
-
-
-@contextlib.contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Have torch compute on the thread that asks, so that bits are the same for any number of them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
