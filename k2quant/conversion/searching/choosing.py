@@ -50,7 +50,7 @@ _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 _NO_TOKENS = "no token of the calibration reached it"
 _NO_GAIN = "no fold has less error on the calibration's own inputs"
-_WORSE = "worse than without a fold on held-out data"
+_WORSE = "no better than without a fold on held-out data"
 
 
 class Pair(NamedTuple):
@@ -68,7 +68,7 @@ class Fold:
     k: I8
     """int8 `[I]`: row j of up is multiplied by 2^-k_j, column j of down by 2^k_j."""
     relative: float = 1.0
-    """What down loses on held-out data with the fold, accepted or not, over what it loses without."""
+    """What down loses on held-out data with the fold, accepted or not, over the least that it loses without."""
     reason: str | None = None
     """Why there is none."""
     errors: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
@@ -213,7 +213,8 @@ def _judged(source: Checkpoint, pair: Pair, stats: Stats, codecs: Codecs, known:
         found[start] = (*errors(moved, (better,), folded, target, codecs, scratch), plain)
         bare += searched
     with_fold, plain = (sum(panel[side] for panel in found.values()) for side in (0, 1))
-    relative = with_fold / bare if bare else 1.0
-    if with_fold >= min(bare, plain):
+    without = min(bare, plain)
+    relative = with_fold / without if without else 1.0
+    if with_fold >= without:
         return _none(k.astype(bool), _WORSE, relative)
     return Fold(k, relative, None, found)

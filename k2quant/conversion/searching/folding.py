@@ -87,7 +87,7 @@ class Folding(Searched):
 
     def effort(self, job: Job) -> float:
         """Return how many searches a weight takes."""
-        return _EFFORT if job.name in self._pairs and job.name.endswith(_DOWN) else 1.0
+        return _EFFORT if job.name in self._pairs and job.name.endswith(_DOWN) else super().effort(job)
 
     def facts(self, job: Job) -> Mapping[str, Any]:
         """Return which scales a weight has, how good they are, and what was folded."""

@@ -179,3 +179,22 @@ def make_stats(small: Path, tmp_path: Path) -> Callable[..., Path]:
         return write_stats(tmp_path / "made-stats", source, Making(**making))
 
     return made
+
+
+def outlying(one: Input, _part: Part, squares: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Let two columns of each group of a down_proj have inputs 20 times as large, in both parts."""
+    if one.name.endswith("down_proj"):
+        squares[..., 5::16] *= np.float32(400)
+    return squares
+
+
+@pytest.fixture(scope="session")
+def few_large() -> Squares:
+    """Give `outlying` to tests that make statistics of their own."""
+    return outlying
+
+
+@pytest.fixture(scope="session")
+def outliers(small: Path) -> Path:
+    """Statistics of the small K2 that make folds worth it."""
+    return write_stats(small.parent / "outliers", small, Making(squares=outlying))
