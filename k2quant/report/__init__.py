@@ -16,7 +16,7 @@ from k2quant.report.content import Report
 from k2quant.report.document import page_file, write_page
 from k2quant.report.page import page
 from k2quant.report.reading import read
-from k2quant.report.sections import searched
+from k2quant.report.sections import budgeted, searched
 
 
 def write_html(folder: Path, output: Path | None = None) -> Path:
@@ -49,15 +49,15 @@ def read_figures(folder: Path) -> dict[str, Any]:
         folder: what `k2quant convert` wrote.
 
     Returns:
-        sizes, a row for each class and format under `classes`, and under `search` what a search of scales bought, or
-        None.
+        sizes, a row for each class and format under `classes`, and under `search` what a search of scales bought,
+        under `budget` how bits were shared out, or None.
 
     Raises:
         CheckpointError: there is no such folder.
         MalformedFile: it holds no report, or one that does not parse, or its conversion is not finished.
     """
     report = _finished(folder)
-    return {**report.as_json(), "search": searched.as_json(report)}
+    return {**report.as_json(), "search": searched.as_json(report), "budget": budgeted.as_json(report)}
 
 
 def _finished(folder: Path) -> Report:

@@ -18,8 +18,9 @@ from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.ground.saying.showing import brief
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.merge.figures import MergeFigures
+from k2quant.report.choices.budgets import Budget
+from k2quant.report.choices.searches import Fold, Scales, Search
 from k2quant.report.origins import Exported, Origin, Unknown, label
-from k2quant.report.searches import Scales, Search
 
 
 class Way(NamedTuple):
@@ -69,6 +70,8 @@ class Tensor(NamedTuple):
     """What rounding left of an update."""
     scales: Scales | None = None
     """What a search of its scales came to."""
+    fold: Fold | None = None
+    """What was tried of moving powers of two between it and its neighbour."""
 
 
 @dataclass(slots=True)
@@ -145,6 +148,8 @@ class Report:
     """What each rule of a recipe says, in a line; none where a format was asked for."""
     search: Search | None = None
     """How scales were searched; None where they were rounding's."""
+    budget: Budget | None = None
+    """How bits were shared out; None where each weight in scope got the same."""
     cells: dict[Cell, Sum] = field(default_factory=dict)
 
     def __repr__(self) -> str:

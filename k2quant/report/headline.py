@@ -85,10 +85,14 @@ def _searched(report: Report) -> str:
     """Say how scales were chosen, where they are not rounding's own."""
     if report.search is None:
         return ""
+    if (solving := report.search.solving) is not None:
+        return (
+            f" Codes are solved column by column by <b>{text(report.search.method)}</b>, at scales by "
+            f"{text(solving.scales)}."
+        )
     weighed = ", weighed by what a calibration saw" if report.search.stats else ""
-    return (
-        f" Scales are the best of {report.search.candidates:,} a group by <b>{text(report.search.method)}</b>{weighed}."
-    )
+    best = f"{report.search.candidates or 0:,} a group by <b>{text(report.search.method)}</b>"
+    return f" Scales are the best of {best}{weighed}."
 
 
 def _plain(ways: Ways) -> Iterator[str]:

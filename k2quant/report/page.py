@@ -11,7 +11,7 @@ from k2quant.report.document import document
 from k2quant.report.headline import header, title
 from k2quant.report.origins import Exported, Merged
 from k2quant.report.pictures import by_class, by_format, by_layer
-from k2quant.report.sections import searched, updates
+from k2quant.report.sections import budgeted, searched, updates
 from k2quant.report.sections.checks import how
 from k2quant.report.words import (
     DASH,
@@ -46,6 +46,7 @@ def _sections(report: Report, folder: str) -> Iterator[str]:
     yield f"<ul class=tiles>{''.join(_tiles(report))}</ul>\n"
     if isinstance(report.origin, Merged):
         yield f"{updates.section(report, report.origin)}\n"
+    yield f"{budgeted.section(report)}\n"
     yield f"{searched.section(report)}\n"
     if not report.measured:
         yield f"<p class=card>{_why_not_measured(report)}</p>\n"
@@ -106,6 +107,7 @@ def _tiles(report: Report) -> Iterator[str]:
     ratio = f"{after / before:.2f} times the source" if before else "an empty source"
     yield tile("Size", f"{size(before)} &rarr; {size(after)}", ratio)
     yield from updates.tiles(report)
+    yield from budgeted.tiles(report)
     yield from searched.tiles(report)
     yield from _errors(report)
     rate = f"{size(before / report.seconds)}/s read" if report.seconds else ""

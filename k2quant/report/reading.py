@@ -14,9 +14,10 @@ from k2quant.formats.known import FORMATS
 from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.merge.figures import MergeFigures
+from k2quant.report.choices.budgets import read_budget
+from k2quant.report.choices.searches import read_fold, read_scales, read_search
 from k2quant.report.content import Report, Tensor, Way
 from k2quant.report.origins import Exported, Origin, read_origin
-from k2quant.report.searches import read_scales, read_search
 
 _ROUNDING = 1 + 1e-9  # two sums of the same squares
 
@@ -44,6 +45,7 @@ def read(path: Path) -> Report:
             remarks=tuple(kinds.text(said) for said in kinds.values(report.get("remarks", []))),
             rules=_rules(report),
             search=read_search(report),
+            budget=read_budget(report),
             tensors=[_tensor(name, facts, origin) for name, facts in report["tensors"].items()],
         )
     except KeyError as error:
@@ -72,6 +74,7 @@ def _tensor(name: str, facts: dict[str, Any], origin: Origin) -> Tensor:
         figures,
         _update(found) if found is not None and "update" in found else None,
         read_scales(facts),
+        read_fold(facts),
     )
 
 

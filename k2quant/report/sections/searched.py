@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from k2quant.conversion.searching.fitting import PLAIN
 from k2quant.conversion.searching.gains import shipped
 from k2quant.ground.names import TENSOR_CLASSES
+from k2quant.report.choices.searches import Scales, Search, projection
 from k2quant.report.content import Report
 from k2quant.report.drawing import WIDE, Canvas, colour, figure, legend
 from k2quant.report.pictures import MARKERS, MARKS, lay_bars, lay_layers
-from k2quant.report.searches import Scales, Search, projection
+from k2quant.report.sections import folded, solved
 from k2quant.report.words import DASH, code, plain, table, text, tile
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def tiles(report: Report) -> Iterator[str]:
     rounded = sum(one.scales.method == PLAIN for one in weights)
     ships = f"; {rounded:,} {'ships' if rounded == 1 else 'ship'} rounded" if judged else ""
     yield tile(what, _times(middle), f"of rounding&rsquo;s, median of {_matrices(number)}{ships}")
+    yield from solved.tiles(report)
 
 
 def section(report: Report) -> str:
@@ -73,7 +75,10 @@ def section(report: Report) -> str:
         return ""
     if not groups:
         return f"<p class=card>{_asked(report.search)}: no weight got new codes, so no scales were searched.</p>"
-    return f"{_by_layer(groups)}\n{_by_projection(groups)}\n{_ships(report.search, groups)}\n{_ends(groups)}"
+    return (
+        f"{solved.section(report)}\n{_by_layer(groups)}\n{_by_projection(groups)}\n{folded.section(report)}\n"
+        f"{_ships(report.search, groups)}\n{_ends(groups)}"
+    )
 
 
 def as_json(report: Report) -> dict[str, Any] | None:
@@ -83,8 +88,13 @@ def as_json(report: Report) -> dict[str, Any] | None:
     groups = _groups(report)
     every = [one for weights in groups.values() for one in weights]
     ways = Counter((one.scales.method, one.scales.measure, one.scales.reason) for one in every)
+    search = report.search
     return {
-        **report.search._asdict(),
+        "method": search.method,
+        "candidates": search.candidates,
+        "stats": search.stats,
+        "solving": solved.as_json(report),
+        "folds": folded.as_json(report),
         "matrices": len(every),
         "relative": _Spread.of(every)._asdict() if every else None,
         "projections": {
@@ -100,7 +110,10 @@ def as_json(report: Report) -> dict[str, Any] | None:
 
 def facts(search: Search) -> Iterator[tuple[str, str]]:
     """Yield how scales were searched as pairs of HTML."""
-    yield "method", f"{code(search.method)}, the best of {search.candidates:,} scales a group"
+    if search.solving is not None:
+        yield from solved.facts(search.method, search.solving)
+    else:
+        yield "method", f"{code(search.method)}, the best of {search.candidates or 0:,} scales a group"
     if search.stats is not None:
         yield "statistics", code(search.stats)
 
@@ -116,7 +129,11 @@ def _groups(report: Report) -> Groups:
 
 
 def _asked(search: Search) -> str:
-    return f"{text(search.method)}, {search.candidates:,} scales a group"
+    return (
+        text(search.method)
+        if search.candidates is None
+        else f"{text(search.method)}, {search.candidates:,} scales a group"
+    )
 
 
 def _matrices(number: int) -> str:
@@ -242,7 +259,7 @@ def _ships(search: Search, groups: Groups) -> str:
         "A matrix is judged on held-out tokens of its own; where they are few on a blend with what its layer sees; "
         "without any data on its weights. The squared error of all values together, which SQNR tells, may rise where "
         "columns that matter little pay for those that matter."
-        if search.stats is not None
+        if search.stats is not None or search.solving is not None
         else "Without statistics a matrix is judged on its weights: each column counts the same."
     )
     return (

@@ -17,7 +17,7 @@ from k2quant.conversion.convert import convert
 from k2quant.conversion.searching.gains import bought
 from k2quant.errors import MalformedFile
 from k2quant.report import write_html
-from k2quant.report.searches import projection
+from k2quant.report.choices.searches import projection
 
 Json = dict[str, Any]
 Draw = Callable[[Json], str]
