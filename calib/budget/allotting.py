@@ -19,7 +19,8 @@ from k2quant.calib.stats.reading import Stats, open_stats
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.recipes.recipe import make_recipe
-from k2quant.conversion.recipes.rules import METHODS, WrittenRecipe, WrittenRule
+from k2quant.conversion.recipes.rules import WrittenRecipe, WrittenRule
+from k2quant.conversion.searching.fitting import PLAIN, SOLVED, UNWEIGHTED, WEIGHTED
 from k2quant.errors import UsageError
 from k2quant.formats.format import Method, Scope
 from k2quant.formats.known import FormatName
@@ -31,8 +32,14 @@ from k2quant.kernels.codecs.grids import Grid
 
 _MB = 10**6
 
-_SEARCHED: tuple[Method, ...] = ("rtn", "mse", "imatrix")
+_SLACK = 0.005
+"""Bits by which a budget may lie below INT4's own: 4.5 is asked, and 4.500004 it is with the shapes of K2's experts."""
+
+_SEARCHED: tuple[Method, ...] = (PLAIN, UNWEIGHTED, WEIGHTED)
 """Whose scales can be measured on weights alone; other methods are ranked by the best of these."""
+
+_WITHOUT_STATS: frozenset[Method] = frozenset({PLAIN, SOLVED})
+"""Methods that convert without a folder of statistics: by no data, and by data of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +113,16 @@ class Allotment:
     def recipe(self) -> WrittenRecipe:
         """What `convert(recipe=...)` takes; the report of that conversion then has this choice under `budget`."""
         return WrittenRecipe(rules=self.rules, budget=self.as_json())
+
+    @property
+    def searches(self) -> bool:
+        """Whether its recipe has scales chosen by statistics, which stand beside it then."""
+        return self.recipe.method not in _WITHOUT_STATS
+
+    @property
+    def cheapest(self) -> FormatName:
+        """The format of all that nothing is spent on."""
+        return LEAST
 
     def facts(self) -> dict[str, object]:
         """Return what it comes to, in a few words."""
@@ -190,7 +207,7 @@ def allot(
     if problems:
         raise problems[0]
     check_source(known, opened, weights)
-    asked = WrittenRule(to=to, scope=scope, ignore=ignore, grid=grid, method=None if method == METHODS[0] else method)
+    asked = WrittenRule(to=to, scope=scope, ignore=ignore, grid=grid, method=None if method == PLAIN else method)
     recipe = make_recipe((asked,), weights)
     formats = formats_of(weights, recipe.rules[0].format)
     units = units_of(weights, recipe, formats)
@@ -198,7 +215,7 @@ def allot(
     errors = _errors(opened, known, weights, units, formats, scales, checked_workers(workers), told(progress))
     said: dict[str, Any] = {"scales": scales, "stats": known.fingerprint}
     if damage is not None:
-        _check_damage(damage, units, Path(blame or ""))
+        _check_damage(damage, sum(recipe.format_of(weight) is not None for weight in weights), Path(blame or ""))
         errors, said = _as_kl(damage, units, errors), said | {"blame": damage.sha256}
     found = _choose(units, errors, budget, max_kl)
     return _allotment(found, units, errors, rules_of(asked, found.chosen, units, weights, recipe), said)
@@ -220,17 +237,21 @@ def _check_asked(to: str, budget: float | None, max_kl: float | None, blame: obj
         )
 
 
-def _check_damage(damage: Damage, units: Sequence[Unit], file: Path) -> None:
-    """Refuse what was measured of other weights.
+def _check_damage(damage: Damage, wanted: int, file: Path) -> None:
+    """Refuse what was measured of another candidate than all in INT4.
+
+    Args:
+        damage: what was measured.
+        wanted: weights that are stored otherwise there.
+        file: for the message.
 
     Raises:
         UsageError: so it was.
     """
-    wanted = sum(len(unit.weights) for unit in units if not unit.fixed)
     if damage.changed != wanted:
         raise UsageError(
-            f"{file} is of a candidate in which {damage.changed:,} weights differ, and {wanted:,} are in scope here: "
-            "for `blame=` measure the same weights, all of them in INT4"
+            f"{file} is of a candidate in which {damage.changed:,} weights are stored otherwise, and INT4 alone would "
+            f"change {wanted:,}: for `blame=` convert the same scope to INT4 without a budget, and measure that"
         )
 
 
@@ -296,22 +317,14 @@ def _choose(units: Sequence[Unit], errors: Errors, budget: float | None, max_kl:
     if budget is not None:
         most = max(least, sum(max(unit.nbytes.values()) for unit in units))
         low, high = 8 * least / size, 8 * most / size
-        if not low <= budget <= high:
+        if not low - _SLACK <= budget <= high:
             raise UsageError(
                 f"`budget=` {budget:g}: these {size:,} weights take {low:.4f} bits each in INT4, scales counted, and "
                 f"{high:.4f} in BF16; ask for something between"
             )
         taken = within(steps, int(budget * size / 8) - least)
     else:
-        before, wanted = sum(found[LEAST] for found in errors.values()), float(max_kl or 0)
-        reached = until(steps, before - wanted)
-        if reached is None:
-            after = before - sum(step.removed for step in steps)
-            raise UsageError(
-                f"`max_kl=` {wanted:g}: {before:.3g} nats are foreseen for INT4, and {after:.3g} with all in scope in "
-                "FP8 or BF16: ask for no less"
-            )
-        taken = reached
+        taken = until(steps, sum(found[LEAST] for found in errors.values()) - float(max_kl or 0))
     chosen = dict.fromkeys((unit.name for unit in units), LEAST) | {step.unit: step.to for step in taken}
     return _Found(chosen, steps, taken, {"bits": budget} if budget is not None else {"kl": float(max_kl or 0)})
 

@@ -88,8 +88,8 @@ def within(steps: Sequence[Step], room: int) -> list[Step]:
     return taken
 
 
-def until(steps: Sequence[Step], excess: float) -> list[Step] | None:
-    """Return the steps that are taken until so much error is gone; None where all of them do not do it.
+def until(steps: Sequence[Step], excess: float) -> list[Step]:
+    """Return the steps that are taken until so much error is gone, or all: BF16 loses nothing.
 
     Args:
         steps: as `ranked` has them.
@@ -101,4 +101,4 @@ def until(steps: Sequence[Step], excess: float) -> list[Step] | None:
             break
         excess -= step.removed
         taken.append(step)
-    return taken if excess <= 0 else None
+    return taken

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.calib.budget.units import LEAST, Formats
 from k2quant.calib.stats.digests import base_of
 from k2quant.checkpoint.panels import ROW_STEP, format_of, naming, panel_shape, panel_state, read_panel
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.weights import StoredWeight
+from k2quant.conversion.searching.fitting import PLAIN, WEIGHTED
 from k2quant.formats.format import Format, Method, Parts
 from k2quant.formats.known import FormatName
 from k2quant.ground import names, pool
@@ -152,36 +153,48 @@ class Measuring:
             msg = f"{base} is not measured"  # left out before
             raise AssertionError(msg)
         judge = _Judge(held)
-        importance = mean = None
-        if LEAST in wanted and self._method == "imatrix":
-            importance, mean = self._stats.importance(base), self._stats.mean(base)
-        sums: dict[FormatName | None, float] = dict.fromkeys([None, *wanted], 0.0)
-        seen = 0
+        known = self._known(base) if LEAST in wanted else (None, None)
+        energy, seen = 0.0, 0
+        sums: dict[FormatName, dict[int, float]] = {name: {} for name in wanted}
         for start, stop in _ranges(weight):
             _, values = self._values(weight, start, stop)
             exact = _wide(values)
-            sums[None] += judge.of(exact)
+            energy += judge.of(exact)
+            seen += stop - start
             for name in wanted:
-                target = self._formats[name]
-                if not target.quantised or format_of(weight).relabels(target) or format_of(weight).same(target):
+                stored, target = format_of(weight), self._formats[name]
+                if not target.quantised or stored.relabels(target) or stored.same(target):
                     continue  # what BF16 holds it holds exactly, and codes that are copied stay what they are
                 with naming(weight, start):
-                    sums[name] += judge.of(exact - _wide(self._rounded(values, target, importance, mean)))
-            seen += stop - start
+                    for side, after in enumerate(self._rounded(values, target, *known)):
+                        sums[name][side] = sums[name].get(side, 0.0) + judge.of(exact - _wide(after))
         share = panel_shape(weight.shape)[0] / max(seen, 1)
-        return Lost(share * sums[None], {name: share * sums[name] for name in wanted})
+        return Lost(share * energy, {name: share * min(sides.values(), default=0.0) for name, sides in sums.items()})
 
-    def _rounded(self, values: U16, target: Format, importance: F32 | None, mean: F32 | None) -> U16:
-        """Return what a panel comes back as from a format."""
+    def _known(self, base: str) -> tuple[F32 | None, F32 | None]:
+        """Return what a search of scales is told of the input of a matrix: mean squares and means, if anything."""
+        if self._method != WEIGHTED:
+            return None, None
+        return self._stats.importance(base), self._stats.mean(base)
+
+    def _rounded(self, values: U16, target: Format, importance: F32 | None, mean: F32 | None) -> Iterator[U16]:
+        """Yield what a panel comes back as from a format: by its own rule, then at searched scales, where any are.
+
+        Of a whole matrix the better one is written.
+        """
+        yield self._back(values, target, None)
+        if target.searches and self._method != PLAIN:
+            yield self._back(values, target, target.search(values, importance, self._codecs, mean))
+
+    def _back(self, values: U16, target: Format, scales: NDArray[Any] | None) -> U16:
         import numpy as np
 
         state = panel_state(target, values.shape, 0, len(values))
         parts = {suffix: self._scratch.take(f"out {suffix}", spec) for suffix, spec in state.items()}
-        searches = target.searches and self._method != "rtn"
-        if searches:
-            target.store(values, target.search(values, importance, self._codecs, mean), parts, self._codecs)
-        else:
+        if scales is None:
             target.encode(values, parts, self._codecs)
+        else:
+            target.store(values, scales, parts, self._codecs)
         after = np.empty_like(values)
         target.decode(parts, after, self._codecs)
         return after

@@ -59,7 +59,7 @@ def patterns(units: Iterable[Unit]) -> tuple[str, ...]:
 
     Names that differ in the number of their layer, and of their expert, share one.
     """
-    kinds: dict[tuple[str, str], set[int]] = {}
+    layers: dict[tuple[str, str, str], set[int]] = {}
     loose: set[str] = set()
     for unit in units:
         for weight in unit.weights:
@@ -67,17 +67,27 @@ def patterns(units: Iterable[Unit]) -> tuple[str, ...]:
             if place is None or prefix is None:
                 loose.add(f"^{re.escape(weight.base)}$")
                 continue
-            layer, rest = place
-            rest = re.escape(rest)
-            if names.expert(weight.base) is not None:
-                rest = re.sub(r"experts\\\.[0-9]+", r"experts\\.[0-9]+", rest)
-            kinds.setdefault((prefix, rest), set()).add(layer)
+            above, last = names.split(place[1])
+            above = "mlp.experts.[0-9]+" if names.expert(weight.base) is not None else above
+            layers.setdefault((prefix, above, last), set()).add(place[0])
+    alike: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
+    for (prefix, above, last), some in sorted(layers.items()):
+        alike.setdefault((prefix, above, tuple(sorted(some))), []).append(last)
     found = [
-        rf"^{re.escape(prefix)}layers\.(?:{'|'.join(map(str, some))})\.{rest}$"
-        for (prefix, rest), layers in sorted(kinds.items())
-        for some in _cut(sorted(layers))
+        rf"^{_dots(prefix)}layers\.{_either(map(str, some))}\.{_dots(above)}\.{_either(lasts)}$"
+        for (prefix, above, numbers), lasts in alike.items()
+        for some in _cut(numbers)
     ]
     return tuple(found + sorted(loose))
+
+
+def _dots(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def _either(words: Iterable[str]) -> str:
+    one, *others = words
+    return f"(?:{'|'.join((one, *others))})" if others else one
 
 
 def _cut(numbers: Sequence[int]) -> Iterable[Sequence[int]]:

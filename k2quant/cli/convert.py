@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts import conversion, options, solving
+from k2quant.cli.parts import allotting, conversion, options, solving
 from k2quant.cli.parts.results import suggest
 
 if TYPE_CHECKING:
+    from k2quant.calib import Allotment
     from k2quant.conversion.convert import Conversion
 
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 @click.argument("destination", type=click.Path(path_type=Path))
 @conversion.format_options()
 @conversion.method_options()
+@allotting.budget_options()
 @solving.solving_options()
 @options.device(more="Where the arithmetic runs: cpu or cuda.", others=("cpu",))
 @conversion.run_options()
@@ -36,15 +38,17 @@ def command(
     """
     options["shard_size"] = conversion.shard_bytes(shard_size)
     options["recipe"] = conversion.read_stdin(options["recipe"])
+    found = allotting.allotted(source, options)
     own = solving.taken_out(options, conversion.choice(options))
     if own is not None:
         solving.check_solving(source, options, own, tokenizer=not dry_run)
         if dry_run:
-            solving.dry_run(source, destination, options, own, as_json=as_json)
+            more = allotting.shown(found, as_json=as_json)
+            solving.dry_run(source, destination, options, own, as_json=as_json, more=more)
         else:
             _say(solving.solve(source, destination, options, own), source, destination, options, as_json=as_json)
     elif dry_run:
-        _dry_run(source, destination, as_json=as_json, **options)
+        _dry_run(source, destination, as_json=as_json, found=found, **options)
     else:
         _convert(source, destination, as_json=as_json, **options)
 
@@ -78,7 +82,7 @@ def _say(done: Conversion, source: Path, destination: Path, options: dict[str, A
     suggest(("k2quant", "verify", *linked, source, destination), ("k2quant", "report", destination))
 
 
-def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
+def _dry_run(source: Path, destination: Path, *, as_json: bool, found: Allotment | None, **options: Any) -> None:
     from k2quant.cli.parts.screen import working
     from k2quant.conversion.convert import codecs_of, planned
     from k2quant.conversion.resume import refuse_nested
@@ -96,4 +100,5 @@ def _dry_run(source: Path, destination: Path, *, as_json: bool, **options: Any) 
         workers=checked_workers(options["workers"]),
         as_json=as_json,
         rounder=rounder,
+        more=allotting.shown(found, as_json=as_json),
     )

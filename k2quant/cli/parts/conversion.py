@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import click
 
-from k2quant.cli.parts.options import Option, follow_links, soft_lock, words
+from k2quant.cli.parts.options import Option, all_of, follow_links, soft_lock, words
 from k2quant.formats.format import Layout, Method, Scope
 from k2quant.formats.known import FORMATS
 from k2quant.kernels.codecs.grids import Grid
@@ -92,26 +92,17 @@ _RUN = (
 
 def format_options() -> Option[Any]:
     """Which weights get which format, in which shards, by how many threads."""
-    return _all(_FORMAT)
+    return all_of(_FORMAT)
 
 
 def method_options() -> Option[Any]:
     """How scales are chosen, and by what."""
-    return _all(_METHOD)
+    return all_of(_METHOD)
 
 
 def run_options() -> Option[Any]:
     """How a run begins and what it says."""
-    return _all(_RUN)
-
-
-def _all(options: tuple[Option[Any], ...]) -> Option[Any]:
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    return all_of(_RUN)
 
 
 def shard_bytes(text: str | None) -> int | None:
@@ -163,6 +154,8 @@ def read_stdin(recipe: Path | None) -> Any:
 def target(options: dict[str, Any]) -> str:
     """Return what a run makes, for the bar: a format, or by which recipe."""
     recipe = options["recipe"]
+    if getattr(recipe, "budget", None):
+        return f"{recipe.budget['bits']:.2f} bits"
     return str(options["to"]) if recipe is None else f"what {recipe.name if isinstance(recipe, Path) else '-'} says"
 
 

@@ -17,6 +17,17 @@ def words(choices: Iterable[str]) -> click.Choice[str]:
     return click.Choice(list(choices), case_sensitive=False)
 
 
+def all_of(options: Iterable[Option[Any]]) -> Option[Any]:
+    """Return several options as one, in their order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(tuple(options)):
+            command = option(command)
+        return command
+
+    return add
+
+
 def device(
     default: str = "cpu",
     more: str = "cpu, cuda, cuda:N, or auto to spread it.",

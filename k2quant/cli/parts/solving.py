@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from k2quant.cli.parts.data import check_data, data_options, said
-from k2quant.cli.parts.options import Option, trust_remote_code, words
+from k2quant.cli.parts.options import Option, all_of, trust_remote_code, words
 
 if TYPE_CHECKING:
     from k2quant.conversion.convert import Conversion
@@ -52,12 +51,7 @@ def solving_options() -> Option[Any]:
         trust_remote_code(),
     )
 
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
+    return all_of(options)
 
 
 def taken_out(given: dict[str, Any], choice: Options) -> dict[str, Any] | None:
@@ -112,7 +106,15 @@ def solve(source: Path, destination: Path, given: dict[str, Any], own: dict[str,
         return solve(source, destination, progress=show, stage=stage, **how, **own)
 
 
-def dry_run(source: Path, destination: Path, given: dict[str, Any], own: dict[str, Any], *, as_json: bool) -> None:
+def dry_run(
+    source: Path,
+    destination: Path,
+    given: dict[str, Any],
+    own: dict[str, Any],
+    *,
+    as_json: bool,
+    more: dict[str, Any] | None = None,
+) -> None:
     """Print what solving would take; exit 1 if the disk is too small."""
     from k2quant.calib.solving.planning import plan_solving
     from k2quant.calib.solving.writing.planned import plan_solved
@@ -137,6 +139,7 @@ def dry_run(source: Path, destination: Path, given: dict[str, Any], own: dict[st
         restart=given["restart"],
         workers=checked_workers(given["workers"]),
         as_json=as_json,
+        more=more,
         marks=solved | searched,
         method={"asked": SOLVED, **{name: own[name] for name in _HOW}, "weights": len(planned.jobs)},
         cost=cost,
