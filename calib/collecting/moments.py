@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from k2quant.calib.stats.writing import Measured
+from k2quant.kernels.solvers.gram import add_gram
 
 _STRIPE = 1024
-"""Columns of a Hessian that are summed at once, those right of them left out: it is symmetric."""
+"""Rows of a Hessian that are mirrored at once."""
 
 
 class Moments:
@@ -82,9 +83,7 @@ class Hessian:
         values = x.to(torch.float32, copy=True)
         if weights is not None:
             values *= weights.sqrt()[:, None]
-        for start in range(0, len(self._sum), _STRIPE):
-            stop = start + _STRIPE
-            self._sum[start:stop, :stop].addmm_(values[:, start:stop].T, values[:, :stop])
+        add_gram(self._sum, values)
 
     def mean(self, weight: float) -> Any:
         """Return sum w x x^T / sum w as a symmetric array; the sum is gone afterwards.
