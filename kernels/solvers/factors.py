@@ -2,8 +2,8 @@
 
 With H = M M^T and M upper triangular, the error (w - q) H (w - q)^T is the squared length of (w - q) M, whose entry j
 holds no later column than j. So columns are rounded first to last, each where its own entry is least (Babai's nearest
-plane), and no inverse of H is taken: the textbook's U, the upper Cholesky factor of H^-1, is M^-T with its columns in
-reverse, and its U_jk / U_jj are what M's columns come to, read backwards.
+plane), and no inverse of H is taken. The textbook's U, the upper Cholesky factor of H^-1, is M^-1. With J the reversal
+of order and L L^T = J H J, M is J L J.
 """
 
 from __future__ import annotations

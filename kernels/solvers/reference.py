@@ -82,5 +82,5 @@ def solve(weights: Tensor, scales: Tensor, factor: Factor, *, bits: int = 4) -> 
             saturated += int(beyond.sum())
     found = torch.empty_like(codes)
     found[order] = codes
-    found = found[:, :rows].T.contiguous()
-    return Solved(moonshot_values(found, scales.repeat_interleave(GROUP, 1)), found.to(torch.int8), saturated)
+    found = found[:, :rows].T.contiguous().to(torch.int8)
+    return Solved(moonshot_values(found, scales.repeat_interleave(GROUP, 1)), found, saturated)
