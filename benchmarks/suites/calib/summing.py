@@ -18,6 +18,9 @@ ALPHA = 0.025
 """On each side of an interval."""
 
 Rows = Sequence[dict[str, Any]]
+Pairs = Sequence[tuple[str, str]]
+
+_WITHOUT_DATA = frozenset({"none", "rtn", "mse"})
 
 
 class Answers(NamedTuple):
@@ -52,13 +55,13 @@ def over_seeds(arms: Rows, of: Callable[[dict[str, Any]], float]) -> Interval:
     return interval([mean(of(arm) for arm in arms if arm["seed"] == seed) for seed in seeds])
 
 
-def shares(arms: Rows, widths: Sequence[int], figure: str = "true") -> Iterator[dict[str, Any]]:
+def shares(arms: Rows, widths: Sequence[int], pairs: Pairs = PAIRS) -> Iterator[dict[str, Any]]:
     """Yield for each width and pair on which share of the linears the second has the smaller error."""
     for bits in widths:
-        for worse, better in PAIRS:
+        for worse, better in pairs:
 
             def won(arm: dict[str, Any], bits: int = bits, pair: tuple[str, str] = (worse, better)) -> float:
-                rows = [row[figure] for row in arm["rows"] if row["bits"] == bits]
+                rows = [row["true"] for row in arm["rows"] if row["bits"] == bits]
                 return mean(row[pair[1]] < row[pair[0]] for row in rows)
 
             found = over_seeds(arms, won)
@@ -66,7 +69,9 @@ def shares(arms: Rows, widths: Sequence[int], figure: str = "true") -> Iterator[
             yield {"bits": bits, "worse": worse, "better": better, "share": found._asdict(), "count": count}
 
 
-def kinds(arms: Rows, widths: Sequence[int]) -> Iterator[dict[str, Any]]:
+def kinds(
+    arms: Rows, widths: Sequence[int], methods: Sequence[str] = METHODS, pairs: Pairs = PAIRS[:2]
+) -> Iterator[dict[str, Any]]:
     """Yield for each width and kind of linear the mean errors over those of `rtn`, and how often each method wins."""
     names = list(dict.fromkeys(row["kind"] for arm in arms for row in arm["rows"]))
     for bits in widths:
@@ -81,8 +86,8 @@ def kinds(arms: Rows, widths: Sequence[int]) -> Iterator[dict[str, Any]]:
                 "bits": bits,
                 "kind": name,
                 "count": len(rows),
-                "error": {method: mean(row[method] for row in rows) for method in METHODS},
-                "won": {better: mean(row[better] < row[worse] for row in rows) for worse, better in PAIRS[:2]},
+                "error": {method: mean(row[method] for row in rows) for method in methods},
+                "won": {better: mean(row[better] < row[worse] for row in rows) for worse, better in pairs},
             }
 
 
@@ -104,18 +109,18 @@ def judgement(arms: Rows, widths: Sequence[int]) -> Iterator[dict[str, Any]]:
             }
 
 
-def _drift(arms: Rows, seed: int, draw: int, method: str, bits: int) -> dict[str, Any]:
+def drift_of(arms: Rows, seed: int, draw: int, method: str, bits: int) -> dict[str, Any]:
     """Return a row of drift; what needs no data is with a model's first draw."""
-    wanted = draw if method == "imatrix" else min(arm["draw"] for arm in arms)
+    wanted = min(arm["draw"] for arm in arms) if method in _WITHOUT_DATA else draw
     arm = next(arm for arm in arms if (arm["seed"], arm["draw"]) == (seed, wanted))
     found: dict[str, Any] = next(row for row in arm["drift"] if (row["method"], row["bits"]) == (method, bits))
     return found
 
 
-def levels(arms: Rows, widths: Sequence[int]) -> Iterator[dict[str, Any]]:
+def levels(arms: Rows, widths: Sequence[int], methods: Sequence[str] = METHODS) -> Iterator[dict[str, Any]]:
     """Yield for each width and method the KL and the share of right answers, means over models."""
-    for bits, method in [(16, "none"), *((bits, method) for bits in widths for method in METHODS)]:
-        rows = [_drift(arms, arm["seed"], arm["draw"], method, bits) for arm in arms]
+    for bits, method in [(16, "none"), *((bits, method) for bits in widths for method in methods)]:
+        rows = [drift_of(arms, arm["seed"], arm["draw"], method, bits) for arm in arms]
         right = mean(mean(map(int, row["right"])) for row in rows)
         yield {"bits": bits, "method": method, "kl": mean(row.get("kl", 0.0) for row in rows), "right": right}
 
@@ -124,7 +129,7 @@ def closer(arms: Rows, bits: int, worse: str, better: str) -> Interval:
     """Return the better one's KL over the worse one's, geometric mean over draws and models."""
 
     def ratio(arm: dict[str, Any]) -> float:
-        first, second = (_drift(arms, arm["seed"], arm["draw"], method, bits)["kl"] for method in (worse, better))
+        first, second = (drift_of(arms, arm["seed"], arm["draw"], method, bits)["kl"] for method in (worse, better))
         return math.log(second / first)
 
     return Interval(*map(math.exp, over_seeds(arms, ratio)))
@@ -135,7 +140,7 @@ def answers(arms: Rows, bits: int, worse: str, better: str) -> Answers:
     lost = gained = n = 0
     gains: dict[tuple[int, int], float] = {}
     for arm in arms:
-        first, second = (_drift(arms, arm["seed"], arm["draw"], method, bits)["right"] for method in (worse, better))
+        first, second = (drift_of(arms, arm["seed"], arm["draw"], method, bits)["right"] for method in (worse, better))
         only = [sum(a == one and b != one for a, b in zip(first, second, strict=True)) for one in "10"]
         if arm["draw"] == min(each["draw"] for each in arms):  # other draws ask the same of the same models
             lost, gained, n = lost + only[0], gained + only[1], n + len(first)
@@ -144,10 +149,10 @@ def answers(arms: Rows, bits: int, worse: str, better: str) -> Answers:
     return Answers(over_seeds(arms, lambda arm: gains[arm["seed"], arm["draw"]]), lost, gained, -high, -low)
 
 
-def differences(arms: Rows, widths: Sequence[int]) -> Iterator[dict[str, Any]]:
+def differences(arms: Rows, widths: Sequence[int], pairs: Pairs = PAIRS) -> Iterator[dict[str, Any]]:
     """Yield for each width and pair what the better method wins in KL and in answers."""
     for bits in widths:
-        for worse, better in PAIRS:
+        for worse, better in pairs:
             kl, found = closer(arms, bits, worse, better), answers(arms, bits, worse, better)
             yield {
                 "bits": bits,
@@ -159,12 +164,12 @@ def differences(arms: Rows, widths: Sequence[int]) -> Iterator[dict[str, Any]]:
             }
 
 
-def bars(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def bars(found: Iterable[dict[str, Any]], pairs: Pairs = PAIRS[:2]) -> list[dict[str, Any]]:
     """Return what the shares are held to."""
     made = []
     for row in found:
         share, low, high = (row["share"][key] for key in ("mean", "low", "high"))
-        if (row["worse"], row["better"]) in PAIRS[:2]:
+        if (row["worse"], row["better"]) in pairs:
             made.append(
                 {
                     "what": f"INT{row['bits']}: `{row['better']}` below `{row['worse']}`, {row['count']:,} linears",

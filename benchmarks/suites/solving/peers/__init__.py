@@ -1,0 +1,1 @@
+"""The peers that solve: who they are, and the process that each runs in."""
