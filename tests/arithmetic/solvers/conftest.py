@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
-Threads = Callable[[int], Any]
+Problem = Callable[..., tuple[Tensor, Tensor]]
+Threads = Callable[[int], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -29,14 +29,11 @@ def threads() -> Threads:
     return these
 
 
-Problem = tuple[Tensor, Tensor]
-
-
 @pytest.fixture
-def problem() -> Callable[..., Problem]:
+def problem() -> Problem:
     """Return what makes BF16 weights `[R, K]`, and inputs `[n, K]` whose columns are correlated and of unlike size."""
 
-    def made(rows: int = 100, columns: int = 224, tokens: int = 300, seed: int = 0) -> Problem:
+    def made(rows: int = 100, columns: int = 224, tokens: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         mixing = torch.randn(columns, columns, generator=generator) * 0.05 + torch.eye(columns)
         sizes = torch.randn(columns, generator=generator).exp()

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch import Tensor
 
 from k2quant.errors import UsageError
 from k2quant.kernels.solvers import factors
 from k2quant.kernels.solvers.factors import factorise
 
-if TYPE_CHECKING:
-    from conftest import Problem
+Problem = Callable[..., tuple[Tensor, Tensor]]
 
 
-def test_its_square_is_the_damped_hessian_in_order(problem: Callable[..., Problem]) -> None:
+def test_its_square_is_the_damped_hessian_in_order(problem: Problem) -> None:
     """M M^T is H with rows and columns by falling diagonal and a tenth of the mean on it; panels are cut anywhere."""
     for columns in (32, 256, 544):
         _, inputs = problem(rows=1, columns=columns, tokens=columns)
@@ -30,7 +29,7 @@ def test_its_square_is_the_damped_hessian_in_order(problem: Callable[..., Proble
         assert (found.upper.double() @ found.upper.double().T - damped).abs().max() < 1e-5 * damped.abs().max()
 
 
-def test_the_textbooks_factor_of_the_inverse_is_its_inverse(problem: Callable[..., Problem]) -> None:
+def test_the_textbooks_factor_of_the_inverse_is_its_inverse(problem: Problem) -> None:
     """U, the upper Cholesky factor of H^-1, is M^-1 to 1e-5, and J L^-1 J with L the lower one of J H J."""
     _, inputs = problem(rows=1, columns=96, tokens=400)
     hessian = inputs.T @ inputs / 400
@@ -51,7 +50,7 @@ def test_equal_columns_keep_their_order() -> None:
     assert found.order.tolist() == list(range(64))
 
 
-def test_the_scale_of_a_hessian_is_of_no_matter(problem: Callable[..., Problem]) -> None:
+def test_the_scale_of_a_hessian_is_of_no_matter(problem: Problem) -> None:
     """A sum over tokens and their mean give the same factor, but for a power of two."""
     _, inputs = problem(rows=1)
     hessian = inputs.T @ inputs
@@ -61,7 +60,7 @@ def test_the_scale_of_a_hessian_is_of_no_matter(problem: Callable[..., Problem])
     assert torch.equal(whole.upper * 2.0**-5, mean.upper)
 
 
-def test_there_is_none_of_what_is_not_positive_definite(problem: Callable[..., Problem]) -> None:
+def test_there_is_none_of_what_is_not_positive_definite(problem: Problem) -> None:
     """Zeros, an indefinite matrix, NaN or infinity anywhere give None, with any damping; nothing is raised."""
     _, inputs = problem(rows=1, columns=320)
     hessian = inputs.T @ inputs
@@ -78,7 +77,7 @@ def test_there_is_none_of_what_is_not_positive_definite(problem: Callable[..., P
     assert factorise(torch.full((64, 64), 1e38), damping=1e10) is None
 
 
-def test_damping_makes_a_singular_hessian_fit(problem: Callable[..., Problem]) -> None:
+def test_damping_makes_a_singular_hessian_fit(problem: Problem) -> None:
     """One token, or columns without any input, are enough; without damping there is no factor."""
     _, inputs = problem(rows=1, tokens=1)
     inputs[:, ::3] = 0

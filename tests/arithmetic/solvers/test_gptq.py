@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ from k2quant.kernels.codecs.values import ValueAt
 from k2quant.kernels.solvers import gptq, reference
 from k2quant.kernels.solvers.factors import Factor, factorise
 
-if TYPE_CHECKING:
-    from conftest import Problem, Threads
+Problem = Callable[..., tuple[Tensor, Tensor]]
+Threads = Callable[[int], AbstractContextManager[None]]
 
 LARGEST = {4: 7, 3: 3, 2: 1}
 
@@ -31,7 +31,7 @@ def factor(hessian: Tensor, damping: float = 0.1) -> Factor:
     return found
 
 
-def known(problem: Callable[..., Problem], **sizes: int) -> tuple[Tensor, Tensor, Tensor]:
+def known(problem: Problem, **sizes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return weights, plain scales, and the Hessian of their inputs."""
     weights, inputs = problem(**sizes)
     return weights, plain_int4_scale(weights, "moonshot"), inputs.T @ inputs / len(inputs)
@@ -43,7 +43,7 @@ def cost(weights: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
     return ((difference @ hessian.double()) * difference).sum(1)
 
 
-def same(first: gptq.Solved, second: gptq.Solved) -> bool:
+def same(first: reference.Solved, second: reference.Solved) -> bool:
     """Tell whether values, codes and counts are equal, to the bit."""
     equal = torch.equal(first.values.view(torch.int16), second.values.view(torch.int16))
     return equal and torch.equal(first.codes, second.codes) and first.saturated == second.saturated
@@ -77,7 +77,7 @@ def test_loops_and_device_have_the_bits_of_the_reference(
     assert not truth.codes[(kinds == 0).repeat_interleave(32, 1)].any()
 
 
-def test_rows_may_be_split_anywhere_among_any_threads(problem: Callable[..., Problem], threads: Threads) -> None:
+def test_rows_may_be_split_anywhere_among_any_threads(problem: Problem, threads: Threads) -> None:
     """Rows are independent: a matrix in parts, on one, two or three threads, has the bits of the whole."""
     weights, scales, hessian = known(problem, rows=1100, columns=160)
     with threads(1):
@@ -90,7 +90,7 @@ def test_rows_may_be_split_anywhere_among_any_threads(problem: Callable[..., Pro
             assert torch.equal(again.upper, found.upper)
     cuts = [0, 1, 8, 100, 611, 1100]
     parts = [gptq.solve(weights[a:b], scales[a:b], found) for a, b in pairwise(cuts)]
-    joined = gptq.Solved(
+    joined = reference.Solved(
         torch.cat([part.values for part in parts]),
         torch.cat([part.codes for part in parts]),
         sum(part.saturated for part in parts),
@@ -111,7 +111,7 @@ def textbook(weights: Tensor, scales: Tensor, damped: Tensor) -> Tensor:
     return codes.to(torch.int8)
 
 
-def test_it_is_the_textbooks_gptq(problem: Callable[..., Problem]) -> None:
+def test_it_is_the_textbooks_gptq(problem: Problem) -> None:
     """Codes are those of the inverse's factor in float64, but for a few that lie near a tie, and the error is equal."""
     weights, scales, hessian = known(problem, rows=200, columns=192)
     hessian.diagonal().copy_(torch.linspace(float(hessian.diagonal().max()) * 2, float(hessian.diagonal().max()), 192))
@@ -125,7 +125,7 @@ def test_it_is_the_textbooks_gptq(problem: Callable[..., Problem]) -> None:
     )
 
 
-def test_columns_are_taken_in_order_of_their_squares(problem: Callable[..., Problem]) -> None:
+def test_columns_are_taken_in_order_of_their_squares(problem: Problem) -> None:
     """It is what solving with the columns sorted by falling diagonal gives, with each group's scale where it was."""
     weights, _, hessian = known(problem, columns=32)
     scales = plain_int4_scale(weights, "moonshot")
@@ -136,7 +136,7 @@ def test_columns_are_taken_in_order_of_their_squares(problem: Callable[..., Prob
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
-def test_a_diagonal_hessian_gives_plain_rounding(problem: Callable[..., Problem], bits: int) -> None:
+def test_a_diagonal_hessian_gives_plain_rounding(problem: Problem, bits: int) -> None:
     """Where columns know nothing of each other each keeps its nearest code."""
     weights, _, hessian = known(problem)
     scales = plain_int4_scale(weights, "moonshot", bits)
@@ -147,7 +147,7 @@ def test_a_diagonal_hessian_gives_plain_rounding(problem: Callable[..., Problem]
     assert not solved.saturated
 
 
-def test_a_column_without_input_keeps_its_rounded_weight(problem: Callable[..., Problem]) -> None:
+def test_a_column_without_input_keeps_its_rounded_weight(problem: Problem) -> None:
     """Its row and column of the Hessian are zeros; its weights are not."""
     weights, inputs = problem()
     dead = torch.tensor([0, 5, 33, 200, 223])
@@ -160,7 +160,7 @@ def test_a_column_without_input_keeps_its_rounded_weight(problem: Callable[..., 
 
 
 @pytest.mark.parametrize("tokens", [60, 2000])
-def test_its_error_is_far_below_that_of_rounding(problem: Callable[..., Problem], tokens: int) -> None:
+def test_its_error_is_far_below_that_of_rounding(problem: Problem, tokens: int) -> None:
     """In the mean of several draws, under the damped Hessian that it solves for, and in no draw above it."""
     ratios = []
     for seed in range(8):
@@ -173,7 +173,7 @@ def test_its_error_is_far_below_that_of_rounding(problem: Callable[..., Problem]
     assert sum(ratios) / len(ratios) < 0.9
 
 
-def test_the_last_column_has_the_best_code_of_all(problem: Callable[..., Problem]) -> None:
+def test_the_last_column_has_the_best_code_of_all(problem: Problem) -> None:
     """With all others as they are, no other code of the column that is rounded last makes the error less.
 
     Scales are powers of two: else BF16 moves values by a little, and codes next to a tie may be the worse ones.
@@ -205,7 +205,7 @@ def test_what_saturates_is_what_rounding_would_not_have_clamped() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
-def test_storing_the_values_gives_the_codes_back(problem: Callable[..., Problem], bits: int) -> None:
+def test_storing_the_values_gives_the_codes_back(problem: Problem, bits: int) -> None:
     """The codec finds, at the scales that were given, the codes that were solved: also where no code is the largest."""
     weights, _, hessian = known(problem)
     scales = (plain_int4_scale(weights, "moonshot", bits).float() * 1.3).to(torch.bfloat16)
@@ -215,7 +215,7 @@ def test_storing_the_values_gives_the_codes_back(problem: Callable[..., Problem]
     assert figures.changed == 0
 
 
-def test_what_does_not_belong_together_is_refused(problem: Callable[..., Problem]) -> None:
+def test_what_does_not_belong_together_is_refused(problem: Problem) -> None:
     """Shapes, dtypes, widths, and weights that are not finite."""
     weights, scales, hessian = known(problem)
     found = factor(hessian)
@@ -232,7 +232,7 @@ def test_what_does_not_belong_together_is_refused(problem: Callable[..., Problem
         gptq.solve(weights, scales, found)
 
 
-def test_products_of_fewer_bits_are_refused(problem: Callable[..., Problem]) -> None:
+def test_products_of_fewer_bits_are_refused(problem: Problem) -> None:
     """Where torch is told to round what it multiplies, nothing is solved, and the message says what to set."""
     weights, scales, hessian = known(problem)
     found = factor(hessian)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from torch import Tensor
 
 from k2quant.kernels.devices.single import single_threaded
 from k2quant.kernels.solvers.errors import output_error
 from k2quant.kernels.solvers.gram import add_gram
 
-if TYPE_CHECKING:
-    from conftest import Problem, Threads
+Problem = Callable[..., tuple[Tensor, Tensor]]
+Threads = Callable[[int], AbstractContextManager[None]]
 
 
 @pytest.mark.parametrize("width", [32, 128, 160, 700, 1100])
@@ -34,7 +35,7 @@ def test_a_gram_is_the_lower_triangle_of_the_product(width: int, threads: Thread
     assert (sums[0] - truth).abs().max() < 1e-4
 
 
-def test_an_output_error_is_the_weighted_sum_of_squares(problem: Callable[..., Problem], threads: Threads) -> None:
+def test_an_output_error_is_the_weighted_sum_of_squares(problem: Problem, threads: Threads) -> None:
     """Of |(W - Q) x|^2, over the tokens; with the same bits for any number of threads; 0 of none."""
     weights, inputs = problem(tokens=700)
     values = (weights.float() * 1.01).to(torch.bfloat16)
