@@ -19,6 +19,7 @@ from k2quant.calib.solving.deciding.drawing import believed
 from k2quant.calib.solving.deciding.judging import judge_of
 from k2quant.ground.saying.showing import brief
 from k2quant.kernels.codecs.grids import GROUP, largest_code
+from k2quant.kernels.devices.single import single_threaded
 from k2quant.kernels.solvers.factors import factorise
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ def settle(weights: Mapping[str, Tensor], evidence: Evidence, settings: Settings
 
 
 def _case(evidence: Evidence, settings: Settings) -> _Case:
-    belief, factor, reason = believed(evidence), None, None
+    factor, reason = None, None
+    with single_threaded():
+        belief = believed(evidence)
     if not evidence.tokens:
         reason = "no token came"
     elif belief is None:
@@ -112,7 +115,8 @@ def _best(weights: Tensor, rounded: Way, case: _Case) -> Settled:
     found = [rounded] if how == "rtn" else [rounded, ways.searched(weights, case.belief, how, bits)]
     if case.factor is not None:
         found.append(ways.solved(weights, found[-1].scales, case.factor, bits))
-    errors = [case.judge.error(weights, way.values) for way in found]
+    with single_threaded():
+        errors = [case.judge.error(weights, way.values) for way in found]
     best = min(range(len(found)), key=lambda at: (errors[at], -at)) if all(map(math.isfinite, errors)) else 0
     facts: dict[str, Any] = {
         "relative": _relative(errors[best], errors[0]),

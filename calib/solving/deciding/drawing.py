@@ -5,15 +5,19 @@
 with n the tokens that came, S the mean that they give and P the prior, as if n_0 tokens had been seen that look like
 it. Means and squares of single columns need few tokens, products of two columns about as many as there are columns.
 
-Squares and means are drawn as `stats.blending` draws them for a search of scales: to those of the layer for gate and up
-of a routed expert, whose columns are the same hidden channels for every expert; else to equal squares and no mean.
+Squares of columns: for gate and up of a routed expert, whose columns are the same hidden channels for all experts, P is
+the geometric mean of the layer's squares and of equal ones, with the layer's mean. An expert may see other channels
+large than its layer does. Of planted experts that do, one with no token is then searched at 0.88 to 0.99 of rounding's
+error, where the layer's own squares leave 0.97 to 1.18; where expert and layer are alike 0.73 and not 0.62 is left, and
+on a nano-K2 both leave 0.84. Means are the layer's, at the squares that P has. `down_proj` has equal squares and no
+mean: no other expert has the same columns. n_0 is that of `stats.blending`.
 
 Products are drawn to r sqrt(P_ii P_jj), with the squares just blended on the diagonal and r the layer's correlation of
-the two columns, taken down by what the expert's own tokens say of it: the slope of their correlations on the layer's,
-over all pairs of columns, between 0 and 1. It is known after a few tokens, for it is one number out of K (K - 1) / 2
-pairs. An expert that sees what the layer sees gets nearly all of the layer's; one that sees something else gets none of
-it, and is solved as if columns were independent of each other: then every column is rounded by itself. So is
-`down_proj`, where no other expert has the same columns, until own tokens say more.
+the two columns, taken down by how far the expert's own tokens agree: the slope of their correlations on the layer's,
+over all pairs of columns, between 0 and 1; n_0 is K. It is known after a few tokens, for it is one number out of
+K (K - 1) / 2 pairs. An expert that sees what the layer sees gets nearly all of the layer's; one that sees something
+else gets none of it, and is solved as if columns were independent of each other: then every column is rounded by
+itself. So is `down_proj`, until own tokens say more.
 
 Both terms are mean products of some inputs, or of independent columns, so what is believed is positive semidefinite.
 """
@@ -30,7 +34,7 @@ from k2quant.calib.stats.blending import PRIOR_TOKENS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from k2quant.calib.solving.evidence import Evidence
+    from k2quant.calib.solving.evidence import Evidence, Prior
 
 _ROWS = 512  # of a Hessian that are looked at at a time
 
@@ -57,8 +61,9 @@ def believed(evidence: Evidence) -> Belief | None:
     if not (evidence.tokens or prior):
         return None
     own = evidence.hessian
-    square = _drawn(own.diagonal(), _squares(evidence, prior), evidence.tokens)
-    mean = _drawn(evidence.mean, torch.zeros_like(evidence.mean) if prior is None else prior.mean, evidence.tokens)
+    towards, shift = _before_any(own, prior)
+    square = _drawn(own.diagonal(), towards, evidence.tokens)
+    mean = _drawn(evidence.mean, shift, evidence.tokens)
     if not (square.isfinite().all() and mean.isfinite().all() and (square >= 0).all() and square.any()):
         return None
     share = evidence.tokens / (evidence.tokens + len(own))
@@ -102,11 +107,15 @@ def _add_layer(hessian: Tensor, layer: Tensor, square: Tensor, share: float) -> 
         hessian[start:stop] += layer[start:stop] * (factor[start:stop, None] * share) * factor
 
 
-def _squares(evidence: Evidence, prior: object) -> Tensor:
-    own = evidence.hessian.diagonal()
-    if prior is None or evidence.prior is None:
-        return own.mean(dtype=torch.float64).float().expand(len(own))
-    return evidence.prior.hessian.diagonal()
+def _before_any(own: Tensor, prior: Prior | None) -> tuple[Tensor, Tensor]:
+    """Return squares and means, float32 `[K]` each, that are believed before a token came."""
+    if prior is None:
+        flat = own.diagonal().mean(dtype=torch.float64).float().expand(len(own))
+        return flat, torch.zeros_like(flat)
+    layer = prior.hessian.diagonal()
+    root = layer.clamp(min=0).sqrt()
+    square = root * (layer.mean() / root.mean().clamp(min=torch.finfo(torch.float32).tiny))
+    return square, prior.mean * square.sqrt() * _inverse_root(layer)
 
 
 def _drawn(own: Tensor, prior: Tensor, tokens: int) -> Tensor:
