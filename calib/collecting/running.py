@@ -180,15 +180,7 @@ class _Run:
 
     def _check_room(self) -> None:
         needed = 2 * self._walk.plan.hidden + stats_bytes(self._manifest.model, hessians=self._manifest.hessians)
-        free = shutil.disk_usage(nearest_folder(self._stats)).free
-        if free < needed:
-            raise OutputError(
-                "the disk is too small",
-                file=self._stats,
-                expected=f"{size(needed)} free, for hidden states between two layers and statistics",
-                found=size(free),
-                remedy="free some space, or name a folder on another disk",
-            )
+        check_room(self._stats, needed, "hidden states between two layers and statistics")
 
     def _check(self, wanted: Mapping[str, Mapping[str, str]]) -> None:
         """Read weights whose digests are known, and compare.
@@ -233,6 +225,28 @@ def _manifest(model: Model, samples: Samples, device: torch.device, *, hessians:
         },
         version=__version__,
     )
+
+
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Refuse a disk that is too small before anything is computed.
+
+    Args:
+        folder: where files will lie; it need not be there.
+        needed: bytes.
+        what: they are for.
+
+    Raises:
+        OutputError: fewer are free.
+    """
+    free = shutil.disk_usage(nearest_folder(folder)).free
+    if free < needed:
+        raise OutputError(
+            "the disk is too small",
+            file=folder,
+            expected=f"{size(needed)} free, for {what}",
+            found=size(free),
+            remedy="free some space, or name a folder on another disk",
+        )
 
 
 def check_tokens(samples: Samples, source: Checkpoint) -> None:

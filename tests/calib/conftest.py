@@ -32,9 +32,11 @@ from k2quant.calib.stats.writing import (
     write_layer,
     write_outside,
 )
+from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.data.learning import Census
 from k2quant.ground import names
+from k2quant.ground.release import EXPERTS, INSTRUCT_CONFIG, attention_shapes
 from tiny import write_model
 
 CONFIG: dict[str, Any] = {
@@ -283,3 +285,24 @@ def _route(seen: Seen, state: dict[str, Tensor], name: str, x: Tensor, ids: Tens
 def by_hand() -> Callable[[Any, Part], Seen]:
     """Give the function that runs texts through a loaded model, and returns what each matrix multiplies."""
     return _by_hand
+
+
+def _entries() -> Iterator[TensorEntry]:
+    """Yield the matrices of K2's first two layers and its embedding in BF16."""
+    shapes = {"model.embed_tokens": (163840, 7168)}
+    for layer in (0, 1):
+        prefix = f"model.layers.{layer}"
+        shapes |= {f"{prefix}.self_attn.{name}": shape for name, shape in attention_shapes(INSTRUCT_CONFIG).items()}
+        experts = [f"experts.{number}." for number in range(EXPERTS)] if layer else []
+        for mlp, width in [(each, 2048) for each in experts] or [("", 18432)]:
+            shapes |= {f"{prefix}.mlp.{mlp}{name}_proj": (width, 7168) for name in ("gate", "up")}
+            shapes[f"{prefix}.mlp.{mlp}down_proj"] = (7168, width)
+    for name, (rows, columns) in shapes.items():
+        yield TensorEntry(f"{name}.weight", "BF16", (rows, columns), "model.safetensors", 0, 2 * rows * columns)
+
+
+@pytest.fixture(scope="session")
+def k2_headers() -> Checkpoint:
+    """K2 as its headers would describe it; there are no files."""
+    tensors = {entry.name: entry for entry in _entries()}
+    return Checkpoint(Path("/nowhere"), {}, tensors, (), INSTRUCT_CONFIG)

@@ -15,7 +15,7 @@ import torch
 
 from k2quant.calib.collecting.attention import IMPLEMENTATION
 from k2quant.calib.collecting.pieces import segments
-from k2quant.calib.collecting.running import check_tokens, whole_float32
+from k2quant.calib.collecting.running import check_room, check_tokens, whole_float32
 from k2quant.calib.collecting.walking import Rows
 from k2quant.calib.solving.memory import Needs, needs
 from k2quant.calib.solving.passing.groups import Groups
@@ -25,11 +25,12 @@ from k2quant.calib.solving.passing.room import Room
 from k2quant.calib.solving.passing.sinks import Sink
 from k2quant.calib.solving.settings import Settings
 from k2quant.calib.stats.digests import Digests
-from k2quant.calib.stats.layout import PARTS
+from k2quant.calib.stats.layout import PARTS, place_of
 from k2quant.calib.stats.manifest import canonical
 from k2quant.calib.stats.model import Model
 from k2quant.checkpoint.files.paths import as_output_error
 from k2quant.checkpoint.reader import Checkpoint
+from k2quant.errors import UsageError
 from k2quant.ground import names
 from k2quant.ground.saying.showing import brief
 from k2quant.ground.version import __version__
@@ -81,7 +82,7 @@ class Pass:
             progress: called with tokens times layers that are done, and all.
 
         Raises:
-            UsageError: `memory` is too small, or a token is none of the model's.
+            UsageError: `memory` is too small, a token is none of the model's, or a matrix lies in none of its layers.
             CheckpointError: the checkpoint is no model, or cannot be read.
             DestinationStale: the folder holds a pass over something else.
             MalformedFile: it holds what no pass leaves.
@@ -99,6 +100,7 @@ class Pass:
         )
         """What it takes."""
         check_tokens(samples, source)
+        _check_bases(bases, model)
         assembly = assemble(source, device=place, dtype=torch.bfloat16, backend="decoded")
         assembly.make_dense()
         if place.type == "cpu":
@@ -113,6 +115,8 @@ class Pass:
         self._hidden = self._opened(samples)
         for layer in range(self.next):
             self._take_up(layer)
+        if self._hidden.finished < 0:
+            check_room(work, self.needs.disk, "hidden states between two layers, and tokens of one")
 
     @property
     def next(self) -> int:
@@ -236,3 +240,11 @@ class Pass:
         return Activations(
             folder, self._rows.shapes, torch.bfloat16, budget=self.needs.budget, identity=identity, lasting=True
         )
+
+
+def _check_bases(bases: Collection[str], model: Model) -> None:
+    """Refuse a matrix that no layer would come to: nobody should wait for it until the end."""
+    for base in bases:
+        place = place_of(base)
+        if place is None or place.layer >= model.layers:
+            raise UsageError(f"{base}: expected a projection of one of {model.layers} decoder layers")

@@ -4,79 +4,55 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from k2quant.calib.collecting.memory import needs, piece_rows, segment_rows
-from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.errors import UsageError
-from k2quant.ground.release import EXPERTS, INSTRUCT_CONFIG, attention_shapes
+from k2quant.ground.release import EXPERTS
 
 LENGTH, ROWS = 2048, (512, 51)
 
 
-def entries() -> Iterator[TensorEntry]:
-    """Yield the matrices of K2's first two layers and its embedding in BF16."""
-    shapes = {"model.embed_tokens": (163840, 7168)}
-    for layer in (0, 1):
-        prefix = f"model.layers.{layer}"
-        shapes |= {f"{prefix}.self_attn.{name}": shape for name, shape in attention_shapes(INSTRUCT_CONFIG).items()}
-        experts = [f"experts.{number}." for number in range(EXPERTS)] if layer else []
-        for mlp, width in [(each, 2048) for each in experts] or [("", 18432)]:
-            shapes |= {f"{prefix}.mlp.{mlp}{name}_proj": (width, 7168) for name in ("gate", "up")}
-            shapes[f"{prefix}.mlp.{mlp}down_proj"] = (7168, width)
-    for name, (rows, columns) in shapes.items():
-        yield TensorEntry(f"{name}.weight", "BF16", (rows, columns), "model.safetensors", 0, 2 * rows * columns)
-
-
-@pytest.fixture(scope="module")
-def k2() -> Checkpoint:
-    """K2 as its headers would describe it; there are no files."""
-    tensors = {entry.name: entry for entry in entries()}
-    return Checkpoint(Path("/nowhere"), {}, tensors, (), INSTRUCT_CONFIG)
-
-
-def test_k2_in_little_memory(k2: Checkpoint) -> None:
+def test_k2_in_little_memory(k2_headers: Checkpoint) -> None:
     """The hidden states of 563 rows are 16.5 GB; K2 in BF16 can be measured in less than 6 GB."""
-    plan = needs(k2, rows=ROWS, length=LENGTH, memory=10**12)
+    plan = needs(k2_headers, rows=ROWS, length=LENGTH, memory=10**12)
     assert plan.hidden == 563 * 2048 * 7168 * 2
     assert 5e9 < plan.least < 6e9
     assert (plan.chunk, plan.wave) == (EXPERTS, 1)
-    assert needs(k2, rows=ROWS, length=LENGTH, memory=plan.least).waves == 36
+    assert needs(k2_headers, rows=ROWS, length=LENGTH, memory=plan.least).waves == 36
     with pytest.raises(UsageError, match="at least"):
-        needs(k2, rows=ROWS, length=LENGTH, memory=plan.least - 1)
+        needs(k2_headers, rows=ROWS, length=LENGTH, memory=plan.least - 1)
 
 
-def test_experts_of_k2_are_read_once_where_they_fit(k2: Checkpoint) -> None:
+def test_experts_of_k2_are_read_once_where_they_fit(k2_headers: Checkpoint) -> None:
     """A layer's experts are 33.8 GB: with 33 GB they are read in waves, with 45 GB once."""
-    few, all_ = (needs(k2, rows=ROWS, length=LENGTH, memory=gb * 10**9) for gb in (33, 45))
+    few, all_ = (needs(k2_headers, rows=ROWS, length=LENGTH, memory=gb * 10**9) for gb in (33, 45))
     assert few.chunk < EXPERTS
     assert 1 < few.waves < 5
     assert all_.chunk == EXPERTS
 
 
-def test_hessians_of_k2(k2: Checkpoint) -> None:
+def test_hessians_of_k2(k2_headers: Checkpoint) -> None:
     """All rows are one wave, 65 GB, or the Hessians of all experts fit, 170 GB beside 34 GB of weights."""
-    plan = needs(k2, rows=ROWS, length=LENGTH, memory=10**12, hessians=True)
+    plan = needs(k2_headers, rows=ROWS, length=LENGTH, memory=10**12, hessians=True)
     assert 65e9 < plan.least < 80e9
     assert (plan.chunk, plan.wave) == (EXPERTS, 1)
     assert 10**12 - plan.budget > 200e9
-    assert needs(k2, rows=ROWS, length=LENGTH, memory=100 * 10**9, hessians=True).waves == 1
+    assert needs(k2_headers, rows=ROWS, length=LENGTH, memory=100 * 10**9, hessians=True).waves == 1
 
 
 @pytest.mark.parametrize(("hessians", "first"), [(False, 6), (True, 75)])
-def test_more_memory_never_means_more_reading(k2: Checkpoint, *, hessians: bool, first: int) -> None:
+def test_more_memory_never_means_more_reading(k2_headers: Checkpoint, *, hessians: bool, first: int) -> None:
     """Waves cover all segments; with more memory the experts of a layer are not read more often."""
     read = 36
     for memory in (first, first + 1, 12, 20, 31, 39, 47, 60, 90, 240):
         if memory < first:
             continue
-        plan = needs(k2, rows=ROWS, length=LENGTH, memory=memory * 10**9, hessians=hessians)
+        plan = needs(k2_headers, rows=ROWS, length=LENGTH, memory=memory * 10**9, hessians=hessians)
         assert plan.waves * plan.wave >= 36 > (plan.waves - 1) * plan.wave
         assert 0 <= plan.budget < plan.memory
         assert 1 <= plan.chunk <= EXPERTS
