@@ -50,6 +50,7 @@ NEEDY = {
 
 OPTIONS = {
     "convert --device": ("run", "convert --to int4 --device cuda fp8 new"),
+    "convert --method gptq": ("run", "convert --to int4 --method gptq --data data.jsonl fp8 new"),
     "eval gate -o": ("report", "eval gate runs/base runs/other -o new"),
 }
 """Options that need more than their command."""
@@ -60,6 +61,7 @@ PYTHON = {
     "k2quant.eval.measure_fidelity": "run",
     "k2quant.eval.find_blame": "run",
     "k2quant.calib.calibrate": "run",
+    "k2quant.calib.solve": "run",
     "k2quant.eval.run(__import__('k2quant.eval.asking.request').eval.asking.request.Request("
     "model='int4', tasks=('gsm8k',)), __import__('pathlib').Path('new'))": "eval",
     "k2quant.qat.load": "run",

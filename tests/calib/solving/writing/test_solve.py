@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 
 import k2quant
 from k2quant.calib.solving.writing.rounder import BEYOND, most_waiting
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
+from k2quant.cli import main
 from k2quant.errors import DestinationStale, OutputError, UsageError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,3 +151,46 @@ def test_what_waits_for_its_shard_is_counted() -> None:
     assert most(shard(_0=5), shard(_0=1, _1=7)) == 13
     assert most(shard(_2=5), shard(_2=1)) == 6
     assert most(shard(_0=1, _1=2), shard(_1=3, _2=4), shard(_2=5)) == 14
+
+
+def typed(*words: Any) -> Result:
+    """Return what `convert --to int4` says."""
+    return CliRunner().invoke(main, ["convert", "--to", "int4", *map(str, words)])
+
+
+def test_the_command_writes_what_the_function_writes(place: Any, whole: Path, made: Made, tmp_path: Path) -> None:
+    """Byte for byte; it says what was won, and as JSON what was done to each layer."""
+    given = ["--method", "gptq", "--data", place.data, "--samples", 8, "--length", 32, "--memory", "4GB"]
+    given += ["--scope", "projections", place.model, tmp_path / "out"]
+    planned = json.loads(typed("--dry-run", "--json", *given).stdout)
+    assert planned["method"]["weights"] == 40
+    assert planned["seconds"] > 0
+    assert not (tmp_path / "out").exists()
+    done = typed(*given)
+    assert done.exit_code == 0, done.stderr
+    assert made(tmp_path / "out") == made(whole)
+    assert "gptq: held-out error 0." in done.stdout
+    again = typed("--json", *given)
+    assert json.loads(again.stdout)["already_done"]
+    assert [layer["solved"] for layer in json.loads(again.stdout)["layers"]] == [8, 32]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data", "DATA"], "--data with --method rtn, which runs no text"),
+        (["--method", "mse", "--damping", "0.1", "--no-propagate"], "with --method mse, which runs no text"),
+        (["--method", "gptq"], "and --data names none"),
+        (["--method", "gptq", "--data", "DATA", "--stats", "x"], "--stats has no meaning with --method gptq"),
+        (["--method", "gptq", "--data", "nowhere.jsonl"], "'nowhere.jsonl': no such file"),
+        (["--method", "gptq", "--data", "DATA", "--memory", "much"], "much"),
+        (["--method", "gptq", "--data", "DATA", "--damping", "0"], "Invalid value for '--damping'"),
+        (["--method", "gptq", "--data", "DATA", "--grid", "compressed-tensors"], "on the grid moonshot alone"),
+    ],
+)
+def test_the_command_refuses_what_makes_no_sense(place: Any, tmp_path: Path, words: list[str], said: str) -> None:
+    """Options of one method beside another, and text that is not there: usage errors, before anything is written."""
+    found = typed(*(place.data if word == "DATA" else word for word in words), place.model, tmp_path / "out")
+    assert found.exit_code == 2
+    assert said in found.stderr
+    assert not (tmp_path / "out").exists()
