@@ -14,7 +14,7 @@ itself 1.1 % in six times the time); four fifths of the matrices gain nothing by
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +26,7 @@ from k2quant.conversion.placing import Job
 from k2quant.conversion.searching.fitting import WEIGHTED
 from k2quant.conversion.searching.measuring import Known, errors, folded_moments
 from k2quant.conversion.searching.powers import MOST, foldable, shifted
+from k2quant.conversion.searching.together import Together
 from k2quant.conversion.stream import checksums_of, whole
 from k2quant.formats.format import Format
 from k2quant.kernels.codecs.grids import GROUP
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from k2quant.calib.stats.reading import Stats
     from k2quant.checkpoint.reader import Checkpoint
     from k2quant.checkpoint.weights import StoredWeight
+    from k2quant.formats.transcode import Scratch
     from k2quant.kernels.codecs.seam import Codecs
     from k2quant.kernels.codecs.values import F32, U16
 
@@ -47,10 +49,6 @@ ROWS = 512
 
 _COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Columns of a group that are doubled together, as they are tried. To double more than half of them halves the rest."""
-
-_NO_TOKENS = "no token of the calibration reached it"
-_NO_GAIN = "no fold has less error on the calibration's own inputs"
-_WORSE = "no better than without a fold on held-out data"
 
 
 class Pair(NamedTuple):
@@ -83,111 +81,182 @@ class Fold:
         return {**said, "relative": self.relative, "crc32": f"{checksum.crc32(k.tobytes()):08x}", **reason}
 
 
-def choose(source: Checkpoint, pair: Pair, stats: Stats, codecs: Codecs) -> Fold:
-    """Choose the fold of a pair. It depends on its weights and on the statistics alone.
+class Choice:
+    """A fold in the making. It depends on the weights of a pair and on the statistics alone."""
 
-    Args:
-        source: that holds both matrices.
-        pair: both are measured.
-        stats: of the source.
-        codecs: who searches.
+    def __init__(self, source: Checkpoint, pair: Pair, stats: Stats, codecs: Codecs) -> None:
+        """Begin with nothing.
 
-    Raises:
-        CheckpointError: the weights are not those that were calibrated, or cannot be read.
-    """
-    base = base_of(pair.down.weight)
-    own = None if base is None else stats.moments(base)
-    rows, able = _looked_at(source, pair, stats, codecs)
-    if own is None or not own.tokens:
-        return _none(able, _NO_TOKENS)
-    known = Known.of(stats, base, WEIGHTED, weighted=True)
-    k = _gaining(rows, able, known, pair.target, codecs)
-    if not k.any():
-        return _none(able, _NO_GAIN)
-    return _judged(source, pair, stats, codecs, known, k)
+        Args:
+            source: that holds both matrices.
+            pair: both are measured.
+            stats: of the source.
+            codecs: who searches.
+        """
+        self._source, self._pair, self._stats, self._codecs = source, pair, stats, codecs
+        panels = [_Panel(job.weight, *span) for job in (pair.down, pair.up) for span in panel_rows(job.weight.shape)]
+        self._first = Together(panels, self._look, self._looked)
 
+    def fold(self) -> Fold:
+        """Return it; every thread that asks takes part in choosing it.
 
-def _none(able: NDArray[np.bool_], reason: str, relative: float = 1.0) -> Fold:
-    import numpy as np
+        Raises:
+            CheckpointError: the weights are not those that were calibrated, or cannot be read.
+        """
+        step: Fold | _Step = self._first
+        while not isinstance(step, Fold):
+            step = step.result()
+        return step
 
-    return Fold(np.zeros(len(able), np.int8), relative, reason)
+    def _read(self, panel: _Panel, scratch: Scratch) -> tuple[U16, _Read]:
+        """Return the BF16 bits of a panel, and what its bytes sum up to."""
+        weight, start, stop = panel
+        parts, values = read_values(self._source, weight, start, stop, codecs=self._codecs, scratch=scratch)
+        return values, checksums_of(format_of(weight), parts, start)
 
+    def _check(self, weight: StoredWeight, read: Sequence[_Read]) -> None:
+        """Refuse a weight that is not the calibrated one."""
+        pieces = {suffix: dict(enumerate(each[suffix] for each in read if suffix in each)) for suffix in read[0]}
+        check_bytes(self._stats, weight, {suffix: whole(found) for suffix, found in pieces.items()})
 
-def _looked_at(source: Checkpoint, pair: Pair, stats: Stats, codecs: Codecs) -> tuple[U16, NDArray[np.bool_]]:
-    """Return some rows of down, and which columns of it can be folded, with the rows of up that belong to them."""
-    import numpy as np
+    def _look(self, panel: _Panel) -> _Look:
+        """Read a panel of either matrix: some rows of down, and which columns, or rows of up, can be folded."""
+        import numpy as np
 
-    some: list[U16] = []
-    step = max(pair.down.weight.shape[0] // ROWS, 1)
-    able = np.ones(pair.down.weight.shape[1], np.bool_)
-    held = np.zeros_like(able)  # a column may be zero in one panel
-    for start, values in _panels(source, pair.down.weight, stats, codecs):
-        some.append(values[-start % step :: step].copy())
+        from k2quant.formats.transcode import Scratch
+
+        values, read = self._read(panel, Scratch())
         near, used = foldable(values)
-        able &= near.all(0)
-        held |= used.any(0)
-    for start, values in _panels(source, pair.up.weight, stats, codecs):
-        near, used = foldable(values)
-        able[start : start + len(values)] &= near.all(1) & used.any(1)
-    return np.concatenate(some), able & held
+        if panel.weight is self._pair.up.weight:
+            return _Look(values[:0].copy(), np.asarray(near.all(1)), np.asarray(used.any(1)), read)
+        step = max(panel.weight.shape[0] // ROWS, 1)
+        return _Look(values[-panel.start % step :: step].copy(), np.asarray(near.all(0)), np.asarray(used.any(0)), read)
+
+    def _looked(self, found: Sequence[_Look]) -> Fold | _Step:
+        """Let each group of columns try."""
+        import numpy as np
+
+        count = len(list(panel_rows(self._pair.down.weight.shape)))
+        down, up = found[:count], found[count:]
+        self._check(self._pair.down.weight, [each.read for each in down])
+        self._check(self._pair.up.weight, [each.read for each in up])
+        able = np.logical_and.reduce([each.near for each in down]) & np.logical_or.reduce([each.used for each in down])
+        able &= np.concatenate([each.near & each.used for each in up])
+        base = base_of(self._pair.down.weight)
+        own = None if base is None else self._stats.moments(base)
+        if own is None or not own.tokens:
+            return _none(len(able), "no token of the calibration reached it")
+        known = Known.of(self._stats, base, WEIGHTED, weighted=True)
+        rows = np.concatenate([each.rows for each in down])
+        groups = [
+            _Group(np.ascontiguousarray(rows[:, here]), able[here], *_columns(known, here), self._pair.target)
+            for here in (slice(first, first + GROUP) for first in range(0, len(able), GROUP))
+        ]
+        return Together(groups, lambda group: group.chosen(self._codecs), lambda k: self._tried(known, k))
+
+    def _tried(self, known: Known, found: Sequence[I8]) -> Fold | _Step:
+        """Let held-out data judge what the groups have chosen, if they chose anything."""
+        import numpy as np
+
+        k = np.concatenate(found)
+        if not k.any():
+            return _none(len(k), "no fold has less error on the calibration's own inputs")
+        down, folded = self._pair.down.weight, known.folded(k)
+        panels = [_Panel(down, *span) for span in panel_rows(down.shape)]
+        return Together(panels, lambda panel: self._judge(panel, known, folded, k), lambda lost: self._judged(k, lost))
+
+    def _judge(self, panel: _Panel, known: Known, folded: Known, k: I8) -> tuple[tuple[float, ...], _Read]:
+        """Return what a panel of down loses: folded and searched, searched, and rounded."""
+        from k2quant.formats.transcode import Scratch
+
+        scratch, target, codecs = Scratch(), self._pair.target, self._codecs
+        values, read = self._read(panel, scratch)
+        ways = target.search(values, known.importance, codecs, known.mean), target.choose(values, codecs)
+        without = errors(values, ways, known, target, codecs, scratch)
+        moved = shifted(values, k)
+        better = target.search(moved, folded.importance, codecs, folded.mean)
+        return (*errors(moved, (better,), folded, target, codecs, scratch), *without), read
+
+    def _judged(self, k: I8, found: Sequence[tuple[tuple[float, ...], _Read]]) -> Fold:
+        """Take the fold if down loses less with it than it does without, searched or rounded."""
+        self._check(self._pair.down.weight, [read for _, read in found])
+        folded, searched, plain = (sum(each) for each in zip(*(lost for lost, _ in found), strict=True))
+        without = min(searched, plain)
+        relative = folded / without if without else 1.0
+        if folded >= without:
+            return _none(len(k), "no better than without a fold on held-out data", relative)
+        starts = (start for start, _ in panel_rows(self._pair.down.weight.shape))
+        return Fold(k, relative, None, {start: lost[::2] for start, (lost, _) in zip(starts, found, strict=True)})
 
 
-def _panels(source: Checkpoint, weight: StoredWeight, stats: Stats, codecs: Codecs) -> Iterator[tuple[int, U16]]:
-    """Yield first row and BF16 bits of each panel of a weight; at its end refuse one that is not the calibrated one."""
-    from k2quant.formats.transcode import Scratch
-
-    scratch, read = Scratch(), dict[str, dict[int, tuple[int, int]]]()
-    for start, stop in panel_rows(weight.shape):
-        parts, values = read_values(source, weight, start, stop, codecs=codecs, scratch=scratch)
-        for suffix, piece in checksums_of(format_of(weight), parts, start).items():
-            read.setdefault(suffix, {})[start] = piece
-        yield start, values
-    check_bytes(stats, weight, {suffix: whole(pieces) for suffix, pieces in read.items()})
+_Step = Together[Any, Any, Any]
+_Read = Mapping[str, tuple[int, int]]
+"""crc32 and length of what a panel has read of each tensor, by suffix."""
 
 
-def _gaining(rows: U16, able: NDArray[np.bool_], known: Known, target: Format, codecs: Codecs) -> I8:
-    """Return the powers with which each group loses least on the train part; zeros where nothing is gained."""
+class _Panel(NamedTuple):
+    """Rows of a weight."""
+
+    weight: StoredWeight
+    start: int
+    stop: int
+
+
+class _Look(NamedTuple):
+    """What a panel of either matrix says."""
+
+    rows: U16
+    """Some rows of down."""
+    near: NDArray[np.bool_]
+    """Whether a column of down, or a row of up, has no extreme exponents here."""
+    used: NDArray[np.bool_]
+    """Whether it has anything but zeros here."""
+    read: _Read
+
+
+def _none(columns: int, reason: str, relative: float = 1.0) -> Fold:
     import numpy as np
 
-    k = np.zeros(len(able), np.int8)
+    return Fold(np.zeros(columns, np.int8), relative, reason)
+
+
+def _columns(known: Known, here: slice) -> tuple[F32, F32]:
+    """Return mean squares and means of some columns by the train part."""
     if known.importance is None or known.mean is None:
-        return k
-    for first in range(0, len(able), GROUP):
-        here = slice(first, first + GROUP)
-        group = _Group(np.ascontiguousarray(rows[:, here]), known.importance[here], known.mean[here], target, codecs)
-        k[here] = group.chosen(able[here])
-    return k
+        msg = "what is not measured is not folded"
+        raise AssertionError(msg)
+    return known.importance[here], known.mean[here]
 
 
 class _Group(NamedTuple):
     """Some rows of 32 columns, and the moments of their inputs."""
 
     values: U16
+    able: NDArray[np.bool_]
     importance: F32
     mean: F32
     target: Format
-    codecs: Codecs
 
-    def chosen(self, able: NDArray[np.bool_]) -> I8:
+    def chosen(self, codecs: Codecs) -> I8:
         """Return the powers of its columns, by trying."""
         import numpy as np
 
         order = np.argsort(-self.importance, kind="stable")
-        order, k = order[able[order]], np.zeros(GROUP, np.int8)
-        least = self.lost(k)
+        order, k = order[self.able[order]], np.zeros(GROUP, np.int8)
+        least = self.lost(k, codecs)
         while k.max() < MOST:
-            tries = [(self.lost(doubled), count, doubled) for count, doubled in _doublings(k, order)]
+            tries = [(self.lost(doubled, codecs), count, doubled) for count, doubled in _doublings(k, order)]
             lost, count, doubled = min(tries, key=lambda each: each[0], default=(least, 0, k))
             if lost >= least:
                 break
             least, k, order = lost, doubled, order[:count]
         return k
 
-    def lost(self, k: I8) -> float:
+    def lost(self, k: I8, codecs: Codecs) -> float:
         """Return what is lost at searched scales where column j is multiplied by 2^k_j."""
         values, (importance, mean) = shifted(self.values, k), folded_moments(self.importance, self.mean, k)
-        scales = self.target.search(values, importance, self.codecs, mean)
-        return self.target.weighted_error(values, scales, importance, self.codecs, mean)
+        scales = self.target.search(values, importance, codecs, mean)
+        return self.target.weighted_error(values, scales, importance, codecs, mean)
 
 
 def _doublings(k: I8, order: NDArray[np.intp]) -> Iterator[tuple[int, I8]]:
@@ -197,24 +266,3 @@ def _doublings(k: I8, order: NDArray[np.intp]) -> Iterator[tuple[int, I8]]:
             doubled = k.copy()
             doubled[order[:count]] += 1
             yield count, doubled
-
-
-def _judged(source: Checkpoint, pair: Pair, stats: Stats, codecs: Codecs, known: Known, k: I8) -> Fold:
-    """Take a fold if down loses less with it on held-out data than it does without, searched or rounded."""
-    from k2quant.formats.transcode import Scratch
-
-    scratch, folded, target = Scratch(), known.folded(k), pair.target
-    found: dict[int, tuple[float, ...]] = {}
-    bare = 0.0
-    for start, values in _panels(source, pair.down.weight, stats, codecs):
-        scales, moved = target.search(values, known.importance, codecs, known.mean), shifted(values, k)
-        better = target.search(moved, folded.importance, codecs, folded.mean)
-        searched, plain = errors(values, (scales, target.choose(values, codecs)), known, target, codecs, scratch)
-        found[start] = (*errors(moved, (better,), folded, target, codecs, scratch), plain)
-        bare += searched
-    with_fold, plain = (sum(panel[side] for panel in found.values()) for side in (0, 1))
-    without = min(bare, plain)
-    relative = with_fold / without if without else 1.0
-    if with_fold >= without:
-        return _none(k.astype(bool), _WORSE, relative)
-    return Fold(k, relative, None, found)

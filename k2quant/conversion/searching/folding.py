@@ -1,23 +1,22 @@
 """A search after a fold: powers of two go from the rows of `up_proj` into the columns of `down_proj`, expert by expert.
 
-Both halves of a fold come from one choice, which follows from the two matrices and the statistics: whichever of the two
-comes first makes it, the other waits. It is the same in a run that goes on after a kill, for the choice reads both
-matrices and refuses bytes that were not calibrated. What the records of both say of it is compared before anything
-looks finished.
+Both halves of a fold come from one choice, which follows from the two matrices and the statistics. Whichever half comes
+first begins it, and all threads that need it take part. It is the same in a run that goes on after a kill, for the
+choice reads both matrices and refuses bytes that were not calibrated. What the records of both say of it is compared
+before anything looks finished.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from k2quant.calib.stats.digests import base_of
 from k2quant.conversion import relatives
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
-from k2quant.conversion.searching.choosing import Fold, Pair, choose
+from k2quant.conversion.searching.choosing import Choice, Fold, Pair
 from k2quant.conversion.searching.fitting import WEIGHTED
 from k2quant.conversion.searching.powers import shifted, shifted_scales
 from k2quant.conversion.searching.searched import Searched, target_of
@@ -52,7 +51,8 @@ class Folding(Searched):
         self._halves: list[Job] = []
         self._pairs: dict[str, Pair] = {}
         self._pair_up(plan.jobs())
-        self._folds: dict[str, Future[Fold]] = {}
+        self._folds: dict[str, Fold] = {}
+        self._choices: dict[str, Choice] = {}
         self._choosing = threading.Lock()
 
     def _pair_up(self, jobs: Iterable[Job]) -> None:
@@ -93,7 +93,7 @@ class Folding(Searched):
         """Return which scales a weight has, how good they are, and what was folded."""
         if job.name not in self._pairs:
             return super().facts(job)
-        return {**super().facts(job), "fold": self._folds[self._pairs[job.name].down.name].result().facts}
+        return {**super().facts(job), "fold": self._folds[self._pairs[job.name].down.name].facts}
 
     def _rounded(self, job: Job, start: int, values: U16, outputs: Parts, codecs: Codecs, scratch: Scratch) -> Figures:
         pair = self._pairs.get(job.name)
@@ -116,23 +116,24 @@ class Folding(Searched):
         return target.store(moved, target.search(moved, known.importance, codecs, known.mean), outputs, codecs)
 
     def _chosen(self, pair: Pair, codecs: Codecs) -> Fold:
-        """Return the fold of a pair; the first thread that asks chooses it."""
+        """Return the fold of a pair; every thread that asks before it is chosen takes part in that."""
+        name = pair.down.name
         with self._choosing:
-            first = pair.down.name not in self._folds
-            future = self._folds.setdefault(pair.down.name, Future())
-        if first:
-            try:
-                future.set_result(choose(self._source, pair, self._known_by, codecs))
-            except BaseException as error:  # noqa: BLE001  raised below, in every thread that waits for it
-                future.set_exception(error)
-        return future.result()
+            if name in self._folds:
+                return self._folds[name]
+            choice = self._choices.setdefault(name, Choice(self._source, pair, self._known_by, codecs))
+        fold = choice.fold()
+        with self._choosing:
+            self._folds[name] = fold
+            self._choices.pop(name, None)
+        return fold
 
 
 _A_FOLD = 1_000
 """Bytes of what is kept of a fold beside its powers."""
 
 _CHOICE = 100_000_000
-"""Bytes that a choice holds: a panel, read, decoded and shifted, with its scales, twice."""
+"""Bytes that a thread takes to choose: a panel, read, decoded and shifted."""
 
 
 def _partner(name: str, last: str, other: str) -> str | None:
