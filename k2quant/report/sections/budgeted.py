@@ -37,7 +37,7 @@ def section(report: Report) -> str:
     )
 
 
-_OPEN = 12
+_OPEN = 30
 
 
 def as_json(report: Report) -> dict[str, Any] | None:
