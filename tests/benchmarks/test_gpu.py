@@ -33,7 +33,7 @@ from places import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 SCRIPT = BENCHMARKS / "gpu.py"
-STAGES = ["identity", "bits", "numbers", "tables", "times", "whole"]
+STAGES = ["identity", "bits", "numbers", "solving", "tables", "times", "whole"]
 MISSING = ("compressed_tensors", "lm_eval", "datasets", "k2quant")
 """What the bare machine does not have installed."""
 SM_90 = read_table(TABLES / "sm_90.json")
@@ -134,7 +134,7 @@ def test_a_dry_run_on_a_bare_machine_passes_every_stage(bare: Path, tmp_path: Pa
     page = (tmp_path / "gpu-dry.md").read_text()
     assert "A dry run: it proves that the script works. Nothing here was measured on a GPU." in page
     assert "commit `abc`" in page
-    for title in ("What was missed", "What ran", "Bits", "Numbers", "Tables", "Times", "Whole"):
+    for title in ("What was missed", "What ran", "Bits", "Numbers", "Solving", "Tables", "Times", "Whole"):
         assert f"\n## {title}\n" in page
     assert "compressed_tensors" not in page
     assert not list((tmp_path / "work").iterdir())

@@ -223,7 +223,7 @@ def broken(report: Json, tmp_path: Path) -> None:
 def test_a_false_number_of_solving_is_refused(solved: Json, tmp_path: Path, place: str, value: Any) -> None:
     """Of the wrong kind, negative, or none at all."""
     facts, layer = rounded(solved)[5]["scales"], solved["layers"][1]
-    owner: Json = {
+    owner: Any = {
         "damping": solved["method"],
         "layer": layer,
         "relative": layer,

@@ -22,9 +22,10 @@ STAGES = (
     Stage(name="identity", share=20, asks="which GPU, and what it can do at most"),
     Stage(name="bits", share=50, asks="whether every codec gives the bits of its reference"),
     Stage(name="numbers", share=80, asks="whether every product and gradient is as near to float64 as it must be"),
-    Stage(name="tables", share=110, asks="which configurations are fastest, each checked before it is timed"),
-    Stage(name="times", share=120, asks="how fast products, experts and codecs are, against the goals and others"),
-    Stage(name="whole", share=100, asks="whether conversion, loading, decoding and training work, and how fast"),
+    Stage(name="solving", share=30, asks="whether GPTQ's solver is as good as the CPU's, and how fast"),
+    Stage(name="tables", share=100, asks="which configurations are fastest, each checked before it is timed"),
+    Stage(name="times", share=110, asks="how fast products, experts and codecs are, against the goals and others"),
+    Stage(name="whole", share=90, asks="whether conversion, loading, decoding and training work, and how fast"),
 )
 """A stage that ends early leaves its time to those behind it."""
 
