@@ -64,8 +64,9 @@ def _spent(report: Mapping[str, Any]) -> Iterator[str]:
     formats = Counter(unit["format"] for unit in budget["units"])
     kept = ", ".join(f"{number:,} in {name}" for name, number in formats.most_common())
     said = f"budget: {budget['bits']:.2f} bits a weight ({kept})"
-    before, after = budget["error"].get("int4"), budget["error"]["chosen"]
-    yield f"{said}, error {after / before:.2f} of all in int4" if before else said
+    after = budget["error"]["chosen"]
+    ((least, before),) = ((name, error) for name, error in budget["error"].items() if name != "chosen")
+    yield f"{said}, error {after / before:.2f} of all in {least}" if before else said
 
 
 def _ships(count: int) -> str:
