@@ -1,4 +1,4 @@
-"""The commands of pages on accuracy, calibration, reasoning, tools and training run as written, on small things."""
+"""The commands of pages on accuracy, calibration, GPTQ, budgets, reasoning, tools and training run, on small things."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from places import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PAGES = ("accuracy", "calibration", "qat", "thinking", "tools")
+PAGES = ("accuracy", "budget", "calibration", "gptq", "qat", "thinking", "tools")
 
 SHORTER: Mapping[str, str] = {
     "--tasks k2-quick": "--tasks gsm8k --data gsm8k=data",  # sixteen questions, and no hub
