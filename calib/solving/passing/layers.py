@@ -141,8 +141,7 @@ class LayerRun:
             self._plain(f"{self._name}.mlp", mlp, everyone, None)
             return
         given = self._look(everyone)
-        if mlp.shared_experts is not None and _width(mlp.shared_experts):
-            self._plain(f"{self._name}.mlp.shared_experts", mlp.shared_experts, everyone, given)
+        self._plain(f"{self._name}.mlp.shared_experts", mlp.shared_experts, everyone, given)
         ids, weights = chosen
         experts = Experts(self._rows.assembly, f"{self._name}.mlp.experts", 1)
         routed = [
@@ -234,7 +233,3 @@ class LayerRun:
             error += float((there - aside).square().sum())
             energy += float((aside if self._propagate else there).square().sum())
         return Measured(error / energy if energy else None, int(real.sum()))
-
-
-def _width(module: Any) -> int:
-    return int(module.down_proj.in_features)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,12 @@ from torch import Tensor
 from k2quant.calib.inputs import Part, Samples
 from k2quant.calib.solving.evidence import Evidence
 from k2quant.calib.stats.layout import place_of
-from k2quant.checkpoint.reader import Checkpoint
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.checkpoint.writing.in_memory import write_checkpoint
+from k2quant.conversion.convert import convert
 from k2quant.model import load_model
+from k2quant.nano import architecture, writing
+from tiny import NANO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -159,3 +164,32 @@ def test_padding_counts_nowhere(tiny: Checkpoint, data: Samples, coarse: Any, th
         assert names == again
         assert evidence.tokens == other.tokens <= data.train.count
         assert torch.equal(evidence.hessian, other.hessian)
+
+
+@pytest.mark.usefixtures("coarse")
+def test_equal_values_give_equal_bits(
+    k2_mixed: Path, tmp_path: Path, drawn: Callable[..., Samples], through: Any, sinks: Any
+) -> None:
+    """FP8 and INT4 side by side: matrices settle at the bits of the checkpoint converted to BF16."""
+    plain = convert(k2_mixed, tmp_path / "bf16", to="bf16").folder
+    asked = ["model.layers.0.self_attn.o_proj", "model.layers.1.mlp.experts.3.up_proj"]
+    asked += [f"model.layers.1.mlp.{name}.down_proj" for name in ("shared_experts", "experts.3", "experts.15")]
+    found = []
+    for folder in (k2_mixed, plain):
+        found.append(sinks())
+        through(open_checkpoint(folder), drawn(2048), found[-1], bases=asked, work=folder.name, upto=2)
+    assert found[0].values.keys() == set(asked)
+    assert all(torch.equal(each, found[1].values[base]) for base, each in found[0].values.items())
+
+
+@pytest.mark.usefixtures("coarse")
+@pytest.mark.parametrize("change", [{"q_lora_rank": None}, {"attention_bias": True}])
+def test_other_shapes_of_the_family(
+    change: dict[str, Any], tmp_path: Path, data: Samples, through: Any, sinks: Any, matrices: Any
+) -> None:
+    """Queries that are not compressed, biases: every matrix is settled."""
+    config = NANO | {"num_hidden_layers": 2} | change
+    write_checkpoint(tmp_path / "model", writing._shards(architecture.build(config)), config)  # noqa: SLF001  nano's own
+    source, sink = open_checkpoint(tmp_path / "model"), sinks()
+    through(source, data, sink)
+    assert sink.values.keys() == set(matrices(source))
