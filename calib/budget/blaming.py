@@ -1,8 +1,9 @@
 """Errors as KL divergence: what `k2quant eval blame` measured of groups of weights, shared out among their units.
 
 Blame says how much of a candidate's damage goes when a group of weights is put back: of tensor classes, and of finer
-groups, its suspects. Within a group the damage is shared out by the units' own errors; what no group explains, among
-all units that are in none. Effects of several groups may overlap: shares of more than all are scaled down to all.
+groups, its suspects, which may lie in one another. Within a group the damage that no smaller group in it has is shared
+out by the errors of the rest; what no group explains, among all that are in none. Effects of groups may overlap:
+together they are scaled to all of the damage.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,43 +101,49 @@ def shared_out(damage: Damage, units: Sequence[Unit], errors: Mapping[str, float
     Returns:
         by the name of each unit in `errors`. Together they are `damage.kl`.
     """
-    parts = {unit.name: dict(_parts(unit, errors[unit.name])) for unit in units if unit.name in errors}
-    found = dict.fromkeys(parts, 0.0)
-    within = _scaled(damage.classes)
-    taken: set[str] = set()
-    explained: dict[str, float] = {}
-    for suspect in _scaled(damage.suspects):
-        told = matching(suspect.name)
-        if told is None or not (group := _weights_of(parts, told, taken)):
-            continue
-        _give(found, group, suspect.share, parts)
-        taken |= {base for base, _ in group}
-        kind = _kind(group[0][0])
-        explained[kind] = explained.get(kind, 0.0) + suspect.share
-    left = 1.0 - sum(explained.values())
-    for one in within:
-        rest = max(min(one.share - explained.get(one.name, 0.0), left), 0.0)
-        if group := _weights_of(parts, _TESTS["kind"](one.name), taken):
-            _give(found, group, rest, parts)
-            taken |= {base for base, _ in group}
-            left -= rest
-    others = _weights_of(parts, lambda _base: True, taken) or _weights_of(parts, lambda _base: True, set())
-    _give(found, others, left, parts)
-    return {name: damage.kl * share for name, share in found.items()}
+    parts = _parts(units, errors)
+    given: dict[str, float] = {}
+    for share, group in _groups(damage, parts):
+        _give(given, group, share - sum(given.get(base, 0.0) for base in group), parts)
+    _give(given, parts, 1.0 - sum(given.values()), parts)
+    total = sum(given.values()) or 1.0
+    found = dict.fromkeys((unit.name for unit in units if unit.name in errors), 0.0)
+    for base, share in given.items():
+        found[parts[base].unit] += damage.kl * share / total
+    return found
 
 
-def _scaled(shares: Iterable[Share]) -> tuple[Share, ...]:
-    """Return shares that are no more than all together."""
-    kept = tuple(shares)
-    total = max(sum(one.share for one in kept), 1.0)
-    return tuple(one._replace(share=one.share / total) for one in kept)
+class _Part(NamedTuple):
+    """A weight of a unit."""
+
+    unit: str
+    error: float
+    """Its part of the unit's."""
 
 
-def _parts(unit: Unit, error: float) -> Iterable[tuple[str, float]]:
-    """Yield the weights of a unit, by base in the language model, each with its part of the unit's error."""
-    whole = max(unit.size, 1)
-    for weight in unit.weights:
-        yield _base(weight), error * weight.shape[0] * weight.shape[1] / whole
+def _parts(units: Iterable[Unit], errors: Mapping[str, float]) -> dict[str, _Part]:
+    """Return the weights of the units that were measured, by base in the language model."""
+    return {
+        _base(weight): _Part(unit.name, errors[unit.name] * prod(weight.shape) / unit.size)
+        for unit in units
+        if unit.name in errors
+        for weight in unit.weights
+    }
+
+
+def _groups(damage: Damage, parts: Mapping[str, _Part]) -> list[tuple[float, list[str]]]:
+    """Return the groups that are here, each with its share, the smallest first: an inner one before the outer."""
+    told = [(one.share, matching(one.name)) for one in (*damage.suspects, *damage.classes)]
+    found = [(share, [base for base in parts if test(base)]) for share, test in told if test is not None]
+    return sorted((each for each in found if each[1]), key=lambda each: len(each[1]))
+
+
+def _give(given: dict[str, float], group: Iterable[str], share: float, parts: Mapping[str, _Part]) -> None:
+    """Share out among those of a group that have nothing yet, by their errors; evenly where none has any."""
+    others = [base for base in group if base not in given]
+    total = sum(parts[base].error for base in others)
+    for base in others:
+        given[base] = max(share, 0.0) * (parts[base].error / total if total else 1 / len(others))
 
 
 def _base(weight: StoredWeight) -> str:
@@ -144,21 +152,6 @@ def _base(weight: StoredWeight) -> str:
 
 def _kind(base: str) -> str:
     return names.tensor_class(f"{base}.weight")
-
-
-_Group = list[tuple[str, str]]
-"""Bases, each with the unit that it is in."""
-
-
-def _weights_of(parts: Mapping[str, Mapping[str, float]], told: Told, taken: set[str]) -> _Group:
-    return [(base, name) for name, bases in parts.items() for base in bases if base not in taken and told(base)]
-
-
-def _give(found: dict[str, float], group: _Group, share: float, parts: Mapping[str, Mapping[str, float]]) -> None:
-    """Share out among the units of a group, by their errors; evenly where none has any."""
-    total = sum(parts[name][base] for base, name in group)
-    for base, name in group:
-        found[name] += share * (parts[name][base] / total if total else 1 / len(group))
 
 
 _LAYERS = r"(?P<layers>[0-9][0-9, -]{0,2000})"

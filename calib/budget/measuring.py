@@ -11,6 +11,7 @@ rows in eight is read: a unit has all the experts of a layer, and its sum over t
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ from k2quant.checkpoint.panels import ROW_STEP, format_of, naming, panel_shape, 
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.searching.fitting import PLAIN, WEIGHTED
+from k2quant.errors import BadValue
 from k2quant.formats.format import Format, Method, Parts
 from k2quant.formats.known import FormatName
 from k2quant.ground import names, pool
@@ -100,6 +102,7 @@ class Measuring:
         """
         found: dict[str, Lost] = {}
         known = [weight for weight in weights if (base := base_of(weight)) and self._stats.width(base) is not None]
+        known.sort(key=lambda weight: names.layer(weight.base) or 0)  # moments of a few layers are in memory
         total, done = sum(map(_bytes_read, known)), 0
         lock = threading.Lock()
 
@@ -110,7 +113,6 @@ class Measuring:
                 found[weight.base] = lost
                 done += _bytes_read(weight)
 
-        self._stats.keep(2)  # weights come in the order of layers
         pool.run(iter(known), work, workers=workers, tick=progress and (lambda: progress(done, total)))
         return {base: found[base] for base in sorted(found)}
 
@@ -168,6 +170,8 @@ class Measuring:
                 with naming(weight, start):
                     for side, after in enumerate(self._rounded(values, target, *known)):
                         sums[name][side] = sums[name].get(side, 0.0) + judge.of(exact - _wide(after))
+        if not math.isfinite(energy):
+            raise BadValue(tensor=weight.main.name, file=weight.main.file, expected="finite outputs", found=energy)
         share = panel_shape(weight.shape)[0] / max(seen, 1)
         return Lost(share * energy, {name: share * min(sides.values(), default=0.0) for name, sides in sums.items()})
 
@@ -213,8 +217,9 @@ class _Judge:
         """Return the sum over rows `[R, K]`, in an order of its own, whatever BLAS there is."""
         import numpy as np
 
-        along = np.einsum("rk,k->r", rows, self._mean).astype(np.float64)
-        across = np.einsum("rk,k->r", rows * rows, self._variance)
+        with np.errstate(over="ignore", invalid="ignore"):  # who asks sees what is not finite
+            along = np.einsum("rk,k->r", rows, self._mean).astype(np.float64)
+            across = np.einsum("rk,k->r", rows * rows, self._variance)
         return float((along * along).sum() + across.sum(dtype=np.float64))
 
 

@@ -11,8 +11,10 @@ from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.recipes.recipe import Recipe
 from k2quant.conversion.recipes.rules import WrittenRule
 from k2quant.formats.format import Scope
-from k2quant.formats.known import FORMATS, FormatName
+from k2quant.formats.known import FormatName, quantised_names
 from k2quant.ground import names
+
+_QUANTISED = frozenset(quantised_names())
 
 _LAYERS = 60  # in one pattern, so that none is long enough to be refused
 
@@ -42,16 +44,15 @@ def rules_of(
         rules.insert(0, replace(asked, ignore=(*asked.ignore, *spared)))
     others = [weight for weight in weights if weight.format is not None and recipe.rule_of(weight) is None]
     # What is quantised and nobody asked for becomes BF16; beside a rule for its format it would stay.
-    kinds = {
-        names.tensor_class(weight.main.name) for weight in others if weight.format and weight.format.name in raised
-    }
+    left = [weight.main.name for weight in others if weight.format and weight.format.name in raised.keys() & _QUANTISED]
+    kinds = set(map(names.tensor_class, left))
     if kinds:
         rules.append(WrittenRule(to=DEARER[-1], classes=tuple(kind for kind in names.TENSOR_CLASSES if kind in kinds)))
     return tuple(rules)
 
 
 def _scope(name: FormatName) -> Scope | None:
-    return "projections" if FORMATS[name].quantised else None  # patterns say the rest
+    return "projections" if name in _QUANTISED else None  # patterns say the rest
 
 
 def patterns(units: Iterable[Unit]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from k2quant.calib.stats.digests import digests_of
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
+from k2quant.ground import names
 from k2quant.kernels.codecs.values import float_to_bf16
 
 CONFIG: dict[str, Any] = {
@@ -79,7 +80,16 @@ def outside() -> Shard:
     """Return what stands outside the layers."""
     random = np.random.default_rng(99)
     embedding = float_to_bf16(random.standard_normal((300, 64)).astype(np.float32) * np.float32(0.1))
-    return {"model.embed_tokens.weight": ("BF16", embedding), "lm_head.weight": ("BF16", embedding)}
+    found: Shard = {f"{name}.weight": ("BF16", embedding) for name in ("model.embed_tokens", "lm_head")}
+    return found | {"model.norm.weight": ("F32", np.full(64, 1.001, np.float32))}
+
+
+def write_model(folder: Path, *, more: int = 0) -> Path:
+    """Write the model, with so many layers more than its config says, as those that predict further tokens are."""
+    count = CONFIG["num_hidden_layers"] + more
+    shards = {f"model-{layer + 1}-of-{count + 1}.safetensors": tensors(layer) for layer in range(count)}
+    write_checkpoint(folder, {**shards, f"model-{count + 1}-of-{count + 1}.safetensors": outside()}, CONFIG)
+    return folder
 
 
 class Small(NamedTuple):
@@ -93,10 +103,11 @@ class Small(NamedTuple):
         return {weight.base: weight for weight in group_tensors(open_checkpoint(self.source).tensors).weights}
 
 
-def write_stats(standing: Any, source: Path, name: str) -> Path:
-    """Write statistics of a model of `CONFIG`."""
+def write_stats(standing: Any, source: Path, name: str, *, layers: int = 100) -> Path:
+    """Write statistics of a model of `CONFIG`, and of no more layers than these."""
     opened = open_checkpoint(source)
-    digests = digests_of(opened, group_tensors(opened.tensors).weights)
+    weights = group_tensors(opened.tensors).weights
+    digests = digests_of(opened, [each for each in weights if (names.layer(each.main.name) or 0) < layers])
     folder: Path = standing.write(name, standing.manifest(**CONFIG), digests=digests)
     return folder
 
@@ -105,8 +116,7 @@ def write_stats(standing: Any, source: Path, name: str) -> Path:
 def small(tmp_path_factory: pytest.TempPathFactory, standing: Any) -> Small:
     """A model of three layers in BF16. Not to be changed by a test."""
     folder = tmp_path_factory.mktemp("budget") / "K2-Small"
-    shards = {f"model-{layer + 1}-of-4.safetensors": tensors(layer) for layer in range(CONFIG["num_hidden_layers"])}
-    write_checkpoint(folder, {**shards, "model-4-of-4.safetensors": outside()}, CONFIG)
+    write_model(folder)
     return Small(folder, write_stats(standing, folder, "stats"))
 
 
@@ -118,6 +128,12 @@ def small_fp8(small: Small, standing: Any) -> Small:
 
 
 @pytest.fixture
-def measured() -> Callable[[Any, Path, str], Path]:
+def measured() -> Callable[..., Path]:
     """Give what writes statistics of a model of `CONFIG`."""
     return write_stats
+
+
+@pytest.fixture
+def written() -> Callable[..., Path]:
+    """Give what writes such a model."""
+    return write_model

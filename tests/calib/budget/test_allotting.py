@@ -119,6 +119,14 @@ def test_it_converts_and_the_report_says_why(small: Any, tmp_path: Path) -> None
     assert again.budget is None  # it is a recipe as any other now
 
 
+def test_what_is_out_of_scope_stays_as_it_is(small: Any) -> None:
+    """Floats of another dtype too, whatever is raised: no rule of a budget takes them."""
+    found = allot(small.source, small.stats, scope="linear", budget=13)
+    assert {one.format for one in found.ranked} >= {"fp8", "bf16"}
+    job = next(job for job in plan_of(small, found).jobs() if job.name == "model.norm")
+    assert (job.weight.main.dtype, job.target) == ("F32", None)
+
+
 def weights_of(folder: Path) -> list[Any]:
     """Return the weights of a checkpoint."""
     from k2quant.checkpoint.weights import group_tensors
@@ -175,6 +183,34 @@ def test_int4_that_is_there_is_copied(small: Any, standing: Any, tmp_path: Path,
     assert any(one.format != "int4" for one in found.ranked)
     with pytest.raises(UsageError, match="every weight in scope is INT4 already"):
         allot(native, stats, budget=8)
+
+
+def test_what_was_not_measured_stays_int4(
+    small: Any, standing: Any, tmp_path: Path, measured: Callable[..., Path], written: Callable[..., Path]
+) -> None:
+    """Layers that the pass does not reach are counted and said, come last, and change no other unit's place."""
+    source = written(tmp_path / "mtp", more=1)
+    stats = measured(standing, source, "stats-mtp", layers=3)
+    found, plain = (allot(each, known, budget=7) for each, known in ((source, stats), (small.source, small.stats)))
+    last = found.ranked[-1]
+    assert (last.unit, last.format, last.errors, last.gain) == ("layers.3.mlp.experts", "int4", {}, None)
+    assert last.reason == "int4: not measured by the calibration"
+    assert [one.unit for one in found.ranked[:-1]] == [one.unit for one in plain.ranked]
+    assert found.as_json()["weights"] == plain.as_json()["weights"] * 3 // 2
+
+
+def test_what_is_not_finite_is_refused_by_name(
+    standing: Any, tmp_path: Path, measured: Callable[..., Path], written: Callable[..., Path]
+) -> None:
+    """Also in a matrix that no budget decides about, but that writes to the residual stream."""
+    source = written(tmp_path / "broken")
+    weight = next(each for each in weights_of(source) if each.base == "model.layers.0.self_attn.o_proj")
+    with (source / weight.main.file).open("r+b") as file:
+        file.seek(weight.main.start)
+        file.write(b"\x80\x7f")
+    stats = measured(standing, source, "stats-broken")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.self_attn\.o_proj"):
+        allot(source, stats, budget=7)
 
 
 def test_patterns_are_few_and_harmless() -> None:

@@ -91,11 +91,19 @@ def test_a_suspect_has_its_own_share() -> None:
     assert found == pytest.approx([0, 0, 0.6 + 0.4 * 1 / 7, 0.4 * 6 / 7])
 
 
+def test_a_suspect_within_another_has_its_share_of_it() -> None:
+    """Whichever stands first: the inner one has its own, the others of the outer one what is left of that."""
+    inner, outer = ("model.layers.1.self_attn.o_proj", 0.5), ("attention", 0.8)
+    for suspects in (dict([inner, outer]), dict([outer, inner])):
+        assert shared({"attention": 0.8}, suspects) == pytest.approx([0.3, 0.5, 0.2 / 4, 0.2 * 3 / 4])
+
+
 def test_shares_of_more_than_all_are_scaled_down() -> None:
     """Effects overlap: nothing comes out below 0, and all together is what was measured."""
     found = shared({"attention": 1.0, "routed experts": 1.0}, {})
     assert found == pytest.approx([0.5 / 4, 0.5 * 3 / 4, 0.5 / 4, 0.5 * 3 / 4])
-    assert min(shared({"attention": 0.2}, {"attention of layer 1": 1.5, "routed experts of layer 2": 1.5})) >= 0
+    found = shared({"attention": 0.2}, {"attention of layer 1": 1.5, "routed experts of layer 2": 1.5})
+    assert found == pytest.approx([0, 0.5, 0, 0.5])
 
 
 def test_groups_that_name_nothing_here_explain_nothing() -> None:
