@@ -100,7 +100,9 @@ class SolvingPlan:
         short, passes = "" if self.fits else ", TOO SMALL", self.passes
         tokens = "lies in files" if passes.in_files else "is kept in memory"
         parts = sorted(self.parts().items(), key=lambda pair: -pair[1])
-        largest = ", ".join(f"{_SPOKEN[name]} {duration(seconds)}" for name, seconds in parts if seconds)
+        largest = ", ".join(
+            f"{_SPOKEN[name]} {duration(seconds)}" for name, seconds in parts if seconds >= _TOLD * self.seconds
+        )
         return {
             "tokens": f"{self.tokens:,} to solve by, {self.judging:,} that judge, if the data has as many",
             "an expert": f"sees {self.mean:,.0f} tokens in the mean, and one with {self.thin / self.mean:.0%} of the "
@@ -126,6 +128,7 @@ class SolvingPlan:
         return as_html(self)
 
 
+_TOLD = 0.01  # of the time: what takes less is not told apart
 _SPOKEN = {
     "model": "the model",
     "hessians": "Hessians",

@@ -116,8 +116,8 @@ def _codes(report: Report) -> str:
         return ""
     note = (
         "Scales are chosen before the first column is rounded, so what later columns make up for may leave the range: "
-        "such weights saturate. A group is short whose largest code is none of the grid&rsquo;s largest: its scale "
-        "cannot be told from its values any more, so these codes and scales must be copied, never rounded anew."
+        "such weights saturate. A group is short whose largest code is none of the grid&rsquo;s largest: its scale is "
+        "not its largest weight over that code, and a tool that derives scales anew would take another."
     )
     heads = ["ships with", "matrices", "saturated weights", "short groups"]
     return (
