@@ -171,6 +171,25 @@ def test_the_bars_are_held_by_lower_bounds() -> None:
     assert recovered["imatrix"]["mean"] == pytest.approx(0.5)
 
 
+def test_every_better_figure_of_a_peer_is_told() -> None:
+    """A peer that is closer but slower is told of as closer; rounding is held against rounding."""
+
+    def row(name: str, kl: float, seconds: float) -> dict[str, Any]:
+        spent = {"seconds": seconds, "whole": seconds, "cpu": seconds, "own": 1}
+        return {"contestant": name, "bits": 4, "kl": kl, "true": {"a": kl}, "right": "01", "codes": 16, **spent}
+
+    rows = [
+        each | {"seed": seed}
+        for seed in range(2)
+        for each in (row("rtn", 4, 1), row("gptq", 1, 5), row("peer rtn", 5, 2), row("peer gptq", 0.5, 9))
+    ]
+    levels = list(beside.levels(rows))
+    assert [each["ratio"][0] if each["ratio"] else None for each in levels] == pytest.approx([4, None, 5, 0.5])
+    told = beside.losses(levels)
+    assert [line.split(":")[0] for line in told] == ["INT4, llm-compressor GPTQ"] * 2
+    assert "KL 0.50000, k2quant's gptq 1.00000" in told[0]
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("solving-*.json")), ids=lambda path: path.stem)
 def test_the_page_is_what_its_results_say(path: Path) -> None:
     """Written anew from the committed results, a page is the committed one."""

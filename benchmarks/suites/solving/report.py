@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from suites.calib.report import BARS, DIFFERENCES, Show, facts, table
+from suites.solving.peers.beside import NAMES, PAIR
 from suites.solving.proof import ALONE, GPTQ
 from suites.solving.summing import MARGIN
 
@@ -81,6 +82,58 @@ model before training is no figure: training moves the model itself.
 {qat}
 
 {where}
+"""
+
+PEERS = """# Calibration: k2quant's GPTQ beside its peers'
+
+Written by `benchmarks/suites/solving/run.py`; do not edit.
+
+{facts} Peers: {peers}.
+
+{seeds} nano-K2s, every projection of every layer, groups of 32, symmetric. All get the same documents (a draw of
+{documents:,} less what is held out; k2quant's rule 6 has the tenth that it judges by too), one process a contestant,
+{threads} threads each, in turns. All keep weights of BF16 and compute in it. What each wrote was read back and put
+into the same float32 model, on the {tested:,} questions of [the proof](solving-proof.md).
+
+- llm-compressor: `GPTQModifier` and `AWQModifier` with their defaults (damping 0.01, static activation order; duo
+  scaling, 20 points), on its grid: scale amax/7.5, codes -8 to 7 (at three bits amax/3.5, -4 to 3). Documents in
+  batches of one length, so nothing is padded.
+- auto-round: `W4A16` with its defaults (200 steps, batches of 8 rows), symmetric: codes -8 to 7, a scale of either
+  sign. Documents as rows of one length, what is filled up left out of its loss.
+- k2quant: `rtn`; `imatrix`, collecting and searching; `gptq`, the pass with its defaults. K2's grid: codes -7 to 7 (-3
+  to 3), one code fewer.
+
+KL to the BF16 model in nats a token of an answer; its ratio to that of k2quant's `gptq`, geometric mean over models
+with its 95% t-interval, above 1 where the peer loses. Error: sum w |(W - Q) x|^2 of each linear on the original model's
+held-out activations over that of k2quant's rounding, mean; GPTQ, both, and auto-round solve for what quantised layers
+give. AWQ's weights are taken back to the units of the original inputs. In brackets, on which share of the linears
+k2quant's `gptq` has the smaller error. The last column is the most values that a group has: what a code can say.
+
+{levels}
+
+Time and memory: seconds from weights and tokens in memory to quantised ones, without start, imports and loading;
+processor seconds and own memory (the largest RssAnon + RssShmem) of the whole process. Medians over models, with their
+range. Where the load above is more than the cores, other processes were at work: then times are good for comparison
+alone. nano-K2 is small: what a tool spends outside its products weighs here more than on K2.
+
+{costs}
+
+## What was lost
+
+Each figure in which a peer is better than k2quant's `gptq`, or its rounding than k2quant's:
+
+{lost}
+
+## What the peers needed to run at all
+
+- llm-compressor's loader for models of experts (`load_quantizable_moe`) imports every image processor of transformers
+  and ended with "No module named 'torchvision'"; `linearize_moe` after loading did the same.
+- `AWQModifier` with its own mappings for `DeepseekV3ForCausalLM` ended with "AWQ needs to match a single smoothlayer
+  for each mapping": they ask every layer for a router, and the first layers of K2 are dense. Here they are given layer
+  by layer, with the router where there is one.
+- `AWQModifier` on a machine without a GPU ended with "Cannot access accelerator device when none is available.", where
+  it pins memory. That call was left out.
+- auto-round ran as it is.
 """
 
 KINDS: dict[str, Show] = {
@@ -183,3 +236,41 @@ def proof(results: Mapping[str, Any]) -> str:
         "settings": ", ".join(f"{name} {value}" for name, value in results["settings"].items()),
     }
     return PROOF.format(**dict(results) | shown)
+
+
+PEER_LEVELS: dict[str, Show] = {
+    "codes": lambda row: f"INT{row['bits']}",
+    "contestant": lambda row: NAMES[row["contestant"]],
+    "KL": lambda row: f"{row['kl']:.5f}",
+    "over gptq's": lambda row: "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio"]) if row["ratio"] else "",
+    "right": lambda row: f"{row['right']:.1%}",
+    "error": lambda row: f"{row['error']:.3f}" + ("" if row["contestant"] == PAIR else f" ({row['beaten']:.0%})"),
+    "values of a group": lambda row: str(row["codes"]),
+}
+
+
+def _range(found: Mapping[str, float], scale: float, form: str) -> str:
+    middle, least, most = (found[key] / scale for key in ("median", "least", "most"))
+    return f"{middle:{form}} ({least:{form}}-{most:{form}})"
+
+
+PEER_COSTS: dict[str, Show] = {
+    "codes": lambda row: f"INT{row['bits']}",
+    "contestant": lambda row: NAMES[row["contestant"]],
+    "s": lambda row: _range(row["seconds"], 1, ".1f"),
+    "whole command s": lambda row: _range(row["whole"], 1, ".1f"),
+    "CPU s": lambda row: _range(row["cpu"], 1, ".1f"),
+    "own memory MB": lambda row: _range(row["own"], 1e6, ".0f"),
+}
+
+
+def peers(results: Mapping[str, Any]) -> str:
+    """Return the page of the peers."""
+    lost = results["lost"] or ["No figure of a peer is better."]
+    shown = {
+        "facts": facts(results),
+        "levels": table(PEER_LEVELS, results["levels"]),
+        "costs": table(PEER_COSTS, results["levels"]),
+        "lost": "\n".join(f"- {line}" for line in lost),
+    }
+    return PEERS.format(**dict(results) | shown)

@@ -28,6 +28,7 @@ from suites.calib import samples
 from suites.calib.report import BARS, table
 from suites.common import machine
 from suites.solving import proof, report, summing
+from suites.solving.peers import beside
 
 CODE = ("k2quant", "kernels", "calib", "eval", "benchmarks/suites/calib", "benchmarks/suites/solving")
 HIDDEN = ("workdir", "results", "peers_python", "only", "page", "threads")
@@ -53,8 +54,28 @@ def prove(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def compare(given: argparse.Namespace) -> dict[str, Any]:
+    """Return the results of the peers."""
+    seeds = samples.SEEDS[: given.seeds]
+    rows = beside.measured(given.workdir, given.peers_python, seeds, given.threads)
+    wanted = ["torch", "transformers", "llmcompressor", "compressed-tensors", "auto-round"]
+    versions = machine.versions(given.peers_python, wanted) if given.peers_python else {}
+    levels = list(beside.levels(rows))
+    return {
+        "seeds": given.seeds,
+        "documents": samples.DOCUMENTS,
+        "tested": len(samples.exam()),
+        "threads": given.threads,
+        "peers": ", ".join(f"{name} {version}" for name, version in versions.items()) or "none at hand",
+        "levels": levels,
+        "lost": beside.losses(levels),
+        "bars": [],
+    }
+
+
 PARTS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
     "proof": (prove, report.proof),
+    "peers": (compare, report.peers),
 }
 """Each part: what measures it, and what draws its page."""
 

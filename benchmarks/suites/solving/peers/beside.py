@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,9 +26,11 @@ from torch import Tensor
 from k2quant.calib.inputs import Samples
 from k2quant.nano import vocabulary
 from suites.calib import drift, rounding, samples, truth
-from suites.calib.proof import Tested, kind
+from suites.calib.proof import Tested
 from suites.calib.samples import tell
+from suites.calib.summing import mean
 from suites.common import machine, measure
+from suites.qat.summaries import interval
 from suites.solving import passes
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -47,6 +51,8 @@ WIDTHS = (4, 3)
 DRAW = 0
 DTYPE = "bfloat16"
 """Of the peers' models: that of the checkpoint, as their examples load it; k2quant's pass computes in it too."""
+
+Rows = Sequence[dict[str, Any]]
 
 
 def documents(given: Samples) -> list[Tensor]:
@@ -171,9 +177,63 @@ def measured(
     return rows
 
 
-def kinds_of(row: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Return a row's relative errors by kind of linear."""
-    found: dict[str, list[float]] = {}
-    for base, error in row["true"].items():
-        found.setdefault(kind(base), []).append(error)
-    return found
+def levels(rows: Rows) -> Iterator[dict[str, Any]]:
+    """Yield for each width and contestant what it comes to over the models."""
+    for bits, name in dict.fromkeys((row["bits"], row["contestant"]) for row in rows):
+        mine = [row for row in rows if (row["bits"], row["contestant"]) == (bits, name)]
+        ours = {row["seed"]: row for row in rows if (row["bits"], row["contestant"]) == (bits, PAIR)}
+        beaten = [ours[row["seed"]]["true"][base] < error for row in mine for base, error in row["true"].items()]
+        ratios = [math.log(row["kl"] / ours[row["seed"]]["kl"]) for row in mine]
+        yield {
+            "bits": bits,
+            "contestant": name,
+            "models": len(mine),
+            "error": mean(error for row in mine for error in row["true"].values()),
+            "beaten": mean(beaten),
+            "kl": mean(row["kl"] for row in mine),
+            "ratio": None if name == PAIR else [math.exp(each) for each in interval(ratios)],
+            "right": mean(mean(map(int, row["right"])) for row in mine),
+            "codes": max(row["codes"] for row in mine),
+            **{key: _spread([row[key] for row in mine]) for key in ("seconds", "whole", "cpu", "own")},
+        }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+COMPARED = (
+    ("KL", ".5f", 1),
+    ("mean error of its linears", ".3f", 1),
+    ("share of right answers", ".1%", -1),
+    ("seconds", ".1f", 1),
+    ("own memory, MB", ".0f", 1),
+)
+"""Figures, how they are written, and whether less is better."""
+
+
+def losses(found: Rows) -> list[str]:
+    """Say where a peer has the better figure than our GPTQ, or its rounding than ours."""
+    said = []
+    for row in found:
+        if not row["contestant"].startswith("peer "):
+            continue
+        ours_is = "rtn" if row["contestant"] == "peer rtn" else PAIR
+        own = next(each for each in found if (each["bits"], each["contestant"]) == (row["bits"], ours_is))
+        for what, form, sign in COMPARED:
+            if sign * _figure(row, what) < sign * _figure(own, what):
+                where = f"INT{row['bits']}, {NAMES[row['contestant']]}"
+                theirs, ours = (_figure(each, what) for each in (row, own))
+                said.append(f"{where}: {what} {theirs:{form}}, k2quant's {ours_is} {ours:{form}}.")
+    return said
+
+
+def _figure(row: Mapping[str, Any], what: str) -> float:
+    found: dict[str, float] = {
+        "KL": row["kl"],
+        "mean error of its linears": row["error"],
+        "share of right answers": row["right"],
+        "seconds": row["seconds"]["median"],
+        "own memory, MB": row["own"]["median"] / 1e6,
+    }
+    return found[what]
