@@ -27,7 +27,7 @@ from suites.calib import proof as first_half
 from suites.calib import samples
 from suites.calib.report import BARS, table
 from suites.common import machine
-from suites.solving import proof, report, summing
+from suites.solving import proof, rates, report, summing
 from suites.solving.peers import beside
 
 CODE = ("k2quant", "kernels", "calib", "eval", "benchmarks/suites/calib", "benchmarks/suites/solving")
@@ -76,6 +76,7 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
 PARTS: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[dict[str, Any]], str]]] = {
     "proof": (prove, report.proof),
     "peers": (compare, report.peers),
+    "rates": (rates.measure, rates.page),
 }
 """Each part: what measures it, and what draws its page."""
 
