@@ -105,7 +105,8 @@ def _case(evidence: Evidence, settings: Settings) -> _Case:
         reason = "the Hessian is zero or not finite"
     elif (factor := factorise(belief.hessian, damping=settings.damping)) is None:
         reason = "the Hessian is not positive definite"
-    judge = judge_of(evidence, None if factor is None else belief)
+        belief = belief._replace(hessian=belief.square.diag())
+    judge = judge_of(evidence, belief)
     return _Case(settings, belief, factor, judge, evidence.tokens, reason)
 
 
