@@ -89,6 +89,7 @@ class LayerRun:
         self._real = torch.cat([piece.real.flatten() for piece in rows.pieces])
         self._sizes = {part: sum(piece.size for piece in rows.pieces if piece.part == part) for part in PARTS}
         self._routed = isinstance(self._layer.mlp, DeepseekV3MoE)
+        self._before_mlps = 1 / (1 + rows.model.experts) if self._routed else 0.5
         self._wide: Prior | None = None
 
     def go(self) -> Measured:
@@ -127,6 +128,7 @@ class LayerRun:
                 _, weights, ids = mlp.gate(x)
                 chosen.append((ids.cpu(), weights.float().cpu()))
             begun += piece.size
+            self._tell(begun / len(self._real) * self._before_mlps)
         layer.mlp.seen = None
         self._kept.out.zero_()
         self._kept.aside.zero_()
@@ -202,7 +204,7 @@ class LayerRun:
             done[0] += 1  # only a display: a lost update does no harm
 
         with single_threaded():
-            tick = lambda: self._tell((1 + done[0]) / (1 + experts.count))  # noqa: E731
+            tick = lambda: self._tell((1 + done[0]) * self._before_mlps)  # noqa: E731
             pool.run(iter(range(experts.count)), work, workers=self._workers, tick=tick)
 
     def _settled(self, experts: Experts, number: int, tokens: Tokens) -> Mlp:

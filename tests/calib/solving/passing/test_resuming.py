@@ -95,6 +95,19 @@ def test_a_stopped_pass_goes_on_with_equal_bits(
         shutil.rmtree(tmp_path / "stopped")
 
 
+@pytest.mark.usefixtures("coarse", "small")
+def test_how_far_a_pass_is(tiny: Checkpoint, data: Samples, through: Any, sinks: Any) -> None:
+    """Tokens times layers, never backwards, within a layer too, those of layers that an earlier run did counted."""
+    told: list[tuple[int, int]] = []
+    sink = sinks()
+    for upto in (1, 2):
+        through(tiny, data, sink, upto=upto, progress=lambda *now: told.append(now))
+    assert all(before[0] <= after[0] for before, after in itertools.pairwise(told))
+    assert {total for _, total in told} == {2 * 16 * 24}
+    assert told[-1][0] == 2 * 16 * 24
+    assert len({done for done, _ in told}) > 10
+
+
 def test_lost_hidden_states_are_made_again(
     tiny: Checkpoint, data: Samples, coarse: Any, through: Any, sinks: Any, tmp_path: Path
 ) -> None:
