@@ -64,8 +64,9 @@ def shifted(bits: U16, k: NDArray[np.integer]) -> U16:
     """
     import numpy as np
 
-    moved = bits.astype(np.int32) + (k.astype(np.int32) << 7)
-    return np.where(bits & _MAGNITUDE, moved, bits).astype(np.uint16)
+    moved = (k.astype(np.int16) << 7).view(np.uint16)  # of the exponent; what wraps comes out right
+    found: U16 = bits + moved * ((bits & _MAGNITUDE) != 0)
+    return found
 
 
 def shifted_scales(scales: U16, weights: U16, k: I8) -> U16:
