@@ -125,7 +125,7 @@ def _own_report(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Return the report that lies beside a checkpoint; None where there is none that could be believed."""
     try:
         return read_report(checkpoint.folder / REPORT)
-    except CheckpointError:
+    except (CheckpointError, OSError):
         return None
 
 
