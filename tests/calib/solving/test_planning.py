@@ -168,7 +168,7 @@ def test_what_cannot_be_is_refused(planned: Planned, options: Any, expected: str
 
 def test_rates_are_measured_with_the_real_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is more than a hand does and less than a thousand of the fastest GPUs; torch's threads are as before."""
-    for name, value in (("_PROBE_SECONDS", 0.001), ("_PROBE_COLUMNS", 128), ("_PROBE_PAIRS", 128)):
+    for name, value in (("_PROBE_SECONDS", 0.001), ("_PROBE_COLUMNS", 128)):
         monkeypatch.setattr(operations, name, value)
     small = Model.of(INSTRUCT_CONFIG | {"hidden_size": 128, "moe_intermediate_size": 64})
     threads = torch.get_num_threads()
