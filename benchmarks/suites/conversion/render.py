@@ -258,7 +258,7 @@ def render_accuracy(folder: Path) -> str:
 
 
 def render_calibration(folder: Path) -> str:
-    """Link the pages of `python -m suites.calib.run`."""
+    """Link the pages of `python -m suites.calib.run` and `suites.solving.run`."""
     pages = {
         "calib-proof": "[What each method buys](results/calib-proof.md): true errors of every linear of nano-K2, its "
         "predictions and its answers, by `rtn`, `mse` and `imatrix` at INT4, INT3 and INT2.",
@@ -266,9 +266,17 @@ def render_calibration(folder: Path) -> str:
         "the same matrices, errors and rates.",
         "calib-rates": "[How fast](results/calib-rates.md): the search in memory, whole conversions, the pass that "
         "collects.",
+        "solving-proof": "[What GPTQ buys](results/solving-proof.md): the same linears, models and answers by `gptq`, "
+        "through the gate, and beside QAT.",
+        "solving-peers": "[GPTQ beside its peers](results/solving-peers.md): llm-compressor's GPTQ and AWQ and "
+        "auto-round on the same models and documents: KL, errors, time, memory.",
+        "solving-rates": "[How fast GPTQ is](results/solving-rates.md): beside llm-compressor's, on the same matrices.",
     }
     lines = [f"- {line}\n" for name, line in pages.items() if (folder / f"{name}.json").exists()]
-    command = "`PYTHONPATH=benchmarks python -m suites.calib.run --only proof`, or `peers`, or `rates`."
+    command = (
+        "`PYTHONPATH=benchmarks python -m suites.calib.run --only proof`, or `peers`, or `rates`; of GPTQ, "
+        "`suites.solving.run` with the same."
+    )
     return f"\n## Calibration\n\n{command}\n\n{''.join(lines)}" if lines else ""
 
 
