@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tiny
+from k2quant.calib.solving.settings import Settings
 from k2quant.nano import tasks
 from places import ROOT
 
@@ -71,6 +72,16 @@ def test_a_whole_model_has_the_matrices_that_were_settled(model: Any, found: pro
         assert torch.equal(matrix, found[proof.GPTQ, 3][base].values.float())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(made.lm_head.weight, model.lm_head.weight)
+
+
+def test_the_checkpoint_has_what_was_settled(workdir: Path, tmp_path: Path) -> None:
+    """At four bits, what `k2quant.calib.solve` writes of a draw is what the pass settles, to the last bit."""
+    folder, data = workdir / "seed-0", workdir / "data" / "0-0.jsonl"
+    values = passes.written(folder, data, tmp_path / "int4", DOCUMENTS)
+    given = passes.read(workdir, folder, 0, 0, DOCUMENTS)
+    settled = passes.solved(folder, given, list(values), Settings())
+    assert settled.keys() == values.keys()
+    assert all(torch.equal(values[base], each.values.float()) for base, each in settled.items())
 
 
 def test_propagation_is_what_tells_the_two_ways_apart(found: proof.Solutions) -> None:

@@ -14,7 +14,9 @@ from k2quant.calib.inputs import Samples, read_samples
 from k2quant.calib.solving.choosing import Settled
 from k2quant.calib.solving.passing import Pass
 from k2quant.calib.solving.settings import Settings
+from k2quant.calib.solving.solve import solve
 from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.conversion.convert import convert
 from k2quant.model.generation import load_tokenizer
 from k2quant.nano import vocabulary
 from suites.calib import samples, truth
@@ -38,12 +40,15 @@ class Kept:
         self.found |= found
 
 
+def data_of(workdir: Path, seed: int, draw: int, documents: int = samples.DOCUMENTS) -> Path:
+    """Return the file of a draw; it is written if it is not there yet."""
+    path = workdir / "data" / f"{seed}-{draw}.jsonl"
+    return path if path.exists() else samples.write_draw(path, seed, draw, documents)
+
+
 def read(workdir: Path, folder: Path, seed: int, draw: int, documents: int = samples.DOCUMENTS) -> Samples:
     """Return what a model is calibrated on in a draw, in the parts that `calibrate` makes of it."""
-    data = workdir / "data" / f"{seed}-{draw}.jsonl"
-    if not data.exists():
-        samples.write_draw(data, seed, draw, documents)
-    tokenizer = load_tokenizer(folder)
+    data, tokenizer = data_of(workdir, seed, draw, documents), load_tokenizer(folder)
     return read_samples(data, tokenizer, samples=documents, length=LENGTH, vocabulary=vocabulary.SIZE)
 
 
@@ -68,3 +73,11 @@ def with_values(model: Any, found: Mapping[str, Settled]) -> Any:
         if base in found:
             matrix.copy_(found[base].values)
     return result
+
+
+def written(folder: Path, data: Path, destination: Path, documents: int = samples.DOCUMENTS) -> dict[str, torch.Tensor]:
+    """Return the values, by base, of the checkpoint that `k2quant.calib.solve` writes of the same documents."""
+    solve(folder, destination, "int4", data=data, samples=documents, length=LENGTH, memory=MEMORY, scope="projections")
+    decoded = destination.with_name(f"{destination.name}-bf16")
+    convert(destination, decoded, "bf16")
+    return truth.matrices(truth.load(decoded))

@@ -7,13 +7,17 @@ file for each model and draw in `WORKDIR/solving-proof`; what is there is taken.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from k2quant.calib.inputs import Samples
 from k2quant.calib.solving.choosing import Settled
 from k2quant.calib.solving.settings import Settings
+from k2quant.eval import measure_fidelity
 from k2quant.nano import tasks
 from k2quant.nano.scoring import score
 from suites.calib import drift, rounding, samples, truth
@@ -28,6 +32,10 @@ ALONE = "gptq alone"
 """Each matrix sees what the original model gives it, so that it is solved for what its true error is measured on."""
 QAT_EXAM = 100
 """Questions of each family and level in the exam of `benchmarks/qat.py`, 1,800 in all."""
+
+SHIPPED = 4
+"""Bits of what a checkpoint has."""
+_TOKENS = 1 << 17  # more than any test has
 
 Solutions = Mapping[tuple[str, int], Mapping[str, Settled]]
 """By method and bits, then by base."""
@@ -93,6 +101,25 @@ def drifts(
         yield row | examined(model, draw)
 
 
+def as_written(workdir: Path, tested: first_half.Tested, seed: int, draw: int, found: Solutions) -> dict[str, Any]:
+    """Return how many matrices of the checkpoint that `solve` writes have the values settled here, and its fidelity.
+
+    It is measured with the first model's first draw alone.
+    """
+    if (seed, draw) != (SEEDS[0], DRAWS[0]):
+        return {}
+    text = samples.write_tested(workdir / "data" / "test.jsonl")
+    with tempfile.TemporaryDirectory() as place:
+        destination = Path(place) / "int4"
+        values = passes.written(tested.folder, passes.data_of(workdir, seed, draw), destination)
+        said = measure_fidelity(
+            tested.folder, destination, text=text, context=samples.LONGEST, tokens=_TOKENS, dtype="float32"
+        )
+    own = found[GPTQ, SHIPPED]
+    equal = sum(torch.equal(values[base], each.values.float()) for base, each in own.items())
+    return {"written": {"equal": equal, "of": len(own), "fidelity": said.kl.value}}
+
+
 def arm(
     workdir: Path, tested: first_half.Tested, seed: int, draw: int, widths: Sequence[int] = WIDTHS
 ) -> dict[str, Any]:
@@ -109,6 +136,7 @@ def arm(
         "digests": {name: part.digest for name, part in given.parts.items()},
         "rows": list(errors(tested.model, tested.seen, found, rows)),
         "drift": list(drifts(workdir, tested, seed, draw, found, kept)),
+        **as_written(workdir, tested, seed, draw, found),
     }
 
 

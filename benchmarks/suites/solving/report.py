@@ -26,7 +26,7 @@ of 32, on the moonshot grid: `rtn` by the plain rule, `imatrix` as `convert` shi
   float64, over that of `rtn`. `{gptq}` beside it is the default: each layer sees the quantised ones before it, so its
   matrices are solved for other inputs than those the error is measured on.
 - **Whole models**: KL to the BF16 model in nats a token of an answer, answers that are wholly right, the gate.
-  `{gptq}` is the default, propagated.
+  `{gptq}` is the default, propagated.{written}
 
 Intervals are 95% t-intervals over the {seeds} models, draws averaged first. A difference whose interval holds no zero
 (for ratios, no one) is marked with a star; nothing is claimed of the others.
@@ -197,6 +197,15 @@ QAT: dict[str, Show] = {
     "points below": lambda row: f"{100 * (row['without'] - row['right']):.1f}",
 }
 
+WRITTEN = """ Models were held in memory; in the INT4 checkpoint that `k2quant.calib.solve`
+  writes of the first model's first draw {equal} of {of} matrices have the same values to the last bit, and `eval
+  fidelity` says {fidelity:.5f} of it, where memory says {kl:.5f}."""
+
+
+def _written(found: Mapping[str, Any] | None) -> str:
+    return WRITTEN.format(**found) if found else ""
+
+
 ENOUGH = 1.0
 """Percentage points below BF16 at which calibration is called enough here."""
 
@@ -233,6 +242,7 @@ def proof(results: Mapping[str, Any]) -> str:
         "qat": table(QAT, results["qat"]),
         "where": _where(results["qat"]),
         "margin": MARGIN,
+        "written": _written(results["written"]),
         "settings": ", ".join(f"{name} {value}" for name, value in results["settings"].items()),
     }
     return PROOF.format(**dict(results) | shown)

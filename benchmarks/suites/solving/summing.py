@@ -14,7 +14,7 @@ from suites.calib import summing
 from suites.calib.summing import drift_of, mean, over_seeds
 from suites.common import machine
 from suites.qat.summaries import Interval
-from suites.solving.proof import ALONE, GPTQ
+from suites.solving.proof import ALONE, GPTQ, SHIPPED
 
 METHODS = ("rtn", "imatrix", GPTQ, ALONE)
 PAIRS = (("imatrix", ALONE), ("imatrix", GPTQ), ("rtn", GPTQ))
@@ -125,6 +125,14 @@ def beside_qat(arms: Rows, widths: Sequence[int]) -> Iterator[dict[str, Any]]:
         yield {"bits": bits, "method": "QAT", "recovered": share, "right": own, "without": whole, "kl": None}
 
 
+def written(arms: Rows) -> Iterator[dict[str, Any]]:
+    """Yield what the checkpoint that `solve` wrote is, beside the KL of the same model in memory."""
+    for arm in arms:
+        if "written" in arm:
+            own = drift_of(arms, arm["seed"], arm["draw"], GPTQ, SHIPPED)
+            yield arm["written"] | {"kl": own["kl"]}
+
+
 def bars(shares: Rows, back: Mapping[str, float]) -> list[dict[str, Any]]:
     """Return what the proof is held to."""
     made = summing.bars(shares, PAIRS[:1])
@@ -159,4 +167,5 @@ def summary(arms: Rows, widths: Sequence[int]) -> dict[str, Any]:
         "gates": list(gates(arms, widths)),
         "shipped": list(shipped(arms, widths)),
         "qat": list(beside_qat(arms, widths)),
+        "written": next(iter(written(arms)), None),
     }
