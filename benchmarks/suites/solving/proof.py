@@ -7,8 +7,10 @@ file for each model and draw in `WORKDIR/solving-proof`; what is there is taken.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from k2quant.calib.inputs import Samples
 from k2quant.calib.solving.choosing import Settled
 from k2quant.calib.solving.settings import Settings
 from k2quant.eval import measure_fidelity
+from k2quant.model.generation import silence
 from k2quant.nano import tasks
 from k2quant.nano.scoring import score
 from suites.calib import drift, rounding, samples, truth
@@ -140,18 +143,32 @@ def arm(
     }
 
 
-def measure(workdir: Path, seeds: Sequence[int] = SEEDS, draws: Sequence[int] = DRAWS) -> list[dict[str, Any]]:
-    """Return all arms."""
-    folders, found = samples.bases(workdir, seeds), []
-    for seed in seeds:
-        tested: first_half.Tested | None = None
-        for draw in draws:
-            path = workdir / "solving-proof" / f"{seed}-{draw}.json"
-            if not path.exists():
-                tested = tested or first_half.Tested(folders[seed], samples.exam())
-                path.parent.mkdir(parents=True, exist_ok=True)
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(arm(workdir, tested, seed, draw)))
-                partial.rename(path)
-            found.append(json.loads(path.read_text()))
+def of_seed(workdir: Path, folder: Path, seed: int, draws: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the arms of one model."""
+    tested: first_half.Tested | None = None
+    found = []
+    for draw in draws:
+        path = workdir / "solving-proof" / f"{seed}-{draw}.json"
+        if not path.exists():
+            tested = tested or first_half.Tested(folder, samples.exam())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(arm(workdir, tested, seed, draw)))
+            partial.rename(path)
+        found.append(json.loads(path.read_text()))
     return found
+
+
+def measure(
+    workdir: Path, seeds: Sequence[int] = SEEDS, draws: Sequence[int] = DRAWS, at_once: int = 1
+) -> list[dict[str, Any]]:
+    """Return all arms; so many models are measured at once, each in a process with one thread of torch."""
+    folders = samples.bases(workdir, seeds)
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn"), _begin) as pool:
+        found = [pool.submit(of_seed, workdir, folders[seed], seed, draws) for seed in seeds]
+        return [one for arms in found for one in arms.result()]
+
+
+def _begin() -> None:
+    silence()
+    torch.set_num_threads(1)

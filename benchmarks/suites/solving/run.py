@@ -31,13 +31,13 @@ from suites.solving import proof, rates, report, summing
 from suites.solving.peers import beside
 
 CODE = ("k2quant", "kernels", "calib", "eval", "benchmarks/suites/calib", "benchmarks/suites/solving")
-HIDDEN = ("workdir", "results", "peers_python", "only", "page", "threads")
+HIDDEN = ("workdir", "results", "peers_python", "only", "page")
 """What the command of a page leaves out: it says where things lie."""
 
 
 def prove(given: argparse.Namespace) -> dict[str, Any]:
     """Return the results of the proof."""
-    arms = proof.measure(given.workdir, samples.SEEDS[: given.seeds], samples.DRAWS[: given.draws])
+    arms = proof.measure(given.workdir, samples.SEEDS[: given.seeds], samples.DRAWS[: given.draws], given.threads)
     defaults = Settings().as_json()
     defaults.pop("bits")
     return {
@@ -89,7 +89,9 @@ def settings() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=machine.ROOT / "benchmarks" / "results", help="where they go")
     parser.add_argument("--seeds", type=int, default=len(samples.SEEDS), help="models, at least 2")
     parser.add_argument("--draws", type=int, default=len(samples.DRAWS), help="of documents, for each model")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch, for what is not timed")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count() or 1, help="of each peer; models that the proof has at a time"
+    )
     parser.add_argument("--peers-python", help="Python of the peers' environment")
     parser.add_argument("--page", action="store_true", help="measure nothing; write the pages of the results anew")
     return parser
@@ -99,7 +101,7 @@ def main() -> None:
     """Measure the parts, and write results and pages."""
     given = settings().parse_args()
     silence()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)  # the proof's bits do not depend on --threads
     missed = False
     for part in given.only or PARTS:
         measure, page = PARTS[part]
