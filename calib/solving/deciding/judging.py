@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 JUDGED = 256
 """Held-out tokens that judge at most, evenly spaced. Of each the loss is summed over all rows, so that a few hundred
-tell ways apart; at the sizes of K2 judging three ways then takes a sixth of the time of gate and up, and half of down's."""
+tell ways apart. At K2's sizes judging three ways takes a sixth of what gate and up take, and half of what down does."""
 
 _ALIKE = 0.5
 """Agreement with the layer from which on its tokens judge: 0.84 to 0.86 in the mean over experts of a nano-K2."""

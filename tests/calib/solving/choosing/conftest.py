@@ -34,7 +34,7 @@ class Planted(NamedTuple):
 def correlated(dice: torch.Generator) -> Tensor:
     """Return a covariance with the spectrum 1/i, float64 `[K, K]`."""
     basis, _ = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=dice, dtype=torch.float64))
-    found = (basis / torch.arange(1, WIDTH + 1)) @ basis.T
+    found: Tensor = (basis / torch.arange(1, WIDTH + 1)) @ basis.T
     return found / found.diagonal().mean()
 
 

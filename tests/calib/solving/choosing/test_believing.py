@@ -45,7 +45,7 @@ def test_agreement_of_a_hessian_with_itself_and_with_its_opposite() -> None:
 
 @given(seed=st.integers(0, 2**32), tokens=st.integers(0, 40), rank=st.integers(1, 32), alike=st.booleans())
 def test_what_is_believed_is_positive_semidefinite(seed: int, tokens: int, rank: int, alike: bool) -> None:  # noqa: FBT001
-    """Whatever came, and of whatever rank: no eigenvalue is negative, no square, and no mean is larger than its root."""
+    """Whatever came, and of whatever rank: no eigenvalue and no square is negative, and no mean exceeds its root."""
     dice = torch.Generator().manual_seed(seed)
     basis = torch.randn(rank, 32, generator=dice) * torch.rand(32, generator=dice)
     wide = torch.randn(50, rank, generator=dice) @ basis

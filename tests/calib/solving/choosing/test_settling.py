@@ -61,7 +61,7 @@ def test_threads_change_no_bit(plant: Plant, gaussian: Weights, held: int) -> No
 
 
 def test_what_is_told_of_a_matrix(plant: Plant, gaussian: Weights) -> None:
-    """The facts say what ships, its error over rounding's, who judged, on how many tokens, and what GPTQ did to groups."""
+    """The facts say what ships, its error over rounding's, who judged, by how many tokens, what became of groups."""
     evidence, weights = plant("uneven", 2000, layer=False).evidence, gaussian(4)
     shipped = alone(weights, evidence)
     facts = dict(shipped.facts)
@@ -210,12 +210,13 @@ def test_nothing_ships_that_held_out_tokens_find_worse_than_rounding(seed: int, 
     assert (shipped.facts["method"] == "gptq") == ("reason" not in shipped.facts)
 
 
-def test_held_out_tokens_that_are_not_finite_judge_for_rounding(plant: Plant, gaussian: Weights) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_held_out_tokens_that_are_not_finite_judge_for_rounding(plant: Plant, gaussian: Weights, value: float) -> None:
     """What cannot be compared does not ship."""
     evidence = plant("alike", 1000, layer=True).evidence
     held = evidence.held.clone()
-    held[3] = torch.nan
-    shipped = alone(weights := gaussian(13), replace(evidence, held=held))
+    held[3, 50] = value
+    shipped = alone(weights := gaussian(13, rows=1), replace(evidence, held=held))
     assert shipped.facts["method"] == "rtn"
     assert torch.equal(shipped.values, ways.plain(weights, 4).values)
 
