@@ -5,15 +5,15 @@
 - layer: the weights of the largest layer without its routed experts, and a piece of rows in attention.
 - one expert: its weights, as they were and as they are solved, its Hessian and what factorising and solving make of it,
   a block of tokens, and outputs that wait to be added in the order of experts.
-- what is kept of each token of a layer: input, residual and output of its MLP, 8 H bytes, and its routing. Where memory
-  has no room for them they lie in files.
+- what is kept of each token of a layer: its routing, and 8 H bytes, input, output and residual of its MLP. What memory
+  has no room for lies in files.
 
 Bytes of results depend on none of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from k2quant.calib.collecting.memory import BLOCK, PROCESS, Sizes
@@ -47,18 +47,23 @@ class Needs:
     workers: int
     """Routed experts that are solved at a time."""
     arrays: int
-    """Bytes of what is kept of a layer's tokens."""
-    in_files: bool
-    """Whether these lie in files."""
+    """Bytes of what is kept of a layer's tokens, in memory or in files."""
+    kept: int
+    """Bytes of these in memory."""
     budget: int
     """Bytes of hidden states that are kept in memory beside the files."""
     hidden: int
     """Bytes of hidden states between two layers."""
 
     @property
+    def in_files(self) -> int:
+        """Bytes of what is kept of a layer's tokens that lie in files."""
+        return self.arrays - self.kept
+
+    @property
     def disk(self) -> int:
         """Bytes of files that a pass works with: hidden states before and behind a layer, and perhaps its tokens."""
-        return 2 * self.hidden + (self.arrays if self.in_files else 0)
+        return 2 * self.hidden + self.in_files
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -99,18 +104,38 @@ def needs(
             f"found {size(memory)}"
         )
     workers = max(count for count in range(1, asked + 1) if taken.bytes(count, tokens) <= memory)
-    arrays = taken.arrays(tokens, held)
+    arrays = kept_of_tokens(tokens, held, taken.model.hidden)
     left = memory - taken.bytes(workers, tokens)
-    in_files = arrays > left
+    kept = in_memory(arrays, left)
     return Needs(
         least=least,
         memory=memory,
         workers=workers,
-        arrays=arrays,
-        in_files=in_files,
-        budget=left if in_files else left - arrays,
+        arrays=sum(arrays.values()),
+        kept=kept,
+        budget=left - kept,
         hidden=tokens * taken.model.hidden * 2,
     )
+
+
+def kept_of_tokens(tokens: int, held: int, hidden: int) -> dict[str, int]:
+    """Return the bytes of what is kept of the tokens of a layer, by name, what is read most often first.
+
+    Args:
+        tokens: all of them.
+        held: those that are held out.
+        hidden: columns of each.
+    """
+    state = tokens * hidden
+    return {"x": 2 * state, "out": 4 * state, "residual": 2 * state, "aside": 4 * held * hidden}
+
+
+def in_memory(arrays: Mapping[str, int], memory: int) -> int:
+    """Return how many bytes of what is kept lie in memory: each in turn, if what is left holds it."""
+    left = memory
+    for nbytes in arrays.values():
+        left -= nbytes if nbytes <= left else 0
+    return memory - left
 
 
 class _Taken:
@@ -144,7 +169,7 @@ class _Taken:
         }.get(last, model.hidden)
 
     def bytes(self, workers: int, tokens: int) -> int:
-        """Return what so many experts at a time take, what is kept of each token aside."""
+        """Return what so many experts at a time take, what is kept of each token but its routing aside."""
         model = self.model
         plain = max((self._solving(width, rows) for routed, width, rows in self._inputs if not routed), default=0)
         one = max((self._solving(width, rows) for routed, width, rows in self._inputs if routed), default=0)
@@ -153,7 +178,8 @@ class _Taken:
         whole = plain + self._block(inner) + 2 * kept * inner
         expert = one + 2 * self._sizes.expert + self._block(model.inner) + 2 * kept * (model.inner + 2 * model.hidden)
         wide = 4 * model.hidden**2 + 2 * HELD * model.hidden if one else 0
-        layer = self._sizes.layer() + max(whole, wide + workers * expert)
+        routing = 40 * model.top_k * tokens if one else 24 * tokens
+        layer = self._sizes.layer() + routing + max(whole, wide + workers * expert)
         return PROCESS + max(layer, self._sizes.outside())
 
     @staticmethod
@@ -163,7 +189,3 @@ class _Taken:
 
     def _block(self, inner: int) -> int:
         return BLOCK * (16 * self.model.hidden + 18 * inner)
-
-    def arrays(self, tokens: int, held: int) -> int:
-        """Return the bytes of what is kept of a layer's tokens, of which some are held out."""
-        return tokens * (8 * self.model.hidden + 40 * self.model.top_k) + held * 4 * self.model.hidden

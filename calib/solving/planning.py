@@ -98,7 +98,7 @@ class SolvingPlan:
     def lines(self) -> dict[str, str]:
         """Return it as people read it, by what stands before each line."""
         short, passes = "" if self.fits else ", TOO SMALL", self.passes
-        tokens = "lies in files" if passes.in_files else "is kept in memory"
+        tokens = f"{size(passes.in_files)} of it in files" if passes.in_files else "is kept in memory"
         parts = sorted(self.parts().items(), key=lambda pair: -pair[1])
         largest = ", ".join(
             f"{_SPOKEN[name]} {duration(seconds)}" for name, seconds in parts if seconds >= _TOLD * self.seconds
@@ -212,7 +212,7 @@ def _used(weight: StoredWeight, model: Model) -> bool:
 def _moved(model: Model, passes: Needs, jobs: Iterable[Job]) -> int:
     """Return the bytes that are written and read again in all: states and tokens of each layer, and the spool."""
     solved = sum(entry.nbytes for job in jobs for entry in job.outputs.values())
-    tokens = passes.arrays if passes.in_files else 0
+    tokens = passes.in_files
     return 2 * (solved + model.layers * (passes.hidden + tokens))
 
 

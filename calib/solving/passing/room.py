@@ -17,14 +17,14 @@ from k2quant.checkpoint.files.paths import as_output_error
 class Room:
     """Tensors with a place each; their values mean nothing after a kill."""
 
-    def __init__(self, folder: Path, *, in_files: bool) -> None:
+    def __init__(self, folder: Path, memory: int) -> None:
         """Take a folder, whose content is thrown away.
 
         Args:
             folder: for files; made when it is needed.
-            in_files: whether tensors lie there.
+            memory: bytes; a tensor for which too few of them are left lies in a file.
         """
-        self._folder, self._in_files = folder, in_files
+        self._folder, self._left = folder, memory
         self.clear()
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -38,14 +38,16 @@ class Room:
         Raises:
             OutputError: the disk is full or fails.
         """
-        if not self._in_files or not prod(shape):
+        nbytes = prod(shape) * dtype.itemsize
+        if nbytes <= self._left:
+            self._left -= nbytes
             return torch.empty(tuple(shape), dtype=dtype)
         path = self._folder / f"{name}.bin"
         with as_output_error(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:  # every byte has its place on the disk before memory maps it: a full one is an error, and no SIGBUS
-                os.posix_fallocate(descriptor, 0, prod(shape) * dtype.itemsize)
+                os.posix_fallocate(descriptor, 0, nbytes)
             finally:
                 os.close(descriptor)
             return torch.from_file(str(path), shared=True, size=prod(shape), dtype=dtype).view(*shape)

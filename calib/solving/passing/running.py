@@ -108,7 +108,7 @@ class Pass:
         self._rows = Rows(assembly, model, segments(samples))
         self._bases, self._settings, self._sink, self._progress = frozenset(bases), settings, sink, progress
         self._work = work
-        self._room = Room(work / _TOKENS, in_files=self.needs.in_files)
+        self._room = Room(work / _TOKENS, self.needs.kept)
         self._kept: Kept | None = None
         self._digests: Digests = {}
         self._facts: list[LayerFacts] = []
@@ -201,15 +201,15 @@ class Pass:
             self._progress(number * tokens + int(share * tokens), self.layers * tokens)
 
     def _tokens(self) -> Kept:
-        """Return room for what is kept of a layer's tokens; each layer uses the same."""
+        """Return room for what is kept of a layer's tokens, in the order of `kept_of_tokens`; each layer uses it."""
         if self._kept is None:
             shape = self._rows.tokens, self._rows.model.hidden
             held = sum(piece.size for piece in self._rows.pieces if piece.part == "validation")
             self._kept = Kept(
-                self._room.tensor("x", shape, torch.bfloat16),
-                self._room.tensor("residual", shape, torch.bfloat16),
-                self._room.tensor("out", shape, torch.float32),
-                self._room.tensor("aside", (held, shape[1]), torch.float32),
+                x=self._room.tensor("x", shape, torch.bfloat16),
+                out=self._room.tensor("out", shape, torch.float32),
+                residual=self._room.tensor("residual", shape, torch.bfloat16),
+                aside=self._room.tensor("aside", (held, shape[1]), torch.float32),
             )
         return self._kept
 

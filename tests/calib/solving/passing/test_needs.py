@@ -33,13 +33,13 @@ def planned(k2_headers: Checkpoint) -> Callable[..., Needs]:
 
 
 def test_k2_in_little_memory(planned: Callable[..., Needs]) -> None:
-    """The tokens of a layer are 68 GB: they lie in files, and K2's experts are solved one at a time in 9 GB."""
+    """The tokens of a layer are 69 GB: they lie in files, and K2's experts are solved one at a time in 9 GB."""
     plan = planned(1000)
     assert plan.hidden == TOKENS * 7168 * 2
-    assert plan.arrays == TOKENS * (8 * 7168 + 320) + HELD * 4 * 7168
+    assert plan.arrays == TOKENS * 8 * 7168 + HELD * 4 * 7168
     assert 6e9 < plan.least < 9e9
     least = planned(plan.least / 1e9)
-    assert (least.workers, least.in_files, least.budget) == (1, True, 0)
+    assert (least.workers, least.kept, least.budget) == (1, 0, 0)
     assert least.disk == 2 * plan.hidden + plan.arrays
     with pytest.raises(UsageError, match="at least"):
         planned(plan.least / 1e9 - 0.001)
@@ -51,15 +51,17 @@ def test_the_dense_layer_takes_more(planned: Callable[..., Needs]) -> None:
 
 
 def test_more_memory_never_means_fewer_experts(planned: Callable[..., Needs]) -> None:
-    """First as many experts as were asked for go side by side, then tokens are kept, then hidden states."""
+    """First as many experts as were asked for go side by side, then tokens are kept, x first, then hidden states."""
     before = planned(9, 16)
     for memory in (12, 16, 24, 32, 64, 96, 128, 1000):
         plan = planned(memory, 16)
         assert before.workers <= plan.workers <= 16
-        assert before.in_files >= plan.in_files
+        assert plan.kept + plan.in_files == plan.arrays
+        assert plan.kept <= plan.memory - plan.budget
         assert 0 <= plan.budget < plan.memory
         before = plan
-    assert (before.workers, before.in_files) == (16, False)
+    assert (before.workers, before.in_files) == (16, 0)
+    assert planned(32, 2).kept == 2 * TOKENS * 7168 + 4 * HELD * 7168
     assert planned(128, 2).disk == 2 * before.hidden
 
 
