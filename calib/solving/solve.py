@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from k2quant.calib.inputs import Reasoning, Samples, read_samples
 from k2quant.calib.inputs.choosing import check_rows
+from k2quant.calib.solving.memory import needs
 from k2quant.calib.solving.passing import Pass
 from k2quant.calib.solving.settings import Scales, Settings
 from k2quant.calib.solving.writing.planned import SolvedPlan, plan_solved, said
@@ -26,6 +27,7 @@ from k2quant.conversion.convert import Conversion, carry_out, chosen
 from k2quant.conversion.resume import refuse_nested
 from k2quant.conversion.searching.fitting import SOLVED
 from k2quant.ground.pool import checked_workers
+from k2quant.ground.saying.arguments import hinting
 from k2quant.ground.saying.meter import TOKENS
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.units import parse_size
@@ -41,6 +43,31 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.grids import Grid
 
 
+_HINTS = {
+    "dataset": "the text is `data`",
+    "calib_data": "the text is `data`",
+    "num_calibration_samples": "it is `samples` here, rows of `length` tokens",
+    "nsamples": "it is `samples` here, rows of `length` tokens",
+    "max_seq_length": "it is `length` here",
+    "seqlen": "it is `length` here",
+    "dampening_frac": "it is `damping` here",
+    "damp_percent": "it is `damping` here",
+    "actorder": "columns are always solved in the order of their inputs, and stored as they stand",
+    "desc_act": "columns are always solved in the order of their inputs, and stored as they stand",
+    "group_size": "groups have 32 columns, as K2 is served",
+    "bits": "codes have four bits, as K2 is served",
+    "method": "this is `gptq`; others are methods of `k2quant.convert`",
+    "stats": "what is needed is measured on the way, from `data`",
+    "config": "a file of rules is `recipe`",
+    "output": "the folder to write is the second argument, `destination`",
+    "overwrite": "to throw away what an earlier run left is `restart=True`",
+    "max_shard_size": "it is `shard_size` here, in bytes",
+    "ignore_layers": "weights out of scope are `ignore`, regular expressions",
+}
+"""What other libraries have."""
+
+
+@hinting(_HINTS)
 @barred("solve", TOKENS)
 def solve(
     source: str | os.PathLike[str],
@@ -171,8 +198,13 @@ def solve(
         restart=restart,
         soft_lock=soft_lock,
         sha256=sha256,
+        say=say,
         progress=told(progress),
     )
+
+
+def _quiet(_: str) -> None:
+    """Tell nobody."""
 
 
 def solve_planned(
@@ -187,6 +219,7 @@ def solve_planned(
     restart: bool = False,
     soft_lock: bool = False,
     sha256: bool = False,
+    say: Callable[[str], None] = _quiet,
     progress: Progress | None = None,
 ) -> Conversion:
     """Solve and write what a plan says, by rows of tokens that are there already; see `solve`."""
@@ -194,6 +227,10 @@ def solve_planned(
     plan = replace(planned.plan, method=said(settings, samples, kind))
     planned = planned._replace(plan=plan)
     source: Checkpoint = plan.source
+    if planned.jobs:  # too little memory is said before anything is written
+        rows = [len(part.tokens) for part in (samples.train, samples.validation)]
+        length = samples.train.tokens.shape[1]
+        needs(source, rows=rows, length=length, bases=planned.jobs, memory=memory, workers=workers)
 
     def begin_pass(spool: Spool, work: Path) -> Pass:
         return Pass(
@@ -210,7 +247,7 @@ def solve_planned(
         )
 
     work = Destination(there, report=REPORT, incomplete=INCOMPLETE).work
-    solving = Solving(planned.jobs, work, begin_pass, planned.beyond(), planned.abroad)
+    solving = Solving(planned.jobs, work, begin_pass, planned.beyond(), planned.abroad, say)
     return carry_out(
         plan,
         there,
@@ -221,7 +258,3 @@ def solve_planned(
         rounder=solving if planned.jobs else planned.beyond(),
         progress=None if planned.jobs else progress,
     )
-
-
-def _quiet(_: str) -> None:
-    """Tell nobody."""

@@ -57,6 +57,7 @@ _HINTS = {
     "overwrite": "to throw away what an earlier run left is `restart=True`",
     "max_shard_size": "it is `shard_size` here, in bytes",
     "targets": "which weights get the format is `scope`, or a `recipe` of rules",
+    "data": "text goes through the model in `k2quant.calib.solve`, which is `gptq`, or in `k2quant.calib.calibrate`",
     "dry_run": "that is an option of the command line; from Python, `k2quant.conversion.plan.make_plan` writes nothing",
 }
 """What other libraries have."""

@@ -6,18 +6,17 @@ layer left in the spool is deleted when the last shard that needs it stands.
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k2quant.calib.collecting.running import check_room
 from k2quant.calib.solving.writing.spool import Solved, Spool, Wanted, not_solved_for
 from k2quant.checkpoint.panels import format_of
-from k2quant.errors import OutputError
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.ground import names
-from k2quant.ground.units import size
+from k2quant.ground.units import counted
 
 if TYPE_CHECKING:
     from k2quant.calib.solving.passing import Pass
@@ -47,6 +46,7 @@ class Solving:
         begin_pass: Callable[[Spool, Path], Pass],
         beyond: Searched,
         abroad: Sequence[str],
+        say: Callable[[str], None],
     ) -> None:
         """Take what a plan says; nothing is read or written yet.
 
@@ -56,10 +56,11 @@ class Solving:
             begin_pass: begins the pass that fills a spool, or takes it up, and works in a folder.
             beyond: who searches the rest.
             abroad: the names of these jobs.
+            say: is told what stands already.
         """
         self._jobs, self._work, self._begin_pass, self._beyond = jobs, work, begin_pass, beyond
         self._bases = {job.name: base for base, job in jobs.items()}
-        self._abroad = frozenset(abroad)
+        self._abroad, self._say = frozenset(abroad), say
         self._lock = threading.Lock()
         self._open: dict[str, Solved] = {}
         self._facts: dict[str, dict[str, Any]] = {}
@@ -71,6 +72,10 @@ class Solving:
         self._spool = Spool(self._work / _SOLVED, wanted)
         self._pass = self._begin_pass(self._spool, self._work)
         self._spool.read = self._pass.digests
+        if self._pass.next or len(self._spool):
+            through = f"{self._pass.next} of {counted(self._pass.layers, 'layer')} are through"
+            waiting = f"{counted(len(self._spool), 'matrix', 'matrices')} of others or of shards to come"
+            self._say(f"note: an earlier run is taken up: {through}, {waiting} are solved")
 
     def batches(self, shards: Sequence[ShardPlan]) -> Iterator[Sequence[ShardPlan]]:
         """Yield shards whose layers are solved, those first that need the fewest layers.
@@ -168,15 +173,8 @@ class Solving:
         if self._pass.next or len(self._spool) or not waiting:
             return  # an earlier run has asked
         needed = self._pass.needs.disk + most_waiting(waiting, self._layer) + sum(shard.size for shard in waiting)
-        free = shutil.disk_usage(self._work).free
-        if free < needed:
-            raise OutputError(
-                "the disk is too small",
-                file=self._work.parent,
-                expected=f"{size(needed)} free, for the output, hidden states and what is solved before it is written",
-                found=size(free),
-                remedy="free some space, or name a folder on another disk",
-            )
+        what = "the output, hidden states and what is solved before it is written"
+        check_room(self._work.parent, needed, what)
 
 
 def most_waiting(shards: Sequence[ShardPlan], layer: Callable[[Job], int]) -> int:

@@ -113,7 +113,7 @@ def test_layers_beyond_the_pass_are_searched(place: Any, tmp_path: Path) -> None
 
 
 def test_a_recipe_says_what_is_solved(place: Any, tmp_path: Path) -> None:
-    """Its rules name the method; one that names another is none for this."""
+    """Its rules name the method; one that names another, and what makes no sense, is refused before all else."""
     rules = [{"to": "int4", "match": "down_proj", "method": "gptq"}, {"to": "int4", "scope": "experts"}]
     given = {"data": place.data, "samples": 8, "length": 32, "memory": "4GB"}
     done = k2quant.calib.solve(place.model, tmp_path / "out", recipe={"rules": rules}, allow_split=True, **given)
@@ -122,6 +122,10 @@ def test_a_recipe_says_what_is_solved(place: Any, tmp_path: Path) -> None:
         k2quant.calib.solve(place.model, tmp_path / "no", recipe={"rules": [{"to": "int4", "method": "mse"}]}, **given)
     with pytest.raises(UsageError, match="`scales=`"):
         k2quant.calib.solve(place.model, tmp_path / "no", scales="gptq", **given)
+    with pytest.raises(UsageError, match="`memory=` is too small"):
+        k2quant.calib.solve(place.model, tmp_path / "no", **(given | {"memory": "1MB"}))
+    with pytest.raises(TypeError, match="no argument 'damp_percent': it is `damping` here"):
+        k2quant.calib.solve(place.model, tmp_path / "no", damp_percent=0.1, **given)
     assert not (tmp_path / "no").exists()
 
 
