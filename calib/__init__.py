@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from k2quant.ground.extras import need
 
 if TYPE_CHECKING:
-    from k2quant.calib.budget.allotting import Allotment, allot
+    from k2quant.calib.budget.allotting import allot
+    from k2quant.calib.budget.result import Allotment
     from k2quant.calib.calibrating import Calibration, calibrate
     from k2quant.calib.coverage import Coverage, coverage_of
     from k2quant.calib.planning import CalibrationPlan, plan_calibration
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from k2quant.calib.stats.reading import Stats
 
 _HOMES = {
-    "Allotment": "budget.allotting",
+    "Allotment": "budget.result",
     "Calibration": "calibrating",
     "CalibrationPlan": "planning",
     "Coverage": "coverage",
