@@ -66,7 +66,7 @@ def _spent(report: Mapping[str, Any]) -> Iterator[str]:
     said = f"budget: {budget['bits']:.2f} bits a weight ({kept})"
     after = budget["error"]["chosen"]
     ((least, before),) = ((name, error) for name, error in budget["error"].items() if name != "chosen")
-    yield f"{said}, error {after / before:.2f} of all in {least}" if before else said
+    yield f"{said}, error {after / before:.2f} of what all in {least} would have" if before else said
 
 
 def _ships(count: int) -> str:

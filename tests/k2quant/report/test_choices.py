@@ -144,7 +144,7 @@ def test_the_last_line_says_it(solved: Json, folded: Json, budgeted: Json) -> No
     median = f"held-out error 0.25 of rounding's (median of {count} matrices)"
     assert bought(solved) == f"gptq: {median}, 2 ship at imatrix scales, 1 ships rounded"
     assert str(bought(folded)).endswith(f"; 1 of {count // 3} MLPs folded")
-    spent = "budget: 6.22 bits a weight (1 in fp8, 1 in int4), error 0.52 of all in int4"
+    spent = "budget: 6.22 bits a weight (1 in fp8, 1 in int4), error 0.52 of what all in int4 would have"
     assert bought(budgeted) == spent
     assert bought(budgeted | {key: solved[key] for key in ("method", "tensors")}) == f"{bought(solved)}; {spent}"
 
