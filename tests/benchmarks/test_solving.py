@@ -196,6 +196,7 @@ def test_every_better_figure_of_a_peer_is_told() -> None:
     ]
     levels = list(beside.levels(rows))
     assert [each["ratio"][0] if each["ratio"] else None for each in levels] == pytest.approx([4, None, 5, 0.5])
+    assert [each["left"] for each in levels] == [None, 0.25, None, 0.1]
     told = beside.losses(levels)
     assert [line.split(":")[0] for line in told] == ["INT4, llm-compressor GPTQ"] * 2
     assert "KL 0.50000, k2quant's gptq 1.00000" in told[0]

@@ -45,6 +45,8 @@ NAMES = {
     "peer awq": "llm-compressor AWQ",
     "peer auto-round": "auto-round",
 }
+ROUNDING = {"imatrix": "rtn", "gptq": "rtn", "peer gptq": "peer rtn", "peer awq": "peer rtn"}
+"""Who rounds on the grid of whom; auto-round's own rounding takes no part."""
 PAIR = "gptq"
 """The contestant that the others are held against."""
 WIDTHS = (4, 3)
@@ -191,11 +193,19 @@ def levels(rows: Rows) -> Iterator[dict[str, Any]]:
             "error": mean(error for row in mine for error in row["true"].values()),
             "beaten": mean(beaten),
             "kl": mean(row["kl"] for row in mine),
+            "left": mean(_left(rows, row) for row in mine) if name in ROUNDING else None,
             "ratio": None if name == PAIR else [math.exp(each) for each in interval(ratios)],
             "right": mean(mean(map(int, row["right"])) for row in mine),
             "codes": max(row["codes"] for row in mine),
             **{key: _spread([row[key] for row in mine]) for key in ("seconds", "whole", "cpu", "own")},
         }
+
+
+def _left(rows: Rows, row: Mapping[str, Any]) -> float:
+    """Return the KL of a contestant over that of rounding on its own grid."""
+    wanted = (row["bits"], row["seed"], ROUNDING[row["contestant"]])
+    plain = next(each for each in rows if (each["bits"], each["seed"], each["contestant"]) == wanted)
+    return float(row["kl"]) / float(plain["kl"])
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
