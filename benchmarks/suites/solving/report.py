@@ -104,11 +104,12 @@ into the same float32 model, on the {tested:,} questions of [the proof](solving-
   to 3), one code fewer.
 
 KL to the BF16 model in nats a token of an answer; its ratio to that of k2quant's `gptq`, geometric mean over models
-with its 95% t-interval, above 1 where the peer loses; and to that of plain rounding on the contestant's own grid, which
-is not the same for all: a sixteenth code alone takes a part of the KL. Error: sum w |(W - Q) x|^2 of each linear on the original model's
-held-out activations over that of k2quant's rounding, mean; GPTQ, both, and auto-round solve for what quantised layers
-give. AWQ's weights are taken back to the units of the original inputs. In brackets, on which share of the linears
-k2quant's `gptq` has the smaller error. The last column is the most values that a group has: what a code can say.
+with its 95% t-interval, above 1 where the peer loses; and to that of plain rounding on the contestant's own grid, for
+grids are not alike: a sixteenth code alone takes a part of the KL. Error: sum w |(W - Q) x|^2 of each linear on the
+original model's held-out activations over that of k2quant's rounding, mean; GPTQ, both, and auto-round solve for what
+quantised layers give. AWQ's weights are taken back to the units of the original inputs. In brackets, on which share of
+the linears k2quant's `gptq` has the smaller error. The last column is the most values that a group has: what a code can
+say.
 
 {levels}
 
