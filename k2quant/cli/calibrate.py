@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("stats", type=click.Path(path_type=Path))
 @data_options(required=True)
-@click.option("--hessians", is_flag=True, help="Also sum products of all pairs of columns, as GPTQ needs them.")
+@click.option(
+    "--hessians",
+    is_flag=True,
+    help="Also sum products of all pairs of columns, by which convert judges; gptq sums its own.",
+)
 @options.device(more="Where layers compute: cpu, cuda or cuda:N.", others=("cpu",))
 @click.option("--dry-run", is_flag=True, help="Print what it would cost, write nothing; exit 1 if it does not fit.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run left in STATS.")
