@@ -13,6 +13,7 @@ from torch import Tensor
 
 from k2quant.calib.inputs import Part, Samples
 from k2quant.calib.solving.evidence import Evidence
+from k2quant.calib.solving.passing import seen
 from k2quant.calib.stats.layout import place_of
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.writing.in_memory import write_checkpoint
@@ -43,17 +44,17 @@ def holding(source: Checkpoint, values: dict[str, Tensor]) -> Any:
     return model
 
 
-def hessian_of(seen: Seen, base: str) -> Tensor:
+def hessian_of(rows: Seen, base: str) -> Tensor:
     """Return the mean of w x x^T of what a matrix multiplied."""
-    x = torch.cat([values for values, _ in seen[base]]).double()
-    w = torch.cat([weights[: len(values)] for values, weights in seen[base]]).double()
+    x = torch.cat([values for values, _ in rows[base]]).double()
+    w = torch.cat([weights[: len(values)] for values, weights in rows[base]]).double()
     return (x * w[:, None]).T @ x / w.sum()
 
 
-def mean_of(seen: Seen, base: str) -> Tensor:
+def mean_of(rows: Seen, base: str) -> Tensor:
     """Return the mean of w x."""
-    x = torch.cat([values for values, _ in seen[base]]).double()
-    w = torch.cat([weights[: len(values)] for values, weights in seen[base]]).double()
+    x = torch.cat([values for values, _ in rows[base]]).double()
+    w = torch.cat([weights[: len(values)] for values, weights in rows[base]]).double()
     return w @ x / w.sum()
 
 
@@ -164,6 +165,23 @@ def test_padding_counts_nowhere(tiny: Checkpoint, data: Samples, coarse: Any, th
         assert names == again
         assert evidence.tokens == other.tokens <= data.train.count
         assert torch.equal(evidence.hessian, other.hessian)
+
+
+@pytest.mark.parametrize("count", [0, 1, 9, 10, 11, 37, 1000])
+def test_held_out_tokens_are_an_even_sample(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many come, and in whatever blocks: all of them up to a number, then every so many-th, with its weight."""
+    monkeypatch.setattr(seen, "HELD", 10)
+    found = seen.Seen("a matrix", 4, count, torch.device("cpu"))
+    x = torch.arange(count).bfloat16()[:, None].repeat(1, 4)
+    for start in range(0, count, 7):
+        block = x[start : start + 7]
+        found.see("validation", block, torch.arange(start, start + len(block)).float())
+    evidence = found.evidence()
+    wanted = [number * count // min(count, 10) for number in range(min(count, 10))]
+    assert evidence.held_weights.tolist() == wanted
+    assert torch.equal(evidence.held, x[wanted])
+    assert (evidence.tokens, evidence.weight) == (0, 0)
+    assert not evidence.hessian.any()
 
 
 @pytest.mark.usefixtures("coarse")
