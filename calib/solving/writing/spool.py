@@ -24,7 +24,7 @@ from k2quant.checkpoint.header import ShardHeader, TensorEntry, build_header, re
 from k2quant.checkpoint.panels import panel_state
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writing.writer import ShardWriter
-from k2quant.errors import CheckpointError, MalformedFile
+from k2quant.errors import CheckpointError, DestinationForeign, MalformedFile
 from k2quant.formats.dtypes import DTYPES, TensorSpec, as_array, as_bits
 from k2quant.formats.format import Format, Parts
 from k2quant.kernels.codecs.cpu import CODECS
@@ -77,6 +77,7 @@ class Spool:
 
         Raises:
             MalformedFile: a file is not what a spool holds.
+            DestinationForeign: a link stands where it would write.
             OSError: the disk fails.
         """
         self._folder, self._wanted = folder, wanted
@@ -84,6 +85,9 @@ class Spool:
         self._files: dict[str, ShardHeader] = {}
         self.read: Mapping[str, Mapping[str, str]] = {}
         """crc32 of the source's bytes by base and suffix, as the pass reads them."""
+        for path in (folder, *(folder.iterdir() if folder.is_dir() else ())):
+            if path.is_symlink():
+                raise DestinationForeign("a link where k2quant keeps what it solved", file=path, remedy="remove it")
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("layer-*/*.safetensors")):
             self._take_up(path)

@@ -16,7 +16,7 @@ import pytest
 from k2quant.calib.solving import choosing
 from k2quant.calib.solving.passing import groups
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, open_checkpoint
-from k2quant.errors import CheckpointError, MalformedFile, OutputError
+from k2quant.errors import CheckpointError, DestinationForeign, MalformedFile, OutputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -131,6 +131,18 @@ def test_a_changed_file_is_refused_by_name(place: Any, stopped: Path, harm: str)
         path.rename(path.with_name("mlp.experts.7.down_proj.safetensors"))
     with pytest.raises(MalformedFile, match=r"not what was solved.*restart=True"):
         place.solve(stopped, shard_size=10**9)
+
+
+@pytest.mark.parametrize("below", ["", "layer-00000"])
+def test_nothing_is_written_through_a_link(place: Any, stopped: Path, tmp_path: Path, below: str) -> None:
+    """Neither the folder of what is solved nor that of a layer may lead elsewhere."""
+    path = stopped / ".k2quant" / "solved" / below
+    shutil.rmtree(path)
+    (tmp_path / "elsewhere").mkdir()
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DestinationForeign, match="a link where k2quant keeps"):
+        place.solve(stopped, shard_size=10**9)
+    assert not any((tmp_path / "elsewhere").iterdir())
 
 
 def test_a_changed_source_is_noticed(place: Any, stopped: Path) -> None:
