@@ -8,6 +8,7 @@ together they are scaled to all of the damage.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -123,11 +124,9 @@ class _Part(NamedTuple):
 
 def _parts(units: Iterable[Unit], errors: Mapping[str, float]) -> dict[str, _Part]:
     """Return the weights of the units that were measured, by base in the language model."""
+    rates = [(unit, errors[unit.name] / unit.size) for unit in units if unit.name in errors]
     return {
-        _base(weight): _Part(unit.name, errors[unit.name] * prod(weight.shape) / unit.size)
-        for unit in units
-        if unit.name in errors
-        for weight in unit.weights
+        _base(weight): _Part(unit.name, rate * prod(weight.shape)) for unit, rate in rates for weight in unit.weights
     }
 
 
@@ -150,8 +149,18 @@ def _base(weight: StoredWeight) -> str:
     return names.split(names.in_language_model(weight.main.name) or weight.main.name)[0]
 
 
-def _kind(base: str) -> str:
-    return names.tensor_class(f"{base}.weight")
+class _Place(NamedTuple):
+    """What a title may say of a weight."""
+
+    kind: str
+    layer: int | None
+    expert: int | None
+    last: str
+
+
+@functools.lru_cache(maxsize=2**17)  # K2 has 70,000, and each group asks each
+def _place(base: str) -> _Place:
+    return _Place(names.tensor_class(f"{base}.weight"), names.layer(base), names.expert(base), names.split(base)[1])
 
 
 _LAYERS = r"(?P<layers>[0-9][0-9, -]{0,2000})"
@@ -180,12 +189,12 @@ def matching(title: str) -> Told | None:
 
 
 _TESTS: dict[str, Callable[[str], Told]] = {
-    "kind": lambda said: lambda base: _kind(base) == said,
-    "layer": lambda said: lambda base: names.layer(base) == int(said),
-    "layers": lambda said: lambda base: _holds(said, names.layer(base)),
-    "expert": lambda said: lambda base: names.expert(base) == int(said),
-    "experts": lambda said: lambda base: _holds(said, names.expert(base)),
-    "lasts": lambda said: lambda base: names.split(base)[1] in said.split(", "),
+    "kind": lambda said: lambda base: _place(base).kind == said,
+    "layer": lambda said: lambda base: _place(base).layer == int(said),
+    "layers": lambda said: lambda base: _holds(said, _place(base).layer),
+    "expert": lambda said: lambda base: _place(base).expert == int(said),
+    "experts": lambda said: lambda base: _holds(said, _place(base).expert),
+    "lasts": lambda said: lambda base: _place(base).last in said.split(", "),
 }
 """What a part of a title says of a base."""
 
