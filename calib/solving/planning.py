@@ -16,7 +16,7 @@ from k2quant.calib.solving.memory import Needs, needs
 from k2quant.calib.stats.digests import base_of
 from k2quant.calib.stats.model import Model
 from k2quant.checkpoint.files.paths import nearest_folder
-from k2quant.checkpoint.weights import StoredWeight, group_tensors
+from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.estimate import read_rate
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
@@ -175,7 +175,7 @@ def plan_solving(
     rows = samples, held_out_rows(samples)
     tokens, judging = (count * length for count in rows)
     jobs = list(solved(plan, model))
-    weights = group_tensors(source.tensors).weights
+    weights = [job.weight for job in plan.jobs()]
     limit = parse_size(memory) if isinstance(memory, str) else memory
     bases = {base for job in jobs if (base := base_of(job.weight)) is not None}
     passes = needs(source, rows=rows, length=length, bases=bases, memory=limit, workers=workers)
