@@ -96,7 +96,8 @@ def calibrate(
         split: of a dataset.
         config_name: of a dataset that has several configurations.
         reasoning: what becomes of reasoning that the chat template drops: `split` or `drop`.
-        hessians: whether products of all pairs of columns are summed too, by which `convert` then judges; GPTQ sums its own.
+        hessians: whether products of all pairs of columns are summed too, by which `convert` then judges; `solve`
+            sums its own.
         memory: bytes, or a size such as `32GB`, that the pass may take.
         device: where layers compute.
         follow_links: whether links of the checkpoint's folder may lead out of it.
