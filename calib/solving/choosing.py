@@ -68,10 +68,10 @@ def settle(weights: Mapping[str, Tensor], evidence: Evidence, settings: Settings
     """Round matrices that share an input, each in the way that loses least on held-out tokens.
 
     A matrix that plain rounding gives back exactly, as it does native INT4, stays what it is. A Hessian that cannot be
-    factorised ends in searched scales, never in an error. What is measured beside the plain rule's share is in `facts`:
-    `method` (gptq, imatrix, mse or rtn), `relative` (its error over plain rounding's), `measure` (who judged),
-    `tokens` (held out) and `seen` (in training), `saturated` (share of weights whose code was clamped because others
-    had moved them), `short` (share of groups without the largest code) and `reason`, if it is not GPTQ.
+    factorised ends in searched scales, never in an error. The facts of each are `method` (gptq, imatrix, mse or rtn),
+    `relative` (its error over plain rounding's), `measure` (who judged), `tokens` (held out) and `seen` (in training),
+    `saturated` (share of weights whose code was clamped because others had moved them), `short` (share of groups
+    without the largest code) and, where it is not GPTQ, `reason`.
 
     Args:
         weights: BF16 `[R, K]` by projection; K is a multiple of 32.

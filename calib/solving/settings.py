@@ -25,7 +25,8 @@ class Settings:
     """Chosen before the first column is rounded and kept: `weight_g_idx` is never needed."""
     damping: float = 0.1
     """What is added to the diagonal of a Hessian, in units of its mean. QMoE (arXiv 2310.16795) and MoE-Quant's command
-    take 0.1 for experts, where the paper of GPTQ has 0.01."""
+    take 0.1 for experts, the paper of GPTQ 0.01. On a nano-K2, with a hundred tokens a column, 0.03 leaves 6 % less
+    error than 0.1 with INT4 and INT3, and as much with INT2."""
     propagate: bool = True
     """Whether a layer sees what the quantised layers before it give; else what the original ones give."""
     bits: int = 4
