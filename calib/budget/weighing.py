@@ -9,6 +9,10 @@ Both are one formula, relative error times what the module writes, and give a me
 It is then taken relative to the stream at that place: the embedding's energy and all that was written until there. What
 follows is normed and multiplied, and passes a relative error on as it is: the stream grows by what layers write, and
 the error in it likewise. So early layers, where the stream is small, count for more.
+
+Of twenty units of a nano-K2, each alone in INT4, ranks by this measure and by KL on held-out questions correlate with
+0.90 and 0.74 in two models; errors that are not taken relative to the stream with -0.10 and -0.19, relative errors of
+matrices alone with 0.01 and 0.12.
 """
 
 from __future__ import annotations
