@@ -19,8 +19,8 @@ from k2quant.ground.release import HIDDEN, INNER
 from k2quant.kernels import ops
 from k2quant.kernels.solvers.errors import output_error
 from k2quant.kernels.solvers.factors import Factor, factorise
-from k2quant.kernels.solvers.gptq import Solved, solve
-from k2quant.kernels.solvers.reference import BLOCK
+from k2quant.kernels.solvers.gptq import solve
+from k2quant.kernels.solvers.reference import BLOCK, Solved
 from suites.gpu.running import record
 from suites.gpu.running.record import Entry, Record
 from suites.gpu.running.stages import Setting
