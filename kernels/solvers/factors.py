@@ -66,7 +66,8 @@ def factorise(hessian: Tensor, *, damping: float = DAMPING) -> Factor | None:
     diagonal = hessian.diagonal()
     order = diagonal.sort(descending=True, stable=True).indices
     added = torch.tensor(damping * float(diagonal.double().mean()), dtype=torch.float32, device=hessian.device)
-    with single_threaded() as threads:
+    with single_threaded() as cores:
+        threads = cores if hessian.device.type == "cpu" else 1
         lower = _ordered(hessian, order, threads)
         lower.diagonal().add_(added)
         whole = _decompose(lower, threads)
