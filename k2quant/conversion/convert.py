@@ -136,8 +136,8 @@ def convert(
             some scales for each group; `imatrix`, the least error of the outputs, by means and mean squares of the
             inputs that a calibration saw; `awq`, the same after a fold. `gptq` runs the model, which
             `k2quant.calib.solve` does. What is INT4 already is copied.
-        stats: folder that `k2quant calibrate` wrote for this source; `imatrix` needs it, and with it the better of
-            searched and plain scales is taken for each matrix, by data that was held out.
+        stats: folder that `k2quant calibrate` wrote for this source; `imatrix` and `awq` need it, and with it the
+            better of searched and plain scales is taken for each matrix, by data that was held out.
         shard_size: largest output shard in bytes; None keeps the source's shards.
         allow_split: write what engines fuse (experts of a layer, gate and up, q_a and kv_a) in several formats too.
         workers: threads; None takes one for each core that this process may use.

@@ -7,9 +7,10 @@ scales anew, and keeps what loses least by the train part; then it tries to doub
 as `weighted_error` has it, whose bits are those of any device, and nothing is a logarithm or a power: two machines
 choose alike.
 
-That is what the grid of exponents of AWQ comes to where only powers of two are allowed. One exponent a matrix, over 7
-of them, took a third as much (nano-K2, 35 matrices: 0.3 % of the mean held-out error, this way 0.8 %, every column by
-itself 1.1 % in six times the time); four fifths of the matrices gain nothing by any.
+That is what AWQ's grid of exponents comes to where only powers of two are allowed. Measured beyond `imatrix` on the 35
+down_proj of one nano-K2, mean held-out error: one exponent of seven for a matrix takes away 0.3 %, this 0.8 %, every
+column by itself 1.1 % in six times the time. Five models: 29 of 175 matrices are folded, and lose 4 %
+less in the median, at most 44 %.
 """
 
 from __future__ import annotations
