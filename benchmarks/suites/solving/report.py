@@ -19,7 +19,8 @@ Written by `benchmarks/suites/solving/run.py`; do not edit.
 {seeds} nano-K2s, each trained from its own seed, each calibrated on {draws} draws of {documents:,} documents: models,
 draws, test and truth of [the first half's proof](calib-proof.md). Every projection of every layer is rounded, groups
 of 32, on the moonshot grid: `rtn` by the plain rule, `imatrix` as `convert` ships it (not propagated), GPTQ as
-`convert --method gptq` does, by the pass itself with its defaults ({settings}). Two figures, and which is which:
+`convert --method gptq` does, by the pass itself with its defaults ({settings}). Two figures, and
+which is which:
 
 - **Linear by linear**: `{alone}`, each matrix solved for what the original model gives it, and its true error on just
   that: sum w |(W - Q) x|^2 over the tokens of {tested:,} questions that neither training nor calibration saw, in
@@ -59,7 +60,7 @@ Of the KL that `rtn` costs, what comes back:
 
 {back}
 
-Each method against the one that knows less. KL: its ratio, so that below 1 is better. Answers: percentage points more
+Each method against the one that knows less; the last, what propagation wins. KL: its ratio, so that below 1 is better. Answers: percentage points more
 right; then answers lost and gained, all models and one draw, with Tango's paired interval of their difference, which
 takes these models as given. A difference in answers is marked where neither interval holds zero.
 
@@ -68,7 +69,7 @@ takes these models as given. A difference in answers is marked where neither int
 ## Through the gate
 
 What `k2quant eval gate` decides (its own function) of the {tested:,} answers of each model and draw, against the
-model in BF16: margin {margin:.0%}, alpha 5%.
+model in BF16: margin {margin:.0%}, alpha 5%. So many answers pass a drop of a point only where few of them change.
 
 {gates}
 

@@ -19,6 +19,8 @@ from suites.solving.proof import ALONE, GPTQ, SHIPPED
 METHODS = ("rtn", "imatrix", GPTQ, ALONE)
 PAIRS = (("imatrix", ALONE), ("imatrix", GPTQ), ("rtn", GPTQ))
 """Each method, and the one that claims to be better."""
+PROPAGATED = (ALONE, GPTQ)
+"""What it wins that layers see the quantised ones before them."""
 BAR_BITS = 3
 BAR_SHARE = 0.5
 """Of the KL that rounding costs, at that width: what GPTQ takes back at least, with 95% confidence."""
@@ -163,7 +165,7 @@ def summary(arms: Rows, widths: Sequence[int]) -> dict[str, Any]:
         "back": back,
         "kinds": list(summing.kinds(arms, widths, METHODS, (("imatrix", ALONE), ("imatrix", GPTQ)))),
         "levels": list(summing.levels(arms, widths, METHODS)),
-        "differences": list(summing.differences(arms, widths, PAIRS[1:])),
+        "differences": list(summing.differences(arms, widths, (*PAIRS[1:], PROPAGATED))),
         "gates": list(gates(arms, widths)),
         "shipped": list(shipped(arms, widths)),
         "qat": list(beside_qat(arms, widths)),
