@@ -60,9 +60,10 @@ Of the KL that `rtn` costs, what comes back:
 
 {back}
 
-Each method against the one that knows less; the last, what propagation wins. KL: its ratio, so that below 1 is better. Answers: percentage points more
-right; then answers lost and gained, all models and one draw, with Tango's paired interval of their difference, which
-takes these models as given. A difference in answers is marked where neither interval holds zero.
+Each method against the one that knows less; the last, what propagation wins. KL: its ratio, so that below 1 is better.
+Answers: percentage points more right; then answers lost and gained, all models and one draw, with Tango's paired
+interval of their difference, which takes these models as given. A difference in answers is marked where neither
+interval holds zero.
 
 {differences}
 
