@@ -131,12 +131,12 @@ Each figure in which a peer is better than k2quant's `gptq`, or its rounding tha
 ## What the peers needed to run at all
 
 - llm-compressor's loader for models of experts (`load_quantizable_moe`) imports every image processor of transformers
-  and ended with "No module named 'torchvision'"; `linearize_moe` after loading did the same.
+  and ended with "No module named 'torchvision'"; experts were taken apart by its `linearize_moe` instead.
 - `AWQModifier` with its own mappings for `DeepseekV3ForCausalLM` ended with "AWQ needs to match a single smoothlayer
-  for each mapping": they ask every layer for a router, and the first layers of K2 are dense. Here they are given layer
-  by layer, with the router where there is one.
+  for each mapping": they ask every layer for a router, and the first layer is dense, as K2's is. Here they are given
+  layer by layer, with the router where there is one.
 - `AWQModifier` on a machine without a GPU ended with "Cannot access accelerator device when none is available.", where
-  it pins memory. That call was left out.
+  it pins memory. That call was left out, which changes no value.
 - auto-round ran as it is.
 """
 
