@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 GROUP = 32
 ROUTER = "re:.*mlp.gate$"
-_AT_ONCE = 256  # documents of a batch
+_AT_ONCE = 256  # documents of a batch of llm-compressor's
+_ROWS = 8  # of auto-round's, its default
 PINNING = "Cannot access accelerator device when none is available."
 """What llm-compressor 0.14.0.1 ends with in AWQ on a machine without a GPU, where it pins memory: that call is left out
 here, which changes no result."""
@@ -125,7 +126,7 @@ def rounded(job: dict[str, Any]) -> tuple[dict[str, Tensor], float]:
         bits=job["bits"],
         group_size=GROUP,
         sym=True,
-        dataset=[{"input_ids": ids} for ids in rows.split(_AT_ONCE)],
+        dataset=[{"input_ids": ids} for ids in rows.split(_ROWS)],
         nsamples=len(rows),
         seqlen=rows.shape[1],
         device_map="cpu",
