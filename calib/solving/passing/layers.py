@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from k2quant.calib.solving.memory import KEPT
 from k2quant.calib.solving.passing.attention import Attention
 from k2quant.calib.solving.passing.groups import Groups
 from k2quant.calib.solving.passing.mlps import Mlp, Tokens, add, every
-from k2quant.calib.solving.passing.seen import Seen
+from k2quant.calib.solving.passing.seen import Seen, not_finite
 from k2quant.calib.solving.passing.turns import Turns
 from k2quant.calib.stats.layout import PARTS, Part
 from k2quant.ground import pool
@@ -224,7 +225,11 @@ class LayerRun:
             begun += piece.size
 
     def _measured(self) -> Measured:
-        """Compare what the MLP gives with the weights that ship and with the source's, on held-out tokens."""
+        """Compare what the MLP gives with the weights that ship and with the source's, on held-out tokens.
+
+        Raises:
+            BadValue: one of them is not finite.
+        """
         begun = self._sizes["train"]
         real = self._real[begun:]
         error = energy = 0.0
@@ -234,4 +239,6 @@ class LayerRun:
             aside = self._kept.aside[first : first + BLOCK][mask].double()
             error += float((there - aside).square().sum())
             energy += float((aside if self._propagate else there).square().sum())
+        if not math.isfinite(error + energy):
+            raise not_finite(f"{self._name}.mlp", "what it gives")
         return Measured(error / energy if energy else None, int(real.sum()))

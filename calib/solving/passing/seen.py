@@ -30,7 +30,7 @@ class Seen:
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
         self._weight, self._tokens = 0.0, 0
         self._wanted = torch.arange(min(held, HELD)) * held // max(min(held, HELD), 1)
-        self._passed = 0
+        self._passed, self._sound = 0, True
         self._held: list[tuple[Tensor, Tensor]] = []
         self._empty = torch.zeros(0, width, dtype=torch.bfloat16, device=device)
 
@@ -52,6 +52,7 @@ class Seen:
         self._tokens += len(x)
 
     def _hold(self, x: Tensor, weights: Tensor) -> None:
+        self._sound = self._sound and bool(x.isfinite().all())
         begun, self._passed = self._passed, self._passed + len(x)
         rows = self._wanted[(self._wanted >= begun) & (self._wanted < self._passed)] - begun
         self._held.append((x[rows], weights[rows]))
@@ -60,17 +61,12 @@ class Seen:
         """Return what is known of the input; the sums are gone afterwards.
 
         Raises:
-            BadValue: it is not finite, or too large to be squared; all that comes after would be as little.
+            BadValue: it is not finite, also where it judges, or too large to be squared; all that comes after would be
+                as little.
         """
         hessian = torch.from_numpy(self._hessian.mean(self._weight)).to(self._sum.device)
-        if not bool((hessian.diagonal() + self._sum).isfinite().all()):
-            raise BadValue(
-                "what it is given cannot be measured",
-                tensor=self._name,
-                expected="finite values whose squares float32 holds",
-                found="NaN or infinity",
-                remedy="weights of this layer or of one before it are damaged or far too large",
-            )
+        if not self._sound or not bool((hessian.diagonal() + self._sum).isfinite().all()):
+            raise not_finite(self._name, "what it is given")
         held = torch.cat([self._empty, *(rows for rows, _ in self._held)])
         weights = torch.cat([self._empty[:, 0].float(), *(counts for _, counts in self._held)])
         return Evidence(
@@ -82,3 +78,14 @@ class Seen:
             held=held,
             held_weights=weights,
         )
+
+
+def not_finite(name: str, what: str) -> BadValue:
+    """Return the error of what a matrix or an MLP is given, or gives, where that cannot be measured."""
+    return BadValue(
+        f"{what} cannot be measured",
+        tensor=name,
+        expected="finite values whose squares float32 holds",
+        found="NaN or infinity",
+        remedy="weights of this layer or of one before it are damaged or far too large",
+    )

@@ -18,6 +18,7 @@ from k2quant.calib.stats.layout import place_of
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.writing.in_memory import write_checkpoint
 from k2quant.conversion.convert import convert
+from k2quant.errors import BadValue
 from k2quant.model import load_model
 from k2quant.nano import architecture, writing
 from tiny import NANO
@@ -182,6 +183,18 @@ def test_held_out_tokens_are_an_even_sample(count: int, monkeypatch: pytest.Monk
     assert torch.equal(evidence.held, x[wanted])
     assert (evidence.tokens, evidence.weight) == (0, 0)
     assert not evidence.hessian.any()
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_one_token_that_is_not_finite_is_not_passed_over(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that only judges ends a pass too, by name, also where it is not among those that are kept."""
+    monkeypatch.setattr(seen, "HELD", 10)
+    found = seen.Seen("model.layers.0.mlp.down_proj", 32, 1000, torch.device("cpu"))
+    x = torch.ones(1000, 32, dtype=torch.bfloat16)
+    x[999, 3] = torch.nan
+    found.see(part, x, torch.ones(1000))
+    with pytest.raises(BadValue, match=r"layers\.0\.mlp\.down_proj.*found NaN or infinity"):
+        found.evidence()
 
 
 @pytest.mark.usefixtures("coarse")

@@ -276,6 +276,20 @@ def test_an_input_that_is_not_finite_is_named(
             through(open_checkpoint(tmp_path / "model"), data, sinks(), bases=["model.layers.0.mlp.down_proj"])
 
 
+def test_an_output_that_is_not_finite_is_named(
+    tiny: Checkpoint, data: Samples, through: Any, sinks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite weights may give what BF16 does not hold: the layer is named, and no note of it says so little."""
+
+    def settle(weights: Any, *_: Any) -> Any:
+        huge = {name: torch.full_like(each, 3e38) if name == "down_proj" else each for name, each in weights.items()}
+        return {name: Settled(each, each[:0], {}) for name, each in huge.items()}
+
+    monkeypatch.setattr(groups, "settle", settle)
+    with pytest.raises(BadValue, match=r"model\.layers\.0\.mlp.*found NaN or infinity"):
+        through(tiny, data, sinks())
+
+
 def test_work_is_done_in_turn() -> None:
     """Handed in by three threads in any order, pieces are done in the order of their numbers, one at a time."""
     turns, done, numbers = Turns(2), [], itertools.count()
