@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -43,6 +43,7 @@ def test_agreement_of_a_hessian_with_itself_and_with_its_opposite() -> None:
     assert agreed(one, torch.eye(3), one.diagonal()) == 0
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 2**32), tokens=st.integers(0, 40), rank=st.integers(1, 32), alike=st.booleans())
 def test_what_is_believed_is_positive_semidefinite(seed: int, tokens: int, rank: int, alike: bool) -> None:  # noqa: FBT001
     """Whatever came, and of whatever rank: no eigenvalue and no square is negative, and no mean exceeds its root."""
