@@ -17,6 +17,7 @@ import torch
 from k2quant.calib.solving.deciding import ways
 from k2quant.calib.solving.deciding.drawing import believed
 from k2quant.calib.solving.deciding.judging import judge_of
+from k2quant.conversion.searching.measuring import over_rounding
 from k2quant.ground.saying.showing import brief
 from k2quant.kernels.codecs.grids import GROUP, largest_code
 from k2quant.kernels.devices.single import single_threaded
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
     from k2quant.calib.solving.evidence import Evidence
     from k2quant.calib.solving.settings import Settings
     from k2quant.kernels.solvers.factors import Factor
-
-_MOST = 1e9
-"""The largest relative error that a report says, of a matrix on which rounding loses next to nothing."""
 
 
 class Settled(NamedTuple):
@@ -118,15 +116,17 @@ def _best(weights: Tensor, rounded: Way, case: _Case) -> Settled:
         found.append(ways.solved(weights, found[-1].scales, case.factor, bits))
     with single_threaded():
         errors = [case.judge.error(weights, way.values) for way in found]
-    best = min(range(len(found)), key=lambda at: (errors[at], -at)) if all(map(math.isfinite, errors)) else 0
+    comparable = all(map(math.isfinite, errors))
+    best = min(range(len(found)), key=lambda at: (errors[at], -at)) if comparable else 0
     facts: dict[str, Any] = {
-        "relative": _relative(errors[best], errors[0]),
+        "relative": over_rounding(errors[best], errors[0]) if comparable else 1.0,
         "measure": case.judge.measure,
         "tokens": case.judge.tokens,
         "seen": case.tokens,
     }
     if found[best].method != "gptq":
-        facts["reason"] = case.reason or f"{found[best].method} loses less on held-out data"
+        less = f"{found[best].method} loses less on held-out data"
+        facts["reason"] = case.reason or (less if comparable else "errors on held-out data are not finite")
     return _shipped(found[best], case.settings, facts)
 
 
@@ -139,12 +139,6 @@ def _exact(evidence: Evidence) -> dict[str, Any]:
         "seen": evidence.tokens,
         "reason": "rounding loses nothing",
     }
-
-
-def _relative(error: float, plain: float) -> float:
-    if not plain:
-        return _MOST if error else 1.0
-    return min(error / plain, _MOST) if math.isfinite(error / plain) else _MOST
 
 
 def _shipped(way: Way, settings: Settings, facts: Mapping[str, Any]) -> Settled:

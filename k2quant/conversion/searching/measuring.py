@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 COLUMNS = 512
 """Of a Hessian that are widened to float64 at a time."""
+
+_MOST = 1e9
+"""The largest error that a report says, in units of rounding's."""
 
 _SAMPLED = 8  # rows of which one is measured where nothing is decided
 
@@ -118,6 +122,12 @@ def errors(
             [np.ascontiguousarray(each[::_SAMPLED]) for each in ways],
         )
     return tuple(target.weighted_error(values, each, weights, codecs, mean) for each in ways)
+
+
+def over_rounding(error: float, plain: float) -> float:
+    """Return an error in units of plain rounding's, which may be nothing, as a report says it."""
+    found = error / plain if plain else float(_MOST if error else 1)
+    return min(found, _MOST) if math.isfinite(found) else _MOST
 
 
 def _stored(values: U16, scales: NDArray[Any], target: Format, codecs: Codecs, scratch: Scratch) -> U16:

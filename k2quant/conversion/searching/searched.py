@@ -17,7 +17,7 @@ from k2quant.checkpoint.panels import PANEL_WEIGHTS, format_of
 from k2quant.conversion.placing import Job, ShardPlan
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.searching.fitting import PLAIN, WEIGHTED
-from k2quant.conversion.searching.measuring import COLUMNS, Known, errors
+from k2quant.conversion.searching.measuring import COLUMNS, Known, errors, over_rounding
 from k2quant.conversion.stream import SHARDS_ABREAST
 from k2quant.formats.format import Format, Method, Parts
 
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.seam import Codecs
     from k2quant.kernels.codecs.values import U16
-
-_MOST = 1e9
-"""The largest error that a report says, in units of rounding's, which may be nothing."""
 
 
 @dataclass(slots=True)
@@ -147,8 +144,8 @@ class Searched:
         better, plain = (sum(error[side] for _, error in sorted(weight.errors.items())) for side in (0, 1))
         known = weight.known
         worse = known.measure != "weights" and better > plain
-        relative = min(better / plain, _MOST) if plain else float(_MOST if better else 1)
-        facts: dict[str, Any] = {"method": PLAIN if worse else known.method, "relative": relative}
+        method = PLAIN if worse else known.method
+        facts: dict[str, Any] = {"method": method, "relative": over_rounding(better, plain)}
         facts["measure"] = known.measure
         if known.held is not None:
             facts["tokens"] = known.held.tokens

@@ -218,7 +218,8 @@ def test_held_out_tokens_that_are_not_finite_judge_for_rounding(plant: Plant, ga
     held = evidence.held.clone()
     held[3, 50] = value
     shipped = alone(weights := gaussian(13, rows=1), replace(evidence, held=held))
-    assert shipped.facts["method"] == "rtn"
+    assert (shipped.facts["method"], shipped.facts["relative"]) == ("rtn", 1)
+    assert shipped.facts["reason"] == "errors on held-out data are not finite"
     assert torch.equal(shipped.values, ways.plain(weights, 4).values)
 
 
