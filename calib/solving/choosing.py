@@ -114,8 +114,7 @@ def _best(weights: Tensor, rounded: Way, case: _Case) -> Settled:
     found = [rounded] if how == "rtn" else [rounded, ways.searched(weights, case.belief, how, bits)]
     if case.factor is not None:
         found.append(ways.solved(weights, found[-1].scales, case.factor, bits))
-    with single_threaded():
-        errors = [case.judge.error(weights, way.values) for way in found]
+    errors = [case.judge.error(weights, way.values) for way in found]
     comparable = all(map(math.isfinite, errors))
     best = min(range(len(found)), key=lambda at: (errors[at], -at)) if comparable else 0
     facts: dict[str, Any] = {

@@ -8,6 +8,7 @@ import torch
 
 from k2quant.calib.stats.blending import LEAST_HELD_OUT
 from k2quant.ground.saying.showing import brief
+from k2quant.kernels.devices.single import single_threaded
 from k2quant.kernels.solvers.errors import output_error
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Judge(NamedTuple):
         return "validation, blended" if self.blended else "validation"
 
     def error(self, weights: Tensor, values: Tensor) -> float:
-        """Return the mean of |(W - Q) x|^2 over tokens; nothing to judge by gives |W - Q|^2.
+        """Return the mean of |(W - Q) x|^2 over tokens; nothing to judge by gives |W - Q|^2. Threads change no bit.
 
         Args:
             weights: BF16 `[R, K]`, W.
@@ -76,7 +77,7 @@ class Judge(NamedTuple):
         elif self.tokens:
             return found
         else:
-            return float((weights.float() - values.float()).square_().sum(dtype=torch.float64))
+            return _squared_error(weights, values)
         return share * found + (1 - share) * beside
 
 
@@ -104,7 +105,13 @@ def _believed_error(weights: Tensor, values: Tensor, hessian: Tensor) -> float:
     """Return tr(D H D^T) for what was lost, by a sample of the rows."""
     rows = _spaced(len(weights), _ROWS, weights.device)
     lost = weights[rows].float() - values[rows].float()
-    return float((lost @ hessian).mul_(lost).sum(dtype=torch.float64)) * len(weights) / len(rows)
+    with single_threaded():
+        return float((lost @ hessian).mul_(lost).sum(dtype=torch.float64)) * len(weights) / len(rows)
+
+
+def _squared_error(weights: Tensor, values: Tensor) -> float:
+    with single_threaded():
+        return float((weights.float() - values.float()).square_().sum(dtype=torch.float64))
 
 
 def _spaced(count: int, most: int, device: torch.device) -> Tensor:
