@@ -67,9 +67,9 @@ def settle(weights: Mapping[str, Tensor], evidence: Evidence, settings: Settings
 
     A matrix that plain rounding gives back exactly, as it does native INT4, stays what it is. A Hessian that cannot be
     factorised ends in searched scales, never in an error. The facts of each are `method` (gptq, imatrix, mse or rtn),
-    `relative` (its error over plain rounding's), `measure` (who judged), `tokens` (held out) and `seen` (in training),
-    `saturated` (share of weights whose code was clamped because others had moved them), `short` (share of groups
-    without the largest code) and, where it is not GPTQ, `reason`.
+    `relative` (its error over plain rounding's), `measure` (who judged), `tokens` (held out, that did), `seen` (in
+    training), `saturated` (share of weights whose code was clamped because others had moved them), `short` (share of
+    groups without the largest code) and, where it is not GPTQ, `reason`.
 
     Args:
         weights: BF16 `[R, K]` by projection; K is a multiple of 32.
@@ -130,11 +130,10 @@ def _best(weights: Tensor, rounded: Way, case: _Case) -> Settled:
 
 
 def _exact(evidence: Evidence) -> dict[str, Any]:
-    tokens = len(evidence.held)
     return {
         "relative": 1.0,
         "measure": "weights",
-        "tokens": tokens,
+        "tokens": 0,
         "seen": evidence.tokens,
         "reason": "rounding loses nothing",
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from k2quant.ground.saying.showing import brief
 
 if TYPE_CHECKING:
@@ -51,3 +53,9 @@ class Evidence:
     def __repr__(self) -> str:
         """Return it in one line."""
         return brief(self)
+
+
+def even_sample(count: int, most: int) -> Tensor:
+    """Return which of `count` things are taken, int64 on the CPU: all of them, or `most` at even distances."""
+    kept = min(count, most)
+    return torch.arange(kept) * count // max(kept, 1)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from k2quant.calib.solving.evidence import even_sample
 from k2quant.calib.stats.blending import LEAST_HELD_OUT
 from k2quant.ground.saying.showing import brief
 from k2quant.kernels.devices.single import single_threaded
@@ -36,8 +37,6 @@ class Judge(NamedTuple):
     """BF16 `[n, K]`: held-out tokens of the matrix's own."""
     shares: Tensor
     """float32 `[n]`: what each counts; they add up to 1."""
-    tokens: int
-    """How many came, those that do not judge too."""
     others: Tensor | None
     """BF16 `[m, K]`: the layer's held-out tokens, for what has few of its own and sees what its layer does."""
     belief: Belief | None
@@ -46,6 +45,11 @@ class Judge(NamedTuple):
     def __repr__(self) -> str:
         """Return it in one line."""
         return brief(self)
+
+    @property
+    def tokens(self) -> int:
+        """How many of its own judge."""
+        return len(self.own)
 
     @property
     def blended(self) -> bool:
@@ -89,21 +93,21 @@ def judge_of(evidence: Evidence, belief: Belief | None) -> Judge:
         belief: what judges beside few of them where the layer's tokens cannot: no other expert has the same input, or
             own tokens agree with the layer's less than half.
     """
-    rows = _spaced(len(evidence.held), JUDGED, evidence.held.device)
-    own, tokens = evidence.held[rows], len(evidence.held)
+    rows = even_sample(len(evidence.held), JUDGED)
+    own = evidence.held[rows]
     shares = _shares(evidence.held_weights[rows], own)
-    if tokens >= LEAST_HELD_OUT:
-        return Judge(own, shares, tokens, None, None)
+    if len(own) >= LEAST_HELD_OUT:
+        return Judge(own, shares, None, None)
     prior = evidence.prior
     alike = belief is None or belief.agreement is None or belief.agreement >= _ALIKE or not evidence.tokens
     if prior is not None and len(prior.held) and alike:
-        return Judge(own, shares, tokens, prior.held[_spaced(len(prior.held), JUDGED, own.device)], None)
-    return Judge(own, shares, tokens, None, belief)
+        return Judge(own, shares, prior.held[even_sample(len(prior.held), JUDGED)], None)
+    return Judge(own, shares, None, belief)
 
 
 def _believed_error(weights: Tensor, values: Tensor, hessian: Tensor) -> float:
     """Return tr(D H D^T) for what was lost, by a sample of the rows."""
-    rows = _spaced(len(weights), _ROWS, weights.device)
+    rows = even_sample(len(weights), _ROWS)
     lost = weights[rows].float() - values[rows].float()
     with single_threaded():
         return float((lost @ hessian).mul_(lost).sum(dtype=torch.float64)) * len(weights) / len(rows)
@@ -112,12 +116,6 @@ def _believed_error(weights: Tensor, values: Tensor, hessian: Tensor) -> float:
 def _squared_error(weights: Tensor, values: Tensor) -> float:
     with single_threaded():
         return float((weights.float() - values.float()).square_().sum(dtype=torch.float64))
-
-
-def _spaced(count: int, most: int, device: torch.device) -> Tensor:
-    """Return which of `count` rows are looked at: all, or `most` at even distances."""
-    kept = min(count, most)
-    return torch.arange(kept, device=device) * count // max(kept, 1)
 
 
 def _shares(weights: Tensor | None, inputs: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from k2quant.calib.collecting.memory import BLOCK
 from k2quant.calib.collecting.moments import Hessian
-from k2quant.calib.solving.evidence import Evidence, Prior
+from k2quant.calib.solving.evidence import Evidence, Prior, even_sample
 from k2quant.calib.solving.memory import HELD
 from k2quant.calib.stats.layout import Part
 from k2quant.errors import BadValue
@@ -29,7 +29,7 @@ class Seen:
         self._hessian = Hessian(width, device)
         self._sum = torch.zeros(width, dtype=torch.float64, device=device)
         self._weight, self._tokens = 0.0, 0
-        self._wanted = torch.arange(min(held, HELD)) * held // max(min(held, HELD), 1)
+        self._wanted = even_sample(held, HELD)
         self._passed, self._sound = 0, True
         self._held: list[tuple[Tensor, Tensor]] = []
         self._empty = torch.zeros(0, width, dtype=torch.bfloat16, device=device)

@@ -115,14 +115,14 @@ def test_nothing_is_believed_of_nothing(plant: Plant) -> None:
 
 
 def test_some_tokens_judge_for_many(plant: Plant) -> None:
-    """Of a thousand held-out tokens 256 judge, evenly spaced, by their shares of the weight; a report says 1,000."""
+    """Of a thousand held-out tokens 256 judge, evenly spaced, by their shares of the weight; a report says so."""
     evidence = plant("uneven", 8000, layer=False).evidence
     counts = torch.arange(1000).float()
     judge = judge_of(replace(evidence, held_weights=counts), None)
     rows = torch.arange(256) * 1000 // 256
     assert torch.equal(judge.own, evidence.held[rows])
     torch.testing.assert_close(judge.shares, counts[rows] / counts[rows].sum())
-    assert (judge.tokens, judge.measure) == (1000, "validation")
+    assert (judge.tokens, judge.measure) == (256, "validation")
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.0])
