@@ -15,6 +15,7 @@ from math import prod
 from typing import NamedTuple
 
 from k2quant.calib.planning import product_rate, scores
+from k2quant.calib.solving.memory import HELD
 from k2quant.calib.stats.digests import base_of
 from k2quant.calib.stats.layout import place_of
 from k2quant.calib.stats.model import Model
@@ -100,8 +101,6 @@ class Counts:
             searched: whether scales are.
             propagate: whether a layer sees what quantised layers give.
         """
-        from k2quant.calib.solving.deciding.judging import JUDGED  # torch is loaded to measure anyway
-
         model, share = self._model, self._model.top_k / self._model.experts
         hessians = len(self._priors) * self._tokens * model.hidden**2 / 2
         factors = sweeps = search = judging = 0.0
@@ -112,7 +111,7 @@ class Counts:
             factors += columns**3 / 6
             sweeps += rows * columns**2 / 2
             search += rows * columns * searched
-            judging += _WAYS * min(JUDGED, seen * self._judging) * rows * columns
+            judging += _WAYS * min(HELD, seen * self._judging) * rows * columns
         attention, mlp = self._forward(weights)
         aside = self._judging if propagate else self._tokens + self._judging  # those that the source's weights see too
         forward = (self._tokens + self._judging) * (attention + mlp) + aside * mlp

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from k2quant.calib.solving.evidence import even_sample
+from k2quant.calib.solving.memory import HELD
 from k2quant.calib.stats.blending import LEAST_HELD_OUT
 from k2quant.ground.saying.showing import brief
 from k2quant.kernels.devices.single import single_threaded
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
 
     from k2quant.calib.solving.deciding.drawing import Belief
     from k2quant.calib.solving.evidence import Evidence
-
-JUDGED = 256
-"""Held-out tokens that judge at most, evenly spaced. Of each the loss is summed over all rows, so that a few hundred
-tell ways apart. At K2's sizes judging three ways takes a sixth of what gate and up take, and half of what down does."""
 
 _ALIKE = 0.5
 """Agreement with the layer from which on its tokens judge: 0.84 to 0.86 in the mean over experts of a nano-K2."""
@@ -93,7 +90,7 @@ def judge_of(evidence: Evidence, belief: Belief | None) -> Judge:
         belief: what judges beside few of them where the layer's tokens cannot: no other expert has the same input, or
             own tokens agree with the layer's less than half.
     """
-    rows = even_sample(len(evidence.held), JUDGED)
+    rows = even_sample(len(evidence.held), HELD)
     own = evidence.held[rows]
     shares = _shares(evidence.held_weights[rows], own)
     if len(own) >= LEAST_HELD_OUT:
@@ -101,7 +98,7 @@ def judge_of(evidence: Evidence, belief: Belief | None) -> Judge:
     prior = evidence.prior
     alike = belief is None or belief.agreement is None or belief.agreement >= _ALIKE or not evidence.tokens
     if prior is not None and len(prior.held) and alike:
-        return Judge(own, shares, prior.held[even_sample(len(prior.held), JUDGED)], None)
+        return Judge(own, shares, prior.held[even_sample(len(prior.held), HELD)], None)
     return Judge(own, shares, None, belief)
 
 
