@@ -59,9 +59,11 @@ def shares(
         embedding: mean |x|^2 of what enters the first layer.
 
     Returns:
-        for every matrix that was measured and whose module's writer was; 0 for an expert that no token reached.
+        for every matrix that was measured and whose module's writer was; 0 for an expert that no token reached. Sums
+        are taken in the order of names, whatever files the weights lie in.
     """
-    modules = {_parent(weight.base): _module(weight, lost, stats) for weight in weights if _writes(weight, lost)}
+    writers = sorted((weight for weight in weights if _writes(weight, lost)), key=lambda weight: weight.base)
+    modules = {_parent(weight.base): _module(weight, lost, stats) for weight in writers}
     written: dict[tuple[int, bool], float] = {}
     for module in modules.values():
         place = module.layer, module.second

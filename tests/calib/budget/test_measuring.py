@@ -143,6 +143,17 @@ def test_an_error_counts_by_what_its_module_writes(small: Any) -> None:
     assert found["model.layers.1.mlp.experts.3.up_proj"] == pytest.approx(2 * loads[3] / behind)
 
 
+def test_the_order_of_files_changes_no_bit_of_a_stream(small: Any) -> None:
+    """Sums of floats depend on their order, and another cut into shards is the same model."""
+    weights, stats = list(small.weights().values()), open_stats(small.stats)
+    energies = {weight.base: 1 / (3 + number % 7) for number, weight in enumerate(weights)}
+    lost = {base: Lost(energy if ".experts." in base else 0.0, {}) for base, energy in energies.items()}
+    orders = [[weights[at] for at in np.random.default_rng(seed).permutation(len(weights))] for seed in range(20)]
+    found = [shares(order, lost, stats, embedding=0.0) for order in orders]
+    assert len(found[0]) > 20
+    assert all(each == found[0] for each in found)
+
+
 def _load(stats: Any, expert: int) -> float:
     """Return the sum of squares of the router's weights of an expert of layer 1, a token."""
     found = [stats.moments(f"model.layers.1.mlp.experts.{expert}.up_proj", part) for part in ("train", "validation")]
