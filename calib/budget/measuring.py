@@ -14,14 +14,15 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from k2quant.calib.budget.units import LEAST, Formats
 from k2quant.calib.stats.digests import base_of
-from k2quant.checkpoint.panels import ROW_STEP, format_of, naming, panel_shape, panel_state, read_panel
+from k2quant.checkpoint.panels import ROW_STEP, format_of, naming, panel_shape, read_panel
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.searching.fitting import PLAIN, WEIGHTED
+from k2quant.conversion.searching.measuring import come_back
 from k2quant.errors import BadValue
 from k2quant.formats.format import Format, Method, Parts
 from k2quant.formats.known import FormatName
@@ -186,22 +187,10 @@ class Measuring:
 
         Of a whole matrix the better one is written.
         """
-        yield self._back(values, target, None)
+        yield come_back(values, None, target, self._codecs, self._scratch)
         if target.searches and self._method != PLAIN:
-            yield self._back(values, target, target.search(values, importance, self._codecs, mean))
-
-    def _back(self, values: U16, target: Format, scales: NDArray[Any] | None) -> U16:
-        import numpy as np
-
-        state = panel_state(target, values.shape, 0, len(values))
-        parts = {suffix: self._scratch.take(f"out {suffix}", spec) for suffix, spec in state.items()}
-        if scales is None:
-            target.encode(values, parts, self._codecs)
-        else:
-            target.store(values, scales, parts, self._codecs)
-        after = np.empty_like(values)
-        target.decode(parts, after, self._codecs)
-        return after
+            scales = target.search(values, importance, self._codecs, mean)
+            yield come_back(values, scales, target, self._codecs, self._scratch)
 
 
 class _Judge:

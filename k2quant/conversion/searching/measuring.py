@@ -114,7 +114,7 @@ def errors(
     import numpy as np
 
     if known.hessian is not None:
-        return _of_outputs(values, [_stored(values, each, target, codecs, scratch) for each in ways], known)
+        return _of_outputs(values, [come_back(values, each, target, codecs, scratch) for each in ways], known)
     weights, mean = (None, None) if known.held is None else (known.held.values, known.held.mean)
     if known.held is None:
         values, ways = (
@@ -130,13 +130,24 @@ def over_rounding(error: float, plain: float) -> float:
     return min(found, _MOST) if math.isfinite(found) else _MOST
 
 
-def _stored(values: U16, scales: NDArray[Any], target: Format, codecs: Codecs, scratch: Scratch) -> U16:
-    """Return the BF16 bits `[R, K]` of a panel as it comes back."""
+def come_back(values: U16, scales: NDArray[Any] | None, target: Format, codecs: Codecs, scratch: Scratch) -> U16:
+    """Return the BF16 bits `[R, K]` that a panel is in a format.
+
+    Args:
+        values: BF16 bits `[R, K]`.
+        scales: as they are stored; None: by the format's own rule.
+        target: the format.
+        codecs: who rounds and decodes.
+        scratch: this thread's buffers.
+    """
     import numpy as np
 
     state = panel_state(target, values.shape, 0, len(values))
     parts: Parts = {suffix: scratch.take(f"way {suffix}", spec) for suffix, spec in state.items()}
-    target.store(values, scales, parts, codecs)
+    if scales is None:
+        target.encode(values, parts, codecs)
+    else:
+        target.store(values, scales, parts, codecs)
     after = np.empty_like(values)
     target.decode(parts, after, codecs)
     return after
