@@ -10,6 +10,8 @@ from k2quant.calib.solving.choosing import settle
 from k2quant.calib.solving.evidence import Evidence
 from k2quant.calib.solving.passing.sinks import Sink
 from k2quant.calib.solving.settings import Settings
+from k2quant.errors import BadValue
+from k2quant.kernels.codecs.values import ValueAt
 
 
 class Groups:
@@ -50,11 +52,18 @@ class Groups:
             above: the module that has them.
             weights: as the source has them.
             evidence: gives what is known of their input; not called where nothing is left to solve.
+
+        Raises:
+            BadValue: on a CPU, a weight is not finite.
         """
         wanted = self.wanted(above, list(weights))
         found = self._found(above, wanted)
         if found is None:
-            settled = settle({name: weights[name] for name in wanted}, evidence(), self._settings)
+            try:
+                settled = settle({name: weights[name] for name in wanted}, evidence(), self._settings)
+            except ValueAt as error:
+                bad = next(name for name in wanted if not weights[name].isfinite().all())
+                raise BadValue(str(error), tensor=f"{above}.{bad}.weight") from error
             self._sink.put(self._layer, {f"{above}.{name}": each for name, each in settled.items()})
             found = {name: each.values for name, each in settled.items()}
         return {name: found[name].to(each.device) if name in found else each for name, each in weights.items()}
