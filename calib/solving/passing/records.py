@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from k2quant.calib.stats.digests import Digests
+from k2quant.calib.stats.digests import Digests, shown
+from k2quant.calib.stats.manifest import canonical
+from k2quant.checkpoint.files.checksum import crc32
 from k2quant.checkpoint.files.paths import as_output_error, check_inside, read_limited, write_whole
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import MalformedFile
@@ -50,9 +51,9 @@ def write_record(folder: Path, facts: LayerFacts, digests: Digests) -> None:
     Raises:
         OutputError: the disk is full or fails.
     """
-    content = json.dumps({"facts": facts.as_json(), "digests": digests}, allow_nan=False)
+    said = {"facts": facts.as_json(), "digests": digests}
     with as_output_error(folder):
-        write_whole(_path(folder, facts.layer), content.encode() + b"\n")
+        write_whole(_path(folder, facts.layer), canonical(said | {"crc32": _checked(said)}) + b"\n")
 
 
 def read_record(folder: Path, layer: int) -> tuple[LayerFacts, Digests]:
@@ -65,12 +66,18 @@ def read_record(folder: Path, layer: int) -> tuple[LayerFacts, Digests]:
     check_inside(folder, path)
     try:
         found = parse_object(read_limited(path, _LIMIT), file=path)
+        if found.pop("crc32") != _checked(found):
+            raise MalformedFile("not what was noted", file=path, remedy=_REMEDY)
         facts, digests = _facts(found["facts"], layer), _digests(found["digests"])
     except OSError as error:
         raise MalformedFile("cannot be read", file=path, found=error.strerror, remedy=_REMEDY) from error
     except (KeyError, TypeError, ValueError) as error:
         raise MalformedFile("says what no pass notes", file=path, remedy=_REMEDY) from error
     return facts, digests
+
+
+def _checked(said: dict[str, Any]) -> str:
+    return shown(crc32(canonical(said)))
 
 
 _REMEDY = "write the output anew with `restart=True`"
@@ -80,7 +87,7 @@ def _facts(found: Any, layer: int) -> LayerFacts:
     facts = LayerFacts(**found)
     counts = (facts.layer, facts.solved, facts.tokens)
     whole = all(type(count) is int and 0 <= count < 2**63 for count in counts) and facts.layer == layer
-    if not whole or not (facts.relative is None or (isinstance(facts.relative, int | float) and facts.relative >= 0)):
+    if not whole or not (facts.relative is None or (type(facts.relative) in {int, float} and facts.relative >= 0)):
         raise ValueError(found)
     return facts
 

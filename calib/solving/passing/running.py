@@ -30,7 +30,7 @@ from k2quant.calib.stats.manifest import canonical
 from k2quant.calib.stats.model import Model
 from k2quant.checkpoint.files.paths import as_output_error
 from k2quant.checkpoint.reader import Checkpoint
-from k2quant.errors import UsageError
+from k2quant.errors import DestinationForeign, UsageError
 from k2quant.ground import names
 from k2quant.ground.saying.showing import brief
 from k2quant.ground.version import __version__
@@ -84,10 +84,14 @@ class Pass:
         Raises:
             UsageError: `memory` is too small, a token is none of the model's, or a matrix lies in none of its layers.
             CheckpointError: the checkpoint is no model, or cannot be read.
+            DestinationForeign: a link stands where it would write.
             DestinationStale: the folder holds a pass over something else.
             MalformedFile: it holds what no pass leaves.
             OutputError: the disk is full or fails.
         """
+        for name in (_HIDDEN, _TOKENS, _RECORDS):
+            if (work / name).is_symlink():
+                raise DestinationForeign("a link where k2quant keeps its pass", file=work / name, remedy="remove it")
         counts = [len(getattr(samples, part).tokens) for part in PARTS]
         model, place = Model.of(source.config), execution_device(device)
         self.needs: Needs = needs(

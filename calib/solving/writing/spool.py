@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from k2quant.calib.stats.digests import shown
+from k2quant.checkpoint.files import json_kinds as kinds
 from k2quant.checkpoint.files.checksum import crc32
 from k2quant.checkpoint.files.paths import check_inside
 from k2quant.checkpoint.files.strict_json import parse_object
@@ -181,7 +182,7 @@ class Spool:
             raise MalformedFile("was solved, and is not there any more", tensor=base, file=self._folder, remedy=_ANEW)
         notes = _notes(header)
         try:
-            facts, source, crcs = (notes[base][key] for key in ("facts", "source", "crc32"))
+            facts, source, crcs = (kinds.mapping(notes[base][key]) for key in ("facts", "source", "crc32"))
         except (KeyError, TypeError) as error:
             raise _damaged(header.path) from error
         parts: Parts = {}

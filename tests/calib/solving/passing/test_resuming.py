@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import shutil
 import threading
@@ -20,15 +21,20 @@ from k2quant.calib.inputs import Samples
 from k2quant.calib.solving.choosing import Settled
 from k2quant.calib.solving.passing import groups, layers, mlps
 from k2quant.calib.solving.passing.turns import Turns
-from k2quant.calib.stats.digests import digests_of
+from k2quant.calib.stats.digests import digests_of, shown
+from k2quant.calib.stats.manifest import canonical
+from k2quant.checkpoint.files.checksum import crc32
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import group_tensors
-from k2quant.errors import BadValue, DestinationStale, MalformedFile, OutputError, UsageError
+from k2quant.errors import BadValue, DestinationForeign, DestinationStale, MalformedFile, OutputError, UsageError
 from tiny import write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY = 64
+
+FACTS = {"layer": 0, "solved": 8, "relative": 0.1, "tokens": 91}
+"""Of a first layer, as its note has them."""
 
 
 @pytest.fixture(scope="module")
@@ -217,22 +223,55 @@ def test_a_folder_of_another_pass_is_refused(
         "",
         "[]",
         '{"facts": {}, "digests": {}}',
-        '{"facts": {"layer": 1, "solved": 8, "relative": 0.1, "tokens": 91}, "digests": {}}',
-        '{"facts": {"layer": 0, "solved": 8, "relative": "0.1", "tokens": 91}, "digests": {}}',
-        '{"facts": {"layer": 0, "solved": -8, "relative": 0.1, "tokens": 91}, "digests": {}}',
-        '{"facts": {"layer": 0, "solved": 8, "relative": 0.1, "tokens": 91}, "digests": {"a": "b"}}',
+        {"facts": {}, "digests": {}},
+        {"facts": FACTS | {"layer": 1}, "digests": {}},
+        {"facts": FACTS | {"relative": "0.1"}, "digests": {}},
+        {"facts": FACTS | {"relative": True}, "digests": {}},
+        {"facts": FACTS | {"solved": -8}, "digests": {}},
+        {"facts": FACTS, "digests": {"a": "b"}},
         '{"facts": {"layer": 0, "solved": 8, "relative": NaN, "tokens": 91}, "digests": {}}',
     ],
 )
 def test_a_damaged_note_is_refused_by_name(
-    tiny: Checkpoint, data: Samples, through: Any, sinks: Any, tmp_path: Path, content: str | None
+    tiny: Checkpoint, data: Samples, through: Any, sinks: Any, tmp_path: Path, content: str | dict[str, Any] | None
 ) -> None:
-    """What a layer's note says is checked before anything is built on it."""
+    """What a layer's note says is checked before anything is built on it, a sound checksum or not."""
     through(tiny, data, sinks(), upto=1)
     note = tmp_path / "work" / "layers" / "layer-00000.json"
-    note.unlink() if content is None else note.write_text(content)
+    if content is None:
+        note.unlink()
+    else:
+        text = (
+            content if isinstance(content, str) else json.dumps(content | {"crc32": shown(crc32(canonical(content)))})
+        )
+        note.write_text(text)
     with pytest.raises(MalformedFile, match="layer-00000"):
         through(tiny, data, sinks())
+
+
+@pytest.mark.usefixtures("coarse")
+def test_a_note_has_a_checksum(tiny: Checkpoint, data: Samples, through: Any, sinks: Any, tmp_path: Path) -> None:
+    """A number that could be right, and is not what was noted, comes into no report."""
+    through(tiny, data, sinks(), upto=1)
+    note = tmp_path / "work" / "layers" / "layer-00000.json"
+    note.write_text(note.read_text().replace('"solved":8', '"solved":7'))
+    with pytest.raises(MalformedFile, match=r"layer-00000.*not what was noted"):
+        through(tiny, data, sinks())
+
+
+@pytest.mark.parametrize("name", ["states", "layers", "tokens"])
+def test_no_pass_works_through_a_link(
+    tiny: Checkpoint, data: Samples, through: Any, sinks: Any, tmp_path: Path, name: str
+) -> None:
+    """None of its folders may lead elsewhere; what lies there stays as it is."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "x.bin").write_bytes(b"kept")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / name).symlink_to(elsewhere)
+    with pytest.raises(DestinationForeign, match="a link where k2quant keeps"):
+        through(tiny, data, sinks())
+    assert [path.read_bytes() for path in elsewhere.iterdir()] == [b"kept"]
 
 
 @pytest.mark.usefixtures("coarse")
@@ -274,6 +313,17 @@ def test_an_input_that_is_not_finite_is_named(
     for _ in range(2):
         with pytest.raises(BadValue, match=r"layers\.0\.mlp\.down_proj.*found NaN or infinity"):
             through(open_checkpoint(tmp_path / "model"), data, sinks(), bases=["model.layers.0.mlp.down_proj"])
+
+
+def test_a_weight_that_is_not_finite_is_named(data: Samples, tmp_path: Path, through: Any, sinks: Any) -> None:
+    """Of two matrices that are settled together, the one that has it, with the place."""
+    write_model(tmp_path / "model")
+    entry = open_checkpoint(tmp_path / "model").tensors["model.layers.1.mlp.experts.6.up_proj.weight"]
+    with (tmp_path / "model" / entry.file).open("r+b") as file:
+        file.seek(entry.start + 2 * (entry.shape[1] + 7))
+        file.write(b"\x80\x7f")
+    with pytest.raises(BadValue, match=r"`model\.layers\.1\.mlp\.experts\.6\.up_proj\.weight`.*inf.*row 1, column 7"):
+        through(open_checkpoint(tmp_path / "model"), data, sinks())
 
 
 def test_an_output_that_is_not_finite_is_named(
