@@ -105,12 +105,16 @@ class Destination:
         The journal notes them first, so that a kill in between leaves a folder that is still ours. It stays.
         """
         self.begin([{"files": files}])
+        self.forget()
+        self.unlink(files)
+
+    def forget(self) -> None:
+        """Delete what a run kept to go on from."""
         for path in self.work.iterdir():
             if path.is_symlink():
                 path.unlink()
             elif path.is_dir():
                 shutil.rmtree(path)
-        self.unlink(files)
 
     def unlink(self, files: list[str]) -> None:
         """Delete those of these files that are there; names that leave the folder are passed over."""
@@ -139,7 +143,7 @@ class Destination:
         """
         own = {_WORK, self._incomplete.name, self._incomplete.name + PARTIAL}
         foreign = sorted(path.name for path in self.folder.iterdir() if path.name not in own)
-        if not foreign or self.journal():
+        if self.journal() or not (foreign or self._keeps()):
             return
         begun = self._journal.exists() or self._incomplete.exists()
         if begun and not restart:
@@ -148,7 +152,7 @@ class Destination:
                 file=self._journal,
                 remedy="write it anew with `restart=True`",
             )
-        if not begun and self.finished_report() is None:
+        if foreign and not begun and self.finished_report() is None:
             ours = any(name.startswith("k2quant_") and name.endswith(".json") for name in foreign)
             raise DestinationForeign(
                 f"not empty, and not written by {'this command' if ours else 'k2quant'}",
@@ -156,6 +160,12 @@ class Destination:
                 found=", ".join(foreign[:5]),
                 remedy="name another folder",
             )
+
+    def _keeps(self) -> bool:
+        """Tell whether a run kept something to go on from; without a journal nobody knows which."""
+        with contextlib.suppress(FileNotFoundError):  # nothing was begun, or another run has just finished
+            return any(path.is_dir() for path in self.work.iterdir())
+        return False
 
 
 def _line(record: dict[str, Any]) -> bytes:
@@ -203,6 +213,8 @@ def locked(
         raise
     try:
         destination.refuse_foreign(restart=restart)
+        if not destination.journal():
+            destination.forget()  # left by a run that was killed after its very end
         yield destination
     finally:
         with contextlib.suppress(OSError):

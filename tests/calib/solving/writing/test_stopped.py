@@ -16,7 +16,7 @@ import pytest
 from k2quant.calib.solving import choosing
 from k2quant.calib.solving.passing import groups
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, open_checkpoint
-from k2quant.errors import CheckpointError, DestinationForeign, MalformedFile, OutputError
+from k2quant.errors import CheckpointError, DestinationForeign, DestinationStale, MalformedFile, OutputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -169,3 +169,19 @@ def test_a_restart_begins_anew(place: Any, whole: Path, made: Made, stopped: Pat
     path.write_bytes(b"")
     place.solve(stopped, restart=True)
     assert made(stopped) == made(whole)
+
+
+def test_what_no_journal_explains_is_not_used(place: Any, made: Made, stopped: Path, ram: Path) -> None:
+    """What is left of a run whose journal is gone does not get into one with other settings; a damaged one is said."""
+    work = stopped / ".k2quant"
+    journal = (work / "journal.jsonl").read_bytes()
+    (work / "journal.jsonl").write_bytes(journal[:-9])
+    with pytest.raises(DestinationStale, match=r"journal.*damaged.*restart=True"):
+        place.solve(stopped, shard_size=10**9)
+    assert solved_files(stopped)
+    for path in (work / "journal.jsonl", stopped / INCOMPLETE):
+        path.unlink()
+    shutil.rmtree(work / "states")
+    for folder in (stopped, ram / "new"):
+        place.by(damping=0.5).solve(folder, shard_size=10**9)
+    assert made(stopped) == made(ram / "new")
