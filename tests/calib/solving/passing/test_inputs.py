@@ -14,6 +14,7 @@ from torch import Tensor
 from k2quant.calib.inputs import Part, Samples
 from k2quant.calib.solving.evidence import Evidence
 from k2quant.calib.solving.passing import seen
+from k2quant.calib.stats import layout
 from k2quant.calib.stats.layout import place_of
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.writing.in_memory import write_checkpoint
@@ -186,7 +187,7 @@ def test_held_out_tokens_are_an_even_sample(count: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("part", ["train", "validation"])
-def test_one_token_that_is_not_finite_is_not_passed_over(part: Part, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_token_that_is_not_finite_is_not_passed_over(part: layout.Part, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that only judges ends a pass too, by name, also where it is not among those that are kept."""
     monkeypatch.setattr(seen, "HELD", 10)
     found = seen.Seen("model.layers.0.mlp.down_proj", 32, 1000, torch.device("cpu"))
