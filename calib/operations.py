@@ -7,7 +7,6 @@ one core with 1,024, 2,048 and 4,096 columns, rounding 25, 31 and 35, a Hessian 
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -154,6 +153,8 @@ def measured(model: Model, device: str, workers: int, target: Format | None) -> 
 
     from k2quant.calib.collecting.moments import Hessian
     from k2quant.kernels.codecs.grids import GROUP
+    from k2quant.kernels.devices.precision import whole_float32
+    from k2quant.kernels.devices.single import single_threaded
     from k2quant.kernels.solvers.errors import output_error
     from k2quant.kernels.solvers.factors import factorise
     from k2quant.kernels.solvers.gptq import solve
@@ -174,7 +175,7 @@ def measured(model: Model, device: str, workers: int, target: Format | None) -> 
         raise AssertionError(msg)
 
     def seconds(work: Callable[[], object]) -> float:
-        with _as_in_a_run():
+        with whole_float32(), single_threaded():  # as in a run
             return abreast(work, workers)
 
     return Work(
@@ -185,21 +186,6 @@ def measured(model: Model, device: str, workers: int, target: Format | None) -> 
         search=1.0 if target is None else workers * search_rate(target, weighted=True),
         judging=tokens * rows * columns / seconds(lambda: output_error(weights, values, x, each)),
     )
-
-
-@contextlib.contextmanager
-def _as_in_a_run() -> Iterator[None]:
-    """Have torch compute on the thread that asks, and with all bits of float32, without loading what runs a model."""
-    import torch
-
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
 
 
 def abreast(work: Callable[[], object], workers: int) -> float:

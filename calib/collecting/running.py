@@ -7,10 +7,9 @@ journal, weights by their digests, those of the layers that are done and of the 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,7 @@ from k2quant.errors import DestinationStale, OutputError, UsageError
 from k2quant.ground.saying.showing import brief
 from k2quant.ground.units import size
 from k2quant.ground.version import __version__
+from k2quant.kernels.devices.precision import whole_float32
 from k2quant.model.loading import assemble
 from k2quant.model.passes.activations import Activations
 from k2quant.model.placement import execution_device
@@ -265,14 +265,3 @@ def check_tokens(samples: Samples, source: Checkpoint) -> None:
                 f"samples, {part}: expected tokens from 0 to {vocabulary - 1}, found {low} to {high}; is the "
                 "tokenizer that of this checkpoint?"
             )
-
-
-@contextlib.contextmanager
-def whole_float32() -> Iterator[None]:
-    """Have products of float32 keep all of it, whatever the process has set: sums of squares need more than TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

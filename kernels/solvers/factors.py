@@ -18,6 +18,7 @@ from torch import Tensor
 
 from k2quant.errors import UsageError
 from k2quant.ground.saying.showing import brief
+from k2quant.kernels.devices.precision import require_whole_products
 from k2quant.kernels.devices.single import single_threaded
 from k2quant.kernels.devices.threads import over_rows
 from k2quant.kernels.solvers.cpu import loops
@@ -123,16 +124,3 @@ def _divide(panel: Tensor, root: Tensor, first: int, last: int) -> None:
 
 def _stripes(first: int, last: int) -> Iterator[slice]:
     return (slice(start, min(start + PANEL, last)) for start in range(first, last, PANEL))
-
-
-def require_whole_products() -> None:
-    """Refuse to go on where torch rounds what it multiplies to TF32 or BF16.
-
-    Raises:
-        UsageError: it does.
-    """
-    if (found := torch.get_float32_matmul_precision()) != "highest":
-        raise UsageError(
-            f"float32 products have the precision {found!r}; GPTQ needs all their bits: "
-            f"torch.set_float32_matmul_precision('highest')"
-        )

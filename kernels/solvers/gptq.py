@@ -9,11 +9,12 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs.grids import GROUP, PACKED_BITS, largest_code
 from k2quant.kernels.codecs.reference import moonshot_values, require_finite
+from k2quant.kernels.devices.precision import require_whole_products
 from k2quant.kernels.devices.single import single_threaded
 from k2quant.kernels.devices.threads import over_rows
 from k2quant.kernels.solvers import device
 from k2quant.kernels.solvers.cpu import loops
-from k2quant.kernels.solvers.factors import Factor, require_whole_products
+from k2quant.kernels.solvers.factors import Factor
 from k2quant.kernels.solvers.reference import BLOCK, Solved, earlier
 
 CHUNK = 512

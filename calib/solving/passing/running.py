@@ -15,7 +15,7 @@ import torch
 
 from k2quant.calib.collecting.attention import IMPLEMENTATION
 from k2quant.calib.collecting.pieces import segments
-from k2quant.calib.collecting.running import check_room, check_tokens, whole_float32
+from k2quant.calib.collecting.running import check_room, check_tokens
 from k2quant.calib.collecting.walking import Rows
 from k2quant.calib.solving.memory import Needs, needs
 from k2quant.calib.solving.passing.groups import Groups
@@ -34,6 +34,7 @@ from k2quant.errors import DestinationForeign, UsageError
 from k2quant.ground import names
 from k2quant.ground.saying.showing import brief
 from k2quant.ground.version import __version__
+from k2quant.kernels.devices.precision import whole_float32
 from k2quant.model.loading import assemble
 from k2quant.model.passes.activations import Activations
 from k2quant.model.placement import execution_device
