@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from inspect import Parameter, signature
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,17 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+from click import Context
 
-from k2quant.calib import operations
+from k2quant.calib import operations, plan_calibration, solve
 from k2quant.calib.operations import Counts, Work, abreast, measured
 from k2quant.calib.solving import planning
 from k2quant.calib.solving.planning import SolvingPlan, plan_solving
+from k2quant.calib.solving.settings import Settings
 from k2quant.calib.stats.model import Model
 from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.cli import main
 from k2quant.conversion.convert import chosen
 from k2quant.conversion.plan import make_plan
 from k2quant.errors import UsageError
 from k2quant.ground.release import INSTRUCT_CONFIG
+from k2quant.kernels.solvers.factors import DAMPING
 
 K2 = Model.of(INSTRUCT_CONFIG)
 H, I, EXPERTS = 7168, 2048, 384  # noqa: E741  as docs/calibration.md calls them
@@ -188,3 +193,20 @@ def test_workers_are_measured_side_by_side() -> None:
 
     assert 0 < abreast(work, 3) < 1
     assert len(seen) >= 3  # the first piece was the caller's
+
+
+def test_defaults_are_the_same_wherever_they_are_said() -> None:
+    """A pass, its plan and the command take what `Settings` has where nobody asks, and solvers are measured with it."""
+    settings = Settings().as_json()
+    said = {name: each.default for name, each in signature(solve).parameters.items()}
+    convert = main.get_command(Context(main), "convert")
+    assert convert is not None
+    typed = {each.name: each.default for each in convert.params}
+    assert settings["damping"] == DAMPING
+    for name in ("scales", "damping", "propagate"):
+        assert said[name] == typed[name] == settings[name]
+    for other in (plan_solving, plan_calibration):
+        for name, each in signature(other).parameters.items():
+            assert name not in said or each.default in {Parameter.empty, said[name]}
+    for name in ("samples", "length", "memory", "split", "reasoning"):
+        assert typed[name] == said[name]
