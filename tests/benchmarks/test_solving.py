@@ -20,8 +20,10 @@ from suites.calib import drift, rounding, samples, truth
 from suites.solving import passes, proof, run, summing
 from suites.solving.peers import beside
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = 80
+DOCUMENTS = 40
 BITS = 4
 
 
