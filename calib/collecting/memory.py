@@ -29,7 +29,7 @@ from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.errors import UsageError
 from k2quant.ground import names
 from k2quant.ground.saying.showing import brief
-from k2quant.ground.units import size
+from k2quant.ground.units import enough, size
 
 PROCESS = 800_000_000
 """Bytes that Python with torch and transformers takes before a weight is read (measured)."""
@@ -106,7 +106,7 @@ def needs(source: Checkpoint, *, rows: Sequence[int], length: int, memory: int, 
     if memory < (least := sizes.least(largest, tokens)):
         raise UsageError(
             f"`memory=` is too small: a pass over this model, in rows of {length:,} tokens, takes at least "
-            f"{size(least)}, found {size(memory)}"
+            f"{enough(least)}, found {size(memory)}"
         )
     chunk, wave = sizes.shares(memory, largest, segments, tokens)
     taken = sizes.taken(chunk, min(wave * largest, tokens), all_hessians=wave < segments)

@@ -24,7 +24,7 @@ from k2quant.checkpoint.weights import group_tensors
 from k2quant.errors import UsageError
 from k2quant.ground.pool import checked_workers
 from k2quant.ground.saying.showing import brief
-from k2quant.ground.units import size
+from k2quant.ground.units import enough, size
 
 KEPT = 2**15
 """Tokens of an expert whose h, and whose output where it waits for its turn, are kept rather than computed again."""
@@ -102,8 +102,8 @@ def needs(
     least = taken.bytes(1, tokens)
     if memory < least:
         raise UsageError(
-            f"`memory=` is too small: solving this model, in rows of {length:,} tokens, takes at least {size(least)}, "
-            f"found {size(memory)}"
+            f"`memory=` is too small: solving this model, in rows of {length:,} tokens, takes at least "
+            f"{enough(least)}, found {size(memory)}"
         )
     workers = max(count for count in range(1, asked + 1) if taken.bytes(count, tokens) <= memory)
     arrays = kept_of_tokens(tokens, held, taken.model.hidden)

@@ -22,7 +22,7 @@ from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
 from k2quant.ground import names
 from k2quant.ground.saying.showing import as_html, brief
-from k2quant.ground.units import counted, duration, parse_size, size
+from k2quant.ground.units import counted, duration, enough, parse_size, size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ class SolvingPlan:
             "disk needed": f"{size(self.disk_needed)}: {size(self.output)} for the output, {size(self.beside)} more "
             f"until it is finished{short}",
             "disk free": size(self.disk_free),
-            "memory": f"at most {size(passes.memory)}; {size(passes.least)} is the least that works",
+            "memory": f"at most {size(passes.memory)}; {enough(passes.least)} is the least that works",
             "time": f"about {duration(self.seconds)} here: {largest}; rates were measured just now on small matrices "
             "and are scaled by operations",
         }

@@ -43,6 +43,13 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def enough(count: float) -> str:
+    """Return bytes as people read them, and never fewer: who asks for what it says has that many."""
+    unit = next(unit for unit in (1, 10**3, 10**6, 10**9, 10**12) if abs(count) < 999.5 * unit or unit == 10**12)
+    step = unit // (100 if unit == 10**12 else 10) or 1
+    return size(-(-count // step) * step)
+
+
 def duration(seconds: float) -> str:
     """Return seconds as people read them: `3.2 s`, `4 min 10 s`, `2 h 05 min`."""
     if seconds < 60:
