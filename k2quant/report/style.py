@@ -101,7 +101,8 @@ table.compact{width:auto}
 th,td{padding:7px 12px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line);font-weight:400}
 thead th{color:var(--muted);font-weight:600;font-size:.85rem}
 tbody tr:last-child>*{border-bottom:0}
-th:first-child,.words :is(th,td):nth-child(2){text-align:left}
+th:first-child,.words :is(th,td):nth-child(2),.reasons :is(th,td):last-child{text-align:left}
+.reasons td:last-child{white-space:normal;min-width:15em}
 th:first-child{padding-left:0}
 :is(th,td):last-child{padding-right:4px}
 td wbr{display:none}

@@ -113,7 +113,8 @@ def table(heads: list[str], rows: Iterable[list[str]], *, css: str = "", label: 
     Args:
         heads: the columns, as HTML.
         rows: their cells, as HTML.
-        css: classes: `compact` for one that need not fill its box, `words` for one whose second column holds words.
+        css: classes: `compact` for one that need not fill its box, `words` for one whose second column holds words,
+            `reasons` for one whose last column holds a clause.
         label: what it is, for those who hear it.
     """
     columns = "".join(f"<th scope=col>{head}</th>" for head in heads)

@@ -88,4 +88,4 @@ def _ranking(units: tuple[Unit, ...], label: str) -> str:
         ]
         for unit in units
     ]
-    return table(["module", "format", "error a MB", "error left", "size", "why"], rows, label=label)
+    return table(["module", "format", "error a MB", "error left", "size", "why"], rows, css="reasons", label=label)
