@@ -74,8 +74,8 @@ class Solving:
         self._spool.read = self._pass.digests
         if self._pass.next or len(self._spool):
             through = f"{self._pass.next} of {counted(self._pass.layers, 'layer')} are through"
-            waiting = f"{counted(len(self._spool), 'matrix', 'matrices')} of others or of shards to come"
-            self._say(f"note: an earlier run is taken up: {through}, {waiting} are solved")
+            waiting = f"{counted(len(self._spool), 'solved matrix', 'solved matrices')} of them and of the next"
+            self._say(f"note: an earlier run is taken up: {through}; {waiting} wait for their shards")
 
     def batches(self, shards: Sequence[ShardPlan]) -> Iterator[Sequence[ShardPlan]]:
         """Yield shards whose layers are solved, those first that need the fewest layers.
