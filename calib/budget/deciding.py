@@ -87,7 +87,7 @@ def allotment_of(
     def rank(unit: Unit) -> tuple[bool, int, int]:
         return unit.name not in errors, order.get(unit.name, len(order)), known[unit.name]
 
-    cut = next((step.rate for step in found.steps if step not in found.taken), None)
+    cut = found.taken[-1].rate if found.taken else None
     ranking = tuple(
         Ranked(
             unit=unit.name,
@@ -130,7 +130,7 @@ def _reason(unit: Unit, found: Choice, *, measured: bool, cut: float | None) -> 
     if not own:
         return f"{LEAST}: no format loses less here"
     if not taken:
-        above = cut is not None and own[0].rate >= cut
+        above = cut is None or own[0].rate >= cut
         why = "no room for it" if above and "bits" in found.asked else "below the cut"
         return f"{LEAST}: {own[0].to} would take away {own[0].rate * _MB:.2e} a MB, {why}"
     return f"{taken[-1].to}: takes away {taken[-1].rate * _MB:.2e} a MB, above the cut"

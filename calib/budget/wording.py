@@ -35,6 +35,8 @@ def rules_of(
         weights: of the source.
         recipe: what `asked` alone comes to.
     """
+    if all(found == DEARER[-1] for found in chosen.values()):  # and so does all that nobody asked for
+        return (WrittenRule(to=DEARER[-1]),)
     raised = {
         name: match for name in DEARER if (match := patterns(unit for unit in units if chosen[unit.name] == name))
     }

@@ -38,8 +38,9 @@ def command(
     """
     options["shard_size"] = conversion.shard_bytes(shard_size)
     options["recipe"] = conversion.read_stdin(options["recipe"])
+    method = options["method"]
     found = allotting.allotted(source, options)
-    own = solving.taken_out(options, conversion.choice(options))
+    own = solving.taken_out(options, conversion.choice(options), asked=method)
     if own is not None:
         solving.check_solving(source, options, own, tokenizer=not dry_run)
         if dry_run:

@@ -69,6 +69,7 @@ def allotted(source: Path, options: dict[str, Any]) -> Allotment | None:
     options |= {"recipe": found.recipe, **dict.fromkeys(_OF_A_RULE), "ignore": ()}
     if not found.searches:
         options["stats"] = None
+    _say_if_nothing_fits(found)
     return found
 
 
@@ -77,6 +78,24 @@ def _refuse_alone(blame: Path | None) -> None:
 
     if blame is not None:
         raise UsageError("`blame=` says where a budget counts: it belongs to `budget=` or `max_kl=`")
+
+
+def _say_if_nothing_fits(found: Allotment) -> None:
+    """Say what the smallest step would take, where bits were asked for and no unit is raised by them."""
+    from k2quant.cli.parts.screen import warn
+
+    cheapest = found.cheapest
+    steps = [
+        (size - one.nbytes[cheapest], one.unit, name)
+        for one in found.ranked
+        for name, size in one.nbytes.items()
+        if one.gain is not None and size > one.nbytes[cheapest]
+    ]
+    if "bits" not in found.asked or not steps or any(one.format != cheapest for one in found.ranked):
+        return
+    more, unit, name = min(steps)
+    bits = found.bits + 8 * more / sum(one.weights for one in found.ranked)
+    warn(f"note: with {found.asked['bits']:g} bits nothing is raised: {unit} in {name} alone takes {bits:.2f}")
 
 
 def _check_beside(options: dict[str, Any]) -> None:

@@ -54,31 +54,45 @@ def solving_options() -> Option[Any]:
     return all_of(options)
 
 
-def taken_out(given: dict[str, Any], choice: Options) -> dict[str, Any] | None:
+def taken_out(given: dict[str, Any], choice: Options, *, asked: str | None) -> dict[str, Any] | None:
     """Take the options of this method out of a command's; None where another method was chosen.
 
     Args:
         given: the options by name; they are changed.
         choice: what they ask for.
+        asked: the method that stands on the line. A budget may leave nothing to it: then no text is read.
 
     Raises:
         UsageError: the method has no use for one of them, or cannot do without.
     """
+    from k2quant.cli.parts.screen import remark
     from k2quant.errors import UsageError
     from k2quant.formats.format import listed
 
     method = choice.in_force.method
     own = {name: given.pop(name) for name in _ALL}
     if method != SOLVED:
-        if stray := said(_ALL):
+        if asked == SOLVED:
+            remark(f"note: the budget leaves nothing for {SOLVED} to solve, and no text is read")
+        elif stray := said(_ALL):
             names = listed(f"`{name}=`" for name in stray)
-            raise UsageError(f"{names} with `method=` {method}, which runs no text through the model; gptq does")
+            raise UsageError(f"{names} with `method=` {method}, which {_without(stray)}")
         return None
     if given.pop("stats") is not None:
         raise UsageError("`stats=` has no meaning with `method=` gptq, which measures as it goes: name text, `data=`")
     if own["data"] is None:
         raise UsageError("`method=` gptq runs text through the model while it converts, and `data=` names none")
     return own
+
+
+def _without(stray: list[str]) -> str:
+    """Return why another method has no use for such options, and who has."""
+    if frozenset(stray) <= frozenset(_HOW):
+        return f"solves nothing: that is for {SOLVED}"
+    return (
+        f"runs no text through the model: {SOLVED} does; for imatrix and awq, `k2quant calibrate SOURCE STATS --data "
+        "FILE` does it first"
+    )
 
 
 def check_solving(source: Path, given: dict[str, Any], own: dict[str, Any], *, tokenizer: bool) -> None:
@@ -128,7 +142,9 @@ def dry_run(
     with working(f"planning {source.name}"):
         planned = plan_solved(open_checkpoint(source, follow_links=given["follow_links"]), conversion.choice(given))
         rows = {name: own[name] for name in ("samples", "length", "memory", "scales", "propagate")}
-        cost = plan_solving(planned.plan, destination, workers=given["workers"], device=given["device"], **rows)
+        running = {name: given[name] for name in ("workers", "device")}
+        # Where nothing is solved, as of INT4 that is copied, no pass is run: it costs what any conversion does.
+        cost = plan_solving(planned.plan, destination, **running, **rows) if planned.jobs else None
     solved = {job.weight.main.name: "solved" for job in planned.jobs.values()}
     searched = {
         job.weight.main.name: "searched" for job in planned.plan.jobs() if job.name in frozenset(planned.abroad)

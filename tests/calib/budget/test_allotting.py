@@ -87,6 +87,10 @@ def test_what_int4_spoils_most_a_byte_comes_first(small: Any) -> None:
     assert gains == sorted(gains, reverse=True)
     last = found.ranked[-1]
     assert (last.format, last.reason.endswith("below the cut")) == ("int4", True)
+    cut = min(float(one.reason.split()[3]) for one in found.ranked if one.reason.endswith("above the cut"))
+    for one in found.ranked:
+        if one.format == "int4":
+            assert one.reason.endswith("no room for it" if one.gain > cut else "below the cut")
 
 
 def test_the_same_input_gives_the_same_choice(small: Any, tmp_path: Path) -> None:

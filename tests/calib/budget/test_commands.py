@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import k2quant
 from k2quant.calib import allot
 from k2quant.calib.solving.writing.planned import plan_solved
 from k2quant.checkpoint.reader import open_checkpoint
@@ -93,3 +95,27 @@ def test_a_recipe_beside_it_is_refused(small: Any, tmp_path: Path) -> None:
         found = CliRunner().invoke(main, ["convert", *more, "--budget", "6", "--stats", str(small.stats), *where])
         assert found.exit_code == 2
         assert message in " ".join(found.output.split())
+
+
+def test_bits_that_raise_nothing_say_what_the_next_step_takes(small: Any, tmp_path: Path) -> None:
+    """Units are large: with the experts of a layer alone in scope, a tenth of a bit more changes nothing."""
+    given = ("--budget", "4.6", "--stats", small.stats, "--dry-run")
+    said = run(small, *given, to=tmp_path / "out")
+    assert said.exit_code == 0, said.output
+    found = re.search(r"note: with 4.6 bits nothing is raised: (\S+) in (fp8|bf16) alone takes (\S+)", said.stderr)
+    assert found
+    assert found[1] in said.stdout
+    assert "below the cut" not in said.stdout
+    again = run(small, "--budget", str(float(found[3]) + 0.01), *given[2:], to=tmp_path / "out")
+    assert "nothing is raised" not in again.stderr
+
+
+def test_a_budget_that_leaves_nothing_to_solve_reads_no_text(small: Any, tmp_path: Path) -> None:
+    """With room for BF16 everywhere GPTQ has no matrix: what it was given is no mistake of whoever typed it."""
+    data = tmp_path / "text.txt"
+    data.write_text("some")
+    given = ("--budget", "16", "--stats", small.stats, "--method", "gptq", "--data", data, "--samples", "8")
+    done = run(small, *given, to=tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    assert "note: the budget leaves nothing for gptq to solve, and no text is read" in done.stderr
+    assert k2quant.verify(small.source, tmp_path / "out").passed

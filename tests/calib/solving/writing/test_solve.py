@@ -183,7 +183,8 @@ def test_the_command_writes_what_the_function_writes(place: Any, whole: Path, ma
     ("words", "said"),
     [
         (["--data", "DATA"], "--data with --method rtn, which runs no text"),
-        (["--method", "mse", "--damping", "0.1", "--no-propagate"], "with --method mse, which runs no text"),
+        (["--method", "mse", "--damping", "0.1", "--no-propagate"], "with --method mse, which solves nothing"),
+        (["--method", "imatrix", "--data", "DATA"], "for imatrix and awq, `k2quant calibrate SOURCE STATS"),
         (["--method", "gptq"], "and --data names none"),
         (["--method", "gptq", "--data", "DATA", "--stats", "x"], "--stats has no meaning with --method gptq"),
         (["--method", "gptq", "--data", "nowhere.jsonl"], "'nowhere.jsonl': no such file"),
@@ -198,3 +199,14 @@ def test_the_command_refuses_what_makes_no_sense(place: Any, tmp_path: Path, wor
     assert found.exit_code == 2
     assert said in found.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_where_nothing_is_solved_a_dry_run_costs_a_conversion(place: Any, tmp_path: Path) -> None:
+    """INT4 is copied: no pass is run, so none is planned, and no memory is too small for it."""
+    native = k2quant.convert(place.model, tmp_path / "native", to="int4").folder
+    given = ["--method", "gptq", "--data", place.data, "--memory", "1MB", "--dry-run", native, tmp_path / "out"]
+    said = typed(*given)
+    assert said.exit_code == 0, said.stderr
+    assert "0 weights solved" in said.stdout
+    assert "Hessian" not in said.stdout
+    assert json.loads(typed("--json", *given).stdout)["seconds"] < 60
