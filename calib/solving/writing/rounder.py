@@ -126,7 +126,7 @@ class Solving:
         solved = self._solved(base)
         with self._lock:
             del self._open[base]
-        if any(read[suffix] != crc for suffix, crc in solved.source.items()):
+        if any(read.get(suffix) != crc for suffix, crc in solved.source.items()):
             raise not_solved_for(job.weight.main.name, job.weight.main.file)
         self._facts[base] = solved.facts
         return False

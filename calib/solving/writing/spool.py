@@ -29,6 +29,7 @@ from k2quant.errors import CheckpointError, DestinationForeign, MalformedFile
 from k2quant.formats.dtypes import DTYPES, TensorSpec, as_array, as_bits
 from k2quant.formats.format import Format, Parts
 from k2quant.kernels.codecs.cpu import CODECS
+from k2quant.report.choices.searches import read_scales
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -183,7 +184,8 @@ class Spool:
         notes = _notes(header)
         try:
             facts, source, crcs = (kinds.mapping(notes[base][key]) for key in ("facts", "source", "crc32"))
-        except (KeyError, TypeError) as error:
+            read_scales({"scales": facts})
+        except (KeyError, TypeError, ValueError) as error:
             raise _damaged(header.path) from error
         parts: Parts = {}
         for suffix, spec in self._wanted[base].specs().items():

@@ -15,6 +15,7 @@ import pytest
 
 from k2quant.calib.solving import choosing
 from k2quant.calib.solving.passing import groups
+from k2quant.calib.solving.writing import spool
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, open_checkpoint
 from k2quant.errors import CheckpointError, DestinationForeign, DestinationStale, MalformedFile, OutputError
 
@@ -185,3 +186,27 @@ def test_what_no_journal_explains_is_not_used(place: Any, made: Made, stopped: P
     for folder in (stopped, ram / "new"):
         place.by(damping=0.5).solve(folder, shard_size=10**9)
     assert made(stopped) == made(ram / "new")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("facts", {}, "not what was solved"),
+        ("facts", {"method": "gptq", "relative": 1e300, "measure": "weights"}, "not what was solved"),
+        ("facts", ["gptq"], "not what was solved"),
+        ("source", {"other": "0badcafe"}, "not the weight that was solved"),
+    ],
+)
+def test_forged_notes_get_into_no_report(
+    place: Any, stopped: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, error: str
+) -> None:
+    """Notes whose checksum is right are read as what a report says: nothing ends in one that nobody can read."""
+
+    def forged(*given: Any) -> dict[str, Any]:
+        return {base: {**own, key: value} for base, own in notes(*given).items()}
+
+    notes = spool._notes  # noqa: SLF001  what reads them from a file
+    monkeypatch.setattr(spool, "_notes", forged)
+    with pytest.raises(CheckpointError, match=error):
+        place.solve(stopped, shard_size=10**9)
+    assert not (stopped / CONFIG).exists()
