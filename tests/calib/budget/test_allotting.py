@@ -90,6 +90,7 @@ def test_what_int4_spoils_most_a_byte_comes_first(small: Any) -> None:
     cut = min(float(one.reason.split()[3]) for one in found.ranked if one.reason.endswith("above the cut"))
     for one in found.ranked:
         if one.format == "int4":
+            assert one.gain is not None
             assert one.reason.endswith("no room for it" if one.gain > cut else "below the cut")
 
 
