@@ -37,7 +37,7 @@ def command(
         k2quant convert --to int4 --method gptq --data chats.jsonl Kimi-K2-Instruct Kimi-K2-Instruct-GPTQ
     """
     options["shard_size"] = conversion.shard_bytes(shard_size)
-    options["recipe"] = conversion.read_stdin(options["recipe"])
+    options["recipe"] = conversion.read_once(options["recipe"])
     method = options["method"]
     found = allotting.allotted(source, options)
     own = solving.taken_out(options, conversion.choice(options), asked=method)

@@ -46,7 +46,7 @@ def command(
         k2quant merge Kimi-K2-Thinking my-adapter Kimi-K2-Mine --to int4
     """
     options["shard_size"] = conversion.shard_bytes(shard_size)
-    options["recipe"] = conversion.read_stdin(options["recipe"])
+    options["recipe"] = conversion.read_once(options["recipe"])
     if dry_run:
         _dry_run(base, adapter, destination, as_json=as_json, **options)
     else:

@@ -136,18 +136,20 @@ def choice(options: dict[str, Any]) -> Options:
     return chosen(options["recipe"], **{name: options[name] for name in _ASKED if name in options})
 
 
-def read_stdin(recipe: Path | None) -> Any:
-    """Return what `--config` names; of `-` the recipe itself, read from stdin.
+def read_once(recipe: Path | None) -> Any:
+    """Return what `--config` names; of `-`, which is stdin, and of a pipe the recipe itself: neither is read twice.
 
     Raises:
         UsageError: what stands there is no recipe.
     """
-    if recipe is None or str(recipe) != "-":
+    if recipe is None or not (str(recipe) == "-" or recipe.is_fifo()):
         return recipe
     import sys
 
-    from k2quant.conversion.recipes.rules import LIMIT, parse_recipe
+    from k2quant.conversion.recipes.rules import LIMIT, parse_recipe, read_recipe
 
+    if recipe.is_fifo():
+        return read_recipe(recipe)
     return parse_recipe(sys.stdin.buffer.read(LIMIT + 1), file="stdin")
 
 
