@@ -17,13 +17,13 @@ from k2quant.kernels.codecs.ops import (
     int4_to_fp8,
     search_int4_scales,
 )
-from k2quant.kernels.products.fp8_weight import Fp8Weight
-from k2quant.kernels.products.int4_weight import Int4Weight
 from k2quant.kernels.products.linear import fp8_linear, fp8_linear_w8a8, int4_linear, linear
 from k2quant.kernels.products.moe import moe, moe_fp8, moe_int4
+from k2quant.kernels.products.packed.fp8 import Fp8Weight
+from k2quant.kernels.products.packed.int4 import Int4Weight
+from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.prepare import prepare_fp8, prepare_int4
 from k2quant.kernels.products.warmup import warmup
-from k2quant.kernels.products.weights import PackedWeight
 
 __all__ = [
     "Fp8Weight",

@@ -25,10 +25,10 @@ from k2quant.conversion.config import (
 )
 from k2quant.conversion.placing import Job
 from k2quant.errors import UnsupportedFormat
-from k2quant.formats import compressed_tensors
 from k2quant.formats.activations import Flow, flow
+from k2quant.formats.configs import compressed_tensors
+from k2quant.formats.configs.keys import FILE, Recast, empty, shown, uncarried
 from k2quant.formats.format import listed
-from k2quant.formats.keys import FILE, Recast, empty, shown, uncarried
 from k2quant.formats.known import FORMATS
 
 _NAMED = 5  # keys in a remark

@@ -13,10 +13,10 @@ from typing import Any
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion import relatives
 from k2quant.errors import CheckpointError, MalformedFile, UnsupportedFormat
-from k2quant.formats import compressed_tensors
 from k2quant.formats.activations import check_scale, flow
+from k2quant.formats.configs import compressed_tensors
+from k2quant.formats.configs.keys import Key, check_keys, empty, shown
 from k2quant.formats.format import Format, contradiction, listed
-from k2quant.formats.keys import Key, check_keys, empty, shown
 from k2quant.formats.known import FORMATS
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")

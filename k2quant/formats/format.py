@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from k2quant.formats.keys import Key, Recast
+    from k2quant.formats.configs.keys import Key, Recast
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.grids import Grid
     from k2quant.kernels.codecs.seam import Codecs
     from k2quant.kernels.codecs.values import F32, U16
-    from k2quant.kernels.products.weights import PackedWeight
+    from k2quant.kernels.products.packed.weight import PackedWeight
 
 Parts = dict[str, "NDArray[Any]"]
 """The arrays of a panel, or of a whole weight, by suffix."""

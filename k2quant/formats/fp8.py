@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
 
 from k2quant.errors import CheckpointError, DtypeMismatch, MalformedFile, ShapeMismatch, UnsupportedFormat
-from k2quant.formats import compressed_tensors
 from k2quant.formats.bf16 import check_stored_once
+from k2quant.formats.configs import compressed_tensors
+from k2quant.formats.configs.keys import ROTATIONS, Key, Recast, carry, is_flag, is_object, is_texts, shown
 from k2quant.formats.dtypes import SCALES, TensorSpec, widened
 from k2quant.formats.format import (
     Entry,
@@ -27,7 +28,6 @@ from k2quant.formats.format import (
     listed,
     matrix,
 )
-from k2quant.formats.keys import ROTATIONS, Key, Recast, carry, is_flag, is_object, is_texts, shown
 from k2quant.ground import names
 from k2quant.kernels.codecs.grids import BLOCK
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.grids import Grid
     from k2quant.kernels.codecs.seam import Codecs
     from k2quant.kernels.codecs.values import F32, U16
-    from k2quant.kernels.products.weights import PackedWeight
+    from k2quant.kernels.products.packed.weight import PackedWeight
 
 FP8_BLOCK = BLOCK
 """Rows and columns that share one FP8 scale in every K2 and DeepSeek-V3 release (`weight_block_size`)."""
@@ -354,7 +354,7 @@ class Fp8(Format):
 
     def unrunnable(self, shape: tuple[int, ...]) -> tuple[str, object] | None:
         """The products take whole groups of 32 columns."""
-        from k2quant.kernels.products.weights import GROUP
+        from k2quant.kernels.products.packed.weight import GROUP
 
         return (f"a multiple of {GROUP} columns", shape) if shape[-1] % GROUP else None
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from k2quant.errors import CheckpointError, DtypeMismatch, ShapeMismatch, UnsupportedFormat
-from k2quant.formats import compressed_tensors
+from k2quant.formats.configs import compressed_tensors
+from k2quant.formats.configs.keys import empty, shown
 from k2quant.formats.dtypes import DTYPES, FLOATS, TensorSpec, widened
 from k2quant.formats.format import (
     Entry,
@@ -21,7 +22,6 @@ from k2quant.formats.format import (
     listed,
     matrix,
 )
-from k2quant.formats.keys import empty, shown
 from k2quant.kernels.codecs.grids import FAKE_BITS, GROUP, Grid
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.seam import Codecs
     from k2quant.kernels.codecs.values import F32, U16
-    from k2quant.kernels.products.weights import PackedWeight
+    from k2quant.kernels.products.packed.weight import PackedWeight
 
 INT4_GROUP = GROUP
 """Columns that share one INT4 scale in every K2 release (`group_size`)."""

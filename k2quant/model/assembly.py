@@ -24,7 +24,7 @@ from k2quant.formats.activations import flow
 from k2quant.formats.format import Format
 from k2quant.ground import names
 from k2quant.ground.saying.faults import said
-from k2quant.kernels.products.weights import PackedWeight
+from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.model.architecture import architecture
 from k2quant.model.matrices import Dense, Matrix, joined
 from k2quant.model.modules import (

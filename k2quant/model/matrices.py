@@ -15,7 +15,7 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.formats.dtypes import torch_dtype
 from k2quant.formats.format import Format
-from k2quant.kernels.products.weights import PackedWeight
+from k2quant.kernels.products.packed.weight import PackedWeight
 
 Parts = dict[str, Tensor]
 """The tensors of one weight by suffix, as a checkpoint holds them."""

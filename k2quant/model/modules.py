@@ -21,8 +21,8 @@ from k2quant.formats.format import Format
 from k2quant.kernels.ops import linear, moe
 from k2quant.kernels.products import reference
 from k2quant.kernels.products.dispatch import dequantize
+from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.prepare import moved
-from k2quant.kernels.products.weights import PackedWeight
 from k2quant.model.matrices import Dense, Matrix, Packed, joined
 
 Backend = Literal["auto", "reference", "decoded"]

@@ -18,9 +18,9 @@ from k2quant.kernels.devices import gpus
 from k2quant.kernels.products import reference
 from k2quant.kernels.products.cpu import linear as linear_cpu
 from k2quant.kernels.products.cpu import moe as moe_cpu
-from k2quant.kernels.products.fp8_weight import Fp8Weight
+from k2quant.kernels.products.packed.fp8 import Fp8Weight
+from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.tables.configs import Config, Product, Table, table_for, tokens_of_k2
-from k2quant.kernels.products.weights import PackedWeight
 
 P = ParamSpec("P")
 R = TypeVar("R")

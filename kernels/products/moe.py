@@ -10,11 +10,11 @@ from torch.library import custom_op
 
 from k2quant.errors import UsageError
 from k2quant.kernels.products import dispatch
-from k2quant.kernels.products.fp8_weight import Fp8Weight
-from k2quant.kernels.products.int4_weight import Int4Weight
 from k2quant.kernels.products.linear import check_weight, check_x, operands, weight_of
+from k2quant.kernels.products.packed.fp8 import Fp8Weight
+from k2quant.kernels.products.packed.int4 import Int4Weight
+from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.prepare import PACKED
-from k2quant.kernels.products.weights import PackedWeight
 
 
 def moe(x: Tensor, gate: PackedWeight, up: PackedWeight, down: PackedWeight, ids: Tensor, weights: Tensor) -> Tensor:

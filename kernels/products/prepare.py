@@ -12,9 +12,9 @@ from torch import Tensor
 
 from k2quant.kernels.codecs.grids import BLOCK
 from k2quant.kernels.products.cpu import linear as linear_cpu
-from k2quant.kernels.products.fp8_weight import Fp8Weight
-from k2quant.kernels.products.int4_weight import ROW_MULTIPLE, Int4Weight
-from k2quant.kernels.products.weights import Layout, PackedWeight
+from k2quant.kernels.products.packed.fp8 import Fp8Weight
+from k2quant.kernels.products.packed.int4 import ROW_MULTIPLE, Int4Weight
+from k2quant.kernels.products.packed.weight import Layout, PackedWeight
 
 PACKED: dict[str, type[PackedWeight]] = {kind.format: kind for kind in (Int4Weight, Fp8Weight)}
 """Every packed format by its name."""

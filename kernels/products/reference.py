@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import linear as matmul
 from torch.nn.functional import pad, silu
 
-from k2quant.kernels.products.fp8_weight import Fp8Weight, spread
-from k2quant.kernels.products.weights import PackedWeight
+from k2quant.kernels.products.packed.fp8 import Fp8Weight, spread
+from k2quant.kernels.products.packed.weight import PackedWeight
 
 Product = Callable[[Tensor, PackedWeight], Tensor]
 """Makes x @ weight.T."""

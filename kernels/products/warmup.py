@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from k2quant.kernels.products import dispatch
-from k2quant.kernels.products.fp8_weight import Fp8Weight
 from k2quant.kernels.products.linear import fp8_linear_w8a8, linear
 from k2quant.kernels.products.moe import moe
+from k2quant.kernels.products.packed.fp8 import Fp8Weight
+from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.tables.configs import BUCKETS, bucket_of, tokens_of_k2
-from k2quant.kernels.products.weights import PackedWeight
 
 _CPU_ROWS = (1, 2, 256)
 """Rows of x that reach every compiled function of the CPU path."""

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from k2quant.kernels.products import reference
-from k2quant.kernels.products.fp8_weight import Fp8Weight
-from k2quant.kernels.products.int4_weight import Int4Weight
+from k2quant.kernels.products.packed.fp8 import Fp8Weight
+from k2quant.kernels.products.packed.int4 import Int4Weight
+from k2quant.kernels.products.packed.weight import GROUP, PackedWeight
 from k2quant.kernels.products.prepare import PACKED, prepare_fp8, prepare_int4
 from k2quant.kernels.products.tables.configs import BUCKETS, Config, Table
-from k2quant.kernels.products.weights import GROUP, PackedWeight
 from k2quant.kernels.tuning.candidates import TUNED_BUCKETS, Cell, gate_up_rows
 
 LONGEST_REPLAY, FEWEST_CALLS = 0.02, 4

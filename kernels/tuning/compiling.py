@@ -25,7 +25,6 @@ from k2quant.kernels.codecs.gpu import int4 as int4_codecs_triton
 from k2quant.kernels.codecs.gpu import search as search_triton
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.devices.launch import Launch, recorded
-from k2quant.kernels.products.fp8_weight import Fp8Weight
 from k2quant.kernels.products.gpu import dequantize as dequantize_triton
 from k2quant.kernels.products.gpu import linear as linear_triton
 from k2quant.kernels.products.gpu import moe as moe_triton
@@ -33,10 +32,11 @@ from k2quant.kernels.products.gpu import moe_backward as moe_backward_triton
 from k2quant.kernels.products.gpu import repack as repack_triton
 from k2quant.kernels.products.gpu import w8a8 as w8a8_triton
 from k2quant.kernels.products.gpu.routing import SPARSITY_FACTOR
-from k2quant.kernels.products.int4_weight import Int4Weight
+from k2quant.kernels.products.packed.fp8 import Fp8Weight
+from k2quant.kernels.products.packed.int4 import Int4Weight
+from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.prepare import PACKED
 from k2quant.kernels.products.tables.configs import Config, Product
-from k2quant.kernels.products.weights import PackedWeight
 
 _TYPES = {
     torch.bfloat16: "*bf16",

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from k2quant.ground.release import EXPERTS, HIDDEN, INNER, TOP
 from k2quant.kernels.products import dispatch, reference
-from k2quant.kernels.products.fp8_weight import Fp8Weight
 from k2quant.kernels.products.gpu import linear as linear_triton
 from k2quant.kernels.products.gpu import moe as moe_triton
 from k2quant.kernels.products.gpu import w8a8 as w8a8_triton
+from k2quant.kernels.products.packed.fp8 import Fp8Weight
+from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.tables.configs import Config, Product, Table
-from k2quant.kernels.products.weights import PackedWeight
 from k2quant.kernels.tuning import choosing as tuning
 from k2quant.kernels.tuning.candidates import CANDIDATES, TUNED_BUCKETS, Cell, candidates, cells
 from k2quant.kernels.tuning.choosing import Trial

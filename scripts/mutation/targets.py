@@ -19,9 +19,9 @@ TARGETS: dict[str, tuple[str, ...]] = {
         f"{_CHECKPOINT}/test_hostile.py",
     ),
     "k2quant/formats/int4.py": (f"{_FORMATS}/test_int4.py", f"{_FORMATS}/test_budgets.py", _MADE_UP),
-    "k2quant/formats/compressed_tensors.py": (f"{_FORMATS}/test_compressed_tensors.py", _MADE_UP),
+    "k2quant/formats/configs/compressed_tensors.py": (f"{_FORMATS}/test_compressed_tensors.py", _MADE_UP),
     "k2quant/formats/dtypes.py": (f"{_FORMATS}/test_fp8.py", f"{_FORMATS}/test_int4.py"),
-    "k2quant/formats/keys.py": (f"{_FORMATS}/test_keys.py", f"{_CONVERSION}/test_carrying.py"),
+    "k2quant/formats/configs/keys.py": (f"{_FORMATS}/test_keys.py", f"{_CONVERSION}/test_carrying.py"),
     "k2quant/ground/engines.py": ("tests/k2quant/ground/test_engines.py", f"{_CONVERSION}/recipes/test_fused.py"),
     "k2quant/ground/patterns.py": ("tests/k2quant/ground/test_patterns.py",),
     "k2quant/conversion/recipes/recipe.py": (

@@ -23,7 +23,7 @@ from k2quant.kernels.codecs.grids import BLOCK, FAKE_BITS, GROUP, Grid
 from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import F32, U16, ValueAt, float_to_bf16
 from k2quant.kernels.products import reference as product_reference
-from k2quant.kernels.products.int4_weight import Int4Weight
+from k2quant.kernels.products.packed.int4 import Int4Weight
 
 Arrays = dict[str, NDArray[Any]]
 Job = Callable[[Codecs], Arrays]

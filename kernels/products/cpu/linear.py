@@ -26,8 +26,8 @@ from k2quant.kernels.codecs.cpu import int4 as codec
 from k2quant.kernels.devices.threads import over_rows, without_lock
 from k2quant.kernels.products.cpu import dot as dot_cpu
 from k2quant.kernels.products.cpu import panels as panels_cpu
-from k2quant.kernels.products.int4_weight import Int4Weight, torch_half
-from k2quant.kernels.products.weights import GROUP, Layout, PackedWeight
+from k2quant.kernels.products.packed.int4 import Int4Weight, torch_half
+from k2quant.kernels.products.packed.weight import GROUP, Layout, PackedWeight
 
 DOT_ROWS = 512
 """Rows of x up to which working from packed codes beats panels."""

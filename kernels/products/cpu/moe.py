@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from k2quant.kernels.products.cpu.linear import linear_grouped
-from k2quant.kernels.products.weights import PackedWeight
+from k2quant.kernels.products.packed.weight import PackedWeight
 
 
 def moe(x: Tensor, gate: PackedWeight, up: PackedWeight, down: PackedWeight, ids: Tensor, weights: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.products.gpu.linear import constants_of, tile_columns
 from k2quant.kernels.products.gpu.tiles import weight_tile
+from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.tables.configs import Config
-from k2quant.kernels.products.weights import PackedWeight
 
 _ROWS, _DEPTH = 64, 128
 

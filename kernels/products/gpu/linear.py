@@ -21,8 +21,8 @@ from k2quant.errors import UsageError
 from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.devices.rounding import round_to
 from k2quant.kernels.products.gpu.tiles import fp8_numbers, int4_codes, multiply, multiply_thin
+from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.tables.configs import Config
-from k2quant.kernels.products.weights import PackedWeight
 
 SUM_BLOCK = 1024
 """Results that a program of `_sum_splits` adds up."""

@@ -33,8 +33,8 @@ from k2quant.kernels.products.gpu.tiles import (
     thin_tiles,
     thin_x,
 )
+from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.tables.configs import Config
-from k2quant.kernels.products.weights import PackedWeight
 
 COLUMNS = 1024
 """Columns that a program of `_combine` or `_activation_back` handles at a time: 16 bytes of BF16 for each of its 128

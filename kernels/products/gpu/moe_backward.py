@@ -30,8 +30,8 @@ from k2quant.kernels.products.gpu.moe import (
 )
 from k2quant.kernels.products.gpu.routing import Routing, plan
 from k2quant.kernels.products.gpu.tiles import dot, weight_tile
+from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.tables.configs import Config
-from k2quant.kernels.products.weights import PackedWeight
 
 
 def moe_backward(

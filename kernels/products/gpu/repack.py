@@ -1,4 +1,4 @@
-"""The two layouts of INT4 weights on a GPU, `rows` and `groups` of `int4_weight`, turned into each other.
+"""The two layouts of INT4 weights on a GPU, `rows` and `groups` of `packed/int4`, turned into each other.
 
 One read and one write of memory. Rows are read and groups are written in whole cache lines: a tile is turned around in
 shared memory between.

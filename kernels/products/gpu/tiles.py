@@ -128,7 +128,7 @@ def int4_codes(words):
 
 @triton.jit
 def int4_tile(codes_ptr, scale_ptr, rows, rows_ok, k, N, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
-    """Return INT4 weights `[BN, BLOCK_K]` in the layout `groups` of `int4_weight`, each code * scale rounded once."""
+    """Return INT4 weights `[BN, BLOCK_K]` in the layout `groups` of `packed/int4`, each code * scale rounded once."""
     word = tl.arange(0, BLOCK_K // 8)
     column = (k // 32 + word // 4).to(tl.int64) * (N * 4) + word % 4
     words = tl.load(codes_ptr + column[None, :] + (rows * 4)[:, None], mask=rows_ok[:, None], other=0)

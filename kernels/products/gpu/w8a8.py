@@ -14,9 +14,9 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.devices.rounding import INTERPRETED, round_to, round_to_e4m3
-from k2quant.kernels.products.fp8_weight import Fp8Weight
 from k2quant.kernels.products.gpu.linear import add_splits, divisor, swizzled
 from k2quant.kernels.products.gpu.tiles import fp8_numbers, fp8_scale
+from k2quant.kernels.products.packed.fp8 import Fp8Weight
 from k2quant.kernels.products.tables.configs import Config
 
 BLOCK = 128

@@ -31,8 +31,9 @@ from k2quant.kernels.codecs.reference.fp8 import least_scale as least_scale_of_a
 from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import ValueAt
 from k2quant.kernels.devices.launch import launch
-from k2quant.kernels.products import fp8_weight, int4_weight
 from k2quant.kernels.products.gpu.repack import repack_int4, unpack_int4
+from k2quant.kernels.products.packed import fp8 as fp8_weight
+from k2quant.kernels.products.packed import int4 as int4_weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["gaussian", "any", "subnormal", "few", "fp8", "int4", "near int4"]

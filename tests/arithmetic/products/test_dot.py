@@ -15,7 +15,7 @@ from torch import Tensor
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.devices import threads as threads_cpu
 from k2quant.kernels.products.cpu import dot as dot_cpu
-from k2quant.kernels.products.fp8_weight import spread
+from k2quant.kernels.products.packed.fp8 import spread
 
 pytestmark = pytest.mark.skipif(not dot_cpu.supported(), reason="this CPU does not multiply BF16 (avx512_bf16)")
 

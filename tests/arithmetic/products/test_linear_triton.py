@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.ops import Fp8Weight, Int4Weight, prepare_fp8, prepare_int4
 from k2quant.kernels.products import reference as matmul_reference
-from k2quant.kernels.products.fp8_weight import spread
 from k2quant.kernels.products.gpu.linear import linear
+from k2quant.kernels.products.packed.fp8 import spread
 from k2quant.kernels.products.tables.configs import Config
 
 Weight = Int4Weight | Fp8Weight

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from k2quant.kernels.ops import linear, moe, warmup
 from k2quant.kernels.products import dispatch, reference
+from k2quant.kernels.products.packed.weight import Layout, PackedWeight, check_parts, check_scale
 from k2quant.kernels.products.prepare import PACKED, moved
 from k2quant.kernels.products.tables.configs import Product
-from k2quant.kernels.products.weights import Layout, PackedWeight, check_parts, check_scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -31,9 +31,9 @@ from k2quant.kernels.products import reference as matmul_reference
 from k2quant.kernels.products.cpu import dot as dot_cpu
 from k2quant.kernels.products.cpu import linear as linear_cpu
 from k2quant.kernels.products.cpu import moe as moe_cpu
-from k2quant.kernels.products.fp8_weight import spread
 from k2quant.kernels.products.linear import operands
-from k2quant.kernels.products.weights import Layout
+from k2quant.kernels.products.packed.fp8 import spread
+from k2quant.kernels.products.packed.weight import Layout
 
 LAYOUTS: tuple[Layout, ...] = ("rows", "groups", "torch")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

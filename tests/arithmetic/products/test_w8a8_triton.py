@@ -17,8 +17,8 @@ from k2quant.errors import UsageError
 from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.devices.rounding import round_to, round_to_e4m3
 from k2quant.kernels.products import reference as matmul_reference
-from k2quant.kernels.products.fp8_weight import Fp8Weight, spread
 from k2quant.kernels.products.gpu.w8a8 import linear_w8a8, quantize_activations
+from k2quant.kernels.products.packed.fp8 import Fp8Weight, spread
 from k2quant.kernels.products.prepare import prepare_fp8
 from k2quant.kernels.products.tables.configs import Config
 

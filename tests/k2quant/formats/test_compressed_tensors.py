@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from k2quant.errors import MalformedFile, UnsupportedFormat
-from k2quant.formats.compressed_tensors import block, ignore_list, scheme, schemes
+from k2quant.formats.configs.compressed_tensors import block, ignore_list, scheme, schemes
 from k2quant.formats.format import Format
 from k2quant.formats.int4 import Int4
 

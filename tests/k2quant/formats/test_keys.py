@@ -15,7 +15,7 @@ from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.conversion.plan import Options, make_plan
 from k2quant.errors import UnsupportedFormat
-from k2quant.formats import compressed_tensors
+from k2quant.formats.configs import compressed_tensors
 from k2quant.formats.fp8 import Fp8
 from k2quant.formats.known import FormatName
 

@@ -21,7 +21,7 @@ from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, describe, make_plan, plan_of
 from k2quant.conversion.recipes.recipe import Recipe, Rule
 from k2quant.errors import CheckpointError, UnsupportedFormat, UsageError
-from k2quant.formats import compressed_tensors
+from k2quant.formats.configs import compressed_tensors
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.format import Entry, Format, Neighbours, Parts, Scope, Stored, contradiction, matrix
 from k2quant.formats.fp8 import Fp8

@@ -23,7 +23,7 @@ from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.cli import main
 from k2quant.errors import BadValue, CheckpointError, K2QuantError, MalformedFile, MissingTensor, UsageError
 from k2quant.kernels.ops import prepare_int4
-from k2quant.kernels.products.weights import Layout
+from k2quant.kernels.products.packed.weight import Layout
 from k2quant.model import filling, load_model, save_model
 from k2quant.model.generation import generate, load_tokenizer
 from k2quant.model.modules import PROJECTIONS, Backend, QuantizedExperts, QuantizedLinear

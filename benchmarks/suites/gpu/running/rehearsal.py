@@ -7,9 +7,9 @@ from torch import Tensor
 
 from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.products import dispatch, prepare
-from k2quant.kernels.products.int4_weight import Int4Weight
+from k2quant.kernels.products.packed.int4 import Int4Weight
+from k2quant.kernels.products.packed.weight import Layout, PackedWeight
 from k2quant.kernels.products.tables.configs import TABLES, Table, read_table
-from k2quant.kernels.products.weights import Layout, PackedWeight
 
 CAPABILITY = (9, 0)
 """Of an H200."""

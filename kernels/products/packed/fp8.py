@@ -14,8 +14,8 @@ from torch import Tensor
 
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs.grids import BLOCK
+from k2quant.kernels.products.packed.weight import GROUP, Layout, check_device, check_parts, check_scale
 from k2quant.kernels.products.tables.configs import Product
-from k2quant.kernels.products.weights import GROUP, Layout, check_device, check_parts, check_scale
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -26,8 +26,8 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.devices.gpus import on_triton
+from k2quant.kernels.products.packed.weight import GROUP, Layout, check_device, check_parts, check_scale
 from k2quant.kernels.products.tables.configs import Product
-from k2quant.kernels.products.weights import GROUP, Layout, check_device, check_parts, check_scale
 
 WORDS = GROUP // 8
 """int32 words of a group."""

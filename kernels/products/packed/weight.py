@@ -1,7 +1,7 @@
 """What a quantised weight is to the matrix products: two tensors, a layout, and what their format says of them.
 
 A weight keeps its codes and scales in one of a few layouts, each invertible. N are rows (outputs), K columns (inputs);
-a weight of experts has a dimension E in front of everything. `int4_weight` and `fp8_weight` hold one format each;
+a weight of experts has a dimension E in front of everything. `int4` and `fp8` beside this file hold one format each;
 `prepare` makes weights for a device, and has the table of all formats.
 """
 
@@ -17,7 +17,7 @@ from k2quant.kernels.codecs import reference
 from k2quant.kernels.products.tables.configs import Product
 
 Layout = Literal["rows", "groups", "torch"]
-"""`rows` is the checkpoint's own; the others are `int4_weight`'s."""
+"""`rows` is the checkpoint's own; the others are those of `int4`."""
 
 GROUP = reference.GROUP
 """Columns of a group of INT4; those of a block are a multiple of it."""

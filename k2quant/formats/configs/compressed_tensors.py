@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from k2quant.errors import MalformedFile, UnsupportedFormat
-from k2quant.formats.format import listed
-from k2quant.formats.keys import (
+from k2quant.formats.configs.keys import (
     FILE,
     ROTATIONS,
     Key,
@@ -23,6 +22,7 @@ from k2quant.formats.keys import (
     is_texts,
     shown,
 )
+from k2quant.formats.format import listed
 from k2quant.ground import names
 
 if TYPE_CHECKING:

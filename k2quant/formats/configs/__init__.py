@@ -1,0 +1,1 @@
+"""What a quantization block of config.json says: its keys, and the blocks of each tool."""
