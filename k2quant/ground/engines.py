@@ -51,6 +51,13 @@ _FUSED = (
         "engines load q_a_proj and kv_a_proj_with_mqa as one matrix, with one format",
     ),
 )
+# Per expert, where `_FUSED` takes the experts of a layer together: each has a tensor scale of its own.
+_SCALED = (
+    (re.compile(r"(self_attn\.)(?:q_a_proj|kv_a_proj_with_mqa)"), "fused_qkv_a_proj"),
+    (re.compile(r"(mlp\.(?:(?:shared_experts|experts\.[0-9]{1,6})\.)?)(?:gate|up)_proj"), "gate_up_proj"),
+    (re.compile(r"(block_sparse_moe\.shared_experts\.)(?:gate|up)_proj"), "gate_up_proj"),
+    (re.compile(r"(block_sparse_moe\.experts\.[0-9]{1,6}\.)w[13]"), "w13"),
+)
 
 
 def fused(base: str) -> Fused | None:
@@ -62,6 +69,26 @@ def fused(base: str) -> Fused | None:
     for pattern, name, why in _FUSED:
         if match := pattern.fullmatch(rest):
             return Fused(f"layers.{layer}.{match['place']}{name}", why)
+    return None
+
+
+def scaled_together(base: str) -> str | None:
+    """Return the key of the matrices that must share one scale of a whole matrix, or None for one that stands alone.
+
+    They are those that engines lay into one matrix: gate and up of one expert, of the shared experts or of a dense MLP,
+    and q_a with kv_a. vLLM takes the larger of two tensor scales for both halves of an expert, with a warning, so the
+    weights of one half come out wrong (`vllm/model_executor/layers/quantization/modelopt.py`).
+
+    Args:
+        base: a weight's name without its suffix, however its layer is spelled.
+    """
+    place = names.place(base)
+    if place is None:
+        return None
+    layer, rest = place
+    for pattern, name in _SCALED:
+        if match := pattern.fullmatch(rest):
+            return f"layers.{layer}.{match[1]}{name}"
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from k2quant.ground.engines import fused, splits
+from k2quant.ground.engines import fused, scaled_together, splits
 
 EXPERTS, SHARED, DENSE, QKV = (
     "layers.3.mlp.experts",
@@ -64,3 +64,52 @@ def test_splits_are_found_once_for_each_module_with_its_first_members() -> None:
     assert "`model.layers.3.mlp.experts.0.up_proj` is int4 and `model.layers.3.mlp.experts.1.up_proj` is bf16" in str(
         splits(stored)[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("members", "key"),
+    [
+        (("mlp.experts.7.gate_proj", "mlp.experts.7.up_proj"), "layers.3.mlp.experts.7.gate_up_proj"),
+        (("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"), SHARED),
+        (("mlp.gate_proj", "mlp.up_proj"), DENSE),
+        (("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), QKV),
+        (("block_sparse_moe.experts.7.w1", "block_sparse_moe.experts.7.w3"), "layers.3.block_sparse_moe.experts.7.w13"),
+        (
+            ("block_sparse_moe.shared_experts.gate_proj", "block_sparse_moe.shared_experts.up_proj"),
+            "layers.3.block_sparse_moe.shared_experts.gate_up_proj",
+        ),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model.", "language_model."])
+def test_what_engines_lay_into_one_matrix_shares_one_key(prefix: str, members: tuple[str, ...], key: str) -> None:
+    """Gate with up, w1 with w3 and q_a with kv_a have one key, by layer and expert, however the layer is spelled."""
+    assert {scaled_together(f"{prefix}layers.3.{member}") for member in members} == {key}
+    assert {scaled_together(member) for member in members} == {None}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp.experts.7.down_proj",
+        "mlp.shared_experts.down_proj",
+        "mlp.down_proj",
+        "mlp.gate",
+        "block_sparse_moe.experts.7.w2",
+        "block_sparse_moe.shared_experts.down_proj",
+        "block_sparse_moe.routed_expert_up_proj",
+        "block_sparse_moe.gate",
+        "self_attn.q_b_proj",
+        "self_attn.kv_b_proj",
+        "self_attn.o_proj",
+        "mlp.experts.7.gate_proj.weight",
+    ],
+)
+def test_what_stands_alone_has_no_key(name: str) -> None:
+    """Down, the router, what follows q_a and kv_a, and names with their suffix share a tensor scale with nothing."""
+    assert scaled_together(f"model.layers.3.{name}") is None
+
+
+def test_no_two_experts_share_a_scale() -> None:
+    """Each expert of each layer has a key of its own."""
+    bases = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in range(3) for expert in range(12)]
+    assert len({scaled_together(base) for base in bases}) == 36
