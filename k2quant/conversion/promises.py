@@ -29,11 +29,13 @@ class Inventory(NamedTuple):
     dense: frozenset[int]
     """The layers that have a dense MLP."""
     experts: dict[int, dict[int, set[str]]]
-    """The projections of each routed expert, by layer and number."""
+    """The projections of each routed expert, by layer and number, as K2 calls them."""
     routed: dict[int, set[int]]
     """How many experts the tensors of each layer's router are for: one number, unless they contradict each other."""
     parts: frozenset[str]
     """The classes of tensors outside the layers, such as `head` and `vision`."""
+    of_k3: bool
+    """Whether its routed experts have K3's names."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -48,6 +50,7 @@ def inventory(weights: Iterable[StoredWeight]) -> Inventory:
     experts: dict[int, dict[int, set[str]]] = {}
     routed: dict[int, set[int]] = {}
     parts: set[str] = set()
+    of_k3 = False
     for weight in weights:
         name, layer = weight.main.name, names.layer(weight.main.name)
         if layer is None:
@@ -55,14 +58,15 @@ def inventory(weights: Iterable[StoredWeight]) -> Inventory:
             continue
         prefixes.setdefault(layer, name[: name.index(f"layers.{layer}.") + len(f"layers.{layer}.")])
         if (expert := names.expert(weight.base)) is not None:
-            experts.setdefault(layer, {}).setdefault(expert, set()).add(names.split(weight.base)[1])
+            experts.setdefault(layer, {}).setdefault(expert, set()).add(names.projection(weight.base))
+            of_k3 |= names.is_of_k3(weight.base)
         elif names.predicts(name):
             predictors.add(layer)
         elif (kind := names.tensor_class(name)) == "dense mlp":
             dense.add(layer)
         elif kind == "router" and weight.shape:
             routed.setdefault(layer, set()).add(weight.shape[0])
-    return Inventory(prefixes, frozenset(predictors), frozenset(dense), experts, routed, frozenset(parts))
+    return Inventory(prefixes, frozenset(predictors), frozenset(dense), experts, routed, frozenset(parts), of_k3)
 
 
 def broken_promises(config: Mapping[str, Any] | None, found: Inventory) -> list[str]:
@@ -184,8 +188,12 @@ def _mixes(layer: int, text: Mapping[str, Any]) -> bool:
 
 
 def _experts(text: Mapping[str, Any], found: Inventory) -> Iterator[str]:
-    """Compare the routed experts of each layer, and what its router chooses from, with `n_routed_experts`."""
-    promised = _number(text, "n_routed_experts")
+    """Compare the routed experts of each layer, and what its router chooses from, with `n_routed_experts`.
+
+    K3 calls it `num_experts`.
+    """
+    key = "num_experts" if "n_routed_experts" not in text else "n_routed_experts"
+    promised = _number(text, key)
     if promised is None:
         return
     without = {layer for layer in found.prefixes if _decodes(layer, text, found) and _mixes(layer, text)} - found.dense
@@ -194,21 +202,21 @@ def _experts(text: Mapping[str, Any], found: Inventory) -> Iterator[str]:
     lacking = [layer for layer in layers if missing[layer]]
     if lacking:
         yield (
-            f"n_routed_experts is {promised}, but there is no `{_first_missing(found, lacking[0], promised)}` (missing "
+            f"{key} is {promised}, but there is no `{_first_missing(found, lacking[0], promised)}` (missing "
             f"projections: {sum(missing.values())}, in layers: {len(lacking)}); {_UNFIT}"
         )
     beyond = [layer for layer in layers if max(found.experts.get(layer, {}), default=-1) >= promised]
     if beyond:
         number = min(number for number in found.experts[beyond[0]] if number >= promised)
         yield (
-            f"n_routed_experts is {promised}, but layer {beyond[0]} has an expert {number} (such layers: "
+            f"{key} is {promised}, but layer {beyond[0]} has an expert {number} (such layers: "
             f"{len(beyond)}); engines leave it out, or fail"
         )
     other = sorted(layer for layer, sizes in found.routed.items() if sizes != {promised})
     if other:
         sizes = " and ".join(map(str, sorted(found.routed[other[0]])))
         yield (
-            f"n_routed_experts is {promised}, but the router of layer {other[0]} is for {sizes} (such layers: "
+            f"{key} is {promised}, but the router of layer {other[0]} is for {sizes} (such layers: "
             f"{len(other)}); an engine fails there"
         )
 
@@ -222,7 +230,7 @@ def _first_missing(found: Inventory, layer: int, promised: int) -> str:
     experts = found.experts.get(layer, {})
     number = next(number for number in range(promised) if len(experts.get(number, ())) < len(_PROJECTIONS))
     part = next(part for part in _PROJECTIONS if part not in experts.get(number, ()))
-    return f"{found.prefixes[layer]}mlp.experts.{number}.{part}"
+    return found.prefixes[layer] + names.place_of_expert(number, part, of_k3=found.of_k3)
 
 
 def _parts(config: Mapping[str, Any], found: Inventory) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 A conversion works on names. So a `model_type` that nobody has tried is taken where its layers have K2's names, with a
 remark, and refused where they have not: half of such a model would be quantised and the rest left as it was. Running a
-model needs more than names; see `k2quant.model.architecture`.
+model needs more than names; see `k2quant.model.architecture`. K3's names are known, its architecture is not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,12 @@ from k2quant.ground import engines, names
 
 MODEL_TYPES = ("kimi_k2", "kimi_k25", "deepseek_v3")
 """The values of `model_type` whose tensor names, and whose architecture, k2quant knows."""
+
+K3_TYPES = ("kimi_k3", "kimi_linear")
+"""Those of K3 and of its language model, whose tensor names k2quant knows, and whose architecture it does not run.
+
+See moonshotai/Kimi-K3: config.json, and `text_config` in it.
+"""
 
 _NAME_SHOWN = 200  # characters; K2's longest has 63
 
@@ -36,18 +42,23 @@ def other_types(config: dict[str, Any]) -> list[object]:
     return [kind for kind in found if kind is not None and kind not in MODEL_TYPES]
 
 
+def _untried(config: dict[str, Any]) -> list[object]:
+    """Return those of `other_types` whose tensor names nobody has looked at."""
+    return [kind for kind in other_types(config) if kind not in K3_TYPES]
+
+
 def check_model_type(config: dict[str, Any], weights: Iterable[StoredWeight]) -> None:
     """Refuse a config of another model, unless the weights have K2's names.
 
     Raises:
         UnsupportedFormat: so it is.
     """
-    others = other_types(config)
+    others = _untried(config)
     if others and not (all(isinstance(kind, str) for kind in others) and _has_names_of_k2(weights)):
         raise UnsupportedFormat(
             "not a model of this family",
             file="config.json",
-            expected=f"{listed(MODEL_TYPES)}, or layers with {listed(sorted(_OF_EACH_LAYER))}",
+            expected=f"{listed((*MODEL_TYPES, *K3_TYPES))}, or layers with {listed(sorted(_OF_EACH_LAYER))}",
             found=repr(others[0]),
         )
 
@@ -78,7 +89,7 @@ def split_remarks(splits: list[engines.Split], whose: str) -> list[str]:
 
 
 def _of_types(config: dict[str, Any], weights: list[StoredWeight]) -> Iterator[str]:
-    others = other_types(config)
+    others = _untried(config)
     for kind in others if others and _has_names_of_k2(weights) else ():
         yield f"model_type '{shown(kind)}' has not been tried; its layers have K2's names, and by these it is read"
 

@@ -37,18 +37,30 @@ class Split(NamedTuple):
         return f"{self.fused.why}, but `{first}` is {kept} and `{other}` is {found}"
 
 
+_EXPERTS = "engines run all experts of a layer in one kernel, in one format"
 _GATE_UP = "engines load gate_proj and up_proj as one matrix, with one format"
 _FUSED = (
     (
         re.compile(r"(?P<place>mlp\.)experts\.[0-9]{1,6}\.(?:gate|up|down)_proj"),
         "experts",
-        "engines run all experts of a layer in one kernel, in one format",
+        _EXPERTS,
     ),
-    (re.compile(r"(?P<place>mlp\.(?:shared_experts\.)?)(?:gate|up)_proj"), "gate_up_proj", _GATE_UP),
+    (re.compile(r"(?P<place>block_sparse_moe\.)experts\.[0-9]{1,6}\.w[123]"), "experts", _EXPERTS),
+    (
+        re.compile(r"(?P<place>mlp\.(?:shared_experts\.)?|block_sparse_moe\.shared_experts\.)(?:gate|up)_proj"),
+        "gate_up_proj",
+        _GATE_UP,
+    ),
     (
         re.compile(r"(?P<place>self_attn\.)(?:q_a_proj|kv_a_proj_with_mqa)"),
         "fused_qkv_a_proj",
         "engines load q_a_proj and kv_a_proj_with_mqa as one matrix, with one format",
+    ),
+    (
+        # K3's linear attention. In its layers of MLA, and in K2's, g_proj and q_proj stand alone: no split is found.
+        re.compile(r"(?P<place>self_attn\.)(?:q|k|v|g|b|f_a)_proj"),
+        "in_proj_qkvgfab",
+        "engines load q_proj, k_proj, v_proj, g_proj, f_a_proj and b_proj of KDA as one matrix, with one format",
     ),
 )
 # Per expert, where `_FUSED` takes the experts of a layer together: each has a tensor scale of its own.
@@ -76,8 +88,9 @@ def scaled_together(base: str) -> str | None:
     """Return the key of the matrices that must share one scale of a whole matrix, or None for one that stands alone.
 
     They are those that engines lay into one matrix: gate and up of one expert, of the shared experts or of a dense MLP,
-    and q_a with kv_a. vLLM takes the larger of two tensor scales for both halves of an expert, with a warning, so the
-    weights of one half come out wrong (`vllm/model_executor/layers/quantization/modelopt.py`).
+    and q_a with kv_a. Where two differ, vLLM warns and takes one for both, the gate's of an expert and the larger of a
+    linear layer, so that the other's weights come out wrong (ModelOptNvFp4FusedMoE and ModelOptNvFp4LinearMethod of its
+    model_executor/layers/quantization/modelopt.py).
 
     Args:
         base: a weight's name without its suffix, however its layer is spelled.

@@ -1,4 +1,7 @@
-"""What a tensor's name means in a Kimi K2 or DeepSeek-V3 checkpoint.
+"""What a tensor's name means in a Kimi K2, Kimi K3 or DeepSeek-V3 checkpoint.
+
+K3's feed-forward layers are `block_sparse_moe` with experts of `w1` (gate), `w3` (up) and `w2` (down), as Mixtral's
+are; what it shares with K2 has K2's names.
 
 Nothing here counts layers or experts: a name is read on its own. `base` is a name without its last part, such as
 `model.layers.3.mlp.experts.17.up_proj`; the last part (`weight`, `weight_packed`, ...) is the suffix.
@@ -27,14 +30,18 @@ TENSOR_CLASSES = (
 
 # Every spelling that a release or a tool has: K2's, K2.5's, transformers' own, and K2.5's without `model.`.
 _PREFIX = r"(?:(?:language_model\.)?model\.(?:language_model\.)?|language_model\.)"
-_LAYER = rf"(?P<prefix>{_PREFIX})layers\.(?P<layer>0|[1-9][0-9]{{0,5}})\."
+_NUMBER = r"0|[1-9][0-9]{0,5}"
+_LAYER = rf"(?P<prefix>{_PREFIX})layers\.(?P<layer>{_NUMBER})\."
 
 # The projections that Moonshot ships as block FP8: attention, dense layer, shared and routed experts. `q_proj` stands
 # in for q_a and q_b where a model has no query compression. The router `mlp.gate` and `eh_proj` are none.
 _PROJECTION = re.compile(
     _LAYER + r"(?:self_attn\.(?:q_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)"
-    r"|mlp\.(?:shared_experts\.|experts\.(?P<expert>0|[1-9][0-9]{0,5})\.)?(?:gate|up|down)_proj)"
+    rf"|mlp\.(?:shared_experts\.|experts\.(?P<expert>{_NUMBER})\.)?(?:gate|up|down)_proj"
+    rf"|block_sparse_moe\.(?:shared_experts\.(?:gate|up|down)_proj|experts\.(?P<numbered>{_NUMBER})\.w[123]))"
 )
+
+_OF_K3 = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 # What a layer for multi-token prediction has besides the tensors of a decoder layer.
 _PREDICTOR = re.compile(_LAYER + r"(?:eh_proj|enorm|hnorm|shared_head|embed_tokens)\.")
@@ -51,9 +58,9 @@ _CLASS_PATTERNS = tuple(
     for kind, pattern in (
         ("vision", r"(^|\.)(vision_tower|visual|vision_model)\."),
         ("projector", r"(^|\.)(mm_projector|multi_modal_projector)\."),
-        ("routed experts", r"\.mlp\.experts\."),
-        ("shared experts", r"\.mlp\.shared_experts?\."),
-        ("router", r"\.mlp\.gate\."),
+        ("routed experts", r"\.(mlp|block_sparse_moe)\.experts\."),
+        ("shared experts", r"\.(mlp|block_sparse_moe)\.shared_experts?\."),
+        ("router", r"\.(mlp|block_sparse_moe)\.gate\."),
         ("norm", r"(norm|\.enorm|\.hnorm)\d*\.(weight|bias)$"),
         ("dense mlp", r"\.mlp\."),
         ("attention", r"\.self_attn\."),
@@ -86,8 +93,7 @@ def is_projection(base: str) -> bool:
 
 def is_routed_expert(base: str) -> bool:
     """Tell whether a base is a projection of a routed expert."""
-    match = _PROJECTION.fullmatch(base)
-    return match is not None and match["expert"] is not None
+    return expert(base) is not None
 
 
 def is_unknown_matrix(base: str) -> bool:
@@ -121,7 +127,33 @@ def layer(name: str) -> int | None:
 def expert(base: str) -> int | None:
     """Return the number of the routed expert that a base belongs to, or None."""
     match = _PROJECTION.fullmatch(base)
-    return int(match["expert"]) if match and match["expert"] is not None else None
+    number = match and (match["expert"] or match["numbered"])
+    return int(number) if number else None
+
+
+def is_of_k3(base: str) -> bool:
+    """Tell whether a base is a projection of a routed expert by K3's names."""
+    match = _PROJECTION.fullmatch(base)
+    return match is not None and match["numbered"] is not None
+
+
+def projection(base: str) -> str:
+    """Return the last part of a base as K2 calls it: K3's `w1`, `w3` and `w2` are gate, up and down."""
+    last = split(base)[1]
+    return _OF_K3[last] if is_of_k3(base) else last
+
+
+def place_of_expert(number: int, projection: str, *, of_k3: bool) -> str:
+    """Return the place within a layer of a routed expert's projection, such as `mlp.experts.7.up_proj`.
+
+    Args:
+        number: the expert's.
+        projection: as K2 calls it.
+        of_k3: whether to spell it as K3 does: `block_sparse_moe.experts.7.w3`.
+    """
+    if not of_k3:
+        return f"mlp.experts.{number}.{projection}"
+    return f"block_sparse_moe.experts.{number}.{next(last for last, called in _OF_K3.items() if called == projection)}"
 
 
 def predicts(name: str) -> bool:

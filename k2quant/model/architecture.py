@@ -17,7 +17,7 @@ from typing import Any
 from transformers import DeepseekV3Config
 
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
-from k2quant.conversion.relatives import MODEL_TYPES, other_types
+from k2quant.conversion.relatives import K3_TYPES, MODEL_TYPES, other_types
 from k2quant.errors import CheckpointError, MalformedFile, UnsupportedFormat
 from k2quant.formats.format import listed
 from k2quant.ground.saying.faults import said
@@ -29,6 +29,13 @@ _FIXED: dict[str, Any] = {
     "moe_layer_freq": 1,
 }
 """What transformers' DeepSeek-V3 and the kernels take for granted; K2's configs say so, and may leave it out."""
+
+_OF_K3 = (
+    ": K3 has another architecture, with linear attention (KDA) in most layers, gated MLA without positions in the "
+    "others, experts that work in a smaller space of their own (routed_expert_hidden_size), SiTU in place of SiLU and "
+    "residuals of attention (attn_res_block_size)"
+)
+"""Which, by config.json of moonshotai/Kimi-K3."""
 
 _LARGEST = 2**31
 
@@ -123,7 +130,8 @@ def architecture(checkpoint: Checkpoint) -> DeepseekV3Config:
         raise MalformedFile("text_config is not an object", file=file)
     if others := other_types(checkpoint.config):
         raise UnsupportedFormat(
-            "a relative of K2 that can be converted, but not run here",
+            "a relative of K2 that can be converted, but not run here"
+            + (_OF_K3 if any(kind in K3_TYPES for kind in others) else ""),
             file=file,
             expected=f"model_type {listed(MODEL_TYPES)}",
             found=repr(others[0]),

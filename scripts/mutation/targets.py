@@ -35,7 +35,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "k2quant/conversion/config.py": (*_CONVERTED, f"{_CONVERSION}/test_carrying.py", f"{_CHECKPOINT}/test_hostile.py"),
     "k2quant/conversion/carrying.py": (f"{_CONVERSION}/test_carrying.py", f"{_FORMATS}/test_keys.py"),
     "k2quant/conversion/promises.py": (f"{_CONVERSION}/test_promises.py", "tests/k2quant/model/test_promises.py"),
-    "k2quant/conversion/relatives.py": (f"{_CONVERSION}/test_relatives.py",),
+    "k2quant/conversion/relatives.py": (f"{_CONVERSION}/relatives",),
     "k2quant/conversion/resume.py": (f"{_CONVERSION}/test_resume.py", f"{_CONVERSION}/test_safety.py"),
     "k2quant/conversion/placing.py": (f"{_CONVERSION}/test_placing.py", f"{_CONVERSION}/test_convert.py"),
     "k2quant/checkpoint/header.py": (f"{_CHECKPOINT}/test_header.py", f"{_CHECKPOINT}/test_hostile.py"),

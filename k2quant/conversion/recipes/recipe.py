@@ -36,10 +36,14 @@ class Rule:
     """It takes weights in whose name one of these is found; empty: all."""
     searches: bool = False
     """Whether better scales than the format's own rule takes are searched for what it takes."""
+    apart: frozenset[engines.Fused] = frozenset()
+    """What engines fuse and no scope knows all of, such as q with k and v in K3's KDA: all of it stays as it is."""
 
     def takes(self, base: str) -> bool:
         """Tell whether a weight is to be stored in the format."""
-        return in_scope(base, self.scope, self.format) and self.means(base) and not self.spares(base)
+        if not in_scope(base, self.scope, self.format) or (self.apart and engines.fused(base) in self.apart):
+            return False
+        return self.means(base) and not self.spares(base)
 
     def means(self, base: str) -> bool:
         """Tell whether classes and patterns name a weight."""
@@ -221,7 +225,16 @@ def _rule(written: WrittenRule, weights: list[StoredWeight]) -> Rule:
         check_found(found, bases, written.called(name))
     target = FORMATS[written.to].asked_for(stored, written.grid, written.layout)
     searches = written.method is not None
-    return Rule(format=target, scope=written.scope, classes=written.classes, searches=searches, **patterns)
+    apart = _apart(weights) if written.scope is not None else frozenset()
+    return Rule(format=target, scope=written.scope, classes=written.classes, searches=searches, apart=apart, **patterns)
+
+
+def _apart(weights: list[StoredWeight]) -> frozenset[engines.Fused]:
+    """Return the fused modules of which a member is in no scope."""
+    unknown = {
+        engines.fused(weight.base) for weight in weights if weight.format and not names.is_projection(weight.base)
+    }
+    return frozenset(whole for whole in unknown if whole is not None)
 
 
 def _check_taken(recipe: Recipe, written: tuple[WrittenRule, ...], weights: list[StoredWeight]) -> None:

@@ -80,7 +80,8 @@ ARGUMENTS = {
 }
 """What compressed-tensors' QuantizationArgs has of weights, of activations and of the KV cache."""
 
-# The ignore list of Kimi-K2.6, then what tools that take every 2-D weight for a Linear need on top.
+# The ignore list of Kimi-K2.6, then what tools that take every 2-D weight for a Linear need on top; the last three are
+# K3's, whose own list leaves them out.
 _K26_IGNORE = (
     r"re:.*self_attn.*",
     r"re:.*shared_experts.*",
@@ -91,6 +92,9 @@ _K26_IGNORE = (
     r"re:.*mlp\.gate$",
     r"re:.*eh_proj$",
     r"re:.*shared_head\.head$",
+    r"re:.*block_sparse_moe\.gate$",
+    r"re:.*routed_expert_(down|up)_proj$",
+    r"re:.*_res_proj$",
 )
 
 

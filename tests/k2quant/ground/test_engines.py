@@ -12,6 +12,8 @@ EXPERTS, SHARED, DENSE, QKV = (
     "layers.3.mlp.gate_up_proj",
     "layers.3.self_attn.fused_qkv_a_proj",
 )
+K3 = "layers.3.block_sparse_moe."
+KDA = "layers.3.self_attn.in_proj_qkvgfab"
 
 
 @pytest.mark.parametrize(
@@ -32,13 +34,24 @@ EXPERTS, SHARED, DENSE, QKV = (
         ("self_attn.q_b_proj", None),
         ("self_attn.kv_b_proj", None),
         ("self_attn.o_proj", None),
-        ("self_attn.q_proj", None),
+        ("self_attn.q_proj", KDA),
+        ("self_attn.k_proj", KDA),
+        ("self_attn.f_a_proj", KDA),
+        ("self_attn.f_b_proj", None),
+        ("block_sparse_moe.experts.0.w1", f"{K3}experts"),
+        ("block_sparse_moe.experts.895.w2", f"{K3}experts"),
+        ("block_sparse_moe.experts.7.gate_proj", None),
+        ("mlp.experts.7.w1", None),
+        ("block_sparse_moe.shared_experts.gate_proj", f"{K3}shared_experts.gate_up_proj"),
+        ("block_sparse_moe.shared_experts.down_proj", None),
+        ("block_sparse_moe.routed_expert_up_proj", None),
+        ("block_sparse_moe.gate", None),
         ("input_layernorm", None),
     ],
 )
 @pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model.", "language_model."])
 def test_each_weight_belongs_to_one_module_of_engines(prefix: str, name: str, module: str | None) -> None:
-    """Experts with experts, gate with up, q_a with kv_a, however the layer is spelled; all else stands alone."""
+    """Experts with experts, gate with up, q_a with kv_a, KDA's inputs, however the layer is spelled; no other."""
     found = fused(f"{prefix}layers.3.{name}")
     assert (found and found.name) == module
     assert fused(name) is None
