@@ -172,7 +172,7 @@ class Prepared:
 
         The first row is a multiple of the rows that share a scale.
         """
-        weights = as_bf16(self._matrix(target, part, rows))
+        weights = as_bf16(self.master(target, part, rows))
         scale = learned_scale(target)
         with _naming(target, part), counted_from(rows.start):
             if scale is None:
@@ -204,7 +204,8 @@ class Prepared:
         high = update.b.detach().reshape(-1, update.b.shape[-1])[rows].double()
         return adapters.updated(found, torch.einsum("nr,nrk->nk", high, low), update.scaling)
 
-    def _matrix(self, target: Target, part: Part, rows: slice) -> Tensor:
+    def master(self, target: Target, part: Part, rows: slice) -> Tensor:
+        """Return some rows of a matrix as they are trained, with their update; not rounded where there is none."""
         master, update = part.of(target.master.detach())[rows], low_rank(target)
         if update is None:
             return master

@@ -72,6 +72,16 @@ class Merger:
         """Tell whether a weight is changed."""
         return weight.main.name in self._changes
 
+    def survey(self, job: Job, asked: Format, start: int, stop: int) -> object:
+        """Return what a format says of rows `start` to `stop` with their update."""
+        shared = self._shared(self._changes[job.weight.main.name])
+        updated = self._buffers.after.take("updated", TensorSpec("BF16", (stop - start, job.weight.shape[-1])))
+        for row in range(start, stop, ROW_STEP):
+            end = min(row + ROW_STEP, stop)
+            base = self._base(job.weight, row, end)
+            updated[row - start : end - start], _ = self._updated(job.weight, shared, (row, end), base)
+        return asked.survey(updated, self._codecs)
+
     def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, Figures | None]:
         """Return rows `start` to `stop` of the tensors that are written, and what became of the update."""
         change, written = self._changes[job.weight.main.name], self._written(job)
@@ -105,14 +115,19 @@ class Merger:
     ) -> MergeFigures:
         """Fill a band of the outputs."""
         base = self._base(job.weight, *rows)
-        exact, update = self._sum(job.weight, shared, rows, as_float64(base.values))
-        updated = double_to_bf16(exact)
-        if (updated & 0x7FFF >= INFINITY).any():
-            row, column = divmod(int((updated & 0x7FFF >= INFINITY).argmax()), updated.shape[1])
-            raise self._too_large(job.weight, rows[0] + row, column)
+        updated, update = self._updated(job.weight, shared, rows, base)
         figures, after = self._stored(job.weight, written, updated, rows[0], outputs, self._buffers.after)
         without = self._without(job, written, base, rows[0])
         return effect(figures, update, after, without, written)
+
+    def _updated(self, weight: StoredWeight, shared: F64 | None, rows: tuple[int, int], base: Panel) -> tuple[U16, F64]:
+        """Return a band of the new values as BF16, and its update."""
+        exact, update = self._sum(weight, shared, rows, as_float64(base.values))
+        updated = double_to_bf16(exact)
+        if (updated & 0x7FFF >= INFINITY).any():
+            row, column = divmod(int((updated & 0x7FFF >= INFINITY).argmax()), updated.shape[1])
+            raise self._too_large(weight, rows[0] + row, column)
+        return updated, update
 
     def _too_large(self, weight: StoredWeight, row: int, column: int) -> BadValue:
         return BadValue(

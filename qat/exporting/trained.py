@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from k2quant.checkpoint.weights import StoredWeight
+from k2quant.conversion.convert import codecs_of
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
 from k2quant.errors import BadValue, MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.formats.activations import flow
 from k2quant.formats.dtypes import as_bits, torch_dtype
-from k2quant.formats.format import Parts
+from k2quant.formats.format import Format, Parts
 from k2quant.ground import names
 from k2quant.qat.exporting.distance import Distance
 from k2quant.qat.preparing import Prepared
@@ -81,6 +82,13 @@ class Trained:
         """Tell whether the model holds a weight, other than the base's own that stays quantised as it was."""
         name = key(weight)
         return name in self.places and not self._stays(name)
+
+    def survey(self, job: Job, asked: Format, start: int, stop: int) -> object:
+        """Return what a format says of rows of the masters, rounded to BF16 as the forward pass has them."""
+        target, part, tensor, _ = self.places[key(job.weight)]
+        rows = slice(start, stop)
+        values = tensor[rows] if target is None or part is None else self.prepared.master(target, part, rows)
+        return asked.survey(as_bits(as_bf16(values)), codecs_of("cpu"))
 
     def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, Figures | None]:
         """Return rows of the tensors that are written, by suffix, and how far their values are from the base's.
