@@ -24,22 +24,26 @@ F64 = NDArray[np.float64]
 INFINITY = 0x7F80
 """BF16 bits of infinity; larger magnitudes are NaN."""
 
+Place = Literal["weight", "scale", "tensor scale"]
+"""Where a bad value stands; NVFP4 alone has a tensor scale."""
+
 
 class ValueAt(K2QuantError):
-    """A bad value at a place: `what` says it in words, `of` says whether the place is in the weight or in its scale."""
+    """A bad value at a place: `what` says it in words, `of` in which of a weight's arrays the place is."""
 
-    def __init__(self, *, row: int, column: int, what: str, of: Literal["weight", "scale"] = "weight") -> None:
+    def __init__(self, *, row: int, column: int, what: str, of: Place = "weight") -> None:
         """Keep the parts and glue them to one sentence.
 
         Args:
             row: row within the array that the codec was given; for a scale, the row of the scale array.
             column: the column, likewise.
             what: what was found, such as "NaN code 0x7F".
-            of: which of the two arrays `row` and `column` count in.
+            of: which of the arrays `row` and `column` count in. A tensor scale is one number, at row 0, column 0.
         """
         self.row, self.column, self.what, self.of = row, column, what, of
         place = f"row {row}, column {column}"
-        super().__init__(f"{what} at {place}" if of == "weight" else f"{what} at {place} of the scale")
+        found = {"weight": f"{what} at {place}", "scale": f"{what} at {place} of the scale", "tensor scale": what}
+        super().__init__(found[of])
 
 
 def float_to_bf16(values: F32) -> U16:
@@ -84,7 +88,7 @@ def bad_float(values: NDArray[np.float16] | F32) -> ValueAt:
     """Find the first value of `[R, K]` that has no finite BF16 neighbour."""
     wide = values.astype(np.float32)
     wide[~np.isfinite(wide)] = np.inf
-    row, column = _first(float_to_bf16(wide) & 0x7FFF == INFINITY)
+    row, column = first(float_to_bf16(wide) & 0x7FFF == INFINITY)
     value = float(values[row, column])
     what = f"overflow: {value} exceeds bfloat16" if math.isfinite(value) else f"non-finite value {value}"
     return ValueAt(row=row, column=column, what=what)
@@ -92,7 +96,7 @@ def bad_float(values: NDArray[np.float16] | F32) -> ValueAt:
 
 def bad_weight(weights: U16) -> ValueAt:
     """Find the first NaN or infinity among BF16 bits `[R, K]`."""
-    row, column = _first(weights & 0x7FFF >= INFINITY)
+    row, column = first(weights & 0x7FFF >= INFINITY)
     bits = weights[row, column]
     name = "inf" if bits & 0x7FFF == INFINITY else "NaN"
     return ValueAt(row=row, column=column, what=f"non-finite weight {bits:#06x} ({name})")
@@ -103,11 +107,11 @@ def bad_fp8(codes: U8, scale: F32, block: tuple[int, int]) -> ValueAt:
     if (error := _bad_scale(scale)) is not None:
         return error
     if (nan := codes & 0x7F == 0x7F).any():
-        row, column = _first(nan)
+        row, column = first(nan)
         return ValueAt(row=row, column=column, what=f"NaN code 0x{codes[row, column]:02X}")
     magnitude = (codes & 0x7F).astype(np.uint32)
     code = (magnitude << np.uint32(20)).view(np.float32) * np.float32(2.0**120)
-    return _overflow(np.where(codes > 0x7F, -code, code), _spread(scale, block, codes.shape))
+    return overflow(np.where(codes > 0x7F, -code, code), _spread(scale, block, codes.shape))
 
 
 def bad_int4(packed: I32, scale: F32, group: int) -> ValueAt:
@@ -116,7 +120,7 @@ def bad_int4(packed: I32, scale: F32, group: int) -> ValueAt:
         return error
     pairs = packed.view(np.uint8)
     codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(packed.shape[0], -1).astype(np.float32) - 8
-    return _overflow(codes, _spread(scale, (1, group), codes.shape))
+    return overflow(codes, _spread(scale, (1, group), codes.shape))
 
 
 def bad_group(weights: U16, bits: int = 4) -> ValueAt:
@@ -133,7 +137,7 @@ def bad_divisor(scale: F32) -> ValueAt | None:
     """Find the first scale that is bad, or that is zero: codes at it would be w/0. Nothing if all are good."""
     if (error := _bad_scale(scale)) is not None or scale.all():
         return error
-    row, column = _first(scale == 0)
+    row, column = first(scale == 0)
     return ValueAt(row=row, column=column, what="a scale of zero", of="scale")
 
 
@@ -146,7 +150,7 @@ def _bad_scale(scale: F32) -> ValueAt | None:
     bad = (scale.view(np.uint32) > 0x7F7FFFFF).reshape(scale.shape)
     if not bad.any():
         return None
-    row, column = _first(bad)
+    row, column = first(bad)
     value = float(scale[row, column])
     what = f"negative scale {value}" if math.isfinite(value) else f"non-finite scale {value}"
     return ValueAt(row=row, column=column, what=what, of="scale")
@@ -156,14 +160,16 @@ def _spread(scale: F32, block: tuple[int, int], shape: tuple[int, ...]) -> F32:
     return np.repeat(np.repeat(scale, block[0], 0)[: shape[0]], block[1], 1)[:, : shape[1]]
 
 
-def _overflow(codes: F32, scale: F32) -> ValueAt:
+def overflow(codes: F32, scale: F32) -> ValueAt:
+    """Find the first product that exceeds BF16, among codes and their scales, both `[R, K]`."""
     with np.errstate(over="ignore"):
         product = codes * scale
-    row, column = _first(~np.isfinite(product) | (float_to_bf16(product) & 0x7FFF >= INFINITY))
+    row, column = first(~np.isfinite(product) | (float_to_bf16(product) & 0x7FFF >= INFINITY))
     what = f"overflow: {codes[row, column]:g} * {scale[row, column]:g} exceeds bfloat16"
     return ValueAt(row=row, column=column, what=what)
 
 
-def _first(bad: NDArray[np.bool_]) -> tuple[int, int]:
+def first(bad: NDArray[np.bool_]) -> tuple[int, int]:
+    """Return row and column of the first True of `[R, K]`."""
     row, column = divmod(int(bad.reshape(-1).argmax()), bad.shape[1])
     return row, column

@@ -19,7 +19,15 @@ from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.gpu import fp8, int4, search
 from k2quant.kernels.codecs.gpu.figures import compare, figures_of
 from k2quant.kernels.codecs.grids import Grid
-from k2quant.kernels.codecs.reference.seam import OnDevice, TorchFloats, TorchFp8, TorchInt4, copy_bits
+from k2quant.kernels.codecs.reference.seam import (
+    OnDevice,
+    TorchFloats,
+    TorchFp8,
+    TorchInt4,
+    TorchMxfp4,
+    TorchNvfp4,
+    copy_bits,
+)
 from k2quant.kernels.codecs.scales.search import check_importance, check_mean
 from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import F32, I32, U8, U16, ValueAt
@@ -32,6 +40,8 @@ def cuda_codecs(device: str) -> Codecs:
         floats=CudaFloats(device),
         fp8=CudaFp8(device),
         int4=CudaInt4(device),
+        nvfp4=TorchNvfp4(device),
+        mxfp4=TorchMxfp4(device),
         fused={("fp8", "int4"): pairs.fp8_to_int4, ("int4", "fp8"): pairs.int4_to_fp8},
     )
 

@@ -45,6 +45,12 @@ def compare(before: Tensor, after: Tensor) -> Figures:
     )
 
 
+def largest(weights: Tensor) -> float:
+    """Return the largest magnitude of BF16 `[R, K]`, 0.0 of nothing; refuse what is NaN or infinite."""
+    require_finite(weights)
+    return float(weights.abs().amax()) if weights.numel() else 0.0
+
+
 def divided(amax: Tensor, divisor: float) -> Tensor:
     """Divide truly: on CUDA, torch multiplies by the reciprocal when the divisor is a plain number."""
     return amax / torch.full_like(amax, divisor)

@@ -6,7 +6,7 @@ device, so its memory is bounded by the panels that the caller cuts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.figures import Figures
+from k2quant.kernels.codecs.fp4 import TensorScale
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.codecs.seam import Codecs
 from k2quant.kernels.codecs.values import F32, I32, U8, U16
@@ -27,6 +28,8 @@ def torch_codecs(device: str) -> Codecs:
         floats=TorchFloats(device),
         fp8=TorchFp8(device),
         int4=TorchInt4(device),
+        nvfp4=TorchNvfp4(device),
+        mxfp4=TorchMxfp4(device),
         fused={("fp8", "int4"): pairs.fp8_to_int4, ("int4", "fp8"): pairs.int4_to_fp8},
     )
 
@@ -129,6 +132,107 @@ class TorchInt4(OnDevice):
         """Return what rounding at these scales loses, each column weighed."""
         heavy, shift = (None if part is None else self.tensor(part) for part in (importance, mean))
         return reference.weighted_int4_error(self.bf16(weights), self.bf16(scale), heavy, bits, shift)
+
+
+class TorchNvfp4(OnDevice):
+    """`seam.Nvfp4Codec`."""
+
+    def decode(self, codes: U8, scale: U8, tensor: TensorScale, out: U16) -> None:
+        """Multiply each block of codes by its scale in use."""
+        copy_bits(reference.nvfp4_to_bf16(self.tensor(codes), self.tensor(scale), **self._form(tensor)), out)
+
+    def amax(self, weights: U16) -> float:
+        """Return the largest magnitude."""
+        return reference.largest(self.bf16(weights))
+
+    def choose(self, weights: U16, tensor: TensorScale, scale: U8) -> None:
+        """Compute each block's scale."""
+        copy_bits(reference.nvfp4_scales(self.bf16(weights), **self._form(tensor)), scale)
+
+    def store(self, weights: U16, scale: U8, tensor: TensorScale, codes: U8) -> Figures:
+        """Round to codes at the block scales that are given."""
+        found, figures = reference.bf16_to_nvfp4_at(self.bf16(weights), self.tensor(scale), **self._form(tensor))
+        copy_bits(found, codes)
+        return figures
+
+    def encode(self, weights: U16, tensor: TensorScale, codes: U8, scale: U8) -> Figures:
+        """Compute each block's scale, then round to codes."""
+        return _filled(reference.bf16_to_nvfp4(self.bf16(weights), **self._form(tensor)), codes, scale)
+
+    def search(
+        self, weights: U16, importance: F32 | None, tensor: TensorScale, scale: U8, *, mean: F32 | None = None
+    ) -> None:
+        """Choose the scale of least error for each block."""
+        heavy, shift = (None if part is None else self.tensor(part) for part in (importance, mean))
+        found = reference.searched_nvfp4_scales(self.bf16(weights), heavy, mean=shift, **self._form(tensor))
+        copy_bits(found, scale)
+
+    def weighted_error(
+        self, weights: U16, scale: U8, tensor: TensorScale, importance: F32 | None, *, mean: F32 | None = None
+    ) -> float:
+        """Return what rounding at these scales loses, each column weighed."""
+        heavy, shift = (None if part is None else self.tensor(part) for part in (importance, mean))
+        form = self._form(tensor)
+        return reference.weighted_nvfp4_error(
+            self.bf16(weights), self.tensor(scale), importance=heavy, mean=shift, **form
+        )
+
+    def restate(self, codes_in: U8, scale_in: U8, exponent: int, tensor: TensorScale, codes: U8, scale: U8) -> int:
+        """Write MXFP4 as NVFP4 at a tensor scale that means 2^exponent."""
+        given = self.tensor(codes_in), self.tensor(scale_in)
+        *found, rounded = reference.restated_nvfp4(*given, exponent, empty=tensor.empty)
+        for part, out in zip(found, (codes, scale), strict=True):
+            copy_bits(part, out)
+        return rounded
+
+    def _form(self, tensor: TensorScale) -> _Form:
+        return {
+            "tensor": torch.tensor(tensor.value, dtype=torch.float32, device=self.device),
+            "divides": tensor.divides,
+        }
+
+
+class _Form(TypedDict):
+    """A tensor scale, as the reference takes it."""
+
+    tensor: Tensor
+    divides: bool
+
+
+class TorchMxfp4(OnDevice):
+    """`seam.Mxfp4Codec`."""
+
+    def decode(self, codes: U8, scale: U8, out: U16) -> None:
+        """Multiply each block of codes by its power of two."""
+        copy_bits(reference.mxfp4_to_bf16(self.tensor(codes), self.tensor(scale)), out)
+
+    def choose(self, weights: U16, scale: U8) -> None:
+        """Compute each block's scale."""
+        copy_bits(reference.mxfp4_scales(self.bf16(weights)), scale)
+
+    def store(self, weights: U16, scale: U8, codes: U8) -> Figures:
+        """Round to codes at the scales that are given."""
+        found, figures = reference.bf16_to_mxfp4_at(self.bf16(weights), self.tensor(scale))
+        copy_bits(found, codes)
+        return figures
+
+    def encode(self, weights: U16, codes: U8, scale: U8) -> Figures:
+        """Compute each block's scale, then round to codes."""
+        return _filled(reference.bf16_to_mxfp4(self.bf16(weights)), codes, scale)
+
+    def search(self, weights: U16, importance: F32 | None, scale: U8, *, mean: F32 | None = None) -> None:
+        """Choose the scale of least error for each block."""
+        heavy, shift = (None if part is None else self.tensor(part) for part in (importance, mean))
+        copy_bits(reference.searched_mxfp4_scales(self.bf16(weights), heavy, shift), scale)
+
+    def weighted_error(self, weights: U16, scale: U8, importance: F32 | None, *, mean: F32 | None = None) -> float:
+        """Return what rounding at these scales loses, each column weighed."""
+        heavy, shift = (None if part is None else self.tensor(part) for part in (importance, mean))
+        return reference.weighted_mxfp4_error(self.bf16(weights), self.tensor(scale), heavy, shift)
+
+    def exponents(self, codes: U8, scale: U8) -> tuple[int, int] | None:
+        """Return the least and the largest exponent in use."""
+        return reference.mxfp4_exponents(self.tensor(codes), self.tensor(scale))
 
 
 class TorchFused(OnDevice):

@@ -33,7 +33,7 @@ def searched_int4_scales(
     """
     largest = largest_code("moonshot", bits, PACKED_BITS)
     rows, columns = weights.shape
-    heavy, shift = _column_weights(importance, mean, columns, weights.device)
+    heavy, shift = known_weights(importance, mean, columns, GROUP, weights.device)
     scale = int4_scales(weights, "moonshot", recover=recover, bits=bits)
     plain = plain_int4_scale(weights, "moonshot", bits)
     amax = weights.reshape(rows, columns // GROUP, GROUP).abs().amax(2).view(torch.int16).int()
@@ -63,26 +63,31 @@ def weighted_int4_error(
     the lanes are added in halves, and the rows exactly, by `math.fsum`.
     """
     columns = weights.shape[1]
-    _column_weights(importance, mean, columns, weights.device)
+    known_weights(importance, mean, columns, GROUP, weights.device)
     packed, _ = bf16_to_int4_at(weights, scale, "moonshot", bits)
-    difference = (weights.float() - int4_to_bf16(packed, scale.float(), GROUP).float()).double()
+    return lost(weights, int4_to_bf16(packed, scale.float(), GROUP), importance, mean, GROUP)
+
+
+def lost(weights: Tensor, values: Tensor, importance: Tensor | None, mean: Tensor | None, lanes: int) -> float:
+    """Return what `weighted_int4_error` says of BF16 weights and the BF16 values that stand for them, both `[R, K]`."""
+    difference = (weights.float() - values.float()).double()
     terms = difference * difference
     if importance is not None:
         wide = importance.double()
         terms = terms * (wide if mean is None else (wide - mean.double() * mean.double()).clamp(min=0))
-    found = _in_lanes(terms)
+    found = in_lanes(terms, lanes)
     if mean is not None:
-        shift = _in_lanes(difference * mean.double())
+        shift = in_lanes(difference * mean.double(), lanes)
         found = found + shift * shift
     return math.fsum(found.tolist())
 
 
-def _in_lanes(terms: Tensor) -> Tensor:
-    """Return the sum of each row `[R]` of float64 `[R, K]`."""
-    lanes = torch.zeros(len(terms), GROUP, dtype=torch.float64, device=terms.device)
-    for group in terms.split(GROUP, 1):
+def in_lanes(terms: Tensor, count: int) -> Tensor:
+    """Return the sum of each row `[R]` of float64 `[R, K]`, added in so many lanes."""
+    lanes = torch.zeros(len(terms), count, dtype=torch.float64, device=terms.device)
+    for group in terms.split(count, 1):
         lanes = lanes + group
-    return _halved(lanes)
+    return halved(lanes)
 
 
 def _group_errors(
@@ -92,14 +97,14 @@ def _group_errors(
     heavy, mean = known
     _, values = int4_at_scale(groups, scale, bits)
     difference = (groups.float() - values.float()) * _spread(unit)
-    found = _halved((difference * difference * heavy).reshape(*scale.shape, GROUP))
+    found = halved((difference * difference * heavy).reshape(*scale.shape, GROUP))
     if mean is None:
         return found
-    shift = _halved((difference * mean).reshape(*scale.shape, GROUP))
+    shift = halved((difference * mean).reshape(*scale.shape, GROUP))
     return found + shift * shift
 
 
-def _halved(lanes: Tensor) -> Tensor:
+def halved(lanes: Tensor) -> Tensor:
     """Return the sum over the last dimension, a power of two, its halves added until one lane is left."""
     while lanes.shape[-1] > 1:
         low, high = lanes.chunk(2, -1)
@@ -112,12 +117,12 @@ def _spread(groups: Tensor) -> Tensor:
     return groups.repeat_interleave(GROUP, 1)
 
 
-def _column_weights(
-    importance: Tensor | None, mean: Tensor | None, columns: int, device: torch.device
+def known_weights(
+    importance: Tensor | None, mean: Tensor | None, columns: int, group: int, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
     """Return `column_weights`, or `column_moments`, on a device."""
     known, shift = (None if part is None else part.detach().cpu().numpy() for part in (importance, mean))
     if shift is None:
-        return torch.from_numpy(column_weights(known, columns)).to(device), None
-    heavy, moved = column_moments(known, shift, columns)
+        return torch.from_numpy(column_weights(known, columns, group)).to(device), None
+    heavy, moved = column_moments(known, shift, columns, group)
     return torch.from_numpy(heavy).to(device), torch.from_numpy(moved).to(device)

@@ -91,14 +91,15 @@ def least_share(bits: int) -> float:
     return 0.98 * (256 - max(SHRINK[bits])) / 256
 
 
-def column_weights(importance: F32 | None, columns: int) -> F32:
+def column_weights(importance: F32 | None, columns: int, group: int = GROUP) -> F32:
     """Return what each column weighs in a search: its importance, scaled so that the largest of a group is near 1.
 
     A power of two for each group of columns does it: no order among candidates changes, and no error overflows.
 
     Args:
         importance: float32 `[K]`, finite, none negative; nothing stands for ones.
-        columns: K, a multiple of 32.
+        columns: K, a multiple of the group.
+        group: columns that share a scale.
 
     Raises:
         UsageError: `importance` is of another dtype or length, or holds a NaN, an infinity or a negative number.
@@ -106,11 +107,11 @@ def column_weights(importance: F32 | None, columns: int) -> F32:
     if importance is None:
         return np.ones(columns, np.float32)
     check_importance(importance, columns)
-    _, exponent = np.frexp(importance.reshape(-1, GROUP).max(1, initial=0, keepdims=True))
+    _, exponent = np.frexp(importance.reshape(-1, group).max(1, initial=0, keepdims=True))
     return _moved(importance, -exponent)
 
 
-def column_moments(importance: F32 | None, mean: F32, columns: int) -> tuple[F32, F32]:
+def column_moments(importance: F32 | None, mean: F32, columns: int, group: int = GROUP) -> tuple[F32, F32]:
     """Return the variance and the mean of each column, scaled so that the largest of a group is near 1.
 
     A power of four for each group of columns does it, and its root for means.
@@ -118,7 +119,8 @@ def column_moments(importance: F32 | None, mean: F32, columns: int) -> tuple[F32
     Args:
         importance: as for `column_weights`, but there must be one.
         mean: float32 `[K]`, finite.
-        columns: K, a multiple of 32.
+        columns: K, a multiple of the group.
+        group: columns that share a scale.
 
     Returns:
         float32 `[K]` each: max(importance - mean * mean, 0), and the mean.
@@ -131,14 +133,14 @@ def column_moments(importance: F32 | None, mean: F32, columns: int) -> tuple[F32
     with np.errstate(over="ignore"):  # a mean whose square is infinite leaves no variance
         heavy = np.maximum(importance - mean * mean, np.float32(0))
     largest = np.maximum(importance.astype(np.float64), mean.astype(np.float64) ** 2)
-    _, exponent = np.frexp(largest.reshape(-1, GROUP).max(1, initial=0, keepdims=True))
+    _, exponent = np.frexp(largest.reshape(-1, group).max(1, initial=0, keepdims=True))
     root = -((exponent + 1) // 2)
     return _moved(heavy, 2 * root), _moved(mean, root)
 
 
 def _moved(values: F32, exponent: NDArray[np.int32]) -> F32:
-    """Return each group of columns `[K]` times a power of two, `[K/32, 1]`."""
-    found: F32 = np.ldexp(values.reshape(-1, GROUP), exponent).reshape(-1)
+    """Return each group of columns `[K]` times a power of two, one row of `[groups, 1]`."""
+    found: F32 = np.ldexp(values.reshape(len(exponent), -1), exponent).reshape(-1)
     return found
 
 
