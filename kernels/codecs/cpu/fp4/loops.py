@@ -1,0 +1,246 @@
+"""The jitted loops of both FP4 formats: all they know of a format are its tables, see `tables`.
+
+A weight's scale is one of 256 bytes, and it has 32,640 finite magnitudes, so each rule is a table that the rule itself
+has filled: what two codes of a byte mean at a scale, from which magnitude on each code begins, which scale a block's
+largest magnitude asks for. A rule therefore stands in one place only, and no loop divides. NVFP4's blocks have 16
+columns, MXFP4's 32: loops walk in halves of 16, and `shift` says how many of them share a scale, as a power of two.
+
+Rows are encoded, decoded again and compared while they are in the first-level cache; sums are kept as those of
+`cpu.loops` are, whose `_tally` stands here again: numba's cache notices an edit only in the file of the function that is
+compiled, so this file calls none of another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from k2quant.kernels.codecs import values as explain
+from k2quant.kernels.codecs.values import F64, U8, U16
+
+Int = Any  # what numba makes of integers is no one Python type
+I16 = NDArray[np.int16]
+U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
+Outcome = tuple[int, float, float, float]
+"""Changed weights (-1: a bad value), energy, error, worst."""
+
+LANES = 128
+"""Accumulators of a sum, as in `cpu.loops`."""
+
+HALF = 16
+"""Columns that loops take at a time: a block of NVFP4, half a block of MXFP4."""
+
+ENCODE, CHOOSE, STORE = 0, 1, 2  # what a call is for: scales and codes, scales alone, codes at scales that are there
+
+_jit = njit(cache=True, nogil=True, boundscheck=False, error_model="numpy")
+
+
+# --- scalars --------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _bits(value: np.float32) -> np.uint32:
+    """Return the bits of a float32 as uint32."""
+    return np.float32(value).view(np.uint32)
+
+
+@_jit
+def _float(bits: Int) -> np.float32:
+    """Return the float32 that has these bits."""
+    return np.uint32(bits).view(np.float32)
+
+
+@_jit
+def _widen(bits: Int) -> np.float32:
+    """Return the float32 value of BF16 bits."""
+    return _float(np.uint32(bits) << np.uint32(16))
+
+
+@_jit
+def _square(value: np.float32) -> np.float64:
+    return np.float64(value) * np.float64(value)
+
+
+@_jit
+def _difference(before: np.uint16, after: np.uint16) -> np.uint32:
+    """Return the bits of |before - after|: as integers they order like the numbers, and 0 means unchanged."""
+    return _bits(abs(_widen(before) - _widen(after)))
+
+
+# --- spans ----------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _largest(weights: U16) -> np.uint16:
+    """Return the largest magnitude among BF16 bits; NaN and infinity are the largest of all."""
+    largest = np.uint16(0)
+    for i in range(weights.size):
+        magnitude = np.uint16(weights[i] & np.uint16(0x7FFF))
+        largest = max(largest, magnitude)
+    return largest
+
+
+@_jit
+def _tally(before: U16, after: U16, energy: F64, error: F64) -> tuple[Int, np.uint32]:
+    """Add a span's energy and squared errors to the lanes; return how many changed, and the bits of the worst error."""
+    changed, worst = np.uint32(0), np.uint32(0)
+    whole = before.size - before.size % (4 * LANES)
+    for start in range(0, whole, 4 * LANES):
+        a, b = before[start : start + 4 * LANES], after[start : start + 4 * LANES]
+        for lane in range(LANES):
+            d0, d1 = _difference(a[lane], b[lane]), _difference(a[lane + LANES], b[lane + LANES])
+            d2 = _difference(a[lane + 2 * LANES], b[lane + 2 * LANES])
+            d3 = _difference(a[lane + 3 * LANES], b[lane + 3 * LANES])
+            energy[lane] += (_square(_widen(a[lane])) + _square(_widen(a[lane + LANES]))) + (
+                _square(_widen(a[lane + 2 * LANES])) + _square(_widen(a[lane + 3 * LANES]))
+            )
+            error[lane] += (_square(_float(d0)) + _square(_float(d1))) + (_square(_float(d2)) + _square(_float(d3)))
+            worst = max(worst, d0, d1, d2, d3)
+            changed = np.uint32(changed + (d0 != 0) + (d1 != 0) + (d2 != 0) + (d3 != 0))
+    for start in range(whole, before.size, LANES):
+        a, b = before[start : start + LANES], after[start : start + LANES]
+        for lane in range(a.size):
+            d0 = _difference(a[lane], b[lane])
+            energy[lane] += _square(_widen(a[lane]))
+            error[lane] += _square(_float(d0))
+            worst = max(worst, d0)
+            changed = np.uint32(changed + (d0 != 0))
+    return np.int64(changed), worst
+
+
+@_jit
+def _total(changed: int, worst: np.uint32, energy: F64, error: F64) -> Outcome:
+    """Return the outcome of a call; the lanes are added in order."""
+    energy_sum, error_sum = 0.0, 0.0
+    for lane in range(LANES):
+        energy_sum += energy[lane]
+        error_sum += error[lane]
+    return changed, energy_sum, error_sum, np.float64(_float(worst))
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _decode_row(codes: U8, scale: U8, pairs: U32, shift: int, out: U32) -> None:
+    """Look up two weights at a time."""
+    for half in range(codes.size // 8):
+        table = pairs[scale[half >> shift]]
+        for i in range(half * 8, half * 8 + 8):
+            out[i] = table[codes[i]]
+
+
+@_jit
+def _choose_row(weights: U16, asked: U8, shift: int, amax: U16, scale: U8) -> bool:
+    """Look up the scale of each block of a row; return whether all its weights are finite."""
+    for half in range(amax.size):
+        amax[half] = _largest(weights[half * HALF : half * HALF + HALF])
+    if _largest(amax) >= explain.INFINITY:
+        return False
+    if shift:
+        for block in range(scale.size):
+            scale[block] = asked[max(amax[2 * block], amax[2 * block + 1])]
+    else:
+        for block in range(scale.size):
+            scale[block] = asked[amax[block]]
+    return True
+
+
+@_jit
+def _store_row(weights: U16, scale: U8, least: I16, shift: int, nibbles: U8, codes: U8) -> None:
+    """Write the codes of a row at its scales: a code is how many of seven magnitudes a weight's reaches."""
+    for half in range(weights.size // HALF):
+        at = least[scale[half >> shift]]
+        t0, t1, t2, t3, t4, t5, t6, signed = at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]
+        for i in range(half * HALF, half * HALF + HALF):
+            weight = weights[i]
+            m = np.int16(weight & np.uint16(0x7FFF))
+            code = (m >= t0) + (m >= t1) + (m >= t2) + (m >= t3) + (m >= t4) + (m >= t5) + (m >= t6)
+            sign = np.uint16(np.uint16(weight >> np.uint16(12)) & np.uint16(8)) if m >= signed else np.uint16(0)
+            nibbles[i] = np.uint8(np.uint16(code) | sign)
+    both = nibbles.view(np.uint16)
+    for i in range(codes.size):
+        codes[i] = np.uint8(both[i] | (both[i] >> np.uint16(4)))
+
+
+# --- panels ---------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def decode(codes: U8, scale: U8, pairs: U32, shift: int, out: U16) -> bool:
+    """Decode rows; return whether no scale is bad and no product exceeds BF16: the table has NaN and infinity there."""
+    for row in range(codes.shape[0]):
+        _decode_row(codes[row], scale[row], pairs, shift, out[row].view(np.uint32))
+        if _largest(out[row]) >= explain.INFINITY:
+            return False
+    return True
+
+
+@_jit
+def encode(
+    weights: U16, job: int, asked: U8, least: I16, pairs: U32, shift: int, codes: U8, scale: U8
+) -> Outcome:
+    """Encode rows, or one half of it: CHOOSE leaves `codes` alone, STORE takes `scale` as it is."""
+    rows, columns = weights.shape
+    nibbles, decoded = np.empty(columns, np.uint8), np.empty(columns, np.uint16)
+    amax = np.empty(columns // HALF, np.uint16)
+    energy, error = np.zeros(LANES), np.zeros(LANES)
+    changed, worst = 0, np.uint32(0)
+    for row in range(rows):
+        if job == STORE:
+            if _largest(weights[row]) >= explain.INFINITY:
+                return -1, 0.0, 0.0, 0.0
+        elif not _choose_row(weights[row], asked, shift, amax, scale[row]):
+            return -1, 0.0, 0.0, 0.0
+        if job == CHOOSE:
+            continue
+        _store_row(weights[row], scale[row], least, shift, nibbles, codes[row])
+        _decode_row(codes[row], scale[row], pairs, shift, decoded.view(np.uint32))
+        count, largest = _tally(weights[row], decoded, energy, error)
+        changed, worst = changed + count, max(worst, largest)
+    return _total(changed, worst, energy, error)
+
+
+@_jit
+def largest(weights: U16) -> int:
+    """Return the largest magnitude of all rows, as BF16 bits."""
+    found = np.uint16(0)
+    for row in range(weights.shape[0]):
+        found = max(found, _largest(weights[row]))
+    return np.int64(found)
+
+
+# --- from MXFP4 to NVFP4 --------------------------------------------------------------------------------------------
+
+_MAGNITUDES = np.uint64(0x7777777777777777)
+
+
+@_jit
+def exponents(codes: U64, scale: U8) -> tuple[int, int]:
+    """Return the least and the largest scale of the blocks that hold more than zeros; 256 and -1 if none does."""
+    low, high = np.int64(256), np.int64(-1)
+    for row in range(scale.shape[0]):
+        for block in range(scale.shape[1]):
+            if (codes[row, 2 * block] | codes[row, 2 * block + 1]) & _MAGNITUDES:
+                low = min(low, np.int64(scale[row, block]))
+                high = max(high, np.int64(scale[row, block]))
+    return low, high
+
+
+@_jit
+def restate(codes_in: U64, scale_in: U8, restated: U8, zero: int, codes: U64, scale: U8) -> bool:
+    """Copy codes, and give each half of a block its scale; return whether all have one: a zero in the table is none."""
+    valid = True
+    for row in range(scale.shape[0]):
+        for half in range(scale.shape[1]):
+            word = codes_in[row, half]
+            codes[row, half] = word
+            found = restated[scale_in[row, half >> 1]]
+            holds = (word & _MAGNITUDES) != 0
+            scale[row, half] = found if holds else np.uint8(zero)
+            valid &= bool(found != 0) or not holds
+    return valid
