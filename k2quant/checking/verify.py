@@ -196,7 +196,7 @@ def _unlike(finding: Finding, report: dict[str, Any], how: Made) -> str | None:
 def _facts_of(finding: Finding, stored: dict[str, Any]) -> dict[str, Any] | None:
     """Return what a report has of a weight, under whichever name."""
     base, _ = names.split(finding.name)
-    mains = dict.fromkeys(f"{base}.{kind.main}" for kind in FORMATS.values())
+    mains = dict.fromkeys(f"{base}.{main}" for kind in FORMATS.values() for main in kind.mains)
     return next((stored[name] for name in (finding.name, *mains) if name in stored), None)
 
 

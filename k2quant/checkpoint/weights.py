@@ -16,8 +16,8 @@ from k2quant.formats.known import FORMATS, supported
 from k2quant.ground import names
 from k2quant.ground.saying.showing import brief
 
-_FOREIGN = frozenset({"qweight", "qzeros", "weight_global_scale", "weight_scale_2", "weight_blocks", "weight_scales"})
-"""Suffixes of GPTQ, AWQ, NVFP4 and MXFP4 checkpoints."""
+_FOREIGN = frozenset({"qweight", "qzeros", "weight_blocks", "weight_scales"})
+"""Suffixes of GPTQ, AWQ and gpt-oss checkpoints."""
 
 
 class StoredWeight(NamedTuple):
@@ -61,6 +61,7 @@ def group_tensors(tensors: Mapping[str, TensorEntry]) -> Grouping:
     weights: list[StoredWeight] = []
     problems: list[CheckpointError] = []
     partners = frozenset(suffix for kind in FORMATS.values() for suffix in kind.partners)
+    adopted = frozenset(suffix for kind in FORMATS.values() for suffix in kind.adopted)
     words = supported()
     for name, entry in tensors.items():
         base, suffix = names.split(name)
@@ -68,7 +69,7 @@ def group_tensors(tensors: Mapping[str, TensorEntry]) -> Grouping:
         try:
             if suffix in partners:
                 _check_partner(suffix, entry, beside)
-            else:
+            elif suffix not in adopted or not any(kind.owns(suffix, beside) for kind in FORMATS.values()):
                 weights.append(_weight(suffix, entry, beside, tensors))
         except CheckpointError as problem:
             problems.append(problem)
@@ -128,7 +129,7 @@ def _is_read(weight: Entry, beside: Neighbours) -> bool:
 
 def _mains() -> dict[str, None]:
     """Return the suffixes of tensors that carry values."""
-    return dict.fromkeys(kind.main for kind in FORMATS.values())
+    return dict.fromkeys(main for kind in FORMATS.values() for main in kind.mains)
 
 
 def _unknown(weight: Entry, beside: Neighbours) -> CheckpointError:

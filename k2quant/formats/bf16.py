@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from k2quant.errors import MalformedFile
 from k2quant.formats.dtypes import FLOATS, TensorSpec
-from k2quant.formats.format import Entry, Format, Neighbours, Parts, Stored
+from k2quant.formats.format import Buffers, Entry, Format, Neighbours, Parts, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ class Bf16(Format):
     """A weight stored as it is. Sources may hold F16 or F32, which are read as BF16; output is BF16."""
 
     name: ClassVar[str] = "bf16"
-    main: ClassVar[str] = "weight"
+    mains: ClassVar[tuple[str, ...]] = ("weight",)
     streamed: ClassVar[tuple[str, ...]] = ("weight",)
     quantised: ClassVar[bool] = False
     reads: ClassVar[str] = "BF16, F16 or F32 weights"
@@ -53,7 +53,7 @@ class Bf16(Format):
     @classmethod
     def recognise(cls, suffix: str, entry: Entry, beside: Neighbours) -> Stored | None:
         """Take any tensor of floats that is called a weight."""
-        if suffix != cls.main or entry.dtype not in FLOATS:
+        if suffix not in cls.mains or entry.dtype not in FLOATS:
             return None
         check_stored_once(entry, beside)
         return Stored(cls(dtype=entry.dtype), entry.shape, cls.streamed)
@@ -74,6 +74,10 @@ class Bf16(Format):
                 codecs.floats.to_bf16(values.reshape(1, -1), out.reshape(1, -1))
             except ValueAt as error:
                 raise ValueAt(row=error.column, column=0, what=error.what) from error
+
+    def values(self, parts: Parts, codecs: Codecs, scratch: Buffers) -> U16:
+        """Return what is BF16 as it is."""
+        return parts["weight"] if self.dtype == "BF16" else Format.values(self, parts, codecs, scratch)
 
     def choose(self, weights: U16, codecs: Codecs) -> NDArray[Any]:
         """Return no scales."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 from k2quant.errors import CheckpointError, MissingTensor, ShapeMismatch, UnsupportedFormat
 from k2quant.formats.dtypes import TensorSpec
@@ -36,8 +36,9 @@ Scope = Literal["experts", "linear", "projections"]
 """`experts`: the routed experts; `linear`: every projection of the decoder layers that engines run in the format;
 `projections`: every projection, whether engines run it or not."""
 
-Layout = Literal["deepseek", "compressed-tensors"]
-"""Whose names and config a format of several tools is written with, the default first."""
+Layout = Literal["deepseek", "compressed-tensors", "modelopt"]
+"""Whose names and config a format of several tools is written with; of those that a format has, `Format.layouts`, the
+first is its default."""
 
 Method = Literal["rtn", "mse", "imatrix", "gptq", "awq"]
 """How scales and codes are chosen, the default first: `rtn` by the format's own rule, rounding to nearest; `mse`,
@@ -69,6 +70,13 @@ class Entry(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of its data."""
+
+
+class Buffers(Protocol):
+    """Memory of one thread, see `transcode.Scratch`."""
+
+    def take(self, key: str, spec: TensorSpec) -> NDArray[Any]:
+        """Return an array of this dtype and shape, with whatever content, until its key is asked for again."""
 
 
 class Neighbours(NamedTuple):
@@ -119,10 +127,13 @@ class Format(ABC):
 
     name: ClassVar[str]
     """What the command line calls it."""
-    main: ClassVar[str]
-    """Suffix of the tensor that carries the values."""
+    mains: ClassVar[tuple[str, ...]]
+    """Suffixes that the tensor which carries the values may have: one for each layout, or one for all."""
     whole: ClassVar[tuple[str, ...]] = ()
-    """Those of `streamed` that every panel has whole, such as one scale for all rows; written with the first panel."""
+    """Those of `streamed` that every panel has whole, such as one scale for all rows, under whatever name a layout has
+    for them; written with the first panel."""
+    adopted: ClassVar[tuple[str, ...]] = ()
+    """Suffixes of tensors that belong to a weight which `owns` them, and beside any other stand for themselves."""
     partners: ClassVar[tuple[str, ...]] = ()
     """Suffixes of tensors that mean nothing without the weight they belong to; those that are only refused, too."""
     quantised: ClassVar[bool] = True
@@ -156,21 +167,43 @@ class Format(ABC):
     """Of `grids`, those on which they can be."""
     surveyed: ClassVar[bool] = False
     """Whether a whole tensor must be seen before its first panel is written; see `survey`."""
+    together: ClassVar[bool] = False
+    """Whether weights that engines fuse share what `settled` decides."""
+    searched_from: ClassVar[tuple[str, ...]] = ()
+    """Names of formats from which scales are searched where nobody says by which method, for their values lie badly on
+    this format's codes."""
+    searched_by: ClassVar[tuple[Method, ...]] = get_args(Method)[1:]
+    """Methods by which, of what `searches`."""
+    takes_inputs: ClassVar[bool] = False
+    """Whether a scale of the layer's inputs can stand beside a weight; see `with_inputs`."""
+    may_round: ClassVar[bool] = False
+    """Whether codes of another format are carried over, and refused where that would round them; see
+    `rounding_allowed`."""
 
     # --- on disk ---
+
+    @property
+    def main(self) -> str:
+        """Suffix of the tensor that carries the values."""
+        return self.mains[0]
 
     @property
     @abstractmethod
     def streamed(self) -> tuple[str, ...]:
         """Suffixes of the tensors that are read and written panel by panel, in the codec's order; `main` comes first.
 
-        In memory (`quantize`, packed weights) a weight is two of them: codes and a scale.
+        In memory (`quantize`, packed weights) a weight is codes, scales, and for some formats a scale of the whole
+        tensor: what `in_memory` streams.
         """
 
     @property
     def scale_suffix(self) -> str | None:
         """Suffix of the tensor in which a bad scale stands."""
         return None
+
+    def suffix_of(self, part: str) -> str:
+        """Return the suffix of the tensor in which a bad value stands, by `of` of `values.ValueAt`."""
+        return self.scale_suffix if part == "scale" and self.scale_suffix is not None else self.main
 
     @abstractmethod
     def state(self, shape: tuple[int, ...], *, name: str = "weight") -> dict[str, TensorSpec]:
@@ -245,6 +278,27 @@ class Format(ABC):
         """This format as packed weights hold it: scales in the dtype that the products read."""
         return self
 
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether a scale of the layer's inputs stands beside a weight."""
+        return False
+
+    def with_inputs(self, largest: float | None) -> Format:
+        """Return this format with a scale of the inputs; only for what `takes_inputs`.
+
+        Args:
+            largest: magnitude of an input, positive; None: the scale is 1.0.
+        """
+        raise AssertionError(f"{self.label} has no scale of inputs: {largest}")  # refused before
+
+    def rounding_allowed(self) -> Format:
+        """Return this format, for codes that may be rounded where they cannot be carried over."""
+        return self
+
+    def cache_scheme(self) -> dict[str, Any] | None:
+        """Return what a config says of an FP8 cache of keys and values; None where it has no place for that."""
+        return None
+
     def rounded_as(self, asked: Format) -> Format:
         """Return this format with the rounding rule of the one that was asked for, to write new values in it."""
         return self
@@ -263,7 +317,7 @@ class Format(ABC):
     @classmethod
     def owns(cls, suffix: str, beside: Neighbours) -> bool:
         """Tell whether a partner has its weight."""
-        return suffix in cls.partners and beside.get(cls.main) is not None
+        return suffix in cls.partners and any(beside.get(main) is not None for main in cls.mains)
 
     @classmethod
     def refusal(cls, suffix: str, entry: Entry, beside: Neighbours) -> CheckpointError | None:
@@ -308,6 +362,16 @@ class Format(ABC):
         Raises:
             ValueAt: a value that no weight can have.
         """
+
+    def values(self, parts: Parts, codecs: Codecs, scratch: Buffers) -> U16:
+        """Return the BF16 bits `[R, K]` of a panel; a view of `parts` where they are BF16 already.
+
+        Raises:
+            ValueAt: a value that no weight can have.
+        """
+        weights: U16 = scratch.take("pivot", TensorSpec("BF16", self.extent(parts)))
+        self.decode(parts, weights, codecs)
+        return weights
 
     def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
         """Fill a panel's arrays with BF16 weights `[R, K]`: `choose`, then `store`, or both in one loop.
@@ -355,9 +419,42 @@ class Format(ABC):
         """Return what must be known of a panel of BF16 weights before any panel of its weight is written."""
         return None
 
+    def survey_of(self, source: Format, parts: Parts, codecs: Codecs, scratch: Buffers) -> object:
+        """Return what `survey` says of a panel in a source's format.
+
+        Raises:
+            ValueAt: a value that no weight can have.
+        """
+        return self.survey(source.values(parts, codecs, scratch), codecs)
+
     def settled(self, surveys: list[object]) -> Format:
-        """Return the format in which a weight is written once all its panels, in their order, were surveyed."""
+        """Return the format in which weights are written once they were surveyed.
+
+        Args:
+            surveys: of all panels of a weight in their order, or of all weights that share what is decided.
+
+        Raises:
+            UnsupportedFormat: what was found cannot be written without rounding, and that was not allowed.
+        """
         return self
+
+    def taking(self, source: Format) -> Format:
+        """Return this format, which was asked for, with what stands beside a source's codes and goes along."""
+        return self
+
+    def restates(self, source: Format) -> bool:
+        """Tell whether codes of a source are those of this format, which was settled, at scales that mean the same."""
+        return False
+
+    def restate(self, source: Format, parts: Parts, outputs: Parts, codecs: Codecs) -> Figures | None:
+        """Fill a panel's arrays with codes of a source at scales of this format; only for what `restates`.
+
+        Nothing is returned where every value stays.
+
+        Raises:
+            ValueAt: a value that no weight can have.
+        """
+        raise AssertionError(f"{self.label} restates nothing of {source.label}")  # not asked
 
     @abstractmethod
     def outside(self, before: U16, after: U16, parts: Parts) -> int:
@@ -404,6 +501,11 @@ class Format(ABC):
             kept: the bases of all other matrices.
         """
         return None
+
+    @classmethod
+    def companions(cls, block: Mapping[str, Any]) -> dict[str, bytes]:
+        """Return the files beside config.json that say the same as an output's block of `method`, by name."""
+        return {}
 
     def config_group(self) -> dict[str, Any] | None:
         """Return what a config group of compressed-tensors says of the weights; None if it cannot describe them."""

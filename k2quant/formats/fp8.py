@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from k2quant.errors import CheckpointError, DtypeMismatch, MalformedFile, ShapeMismatch, UnsupportedFormat
 from k2quant.formats.bf16 import check_stored_once
@@ -96,7 +96,7 @@ class Fp8(Format):
     """Float8 E4M3 codes with a float32 scale for each block. The scale multiplies, though its name may say `inv`."""
 
     name: ClassVar[str] = "fp8"
-    main: ClassVar[str] = "weight"
+    mains: ClassVar[tuple[str, ...]] = ("weight",)
     partners: ClassVar[tuple[str, ...]] = tuple(called.scale for called in _NAMES.values())
     reads: ClassVar[str] = "block-FP8 with weight_scale_inv or weight_scale"
     stands_for: ClassVar[str] = "block-FP8 weights with weight_scale_inv, as quant_method fp8 says"
@@ -105,7 +105,7 @@ class Fp8(Format):
     scheme_words: ClassVar[str] = "symmetric 8-bit float"
     packing: ClassVar[str] = "float-quantized"
     default_scope: ClassVar[Scope | None] = "linear"
-    layouts: ClassVar[tuple[str, ...]] = get_args(Layout)
+    layouts: ClassVar[tuple[str, ...]] = tuple(_NAMES)
     trained: ClassVar[bool] = True
 
     block: tuple[int, int] = FP8_BLOCK
@@ -185,7 +185,7 @@ class Fp8(Format):
     @classmethod
     def recognise(cls, suffix: str, entry: Entry, beside: Neighbours) -> Stored | None:
         """Take E4M3 codes with scales for blocks of 128x128 or 1x128."""
-        if suffix != cls.main or entry.dtype != "F8_E4M3":
+        if suffix not in cls.mains or entry.dtype != "F8_E4M3":
             return None
         check_stored_once(entry, beside)
         shape = matrix(entry)
@@ -300,6 +300,10 @@ class Fp8(Format):
             or names.tensor_class(f"{base}.weight") in {"vision", "projector"}
         ]
         return block | ({"modules_to_not_convert": expected} if expected else {})
+
+    def cache_scheme(self) -> dict[str, Any] | None:
+        """Return what compressed-tensors says of an FP8 cache; DeepSeek's block has no word for one."""
+        return None if self.layout == "deepseek" else compressed_tensors.CACHE
 
     def config_group(self) -> dict[str, Any] | None:
         """Return the scheme of the weights, of the one layout that has config groups."""

@@ -53,7 +53,7 @@ class Int4(Format):
     """Four-bit codes, eight to an int32 with the lowest column in the lowest nibble, and a scale for each group."""
 
     name: ClassVar[str] = "int4"
-    main: ClassVar[str] = "weight_packed"
+    mains: ClassVar[tuple[str, ...]] = ("weight_packed",)
     streamed: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
     partners: ClassVar[tuple[str, ...]] = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
     scale_suffix: ClassVar[str | None] = "weight_scale"
@@ -144,7 +144,7 @@ class Int4(Format):
     @classmethod
     def recognise(cls, suffix: str, entry: Entry, beside: Neighbours) -> Stored | None:
         """Take packed words with scales for groups of columns, and the shape that says the same."""
-        if suffix != cls.main or entry.dtype != "I32":
+        if suffix not in cls.mains or entry.dtype != "I32":
             return None
         rows, words = matrix(entry)
         shape = (rows, words * 8)
@@ -166,13 +166,14 @@ class Int4(Format):
     @classmethod
     def owns(cls, suffix: str, beside: Neighbours) -> bool:
         """Tell whether scales or a shape have packed words."""
-        return suffix in {"weight_scale", "weight_shape"} and beside.get("weight_packed") is not None
+        packed = beside.get("weight_packed")
+        return suffix in {"weight_scale", "weight_shape"} and packed is not None and packed.dtype != "U8"
 
     @classmethod
     def refusal(cls, suffix: str, entry: Entry, beside: Neighbours) -> CheckpointError | None:
         """Know INT4 of other tools, and what else packs weights."""
         why = {
-            "weight_packed": f"packed weights of dtype {entry.dtype} are not supported (MXFP4 and NVFP4 pack bytes)",
+            "weight_packed": f"packed weights of dtype {entry.dtype} are not supported: INT4 packs I32, FP4 packs U8",
             "weight_zero_point": "asymmetric INT4 (weight_zero_point) is not supported",
             "weight_g_idx": "INT4 with reordered columns (weight_g_idx) is not supported",
         }.get(suffix)
@@ -305,6 +306,10 @@ class Int4(Format):
     def config(self, quantised: Iterable[str], kept: list[str]) -> dict[str, Any]:
         """Return the block of Kimi-K2.6."""
         return compressed_tensors.block([(self, list(quantised))], kept)
+
+    def cache_scheme(self) -> dict[str, Any]:
+        """Return what compressed-tensors says of an FP8 cache."""
+        return compressed_tensors.CACHE
 
     def config_group(self) -> dict[str, Any]:
         """Return the scheme of the weights."""

@@ -8,13 +8,15 @@ from k2quant.formats.bf16 import Bf16
 from k2quant.formats.format import Format
 from k2quant.formats.fp8 import Fp8
 from k2quant.formats.int4 import Int4
+from k2quant.formats.mxfp4 import Mxfp4
+from k2quant.formats.nvfp4 import Nvfp4
 
-FormatName = Literal["bf16", "fp8", "int4"]
+FormatName = Literal["bf16", "fp8", "int4", "nvfp4", "mxfp4"]
 
 ExportFormat = Literal["int4", "fp8"]
 """The formats that QAT trains for, the default first."""
 
-FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (Bf16, Fp8, Int4)}
+FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (Bf16, Fp8, Int4, Nvfp4, Mxfp4)}
 """By name. The first that recognises a tensor has it."""
 
 

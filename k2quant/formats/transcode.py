@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from k2quant.errors import BadValue
-from k2quant.formats.bf16 import Bf16
 from k2quant.formats.dtypes import TensorSpec, as_array
 from k2quant.formats.format import Format, Parts
 from k2quant.kernels.codecs.values import ValueAt
@@ -65,6 +64,8 @@ def transcode(
     if not target.quantised:
         source.decode(parts, outputs[target.main], codecs)
         return None
+    if target.restates(source):
+        return target.restate(source, parts, outputs, codecs)
     fused = codecs.fused.get((source.name, target.name))
     if fused is not None:
         return fused(*source.reading(parts), *target.writing(outputs))
@@ -73,11 +74,7 @@ def transcode(
 
 def to_bf16(source: Format, parts: Parts, *, codecs: Codecs, scratch: Scratch) -> NDArray[np.uint16]:
     """Return a panel's weights as BF16 bit patterns; a view of `parts` where they are BF16 already."""
-    if source == Bf16():
-        return parts["weight"]
-    weights = scratch.take("pivot", TensorSpec("BF16", source.extent(parts)))
-    source.decode(parts, weights, codecs)
-    return weights
+    return source.values(parts, codecs, scratch)
 
 
 def located(error: ValueAt, source: Format, start: int, names: Mapping[str, str], file: str) -> BadValue:
@@ -90,6 +87,8 @@ def located(error: ValueAt, source: Format, start: int, names: Mapping[str, str]
         names: the names of the weight's tensors, by suffix.
         file: the shard of its main tensor.
     """
-    suffix = source.scale_suffix if error.of == "scale" and source.scale_suffix is not None else source.main
+    suffix = source.suffix_of(error.of)
+    if suffix in source.whole:
+        return BadValue(error.what, tensor=names[suffix], file=file)
     row = error.row + source.rows(suffix, start, start)[0]
     return BadValue(f"{error.what} at row {row}, column {error.column}", tensor=names[suffix], file=file)

@@ -12,6 +12,12 @@ Grid = Literal["moonshot", "compressed-tensors"]
 GROUP = 32
 """Columns that share an INT4 scale in what is written; other groups are only read."""
 
+NVFP4_BLOCK = 16
+"""Columns that share an NVFP4 block scale."""
+
+MXFP4_BLOCK = 32
+"""Columns that share an MXFP4 scale."""
+
 BLOCK = (128, 128)
 """Rows and columns that share an FP8 scale in every K2 and DeepSeek-V3 release (`weight_block_size`)."""
 

@@ -22,9 +22,9 @@ from places import ROOT
 
 HOMES = ("k2quant", "kernels", "qat", "calib", "eval")
 
-NAMES = {"bf16", "fp8", "int4"}
+NAMES = {"bf16", "fp8", "int4", "nvfp4", "mxfp4"}
 
-CLASSES = {"Bf16", "Fp8", "Int4", "Fp8Weight", "Int4Weight"}
+CLASSES = {"Bf16", "Fp8", "Int4", "Nvfp4", "Mxfp4", "Fp8Weight", "Int4Weight", "Nvfp4Weight", "Mxfp4Weight"}
 
 OWN = ("k2quant/formats/", "kernels/codecs/", "kernels/products/", "kernels/tuning/compiling.py")
 """What a format is stands here: its bytes, its codecs, its products."""

@@ -114,9 +114,9 @@ class Recipe:
         if weight.format is None:
             return None
         if (rule := self.rule_of(weight)) is not None:
-            return None if weight.format.same(rule.format) else rule.format
+            return None if weight.format.same(rule.format) else rule.format.taking(weight.format)
         asked = self.formats.get(weight.format.name, Bf16()) if weight.format.quantised else weight.format
-        return None if weight.format.same(asked) else asked
+        return None if weight.format.same(asked) else asked.taking(weight.format)
 
     def rule_of(self, weight: StoredWeight) -> Rule | None:
         """Return the first rule that takes a weight, if one does."""

@@ -80,6 +80,20 @@ ARGUMENTS = {
 }
 """What compressed-tensors' QuantizationArgs has of weights, of activations and of the KV cache."""
 
+CACHE: dict[str, Any] = {
+    "actorder": None,
+    "block_structure": None,
+    "dynamic": False,
+    "group_size": None,
+    "num_bits": 8,
+    "observer": "minmax",
+    "observer_kwargs": {},
+    "strategy": "tensor",
+    "symmetric": True,
+    "type": "float",
+}
+"""`kv_cache_scheme` of an FP8 cache with one scale for each layer, as llm-compressor writes it."""
+
 # The ignore list of Kimi-K2.6, then what tools that take every 2-D weight for a Linear need on top; the last three are
 # K3's, whose own list leaves them out.
 _K26_IGNORE = (

@@ -49,7 +49,7 @@ def test_a_partner_without_its_weight_is_a_problem(place: int) -> None:
     assert "without its weight" in str(problem)
 
 
-@pytest.mark.parametrize("suffix", ["qweight", "qzeros", "weight_global_scale", "weight_scale_2", "weight_blocks"])
+@pytest.mark.parametrize("suffix", ["qweight", "qzeros", "weight_blocks", "weight_scales"])
 def test_tensors_of_other_formats_are_refused(suffix: str) -> None:
     """Each by its name, as belonging to a format that is not read."""
     found = group_tensors(tensors((f"a.{suffix}", "I32", (2, 4))))
@@ -63,7 +63,7 @@ def test_tensors_of_other_formats_are_refused(suffix: str) -> None:
     ("suffix", "dtype", "words"),
     [
         ("weight", "I8", "a weight of dtype I8 is not supported"),
-        ("weight_packed", "U8", "packed weights of dtype U8"),
+        ("weight_packed", "I8", "packed weights of dtype I8"),
         ("weight_zero_point", "I32", "asymmetric INT4"),
     ],
 )

@@ -41,7 +41,7 @@ class Int8(Format):
     """Eight-bit codes with a float32 scale for each row."""
 
     name: ClassVar[str] = "int8"
-    main: ClassVar[str] = "weight"
+    mains: ClassVar[tuple[str, ...]] = ("weight",)
     streamed: ClassVar[tuple[str, ...]] = ("weight", "weight_scale")
     partners: ClassVar[tuple[str, ...]] = ("weight_scale",)
     scale_suffix: ClassVar[str | None] = "weight_scale"
@@ -61,7 +61,7 @@ class Int8(Format):
     @classmethod
     def recognise(cls, suffix: str, entry: Entry, beside: Neighbours) -> Stored | None:
         """The dtype tells."""
-        if suffix != cls.main or entry.dtype != "I8":
+        if suffix not in cls.mains or entry.dtype != "I8":
             return None
         beside.partner("weight_scale", entry)
         return Stored(cls(), matrix(entry), cls.streamed)
@@ -161,7 +161,7 @@ def test_its_options_are_checked(k2_source: Path, tmp_path: Path) -> None:
     """A format without grids has no `--grid`; one that nobody knows is refused with the names of all."""
     with pytest.raises(UsageError, match="`grid=` has no meaning with int8: it is the rounding rule of INT4"):
         convert(k2_source, tmp_path / "out", "int8", grid="moonshot")
-    with pytest.raises(UsageError, match="unknown format 'int3'; expected bf16, fp8, int4, int8"):
+    with pytest.raises(UsageError, match="unknown format 'int3'; expected bf16, fp8, int4, nvfp4, mxfp4, int8"):
         convert(k2_source, tmp_path / "out", "int3")
 
 

@@ -1,0 +1,536 @@
+"""NVFP4: E2M1 codes, two to a byte, an E4M3 scale for each 16 columns, and a float32 scale of the whole tensor.
+
+NVIDIA's checkpoints of K2 have ModelOpt's layout (nvidia-modelopt 0.47, torch/quantization/qtensor/nvfp4_tensor.py), in
+which the tensor scale multiplies; RedHatAI's have that of compressed-tensors' `nvfp4-pack-quantized` (0.20,
+compressors/nvfp4), in which it divides. Codes and block scales are the same bytes in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from k2quant.errors import CheckpointError, DtypeMismatch, MalformedFile, ShapeMismatch, UnsupportedFormat
+from k2quant.formats.bf16 import check_stored_once
+from k2quant.formats.configs import compressed_tensors, modelopt
+from k2quant.formats.dtypes import TensorSpec
+from k2quant.formats.format import Entry, Format, Layout, Method, Neighbours, Parts, Scope, Stored
+from k2quant.formats.mxfp4 import Mxfp4, check_shape, check_width, nibbles_changed, wide
+from k2quant.kernels.codecs.grids import NVFP4_BLOCK
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from k2quant.kernels.codecs.figures import Figures
+    from k2quant.kernels.codecs.fp4 import TensorScale
+    from k2quant.kernels.codecs.grids import Grid
+    from k2quant.kernels.codecs.seam import Codecs
+    from k2quant.kernels.codecs.values import F32, U16
+
+
+class _Names(NamedTuple):
+    """What a layout calls things."""
+
+    codes: str
+    """Suffix of the codes."""
+    tensor: str
+    """Suffix of the scale of the whole tensor."""
+    inputs: str
+    """Suffix of the scale of the inputs."""
+    shape: tuple[int, ...]
+    """Of each of these two."""
+    divides: bool
+    """Whether they divide."""
+
+
+_NAMES: dict[Layout, _Names] = {
+    "modelopt": _Names("weight", "weight_scale_2", "input_scale", (), divides=False),
+    "compressed-tensors": _Names("weight_packed", "weight_global_scale", "input_global_scale", (1,), divides=True),
+}
+
+_ONE: tuple[tuple[int, ...], ...] = ((), (1,))
+"""Shapes of one number, for in this some tools differ from their own."""
+
+_SCHEME: dict[str, Any] = {"num_bits": 4, "symmetric": True, "type": "float"}
+
+_WIDEST = 17
+"""Powers of two from the least of E4M3, 2^-9, to its largest, 2^8."""
+
+
+class Exponents(NamedTuple):
+    """The least and the largest exponent of blocks of MXFP4 that hold more than zeros."""
+
+    lowest: int
+    highest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nvfp4(Format):
+    """E2M1 codes, the even column in the low nibble, times an E4M3 scale of 16 columns, times one of the tensor."""
+
+    name: ClassVar[str] = "nvfp4"
+    mains: ClassVar[tuple[str, ...]] = tuple(called.codes for called in _NAMES.values())
+    whole: ClassVar[tuple[str, ...]] = tuple(
+        suffix for called in _NAMES.values() for suffix in (called.tensor, called.inputs)
+    )
+    partners: ClassVar[tuple[str, ...]] = (
+        "weight_scale",
+        *(called.tensor for called in _NAMES.values()),
+        "pre_quant_scale",
+    )
+    adopted: ClassVar[tuple[str, ...]] = tuple(called.inputs for called in _NAMES.values())
+    scale_suffix: ClassVar[str | None] = "weight_scale"
+    reads: ClassVar[str] = "NVFP4 weights with weight_scale_2 or weight_global_scale"
+    stands_for: ClassVar[str] = "NVFP4 weights with weight_global_scale, as format nvfp4-pack-quantized says"
+    method: ClassVar[str | None] = "modelopt"
+    scheme_words: ClassVar[str] = "symmetric 4-bit float"
+    packing: ClassVar[str] = "nvfp4-pack-quantized"
+    default_scope: ClassVar[Scope | None] = "experts"
+    unfit: ClassVar[tuple[str, ...]] = ("kv_b_proj",)  # absorbed into its neighbours by MLA, which takes BF16 or FP8
+    layouts: ClassVar[tuple[str, ...]] = tuple(_NAMES)
+    searches: ClassVar[bool] = True
+    searched_from: ClassVar[tuple[str, ...]] = ("int4",)
+    surveyed: ClassVar[bool] = True
+    together: ClassVar[bool] = True
+    searched_by: ClassVar[tuple[Method, ...]] = ("mse", "imatrix")
+    takes_inputs: ClassVar[bool] = True
+    may_round: ClassVar[bool] = True
+
+    layout: Layout = "modelopt"
+    """What the tensors are called, and whose config speaks of them."""
+    tensor: TensorScale | None = None
+    """The scale of the whole tensor; None until it is settled, and of a source, whose file has it."""
+    inputs: float | None = None
+    """What is written as the scale of the inputs, float32 as the layout has it; None: there is none, or the file's."""
+    scaled: bool = False
+    """Whether the file has a scale of the inputs beside the weight, which goes along with it."""
+    exponent: int | None = None
+    """Of the tensor scale, where MXFP4 keeps its codes: the block scale is 2 to its exponent less this."""
+    rounding: bool = False
+    """Whether MXFP4 may be rounded where its exponents are too far apart."""
+
+    @property
+    def main(self) -> str:
+        """That of the layout."""
+        return self._called.codes
+
+    @property
+    def _called(self) -> _Names:
+        return _NAMES[self.layout]
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """Codes, block scales and the tensor scale; and the scale of the inputs that a source has."""
+        called = self._called
+        return (called.codes, "weight_scale", called.tensor, *((called.inputs,) if self.scaled else ()))
+
+    def suffix_of(self, part: str) -> str:
+        """Know the tensor scale, too."""
+        return self._called.tensor if part == "tensor scale" else Format.suffix_of(self, part)
+
+    def state(self, shape: tuple[int, ...], *, name: str = "weight") -> dict[str, TensorSpec]:
+        """Return codes and scales of a weight.
+
+        Raises:
+            ShapeMismatch: 16 does not divide the width.
+        """
+        rows, width = shape
+        called = self._called
+        check_width(width, NVFP4_BLOCK, name=name, shape=shape, called="NVFP4")
+        return {
+            called.codes: TensorSpec("U8", (rows, width // 2)),
+            "weight_scale": TensorSpec("F8_E4M3", (rows, width // NVFP4_BLOCK)),
+            called.tensor: TensorSpec("F32", called.shape),
+            **({called.inputs: TensorSpec("F32", called.shape)} if self.scales_inputs else {}),
+        }
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether a scale of the inputs stands beside the weight, so that engines quantise them too."""
+        return self.scaled or self.inputs is not None
+
+    def rows(self, suffix: str, start: int, stop: int) -> tuple[int, int]:
+        """Return rows as they are; of one number, that."""
+        return (0, 1) if suffix in self.whole else (start, stop)
+
+    def constant(self, shape: tuple[int, ...]) -> dict[str, bytes]:
+        """Return the scale of the inputs that was asked for."""
+        import struct
+
+        return {} if self.inputs is None else {self._called.inputs: struct.pack("<f", self.inputs)}
+
+    @property
+    def unit(self) -> tuple[int, Layout]:
+        """The block, and the layout."""
+        return NVFP4_BLOCK, self.layout
+
+    @property
+    def scales(self) -> int:
+        """The block."""
+        return NVFP4_BLOCK
+
+    @property
+    def label(self) -> str:
+        """Such as `nvfp4 group 16`."""
+        size = f"nvfp4 group {NVFP4_BLOCK}"
+        return size if self.layout == "modelopt" else f"{size} {self.layout}"
+
+    def same(self, other: Format) -> bool:
+        """Tell whether the layout is the same, and no other scale of the inputs is asked for."""
+        return isinstance(other, Nvfp4) and other.layout == self.layout and other.inputs is None
+
+    def relabels(self, other: Format) -> bool:
+        """Tell NVFP4 of whatever layout from all else."""
+        return isinstance(other, Nvfp4)
+
+    def relabel(self, parts: Parts, outputs: Parts, target: Format) -> None:
+        """Copy codes and block scales, and say the tensor scale as the other layout has it, and that of the inputs.
+
+        Raises:
+            ValueAt: no tensor scale of the other form means the same, and rounding was not allowed.
+        """
+        import numpy as np
+
+        if not isinstance(target, Nvfp4):
+            raise TypeError(target)  # not asked
+        np.copyto(outputs[target.main], parts[self.main])
+        np.copyto(outputs["weight_scale"], parts["weight_scale"])
+        mine, other = self._called, _NAMES[target.layout]
+        tensor = self._stored_scale(parts)
+        outputs[other.tensor][...] = tensor.value if mine == other else _in_other_form(tensor, target)
+        if target.scaled:
+            inputs = parts[mine.inputs]
+            np.copyto(outputs[other.inputs], inputs if mine == other else _inverse_of_inputs(inputs))
+
+    def with_inputs(self, largest: float | None) -> Nvfp4:
+        """Return it with a scale by the rule of the layout's tool, see `fp4.input_scale`."""
+        from k2quant.kernels.codecs.fp4 import input_scale
+
+        return replace(self, inputs=1.0 if largest is None else input_scale(largest, divides=self._called.divides))
+
+    def rounding_allowed(self) -> Nvfp4:
+        """Round MXFP4 whose exponents are too far apart, and tensor scales that have no inverse."""
+        return replace(self, rounding=True)
+
+    def taking(self, source: Format) -> Nvfp4:
+        """Take over the scale of the inputs that NVFP4 has, unless another one is asked for."""
+        goes_along = isinstance(source, Nvfp4) and source.scaled and self.inputs is None
+        return replace(self, scaled=True) if goes_along else self
+
+    @property
+    def in_memory(self) -> Nvfp4:
+        """What the products read: the layout as it is, without what is said of the inputs."""
+        return Nvfp4(layout=self.layout)
+
+    # --- recognising it ---
+
+    @classmethod
+    def recognise(cls, suffix: str, entry: Entry, beside: Neighbours) -> Stored | None:
+        """Take bytes of codes with E4M3 scales, and with one of the two tensor scales."""
+        layout = _layout_of(beside)
+        if layout is None or suffix != _NAMES[layout].codes or entry.dtype != "U8":
+            return None
+        called = _NAMES[layout]
+        check_stored_once(entry, beside)
+        _check_scaled_once(entry, beside)
+        shape = wide(entry)
+        scale, tensor = beside.partner("weight_scale", entry), beside.partner(called.tensor, entry)
+        if scale.dtype != "F8_E4M3":
+            raise DtypeMismatch(tensor=scale.name, file=scale.file, expected="F8_E4M3", found=scale.dtype)
+        inputs = beside.get(called.inputs)
+        found = cls(layout=layout, scaled=inputs is not None)
+        check_shape(scale, found, shape, NVFP4_BLOCK)
+        for one in (tensor, *((inputs,) if inputs is not None else ())):
+            _check_number(one)
+        return Stored(found, shape, found.streamed)
+
+    @classmethod
+    def owns(cls, suffix: str, beside: Neighbours) -> bool:
+        """Tell whether scales have bytes of codes, by the names of one layout."""
+        layout = _layout_of(beside)
+        if layout is None:
+            return False
+        called = _NAMES[layout]
+        return suffix in {"weight_scale", called.tensor, called.inputs}
+
+    @classmethod
+    def refusal(cls, suffix: str, entry: Entry, beside: Neighbours) -> CheckpointError | None:
+        """Know what else ModelOpt packs."""
+        if suffix == "pre_quant_scale":
+            return beside.foreign(entry, "inputs that are scaled first (pre_quant_scale, of AWQ) are not supported")
+        return None
+
+    @classmethod
+    def asked_for(
+        cls, stored: Iterable[tuple[Format, Entry]] = (), grid: Grid | None = None, layout: Layout | None = None
+    ) -> Format:
+        """Return the layout that was asked for, weights only."""
+        return cls(layout=layout or "modelopt")
+
+    # --- its values ---
+
+    def extent(self, parts: Parts) -> tuple[int, int]:
+        """Return rows, and two columns for each byte."""
+        rows, pairs = parts[self.main].shape
+        return rows, pairs * 2
+
+    def reading(self, parts: Parts) -> tuple[Any, ...]:
+        """Return codes, block scales, and the tensor scale."""
+        return parts[self.main], parts["weight_scale"], self._stored_scale(parts)
+
+    def _stored_scale(self, parts: Parts) -> TensorScale:
+        """Return the tensor scale of a panel.
+
+        Raises:
+            ValueAt: it is none.
+        """
+        from k2quant.kernels.codecs.fp4 import TensorScale, check_tensor
+
+        tensor = TensorScale(float(parts[self._called.tensor].reshape(-1)[0]), self._called.divides)
+        check_tensor(tensor, divisor=True)
+        return tensor
+
+    def writing(self, parts: Parts) -> tuple[Any, ...]:
+        """Return the tensor scale, which is filled in, and codes and block scales to fill."""
+        return self._settle(parts), parts[self.main], parts["weight_scale"]
+
+    def _settle(self, parts: Parts) -> TensorScale:
+        tensor = self._settled
+        parts[self._called.tensor][...] = tensor.value
+        return tensor
+
+    @property
+    def _settled(self) -> TensorScale:
+        if self.tensor is None:
+            raise AssertionError(f"{self.label} is written before it was settled")
+        return self.tensor
+
+    def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
+        """Multiply each block by its scale and the tensor's."""
+        codecs.nvfp4.decode(*self.reading(parts), out)
+
+    def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
+        """Compute each block's scale, and round."""
+        return codecs.nvfp4.encode(weights, *self.writing(parts))
+
+    def choose(self, weights: U16, codecs: Codecs) -> NDArray[Any]:
+        """Return the E4M3 bits of each block's scale."""
+        scale = _scales_for(weights)
+        codecs.nvfp4.choose(weights, self._settled, scale)
+        return scale
+
+    def store(self, weights: U16, scales: NDArray[Any], parts: Parts, codecs: Codecs) -> Figures:
+        """Round at given scales."""
+        parts["weight_scale"][...] = scales
+        return codecs.nvfp4.store(weights, scales, self._settle(parts), parts[self.main])
+
+    def search(self, weights: U16, importance: F32 | None, codecs: Codecs, mean: F32 | None = None) -> NDArray[Any]:
+        """Return the E4M3 bits of the best scale of some for each block."""
+        scale = _scales_for(weights)
+        codecs.nvfp4.search(weights, importance, self._settled, scale, mean=mean)
+        return scale
+
+    def weighted_error(
+        self,
+        weights: U16,
+        scales: NDArray[Any],
+        importance: F32 | None,
+        codecs: Codecs,
+        mean: F32 | None = None,
+    ) -> float:
+        """Sum what columns lose at given scales."""
+        return codecs.nvfp4.weighted_error(weights, scales, self._settled, importance, mean=mean)
+
+    def survey(self, weights: U16, codecs: Codecs) -> float:
+        """Return the largest magnitude."""
+        return codecs.nvfp4.amax(weights)
+
+    def survey_of(self, source: Format, parts: Parts, codecs: Codecs, scratch: Any) -> object:
+        """Return the exponents that MXFP4 has, and of all else the largest magnitude."""
+        if not isinstance(source, Mxfp4):
+            return Format.survey_of(self, source, parts, codecs, scratch)
+        found = codecs.mxfp4.exponents(*source.reading(parts))
+        return None if found is None else Exponents(*found)
+
+    def settled(self, surveys: list[object]) -> Nvfp4:
+        """Take the tensor scale of the largest magnitude; of MXFP4 one at which its codes stay.
+
+        Raises:
+            UnsupportedFormat: the exponents of MXFP4 are too far apart for that, and rounding was not allowed.
+        """
+        from k2quant.kernels.codecs.fp4 import tensor_scale
+
+        found = [each for each in surveys if each is not None]
+        if found and all(isinstance(each, Exponents) for each in found):
+            return self._restating([each for each in found if isinstance(each, Exponents)])
+        amax = max((_amax(each) for each in found), default=0.0)
+        return replace(self, tensor=tensor_scale(amax, divides=self._called.divides))
+
+    def _restating(self, found: list[Exponents]) -> Nvfp4:
+        from k2quant.kernels.codecs.fp4 import closed_form
+
+        lowest, highest = min(each.lowest for each in found), max(each.highest for each in found)
+        form = closed_form(lowest, highest, divides=self._called.divides)
+        if form is None and not self.rounding:
+            raise UnsupportedFormat(
+                "MXFP4 whose scales lie too far apart for NVFP4 without rounding",
+                expected=f"at most {_WIDEST} powers of two between them",
+                found=f"{highest - lowest}, from 2^{lowest} to 2^{highest}",
+                remedy="allow it with `allow_rounding=True`: blocks that are too small are rounded, and counted",
+            )
+        rounding = form is None
+        form = form or closed_form(highest, highest, divides=self._called.divides)
+        if form is None:
+            raise AssertionError(f"2^{highest} has no closed form")  # one power has
+        return replace(self, tensor=form.tensor, exponent=form.exponent, rounding=rounding)
+
+    def restates(self, source: Format) -> bool:
+        """Tell whether it was settled for the codes of MXFP4."""
+        return isinstance(source, Mxfp4) and self.exponent is not None
+
+    def restate(self, source: Format, parts: Parts, outputs: Parts, codecs: Codecs) -> Figures | None:
+        """Copy codes, and write each exponent twice, less that of the tensor scale."""
+        tensor, codes, scale = self.writing(outputs)
+        codecs.nvfp4.restate(*source.reading(parts), self.exponent, tensor, codes, scale)
+        if not self.rounding:
+            return None
+        before, after = (_decoded(stored, held, codecs) for stored, held in ((source, parts), (self, outputs)))
+        return codecs.floats.compare(before, after)
+
+    def outside(self, before: U16, after: U16, parts: Parts) -> int:
+        """Allow what one mantissa bit explains."""
+        return 0
+
+    def codes_changed(self, after: Parts, before: Parts) -> int:
+        """Count nibbles that differ."""
+        return nibbles_changed(after[self.main], before[self.main])
+
+    # --- the config beside it ---
+
+    def config(self, quantised: Iterable[str], kept: list[str]) -> dict[str, Any]:
+        """Return the block of the layout."""
+        if self.layout == "modelopt":
+            return modelopt.block(list(quantised), kept, inputs=self.scales_inputs)
+        return compressed_tensors.block([(self, list(quantised))], kept)
+
+    @classmethod
+    def companions(cls, block: Mapping[str, Any]) -> dict[str, bytes]:
+        """Return ModelOpt's own file."""
+        return {modelopt.FILE: modelopt.companion(block)}
+
+    def cache_scheme(self) -> dict[str, Any]:
+        """Return what the layout's tool says of an FP8 cache."""
+        return modelopt.CACHE if self.layout == "modelopt" else compressed_tensors.CACHE
+
+    def config_group(self) -> dict[str, Any] | None:
+        """Return the scheme of the weights, of the one layout that has config groups of compressed-tensors."""
+        if self.layout == "modelopt":
+            return None
+        return compressed_tensors.scheme(group_size=NVFP4_BLOCK, **_SCHEME) | {
+            "scale_dtype": "torch.float8_e4m3fn",
+            "strategy": "tensor_group",
+        }
+
+    def input_activations(self) -> dict[str, Any] | None:
+        """Return what llm-compressor's NVFP4 says of a layer's inputs: scaled by the tensor scale and as they come."""
+        scheme = self.config_group()
+        return None if scheme is None or not self.scales_inputs else scheme | {"dynamic": "local"}
+
+    @classmethod
+    def claims(cls, scheme: Mapping[str, Any]) -> bool:
+        """Tell symmetric 4-bit floats from all else."""
+        return {key: scheme.get(key) for key in _SCHEME} == _SCHEME
+
+
+def _layout_of(beside: Neighbours) -> Layout | None:
+    """Return the layout whose codes and E4M3 scales, or tensor scale, are there; None: it is no NVFP4."""
+    scale = beside.get("weight_scale")
+    for layout, called in _NAMES.items():
+        codes = beside.get(called.codes)
+        if codes is not None and codes.dtype == "U8":
+            told = any(beside.get(other.tensor) is not None for other in _NAMES.values())
+            if told or (scale is not None and scale.dtype == "F8_E4M3"):
+                return layout
+    return None
+
+
+def _check_scaled_once(entry: Entry, beside: Neighbours) -> None:
+    """Refuse two tensor scales, of which only one can be meant.
+
+    Raises:
+        MalformedFile: there are two.
+    """
+    if all(beside.get(called.tensor) is not None for called in _NAMES.values()):
+        found = " and ".join(called.tensor for called in _NAMES.values())
+        raise MalformedFile(f"scaled twice, by {found}", tensor=entry.name, file=entry.file)
+
+
+def _check_number(entry: Entry) -> None:
+    """Refuse what is not one float32.
+
+    Raises:
+        DtypeMismatch: it is of another dtype.
+        ShapeMismatch: it is more than one, or none.
+    """
+    if entry.dtype != "F32":
+        raise DtypeMismatch(tensor=entry.name, file=entry.file, expected="F32", found=entry.dtype)
+    if entry.shape not in _ONE:
+        raise ShapeMismatch(
+            "a scale of the whole tensor", tensor=entry.name, file=entry.file, expected="one number", found=entry.shape
+        )
+
+
+def _amax(survey: object) -> float:
+    """Return the largest magnitude that a panel can have."""
+    return 6 * 2.0**survey.highest if isinstance(survey, Exponents) else float(survey)  # type: ignore[arg-type]
+
+
+def _decoded(stored: Format, parts: Parts, codecs: Codecs) -> U16:
+    import numpy as np
+
+    out = np.empty(stored.extent(parts), np.uint16)
+    stored.decode(parts, out, codecs)
+    return out
+
+
+def _in_other_form(tensor: TensorScale, target: Nvfp4) -> float:
+    """Return the tensor scale that means the same in the layout of a target.
+
+    Raises:
+        ValueAt: there is none, and rounding was not allowed.
+    """
+    from k2quant.kernels.codecs.scales.tensor_forms import nearest_inverse, same_inverse
+    from k2quant.kernels.codecs.values import ValueAt
+
+    found = same_inverse(tensor) or (nearest_inverse(tensor) if target.rounding else None)
+    if found is None:
+        what = (
+            f"tensor scale {tensor.value}: none in the form of {target.layout} means the same weights; "
+            "`allow_rounding=True` takes the nearest"
+        )
+        raise ValueAt(row=0, column=0, what=what, of="tensor scale")
+    return found.value
+
+
+def _inverse_of_inputs(scale: NDArray[Any]) -> NDArray[Any]:
+    """Return a scale of inputs in the other form.
+
+    Raises:
+        ValueAt: it is none.
+    """
+    import numpy as np
+
+    from k2quant.kernels.codecs.values import ValueAt
+
+    with np.errstate(all="ignore"):
+        found = np.float32(1) / scale
+    if not (np.isfinite(scale) & np.isfinite(found) & (scale > 0)).all():
+        raise ValueAt(row=0, column=0, what=f"input scale {scale.reshape(-1)[0]}", of="input scale")
+    return found
+
+
+def _scales_for(weights: U16) -> NDArray[Any]:
+    import numpy as np
+
+    return np.empty((weights.shape[0], weights.shape[1] // NVFP4_BLOCK), np.uint8)
