@@ -21,13 +21,17 @@ from k2quant.kernels.products.linear import fp8_linear, fp8_linear_w8a8, int4_li
 from k2quant.kernels.products.moe import moe, moe_fp8, moe_int4
 from k2quant.kernels.products.packed.fp8 import Fp8Weight
 from k2quant.kernels.products.packed.int4 import Int4Weight
+from k2quant.kernels.products.packed.mxfp4 import Mxfp4Weight
+from k2quant.kernels.products.packed.nvfp4 import Nvfp4Weight
 from k2quant.kernels.products.packed.weight import PackedWeight
-from k2quant.kernels.products.prepare import prepare_fp8, prepare_int4
+from k2quant.kernels.products.prepare import prepare_fp8, prepare_int4, prepare_mxfp4, prepare_nvfp4
 from k2quant.kernels.products.warmup import warmup
 
 __all__ = [
     "Fp8Weight",
     "Int4Weight",
+    "Mxfp4Weight",
+    "Nvfp4Weight",
     "PackedWeight",
     "bf16_to_fp8",
     "bf16_to_int4",
@@ -46,6 +50,8 @@ __all__ = [
     "moe_int4",
     "prepare_fp8",
     "prepare_int4",
+    "prepare_mxfp4",
+    "prepare_nvfp4",
     "search_int4_scales",
     "warmup",
 ]

@@ -102,7 +102,10 @@ class Packed(NamedTuple):
     def parts(self) -> Parts:
         """Return what the checkpoint holds, bit for bit."""
         held, state = zip(self.format.streamed, self.weight.checkpoint(), strict=True), self.format.state(self.shape)
-        return {suffix: tensor.to(torch_dtype(state[suffix].dtype)) for suffix, tensor in held} | self._constants()
+        parts = {suffix: tensor.to(torch_dtype(state[suffix].dtype)) for suffix, tensor in held}
+        for suffix in self.format.whole:
+            parts[suffix] = parts[suffix].reshape(state[suffix].shape)  # one number may be [] or [1]
+        return parts | self._constants()
 
     def _constants(self) -> Parts:
         state = self.format.state(self.shape)
@@ -118,8 +121,9 @@ class Packed(NamedTuple):
     def put(self, parts: Mapping[str, Tensor]) -> None:
         """Take codes and scales over; where they are the matrix's own views, only check them."""
         found = self._prepared(parts)
-        for own, new in ((self.weight.codes, found.codes), (self.weight.scale, found.scale)):
-            if own.data_ptr() != new.data_ptr():
+        pairs = (self.weight.codes, found.codes), (self.weight.scale, found.scale), (self.weight.whole, found.whole)
+        for own, new in pairs:
+            if own is not None and new is not None and own.data_ptr() != new.data_ptr():
                 own.copy_(new)
 
     def _prepared(self, parts: Mapping[str, Tensor]) -> PackedWeight:
@@ -128,8 +132,9 @@ class Packed(NamedTuple):
         if any(tensor.is_meta for tensor in parts.values()):
             raise UsageError("a part of it waits on disk; give all of its tensors, or load it whole")
         device = torch.device("cpu") if device.type == "meta" else device
-        codes, scale = (self._as_in_memory(suffix, parts[suffix].to(device)) for suffix in self.format.streamed)
-        found = self.weight.prepared(codes, scale)
+        found = self.weight.prepared(
+            *(self._as_in_memory(suffix, parts[suffix].to(device)) for suffix in self.format.streamed)
+        )
         for suffix, expected in self._constants().items():
             if parts[suffix].tolist() != expected.tolist():
                 raise UsageError(f"{suffix}: expected {expected.tolist()}, found {parts[suffix].tolist()}")

@@ -81,7 +81,7 @@ class SpeaksCheckpoint(nn.Module, ABC):
 
 
 class Quantized(SpeaksCheckpoint):
-    """A module that holds quantised weights: for each, buffers of its codes and its scale.
+    """A module that holds quantised weights: for each, buffers of its codes and its scales.
 
     `to`, `half` and their like move them, with the layout that suits the new device, and never change their dtype.
     """
@@ -96,11 +96,14 @@ class Quantized(SpeaksCheckpoint):
     def _hold(self, name: str, weight: PackedWeight) -> None:
         self.register_buffer(f"{name}_codes", weight.codes)
         self.register_buffer(f"{name}_scale", weight.scale)
+        if weight.whole is not None:
+            self.register_buffer(f"{name}_whole", weight.whole)
         self._like[name] = weight.empty_like("meta")
 
     def packed(self, name: str) -> PackedWeight:
         """Return one of the weights, as the kernels take it."""
-        return self._like[name].holding(getattr(self, f"{name}_codes"), getattr(self, f"{name}_scale"))
+        codes, scale = getattr(self, f"{name}_codes"), getattr(self, f"{name}_scale")
+        return self._like[name].holding(codes, scale, getattr(self, f"{name}_whole", None))
 
     def replace(self, change: Callable[[PackedWeight], PackedWeight]) -> None:
         """Put another weight in the place of each."""

@@ -24,8 +24,9 @@ from k2quant.kernels.products.prepare import PACKED
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-Operands = tuple[Tensor, Tensor, str]
-"""A weight as an operator takes it: codes as whole numbers, scale, and format, layout and numbers in one word.
+Operands = tuple[Tensor, Tensor, Tensor | None, str]
+"""A weight as an operator takes it: codes as whole numbers, scale, the scale of a whole matrix where there is one, and
+format, layout and numbers in one word.
 
 `fp8/rows/128/128`, say. The numbers as a list of their own would take a microsecond more in each call, and two where x
 has a gradient.
@@ -37,7 +38,7 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
 
     Args:
         x: `[.., K]`, BF16, FP16 or float32; any strides.
-        weight: `[N, K]`, from `prepare_int4` or `prepare_fp8`, on the device of x.
+        weight: `[N, K]`, from one of the functions `prepare_`, on the device of x.
 
     Returns:
         `[.., N]` in the dtype of x, summed in float32.
@@ -132,13 +133,13 @@ def operands(weight: PackedWeight) -> Operands:
     kind = f"{weight.format}/{weight.layout}"
     for number in weight.numbers:
         kind += f"/{len(range(number))}"  # under torch.compile a number may be a symbol, which a text cannot hold
-    return weight.bits, weight.scale, kind
+    return weight.bits, weight.scale, weight.whole, kind
 
 
-def weight_of(bits: Tensor, scale: Tensor, kind: str) -> PackedWeight:
+def weight_of(bits: Tensor, scale: Tensor, whole: Tensor | None, kind: str) -> PackedWeight:
     """Undo `operands`."""
     packed, layout, numbers = _parsed(kind)
-    return packed.of(bits, scale, layout, numbers)
+    return packed.of(bits, scale, layout, numbers, whole)
 
 
 @lru_cache(maxsize=256)
@@ -148,40 +149,40 @@ def _parsed(kind: str) -> tuple[type[PackedWeight], Layout, tuple[int, ...]]:
 
 
 @custom_op("k2quant::linear", mutates_args=())
-def _linear(x: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
-    return dispatch.linear(x, weight_of(codes, scale, kind))
+def _linear(x: Tensor, codes: Tensor, scale: Tensor, whole: Tensor | None, kind: str) -> Tensor:
+    return dispatch.linear(x, weight_of(codes, scale, whole, kind))
 
 
 @custom_op("k2quant::linear_backward", mutates_args=())
-def _linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
-    return dispatch.linear_backward(grad, weight_of(codes, scale, kind))
+def _linear_backward(grad: Tensor, codes: Tensor, scale: Tensor, whole: Tensor | None, kind: str) -> Tensor:
+    return dispatch.linear_backward(grad, weight_of(codes, scale, whole, kind))
 
 
 @custom_op("k2quant::fp8_linear_w8a8", mutates_args=())
-def _fp8_linear_w8a8(x: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
-    return dispatch.linear_w8a8(x, cast("Fp8Weight", weight_of(codes, scale, kind)))
+def _fp8_linear_w8a8(x: Tensor, codes: Tensor, scale: Tensor, whole: Tensor | None, kind: str) -> Tensor:
+    return dispatch.linear_w8a8(x, cast("Fp8Weight", weight_of(codes, scale, whole, kind)))
 
 
 @_linear.register_fake
 @_fp8_linear_w8a8.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight_of(codes, scale, kind).shape[0])
+def _(x: Tensor, codes: Tensor, scale: Tensor, whole: Tensor | None, kind: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight_of(codes, scale, whole, kind).shape[0])
 
 
 @_linear_backward.register_fake
-def _(grad: Tensor, codes: Tensor, scale: Tensor, kind: str) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], weight_of(codes, scale, kind).shape[1])
+def _(grad: Tensor, codes: Tensor, scale: Tensor, whole: Tensor | None, kind: str) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], weight_of(codes, scale, whole, kind).shape[1])
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, scale, *ctx.rest = inputs
-    ctx.save_for_backward(codes, scale)
+    _, codes, scale, whole, *ctx.rest = inputs
+    ctx.save_for_backward(codes, scale, whole)
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[0]
     grad_x = torch.ops.k2quant.linear_backward(grad, *ctx.saved_tensors, *ctx.rest) if wanted else None
-    return grad_x, None, None, None
+    return grad_x, None, None, None, None
 
 
 for _operator in (_linear, _fp8_linear_w8a8):

@@ -22,7 +22,7 @@ def moe(x: Tensor, gate: PackedWeight, up: PackedWeight, down: PackedWeight, ids
 
     Args:
         x: `[T, H]`, BF16, FP16 or float32.
-        gate: `[E, I, H]`, from `prepare_int4` or `prepare_fp8`.
+        gate: `[E, I, H]`, from one of the functions `prepare_`.
         up: `[E, I, H]`, of the same format.
         down: `[E, H, I]`, too.
         ids: `[T, k]` int32 or int64, the experts of each token; an id outside 0..E-1, such as -1, adds nothing.
@@ -87,9 +87,9 @@ def _moe(
     *kinds: type[PackedWeight],
 ) -> Tensor:
     _check(x, (gate, up, down), kinds, ids, weights)
-    (bits, scale, kind), (up_bits, up_scale, _), (down_bits, down_scale, _) = map(operands, (gate, up, down))
-    parts = bits, scale, up_bits, up_scale, down_bits, down_scale
-    return cast("Tensor", torch.ops.k2quant.moe(x, *parts, ids, weights, kind))
+    parts = [operands(part) for part in (gate, up, down)]
+    tensors = [tensor for part in parts for tensor in part[:3]]
+    return cast("Tensor", torch.ops.k2quant.moe(x, *tensors, ids, weights, parts[0][3]))
 
 
 def _check(
@@ -130,16 +130,16 @@ def _check(
         raise UsageError(f"gate, up and down: expected one block size, found {found}")
 
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Codes and scale of gate, up and down."""
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
+"""Codes, scale and the scale of whole matrices of gate, up and down."""
 
 
 def _weights_of(parts: Parts, kind: str) -> tuple[PackedWeight, PackedWeight, PackedWeight]:
-    gate, gate_scale, up, up_scale, down, down_scale = parts
+    gate, gate_scale, gate_whole, up, up_scale, up_whole, down, down_scale, down_whole = parts
     return (
-        weight_of(gate, gate_scale, kind),
-        weight_of(up, up_scale, kind),
-        weight_of(down, down_scale, kind),
+        weight_of(gate, gate_scale, gate_whole, kind),
+        weight_of(up, up_scale, up_whole, kind),
+        weight_of(down, down_scale, down_whole, kind),
     )
 
 
@@ -149,15 +149,19 @@ def _moe_operator(
     x: Tensor,
     gate: Tensor,
     gate_scale: Tensor,
+    gate_whole: Tensor | None,
     up: Tensor,
     up_scale: Tensor,
+    up_whole: Tensor | None,
     down: Tensor,
     down_scale: Tensor,
+    down_whole: Tensor | None,
     ids: Tensor,
     weights: Tensor,
     kind: str,
 ) -> Tensor:
-    parts = _weights_of((gate, gate_scale, up, up_scale, down, down_scale), kind)
+    stacks = gate, gate_scale, gate_whole, up, up_scale, up_whole, down, down_scale, down_whole
+    parts = _weights_of(stacks, kind)
     return dispatch.moe(x, *parts, ids, weights)
 
 
@@ -167,15 +171,19 @@ def _moe_backward(
     x: Tensor,
     gate: Tensor,
     gate_scale: Tensor,
+    gate_whole: Tensor | None,
     up: Tensor,
     up_scale: Tensor,
+    up_whole: Tensor | None,
     down: Tensor,
     down_scale: Tensor,
+    down_whole: Tensor | None,
     ids: Tensor,
     weights: Tensor,
     kind: str,
 ) -> tuple[Tensor, Tensor]:
-    parts = _weights_of((gate, gate_scale, up, up_scale, down, down_scale), kind)
+    stacks = gate, gate_scale, gate_whole, up, up_scale, up_whole, down, down_scale, down_whole
+    parts = _weights_of(stacks, kind)
     return dispatch.moe_backward(grad, x, *parts, ids, weights)
 
 
@@ -186,18 +194,18 @@ def _(x: Tensor, *_: Any) -> Tensor:
 
 @_moe_backward.register_fake
 def _(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    weights, layout = rest[7], torch.contiguous_format
+    weights, layout = rest[10], torch.contiguous_format
     return torch.empty_like(x, memory_format=layout), torch.empty_like(weights, memory_format=layout)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:9])
-    ctx.rest = inputs[9:]
+    ctx.save_for_backward(*inputs[:12])
+    ctx.rest = inputs[12:]
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_weights = torch.ops.k2quant.moe_backward(grad, *ctx.saved_tensors, *ctx.rest)
-    return (grad_x, *[None] * 7, grad_weights, None)
+    return (grad_x, *[None] * 10, grad_weights, None)
 
 
 _moe_operator.register_autograd(_gradient, setup_context=_keep)

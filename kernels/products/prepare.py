@@ -14,9 +14,13 @@ from k2quant.kernels.codecs.grids import BLOCK
 from k2quant.kernels.products.cpu import linear as linear_cpu
 from k2quant.kernels.products.packed.fp8 import Fp8Weight
 from k2quant.kernels.products.packed.int4 import ROW_MULTIPLE, Int4Weight
+from k2quant.kernels.products.packed.mxfp4 import Mxfp4Weight
+from k2quant.kernels.products.packed.nvfp4 import Nvfp4Weight
 from k2quant.kernels.products.packed.weight import Layout, PackedWeight
 
-PACKED: dict[str, type[PackedWeight]] = {kind.format: kind for kind in (Int4Weight, Fp8Weight)}
+PACKED: dict[str, type[PackedWeight]] = {
+    kind.format: kind for kind in (Int4Weight, Fp8Weight, Nvfp4Weight, Mxfp4Weight)
+}
 """Every packed format by its name."""
 
 Kind = TypeVar("Kind", bound=PackedWeight)
@@ -50,6 +54,37 @@ def prepare_fp8(weight: Tensor, weight_scale_inv: Tensor, *, block: tuple[int, i
     return Fp8Weight.laid_out(weight, weight_scale_inv, numbers=block)
 
 
+def prepare_nvfp4(codes: Tensor, weight_scale: Tensor, tensor_scale: Tensor, *, divides: bool) -> Nvfp4Weight:
+    """Check an NVFP4 weight and keep it as it is: its own layout is the one that the products read.
+
+    Args:
+        codes: uint8 `[N, K/2]`, or `[E, N, K/2]` for experts: E2M1, the even column in the low nibble. K is a multiple
+            of 32.
+        weight_scale: `[.., N, K/16]`, float8_e4m3fn or its bits as uint8.
+        tensor_scale: float32, one number or `[E]`: ModelOpt's `weight_scale_2`, or compressed-tensors'
+            `weight_global_scale`.
+        divides: False for the former, which multiplies the scales; True for the latter, which divides them.
+
+    Raises:
+        UsageError: dtype, shape or device do not fit each other, a scale is negative or NaN, or the tensor scale is
+            negative, not finite, or divides by zero.
+    """
+    return Nvfp4Weight.laid_out(codes, weight_scale, numbers=(int(divides),), whole=tensor_scale)
+
+
+def prepare_mxfp4(codes: Tensor, weight_scale: Tensor) -> Mxfp4Weight:
+    """Check an MXFP4 weight and keep it as it is: its own layout is the one that the products read.
+
+    Args:
+        codes: uint8 `[N, K/2]`, or `[E, N, K/2]` for experts: E2M1, the even column in the low nibble.
+        weight_scale: uint8 `[.., N, K/32]`: b stands for 2^(b - 127).
+
+    Raises:
+        UsageError: dtype, shape or device do not fit each other, or a scale is NaN (255).
+    """
+    return Mxfp4Weight.laid_out(codes, weight_scale)
+
+
 def empty(
     weight_format: str,
     shape: tuple[int, ...],
@@ -63,7 +98,7 @@ def empty(
     Args:
         weight_format: one of `PACKED`.
         shape: its shape.
-        numbers: of the format, such as the block of FP8; Kimi K2's if left out.
+        numbers: of the format, such as the block of FP8; Kimi K2's if left out, for NVFP4 a scale that multiplies.
         device: where its tensors lie.
         for_device: the device whose layout it has; `device` if left out.
     """
@@ -73,14 +108,14 @@ def empty(
 
 def moved(weight: Kind, device: torch.device) -> Kind:
     """Return a weight on another device, in the layout that is best there; one without content keeps its layout."""
-    codes, scale = weight.codes, weight.scale
+    codes, scale, whole = weight.codes, weight.scale, weight.whole
     layout = weight.layout
     if "meta" not in {device.type, codes.device.type}:
         layout = best_layout(device, 0 if 0 in weight.shape else weight.shape[-2], type(weight))
     if layout == weight.layout:
-        return weight.holding(codes.to(device), scale.to(device))
-    codes, scale = weight.checkpoint()
-    return weight.laid_out(codes.to(device), scale.to(device), layout, weight.numbers)
+        return weight.holding(codes.to(device), scale.to(device), None if whole is None else whole.to(device))
+    codes, scale, *more = (tensor.to(device) for tensor in weight.checkpoint())
+    return weight.laid_out(codes, scale, layout, weight.numbers, *more)
 
 
 def best_layout(device: torch.device, rows: int, kind: type[PackedWeight] = Int4Weight) -> Layout:

@@ -4,8 +4,8 @@ This file is long because it must be one: numba's cache notices changes only in 
 compiled, so jitted code and all the code that it calls, the intrinsics included, stay together.
 
 **One instruction does the arithmetic.** `vdpbf16ps` multiplies 16 pairs of BF16 by 16 pairs and adds each pair's two
-products to one of 16 float32 sums. INT4 codes and FP8 codes are exact in BF16, so what is multiplied is the plain code.
-The scale comes afterwards, in float32: total += scale * sum, once for each 32 columns.
+products to one of 16 float32 sums. The codes of all formats are exact in BF16, so what is multiplied is the plain code.
+The scale comes afterwards, in float32: total += scale * sum, once for each 32 columns, or 16 of FP4.
 
 **A lane is a row of W.** Were a lane a column, every sum would need its own scale, and 16 lanes added up at the end.
 With a row of W in each lane, x is one pair of columns, broadcast; 16 such products make a group of 32 columns; and one
@@ -16,6 +16,13 @@ as 32-bit words: word j of row i goes to lane i of register j.
 `vpmultishiftqb` moves the bits that start at nibble 2i to the lower half of the lane, and those at nibble 2i + 1 to the
 upper half. `vpermw` then looks each half up in a table of the 16 codes as BF16, held in one register. It regards the
 lowest 5 bits, a nibble and a bit of the next one; the table has 32 entries, the 16 codes twice.
+
+FP4 codes are nibbles too: their table holds the numbers of E2M1. NVFP4 and MXFP4 share all code but that which makes
+float32 of their scales; MXFP4's count for two times 16 columns each.
+
+**An E4M3 scale and its matrix's own scale become one float32** by a table of 16: what the numbers 0 to 15 are times the
+matrix's scale, or divided by it. An E4M3 number is one of these times a power of two. So S is rounded once, as it is
+defined, unless it is so small that float32 has fewer bits for it.
 
 **Four or five unpack 32 FP8 codes.** A byte shuffle copies each code to both bytes of its half lane; `vpermi2b` looks
 up the lower byte, and again the higher byte, in tables of the 128 magnitudes; the sign is copied over. Tables make
@@ -32,7 +39,7 @@ of another CPU is never loaded; `supported` guards against compiling for a CPU t
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -48,6 +55,9 @@ Int = Any  # what numba makes of integers is no one Python type
 
 GROUP = 32
 """Columns that are summed before a scale is applied."""
+
+BLOCK = 16
+"""Those of FP4."""
 
 ROWS = 64
 """Rows of W that are unpacked together: four registers' lanes."""
@@ -68,9 +78,10 @@ AHEAD = 4
 """Tiles between the one that is unpacked and the one that is fetched from memory; without, it takes twice the time."""
 
 _FEATURES = {"avx512f", "avx512bw", "avx512vbmi", "avx512bf16"}
-_INT4, _FP8 = 0, 1
+_INT4, _FP8, _FP4 = 0, 1, 2
 _TILE_BYTES = 64  # of each row: one register
-_COLUMNS = {_INT4: 128, _FP8: 64}  # of a tile
+_COLUMNS = {_INT4: 128, _FP8: 64, _FP4: 128}  # of a tile
+_GROUPS = {_INT4: GROUP, _FP8: GROUP, _FP4: BLOCK}
 STRIP = 16  # rows of W in a register
 _STRIPS = ROWS // STRIP
 
@@ -114,7 +125,11 @@ def _e4m3(magnitude: int) -> int:
     return _bf16(mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
 
 
-_INT4_TABLE = _constant(_HALVES, [_bf16(code) for code in range(-8, 8)] * 2)
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_TABLES = {
+    _INT4: _constant(_HALVES, [_bf16(code) for code in range(-8, 8)] * 2),
+    _FP4: _constant(_HALVES, [_bf16(code) for code in (*_E2M1, *(-number for number in _E2M1))] * 2),
+}
 _E4M3 = [_e4m3(magnitude) for magnitude in range(128)]
 _ZEROS = _constant(_FLOATS, [0.0] * 16)
 
@@ -168,6 +183,14 @@ class _Code:
         """Return total + part * scale, rounded once."""
         return self.call("llvm.fma.v16f32", _FLOATS, part, scale, total)
 
+    def least(self, a: Any, b: Any) -> Any:
+        """Return the lesser of each pair of words."""
+        return self.builder.select(self.builder.icmp_unsigned("<", a, b), a, b)
+
+    def most(self, a: Any, b: Any) -> Any:
+        """Return the greater of each pair of words."""
+        return self.builder.select(self.builder.icmp_unsigned(">", a, b), a, b)
+
     def rows(self, address: Any, stride: Any) -> list[Any]:
         """Return the addresses of 16 rows."""
         addresses = [address]
@@ -197,16 +220,16 @@ class _Code:
 
     def codes(self, form: int, columns: list[Any], pair: int) -> Any:
         """Return columns 2 * pair and 2 * pair + 1 of a transposed tile as pairs of BF16."""
-        if form == _INT4:
-            return self._int4_codes(self.builder.bitcast(columns[pair // 4], _BYTES), pair % 4)
-        return self._fp8_codes(self.builder.bitcast(columns[pair // 2], _BYTES), pair % 2)
+        if form == _FP8:
+            return self._fp8_codes(self.builder.bitcast(columns[pair // 2], _BYTES), pair % 2)
+        return self._nibbles(_TABLES[form], self.builder.bitcast(columns[pair // 4], _BYTES), pair % 4)
 
-    def _int4_codes(self, column: Any, pair: int) -> Any:
+    def _nibbles(self, table: Any, column: Any, pair: int) -> Any:
         # For each byte, the bit of its 64-bit word where the 8 bits begin that it gets; of two bytes one is unused.
         begins = [byte // 4 % 2 * 32 + pair * 8 + byte % 4 // 2 * 4 for byte in range(64)]
         index = self.call("llvm.x86.avx512.pmultishift.qb.512", _BYTES, _constant(_BYTES, begins), column)
         index = self.builder.bitcast(index, _HALVES)
-        found = self.call("llvm.x86.avx512.permvar.hi.512", _HALVES, _INT4_TABLE, index)
+        found = self.call("llvm.x86.avx512.permvar.hi.512", _HALVES, table, index)
         return self.builder.bitcast(found, _WORDS)
 
     def _fp8_codes(self, column: Any, pair: int) -> Any:
@@ -274,19 +297,19 @@ def _instructions(arguments: int, write: Callable[..., None]) -> Any:
 
 def _few(form: int) -> Any:
     """Multiply 16 rows of W, 64 bytes of each, by up to `FEW` rows of x, as they are unpacked."""
-    pairs = _COLUMNS[form] // 2
+    pairs, size = _COLUMNS[form] // 2, _GROUPS[form]
 
     def write(code: _Code, count: Any, tile: Any, stride: Any, x: Any, factors: Any, totals: Any) -> None:
         columns = code.transposed(tile, stride)
 
         def rows(count: int) -> None:
             total = [code.load(_FLOATS, totals, m * 64) for m in range(count)]
-            groups = min(_COLUMNS[form] // GROUP, max(CHAINS // count, 1))
-            for top in range(0, _COLUMNS[form] // GROUP, groups):
+            groups = min(_COLUMNS[form] // size, max(CHAINS // count, 1))
+            for top in range(0, _COLUMNS[form] // size, groups):
                 sums = [[_ZEROS] * count for _ in range(groups)]
-                for turn in range(GROUP // 2):
+                for turn in range(size // 2):
                     for group in range(groups):
-                        pair = (top + group) * GROUP // 2 + turn
+                        pair = (top + group) * size // 2 + turn
                         codes = code.codes(form, columns, pair)
                         for m in range(count):
                             both = code.broadcast(x, (m * pairs + pair) * 4)
@@ -331,7 +354,7 @@ def _group(form: int) -> Any:
                             sums[at] = code.multiply(sums[at], codes[strip], both)
                 return sums
 
-            sums = code.repeat(GROUP // 2 // unrolled, [_ZEROS] * (count * _STRIPS), some_pairs)
+            sums = code.repeat(_GROUPS[form] // 2 // unrolled, [_ZEROS] * (count * _STRIPS), some_pairs)
             for at in range(count * _STRIPS):
                 factor = code.load(_FLOATS, factors, at % _STRIPS * 64)
                 code.store(code.scaled(code.load(_FLOATS, totals, at * 64), sums[at], factor), totals, at * 64)
@@ -351,6 +374,41 @@ def _widen_scales(code: _Code, tile: Any, stride: Any, factors: Any, step: Any) 
         factors = code.builder.add(factors, step)
 
 
+def _multiply_e4m3(code: _Code, tile: Any, stride: Any, factors: Any, step: Any, table: Any) -> None:
+    """Make float32 of the E4M3 scales of 16 rows and 64 blocks, rows in lanes; each block `step` bytes further.
+
+    `table` is the address of float32 `[16]`: what the numbers 0 to 15 stand for.
+    """
+    multiples = code.load(_FLOATS, table, align=4)
+    splat = partial(_constant, _WORDS)
+    for column in code.transposed(tile, stride):
+        for byte in range(4):
+            bits = code.builder.and_(code.builder.lshr(column, splat([8 * byte] * 16)), splat([0xFF] * 16))
+            # The 3 bits of the mantissa, below an 8 where there is an exponent; that of subnormals counts as the least.
+            normal = code.builder.or_(code.builder.and_(bits, splat([7] * 16)), splat([8] * 16))
+            number = code.least(bits, normal)
+            exponent = code.builder.and_(code.most(bits, splat([8] * 16)), splat([0x78] * 16))
+            power = code.builder.add(code.builder.shl(exponent, splat([20] * 16)), splat([_E4M3_POWER << 23] * 16))
+            found = code.call("llvm.x86.avx512.permvar.sf.512", _FLOATS, multiples, number)
+            code.store(code.builder.fmul(found, code.builder.bitcast(power, _FLOATS)), factors)
+            factors = code.builder.add(factors, step)
+
+
+_E4M3_POWER = 127 - 10  # (8 + mantissa) * 2^(exponent - 10)
+
+
+def _widen_e8m0(code: _Code, tile: Any, stride: Any, factors: Any, step: Any) -> None:
+    """Make float32 of the powers of two of 16 rows and 64 blocks of 32, twice each: for blocks of 16."""
+    splat = partial(_constant, _WORDS)
+    for column in code.transposed(tile, stride):
+        for byte in range(4):
+            bits = code.builder.and_(code.builder.lshr(column, splat([8 * byte] * 16)), splat([0xFF] * 16))
+            power = code.most(code.builder.shl(bits, splat([23] * 16)), splat([1 << 22] * 16))  # 0 means 2^-127
+            for _ in range(GROUP // BLOCK):
+                code.store(power, factors)
+                factors = code.builder.add(factors, step)
+
+
 def _fetch_rows(code: _Code, tile: Any, stride: Any) -> None:
     """Fetch one cache line of each of 16 rows."""
     for row in code.rows(tile, stride):
@@ -359,7 +417,9 @@ def _fetch_rows(code: _Code, tile: Any, stride: Any) -> None:
 
 _int4_few, _int4_unpack, _int4_group = _few(_INT4), _unpack(_INT4), _group(_INT4)
 _fp8_few, _fp8_unpack, _fp8_group = _few(_FP8), _unpack(_FP8), _group(_FP8)
+_fp4_few, _fp4_unpack, _fp4_group = _few(_FP4), _unpack(_FP4), _group(_FP4)
 _scales, _fetch = _instructions(4, _widen_scales), _instructions(2, _fetch_rows)
+_e4m3_scales, _e8m0_scales = _instructions(5, _multiply_e4m3), _instructions(4, _widen_e8m0)
 
 
 # --- loops ----------------------------------------------------------------------------------------------------------
@@ -404,6 +464,27 @@ def fp8_rows(
                 _multiply_few(_FP8, tiles, codes, row, factors, edge, totals)
             else:
                 _multiply_many(_FP8, tiles, codes, row, last, factors, panel, edge, totals)
+            _finish(totals, out[top : top + MANY, row : min(row + height, last)])
+
+
+@_jit
+def fp4_rows(x: U16, codes: U8, scale: U8, multiples: F32, out: U16, first: int, last: int) -> None:
+    """Do `nvfp4_dot`, or `mxfp4_dot` where there are no multiples, `MANY` rows of x at a time."""
+    per_byte = 1 if multiples.size else GROUP // BLOCK
+    groups = -(-scale.shape[1] // _TILE_BYTES) * _TILE_BYTES * per_byte
+    for top in range(0, x.shape[0], MANY):
+        tiles = _tiles(x[top : top + MANY], 128)
+        rows = tiles.shape[1]
+        height = STRIP if rows <= FEW else ROWS
+        totals, factors, panel = _aligned(rows, height), _aligned(groups, height), _aligned(64, ROWS)
+        edge = np.empty((STRIP, _TILE_BYTES), np.uint8)
+        for row in range(first, last, height):
+            totals[:] = 0
+            _fp4_factors(scale, row, last, multiples, per_byte, factors, edge)
+            if rows <= FEW:
+                _multiply_few(_FP4, tiles, codes, row, factors, edge, totals)
+            else:
+                _multiply_many(_FP4, tiles, codes, row, last, factors, panel, edge, totals)
             _finish(totals, out[top : top + MANY, row : min(row + height, last)])
 
 
@@ -484,6 +565,23 @@ def _fp8_pieces(data: Any) -> None:
         number = _next_piece(_address(job) + 8 * _NEXT)
 
 
+def _fp4_pieces(data: Any) -> None:
+    """Do pieces of an `nvfp4_task` or an `mxfp4_task` until there are none."""
+    job = carray(data, (10,), np.int64)
+    rows, columns, height, multiples, block = job[0], job[1], job[2], job[7], job[8]
+    x = carray(_pointer(job[3]), (rows, columns), np.uint16)
+    codes = carray(_pointer(job[4]), (height, columns // 2), np.uint8)
+    scale = carray(_pointer(job[5]), (height, columns // block), np.uint8)
+    out = carray(_pointer(job[6]), (rows, height), np.uint16)
+    table = carray(_pointer(multiples), (16 if block == BLOCK else 0,), np.float32)
+    together = STRIP if rows <= FEW else ROWS
+    number = _next_piece(_address(job) + 8 * _NEXT)
+    while number < PIECES:
+        first, last = _piece(number, height, together)
+        fp4_rows(x, codes, scale, table, out, first, last)
+        number = _next_piece(_address(job) + 8 * _NEXT)
+
+
 @lru_cache(maxsize=1)
 def int4_entry() -> Any:
     """Return `int4_task`'s C function, compiled when it is first asked for."""
@@ -494,6 +592,12 @@ def int4_entry() -> Any:
 def fp8_entry() -> Any:
     """Return that of `fp8_task`."""
     return cfunc(types.void(types.voidptr), cache=True)(_fp8_pieces)
+
+
+@lru_cache(maxsize=1)
+def fp4_entry() -> Any:
+    """Return that of `nvfp4_task` and `mxfp4_task`."""
+    return cfunc(types.void(types.voidptr), cache=True)(_fp4_pieces)
 
 
 @_jit
@@ -571,19 +675,38 @@ def _fp8_factors(scale: F32, row: int, last: int, block_rows: int, block_columns
 
 
 @_jit
+def _fp4_factors(scale: U8, row: int, last: int, multiples: F32, per_byte: int, factors: F32, edge: U8) -> None:
+    """Write the scales of 16 or 64 rows to `[groups, rows]`; behind the last group they are 0."""
+    height = factors.shape[1]
+    for strip in range(row, min(row + height, last), STRIP):
+        for column in range(0, scale.shape[1], _TILE_BYTES):
+            address, stride = _tile(scale, strip, column, edge)
+            _fetch((address + height * stride, stride))
+            place = _address(factors) + (column * per_byte * height + strip - row) * 4
+            if multiples.size:
+                _e4m3_scales((address, stride, place, height * 4, _address(multiples)))
+            else:
+                _e8m0_scales((address, stride, place, height * 4))
+    factors[scale.shape[1] * per_byte :] = 0
+
+
+@_jit
 def _multiply_few(form: int, tiles: U16, source: U8, row: int, factors: F32, edge: U8, totals: F32) -> None:
     """Add x @ W.T, for up to `FEW` rows of x and 16 rows of W, to `totals` `[M, 16]`."""
     rows, columns = tiles.shape[1:]
+    size = BLOCK if form == _FP4 else GROUP
     for tile in range(tiles.shape[0]):
         # What lies 16 rows below, in the order of memory: that is faster than row by row, tile by tile.
         _fetch((_address(source) + (row + STRIP) * source.shape[1] + tile * STRIP * _TILE_BYTES, _TILE_BYTES))
         address, stride = _tile(source, row, tile * _TILE_BYTES, edge)
         x = _address(tiles) + tile * rows * columns * 2
-        scale = _address(factors) + tile * columns // GROUP * STRIP * 4
+        scale = _address(factors) + tile * columns // size * STRIP * 4
         if form == _INT4:
             _int4_few((rows, address, stride, x, scale, _address(totals)))
-        else:
+        elif form == _FP8:
             _fp8_few((rows, address, stride, x, scale, _address(totals)))
+        else:
+            _fp4_few((rows, address, stride, x, scale, _address(totals)))
 
 
 @_jit
@@ -593,25 +716,30 @@ def _multiply_many(
     """Add x @ W.T, for more rows of x and 64 rows of W, to `totals` `[M, 64]`; lanes behind `last` hold anything."""
     rows, columns = tiles.shape[1:]
     parts = -(-rows // ABREAST)
+    size = BLOCK if form == _FP4 else GROUP
     for tile in range(tiles.shape[0]):
         for strip in range(row, min(row + ROWS, last), STRIP):
             _fetch_ahead(source, strip, tile * _TILE_BYTES)
             address, stride = _tile(source, strip, tile * _TILE_BYTES, edge)
             if form == _INT4:
                 _int4_unpack((address, stride, _address(panel) + (strip - row) * 4))
-            else:
+            elif form == _FP8:
                 _fp8_unpack((address, stride, _address(panel) + (strip - row) * 4))
+            else:
+                _fp4_unpack((address, stride, _address(panel) + (strip - row) * 4))
         for part in range(parts):  # as equal as can be: 7 rows are 3 and 4
             top, end = part * rows // parts, (part + 1) * rows // parts
-            for group in range(columns // GROUP):
-                codes = _address(panel) + group * GROUP // 2 * ROWS * 4
-                x = _address(tiles) + ((tile * rows + top) * columns + group * GROUP) * 2
-                scale = _address(factors) + (tile * columns // GROUP + group) * ROWS * 4
+            for group in range(columns // size):
+                codes = _address(panel) + group * size // 2 * ROWS * 4
+                x = _address(tiles) + ((tile * rows + top) * columns + group * size) * 2
+                scale = _address(factors) + (tile * columns // size + group) * ROWS * 4
                 total = _address(totals) + top * ROWS * 4
                 if form == _INT4:
                     _int4_group((end - top, codes, x, scale, total))
-                else:
+                elif form == _FP8:
                     _fp8_group((end - top, codes, x, scale, total))
+                else:
+                    _fp4_group((end - top, codes, x, scale, total))
 
 
 @_jit

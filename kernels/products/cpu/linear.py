@@ -43,13 +43,18 @@ PANEL_ROWS = 512
 
 
 class Dot(NamedTuple):
-    """Products straight from a format's codes: functions of x, codes, scale, the format's numbers and the result."""
+    """Products straight from a format's codes: functions of x, codes, scale, `_rest` of the weight, and the result."""
 
     task: Callable[..., dot_cpu.Task]
     work: Callable[..., dot_cpu.Work]
 
 
-DOTS = {"int4": Dot(dot_cpu.int4_task, dot_cpu.int4_work), "fp8": Dot(dot_cpu.fp8_task, dot_cpu.fp8_work)}
+DOTS = {
+    "int4": Dot(dot_cpu.int4_task, dot_cpu.int4_work),
+    "fp8": Dot(dot_cpu.fp8_task, dot_cpu.fp8_work),
+    "nvfp4": Dot(dot_cpu.nvfp4_task, dot_cpu.nvfp4_work),
+    "mxfp4": Dot(dot_cpu.mxfp4_task, dot_cpu.mxfp4_work),
+}
 """The formats whose codes `dot` multiplies, in the layout of a checkpoint."""
 
 
@@ -83,15 +88,16 @@ def linear_grouped(x: Tensor, weight: PackedWeight, counts: list[int]) -> Tensor
         for number, first, last in spans:
             out[first:last] = linear(x[first:last], weight.expert(number))
         return out
-    dot, bits, result, codes, scale = (
+    dot, bits, result, codes, scale, rest = (
         DOTS[weight.format],
         _bits(x),
         _bits(out),
         _bits(weight.codes),
         _bits(weight.scale),
+        _rest(weight),
     )
     for number, first, last in spans:  # on plain arrays: a small expert is done in less time than torch needs for views
-        _dot_arrays(dot, bits[first:last], codes[number], scale[number], weight.numbers, result[first:last])
+        _dot_arrays(dot, bits[first:last], codes[number], scale[number], rest(number), result[first:last])
     return out
 
 
@@ -145,27 +151,35 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _can_dot(weight: PackedWeight) -> bool:
-    return weight.views and weight.format in DOTS and weight.block[1] % GROUP == 0 and dot_cpu.supported()
+    return weight.views and weight.format in DOTS and dot_cpu.supported()
 
 
 def _dot(x: Tensor, weight: PackedWeight) -> Tensor:
     out = x.new_empty(x.shape[0], weight.shape[0])
     codes, scale = _bits(weight.codes), _bits(weight.scale)
-    _dot_arrays(DOTS[weight.format], _bits(x), codes, scale, weight.numbers, _bits(out))
+    _dot_arrays(DOTS[weight.format], _bits(x), codes, scale, _rest(weight)(...), _bits(out))
     return out
 
 
+def _rest(weight: PackedWeight) -> Callable[[Any], tuple[Any, ...]]:
+    """Return what a weight has beside codes and scale; of a stack, asked by an expert's number."""
+    if weight.whole is None:
+        return lambda _: weight.numbers
+    numbers = dot_cpu.multiples(weight.whole.numpy(), divides=bool(weight.numbers[0]))
+    return lambda number: (numbers[number],)
+
+
 def _dot_arrays(
-    dot: Dot, x: NDArray[Any], codes: NDArray[Any], scale: NDArray[Any], numbers: tuple[int, ...], out: NDArray[Any]
+    dot: Dot, x: NDArray[Any], codes: NDArray[Any], scale: NDArray[Any], rest: tuple[Any, ...], out: NDArray[Any]
 ) -> None:
     """Write x @ weight.T into `out`, on several threads if the weight is large enough."""
     rows = out.shape[1]
     if rows * x.shape[1] < ALONE:
-        dot.work(x, codes, scale, *numbers, out)(0, rows)
+        dot.work(x, codes, scale, *rest, out)(0, rows)
         return
-    whole = dot.task(x, codes, scale, *numbers, out)
+    whole = dot.task(x, codes, scale, *rest, out)
     if not without_lock(whole.entry, whole.parameters.ctypes.data):
-        over_rows(rows, dot_cpu.rows_together(len(x)), dot.work(x, codes, scale, *numbers, out))
+        over_rows(rows, dot_cpu.rows_together(len(x)), dot.work(x, codes, scale, *rest, out))
 
 
 def _torch_operator(x: Tensor, weight: PackedWeight) -> Tensor:

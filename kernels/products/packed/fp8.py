@@ -34,6 +34,7 @@ class Fp8Weight:
     tile_in_block: ClassVar[bool] = True
     tile_bytes: ClassVar[float] = 1.0
     views: ClassVar[bool] = True
+    whole: ClassVar[None] = None
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -56,13 +57,27 @@ class Fp8Weight:
         return self.codes.view(torch.uint8)
 
     @classmethod
-    def of(cls, bits: Tensor, scale: Tensor, layout: Layout, numbers: tuple[int, ...]) -> Self:  # noqa: ARG003 - rows
+    def of(
+        cls,
+        bits: Tensor,
+        scale: Tensor,
+        layout: Layout,  # noqa: ARG003 - rows
+        numbers: tuple[int, ...],
+        whole: Tensor | None = None,  # noqa: ARG003 - it has none
+    ) -> Self:
         """Return the weight of `bits`, `scale`, `layout` and `numbers`, unchecked."""
         rows, columns = numbers
         return cls(bits.view(torch.float8_e4m3fn), scale, (rows, columns))
 
     @classmethod
-    def laid_out(cls, codes: Tensor, scale: Tensor, layout: Layout = "rows", numbers: tuple[int, ...] = BLOCK) -> Self:
+    def laid_out(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        layout: Layout = "rows",
+        numbers: tuple[int, ...] = BLOCK,
+        whole: Tensor | None = None,  # noqa: ARG003 - it has none
+    ) -> Self:
         """Check `weight` and `weight_scale_inv` as a checkpoint holds them, and keep them as they are.
 
         Raises:
@@ -114,11 +129,11 @@ class Fp8Weight:
         scale = self.scale.repeat_interleave(height, -2)[..., first:last, :]
         return type(self)(codes, scale, (1, columns))
 
-    def holding(self, codes: Tensor, scale: Tensor) -> Self:
+    def holding(self, codes: Tensor, scale: Tensor, whole: Tensor | None = None) -> Self:  # noqa: ARG002 - it has none
         """Return a weight with other tensors in blocks of the same size, unchecked."""
         return type(self)(codes, scale, self.block)
 
-    def prepared(self, codes: Tensor, scale: Tensor) -> Self:
+    def prepared(self, codes: Tensor, scale: Tensor, whole: Tensor | None = None) -> Self:  # noqa: ARG002 - likewise
         """Do `laid_out` with this weight's blocks."""
         return self.laid_out(codes, scale, numbers=self.block)
 

@@ -55,6 +55,7 @@ class Int4Weight:
     tile_bytes: ClassVar[float] = 0.5 + 2 / GROUP
     block: ClassVar[tuple[int, int]] = (1, GROUP)
     numbers: ClassVar[tuple[int, ...]] = ()
+    whole: ClassVar[None] = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -81,12 +82,26 @@ class Int4Weight:
         return self.layout == "rows"
 
     @classmethod
-    def of(cls, bits: Tensor, scale: Tensor, layout: Layout, numbers: tuple[int, ...] = ()) -> Self:  # noqa: ARG003 - none
+    def of(
+        cls,
+        bits: Tensor,
+        scale: Tensor,
+        layout: Layout,
+        numbers: tuple[int, ...] = (),  # noqa: ARG003 - it has none
+        whole: Tensor | None = None,  # noqa: ARG003 - likewise
+    ) -> Self:
         """Return the weight of `bits`, `scale` and `layout`, unchecked."""
         return cls(bits, scale, layout)
 
     @classmethod
-    def laid_out(cls, codes: Tensor, scale: Tensor, layout: Layout, numbers: tuple[int, ...] = ()) -> Self:  # noqa: ARG003 - none
+    def laid_out(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        layout: Layout,
+        numbers: tuple[int, ...] = (),  # noqa: ARG003 - it has none
+        whole: Tensor | None = None,  # noqa: ARG003 - likewise
+    ) -> Self:
         """Check `weight_packed` and `weight_scale` as a checkpoint holds them, and lay them out.
 
         Raises:
@@ -162,11 +177,11 @@ class Int4Weight:
         scale = self.scale[..., first:last] if self.layout == "groups" else self.scale[..., first:last, :]
         return self.holding(codes, scale)
 
-    def holding(self, codes: Tensor, scale: Tensor) -> Self:
+    def holding(self, codes: Tensor, scale: Tensor, whole: Tensor | None = None) -> Self:  # noqa: ARG002 - it has none
         """Return a weight with other tensors in the same layout, unchecked."""
         return type(self)(codes, scale, self.layout)
 
-    def prepared(self, codes: Tensor, scale: Tensor) -> Self:
+    def prepared(self, codes: Tensor, scale: Tensor, whole: Tensor | None = None) -> Self:  # noqa: ARG002 - likewise
         """Do `laid_out` with this weight's layout."""
         return self.laid_out(codes, scale, self.layout)
 

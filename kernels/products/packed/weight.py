@@ -1,7 +1,8 @@
-"""What a quantised weight is to the matrix products: two tensors, a layout, and what their format says of them.
+"""What a quantised weight is to the matrix products: its tensors, a layout, and what their format says of them.
 
-A weight keeps its codes and scales in one of a few layouts, each invertible. N are rows (outputs), K columns (inputs);
-a weight of experts has a dimension E in front of everything. `int4` and `fp8` beside this file hold one format each;
+A weight keeps its codes and scales in one of a few layouts, each invertible; where a format has one more scale for a
+whole matrix, it has that, too. N are rows (outputs), K columns (inputs); a weight of experts has a dimension E in front
+of everything. `int4`, `fp8`, `nvfp4` and `mxfp4` beside this file hold one format each;
 `prepare` makes weights for a device, and has the table of all formats.
 """
 
@@ -48,6 +49,10 @@ class PackedWeight(Protocol):
         """The scales, as the layout has them."""
 
     @property
+    def whole(self) -> Tensor | None:
+        """The scale of a whole matrix, float32 `[]`, or `[E]` for experts; None where the format has none."""
+
+    @property
     def layout(self) -> Layout:
         """How codes and scales lie in memory."""
 
@@ -57,7 +62,7 @@ class PackedWeight(Protocol):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """What its format leaves open: the block of FP8, nothing for INT4."""
+        """What its format leaves open: the block of FP8, whether NVFP4's `whole` divides, nothing for INT4."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,7 +70,7 @@ class PackedWeight(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that codes and scales take."""
+        """Bytes that codes and all scales take."""
 
     @property
     def bits(self) -> Tensor:
@@ -76,11 +81,20 @@ class PackedWeight(Protocol):
         """Whether memory has the checkpoint's own layout, so that `checkpoint` copies nothing."""
 
     @classmethod
-    def of(cls, bits: Tensor, scale: Tensor, layout: Layout, numbers: tuple[int, ...]) -> Self:
-        """Return the weight of `bits`, `scale`, `layout` and `numbers`, unchecked."""
+    def of(
+        cls, bits: Tensor, scale: Tensor, layout: Layout, numbers: tuple[int, ...], whole: Tensor | None = None
+    ) -> Self:
+        """Return the weight of `bits`, `scale`, `layout`, `numbers` and `whole`, unchecked."""
 
     @classmethod
-    def laid_out(cls, codes: Tensor, scale: Tensor, layout: Layout, numbers: tuple[int, ...] = ()) -> Self:
+    def laid_out(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        layout: Layout,
+        numbers: tuple[int, ...] = (),
+        whole: Tensor | None = None,
+    ) -> Self:
         """Check tensors as a checkpoint holds them, and lay them out; no numbers mean Kimi K2's.
 
         Raises:
@@ -100,8 +114,8 @@ class PackedWeight(Protocol):
     def check(self) -> None:
         """Raise UsageError unless codes and scale fit each other and the layout, as those of `laid_out` do."""
 
-    def checkpoint(self) -> tuple[Tensor, Tensor]:
-        """Return codes and scale as they were given to `laid_out`, bit for bit."""
+    def checkpoint(self) -> tuple[Tensor, ...]:
+        """Return codes, scale and, where there is one, `whole`, as they were given to `laid_out`, bit for bit."""
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Return the weights `[.., N, K]`, each rounded once to `dtype`."""
@@ -112,10 +126,10 @@ class PackedWeight(Protocol):
     def rows(self, first: int, last: int) -> Self:
         """Return rows first..last, as views where the layout has them together; they need not pass `check`."""
 
-    def holding(self, codes: Tensor, scale: Tensor) -> Self:
+    def holding(self, codes: Tensor, scale: Tensor, whole: Tensor | None = None) -> Self:
         """Return a weight with other tensors in the same layout and with the same numbers, unchecked."""
 
-    def prepared(self, codes: Tensor, scale: Tensor) -> Self:
+    def prepared(self, codes: Tensor, scale: Tensor, whole: Tensor | None = None) -> Self:
         """Do `laid_out` with this weight's layout and numbers."""
 
     def empty_like(self, device: torch.device | str) -> Self:

@@ -32,6 +32,7 @@ class Int8Weight:
     tile_bytes: ClassVar[float] = 1.0
     views: ClassVar[bool] = True
     numbers: ClassVar[tuple[int, ...]] = ()
+    whole: ClassVar[None] = None
 
     @property
     def block(self) -> tuple[int, int]:
@@ -54,12 +55,26 @@ class Int8Weight:
         return self.codes
 
     @classmethod
-    def of(cls, bits: Tensor, scale: Tensor, layout: Layout, numbers: tuple[int, ...]) -> Self:  # noqa: ARG003
+    def of(
+        cls,
+        bits: Tensor,
+        scale: Tensor,
+        layout: Layout,  # noqa: ARG003
+        numbers: tuple[int, ...],  # noqa: ARG003
+        whole: Tensor | None = None,  # noqa: ARG003
+    ) -> Self:
         """See `PackedWeight`."""
         return cls(bits, scale)
 
     @classmethod
-    def laid_out(cls, codes: Tensor, scale: Tensor, layout: Layout = "rows", numbers: tuple[int, ...] = ()) -> Self:  # noqa: ARG003
+    def laid_out(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        layout: Layout = "rows",  # noqa: ARG003
+        numbers: tuple[int, ...] = (),  # noqa: ARG003
+        whole: Tensor | None = None,  # noqa: ARG003
+    ) -> Self:
         """See `PackedWeight`."""
         check_scale(scale, "scale")
         weight = cls(codes.contiguous(), scale.contiguous())
@@ -98,11 +113,11 @@ class Int8Weight:
         """See `PackedWeight`."""
         return self.holding(self.codes[..., first:last, :], self.scale[..., first:last])
 
-    def holding(self, codes: Tensor, scale: Tensor) -> Self:
+    def holding(self, codes: Tensor, scale: Tensor, whole: Tensor | None = None) -> Self:  # noqa: ARG002
         """See `PackedWeight`."""
         return type(self)(codes, scale)
 
-    def prepared(self, codes: Tensor, scale: Tensor) -> Self:
+    def prepared(self, codes: Tensor, scale: Tensor, whole: Tensor | None = None) -> Self:  # noqa: ARG002
         """See `PackedWeight`."""
         return self.laid_out(codes, scale)
 

@@ -113,7 +113,7 @@ def test_opcheck_and_compile() -> None:
     """The checks that torch has for operators pass, and compiled code gives the bits of eager code."""
     four = int4(256, 512)
     x = torch.randn(5, 512, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    opcheck(torch.ops.k2quant.linear.default, (x, four.codes, four.scale, f"int4/{four.layout}"))
+    opcheck(torch.ops.k2quant.linear.default, (x, four.codes, four.scale, None, f"int4/{four.layout}"))
     compiled = torch.compile(lambda rows: ops.int4_linear(rows, four), fullgraph=True, dynamic=True)
     for rows in (1, 7, 100):
         part = torch.randn(rows, 512, device=DEVICE, dtype=torch.bfloat16)

@@ -288,14 +288,14 @@ def test_opcheck(experts: dict[str, tuple[Int4Weight | Fp8Weight, ...]]) -> None
     """The checks that torch has for operators pass: schema, fake kernels, gradients, tracing with dynamic shapes."""
     int4, fp8 = int4_weight(64, 96), fp8_weight(64, 96)
     for x in (torch.randn(3, 96, requires_grad=True), torch.randn(2, 1, 96, dtype=torch.bfloat16)):
-        opcheck(OPS.linear.default, (x, int4.codes, int4.scale, f"int4/{int4.layout}"))
-        opcheck(OPS.linear.default, (x, fp8.codes.view(torch.uint8), fp8.scale, "fp8/rows/128/128"))
-        opcheck(OPS.fp8_linear_w8a8.default, (x, fp8.codes.view(torch.uint8), fp8.scale, "fp8/rows/128/128"))
+        opcheck(OPS.linear.default, (x, int4.codes, int4.scale, None, f"int4/{int4.layout}"))
+        opcheck(OPS.linear.default, (x, fp8.codes.view(torch.uint8), fp8.scale, None, "fp8/rows/128/128"))
+        opcheck(OPS.fp8_linear_w8a8.default, (x, fp8.codes.view(torch.uint8), fp8.scale, None, "fp8/rows/128/128"))
     x, ids = torch.randn(5, 64, requires_grad=True), torch.randint(0, 6, (5, 2))
     weights = torch.rand(5, 2, requires_grad=True)
     for stacks in experts.values():
-        parts = [tensor for part in stacks for tensor in operands(part)[:2]]
-        opcheck(OPS.moe.default, (x, *parts, ids, weights, *operands(stacks[0])[2:]))
+        parts = [tensor for part in stacks for tensor in operands(part)[:3]]
+        opcheck(OPS.moe.default, (x, *parts, ids, weights, *operands(stacks[0])[3:]))
 
 
 @pytest.mark.parametrize("kind", ["int4", "fp8"])
@@ -472,7 +472,7 @@ def test_one_name_serves_every_format(weight: Int4Weight | Fp8Weight) -> None:
     x = torch.randn(3, 96)
     products: dict[str, Callable[..., Tensor]] = {"int4": int4_linear, "fp8": fp8_linear}
     assert torch.equal(linear(x, weight), products[weight.format](x, weight))
-    with pytest.raises(UsageError, match="an Int4Weight from prepare_int4 or an Fp8Weight from prepare_fp8, found Ten"):
+    with pytest.raises(UsageError, match=r"an Int4Weight from prepare_int4 or .* from prepare_mxfp4, found Ten"):
         linear(x, x)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="up: expected an Fp8Weight from prepare_fp8, found Int4Weight"):
         moe(x, fp8_weight(2, 64, 96), int4_weight(2, 64, 96), fp8_weight(2, 96, 64), x[:, :1].int(), x[:, :1])

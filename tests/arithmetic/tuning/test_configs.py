@@ -191,7 +191,8 @@ def test_decoding_is_tuned_first() -> None:
     """M goes before the product, and a layer's gate and up before its down."""
     found = candidates.cells()
     assert [cell.rows for cell in found] == sorted(cell.rows for cell in found)
-    assert [cell.product for cell in found[:4]] == ["gate_up", "gate_up", "down", "down"]
+    formats = len(PACKED)
+    assert [cell.product for cell in found[: 2 * formats]] == ["gate_up"] * formats + ["down"] * formats
     assert {cell.product for cell in candidates.cells(["down"])} == {"down"}
 
 
@@ -301,9 +302,7 @@ def test_pairing_gives_down_the_rows_of_gate_up() -> None:
     inward = {"*": {16: Config(rows=8), 4096: Config(rows=64)}, "32x96": {4096: Config(rows=32)}}
     outward = {"*": {4096: Config(rows=16, columns=128)}, "64x32": {64: Config(rows=128)}}
     each = {
-        f"{product}/{kind}": shapes
-        for product, shapes in (("gate_up", inward), ("down", outward))
-        for kind in ("int4", "fp8")
+        f"{product}/{kind}": shapes for product, shapes in (("gate_up", inward), ("down", outward)) for kind in PACKED
     }
     table = Table("x", None, each)
     fixed = tuning.paired(table)
