@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from k2quant.errors import UsageError
-from k2quant.formats.format import Format, Scope
+from k2quant.formats.format import Format, Layout, Scope
 from k2quant.formats.known import FORMATS, ExportFormat
 from k2quant.ground.patterns import SAFE_PATTERN, may_take_for_ever
 from k2quant.ground.units import one_of
@@ -58,6 +58,8 @@ class QATConfig:
     """Width of the codes: 4, or 3 or 2, which sit in INT4 nibbles, or 8, which trains but has no export. INT4 alone."""
     grid: Grid = "moonshot"
     """Rounding rule of INT4."""
+    layout: Layout | None = None
+    """Whose names and config the export has, where the format has several; None: the format's own."""
     scope: Scope | None = None
     """`experts` (default for INT4): the routed experts. `linear` (default for FP8): every projection, of INT4 without
     `kv_b_proj`. `projections`: every projection."""
@@ -77,8 +79,9 @@ class QATConfig:
     def __post_init__(self) -> None:
         for name, kinds in (("to", ExportFormat), ("grid", Grid), ("estimator", Estimator), ("train", TrainedPart)):
             one_of(name, getattr(self, name), get_args(kinds))
-        if self.scope is not None:
-            one_of("scope", self.scope, get_args(Scope))
+        for name, kind in (("scope", Scope), ("layout", Layout)):
+            if getattr(self, name) is not None:
+                one_of(name, getattr(self, name), get_args(kind))
         if not isinstance(self.ignore, tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):
             raise UsageError(f"ignore: expected a tuple of regular expressions, found {self.ignore!r}")
         for pattern in self.ignore:
@@ -97,9 +100,15 @@ class QATConfig:
             largest_code(self.grid, self.bits)
         elif not whole or (self.bits, self.grid) != (4, "moonshot"):
             raise UsageError(f"bits and grid have a meaning with INT4 alone; leave them out for {self.to}")
-        if not self.bit_widths and self.estimator != "plain":
+        layouts = FORMATS[self.to].layouts
+        if self.layout is not None and self.layout not in layouts:
+            known = " or ".join(layouts) or f"none, for {self.to} has one"
+            raise UsageError(f"layout: expected {known}, found {self.layout}")
+        known = ("plain", *(["clipped"] if FORMATS[self.to].clips else []), *(["learned"] if self.bit_widths else []))
+        if self.estimator not in known:
+            said = " or ".join(f"`{name}`" for name in known)
             raise UsageError(
-                f"estimator: {self.to} has a scale from each block's largest weight: only `plain` has a meaning"
+                f"estimator: {self.to} has a scale from each block's largest weight: only {said} has a meaning"
             )
         if self.estimator == "learned" and self.grid != "moonshot":
             raise UsageError("estimator: learned scales are for the grid moonshot")
@@ -125,7 +134,7 @@ class QATConfig:
     @property
     def format(self) -> Format:
         """The format of the export."""
-        return FORMATS[self.to].asked_for(grid=self.grid)
+        return FORMATS[self.to].asked_for(grid=self.grid, layout=self.layout)
 
     @property
     def low_rank(self) -> Adapter | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from k2quant.qat.job import Job, check_folders
 from k2quant.qat.loading import skeleton
 from k2quant.qat.preparing import Prepared, prepare, prepared
 from k2quant.qat.rounding import adapters, scales
+from k2quant.qat.rounding.estimators import largest_of
 from k2quant.qat.rounding.rules import Rule, check_packed, plain_rule
 from k2quant.qat.rounding.survey import coverage
 from k2quant.qat.rounding.targets import bases_digest, canonical
@@ -293,7 +294,8 @@ def tried(job: Job, source: Checkpoint, found: Prepared, export: Plan) -> Iterat
         weight = weights[base]
         start, stop = next(panel_rows(weight.shape))
         values = decoded_rows(source, weight, start, stop)
-        if not torch.equal(_decoded(rule, values), rule.values(values)):
+        one = rule.knowing(largest_of(values, 1)[0]) if rule.surveyed else rule
+        if not torch.equal(_decoded(rule, values), one.values(values)):
             raise CheckFailed(
                 "what would be stored of it is not what the forward pass would see", tensor=base, file=source.folder
             )
@@ -302,7 +304,8 @@ def tried(job: Job, source: Checkpoint, found: Prepared, export: Plan) -> Iterat
 
 def _decoded(rule: Rule, values: torch.Tensor) -> torch.Tensor:
     """Return what is stored of BF16 weights `[R, K]` on the CPU, decoded as a checkpoint is."""
-    out = torch.empty_like(values)
-    parts = {suffix: as_bits(tensor) for suffix, tensor in rule.stored(values).items()}
-    rule.format.decode(parts, as_bits(out), codecs("cpu"))
+    out, arithmetic = torch.empty_like(values), codecs("cpu")
+    settled = rule.format.settled([rule.format.survey(as_bits(values), arithmetic)])
+    parts = {suffix: as_bits(tensor) for suffix, tensor in replace(rule, format=settled).stored(values).items()}
+    settled.decode(parts, as_bits(out), arithmetic)
     return out

@@ -16,7 +16,7 @@ import contextlib
 import weakref
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from k2quant.errors import BadValue, UsageError
+from k2quant.formats.format import Format
 from k2quant.kernels import ops
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.grids import largest_code
@@ -32,12 +33,22 @@ from k2quant.qat.config import QATConfig
 from k2quant.qat.rounding import adapters, scales
 from k2quant.qat.rounding.adapters import LowRank, low_rank
 from k2quant.qat.rounding.autocast import keep_out_of_autocast
-from k2quant.qat.rounding.estimators import clipped, counted_from, learned, learned_into, round_into, straight
+from k2quant.qat.rounding.estimators import (
+    clipped,
+    counted_from,
+    largest_of,
+    learned,
+    learned_into,
+    round_into,
+    straight,
+)
 from k2quant.qat.rounding.rules import ROUNDED, Rule, as_bf16, check_packed, plain_rule
 from k2quant.qat.rounding.scales import LearnedScale, learned_scale
 from k2quant.qat.rounding.shadows import Shadowed, by_module
+from k2quant.qat.rounding.sharing import sharing
 from k2quant.qat.rounding.survey import is_router, rounded_only
 from k2quant.qat.rounding.targets import Part, Target, canonical, find_targets
+from k2quant.qat.run.shards import whole
 
 ATTRIBUTE = "k2quant_qat"
 """Where a prepared model keeps its `Prepared`."""
@@ -74,6 +85,7 @@ class Prepared:
         self.targets: tuple[Target, ...] = tuple(find_targets(model, config))
         """What is fake-quantised, in the model's order."""
         self._quantised = frozenset(self.targets)
+        self._shared = sharing(self.targets, config.format)
         self._bits = config.bits
         self.enabled = True
         """Whether weights are fake-quantised now, not only rounded to BF16."""
@@ -164,19 +176,50 @@ class Prepared:
                 learned_into(out, master, as_bf16(scale.scale().detach()), self._bits)
             else:
                 # Blocks of FP8 may not span the two matrices of a stack that lie one below the other.
-                height = target.height
-                round_into(_matrices(out, height), _matrices(master, height), self.rule(target))
+                height, rule = target.height, self.rule(target)
+                largest = self._largest(target, master) if rule.surveyed else None
+                round_into(_matrices(out, height), _matrices(master, height), rule, largest)
 
-    def stored(self, target: Target, part: Part, rows: slice) -> dict[str, Tensor]:
+    def _largest(self, target: Target, master: Tensor) -> Tensor:
+        """Return the largest magnitude of all that shares a scale of whole matrices, by such parts of a target.
+
+        Args:
+            target: one that is fake-quantised.
+            master: its weights, updated where they are.
+
+        Returns:
+            float32 `[P]`, parts of equal height: of a stack the experts, each with all its matrices.
+        """
+        shared = self._shared[target.name]
+        found = largest_of(master, shared.parts)
+        for partner in shared.partners:
+            weights, update = whole(partner.master), low_rank(partner)
+            with _naming(partner):
+                other = largest_of(weights if update is None else update.merged(weights), 1)
+            found = torch.maximum(found, other.to(found.device))
+        return found
+
+    def _together(self, target: Target) -> tuple[Target, ...]:
+        """Return a target, and what shares a scale with it."""
+        shared = self._shared.get(target.name)
+        return (target,) if shared is None else (target, *shared.partners)
+
+    def stored(self, target: Target, part: Part, rows: slice, settled: Format | None = None) -> dict[str, Tensor]:
         """Return what a checkpoint holds of some rows of a matrix, by suffix, `weight_shape` left out.
 
-        The first row is a multiple of the rows that share a scale.
+        Args:
+            target: one that is fake-quantised.
+            part: the matrix.
+            rows: the first is a multiple of the rows that share a scale.
+            settled: of a format that is `surveyed`, with what was decided of the whole matrix.
         """
         weights = as_bf16(self.master(target, part, rows))
         scale = learned_scale(target)
         with _naming(target, part), counted_from(rows.start):
             if scale is None:
-                return self.rule(target).stored(weights.contiguous())
+                rule = self.rule(target)
+                rule = replace(rule, format=settled) if settled is not None else rule
+                return rule.stored(weights.contiguous())
             check_packed(self._bits)
             factors = as_bf16(part.of(scale.scale().detach())[rows])
             codes, _ = reference.int4_at_scale(weights, factors, self._bits)
@@ -251,7 +294,8 @@ class Prepared:
         if scale is not None and self.enabled:
             return learned(master, scale.scale(), values, self._bits)
         if self.config.estimator == "clipped" and self.enabled and target in self._quantised:
-            return clipped(master, values, self.config.grid, self._bits)
+            rule = self.rule(target)
+            return clipped(master, values, rule, self._largest(target, master.detach()) if rule.surveyed else None)
         return straight(master, values)
 
     def _values(self, target: Target, dtype: torch.dtype) -> Tensor:
@@ -288,7 +332,7 @@ class Prepared:
         return (self.enabled, self._bits, dtype, _steps[0], *moved)
 
     def _sources(self, target: Target) -> list[Tensor]:
-        return [target.master, *self.beside(target)]
+        return [x for each in self._together(target) for x in (each.master, *self.beside(each))]
 
     def beside(self, target: Target) -> list[Tensor]:
         """Return what is trained beside a target's weights."""
@@ -301,7 +345,7 @@ class Prepared:
         A gathered copy keeps version and memory of the last one whatever its values, and what is made of it is as large
         as what sharding saves.
         """
-        return self._objects[target.name]() is target.master
+        return all(self._objects[each.name]() is each.master for each in self._together(target))
 
 
 def prepare(model: nn.Module, config: QATConfig | None = None) -> nn.Module:

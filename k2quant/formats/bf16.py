@@ -99,7 +99,7 @@ class Bf16(Format):
     def unrunnable(self, shape: tuple[int, ...]) -> None:
         """Return None: it is multiplied by torch."""
 
-    def fake_quantized(self, weights: torch.Tensor, bits: int) -> torch.Tensor:
+    def fake_quantized(self, weights: torch.Tensor, bits: int, largest: torch.Tensor | None = None) -> torch.Tensor:
         """Return them."""
         return weights
 

@@ -161,6 +161,8 @@ class Format(ABC):
     """Whether QAT can train for it."""
     bit_widths: ClassVar[tuple[int, ...]] = ()
     """Widths of its codes that QAT can train for; none where there is no choice."""
+    clips: ClassVar[bool] = False
+    """Whether its plain rule clamps codes, so that their gradient can stop there."""
     searches: ClassVar[bool] = False
     """Whether better scales than the rule's can be searched; see `search`."""
     searched_grids: ClassVar[tuple[str, ...]] = ()
@@ -566,7 +568,7 @@ class Format(ABC):
 
     # --- in training ---
 
-    def fake_quantized(self, weights: torch.Tensor, bits: int) -> torch.Tensor:
+    def fake_quantized(self, weights: torch.Tensor, bits: int, largest: torch.Tensor | None = None) -> torch.Tensor:
         """Return what BF16 `[R, K]` is rounded to by the plain rule, as BF16: what the forward pass of QAT sees.
 
         Only for what is `trained`, and for BF16.
@@ -574,11 +576,20 @@ class Format(ABC):
         Args:
             weights: the masters, rounded to BF16.
             bits: width of the codes, where the format has a choice.
+            largest: of a format that is `surveyed` and not settled: float32 `[]`, the largest magnitude of all matrices
+                that share what `settled` decides. A tensor, so that nothing waits for a GPU.
         """
-        raise AssertionError(f"{self.label} is not trained for: {weights.shape}, {bits} bits")  # refused before
+        raise AssertionError(f"{self.label} is not trained for: {weights.shape}, {bits} bits, {largest}")  # refused
+
+    def inside(self, weights: torch.Tensor, bits: int, largest: torch.Tensor | None = None) -> torch.Tensor:
+        """Tell which of the codes that `fake_quantized` rounds to were not clamped, bool `[R, K]`; of what `clips`."""
+        raise AssertionError(f"{self.label} clamps no codes: {weights.shape}, {bits} bits, {largest}")  # refused
 
     def exported(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
-        """Return the streamed tensors of the same values, by suffix: what an export of QAT stores; likewise."""
+        """Return the streamed tensors of the same values, by suffix: what an export of QAT stores; likewise.
+
+        A format that is `surveyed` is settled.
+        """
         raise AssertionError(f"{self.label} is not trained for: {weights.shape}, {bits} bits")  # refused before
 
 

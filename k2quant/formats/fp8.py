@@ -368,7 +368,7 @@ class Fp8(Format):
 
         return empty(self.name, shape, numbers=self.block, device="meta", for_device=on)
 
-    def fake_quantized(self, weights: torch.Tensor, bits: int) -> torch.Tensor:
+    def fake_quantized(self, weights: torch.Tensor, bits: int, largest: torch.Tensor | None = None) -> torch.Tensor:
         """Return codes times scales."""
         from k2quant.kernels import ops
 

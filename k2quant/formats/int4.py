@@ -69,6 +69,7 @@ class Int4(Format):
     searched_grids: ClassVar[tuple[str, ...]] = ("moonshot",)
     trained: ClassVar[bool] = True
     bit_widths: ClassVar[tuple[int, ...]] = FAKE_BITS
+    clips: ClassVar[bool] = True
 
     group: int = INT4_GROUP
     """Columns that share one scale."""
@@ -356,11 +357,17 @@ class Int4(Format):
 
         return empty(self.name, shape, device="meta", for_device=on)
 
-    def fake_quantized(self, weights: torch.Tensor, bits: int) -> torch.Tensor:
+    def fake_quantized(self, weights: torch.Tensor, bits: int, largest: torch.Tensor | None = None) -> torch.Tensor:
         """Return codes times scales, the scales from each group's amax, without recovery (docs/formats.md)."""
         from k2quant.kernels import ops
 
         return ops.fake_quantize_int4(weights, self.grid, bits=bits)
+
+    def inside(self, weights: torch.Tensor, bits: int, largest: torch.Tensor | None = None) -> torch.Tensor:
+        """Tell codes from those beyond the grid."""
+        from k2quant.kernels.codecs import reference
+
+        return reference.int4_inside(weights, self.grid, bits)
 
     def exported(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
         """Return packed words and scales; narrower codes sit in the nibbles of INT4."""

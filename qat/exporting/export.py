@@ -246,9 +246,17 @@ def plan_export(model: nn.Module, base: Checkpoint, *, shard_size: int | None = 
 
 
 def export_options(config: QATConfig, shard_size: int | None = None) -> Options:
-    """Return what the converter is asked for: the same format, scope and grid."""
+    """Return what the converter is asked for: the same format, scope, grid and layout."""
     grid = config.grid if config.format.grids else None
-    return Options(config.to, config.resolved_scope, config.ignore, grid, shard_size, allow_split=config.allow_split)
+    return Options(
+        config.to,
+        config.resolved_scope,
+        config.ignore,
+        grid,
+        shard_size,
+        layout=config.layout,
+        allow_split=config.allow_split,
+    )
 
 
 def _check_again(folder: Path, check: Callable[[Path], None]) -> None:

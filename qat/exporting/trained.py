@@ -102,7 +102,8 @@ class Trained:
     def _parts(self, job: Job, start: int, stop: int) -> Parts:
         target, part, tensor, _ = self.places[key(job.weight)]
         if target is not None and part is not None and self.prepared.quantises(target):
-            stored = self.prepared.stored(target, part, slice(start, stop))
+            settled = job.written if self.prepared.config.format.surveyed else None
+            stored = self.prepared.stored(target, part, slice(start, stop), settled)
             return {suffix: as_bits(values) for suffix, values in stored.items()}
         suffix = next(suffix for suffix, entry in job.outputs.items() if entry.name == job.output_main.name)
         rows = (tensor if tensor.ndim == 2 else tensor.reshape(-1, 1))[start:stop]

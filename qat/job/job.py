@@ -16,7 +16,11 @@ from k2quant.qat.config import QATConfig
 from k2quant.qat.job.sections import Data, Distillation, Optimizer, Saving, Training
 
 _NO_PART = {"model", "output", "saving", "follow_links", "trust_remote_code"}  # in what decides the trained weights
-_YOUNGER = {"data": {"turns": "all", "reasoning": "refuse"}, "training": {"fallback": "rtn"}}
+_YOUNGER = {
+    "data": {"turns": "all", "reasoning": "refuse"},
+    "training": {"fallback": "rtn"},
+    "quantize": {"layout": None},
+}
 """Keys by section that runs of earlier versions do not name, with what they did: a run that was begun goes on."""
 
 

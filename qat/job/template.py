@@ -65,6 +65,7 @@ MEANINGS: Mapping[str, str] = {
     "quantize.to": "format of the export",
     "quantize.bits": "width of INT4's codes; see Ramp",
     "quantize.grid": "rounding rule of INT4; `moonshot` for anything that continues a Kimi release",
+    "quantize.layout": "whose names and config the export has; null: the format's own",
     "quantize.scope": "what is fake-quantised; null: as the table above",
     "quantize.ignore": "regular expressions; a weight in whose name one is found stays out of scope; one that is found "
     "nowhere is an error",
@@ -107,6 +108,7 @@ _CHOICES: Mapping[str, object] = {
     "quantize.to": ExportFormat,
     "quantize.bits": "4, 3, 2, or by the first step of each, {0: null, 100: 8, 200: 4}",
     "quantize.grid": Grid,
+    "quantize.layout": "modelopt, compressed-tensors (NVFP4); deepseek, compressed-tensors (FP8)",
     "quantize.scope": "experts (the routed ones), linear (all but kv_b_proj), projections (all)",
     "quantize.estimator": Estimator,
     "quantize.train": TrainedPart,
@@ -253,7 +255,9 @@ def _adapter(values: Mapping[str, object]) -> Iterator[str]:
 def _entry(key: str, values: Mapping[str, object], part: Field[Any] | None, indent: str) -> Iterator[str]:
     """Yield the comment of a key, and the key; with a # before it where it has its default."""
     said = (
-        MEANINGS[key].replace("see ", "docs/qat.md, ").replace("as the table above", "experts for INT4, linear for FP8")
+        MEANINGS[key]
+        .replace("see ", "docs/qat.md, ")
+        .replace("as the table above", "linear for FP8, experts for the others")
     )
     default = part is not None and part.default is not MISSING
     if words := _CHOICES.get(key):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from k2quant.errors import UsageError
+from k2quant.formats.format import Layout
 from k2quant.formats.known import ExportFormat
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.grids import Grid, largest_code
@@ -34,6 +35,8 @@ def fake_quantize(
     bits: int = 4,
     grid: Grid = "moonshot",
     estimator: Estimator = "plain",
+    layout: Layout | None = None,
+    largest: Tensor | None = None,
 ) -> Tensor:
     """Round weights as an export would store them, with a straight-through gradient.
 
@@ -43,6 +46,10 @@ def fake_quantize(
         bits: width of INT4 codes: 4, 3, 2, or 8.
         grid: the rounding rule of INT4.
         estimator: `plain` or `clipped`; for `learned` there is `fake_quantize_learned`.
+        layout: whose names the export has, which decides the last bits of NVFP4; None: the format's own.
+        largest: of NVFP4, which has one scale for a whole matrix beside those of its blocks: the magnitude from which
+            that is taken, one number or one for each matrix `[..]`, such as the largest of gate and up where engines
+            fuse them; None: each matrix's own.
 
     Returns:
         the same shape and dtype; every value is a BF16 number.
@@ -51,15 +58,36 @@ def fake_quantize(
         UsageError: the weights or the options do not fit.
         ValueAt: a weight is not finite.
     """
-    config = QATConfig(to=to, bits=bits, grid=grid, estimator=estimator)
+    config = QATConfig(to=to, bits=bits, grid=grid, estimator=estimator, layout=layout)
     if estimator == "learned":
         raise UsageError("estimator: learned scales are a tensor of their own; call fake_quantize_learned")
     _check_weights(weights)
     values = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    round_into(values, weights.detach(), plain_rule(config, bits))
+    rule, master = plain_rule(config, bits), weights.detach()
+    known = _largest_asked(rule, master, largest)
+    round_into(values, master, rule, known)
     if estimator == "clipped":
-        return clipped(weights, values, grid, bits)
+        return clipped(weights, values, rule, known)
     return straight(weights, values)
+
+
+def _largest_asked(rule: Rule, master: Tensor, largest: Tensor | None) -> Tensor | None:
+    """Return the largest magnitude for each matrix of a stack, given or its own; None where the rule needs none."""
+    if not rule.surveyed:
+        if largest is not None:
+            raise UsageError(f"largest: {rule.format.name} has no scale of a whole matrix; leave it out")
+        return None
+    own = largest_of(master, master.shape[:-2].numel())
+    if largest is None:
+        return own
+    if largest.shape not in {(), master.shape[:-2]}:
+        raise UsageError(
+            f"largest: expected one number, or one for each matrix of {list(master.shape)}, found {list(largest.shape)}"
+        )
+    given = largest.detach().to(own.device, torch.float32).expand(master.shape[:-2]).reshape(-1)
+    if not ((given >= own) & given.isfinite()).all():
+        raise UsageError("largest: expected finite numbers that no weight exceeds")
+    return given
 
 
 def fake_quantize_learned(weights: Tensor, scale: Tensor, *, bits: int = 4) -> Tensor:
@@ -108,8 +136,34 @@ def pieces(shape: torch.Size, rows_together: int = 1) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def round_into(out: Tensor, master: Tensor, rule: Rule) -> None:
-    """Fill a tensor with what a rule makes of master weights `[.., R, K]`, each matrix of a stack for itself."""
+def largest_of(master: Tensor, count: int) -> Tensor:
+    """Return the largest magnitude, as BF16, of each of `count` parts of equal height of a stack: float32 `[count]`.
+
+    Raises:
+        ValueAt: on a CPU, a weight is not finite; on a GPU, where nothing waits for that, the magnitude is not.
+    """
+    source = as_matrix(master.contiguous())
+    found = torch.zeros(count, device=master.device)
+    for number, part in enumerate(source.view(count, len(source) // max(count, 1), source.shape[-1])):
+        for rows in pieces(part.shape):
+            piece = as_bf16(part[rows])
+            amax = piece.abs().amax().float()
+            if amax.device.type == "cpu" and not amax.isfinite():
+                with counted_from(number * len(part) + rows.start):
+                    reference.require_finite(piece)
+            found[number] = torch.maximum(found[number], amax)
+    return found
+
+
+def round_into(out: Tensor, master: Tensor, rule: Rule, largest: Tensor | None = None) -> None:
+    """Fill a tensor with what a rule makes of master weights `[.., R, K]`, each matrix of a stack for itself.
+
+    Args:
+        out: of the shape of the weights.
+        master: the weights.
+        rule: how they are rounded.
+        largest: float32 `[P]`, where the rule needs it: of each of P parts of equal height of the whole stack.
+    """
     height = master.shape[-2] if master.ndim > 1 else 1
     if height % rule.height:  # blocks would span two matrices
         matrices = zip(out.flatten(0, -3), master.flatten(0, -3), strict=True) if master.ndim > 2 else [(out, master)]
@@ -118,9 +172,20 @@ def round_into(out: Tensor, master: Tensor, rule: Rule) -> None:
                 target.copy_(rule.values(as_bf16(source)))
         return
     flat, source = as_matrix(out), as_matrix(master.contiguous())
-    for rows in pieces(source.shape, rule.height):
+    for rows, one in _ruled(source.shape, rule, largest):
         with counted_from(rows.start):
-            flat[rows].copy_(rule.values(as_bf16(source[rows])))
+            flat[rows].copy_(one.values(as_bf16(source[rows])))
+
+
+def _ruled(shape: torch.Size, rule: Rule, largest: Tensor | None) -> Iterator[tuple[slice, Rule]]:
+    """Yield pieces of a stack seen as one matrix, each with the rule that knows the largest weight of its part."""
+    if largest is None:
+        yield from ((rows, rule) for rows in pieces(shape, rule.height))
+        return
+    height = shape[0] // len(largest)
+    for number, each in enumerate(largest):
+        for rows in pieces(torch.Size((height, shape[1])), rule.height):
+            yield slice(number * height + rows.start, number * height + rows.stop), rule.knowing(each)
 
 
 def learned_into(out: Tensor, master: Tensor, scale: Tensor, bits: int) -> None:
@@ -165,18 +230,18 @@ class _Clipped(Function):
     """The same, with no gradient where a code was clamped; the mask is made anew from the master weight."""
 
     @staticmethod
-    def forward(ctx: Any, master: Tensor, values: Tensor, grid: Grid, bits: int) -> Tensor:
+    def forward(ctx: Any, master: Tensor, values: Tensor, rule: Rule, largest: Tensor | None) -> Tensor:
         ctx.save_for_backward(master)
-        ctx.rule = grid, bits
+        ctx.rule = rule, largest
         return values.view_as(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (master,), (grid, bits) = ctx.saved_tensors, ctx.rule
+        (master,), (rule, largest) = ctx.saved_tensors, ctx.rule
         out = torch.empty_like(master, memory_format=torch.contiguous_format)
         flat, source, grad = as_matrix(out), as_matrix(master.contiguous()), grads[0].reshape(-1, master.shape[-1])
-        for rows in pieces(source.shape):
-            flat[rows] = grad[rows] * reference.int4_inside(as_bf16(source[rows]), grid, bits)
+        for rows, one in _ruled(source.shape, rule, largest):
+            flat[rows] = grad[rows] * one.inside(as_bf16(source[rows]))
         return out, None, None, None
 
 
@@ -217,10 +282,10 @@ def straight(master: Tensor, values: Tensor) -> Tensor:
     return result
 
 
-def clipped(master: Tensor, values: Tensor, grid: Grid, bits: int) -> Tensor:
+def clipped(master: Tensor, values: Tensor, rule: Rule, largest: Tensor | None = None) -> Tensor:
     """Return `values` with a gradient that passes to `master` where no code was clamped."""
     result: Tensor = _Clipped.apply(  # type: ignore[no-untyped-call]
-        master, values, grid, bits
+        master, values, rule, largest
     )
     return result
 

@@ -6,7 +6,7 @@ arithmetic itself is the format's, that of `k2quant.kernels`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,18 +26,36 @@ class Rule:
     """That of `stored`."""
     bits: int
     """Width of the codes; narrower ones than the format's sit in its own."""
+    largest: Tensor | None = None
+    """Float32 `[]`, where the format is `surveyed`: the largest magnitude of the matrices, whole, to which the weights
+    belong. None: that of the weights themselves is in `format`, which was settled."""
 
     @property
     def height(self) -> int:
         """Rows that share a scale, and so are rounded together."""
         return self.format.row_step
 
+    @property
+    def surveyed(self) -> bool:
+        """Whether a matrix must be seen whole before some of its rows are rounded."""
+        return self.format.surveyed
+
+    def knowing(self, largest: Tensor) -> Rule:
+        """Return the rule for rows of matrices with this largest magnitude."""
+        return replace(self, largest=largest)
+
     def values(self, weights: Tensor) -> Tensor:
         """Return what they are rounded to, BF16 `[R, K]`."""
-        return self.format.fake_quantized(weights, self.bits)
+        return self.format.fake_quantized(weights, self.bits, self.largest)
+
+    def inside(self, weights: Tensor) -> Tensor:
+        """Tell which codes are not clamped, bool `[R, K]`."""
+        return self.format.inside(weights, self.bits, self.largest)
 
     def stored(self, weights: Tensor) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint holds of the same values, by suffix, those that are streamed.
+
+        The format is settled.
 
         Raises:
             UsageError: the codes have no place in it.
