@@ -104,9 +104,13 @@ class QATConfig:
         if self.layout is not None and self.layout not in layouts:
             known = " or ".join(layouts) or f"none, for {self.to} has one"
             raise UsageError(f"layout: expected {known}, found {self.layout}")
-        known = ("plain", *(["clipped"] if FORMATS[self.to].clips else []), *(["learned"] if self.bit_widths else []))
-        if self.estimator not in known:
-            said = " or ".join(f"`{name}`" for name in known)
+        estimators = (
+            "plain",
+            *(["clipped"] if FORMATS[self.to].clips else []),
+            *(["learned"] if self.bit_widths else []),
+        )
+        if self.estimator not in estimators:
+            said = " or ".join(f"`{name}`" for name in estimators)
             raise UsageError(
                 f"estimator: {self.to} has a scale from each block's largest weight: only {said} has a meaning"
             )

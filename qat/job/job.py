@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from k2quant.qat.config import QATConfig
 from k2quant.qat.job.sections import Data, Distillation, Optimizer, Saving, Training
 
 _NO_PART = {"model", "output", "saving", "follow_links", "trust_remote_code"}  # in what decides the trained weights
-_YOUNGER = {
+_YOUNGER: Mapping[str, Mapping[str, object]] = {
     "data": {"turns": "all", "reasoning": "refuse"},
     "training": {"fallback": "rtn"},
     "quantize": {"layout": None},
