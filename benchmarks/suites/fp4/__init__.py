@@ -1,0 +1,1 @@
+"""FP4: what it costs in accuracy, and how fast it is made beside its peers."""
