@@ -150,6 +150,7 @@ STEPS = (
     Step("fp8-int4", "bf16", "bit-equal to code * scale"),
     Step("fp8-int4-bf16", "int4", "the bytes of fp8-int4: what lies on the grid stays there", "fp8-int4"),
     Step("fp8-int4", "fp8", "within FP8 rounding"),
+    Step("fp8", "nvfp4", "within NVFP4 rounding"),
 )
 
 

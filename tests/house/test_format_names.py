@@ -33,7 +33,7 @@ DEFAULTS: dict[str, int] = {
     "calib/solving/solve.py": 1,  # what is solved for unless a call says otherwise
     "k2quant/cli/calibrate.py": 1,  # what statistics are taken for, in the command that comes next
     "k2quant/ground/release.py": 1,  # the config of the published model says fp8
-    "k2quant/nano/demo.py": 11,  # the formats that the demo writes, step by step
+    "k2quant/nano/demo.py": 13,  # the formats that the demo writes, step by step
     "qat/config.py": 1,  # what is trained for unless a job says otherwise
     "qat/rounding/estimators.py": 1,  # the same, of the function by itself
 }
