@@ -37,6 +37,15 @@ def new_int4(weights: Tensor) -> Pair:
     )
 
 
+def new_fp4(weights: Tensor, block: int) -> Pair:
+    """Return room for codes and scales of FP4, one scale for so many columns: bytes, both."""
+    rows, columns = weights.shape
+    return (
+        weights.new_empty(rows, columns // 2, dtype=torch.uint8),
+        weights.new_empty(rows, columns // block, dtype=torch.uint8),
+    )
+
+
 def new_fp8(weights: Tensor, block: tuple[int, int]) -> Pair:
     """Return room for codes, as bytes, and scales of FP8."""
     return weights.new_empty(weights.shape, dtype=torch.uint8), weights.new_empty(

@@ -15,7 +15,7 @@ import numpy as np
 
 from k2quant.kernels.codecs.values import U8
 
-NVFP4_STEPS = (0, -1, 1, -2, 2, 3, 4, 5, 6)
+NVFP4_STEPS = (0, -1, 1, 2, 3, 4, 5, 6)
 """Steps of E4M3 bits from the plain scale amax / 6. Four to six steps up lies amax / 4, where the codes reach 4."""
 
 MXFP4_STEPS = (0, -1, 1)
