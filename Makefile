@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types torture mutants package kernels-aot site clean
+.PHONY: demo test lint types torture mutants package kernels-aot fp4-oracles site clean
 
 demo: $(READY)  ## write a small K2, take it through every format and back, check every step
 	$(BIN)/k2quant demo demo-run
@@ -32,6 +32,11 @@ package: $(READY)  ## build wheel and sdist, install the wheel alone elsewhere, 
 
 kernels-aot: $(READY)  ## compile every shipped kernel configuration for three GPU architectures and gate the results
 	$(BIN)/python benchmarks/kernels_aot.py
+
+fp4-oracles:  ## ask ModelOpt, in an environment of its own, what NVFP4 of some matrices is, and keep it for the tests
+	$(PYTHON) -m venv build/modelopt
+	build/modelopt/bin/pip install --quiet --constraint constraints-dev.txt nvidia-modelopt==0.47.0
+	build/modelopt/bin/python benchmarks/suites/fp4/oracles.py tests/data/golden_modelopt_nvfp4.json
 
 site: $(READY)  ## the documents as a site in build/site; a warning is an error
 	$(BIN)/pip install --quiet --constraint constraints-dev.txt --editable ".[docs]"

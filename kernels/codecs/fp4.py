@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from k2quant.kernels.codecs.grids import MXFP4_BLOCK as MXFP4_BLOCK  # noqa: PLC0414 - all constants of FP4 come from here
+from k2quant.kernels.codecs.grids import NVFP4_BLOCK as NVFP4_BLOCK  # noqa: PLC0414 - all constants of FP4 come from here
 from k2quant.kernels.codecs.values import (
     F32,
     U8,
@@ -25,12 +27,6 @@ from k2quant.kernels.codecs.values import (
     has_infinity,
     overflow,
 )
-
-NVFP4_BLOCK = 16
-"""Columns that share an NVFP4 block scale."""
-
-MXFP4_BLOCK = 32
-"""Columns that share an MXFP4 scale."""
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the codes 0 to 7."""
@@ -59,6 +55,7 @@ EMPTY_MULTIPLIES, EMPTY_DIVIDES = 0x38, 0x20
 """E4M3 bits of a block whose quotient is zero: 1.0 in ModelOpt's rule, 0.125 in compressed-tensors'."""
 
 _FULL = np.float32(LARGEST_E2M1 * LARGEST_E4M3)
+_TINY = np.float32(2.0**-126)  # what `generate_gparam` takes for less
 
 
 class TensorScale(NamedTuple):
@@ -87,10 +84,10 @@ def tensor_scale(amax: float, *, divides: bool) -> TensorScale:
     """Return the tensor scale of weights whose largest magnitude is `amax`: what the layout's own tool would write.
 
     It multiplies: float32(amax / 2688), of ModelOpt 0.47 (`NVFP4QTensor.get_weights_scaling_factor_2`). It divides:
-    bf16(float32(2688 / amax)), of compressed-tensors 0.20 (`generate_gparam`, which computes in the weights' dtype).
-    2688 is 6 * 448: the largest weight gets the largest code and the largest block scale.
+    bf16(2688 * bf16(1 / amax)), of compressed-tensors 0.20 (`generate_gparam` of BF16 weights, where torch divides a
+    number by a tensor in two steps). 2688 is 6 * 448: the largest weight gets the largest code and block scale.
 
-    Zeros alone get 1.0. compressed-tensors does so too, also where 2688 / amax exceeds BF16, that is for
+    Zeros alone get 1.0. compressed-tensors does so too, also where that product exceeds BF16, that is for
     amax < 7.9e-36; ModelOpt writes 0 and NaN block scales for zeros, which nobody could read.
 
     Raises:
@@ -104,9 +101,8 @@ def tensor_scale(amax: float, *, divides: bool) -> TensorScale:
     if not divides:
         return TensorScale(float(largest / _FULL), divides)
     with np.errstate(over="ignore"):
-        quotient = _FULL / largest
-    inverse = float(bf16_to_float(float_to_bf16(np.array([quotient], np.float32)))[0]) if quotient < np.inf else np.inf
-    return TensorScale(inverse if inverse < math.inf else 1.0, divides)
+        inverse = _bf16(_FULL * _bf16(np.float32(1) / max(largest, _TINY)))
+    return TensorScale(float(inverse) if inverse < np.inf else 1.0, divides)
 
 
 def input_scale(amax: float, *, divides: bool) -> float:
@@ -255,6 +251,12 @@ def _overflow(codes: U8, scale: F32, block: int) -> ValueAt:
     found = nibbles(codes)
     magnitude = np.array(E2M1, np.float32)[found & 7]
     return overflow(np.where(found > 7, -magnitude, magnitude).astype(np.float32), np.repeat(scale, block, 1))
+
+
+def _bf16(value: np.float32) -> np.float32:
+    """Round one number from 0 up to BF16; too large becomes infinity."""
+    rounded: np.float32 = bf16_to_float(float_to_bf16(np.array([value], np.float32)))[0]
+    return rounded
 
 
 def _e4m3() -> F32:

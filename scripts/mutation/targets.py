@@ -48,8 +48,8 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "kernels/codecs/reference/int4.py": tuple(
         f"{_CODECS}/test_{name}.py" for name in ("int4", "devices", "choose_store")
     ),
-    "kernels/codecs/reference/search.py": (f"{_CODECS}/test_search.py",),
-    "kernels/codecs/scales/search.py": (f"{_CODECS}/test_search.py",),
+    "kernels/codecs/reference/search.py": (f"{_CODECS}/searching",),
+    "kernels/codecs/scales/search.py": (f"{_CODECS}/searching",),
     "qat/rounding/rules.py": _ROUNDING,
     "qat/rounding/scales.py": _ROUNDING,
     "qat/rounding/estimators.py": _ROUNDING,

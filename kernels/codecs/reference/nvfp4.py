@@ -36,8 +36,11 @@ def nvfp4_block_scales(scale: Tensor, tensor: Tensor, *, divides: bool) -> Tenso
 def nvfp4_tensor_scale(amax: Tensor, *, divides: bool) -> Tensor:
     """Return `fp4.tensor_scale` of a float32 tensor that holds one amax, without waiting for its device."""
     full = torch.full_like(amax, LARGEST_E2M1 * LARGEST_E4M3)
-    found = (full / amax).to(torch.bfloat16).float() if divides else amax / full
-    return torch.where((amax == 0) | found.isinf(), torch.ones_like(found), found)
+    if not divides:
+        return torch.where(amax == 0, 1.0, amax / full)
+    inverse = amax.clamp(min=2.0**-126).reciprocal().to(torch.bfloat16).float()
+    found = (full * inverse).to(torch.bfloat16).float()
+    return torch.where((amax == 0) | found.isinf(), 1.0, found)
 
 
 def nvfp4_scales(weights: Tensor, tensor: Tensor, *, divides: bool) -> Tensor:
