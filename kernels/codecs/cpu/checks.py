@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from k2quant.kernels.codecs.cpu.loops import Outcome
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.grids import GROUP
-from k2quant.kernels.codecs.values import F32, I32, U16
+from k2quant.kernels.codecs.values import F32, I32, U8, U16
 
 
 def same(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
@@ -36,6 +36,15 @@ def whole_groups(shape: tuple[int, ...]) -> None:
     """Refuse a matrix that groups of 32 columns do not divide."""
     if shape[1] % GROUP:
         raise ValueError(f"expected a multiple of {GROUP} columns, found {shape[1]}")
+
+
+def same_fp4(shape: tuple[int, ...], scale: U8, block: int, codes: U8 | None = None) -> None:
+    """Refuse scales and bytes that are not those of a matrix of FP4 in blocks of so many columns."""
+    if shape[1] % block:
+        raise ValueError(f"expected a multiple of {block} columns, found {shape[1]}")
+    same(scale.shape, (shape[0], shape[1] // block))
+    if codes is not None:
+        same(codes.shape, (shape[0], shape[1] // 2))
 
 
 def frozen(array: NDArray[Any]) -> NDArray[Any]:

@@ -19,12 +19,12 @@ from numba import njit
 from numpy.typing import NDArray
 
 from k2quant.kernels.codecs import values as explain
-from k2quant.kernels.codecs.values import F64, U8, U16
+from k2quant.kernels.codecs.values import F32, F64, U8, U16
 
 Int = Any  # what numba makes of integers is no one Python type
 I16 = NDArray[np.int16]
 U32 = NDArray[np.uint32]
-U64 = NDArray[np.uint64]
+B1 = NDArray[np.bool_]
 Outcome = tuple[int, float, float, float]
 """Changed weights (-1: a bad value), energy, error, worst."""
 
@@ -151,10 +151,10 @@ def _choose_row(weights: U16, asked: U8, shift: int, amax: U16, scale: U8) -> bo
 
 
 @_jit
-def _store_row(weights: U16, scale: U8, least: I16, shift: int, nibbles: U8, codes: U8) -> None:
+def _store_row(weights: U16, scale: U8, levels: I16, shift: int, nibbles: U8, codes: U8) -> None:
     """Write the codes of a row at its scales: a code is how many of seven magnitudes a weight's reaches."""
     for half in range(weights.size // HALF):
-        at = least[scale[half >> shift]]
+        at = levels[scale[half >> shift]]
         t0, t1, t2, t3, t4, t5, t6, signed = at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7]
         for i in range(half * HALF, half * HALF + HALF):
             weight = weights[i]
@@ -167,12 +167,21 @@ def _store_row(weights: U16, scale: U8, least: I16, shift: int, nibbles: U8, cod
         codes[i] = np.uint8(both[i] | (both[i] >> np.uint16(4)))
 
 
+@_jit
+def _usable(scale: U8, refused: B1) -> bool:
+    """Return whether weights can be divided by every scale of a row."""
+    bad = False
+    for block in range(scale.size):
+        bad |= refused[scale[block]]
+    return not bad
+
+
 # --- panels ---------------------------------------------------------------------------------------------------------
 
 
 @_jit
 def decode(codes: U8, scale: U8, pairs: U32, shift: int, out: U16) -> bool:
-    """Decode rows; return whether no scale is bad and no product exceeds BF16: the table has NaN and infinity there."""
+    """Decode rows; return whether all values are finite: those of bad scales are not, by the table."""
     for row in range(codes.shape[0]):
         _decode_row(codes[row], scale[row], pairs, shift, out[row].view(np.uint32))
         if _largest(out[row]) >= explain.INFINITY:
@@ -182,7 +191,7 @@ def decode(codes: U8, scale: U8, pairs: U32, shift: int, out: U16) -> bool:
 
 @_jit
 def encode(
-    weights: U16, job: int, asked: U8, least: I16, pairs: U32, shift: int, codes: U8, scale: U8
+    weights: U16, job: int, asked: U8, levels: I16, pairs: U32, refused: B1, shift: int, codes: U8, scale: U8
 ) -> Outcome:
     """Encode rows, or one half of it: CHOOSE leaves `codes` alone, STORE takes `scale` as it is."""
     rows, columns = weights.shape
@@ -198,11 +207,31 @@ def encode(
             return -1, 0.0, 0.0, 0.0
         if job == CHOOSE:
             continue
-        _store_row(weights[row], scale[row], least, shift, nibbles, codes[row])
+        if not _usable(scale[row], refused):
+            return -1, 0.0, 0.0, 0.0
+        _store_row(weights[row], scale[row], levels, shift, nibbles, codes[row])
         _decode_row(codes[row], scale[row], pairs, shift, decoded.view(np.uint32))
         count, largest = _tally(weights[row], decoded, energy, error)
         changed, worst = changed + count, max(worst, largest)
     return _total(changed, worst, energy, error)
+
+
+@_jit
+def fake_quantize(
+    weights: U16, asked: U8, levels: I16, pairs: U32, refused: B1, shift: int, scale: U8, out: U16
+) -> bool:
+    """Round rows and back; return whether weights, scales and values are good. `scale` has room for one row's."""
+    columns = weights.shape[1]
+    nibbles, codes = np.empty(columns, np.uint8), np.empty(columns // 2, np.uint8)
+    amax = np.empty(columns // HALF, np.uint16)
+    for row in range(weights.shape[0]):
+        if not (_choose_row(weights[row], asked, shift, amax, scale) and _usable(scale, refused)):
+            return False
+        _store_row(weights[row], scale, levels, shift, nibbles, codes)
+        _decode_row(codes, scale, pairs, shift, out[row].view(np.uint32))
+        if _largest(out[row]) >= explain.INFINITY:
+            return False
+    return True
 
 
 @_jit
@@ -214,33 +243,100 @@ def largest(weights: U16) -> int:
     return np.int64(found)
 
 
-# --- from MXFP4 to NVFP4 --------------------------------------------------------------------------------------------
+@_jit
+def weighted_errors(
+    weights: U16, heavy: F64, mean: F32, levels: I16, pairs: U32, refused: B1, shift: int, scale: U8, sums: F64
+) -> bool:
+    """Write what each row loses at its scales; return whether weights, scales and values are good.
 
-_MAGNITUDES = np.uint64(0x7777777777777777)
+    `mean` has the length 0 where none is known.
+    """
+    columns = weights.shape[1]
+    nibbles, codes, decoded = (
+        np.empty(columns, np.uint8),
+        np.empty(columns // 2, np.uint8),
+        np.empty(columns, np.uint16),
+    )
+    block = HALF << shift
+    lanes, shifts = np.empty(block, np.float64), np.empty(block, np.float64)
+    for row in range(weights.shape[0]):
+        if _largest(weights[row]) >= explain.INFINITY or not _usable(scale[row], refused):
+            return False
+        _store_row(weights[row], scale[row], levels, shift, nibbles, codes)
+        _decode_row(codes, scale[row], pairs, shift, decoded.view(np.uint32))
+        if _largest(decoded) >= explain.INFINITY:
+            return False
+        lanes[:] = 0
+        shifts[:] = 0
+        for first in range(0, columns, block):
+            for lane in range(block):
+                i = first + lane
+                wide = np.float64(_widen(weights[row, i]) - _widen(decoded[i]))
+                lanes[lane] += (wide * wide) * heavy[i]
+                if len(mean):
+                    shifts[lane] += wide * np.float64(mean[i])
+        half = block // 2
+        while half > 0:
+            for lane in range(half):
+                lanes[lane] += lanes[lane + half]
+                shifts[lane] += shifts[lane + half]
+            half //= 2
+        sums[row] = lanes[0] + shifts[0] * shifts[0]
+    return True
+
+
+# --- from MXFP4 to NVFP4 --------------------------------------------------------------------------------------------
 
 
 @_jit
-def exponents(codes: U64, scale: U8) -> tuple[int, int]:
+def _used(codes: U8, row: Int, first: Int, count: Int) -> bool:
+    """Return whether bytes of codes hold more than zeros of either sign."""
+    magnitudes = np.uint8(0)
+    for i in range(first, first + count):
+        magnitudes |= np.uint8(codes[row, i] & np.uint8(0x77))
+    return bool(magnitudes != 0)
+
+
+@_jit
+def exponents(codes: U8, scale: U8) -> tuple[int, int]:
     """Return the least and the largest scale of the blocks that hold more than zeros; 256 and -1 if none does."""
     low, high = np.int64(256), np.int64(-1)
     for row in range(scale.shape[0]):
         for block in range(scale.shape[1]):
-            if (codes[row, 2 * block] | codes[row, 2 * block + 1]) & _MAGNITUDES:
+            if _used(codes, row, block * HALF, HALF):
                 low = min(low, np.int64(scale[row, block]))
                 high = max(high, np.int64(scale[row, block]))
     return low, high
 
 
 @_jit
-def restate(codes_in: U64, scale_in: U8, restated: U8, zero: int, codes: U64, scale: U8) -> bool:
-    """Copy codes, and give each half of a block its scale; return whether all have one: a zero in the table is none."""
-    valid = True
+def restate(codes_in: U8, scale_in: U8, bits: U8, steps: U8, moved: U8, empty: int, codes: U8, scale: U8) -> int:
+    """Copy codes, and give each half of a block its scale; return how many halves were rounded, -1 for a bad scale.
+
+    Args:
+        codes_in: bytes of codes, copied.
+        scale_in: the scales of blocks of 32.
+        bits: by scale: that of a half.
+        steps: by scale: powers of two by which its codes are lowered; more than `moved` has means that it is bad.
+        moved: by powers of two and byte: the codes that they become.
+        empty: the scale of a half that holds zeros alone.
+        codes: bytes of codes.
+        scale: the scales of blocks of 16.
+    """
+    rounded = 0
     for row in range(scale.shape[0]):
         for half in range(scale.shape[1]):
-            word = codes_in[row, half]
-            codes[row, half] = word
-            found = restated[scale_in[row, half >> 1]]
-            holds = (word & _MAGNITUDES) != 0
-            scale[row, half] = found if holds else np.uint8(zero)
-            valid &= bool(found != 0) or not holds
-    return valid
+            block = scale_in[row, half >> 1]
+            first = half * (HALF // 2)
+            used = _used(codes_in, row, first, HALF // 2)
+            scale[row, half] = bits[block] if used else np.uint8(empty)
+            lowered = np.int64(steps[block]) if used else 0
+            for i in range(first, first + HALF // 2):
+                codes[row, i] = codes_in[row, i]
+            if lowered:
+                if lowered >= len(moved):
+                    return -1
+                rounded += 1
+                for i in range(first, first + HALF // 2):
+                    codes[row, i] = moved[lowered, codes_in[row, i]]
+    return rounded

@@ -31,7 +31,7 @@ def plain_nvfp4(amax: U16, tensor: TensorScale) -> tuple[U8, U8]:
     The two differ where a scale would be zero, or less than the least that ModelOpt's rule allows.
     """
     largest = bf16_to_float(amax)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         if tensor.divides:
             quotient = tensor.number * bf16_to_float(float_to_bf16(largest / np.float32(fp4.LARGEST_E2M1)))
         else:

@@ -140,3 +140,38 @@ def _trials(index: U8, trials: U8, factors: F32) -> Trials:
     for each in (index, tables, trials):
         each.flags.writeable = False
     return Trials(index, tables, trials)
+
+
+class Restating(NamedTuple):
+    """What `loops.restate` looks up."""
+
+    bits: U8
+    """By scale of MXFP4: that of NVFP4, `[256]`."""
+    steps: U8
+    """By scale: powers of two by which codes are lowered, as many as change something; 255 where none is small enough."""
+    moved: U8
+    """By powers of two and byte: two codes, lowered, `[6, 256]`."""
+
+
+@lru_cache(maxsize=KEPT)
+def restating(exponent: int) -> Restating:
+    """Return the tables of MXFP4 that becomes NVFP4 at a tensor scale that means 2^exponent."""
+    power = np.arange(256) - fp4.MXFP4_BIAS - exponent
+    stored = np.clip(power, fp4.LEAST_POWER, fp4.MOST_POWER)
+    bits = fp4.float_to_e4m3(np.ldexp(np.float32(1), stored).astype(np.float32))
+    moved = _moved()
+    steps = np.where(power > fp4.MOST_POWER, 255, np.minimum(stored - power, len(moved) - 1)).astype(np.uint8)
+    for each in (bits, steps):
+        each.flags.writeable = False
+    return Restating(bits, steps, moved)
+
+
+@lru_cache(maxsize=1)
+def _moved() -> U8:
+    # 6 * 2^-5 is below 1/4 already: further steps change nothing more.
+    lowered = E2M1 * np.ldexp(np.float32(1), -np.arange(6))[:, None]
+    codes = reaches(lowered[..., None]).sum(2).astype(np.uint8)
+    codes = np.concatenate([codes, codes | 8], 1)
+    found: U8 = np.ascontiguousarray((codes[:, None, :] | codes[:, :, None] << 4).reshape(len(codes), 256))
+    found.flags.writeable = False
+    return found
