@@ -22,7 +22,7 @@ _SHIFT = 1  # two half blocks of the loops share a scale
 def decode(codes: U8, scale: U8, out: U16) -> None:
     """Multiply each block of codes by its power of two. See `seam.Mxfp4Codec`."""
     same_fp4(out.shape, scale, MXFP4_BLOCK, codes)
-    if not loops.decode(frozen(codes), frozen(scale), mxfp4_tables().pairs, _SHIFT, out):
+    if not loops.decode(frozen(codes), frozen(scale), mxfp4_tables(), _SHIFT, out):
         raise fp4.bad_mxfp4(codes, scale)
 
 
@@ -30,7 +30,7 @@ def choose(weights: U16, scale: U8) -> None:
     """Compute each block's scale. See `seam.Mxfp4Codec`."""
     same_fp4(weights.shape, scale, MXFP4_BLOCK)
     untouched = np.empty((len(weights), 0), np.uint8)
-    if figures(0, loops.encode(frozen(weights), loops.CHOOSE, *mxfp4_tables(), _SHIFT, untouched, scale)) is None:
+    if figures(0, loops.encode(frozen(weights), loops.CHOOSE, mxfp4_tables(), _SHIFT, untouched, scale)) is None:
         raise explain.bad_weight(weights)
 
 
@@ -38,7 +38,7 @@ def store(weights: U16, scale: U8, codes: U8) -> Figures:
     """Round to codes at the scales that are given. See `seam.Mxfp4Codec`."""
     same_fp4(weights.shape, scale, MXFP4_BLOCK, codes)
     own = np.array(scale)  # writable, as `encode` has it: one signature for both
-    outcome = loops.encode(frozen(weights), loops.STORE, *mxfp4_tables(), _SHIFT, codes, own)
+    outcome = loops.encode(frozen(weights), loops.STORE, mxfp4_tables(), _SHIFT, codes, own)
     found = figures(weights.size, outcome)
     if found is None:
         raise _bad(weights, scale)
@@ -48,7 +48,7 @@ def store(weights: U16, scale: U8, codes: U8) -> Figures:
 def encode(weights: U16, codes: U8, scale: U8) -> Figures:
     """Compute each block's scale, then round to codes. See `seam.Mxfp4Codec`."""
     same_fp4(weights.shape, scale, MXFP4_BLOCK, codes)
-    outcome = loops.encode(frozen(weights), loops.ENCODE, *mxfp4_tables(), _SHIFT, codes, scale)
+    outcome = loops.encode(frozen(weights), loops.ENCODE, mxfp4_tables(), _SHIFT, codes, scale)
     found = figures(weights.size, outcome)
     if found is None:
         raise fp4.bad_block(weights, "an MXFP4")
@@ -59,15 +59,15 @@ def search(weights: U16, importance: F32 | None, scale: U8, *, mean: F32 | None 
     """Choose the scale of least error for each block. See `seam.Mxfp4Codec`."""
     known = search_weights(importance, mean, weights.shape[1], MXFP4_BLOCK)
     choose(weights, scale)
-    search_loops.search(frozen(weights), *known, *mxfp4_trials(), scale)
+    search_loops.search(frozen(weights), *known, mxfp4_trials(), scale)
 
 
 def weighted_error(weights: U16, scale: U8, importance: F32 | None, *, mean: F32 | None = None) -> float:
     """Return what rounding at these scales loses, each column weighed. See `seam.Mxfp4Codec`."""
     same_fp4(weights.shape, scale, MXFP4_BLOCK)
     known, sums = weighing(importance, mean, weights.shape[1]), np.empty(len(weights), np.float64)
-    _, *tables = mxfp4_tables()
-    if not loops.weighted_errors(frozen(weights), *known, *tables, _SHIFT, frozen(scale), sums):
+    tables = mxfp4_tables()
+    if not loops.weighted_errors(frozen(weights), *known, tables, _SHIFT, frozen(scale), sums):
         raise _bad(weights, scale)
     return math.fsum(sums)
 
@@ -86,7 +86,7 @@ def fake_quantize(weights: U16, out: U16) -> None:
     same(weights.shape, out.shape)
     scale = np.empty(weights.shape[1] // MXFP4_BLOCK, np.uint8)
     same_fp4((1, weights.shape[1]), scale[None], MXFP4_BLOCK)
-    if not loops.fake_quantize(frozen(weights), *mxfp4_tables(), _SHIFT, scale, out):
+    if not loops.fake_quantize(frozen(weights), mxfp4_tables(), _SHIFT, scale, out):
         raise fp4.bad_block(weights, "an MXFP4")
 
 

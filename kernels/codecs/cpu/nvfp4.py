@@ -12,7 +12,8 @@ from k2quant.kernels.codecs.cpu import mxfp4
 from k2quant.kernels.codecs.cpu.checks import figures, frozen, same, same_fp4
 from k2quant.kernels.codecs.cpu.fp4 import loops, search_loops
 from k2quant.kernels.codecs.cpu.fp4.columns import search_weights, weighing
-from k2quant.kernels.codecs.cpu.fp4.tables import Tables, nvfp4_tables, nvfp4_trials, restating
+from k2quant.kernels.codecs.cpu.fp4.loops import Tables
+from k2quant.kernels.codecs.cpu.fp4.tables import nvfp4_tables, nvfp4_trials, restating
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.kernels.codecs.fp4 import MXFP4_BLOCK, NVFP4_BLOCK, TensorScale
 from k2quant.kernels.codecs.values import F32, U8, U16, ValueAt, bf16_to_float
@@ -27,7 +28,7 @@ def decode(codes: U8, scale: U8, tensor: TensorScale, out: U16) -> None:
     """Multiply each block of codes by its scale in use. See `seam.Nvfp4Codec`."""
     same_fp4(out.shape, scale, NVFP4_BLOCK, codes)
     fp4.check_tensor(tensor)
-    if not loops.decode(frozen(codes), frozen(scale), nvfp4_tables(tensor).pairs, _SHIFT, out):
+    if not loops.decode(frozen(codes), frozen(scale), nvfp4_tables(tensor), _SHIFT, out):
         raise fp4.bad_nvfp4(codes, scale, tensor)
 
 
@@ -44,7 +45,7 @@ def choose(weights: U16, tensor: TensorScale, scale: U8) -> None:
     same_fp4(weights.shape, scale, NVFP4_BLOCK)
     untouched = np.empty((len(weights), 0), np.uint8)
     if (
-        figures(0, loops.encode(frozen(weights), loops.CHOOSE, *_to_divide(weights, tensor), _SHIFT, untouched, scale))
+        figures(0, loops.encode(frozen(weights), loops.CHOOSE, _to_divide(weights, tensor), _SHIFT, untouched, scale))
         is None
     ):
         raise explain.bad_weight(weights)
@@ -54,7 +55,7 @@ def store(weights: U16, scale: U8, tensor: TensorScale, codes: U8) -> Figures:
     """Round to codes at the block scales that are given. See `seam.Nvfp4Codec`."""
     same_fp4(weights.shape, scale, NVFP4_BLOCK, codes)
     own = np.array(scale)  # writable, as `encode` has it: one signature for both
-    outcome = loops.encode(frozen(weights), loops.STORE, *_to_divide(weights, tensor), _SHIFT, codes, own)
+    outcome = loops.encode(frozen(weights), loops.STORE, _to_divide(weights, tensor), _SHIFT, codes, own)
     found = figures(weights.size, outcome)
     if found is None:
         raise _bad(weights, scale, tensor)
@@ -64,7 +65,7 @@ def store(weights: U16, scale: U8, tensor: TensorScale, codes: U8) -> Figures:
 def encode(weights: U16, tensor: TensorScale, codes: U8, scale: U8) -> Figures:
     """Compute each block's scale, then round to codes. See `seam.Nvfp4Codec`."""
     same_fp4(weights.shape, scale, NVFP4_BLOCK, codes)
-    outcome = loops.encode(frozen(weights), loops.ENCODE, *_to_divide(weights, tensor), _SHIFT, codes, scale)
+    outcome = loops.encode(frozen(weights), loops.ENCODE, _to_divide(weights, tensor), _SHIFT, codes, scale)
     found = figures(weights.size, outcome)
     if found is None:
         raise _at_plain_scales(weights, tensor)
@@ -75,7 +76,7 @@ def search(weights: U16, importance: F32 | None, tensor: TensorScale, scale: U8,
     """Choose the scale of least error for each block. See `seam.Nvfp4Codec`."""
     known = search_weights(importance, mean, weights.shape[1], NVFP4_BLOCK)
     choose(weights, tensor, scale)
-    search_loops.search(frozen(weights), *known, *nvfp4_trials(tensor), scale)
+    search_loops.search(frozen(weights), *known, nvfp4_trials(tensor), scale)
 
 
 def weighted_error(
@@ -84,8 +85,8 @@ def weighted_error(
     """Return what rounding at these scales loses, each column weighed. See `seam.Nvfp4Codec`."""
     same_fp4(weights.shape, scale, NVFP4_BLOCK)
     known, sums = weighing(importance, mean, weights.shape[1]), np.empty(len(weights), np.float64)
-    _, *tables = _to_divide(weights, tensor)
-    if not loops.weighted_errors(frozen(weights), *known, *tables, _SHIFT, frozen(scale), sums):
+    tables = _to_divide(weights, tensor)
+    if not loops.weighted_errors(frozen(weights), *known, tables, _SHIFT, frozen(scale), sums):
         raise _bad(weights, scale, tensor)
     return math.fsum(sums)
 
@@ -98,7 +99,7 @@ def restate(codes_in: U8, scale_in: U8, exponent: int, tensor: TensorScale, code
     if scale_in.max(initial=0) >= _LARGE_E8M0:
         mxfp4.decode(codes_in, scale_in, np.empty(shape, np.uint16))  # for its checks
     tables = restating(exponent)
-    rounded = int(loops.restate(frozen(codes_in), frozen(scale_in), *tables, tensor.empty, codes, scale))
+    rounded = int(loops.restate(frozen(codes_in), frozen(scale_in), tables, tensor.empty, codes, scale))
     if rounded < 0:
         raise _beyond(codes_in, scale_in, exponent)
     return rounded
@@ -109,7 +110,7 @@ def fake_quantize(weights: U16, tensor: TensorScale, out: U16) -> None:
     same(weights.shape, out.shape)
     scale = np.empty(weights.shape[1] // NVFP4_BLOCK, np.uint8)
     same_fp4((1, weights.shape[1]), scale[None], NVFP4_BLOCK)
-    if not loops.fake_quantize(frozen(weights), *_to_divide(weights, tensor), _SHIFT, scale, out):
+    if not loops.fake_quantize(frozen(weights), _to_divide(weights, tensor), _SHIFT, scale, out):
         raise _at_plain_scales(weights, tensor)
 
 

@@ -6,13 +6,13 @@ largest magnitude asks for. A rule therefore stands in one place only, and no lo
 columns, MXFP4's 32: loops walk in halves of 16, and `shift` says how many of them share a scale, as a power of two.
 
 Rows are encoded, decoded again and compared while they are in the first-level cache; sums are kept as those of
-`cpu.loops` are, whose `_tally` stands here again: numba's cache notices an edit only in the file of the function that is
-compiled, so this file calls none of another.
+`cpu.loops` are, whose `_tally` stands here again: numba's cache notices an edit only in the file of the function that
+is compiled, so this file calls none of another.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -33,6 +33,31 @@ LANES = 128
 
 HALF = 16
 """Columns that loops take at a time: a block of NVFP4, half a block of MXFP4."""
+
+
+class Tables(NamedTuple):
+    """What is looked up: `tables` fills it."""
+
+    asked: U8
+    """By a block's amax, as BF16 bits: the scale that `choose` gives it, `[32640]`."""
+    levels: I16
+    """By scale: the least magnitudes of the codes 1 to 7, and from which one on a weight keeps its sign, `[256, 8]`."""
+    pairs: U32
+    """By scale and byte: the BF16 values of two codes, `[256, 256]`; not finite where the scale is bad."""
+    refused: B1
+    """By scale: whether nothing can be divided by it, `[256]`."""
+
+
+class Restating(NamedTuple):
+    """What `restate` looks up."""
+
+    bits: U8
+    """By scale of MXFP4: that of NVFP4, `[256]`."""
+    steps: U8
+    """By scale: powers of two by which codes are lowered, as many as change something; 255: it is too large."""
+    moved: U8
+    """By powers of two and byte: two codes, lowered, `[6, 256]`."""
+
 
 ENCODE, CHOOSE, STORE = 0, 1, 2  # what a call is for: scales and codes, scales alone, codes at scales that are there
 
@@ -180,19 +205,17 @@ def _usable(scale: U8, refused: B1) -> bool:
 
 
 @_jit
-def decode(codes: U8, scale: U8, pairs: U32, shift: int, out: U16) -> bool:
+def decode(codes: U8, scale: U8, tables: Tables, shift: int, out: U16) -> bool:
     """Decode rows; return whether all values are finite: those of bad scales are not, by the table."""
     for row in range(codes.shape[0]):
-        _decode_row(codes[row], scale[row], pairs, shift, out[row].view(np.uint32))
+        _decode_row(codes[row], scale[row], tables.pairs, shift, out[row].view(np.uint32))
         if _largest(out[row]) >= explain.INFINITY:
             return False
     return True
 
 
 @_jit
-def encode(
-    weights: U16, job: int, asked: U8, levels: I16, pairs: U32, refused: B1, shift: int, codes: U8, scale: U8
-) -> Outcome:
+def encode(weights: U16, job: int, tables: Tables, shift: int, codes: U8, scale: U8) -> Outcome:
     """Encode rows, or one half of it: CHOOSE leaves `codes` alone, STORE takes `scale` as it is."""
     rows, columns = weights.shape
     nibbles, decoded = np.empty(columns, np.uint8), np.empty(columns, np.uint16)
@@ -203,39 +226,37 @@ def encode(
         if job == STORE:
             if _largest(weights[row]) >= explain.INFINITY:
                 return -1, 0.0, 0.0, 0.0
-        elif not _choose_row(weights[row], asked, shift, amax, scale[row]):
+        elif not _choose_row(weights[row], tables.asked, shift, amax, scale[row]):
             return -1, 0.0, 0.0, 0.0
         if job == CHOOSE:
             continue
-        if not _usable(scale[row], refused):
+        if not _usable(scale[row], tables.refused):
             return -1, 0.0, 0.0, 0.0
-        _store_row(weights[row], scale[row], levels, shift, nibbles, codes[row])
-        _decode_row(codes[row], scale[row], pairs, shift, decoded.view(np.uint32))
+        _store_row(weights[row], scale[row], tables.levels, shift, nibbles, codes[row])
+        _decode_row(codes[row], scale[row], tables.pairs, shift, decoded.view(np.uint32))
         count, largest = _tally(weights[row], decoded, energy, error)
         changed, worst = changed + count, max(worst, largest)
     return _total(changed, worst, energy, error)
 
 
 @_jit
-def fake_quantize(
-    weights: U16, asked: U8, levels: I16, pairs: U32, refused: B1, shift: int, scale: U8, out: U16
-) -> bool:
+def fake_quantize(weights: U16, tables: Tables, shift: int, scale: U8, out: U16) -> bool:
     """Round rows and back; return whether weights, scales and values are good. `scale` has room for one row's."""
     columns = weights.shape[1]
     nibbles, codes = np.empty(columns, np.uint8), np.empty(columns // 2, np.uint8)
     amax = np.empty(columns // HALF, np.uint16)
     for row in range(weights.shape[0]):
-        if not (_choose_row(weights[row], asked, shift, amax, scale) and _usable(scale, refused)):
+        if not (_choose_row(weights[row], tables.asked, shift, amax, scale) and _usable(scale, tables.refused)):
             return False
-        _store_row(weights[row], scale, levels, shift, nibbles, codes)
-        _decode_row(codes, scale, pairs, shift, out[row].view(np.uint32))
+        _store_row(weights[row], scale, tables.levels, shift, nibbles, codes)
+        _decode_row(codes, scale, tables.pairs, shift, out[row].view(np.uint32))
         if _largest(out[row]) >= explain.INFINITY:
             return False
     return True
 
 
 @_jit
-def largest(weights: U16) -> int:
+def largest(weights: U16) -> Int:
     """Return the largest magnitude of all rows, as BF16 bits."""
     found = np.uint16(0)
     for row in range(weights.shape[0]):
@@ -244,9 +265,7 @@ def largest(weights: U16) -> int:
 
 
 @_jit
-def weighted_errors(
-    weights: U16, heavy: F64, mean: F32, levels: I16, pairs: U32, refused: B1, shift: int, scale: U8, sums: F64
-) -> bool:
+def weighted_errors(weights: U16, heavy: F64, mean: F32, tables: Tables, shift: int, scale: U8, sums: F64) -> bool:
     """Write what each row loses at its scales; return whether weights, scales and values are good.
 
     `mean` has the length 0 where none is known.
@@ -260,10 +279,10 @@ def weighted_errors(
     block = HALF << shift
     lanes, shifts = np.empty(block, np.float64), np.empty(block, np.float64)
     for row in range(weights.shape[0]):
-        if _largest(weights[row]) >= explain.INFINITY or not _usable(scale[row], refused):
+        if _largest(weights[row]) >= explain.INFINITY or not _usable(scale[row], tables.refused):
             return False
-        _store_row(weights[row], scale[row], levels, shift, nibbles, codes)
-        _decode_row(codes, scale[row], pairs, shift, decoded.view(np.uint32))
+        _store_row(weights[row], scale[row], tables.levels, shift, nibbles, codes)
+        _decode_row(codes, scale[row], tables.pairs, shift, decoded.view(np.uint32))
         if _largest(decoded) >= explain.INFINITY:
             return False
         lanes[:] = 0
@@ -298,7 +317,7 @@ def _used(codes: U8, row: Int, first: Int, count: Int) -> bool:
 
 
 @_jit
-def exponents(codes: U8, scale: U8) -> tuple[int, int]:
+def exponents(codes: U8, scale: U8) -> tuple[Int, Int]:
     """Return the least and the largest scale of the blocks that hold more than zeros; 256 and -1 if none does."""
     low, high = np.int64(256), np.int64(-1)
     for row in range(scale.shape[0]):
@@ -310,18 +329,10 @@ def exponents(codes: U8, scale: U8) -> tuple[int, int]:
 
 
 @_jit
-def restate(codes_in: U8, scale_in: U8, bits: U8, steps: U8, moved: U8, empty: int, codes: U8, scale: U8) -> int:
+def restate(codes_in: U8, scale_in: U8, tables: Restating, empty: int, codes: U8, scale: U8) -> int:
     """Copy codes, and give each half of a block its scale; return how many halves were rounded, -1 for a bad scale.
 
-    Args:
-        codes_in: bytes of codes, copied.
-        scale_in: the scales of blocks of 32.
-        bits: by scale: that of a half.
-        steps: by scale: powers of two by which its codes are lowered; more than `moved` has means that it is bad.
-        moved: by powers of two and byte: the codes that they become.
-        empty: the scale of a half that holds zeros alone.
-        codes: bytes of codes.
-        scale: the scales of blocks of 16.
+    `empty` is the scale of a half that holds zeros alone.
     """
     rounded = 0
     for row in range(scale.shape[0]):
@@ -329,14 +340,14 @@ def restate(codes_in: U8, scale_in: U8, bits: U8, steps: U8, moved: U8, empty: i
             block = scale_in[row, half >> 1]
             first = half * (HALF // 2)
             used = _used(codes_in, row, first, HALF // 2)
-            scale[row, half] = bits[block] if used else np.uint8(empty)
-            lowered = np.int64(steps[block]) if used else 0
+            scale[row, half] = tables.bits[block] if used else np.uint8(empty)
+            lowered = np.int64(tables.steps[block]) if used else 0
             for i in range(first, first + HALF // 2):
                 codes[row, i] = codes_in[row, i]
             if lowered:
-                if lowered >= len(moved):
+                if lowered >= len(tables.moved):
                     return -1
                 rounded += 1
                 for i in range(first, first + HALF // 2):
-                    codes[row, i] = moved[lowered, codes_in[row, i]]
+                    codes[row, i] = tables.moved[lowered, codes_in[row, i]]
     return rounded

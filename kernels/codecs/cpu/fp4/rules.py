@@ -45,4 +45,5 @@ def plain_nvfp4(amax: U16, tensor: TensorScale) -> tuple[U8, U8]:
 
 def plain_mxfp4(amax: U16) -> U8:
     """Return the scales that `choose` gives blocks of these largest magnitudes, BF16 bits."""
-    return np.maximum(((amax.astype(np.int32) + 0x20) >> 7) - 2, 0).astype(np.uint8)
+    found: U8 = np.maximum(((amax.astype(np.int32) + 0x20) >> 7) - 2, 0).astype(np.uint8)
+    return found

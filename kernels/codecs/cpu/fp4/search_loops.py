@@ -16,7 +16,7 @@ language: in plain operations on vectors, which it turns into instructions of wh
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -35,6 +35,18 @@ NVFP4_TRIALS, MXFP4_TRIALS = 8, 4
 
 LEVELS = 14
 """Rows of a candidate's table: seven magnitudes, seven values."""
+
+
+class Trials(NamedTuple):
+    """Candidates of every block: `tables` fills it."""
+
+    place: U8
+    """By a block's amax, as BF16 bits: the row that has its candidates."""
+    tables: I16
+    """`[rows, 14, candidates]`, see the head of the file."""
+    scales: U8
+    """The candidates, `[rows, candidates]`; 8 of them in NVFP4, 4 in MXFP4."""
+
 
 _ROWS = 8  # of a block: 16 lanes of float32 each
 _HALF, _WORD, _LONG, _FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -101,8 +113,8 @@ class _Code:
             magnitude, found = self.spread(weights, both, 32), _same(_HALF, 32, 0)
             for start, value in zip(levels[: LEVELS // 2], levels[LEVELS // 2 :], strict=True):
                 found = self.builder.select(self.builder.icmp_signed(">=", magnitude, start), value, found)
-            for lanes in (range(16), range(16, 32)):
-                rows.append(self.floats(self.widened(self.shuffle(found, list(lanes)))))
+            halves = (self.shuffle(found, list(range(first, first + 16))) for first in (0, 16))
+            rows += [self.floats(self.widened(half)) for half in halves]
         return rows
 
     def differences(self, weights: list[Any], table: Any, unit: Any) -> list[Any]:
@@ -197,22 +209,20 @@ def _largest(weights: U16) -> np.uint16:
 
 
 @_jit
-def search(weights: U16, heavy: F32, mean: F32, index: U8, tables: I16, trials: U8, scale: U8) -> None:
+def search(weights: U16, heavy: F32, mean: F32, trials: Trials, scale: U8) -> None:
     """Replace the scale of each block by the candidate of least error; leave blocks that are not searched.
 
     Args:
         weights: BF16 bits, all finite.
         heavy: what each column weighs.
         mean: of each column; of length 0 where none is known.
-        index: by amax, as BF16 bits: the row of `tables` and `trials` that has the candidates.
-        tables: `[rows, 14, candidates]`, see the head of the file.
-        trials: the candidates, `[rows, candidates]`; 8 of them in NVFP4, 4 in MXFP4.
+        trials: their candidates.
         scale: changed in place.
     """
-    columns, blocks, candidates = weights.shape[1], scale.shape[1], trials.shape[1]
+    columns, blocks, candidates = weights.shape[1], scale.shape[1], trials.scales.shape[1]
     block = columns // blocks
     amax = np.empty(blocks, np.uint16)
-    every_weight, every_table = np.int64(weights.ctypes.data), np.int64(tables.ctypes.data)
+    every_weight, every_table = np.int64(weights.ctypes.data), np.int64(trials.tables.ctypes.data)
     every_heavy, every_mean = np.int64(heavy.ctypes.data), np.int64(mean.ctypes.data)
     shifts = len(mean) > 0
     for row in range(scale.shape[0]):
@@ -223,7 +233,7 @@ def search(weights: U16, heavy: F32, mean: F32, index: U8, tables: I16, trials: 
             if largest < LEAST_AMAX or largest >= LARGE_AMAX:
                 continue
             unit = np.uint32((254 - (np.int64(largest) >> 7)) << 23).view(np.float32)
-            at, first = np.int64(index[largest]), each * block
+            at, first = np.int64(trials.place[largest]), each * block
             here = every_weight + (row * columns + first) * 2
             table = every_table + at * LEVELS * candidates * 2
             weigh, means = every_heavy + first * 4, every_mean + first * 4
@@ -236,4 +246,4 @@ def search(weights: U16, heavy: F32, mean: F32, index: U8, tables: I16, trials: 
                 best = _mxfp4_shifted(here, table, weigh, means, unit)
             else:
                 best = _mxfp4(here, table, weigh, means, unit)
-            scale[row, each] = trials[at, best]
+            scale[row, each] = trials.scales[at, best]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from k2quant.kernels.codecs import fp4
+from k2quant.kernels.codecs.cpu.fp4.loops import Restating, Tables
 from k2quant.kernels.codecs.cpu.fp4.rules import E2M1, plain_mxfp4, plain_nvfp4, reaches, rounded
-from k2quant.kernels.codecs.cpu.fp4.search_loops import LEVELS, MXFP4_TRIALS
+from k2quant.kernels.codecs.cpu.fp4.search_loops import MXFP4_TRIALS, Trials
 from k2quant.kernels.codecs.fp4 import TensorScale
 from k2quant.kernels.codecs.scales.fp4 import mxfp4_candidates, nvfp4_candidates
 from k2quant.kernels.codecs.values import F32, INFINITY, U8, U16, bf16_to_float, e8m0_to_float
@@ -30,27 +30,6 @@ _ALL = np.arange(256, dtype=np.uint8)
 _AMAXES = np.arange(INFINITY, dtype=np.uint16)
 
 
-class Tables(NamedTuple):
-    """What encoding and decoding look up."""
-
-    asked: U8
-    """By a block's amax, as BF16 bits: the scale that `choose` gives it, `[32640]`."""
-    levels: I16
-    """By scale: the least magnitudes of the codes 1 to 7, and from which one on a weight keeps its sign, `[256, 8]`."""
-    pairs: U32
-    """By scale and byte: the BF16 values of two codes, `[256, 256]`; not finite where the scale is bad."""
-    refused: NDArray[np.bool_]
-    """By scale: whether nothing can be divided by it, `[256]`."""
-
-
-class Trials(NamedTuple):
-    """What a search looks up: see `search_loops.search`."""
-
-    index: U8
-    tables: I16
-    trials: U8
-
-
 @lru_cache(maxsize=KEPT)
 def nvfp4_tables(tensor: TensorScale) -> Tables:
     """Return the tables of NVFP4 beside a tensor scale that is not bad."""
@@ -61,14 +40,14 @@ def nvfp4_tables(tensor: TensorScale) -> Tables:
 
 @lru_cache(maxsize=KEPT)
 def nvfp4_trials(tensor: TensorScale) -> Trials:
-    """Return what a search for NVFP4 scales looks up; row 0 has the candidates where the plain scale is no neighbour."""
+    """Return what a search for NVFP4 scales looks up; row 0 is for blocks whose plain scale is no neighbour."""
     plain, near = plain_nvfp4(_AMAXES, tensor)
     rounds = np.arange(fp4.NAN_E4M3, dtype=np.uint8)
     rounds[0] = 1
     scales = rounds.copy()
     scales[0] = tensor.empty
-    index = np.where(plain == np.maximum(near, 1), plain, 0).astype(np.uint8)
-    return _trials(index, nvfp4_candidates(scales, rounds), fp4.block_scales(_ALL, tensor))
+    place = np.where(plain == np.maximum(near, 1), plain, 0).astype(np.uint8)
+    return _trials(place, nvfp4_candidates(scales, rounds), fp4.block_scales(_ALL, tensor))
 
 
 @lru_cache(maxsize=1)
@@ -106,7 +85,7 @@ def _least(holds: Callable[[U16], NDArray[np.bool_]], shape: tuple[int, int]) ->
     """Return from which magnitude on, as BF16 bits, something holds that grows with it; infinity if it never does."""
     low, high = np.zeros(shape, np.uint16), np.full(shape, INFINITY, np.uint16)
     for _ in range(INFINITY.bit_length()):
-        middle = (low + high) >> 1
+        middle: U16 = ((low + high) >> 1).astype(np.uint16)
         found = holds(middle) & (low < high)
         high = np.where(found, middle, high)
         low = np.where(found | (low == high), low, middle + 1)
@@ -122,35 +101,22 @@ def _values(factors: F32) -> U16:
 def _tables(asked: U8, factors: F32, levels: I16) -> Tables:
     values = _values(factors).astype(np.uint32)
     values[np.isnan(factors) | np.signbit(factors)] = INFINITY
-    pairs = (values[:, None, :] | values[:, :, None] << 16).reshape(256, 256)
+    pairs: U32 = (values[:, None, :] | values[:, :, None] << 16).astype(np.uint32).reshape(256, 256)
     refused = ~np.isfinite(factors) | (factors <= 0)
     for each in (asked, levels, pairs, refused):
         each.flags.writeable = False
     return Tables(asked, levels, pairs, refused)
 
 
-def _trials(index: U8, trials: U8, factors: F32) -> Trials:
+def _trials(place: U8, trials: U8, factors: F32) -> Trials:
     levels, values = levels_of(factors, zeros_keep_signs=True), _values(factors)[:, :8]
     levels[values[:, 0] == INFINITY] = 0  # what is no number errs infinitely, zeros included
     values[values[:, 0] == INFINITY] = INFINITY
     rows = np.concatenate([levels[:, :7], values[:, 1:].astype(np.int16)], 1)
     tables = np.ascontiguousarray(rows[trials].transpose(0, 2, 1))
-    if tables.shape[1] != LEVELS:
-        raise ValueError(f"expected {LEVELS} levels, found {tables.shape[1]}")
-    for each in (index, tables, trials):
+    for each in (place, tables, trials):
         each.flags.writeable = False
-    return Trials(index, tables, trials)
-
-
-class Restating(NamedTuple):
-    """What `loops.restate` looks up."""
-
-    bits: U8
-    """By scale of MXFP4: that of NVFP4, `[256]`."""
-    steps: U8
-    """By scale: powers of two by which codes are lowered, as many as change something; 255 where none is small enough."""
-    moved: U8
-    """By powers of two and byte: two codes, lowered, `[6, 256]`."""
+    return Trials(place, tables, trials)
 
 
 @lru_cache(maxsize=KEPT)
