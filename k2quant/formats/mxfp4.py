@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from k2quant.errors import CheckpointError, DtypeMismatch, ShapeMismatch
+from k2quant.errors import CheckpointError, DtypeMismatch, ShapeMismatch, UnsupportedFormat
 from k2quant.formats.configs import compressed_tensors
+from k2quant.formats.configs.keys import FILE, empty, shown
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.format import Entry, Format, Layout, Method, Neighbours, Parts, Scope, Stored, matrix
 from k2quant.kernels.codecs.grids import MXFP4_BLOCK
@@ -180,6 +181,28 @@ class Mxfp4(Format):
     def claims(cls, scheme: Mapping[str, Any]) -> bool:
         """Tell symmetric 4-bit floats from all else."""
         return {key: scheme.get(key) for key in _SCHEME} == _SCHEME
+
+
+    @classmethod
+    def check_config(cls, block: Mapping[str, Any], stored: list[tuple[Format, tuple[int, ...]]]) -> None:
+        """Compare the group size with the weights that are there."""
+        check_group(block, MXFP4_BLOCK, "group", "uint8")
+
+
+def check_group(scheme: Mapping[str, Any], block: int, strategy: str, scale_dtype: str) -> None:
+    """Refuse a config group of compressed-tensors that says another block, strategy or dtype of the scales.
+
+    Raises:
+        UnsupportedFormat: it does.
+    """
+    said = {"group_size": block, "strategy": strategy, "scale_dtype": f"torch.{scale_dtype}"}
+    for name, value in said.items():
+        found = scheme.get(name)
+        plain = str(found).removeprefix("torch.") if name == "scale_dtype" else found
+        if not (found is None and name != "group_size") and plain not in (value, scale_dtype):
+            raise UnsupportedFormat(name, file=FILE, expected=value, found=shown(found))
+    if not empty(scheme.get("block_structure")):
+        raise UnsupportedFormat("block_structure", file=FILE, expected="none", found=shown(scheme["block_structure"]))
 
 
 def wide(entry: Entry) -> tuple[int, int]:

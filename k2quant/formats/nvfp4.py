@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from k2quant.errors import CheckpointError, DtypeMismatch, MalformedFile, ShapeMismatch, UnsupportedFormat
 from k2quant.formats.bf16 import check_stored_once
 from k2quant.formats.configs import compressed_tensors, modelopt
+from k2quant.formats.configs.keys import Key, Recast
 from k2quant.formats.dtypes import TensorSpec
-from k2quant.formats.format import Entry, Format, Layout, Method, Neighbours, Parts, Scope, Stored
-from k2quant.formats.mxfp4 import Mxfp4, check_shape, check_width, nibbles_changed, wide
+from k2quant.formats.format import Entry, Format, Layout, Method, Neighbours, Parts, Scope, Stored, contradiction
+from k2quant.formats.mxfp4 import Mxfp4, check_group, check_shape, check_width, nibbles_changed, wide
 from k2quant.kernels.codecs.grids import NVFP4_BLOCK
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class Nvfp4(Format):
     scale_suffix: ClassVar[str | None] = "weight_scale"
     reads: ClassVar[str] = "NVFP4 weights with weight_scale_2 or weight_global_scale"
     stands_for: ClassVar[str] = "NVFP4 weights with weight_global_scale, as format nvfp4-pack-quantized says"
-    method: ClassVar[str | None] = "modelopt"
+    method: ClassVar[str | None] = modelopt.METHOD
+    keys: ClassVar[Mapping[str, Key] | None] = modelopt.KEYS
     scheme_words: ClassVar[str] = "symmetric 4-bit float"
     packing: ClassVar[str] = "nvfp4-pack-quantized"
     default_scope: ClassVar[Scope | None] = "experts"
@@ -417,7 +419,7 @@ class Nvfp4(Format):
     @classmethod
     def companions(cls, block: Mapping[str, Any]) -> dict[str, bytes]:
         """Return ModelOpt's own file."""
-        return {modelopt.FILE: modelopt.companion(block)}
+        return {modelopt.COMPANION: modelopt.companion(block)}
 
     def cache_scheme(self) -> dict[str, Any]:
         """Return what the layout's tool says of an FP8 cache."""
@@ -441,6 +443,29 @@ class Nvfp4(Format):
     def claims(cls, scheme: Mapping[str, Any]) -> bool:
         """Tell symmetric 4-bit floats from all else."""
         return {key: scheme.get(key) for key in _SCHEME} == _SCHEME
+
+
+    @classmethod
+    def check_config(cls, block: Mapping[str, Any], stored: list[tuple[Format, tuple[int, ...]]]) -> None:
+        """Compare whose names a config means, and the group size, with the weights that are there."""
+        layouts = [each.layout for each, _ in stored if isinstance(each, cls)]
+        if "quant_method" in block:
+            modelopt.check(block)
+            modelopt.check_layout(layouts)
+            return
+        check_group(block, NVFP4_BLOCK, "tensor_group", "float8_e4m3fn")
+        if "modelopt" in layouts:
+            raise contradiction(cls.stands_for, "weights with weight_scale_2")
+
+    @classmethod
+    def carried(cls, fresh: dict[str, Any], source: Mapping[str, Any], recast: Recast) -> dict[str, Any]:
+        """Keep in a copy who made it, and what it says of the inputs."""
+        return modelopt.carried(fresh, source, recast)
+
+    @classmethod
+    def static_inputs(cls, block: Mapping[str, Any]) -> bool:
+        """Tell the two algorithms apart."""
+        return modelopt.quantises_inputs(block)
 
 
 def _layout_of(beside: Neighbours) -> Layout | None:
