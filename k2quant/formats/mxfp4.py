@@ -121,7 +121,7 @@ class Mxfp4(Format):
 
     def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
         """Multiply each block by its power of two."""
-        codecs.mxfp4.decode(*self.reading(parts), out)
+        codecs.mxfp4.decode(parts["weight_packed"], parts["weight_scale"], out)
 
     def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
         """Compute each block's exponent, and round."""
@@ -181,7 +181,6 @@ class Mxfp4(Format):
     def claims(cls, scheme: Mapping[str, Any]) -> bool:
         """Tell symmetric 4-bit floats from all else."""
         return {key: scheme.get(key) for key in _SCHEME} == _SCHEME
-
 
     @classmethod
     def check_config(cls, block: Mapping[str, Any], stored: list[tuple[Format, tuple[int, ...]]]) -> None:

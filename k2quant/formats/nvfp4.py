@@ -128,8 +128,9 @@ class Nvfp4(Format):
         return (called.codes, "weight_scale", called.tensor, *((called.inputs,) if self.scaled else ()))
 
     def suffix_of(self, part: str) -> str:
-        """Know the tensor scale, too."""
-        return self._called.tensor if part == "tensor scale" else Format.suffix_of(self, part)
+        """Know the tensor scale, too, and that of the inputs."""
+        own = {"tensor scale": self._called.tensor, "input scale": self._called.inputs}
+        return own.get(part) or Format.suffix_of(self, part)
 
     def state(self, shape: tuple[int, ...], *, name: str = "weight") -> dict[str, TensorSpec]:
         """Return codes and scales of a weight.
@@ -234,7 +235,8 @@ class Nvfp4(Format):
         if layout is None or suffix != _NAMES[layout].codes or entry.dtype != "U8":
             return None
         called = _NAMES[layout]
-        check_stored_once(entry, beside)
+        if layout == "modelopt":
+            check_stored_once(entry, beside)
         _check_scaled_once(entry, beside)
         shape = wide(entry)
         scale, tensor = beside.partner("weight_scale", entry), beside.partner(called.tensor, entry)
@@ -310,7 +312,7 @@ class Nvfp4(Format):
 
     def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
         """Multiply each block by its scale and the tensor's."""
-        codecs.nvfp4.decode(*self.reading(parts), out)
+        codecs.nvfp4.decode(parts[self.main], parts["weight_scale"], self._stored_scale(parts), out)
 
     def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
         """Compute each block's scale, and round."""
@@ -393,8 +395,10 @@ class Nvfp4(Format):
 
     def restate(self, source: Format, parts: Parts, outputs: Parts, codecs: Codecs) -> Figures | None:
         """Copy codes, and write each exponent twice, less that of the tensor scale."""
-        tensor, codes, scale = self.writing(outputs)
-        codecs.nvfp4.restate(*source.reading(parts), self.exponent, tensor, codes, scale)
+        if self.exponent is None:
+            raise TypeError(source)  # not asked
+        given, (tensor, codes, scale) = source.reading(parts), self.writing(outputs)
+        codecs.nvfp4.restate(given[0], given[1], self.exponent, tensor, codes, scale)
         if not self.rounding:
             return None
         before, after = (_decoded(stored, held, codecs) for stored, held in ((source, parts), (self, outputs)))
@@ -443,7 +447,6 @@ class Nvfp4(Format):
     def claims(cls, scheme: Mapping[str, Any]) -> bool:
         """Tell symmetric 4-bit floats from all else."""
         return {key: scheme.get(key) for key in _SCHEME} == _SCHEME
-
 
     @classmethod
     def check_config(cls, block: Mapping[str, Any], stored: list[tuple[Format, tuple[int, ...]]]) -> None:

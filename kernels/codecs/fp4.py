@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from k2quant.kernels.codecs.grids import MXFP4_BLOCK as MXFP4_BLOCK  # noqa: PLC0414 - all constants of FP4 come from here
-from k2quant.kernels.codecs.grids import NVFP4_BLOCK as NVFP4_BLOCK  # noqa: PLC0414 - all constants of FP4 come from here
+from k2quant.kernels.codecs import grids
 from k2quant.kernels.codecs.values import (
     F32,
     U8,
@@ -27,6 +26,9 @@ from k2quant.kernels.codecs.values import (
     has_infinity,
     overflow,
 )
+
+NVFP4_BLOCK, MXFP4_BLOCK = grids.NVFP4_BLOCK, grids.MXFP4_BLOCK
+"""Columns that share a block scale."""
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the codes 0 to 7."""

@@ -24,8 +24,8 @@ F64 = NDArray[np.float64]
 INFINITY = 0x7F80
 """BF16 bits of infinity; larger magnitudes are NaN."""
 
-Place = Literal["weight", "scale", "tensor scale"]
-"""Where a bad value stands; NVFP4 alone has a tensor scale."""
+Place = Literal["weight", "scale", "tensor scale", "input scale"]
+"""Where a bad value stands; NVFP4 alone has a tensor scale, and may have one of its inputs."""
 
 
 class ValueAt(K2QuantError):
@@ -42,8 +42,8 @@ class ValueAt(K2QuantError):
         """
         self.row, self.column, self.what, self.of = row, column, what, of
         place = f"row {row}, column {column}"
-        found = {"weight": f"{what} at {place}", "scale": f"{what} at {place} of the scale", "tensor scale": what}
-        super().__init__(found[of])
+        found = {"weight": f"{what} at {place}", "scale": f"{what} at {place} of the scale"}
+        super().__init__(found.get(of, what))
 
 
 def float_to_bf16(values: F32) -> U16:

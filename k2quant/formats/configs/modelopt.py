@@ -129,8 +129,8 @@ def flattened(block: Mapping[str, Any]) -> dict[str, Any]:
         return dict(block)
     if not isinstance(inner, dict):
         raise MalformedFile("quantization is not an object", file=FILE, found=shown(inner))
-    renamed = {"exclude_modules": "ignore", "kv_cache_quant_algo": "kv_cache_scheme"}
-    said = {renamed.get(name, name): value for name, value in inner.items()}
+    renamed: dict[str, str] = {"exclude_modules": "ignore", "kv_cache_quant_algo": "kv_cache_scheme"}
+    said: dict[str, Any] = {renamed.get(name, str(name)): value for name, value in inner.items()}
     if said.get("kv_cache_scheme") == "FP8":
         said["kv_cache_scheme"] = dict(CACHE)
     others = {name: value for name, value in block.items() if name not in {"quantization", "quant_method"}}
@@ -171,9 +171,9 @@ def _other(one: object, two: object) -> bool:
 
 def is_fp8_cache(scheme: object) -> bool:
     """Tell whether a `kv_cache_scheme`, of whichever tool, means one FP8 scale for each layer."""
-    said = {key: scheme.get(key) for key in ("num_bits", "type")} if isinstance(scheme, dict) else {}
-    static = isinstance(scheme, dict) and empty(scheme.get("dynamic"))
-    return said == {"num_bits": 8, "type": "float"} and static and scheme.get("strategy") in (None, "tensor")
+    if not isinstance(scheme, dict) or not empty(scheme.get("dynamic")):
+        return False
+    return (scheme.get("num_bits"), scheme.get("type")) == (8, "float") and scheme.get("strategy") in (None, "tensor")
 
 
 def quantises_inputs(block: Mapping[str, Any]) -> bool:

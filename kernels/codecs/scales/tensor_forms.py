@@ -6,6 +6,7 @@ products times a power of two, rounded to BF16. Nearly always some float32 near 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -35,7 +36,7 @@ def nearest_inverse(tensor: TensorScale) -> TensorScale | None:
     return next(_near(tensor), None)
 
 
-def _near(tensor: TensorScale):  # noqa: ANN202
+def _near(tensor: TensorScale) -> Iterator[TensorScale]:
     with np.errstate(all="ignore"):
         middle = np.float32(1 / np.float64(tensor.value))
     lower = upper = middle
@@ -46,7 +47,7 @@ def _near(tensor: TensorScale):  # noqa: ANN202
         yield from _form(lower, tensor)
 
 
-def _form(value: np.float32, tensor: TensorScale):  # noqa: ANN202
+def _form(value: np.float32, tensor: TensorScale) -> Iterator[TensorScale]:
     if np.isfinite(value) and value > 0:
         yield TensorScale(float(value), not tensor.divides)
 
