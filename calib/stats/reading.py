@@ -22,6 +22,7 @@ from k2quant.calib.stats import blending
 from k2quant.calib.stats.layout import (
     MANIFEST,
     OUTSIDE,
+    PARTS,
     Part,
     Place,
     hessian_specs,
@@ -87,6 +88,14 @@ class Layer(NamedTuple):
     record: Record
     moments: ShardHeader
     hessians: ShardHeader | None
+
+
+class Largest(NamedTuple):
+    """The largest magnitude of a matrix's input."""
+
+    value: float
+    own: bool
+    """Whether its own inputs had it; else all experts' of its layer."""
 
 
 class Stats:
@@ -235,6 +244,24 @@ class Stats:
             return None
         prior = self.layer_moments(base, "validation")
         return blending.held_out(own, prior, routed=found.expert is not None)
+
+    def largest(self, base: str) -> Largest | None:
+        """Return the largest magnitude of the input of a matrix, in both parts of the data.
+
+        Returns:
+            for an expert whose inputs were none, or nothing but zeros, that of all experts of its layer; None for a
+            matrix that is not measured.
+
+        Raises:
+            CheckpointError: as for `moments`.
+        """
+        found = self._place(base)
+        if found is None:
+            return None
+        arrays = self._read(found.layer)
+        seen = [arrays[f"{found.input}.{part}.largest"] for part in PARTS]
+        own = max(float(each[... if found.expert is None else found.expert]) for each in seen)
+        return Largest(own, own=True) if own else Largest(max(float(each.max()) for each in seen), own=False)
 
     def digest(self, base: str) -> Mapping[str, str] | None:
         """Return, by suffix, the crc32 in hex of the stored bytes of the weight that was calibrated; None: not read."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.argument("destination", type=click.Path(path_type=Path))
 @conversion.format_options()
 @conversion.method_options()
+@conversion.beside_options()
 @allotting.budget_options()
 @solving.solving_options()
 @options.device(more="Where the arithmetic runs: cpu or cuda.", others=("cpu",))
@@ -92,7 +93,8 @@ def _dry_run(source: Path, destination: Path, *, as_json: bool, found: Allotment
     refuse_nested(source, destination)
     choice = conversion.choice(options)
     with working(f"reading the headers of {source.name}"):
-        plan, rounder = planned(source, choice, options["stats"], follow_links=options["follow_links"])
+        known = options["stats"], options["activation_scales"]
+        plan, rounder = planned(source, choice, *known, follow_links=options["follow_links"])
     codecs_of(options["device"])
     conversion.dry_run(
         plan,

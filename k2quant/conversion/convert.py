@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.calib.stats.reading import open_stats
 from k2quant.checkpoint.files.paths import check_inside, copy_file, write_whole
-from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, open_checkpoint
+from k2quant.checkpoint.reader import INCOMPLETE, REPORT, open_checkpoint
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.writing.destination import locked
 from k2quant.conversion.plan import Options, Plan, make_plan, options_of
@@ -27,9 +27,12 @@ from k2quant.conversion.resume import begin, check_finished, clear, identity, re
 from k2quant.conversion.searching.asked import searched
 from k2quant.conversion.searching.fitting import check_method
 from k2quant.conversion.searching.folding import check_halves
+from k2quant.conversion.searching.inputs import scaled
 from k2quant.conversion.searching.searched import Searched
+from k2quant.conversion.searching.surveys import check_shared
 from k2quant.conversion.stream import Progress, Record, Rounder, Stream, Substitute
-from k2quant.errors import OutputError, UnsupportedFormat
+from k2quant.errors import OutputError
+from k2quant.formats.activations import ActivationScales, KvCache
 from k2quant.formats.format import Layout, Method, Scope
 from k2quant.formats.known import FormatName
 from k2quant.ground import names
@@ -106,6 +109,9 @@ def convert(
     layout: Layout | None = None,
     method: Method | None = None,
     stats: str | os.PathLike[str] | None = None,
+    activation_scales: str | os.PathLike[str] | None = None,
+    kv_cache: KvCache | None = None,
+    allow_rounding: bool = False,
     shard_size: int | None = None,
     allow_split: bool = False,
     workers: int | None = None,
@@ -138,6 +144,11 @@ def convert(
             `k2quant.calib.solve` does. What is INT4 already is copied.
         stats: folder that `k2quant calibrate` wrote for this source; `imatrix` and `awq` need it, and with it the
             better of searched and plain scales is taken for each matrix, by data that was held out.
+        activation_scales: scales of the layers' inputs beside NVFP4 weights, which engines that compute in FP4 need:
+            a folder that `k2quant calibrate` wrote for this source, whose largest inputs they are taken from, or
+            `one` for 1.0 everywhere. None: weights only, as the config then says.
+        kv_cache: `fp8` asks engines, in the config, to keep keys and values in FP8, without scales: they take 1.0.
+        allow_rounding: where scales of MXFP4 lie too far apart for NVFP4, round what is too small, and count it.
         shard_size: largest output shard in bytes; None keeps the source's shards.
         allow_split: write what engines fuse (experts of a layer, gate and up, q_a and kv_a) in several formats too.
         workers: threads; None takes one for each core that this process may use.
@@ -170,8 +181,11 @@ def convert(
         layout=layout,
         allow_split=allow_split,
         method=method,
+        activation_scales=source_of(activation_scales),
+        kv_cache=kv_cache,
+        allow_rounding=allow_rounding,
     )
-    plan, rounder = planned(here, options, stats, follow_links=follow_links)
+    plan, rounder = planned(here, options, stats, activation_scales, follow_links=follow_links)
     return carry_out(
         plan,
         there,
@@ -185,8 +199,18 @@ def convert(
     )
 
 
+def source_of(activation_scales: str | os.PathLike[str] | None) -> ActivationScales | None:
+    """Return where activation scales come from, by what `convert` takes for them; a folder `./one` is a folder."""
+    return None if activation_scales is None else "one" if activation_scales == "one" else "stats"
+
+
 def planned(
-    source: Path, options: Options, stats: str | os.PathLike[str] | None = None, *, follow_links: bool = False
+    source: Path,
+    options: Options,
+    stats: str | os.PathLike[str] | None = None,
+    activation_scales: str | os.PathLike[str] | None = None,
+    *,
+    follow_links: bool = False,
 ) -> tuple[Plan, Searched | None]:
     """Plan a conversion; return with it who searches scales, if anybody does. See `convert`.
 
@@ -196,7 +220,12 @@ def planned(
     """
     check_method(options.in_force.method, stats=stats is not None)
     plan = make_plan(open_checkpoint(source, follow_links=follow_links), options)
-    return searched(plan, None if stats is None else open_stats(Path(stats)))
+    known = [
+        None if folder is None else open_stats(Path(folder))
+        for folder in (stats, activation_scales if options.activation_scales == "stats" else None)
+    ]
+    plan = scaled(plan, known[1])
+    return searched(plan, known[0], *(each for each in known[1:] if each is not None))
 
 
 def carry_out(
@@ -230,8 +259,7 @@ def carry_out(
         progress: called as the work goes on.
     """
     begun = time.monotonic()
-    if substitute is not None:
-        _refuse_surveyed(plan, substitute)
+    check_shared(plan, substitute)
     threads, arithmetic = checked_workers(workers), codecs_of(device)
     try:
         with locked(there, report=REPORT, incomplete=INCOMPLETE, restart=restart, soft=soft_lock) as folder:
@@ -292,22 +320,6 @@ def codecs_of(device: str) -> Codecs:
     return codecs(device)
 
 
-def _refuse_surveyed(plan: Plan, substitute: Substitute) -> None:
-    """Refuse formats that are chosen from a whole weight for values that come by panels.
-
-    Raises:
-        UnsupportedFormat: there is such a weight.
-    """
-    for job in plan.jobs():
-        if job.target is not None and job.target.surveyed and substitute.replaces(job.weight):
-            raise UnsupportedFormat(
-                "a format that looks at whole weights first is written from a checkpoint alone",
-                tensor=job.weight.main.name,
-                found=job.target.label,
-                remedy="write bf16, then convert",
-            )
-
-
 def _report(
     plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: int, more: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -346,12 +358,11 @@ def _complete(folder: Path, plan: Plan, report: dict[str, Any], *, sha256: bool)
         check_inside(plan.source.folder, plan.source.folder / name, follow_links=plan.source.follow_links)
         copy_file(plan.source.folder / name, folder / name)
         report["files"][name] = _file_facts(folder / name, sha256=sha256)
-    last = {INDEX: plan.index} | ({} if plan.config is None else {CONFIG: plan.config})
-    for name, data in last.items():
+    for name, data in plan.last.items():
         facts = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         report["files"][name] = facts  # small, and what engines read first: always with its digest
     write_whole(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
-    for name, data in last.items():
+    for name, data in plan.last.items():
         write_whole(folder / name, data)
 
 

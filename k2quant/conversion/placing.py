@@ -25,6 +25,8 @@ class Job(NamedTuple):
     """Where its tensors will lie in the output shard, by suffix."""
     name: str
     """What the output calls it, without a suffix."""
+    settled: Format | None = None
+    """In place of `target`, once a survey of all its values has decided what `target` leaves open."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -33,12 +35,24 @@ class Job(NamedTuple):
     @property
     def written(self) -> Format | None:
         """The format in which it is written; None for a tensor that is no weight."""
-        return self.target or self.weight.format
+        return self.settled or self.target or self.weight.format
 
     @property
     def output_main(self) -> TensorEntry:
         """The output tensor that carries the values."""
         return self.outputs[self.written.main] if self.written else next(iter(self.outputs.values()))
+
+
+def target_of(job: Job) -> Format:
+    """Return the format that a weight is converted to, settled where that was done.
+
+    Raises:
+        TypeError: it is copied.
+    """
+    if job.target is None:
+        msg = f"{job.name} is copied, not converted"  # never asked
+        raise TypeError(msg)
+    return job.settled or job.target
 
 
 class ShardPlan(NamedTuple):

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from k2quant.checkpoint.beside import PASSED_OVER, Beside, describes_quantization, other_files
 from k2quant.checkpoint.files.strict_json import without_mark
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, PIECE_BYTES, ROW_STEP
-from k2quant.checkpoint.reader import CONFIG, Checkpoint
+from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion import config, relatives
 from k2quant.conversion.carrying import Carried, carried
@@ -22,12 +22,13 @@ from k2quant.conversion.placing import Job, ShardPlan, as_json, index_of, place
 from k2quant.conversion.promises import broken_promises, inventory
 from k2quant.conversion.recipes.recipe import Recipe, make_recipe
 from k2quant.conversion.recipes.rules import METHODS, WrittenRecipe, WrittenRule, in_force, recipe_from
-from k2quant.errors import CheckpointError, UsageError
-from k2quant.formats.format import Layout, Method, Scope, listed
+from k2quant.errors import CheckpointError, UnsupportedFormat, UsageError
+from k2quant.formats.activations import ActivationScales, KvCache
+from k2quant.formats.format import Format, Layout, Method, Scope, listed
 from k2quant.formats.known import FORMATS, FormatName
 from k2quant.ground import names
 from k2quant.ground.saying.showing import brief
-from k2quant.ground.units import counted
+from k2quant.ground.units import counted, one_of
 from k2quant.kernels.codecs.grids import Grid
 
 _BASE_MEMORY = 220_000_000  # interpreter, numpy, numba and its codecs: whole conversions peaked at 190 MB, measured
@@ -63,7 +64,13 @@ class Options:
     """What a recipe says that `to`, `scope`, `ignore`, `grid`, `layout` and `method` cannot say; the first that takes a
     weight counts."""
     method: Method | None = None
-    """None: rtn."""
+    """None: rtn, but where `Format.searched_from` says that scales are searched."""
+    activation_scales: ActivationScales | None = None
+    """Where scales of layers' inputs come from; None: the output has none."""
+    kv_cache: KvCache | None = None
+    """In what engines keep keys and values; None: as the source's config says it, if it does."""
+    allow_rounding: bool = False
+    """Whether codes that cannot be carried over as they are may be rounded."""
     budget: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     """Why the rules are as they are, as JSON has it, where errors were weighed against bytes: for the report alone.
     Another choice has other rules."""
@@ -77,9 +84,18 @@ class Options:
             raise UsageError(f"ignore is {self.ignore!r}; expected a tuple of regular expressions")
         if self.shard_size is not None and (type(self.shard_size) is not int or self.shard_size < 1):
             raise UsageError(f"shard_size is {self.shard_size!r}; expected bytes, at least 1")
-        if type(self.allow_split) is not bool:
-            raise UsageError(f"allow_split is {self.allow_split!r}; expected true or false")
-        _ = self.written  # a rule checks its words when it is made
+        for name in ("allow_split", "allow_rounding"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"{name} is {getattr(self, name)!r}; expected true or false")
+        formats = [rule.to for rule in self.written]  # a rule checks its words when it is made
+        if self.activation_scales is not None:
+            one_of("source of activation scales", self.activation_scales, get_args(ActivationScales))
+            _check_any(formats, "takes_inputs", "`activation_scales=`", "inputs are scaled in the checkpoint of")
+        if self.kv_cache is not None:
+            one_of("format of the KV cache", self.kv_cache, get_args(KvCache))
+            _check_any(formats, "quantised", "`kv_cache=`", "engines read it in the config of")
+        if self.allow_rounding:
+            _check_any(formats, "may_round", "`allow_rounding=`", "codes are carried over as they are to")
 
     def _said(self) -> list[str]:
         return [name for name in _OF_A_RULE if getattr(self, name)]
@@ -102,6 +118,12 @@ class Options:
         """The recipe that says the same, with its defaults."""
         return WrittenRecipe(rules=in_force(self.written), shard_size=self.shard_size, allow_split=self.allow_split)
 
+    def adapted(self, target: Format) -> Format:
+        """Return a format with what was asked for beside scope, grid and layout."""
+        if self.activation_scales is not None and target.takes_inputs:
+            target = target.with_inputs(None)
+        return target.rounding_allowed() if self.allow_rounding else target
+
     def as_json(self) -> dict[str, Any]:
         """Return what journals and reports say of it: the same of a rule as of the arguments that it stands for.
 
@@ -111,13 +133,28 @@ class Options:
         plain = not others and not first.narrowed
         said = {part.name: getattr(self, part.name) for part in fields(self) if part.compare and part.name != "rules"}
         said |= {name: getattr(first, name) for name in _OF_A_RULE} if plain else {"to": self.main}
-        if said["method"] is None:
-            del said["method"]  # journals of plain options are as they were before there were methods
+        for name in _LATER:
+            if not said[name]:
+                del said[name]  # journals of plain options are as they were before there were any
         rules = {} if plain else {"rules": [rule.as_json() for rule in self.rules]}
         return {**said, "ignore": list(said["ignore"]), **rules}
 
 
 _OF_A_RULE = ("to", "scope", "ignore", "grid", "layout", "method")
+_BESIDE = ("shard_size", "allow_split")
+"""What a recipe may say, or stands beside it."""
+_LATER = ("method", "activation_scales", "kv_cache", "allow_rounding")
+
+
+def _check_any(formats: list[FormatName], what: str, name: str, why: str) -> None:
+    """Refuse an option for which none of the formats that are written has a use.
+
+    Raises:
+        UsageError: none has.
+    """
+    if not any(getattr(FORMATS[each], what) for each in formats):
+        owners = listed(each.upper() for each, kind in FORMATS.items() if getattr(kind, what))
+        raise UsageError(f"{name} has no meaning with {listed(dict.fromkeys(formats))}: {why} {owners}")
 
 
 def options_of(recipe: WrittenRecipe, **more: Any) -> Options:
@@ -125,13 +162,14 @@ def options_of(recipe: WrittenRecipe, **more: Any) -> Options:
 
     Args:
         recipe: the recipe.
-        more: arguments that stand beside it; of these `shard_size` and `allow_split`, where the recipe has none.
+        more: arguments that stand beside it; of these `shard_size` and `allow_split`, where the recipe has none, and
+            those of which no recipe speaks.
 
     Raises:
         UsageError: another is given, or both say one thing.
     """
     given = [name for name in _OF_A_RULE if more.get(name)]
-    given += [name for name in ("shard_size", "allow_split") if more.get(name) and getattr(recipe, name)]
+    given += [name for name in _BESIDE if more.get(name) and getattr(recipe, name)]
     if given:
         raise UsageError(
             f"{listed(f'`{name}=`' for name in given)} beside `recipe=`, which says it already; choose one"
@@ -141,6 +179,7 @@ def options_of(recipe: WrittenRecipe, **more: Any) -> Options:
         shard_size=recipe.shard_size or more.get("shard_size"),
         allow_split=recipe.allow_split or more.get("allow_split", False),
         budget=recipe.budget,
+        **{name: value for name, value in more.items() if name not in {*_OF_A_RULE, *_BESIDE}},
     )
 
 
@@ -182,6 +221,10 @@ class Plan:
     method: Mapping[str, Any] | None = None
     """How better scales are searched than the format's own rule takes, and by what, as JSON has it; None: they are not.
     The values are the source's own."""
+    inputs: Mapping[str, Any] | None = None
+    """Where the scales of layers' inputs come from, as JSON has it; None: there are none, or the source's own."""
+    companions: Mapping[str, bytes] = field(default_factory=dict)
+    """Files beside config.json that say the same in another tool's words, by name, each whole."""
     origin: Mapping[str, Any] | None = None
     """Where such values come from, for the report alone: by another name they are no other values."""
     remarks: tuple[str, ...] = ()
@@ -200,7 +243,12 @@ class Plan:
     def bytes_written(self) -> int:
         """Bytes of the output, other files included."""
         copies = sum((self.source.folder / name).stat().st_size for name in self.copies)
-        return sum(shard.size for shard in self.shards) + len(self.index) + len(self.config or b"") + copies
+        return sum(shard.size for shard in self.shards) + sum(map(len, self.last.values())) + copies
+
+    @property
+    def last(self) -> dict[str, bytes]:
+        """The small files that are written when all shards stand, by name, in their order: config.json comes last."""
+        return {INDEX: self.index, **self.companions, **({} if self.config is None else {CONFIG: self.config})}
 
     def jobs(self) -> Iterator[Job]:
         """Yield every job, shard by shard."""
@@ -236,7 +284,7 @@ def make_plan(source: Checkpoint, options: Options, *, substituted: bool = False
     if problems:
         raise problems[0]
     config.check_source(source.config, weights)
-    recipe = make_recipe(options.written, weights)
+    recipe = make_recipe(options.written, weights, options.adapted)
     return plan_of(source, weights, recipe, options, substituted=substituted)
 
 
@@ -254,7 +302,7 @@ def plan_of(
         recipe.check_splits(splits, weights)
     shards = place(weights, recipe, options.shard_size)
     try:
-        found, rounded = _carried(source, shards, recipe, substituted=substituted)
+        found, rounded = _carried(source, shards, recipe, options, substituted=substituted)
         config_json = _config(source, found, rounded=rounded)
         beside = other_files(source)
     except OSError as error:
@@ -262,8 +310,9 @@ def plan_of(
         raise CheckpointError(message, file=error.filename or source.folder, found=error.strerror) from error
     if found.left:
         shards = place((w for w in weights if w.main.name not in found.left), recipe, options.shard_size)
+    companions = _companions(found.block)
     remarks = (
-        *_remarks(source, beside),
+        *_remarks(source, beside, companions),
         *relatives.remarks(source.config, weights),
         *broken_promises(source.config, inventory(weights)),
         *relatives.split_remarks(splits, "the output"),
@@ -280,11 +329,12 @@ def plan_of(
         beside.copied,
         beside.left_out,
         remarks=remarks,
+        companions=companions,
     )
 
 
 def _carried(
-    source: Checkpoint, shards: tuple[ShardPlan, ...], recipe: Recipe, *, substituted: bool
+    source: Checkpoint, shards: tuple[ShardPlan, ...], recipe: Recipe, options: Options, *, substituted: bool
 ) -> tuple[Carried, bool]:
     """Return what of the source goes along with its weights, and whether floats of other dtypes become BF16."""
     if source.config is None and recipe.quantises:
@@ -293,7 +343,7 @@ def _carried(
             file=source.folder / CONFIG,
             remedy="take it from the model's release",
         )
-    quantised: dict[str, list[str]] = {}
+    quantised: dict[str, list[Job]] = {}
     kept: list[str] = []
     rounded = floats = False
     jobs = [job for shard in shards for job in shard.jobs]
@@ -304,11 +354,61 @@ def _carried(
             rounded |= job.target is not None
             floats |= job.target is None
         if job.written.quantised:
-            quantised.setdefault(job.written.name, []).append(job.name)
+            quantised.setdefault(job.written.name, []).append(job)
         elif len(job.weight.shape) == 2 and job.weight.main.nbytes:
             kept.append(job.name)
-    block = config.quantization_block({recipe.formats[name]: bases for name, bases in quantised.items()}, kept)
-    return carried(source.config, jobs, block, substituted=substituted), rounded and not floats
+    written = {_described(recipe, name, found): [job.name for job in found] for name, found in quantised.items()}
+    block = config.quantization_block(written, kept)
+    if options.kv_cache is None:
+        return carried(source.config, jobs, block, substituted=substituted), rounded and not floats
+    found = carried(source.config, jobs, _with_cache(block, written), substituted=substituted)
+    return found._replace(block=_with_cache(found.block, written)), rounded and not floats  # not as the source has it
+
+
+def _companions(block: Mapping[str, Any] | None) -> dict[str, bytes]:
+    """Return the files that say what an output's block says, where its tool has some."""
+    method = None if block is None else block.get("quant_method")
+    kind = next((kind for kind in FORMATS.values() if kind.method == method), None)
+    return {} if block is None or kind is None else kind.companions(block)
+
+
+def _described(recipe: Recipe, name: str, jobs: list[Job]) -> Format:
+    """Return the format of which a config speaks where some weights are written in one of this name.
+
+    Raises:
+        UnsupportedFormat: some have a scale of their inputs and others not, and no config can say so.
+    """
+    scaled = {job.written.scales_inputs: job for job in jobs if job.written is not None}
+    if len(scaled) > 1:
+        raise UnsupportedFormat(
+            "has no scale of its input, as others have",
+            tensor=scaled[False].weight.main.name,
+            file=scaled[False].weight.main.file,
+            found=f"one beside {scaled[True].name}",
+            remedy="give all of them one with `activation_scales=`",
+        )
+    asked, own = recipe.formats[name], scaled.get(True)
+    return own.written if own is not None and own.written is not None and not asked.scales_inputs else asked
+
+
+def _with_cache(block: dict[str, Any] | None, written: Mapping[Format, list[str]]) -> dict[str, Any]:
+    """Return a quantization block that asks for an FP8 cache of keys and values, without scales.
+
+    vLLM takes 1.0 where the checkpoint has none, with a warning (vllm/model_executor/layers/quantization/kv_cache.py,
+    `BaseKVCacheMethod`); a `kv_cache_scheme` alone makes it keep them in FP8 (`attention.py` for compressed-tensors,
+    `get_kv_cache_quant_algo_string` for ModelOpt).
+
+    Raises:
+        UsageError: nothing is quantised, or the config has no place for it.
+    """
+    scheme = next((found for each in written if (found := each.cache_scheme()) is not None), None)
+    if block is None or scheme is None:
+        what = listed(each.label for each in written) or "nothing that is quantised"
+        raise UsageError(
+            f"`kv_cache=` has no place in the config of {what}: engines read it there of ModelOpt and of "
+            "compressed-tensors alone; ask the engine for it when it is started"
+        )
+    return block | {"kv_cache_scheme": scheme}
 
 
 def _config(source: Checkpoint, found: Carried, *, rounded: bool) -> bytes | None:
@@ -321,12 +421,12 @@ def _config(source: Checkpoint, found: Carried, *, rounded: bool) -> bytes | Non
     return as_json(config.edited(source.config, found.block, rounded_to_bf16=rounded))
 
 
-def _remarks(source: Checkpoint, beside: Beside) -> Iterator[str]:
+def _remarks(source: Checkpoint, beside: Beside, companions: Mapping[str, bytes]) -> Iterator[str]:
     """Say what of the source's files is not in the output."""
     weights = [name for name in beside.left_out if not describes_quantization(name)]
     if weights:
         yield f"left out, for the index does not name them: {listed(map(relatives.shown, weights))}"
-    if described := [name for name in beside.left_out if name not in weights]:
+    if described := [name for name in beside.left_out if name not in weights and name not in companions]:
         yield (
             "left out, for it describes another quantization than the output has: "
             f"{listed(map(relatives.shown, described))}"

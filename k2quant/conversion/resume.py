@@ -38,6 +38,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     return {
         "values": plan.values,
         **({} if plan.method is None else {"method": plan.method}),
+        **({} if plan.inputs is None else {"activation_scales": plan.inputs}),
         "options": plan.options.as_json(),
         "source": plan.source.fingerprint()
         | {"other_files": {name: [status.st_size, status.st_mtime_ns] for name, status in others.items()}},
@@ -46,7 +47,7 @@ def identity(plan: Plan) -> dict[str, Any]:
 
 def output_files(plan: Plan) -> list[str]:
     """Return every file of the finished folder; those that make it look finished come first."""
-    return [CONFIG, INDEX, REPORT, *(shard.file for shard in plan.shards), *plan.copies]
+    return [CONFIG, INDEX, REPORT, *plan.companions, *(shard.file for shard in plan.shards), *plan.copies]
 
 
 def clear(folder: Destination) -> None:
@@ -76,7 +77,7 @@ def check_finished(folder: Destination, report: dict[str, Any], plan: Plan) -> N
     changed = _changed(report, wanted)
     if changed:
         raise _stale(folder, "finished", changed)
-    last = {INDEX: len(plan.index)} | ({} if plan.config is None else {CONFIG: len(plan.config)})
+    last = {name: len(data) for name, data in plan.last.items()}
     sizes = _sizes(report)
     for name, size in (sizes | last | sizes).items():
         _check_size(folder.folder / name, size, "was finished, but is not whole any more")
@@ -110,9 +111,10 @@ def _in_force(options: object) -> object:
     Options that came later than a report were as their defaults are.
     """
     try:
-        return options_from(options).in_force
+        found = options_from(options)
     except (UsageError, TypeError, ValueError):
         return options
+    return found.in_force, found.activation_scales, found.kv_cache, found.allow_rounding
 
 
 def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationStale:
@@ -122,6 +124,7 @@ def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationSt
             "source": "another source",
             "values": "other values",
             "method": "another method, other statistics or other data",
+            "activation_scales": "other activation scales",
         }.get(key, f"another {key}")
         for key in changed
         if key != "method" or "options" not in changed  # which say it
@@ -149,7 +152,8 @@ def begin(folder: Destination, plan: Plan, *, fresh: bool) -> dict[str, Record]:
     _check_room(folder.folder, plan, done)
     folder.begin([{**_head(plan), "files": output_files(plan)}, *done.values()])
     if len(done) < len(plan.shards):
-        folder.unlink([CONFIG, INDEX, REPORT])  # a run that was stopped at its very end may have left them
+        # A run that was stopped at its very end may have left them.
+        folder.unlink([CONFIG, INDEX, REPORT, *plan.companions])
     return done
 
 

@@ -26,14 +26,14 @@ from k2quant.checkpoint.panels import (
     panel_shape,
     panel_state,
     read_panel,
-    read_values,
 )
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.checkpoint.writing.destination import Destination
 from k2quant.checkpoint.writing.writer import ShardWriter
-from k2quant.conversion.placing import Job, ShardPlan
+from k2quant.conversion.placing import Job, ShardPlan, target_of
 from k2quant.conversion.plan import Plan
+from k2quant.conversion.searching.surveys import Surveys
 from k2quant.formats.dtypes import TensorSpec, row_bytes
 from k2quant.formats.format import Format, Parts
 from k2quant.ground import pool
@@ -59,10 +59,17 @@ class Substitute(Protocol):
     def replaces(self, weight: StoredWeight) -> bool:
         """Tell whether a weight's values come from here."""
 
+    def survey(self, job: Job, asked: Format, start: int, stop: int) -> object:
+        """Return what `asked.survey` says of rows `start` to `stop` of the values that `panel` will write.
+
+        Called before the first panel, for a format that is `surveyed` alone; from several threads at once.
+        """
+
     def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, Figures | None]:
         """Return rows `start` to `stop` of the tensors that are streamed, by suffix.
 
-        A tensor that is no matrix counts as one column. Called from several threads at once.
+        A tensor that is no matrix counts as one column. Called from several threads at once. `job.written` is settled
+        where a survey decides.
         """
 
 
@@ -89,7 +96,7 @@ class Rounder(Protocol):
         """Fill a panel's arrays in the format of the job with what the source's mean; return what that did.
 
         Args:
-            job: one that it `takes`.
+            job: one that it `takes`; its format is settled.
             start: first row of the panel.
             parts: arrays of the source's format, by suffix.
             outputs: arrays of the job's, likewise.
@@ -181,8 +188,6 @@ class _Shard:
     pending: int = 0
     """Tasks that are not done yet."""
     lock: threading.Lock = field(default_factory=threading.Lock)
-    settled: dict[int, Future[Format]] = field(default_factory=dict)
-    """By job, the format that a weight is written in, where that takes a survey of the whole weight."""
 
 
 class _Task(NamedTuple):
@@ -251,6 +256,7 @@ class Stream:
         """
         self._plan, self._folder, self._sha256, self._progress = plan, folder, sha256, progress
         self._codecs, self._substitute, self._rounder = codecs, substitute, rounder
+        self._surveys = Surveys(plan, codecs, substitute, lambda: self._scratch)
         self._todo = [shard for shard in plan.shards if shard.file not in done]
         self._total = plan.bytes_read
         self._read = self._total - sum(shard.bytes_read for shard in self._todo)
@@ -365,9 +371,8 @@ class Stream:
         """Convert a panel of a weight; return the bytes read."""
         from k2quant.formats.transcode import transcode
 
-        job = task.shard.plan.jobs[task.job]
-        weight, source, target = job.weight, format_of(job.weight), self._settled(task.shard, task.job)
-        scratch = self._scratch
+        job = self._surveys.settled(task.shard.plan.jobs[task.job])
+        weight, source, target, scratch = job.weight, format_of(job.weight), target_of(job), self._scratch
         parts = read_panel(self._plan.source, weight, task.start, task.stop, scratch)
         state = panel_state(target, weight.shape, task.start, task.stop)
         outputs = {suffix: scratch.take(f"out {suffix}", spec) for suffix, spec in state.items()}
@@ -384,35 +389,9 @@ class Stream:
             task.shard.logs[task.job].add_read(task.start, read)
         return sum(array.nbytes for array in parts.values())
 
-    def _settled(self, shard: _Shard, number: int) -> Format:
-        """Return the format that a weight is converted to; the first task of a weight that needs a survey makes it."""
-        job = shard.plan.jobs[number]
-        if job.target is None:
-            msg = f"{job.weight.base} is copied, not converted"
-            raise TypeError(msg)
-        if not job.target.surveyed:
-            return job.target
-        with shard.lock:
-            first = number not in shard.settled
-            future = shard.settled.setdefault(number, Future())
-        if first:
-            try:
-                future.set_result(self._survey(job.weight, job.target))
-            except BaseException as error:  # noqa: BLE001  raised below, in every thread that waits for it
-                future.set_exception(error)
-        return future.result()
-
-    def _survey(self, weight: StoredWeight, target: Format) -> Format:
-        """Look at all panels of a weight before the first is written."""
-        surveys = []
-        for start, stop in panel_rows(weight.shape):
-            panel = read_values(self._plan.source, weight, start, stop, codecs=self._codecs, scratch=self._scratch)
-            surveys.append(target.survey(panel.values, self._codecs))
-        return target.settled(surveys)
-
     def _replace(self, task: _Task, substitute: Substitute) -> int:
         """Write a panel of values that are not the source's; return the bytes of the source that it stands for."""
-        job = task.shard.plan.jobs[task.job]
+        job = self._surveys.settled(task.shard.plan.jobs[task.job])
         outputs, figures = substitute.panel(job, task.start, task.stop)
         checksums = self._write_panel(task, job.written, outputs)
         with task.shard.lock:

@@ -14,6 +14,13 @@ from k2quant.formats.format import Entry
 Flow = Literal["input", "output", "cache"]
 """What a scale belongs to: a layer's input, its output, or attention's queries, keys and values."""
 
+ActivationScales = Literal["one", "stats"]
+"""Where scales of inputs that an output gets come from. `one`: 1.0 everywhere, as NVIDIA's own script writes for
+Kimi-K3; `stats`: by the largest input that a calibration saw."""
+
+KvCache = Literal["fp8"]
+"""How engines are asked to keep keys and values. No scales stand in the checkpoint, and engines take 1.0."""
+
 _FLOWS: dict[str, Flow] = {
     "input_scale": "input",
     "input_zero_point": "input",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import click
 
 from k2quant.cli.parts.options import Option, all_of, follow_links, soft_lock, words
+from k2quant.formats.activations import KvCache
 from k2quant.formats.format import Layout, Method, Scope
 from k2quant.formats.known import FORMATS
 from k2quant.kernels.codecs.grids import Grid
@@ -78,6 +79,26 @@ _METHOD = (
     ),
 )
 
+_BESIDE = (
+    click.option(
+        "--activation-scales",
+        metavar="STATS|one",
+        help="Scales of the inputs of NVFP4 weights, by the largest inputs in what k2quant calibrate wrote for SOURCE, "
+        "or 1.0 (one); default: none, and engines leave inputs in BF16.",
+    ),
+    click.option(
+        "--kv-cache",
+        type=words(get_args(KvCache)),
+        help="Have the config ask engines to keep keys and values in FP8; without scales, they take 1.0.",
+    ),
+    click.option(
+        "--allow-rounding",
+        is_flag=True,
+        help="Where MXFP4 has scales too far apart for NVFP4, round what is too small and count it, in place of "
+        "refusing.",
+    ),
+)
+
 _RUN = (
     click.option(
         "--dry-run", is_flag=True, help="Print what it would cost, write nothing; exit 1 if the disk is too small."
@@ -98,6 +119,11 @@ def format_options() -> Option[Any]:
 def method_options() -> Option[Any]:
     """How scales are chosen, and by what."""
     return all_of(_METHOD)
+
+
+def beside_options() -> Option[Any]:
+    """What a config says of inputs and of the KV cache, and whether codes may be rounded."""
+    return all_of(_BESIDE)
 
 
 def run_options() -> Option[Any]:
@@ -126,14 +152,27 @@ def shard_bytes(text: str | None) -> int | None:
     return found
 
 
-_ASKED = ("to", "scope", "ignore", "grid", "shard_size", "layout", "allow_split", "method")
+_ASKED = (
+    "to",
+    "scope",
+    "ignore",
+    "grid",
+    "shard_size",
+    "layout",
+    "allow_split",
+    "method",
+    "kv_cache",
+    "allow_rounding",
+)
 
 
 def choice(options: dict[str, Any]) -> Options:
     """Return what the options of `format_options` ask for."""
-    from k2quant.conversion.convert import chosen
+    from k2quant.conversion.convert import chosen, source_of
 
-    return chosen(options["recipe"], **{name: options[name] for name in _ASKED if name in options})
+    scales = source_of(options.get("activation_scales"))
+    asked = {name: options[name] for name in _ASKED if name in options}
+    return chosen(options["recipe"], activation_scales=scales, **asked)
 
 
 def read_once(recipe: Path | None) -> Any:
@@ -220,7 +259,7 @@ def quality(done: Conversion) -> str:
 
 def _search(plan: Plan, rounder: Searched | None) -> dict[str, Any]:
     """Return what a dry run says of a search, as JSON has it: what a report says of it, and of how many weights."""
-    return {} if rounder is None else {**(plan.method or {}), "weights": len(rounder)}
+    return {} if rounder is None or plan.method is None else {**plan.method, "weights": len(rounder)}
 
 
 def _search_lines(method: dict[str, Any]) -> list[str]:

@@ -21,6 +21,8 @@ _DATA = ("data", "samples", "length", "validation", "test", "split", "config_nam
 _ALL = (*_HOW, *_DATA, "trust_remote_code")
 """Options that no other method has a use for."""
 
+_NOT_SOLVED = ("activation_scales", "kv_cache", "allow_rounding")
+
 
 def solving_options() -> Option[Any]:
     """How matrices are solved, and by which text."""
@@ -78,6 +80,9 @@ def taken_out(given: dict[str, Any], choice: Options, *, asked: str | None) -> d
             names = listed(f"`{name}=`" for name in stray)
             raise UsageError(f"{names} with `method=` {method}, which {_without(stray)}")
         return None
+    if stray := [name for name in _NOT_SOLVED if given.pop(name, None)]:
+        names = listed(f"`{name}=`" for name in stray)
+        raise UsageError(f"{names} with `method=` {SOLVED}, which writes formats that have no use for it")
     if given.pop("stats") is not None:
         raise UsageError("`stats=` has no meaning with `method=` gptq, which measures as it goes: name text, `data=`")
     if own["data"] is None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from k2quant.checkpoint.weights import StoredWeight
-from k2quant.conversion.recipes.rules import WrittenRule, in_force
+from k2quant.conversion.recipes.rules import METHODS, SEARCHED_BY_DEFAULT, WrittenRule, in_force, method_of
 from k2quant.conversion.relatives import shown
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.bf16 import Bf16
@@ -38,6 +38,8 @@ class Rule:
     """Whether better scales than the format's own rule takes are searched for what it takes."""
     apart: frozenset[engines.Fused] = frozenset()
     """What engines fuse and no scope knows all of, such as q with k and v in K3's KDA: all of it stays as it is."""
+    searched_from: tuple[str, ...] = ()
+    """Where it does not: names of formats of a source from which they are searched all the same."""
 
     def takes(self, base: str) -> bool:
         """Tell whether a weight is to be stored in the format."""
@@ -128,7 +130,9 @@ class Recipe:
         Only for one that gets the format: what is stored in it already lies on its grid, and is copied.
         """
         rule = self.rule_of(weight)
-        return rule is not None and rule.searches and self._recasts(weight)
+        if rule is None or weight.format is None:
+            return False
+        return (rule.searches or weight.format.name in rule.searched_from) and self._recasts(weight)
 
     def splits(self, weights: list[StoredWeight]) -> list[engines.Split]:
         """Return what engines fuse and the output has in several formats."""
@@ -197,12 +201,15 @@ class Recipe:
         return stored.rounded_as(asked) if asked else stored
 
 
-def make_recipe(written: Sequence[WrittenRule], weights: list[StoredWeight]) -> Recipe:
+def make_recipe(
+    written: Sequence[WrittenRule], weights: list[StoredWeight], adapted: Callable[[Format], Format] = lambda each: each
+) -> Recipe:
     """Make the recipe of a conversion from what the user asked for and what the source holds.
 
     Args:
         written: the rules; the first that takes a weight counts.
         weights: what the source holds.
+        adapted: returns a format with what was asked for beside the rules.
 
     Raises:
         UsageError: a key that has no meaning for its format, a regular expression that is broken or is found in no
@@ -211,22 +218,31 @@ def make_recipe(written: Sequence[WrittenRule], weights: list[StoredWeight]) -> 
         UnsupportedFormat: the source cannot be rewritten in this format.
     """
     resolved = in_force(tuple(written))
-    recipe = Recipe(tuple(_rule(rule, weights) for rule in resolved))
+    defaults = method_of(resolved) in SEARCHED_BY_DEFAULT
+    recipe = Recipe(tuple(_rule(rule, weights, adapted, defaults=defaults) for rule in resolved))
     _check_taken(recipe, resolved, weights)
     return recipe
 
 
-def _rule(written: WrittenRule, weights: list[StoredWeight]) -> Rule:
+def _rule(
+    written: WrittenRule, weights: list[StoredWeight], adapted: Callable[[Format], Format], *, defaults: bool
+) -> Rule:
     """Make one rule, whose patterns are found somewhere."""
     stored = ((weight.format, weight.main) for weight in weights if weight.format)
     bases = [weight.base for weight in weights]
     patterns = {name: tuple(_compile(each, written, name) for each in getattr(written, name)) for name in _PATTERNS}
     for name, found in patterns.items():
         check_found(found, bases, written.called(name))
-    target = FORMATS[written.to].asked_for(stored, written.grid, written.layout)
-    searches = written.method is not None
-    apart = _apart(weights) if written.scope is not None else frozenset()
-    return Rule(format=target, scope=written.scope, classes=written.classes, searches=searches, apart=apart, **patterns)
+    target = adapted(FORMATS[written.to].asked_for(stored, written.grid, written.layout))
+    return Rule(
+        format=target,
+        scope=written.scope,
+        classes=written.classes,
+        searches=written.method not in {None, METHODS[0]},
+        searched_from=target.searched_from if written.method is None and defaults else (),
+        apart=_apart(weights) if written.scope is not None else frozenset(),
+        **patterns,
+    )
 
 
 def _apart(weights: list[StoredWeight]) -> frozenset[engines.Fused]:

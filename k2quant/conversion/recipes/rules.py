@@ -32,6 +32,10 @@ VERSION = 1
 METHODS: tuple[Method, ...] = get_args(Method)
 """How scales are chosen; the first, rounding to nearest by the format's own rule, where nothing is said."""
 
+SEARCHED_BY_DEFAULT = METHODS[:3]
+"""Methods of a conversion beside which rules that name none search from `Format.searched_from`; in the last two of
+`METHODS`, what is not solved or folded is rounded."""
+
 LIMIT = 2**20
 """Bytes of a recipe; a report may be as large as reports are."""
 
@@ -121,7 +125,7 @@ class WrittenRecipe:
     @property
     def method(self) -> Method:
         """How the scales of weights are chosen that are not merely rounded; all rules that search agree on it."""
-        return next((rule.method for rule in self.rules if rule.method), METHODS[0])
+        return method_of(self.rules)
 
     def as_json(self, *, methods: bool = False) -> dict[str, Any]:
         """Return it as a file has it, so that `--config` reads it again.
@@ -133,12 +137,22 @@ class WrittenRecipe:
         return {
             "version": VERSION,
             "rules": [
-                rule.as_json() | ({"method": rule.method or METHODS[0]} if rule.to in said else {})
+                rule.as_json() | ({"method": rule.method or METHODS[0]} if rule.to in said and not _open(rule) else {})
                 for rule in self.rules
             ],
             "shard_size": self.shard_size,
             "allow_split": self.allow_split,
         }
+
+
+def method_of(rules: Iterable[WrittenRule]) -> Method:
+    """Return how scales are searched by some rules, which agree on it; the first of `METHODS` where none says it."""
+    return next((rule.method for rule in rules if rule.method and rule.method != METHODS[0]), METHODS[0])
+
+
+def _open(rule: WrittenRule) -> bool:
+    """Tell whether the source decides how scales are chosen."""
+    return rule.method is None and bool(FORMATS[rule.to].searched_from)
 
 
 Recipes = str | os.PathLike[str] | Mapping[str, Any] | WrittenRecipe
@@ -163,12 +177,17 @@ def in_force(rules: tuple[WrittenRule, ...]) -> tuple[WrittenRule, ...]:
             scope=_scope_of(rule),
             grid=_agreed(rule, rules, "grid"),
             layout=_layout_of(rule, rules, mixed),
-            method=None if rule.method == METHODS[0] else rule.method,
+            method=_method_of(rule.to, rule.method),
         )
         for rule in rules
     )
-    _check_methods([rule for rule in found if rule.method])
+    _check_methods([rule for rule in found if rule.method and rule.method != METHODS[0]])
     return found
+
+
+def _method_of(to: FormatName, method: Method | None) -> Method | None:
+    """Return a method where it is none that is meant where nothing is said."""
+    return None if method == METHODS[0] and not FORMATS[to].searched_from else method
 
 
 def _scope_of(rule: WrittenRule) -> Scope | None:
@@ -216,6 +235,11 @@ def _check_methods(searching: Sequence[WrittenRule]) -> None:
             raise UsageError(
                 f"{rule.called('method')} {rule.method} has no meaning with {rule.to}: it searches better scales, "
                 f"which is for {' and '.join(owners)}"
+            )
+        if rule.method not in kind.searched_by:
+            raise UsageError(
+                f"{rule.called('method')} {rule.method} is not there for {rule.to}: its scales are searched by "
+                f"{' or '.join(kind.searched_by)}"
             )
         if kind.grids and rule.grid not in kind.searched_grids:
             raise UsageError(
@@ -393,8 +417,7 @@ def _rule(content: object, number: int, file: str) -> WrittenRule:
     if "to" not in content:
         raise UsageError(f"{place}: the key 'to' is missing: which format?")
     words: dict[str, Any] = {name: _word(content, name, place) for name in _WORDS}
-    if words["method"] == METHODS[0]:
-        words["method"] = None  # what is meant where nothing is said, and reports say it
+    words["method"] = _method_of(words["to"], words["method"])  # reports say it where it is meant in any case
     lists: dict[str, Any] = {name: _texts(content, name, place) for name in _LISTS}
     lists["classes"] = tuple(_class(kind, _at(content, "classes", place)) for kind in lists["classes"])
     for name in ("match", "ignore"):

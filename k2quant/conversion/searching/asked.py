@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from k2quant.calib.stats.matching import check_source
 from k2quant.conversion.plan import Plan
-from k2quant.conversion.searching.fitting import FOLDED, PLAIN, check_method, unmeasured
+from k2quant.conversion.searching.fitting import FOLDED, PLAIN, UNWEIGHTED, check_method, unmeasured
 from k2quant.conversion.searching.folding import Folding
 from k2quant.conversion.searching.searched import Searched
 
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
     from k2quant.calib.stats.reading import Stats
 
 
-def searched(plan: Plan, stats: Stats | None) -> tuple[Plan, Searched | None]:
+def searched(plan: Plan, stats: Stats | None, *calibrated: Stats) -> tuple[Plan, Searched | None]:
     """Return a plan that says how scales are searched, and who does it; None where nobody asked for it.
 
     Args:
         plan: of a conversion.
         stats: what is known of the source's inputs, if anything.
+        calibrated: statistics that serve something else; whoever searches refuses other weights than theirs.
 
     Raises:
         UsageError: the method needs statistics, or has no use for them.
@@ -28,16 +30,20 @@ def searched(plan: Plan, stats: Stats | None) -> tuple[Plan, Searched | None]:
     """
     method = plan.options.in_force.method
     check_method(method, stats=stats is not None)
+    said: dict[str, Any] = {}
     if method == PLAIN:
-        return plan, None
+        if not any(job.target is not None and plan.recipe.searches(job.weight) for job in plan.jobs()):
+            return plan, Searched(plan, method, None, calibrated) if calibrated else None
+        method, said["default"] = UNWEIGHTED, True  # `Format.searched_from` asks for it
     from k2quant.kernels.codecs.scales.search import CANDIDATES
 
-    said: dict[str, Any] = {"asked": method, "candidates": CANDIDATES}
+    said |= {"asked": method, "candidates": CANDIDATES}
     if stats is None:
-        return replace(plan, method=said), Searched(plan, method, stats)
+        return replace(plan, method=said), Searched(plan, method, stats, calibrated)
     jobs = list(plan.jobs())
     check_source(stats, plan.source, [job.weight for job in jobs])
     said["stats"] = stats.fingerprint
-    rounder = Folding(plan, stats) if method == FOLDED else Searched(plan, method, stats)
+    kind = partial(Folding, plan) if method == FOLDED else partial(Searched, plan, method)
+    rounder = kind(stats, calibrated)
     remarks = (*plan.remarks, *unmeasured(filter(rounder.takes, jobs), stats), *rounder.remarks())
     return replace(plan, method=said, remarks=remarks), rounder

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from k2quant.calib.stats.digests import base_of
 from k2quant.conversion import relatives
-from k2quant.conversion.placing import Job
+from k2quant.conversion.placing import Job, target_of
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.searching.choosing import Choice, Fold, Pair
 from k2quant.conversion.searching.fitting import WEIGHTED
 from k2quant.conversion.searching.powers import shifted, shifted_scales
-from k2quant.conversion.searching.searched import Searched, target_of
+from k2quant.conversion.searching.searched import Searched
 from k2quant.errors import OutputError
 from k2quant.formats.format import Parts
 from k2quant.ground import names
@@ -44,9 +44,9 @@ _EFFORT = 4.0
 class Folding(Searched):
     """A `stream.Rounder` that folds, then searches as `imatrix` does."""
 
-    def __init__(self, plan: Plan, stats: Stats) -> None:
+    def __init__(self, plan: Plan, stats: Stats, calibrated: Iterable[Stats] = ()) -> None:
         """Take what `searched` has checked."""
-        super().__init__(plan, WEIGHTED, stats)
+        super().__init__(plan, WEIGHTED, stats, calibrated)
         self._source, self._known_by = plan.source, stats
         self._halves: list[Job] = []
         self._pairs: dict[str, Pair] = {}

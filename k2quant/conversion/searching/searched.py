@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from k2quant.calib.stats.digests import base_of
 from k2quant.calib.stats.matching import check_bytes
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, format_of
-from k2quant.conversion.placing import Job, ShardPlan
+from k2quant.conversion.placing import Job, ShardPlan, target_of
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.searching.fitting import PLAIN, WEIGHTED
 from k2quant.conversion.searching.measuring import COLUMNS, Known, errors, over_rounding
 from k2quant.conversion.stream import SHARDS_ABREAST
-from k2quant.formats.format import Format, Method, Parts
+from k2quant.formats.format import Method, Parts
 
 if TYPE_CHECKING:
     from k2quant.calib.stats.reading import Stats
@@ -41,9 +41,18 @@ class _Weight:
 class Searched:
     """A `stream.Rounder` that searches scales; what held-out data finds worse than rounding is rounded."""
 
-    def __init__(self, plan: Plan, method: Method, stats: Stats | None) -> None:
-        """Take what `searched` has checked."""
+    def __init__(self, plan: Plan, method: Method, stats: Stats | None, calibrated: Iterable[Stats] = ()) -> None:
+        """Take what `searched` has checked.
+
+        Args:
+            plan: of the conversion.
+            method: how scales are searched.
+            stats: what errors are weighted and judged by, if by anything.
+            calibrated: statistics that serve something else: with these, too, another weight than was calibrated is
+                refused.
+        """
         self._method, self._stats = method, stats
+        self._calibrated = (*(() if stats is None else (stats,)), *calibrated)
         self._taken = frozenset(
             job.name for job in plan.jobs() if job.target is not None and plan.recipe.searches(job.weight)
         )
@@ -135,8 +144,8 @@ class Searched:
         Raises:
             CheckpointError: its bytes are others.
         """
-        if self._stats is not None:
-            check_bytes(self._stats, job.weight, read)
+        for stats in self._calibrated:
+            check_bytes(stats, job.weight, read)
         if job.name not in self._taken:
             return False
         with self._lock:
@@ -169,14 +178,6 @@ class Searched:
                 known = Known.of(self._stats, base_of(job.weight), self._method, weighted=self.weighted)
                 self._weights[job.name] = _Weight(known)
             return self._weights[job.name]
-
-
-def target_of(job: Job) -> Format:
-    """Return the format of a weight that is searched."""
-    if job.target is None:
-        msg = f"{job.name} is copied"  # never asked
-        raise AssertionError(msg)
-    return job.target
 
 
 def _layers(abreast: int) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 import k2quant
 from k2quant.checking.comparison import compare, unlike
-from k2quant.checkpoint.panels import read_values
+from k2quant.checkpoint.panels import panel_state, read_values
 from k2quant.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.convert import carry_out
@@ -22,7 +22,7 @@ from k2quant.conversion.plan import Options, Plan, describe, make_plan, plan_of
 from k2quant.conversion.recipes.recipe import Recipe, Rule
 from k2quant.errors import CheckpointError, UnsupportedFormat, UsageError
 from k2quant.formats.configs import compressed_tensors
-from k2quant.formats.dtypes import TensorSpec
+from k2quant.formats.dtypes import DTYPES, TensorSpec
 from k2quant.formats.format import Entry, Format, Neighbours, Parts, Scope, Stored, contradiction, matrix
 from k2quant.formats.fp8 import Fp8
 from k2quant.formats.int4 import Int4
@@ -284,24 +284,43 @@ def test_a_tensor_in_memory_is_surveyed_too() -> None:
 
 
 @pytest.mark.usefixtures("_surveyed")
-def test_values_that_come_by_panels_are_not_surveyed(k2_bf16: Path, tmp_path: Path) -> None:
-    """A substitute is refused by name, before anything is written."""
+def test_values_that_come_by_panels_are_surveyed_by_whoever_has_them(
+    k2_bf16: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A substitute surveys all its panels, and is asked for the first of a weight when the format is settled."""
+    monkeypatch.setattr("k2quant.checkpoint.panels.PANEL_WEIGHTS", 1)
+    ones, seen = np.uint16(0x3F80), dict[str, float]()
 
     class Other:
-        """Has a value for every weight."""
+        """Has 1 for every weight of the experts, and somewhere in the last row a 2."""
 
         def replaces(self, weight: StoredWeight) -> bool:
-            """All of them."""
-            return weight.format is not None
+            """All experts."""
+            return ".experts." in weight.base
+
+        def survey(self, job: Job, asked: Format, start: int, stop: int) -> object:
+            """Look at rows."""
+            return asked.survey(self._rows(job, start, stop), codecs_of("cpu"))
 
         def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, None]:
-            """Never asked."""
-            raise AssertionError((job, start, stop))
+            """Write rows as what the surveys came to."""
+            assert isinstance(job.written, Surveyed)
+            seen[job.name] = job.written.amax
+            state = panel_state(job.written, job.weight.shape, start, stop)
+            parts = {suffix: np.empty(spec.shape, DTYPES[spec.dtype].numpy) for suffix, spec in state.items()}
+            job.written.encode(self._rows(job, start, stop), parts, codecs_of("cpu"))
+            return parts, None
+
+        def _rows(self, job: Job, start: int, stop: int) -> U16:
+            rows = np.full((stop - start, job.weight.shape[1]), ones)
+            rows[-1, 7] += 0x80 * (stop == job.weight.shape[0])
+            return rows
 
     plan = make_plan(open_checkpoint(k2_bf16), Options("surveyed"))  # type: ignore[arg-type]
-    with pytest.raises(UnsupportedFormat, match="looks at whole weights first"):
-        carry_out(plan, tmp_path / "out", substitute=Other())
-    assert not (tmp_path / "out").exists()
+    carry_out(plan, tmp_path / "out", substitute=Other(), workers=2)
+    assert len(seen) > 10
+    assert set(seen.values()) == {2.0}
+    assert k2quant.verify_checksums(tmp_path / "out").passed
 
 
 def test_names_of_formats_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
