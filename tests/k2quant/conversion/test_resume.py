@@ -78,7 +78,9 @@ def plan(folder: Path, **changes: Any) -> Plan:
         "config": b"123",
         "source": SimpleNamespace(folder=folder, fingerprint=lambda: {"index": "abc"}),
     }
-    return cast("Plan", SimpleNamespace(**known | changes))
+    found = known | changes
+    last = {INDEX: found["index"], CONFIG: found["config"]}
+    return cast("Plan", SimpleNamespace(**found, last={name: data for name, data in last.items() if data is not None}))
 
 
 @pytest.fixture
