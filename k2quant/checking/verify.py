@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checking.comparison import Finding, Progress, compare_opened
 from k2quant.checking.made import Made, made
+from k2quant.checking.shared import unlike_scales
 from k2quant.checkpoint.files.checksum import combine, crc32
 from k2quant.checkpoint.files.paths import check_inside, read_limited
 from k2quant.checkpoint.files.sources import check_folder
@@ -86,7 +87,8 @@ def verify(
     error below half of its energy, and its figures those of the report. Where a fold was asked for, rows of `up_proj`
     may have lost powers of two that the columns of `down_proj` have. Scales of activations and of the KV cache may be
     missing where the config of the converted checkpoint does not speak of them, those of the cache only where it has
-    another `quant_method` than the source's.
+    another `quant_method` than the source's. Where a format has one scale for a whole matrix, matrices that engines lay
+    into one must share it, unless the source's do not.
 
     Args:
         source: folder of the source.
@@ -118,7 +120,18 @@ def verify(
         )
         if why:
             failures[finding.name] = why
-    return Verification(findings, failures)
+    return Verification(findings, failures | _shared_failures(before, after))
+
+
+def _shared_failures(before: Checkpoint, after: Checkpoint) -> dict[str, str]:
+    """Say which matrices that engines lay into one have two scales, where the source's have one."""
+    found = unlike_scales(after, group_tensors(after.tensors).weights)
+    own = {base for base, _ in unlike_scales(before, group_tensors(before.tensors).weights).values()} if found else ()
+    return {
+        name: f"has another scale of the whole matrix than `{other}`, and engines have one for both"
+        for name, (base, other) in found.items()
+        if base not in own
+    }
 
 
 def _own_report(checkpoint: Checkpoint) -> dict[str, Any] | None:
