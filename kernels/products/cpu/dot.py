@@ -47,7 +47,6 @@ __all__ = [
     "int4_dot",
     "int4_task",
     "int4_work",
-    "multiples",
     "mxfp4_dot",
     "mxfp4_task",
     "mxfp4_work",
@@ -132,26 +131,26 @@ def fp8_work(x: U16, codes: U8, scale: F32, block_rows: int, block_columns: int,
     return partial(fp8_rows, _frozen(x), _frozen(codes), _frozen(scale), block_rows, block_columns, out)
 
 
-def nvfp4_dot(x: U16, codes: U8, scale: U8, numbers: F32, out: U16, first: int, last: int) -> None:
+def nvfp4_dot(x: U16, codes: U8, scale: U8, least: F32, out: U16, first: int, last: int) -> None:
     """Write x @ W.T for rows `first` to `last` of an NVFP4 W to the same columns of `out`, rounded once, half to even.
 
     Args:
         x: BF16 bits `[M, K]`; K is a multiple of 32.
         codes: E2M1 `[N, K/2]`, the even column in the low nibble.
         scale: e4m3fn bits `[N, K/16]`, none of them negative or NaN.
-        numbers: float32 `[16]`, from `multiples`.
+        least: float32 `[16]`: what a code counts at the scales 0 to 15, from `fp4.block_scales`.
         out: BF16 bits `[M, N]`.
         first: first row of W. Ranges of multiples of `rows_together(M)` rows waste nothing.
         last: row of W to stop before.
     """
     _within(codes.shape[0], first, last)
-    nvfp4_work(x, codes, scale, numbers, out)(first, last)
+    nvfp4_work(x, codes, scale, least, out)(first, last)
 
 
-def nvfp4_work(x: U16, codes: U8, scale: U8, numbers: F32, out: U16) -> Work:
+def nvfp4_work(x: U16, codes: U8, scale: U8, least: F32, out: U16) -> Work:
     """Return `nvfp4_dot` for given arrays, to be called with ranges of rows, which are not checked; see `int4_work`."""
-    _same(numbers.shape, (16,))
-    return _fp4_work(x, codes, scale, numbers, out, BLOCK)
+    _same(least.shape, (16,))
+    return _fp4_work(x, codes, scale, least, out, BLOCK)
 
 
 def mxfp4_dot(x: U16, codes: U8, scale: U8, out: U16, first: int, last: int) -> None:
@@ -174,28 +173,14 @@ def mxfp4_work(x: U16, codes: U8, scale: U8, out: U16) -> Work:
     return _fp4_work(x, codes, scale, _NONE, out, GROUP)
 
 
-def multiples(whole: F32, *, divides: bool) -> F32:
-    """Return what the numbers 0 to 15 are times a matrix's own scale, or divided by it, each rounded once.
-
-    Args:
-        whole: `[]`, or `[E]`.
-        divides: which of the two.
-
-    Returns:
-        `[16]`, or `[E, 16]`.
-    """
-    numbers, one = np.arange(16, dtype=np.float32), whole[..., None]
-    return numbers / one if divides else numbers * one
-
-
-def _fp4_work(x: U16, codes: U8, scale: U8, numbers: F32, out: U16, block: int) -> Work:
+def _fp4_work(x: U16, codes: U8, scale: U8, least: F32, out: U16, block: int) -> Work:
     (rows, columns), height = x.shape, codes.shape[0]
     if columns % GROUP:
         raise ValueError(f"expected a multiple of {GROUP} columns, found {columns}")
     _same(codes.shape, (height, columns // 2))
     _same(scale.shape, (height, columns // block))
     _same(out.shape, (rows, height))
-    return partial(fp4_rows, _frozen(x), _frozen(codes), _frozen(scale), _frozen(numbers), out)
+    return partial(fp4_rows, _frozen(x), _frozen(codes), _frozen(scale), _frozen(least), out)
 
 
 _NONE = np.empty(0, np.float32)
@@ -218,9 +203,9 @@ def fp8_task(x: U16, codes: U8, scale: F32, block_rows: int, block_columns: int,
     return Task(fp8_entry().address, parameters, (x, codes, scale, out))
 
 
-def nvfp4_task(x: U16, codes: U8, scale: U8, numbers: F32, out: U16) -> Task:
+def nvfp4_task(x: U16, codes: U8, scale: U8, least: F32, out: U16) -> Task:
     """Return `nvfp4_dot` of all rows, unchecked, as such a task."""
-    return _fp4_task(x, codes, scale, numbers, out, BLOCK)
+    return _fp4_task(x, codes, scale, least, out, BLOCK)
 
 
 def mxfp4_task(x: U16, codes: U8, scale: U8, out: U16) -> Task:
@@ -228,9 +213,9 @@ def mxfp4_task(x: U16, codes: U8, scale: U8, out: U16) -> Task:
     return _fp4_task(x, codes, scale, _NONE, out, GROUP)
 
 
-def _fp4_task(x: U16, codes: U8, scale: U8, numbers: F32, out: U16, block: int) -> Task:
+def _fp4_task(x: U16, codes: U8, scale: U8, least: F32, out: U16, block: int) -> Task:
     (rows, columns), height = x.shape, codes.shape[0]
-    arrays = x, codes, scale, out, numbers
+    arrays = x, codes, scale, out, least
     parameters = task_parameters([rows, columns, height, *(array.ctypes.data for array in arrays), block])
     return Task(fp4_entry().address, parameters, arrays)
 

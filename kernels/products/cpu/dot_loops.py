@@ -20,9 +20,9 @@ lowest 5 bits, a nibble and a bit of the next one; the table has 32 entries, the
 FP4 codes are nibbles too: their table holds the numbers of E2M1. NVFP4 and MXFP4 share all code but that which makes
 float32 of their scales; MXFP4's count for two times 16 columns each.
 
-**An E4M3 scale and its matrix's own scale become one float32** by a table of 16: what the numbers 0 to 15 are times the
-matrix's scale, or divided by it. An E4M3 number is one of these times a power of two. So S is rounded once, as it is
-defined, unless it is so small that float32 has fewer bits for it.
+**An E4M3 scale and its matrix's own scale become one float32** by a table of 16: what the 16 least E4M3 scales become,
+subnormals and the first with an exponent. Any other is one of the latter times a power of two. So S is rounded once, as
+it is defined, unless it is so small that float32 has fewer bits for it.
 
 **Four or five unpack 32 FP8 codes.** A byte shuffle copies each code to both bytes of its half lane; `vpermi2b` looks
 up the lower byte, and again the higher byte, in tables of the 128 magnitudes; the sign is copied over. Tables make
@@ -49,6 +49,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from k2quant.kernels.codecs.fp4 import E2M1
 from k2quant.kernels.codecs.values import F32, U8, U16
 
 Int = Any  # what numba makes of integers is no one Python type
@@ -125,10 +126,9 @@ def _e4m3(magnitude: int) -> int:
     return _bf16(mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
 
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _TABLES = {
     _INT4: _constant(_HALVES, [_bf16(code) for code in range(-8, 8)] * 2),
-    _FP4: _constant(_HALVES, [_bf16(code) for code in (*_E2M1, *(-number for number in _E2M1))] * 2),
+    _FP4: _constant(_HALVES, [_bf16(code) for code in (*E2M1, *(-number for number in E2M1))] * 2),
 }
 _E4M3 = [_e4m3(magnitude) for magnitude in range(128)]
 _ZEROS = _constant(_FLOATS, [0.0] * 16)
@@ -377,9 +377,9 @@ def _widen_scales(code: _Code, tile: Any, stride: Any, factors: Any, step: Any) 
 def _multiply_e4m3(code: _Code, tile: Any, stride: Any, factors: Any, step: Any, table: Any) -> None:
     """Make float32 of the E4M3 scales of 16 rows and 64 blocks, rows in lanes; each block `step` bytes further.
 
-    `table` is the address of float32 `[16]`: what the numbers 0 to 15 stand for.
+    `table` is the address of float32 `[16]`: what the scales 0 to 15 become.
     """
-    multiples = code.load(_FLOATS, table, align=4)
+    least = code.load(_FLOATS, table, align=4)
     splat = partial(_constant, _WORDS)
     for column in code.transposed(tile, stride):
         for byte in range(4):
@@ -388,13 +388,10 @@ def _multiply_e4m3(code: _Code, tile: Any, stride: Any, factors: Any, step: Any,
             normal = code.builder.or_(code.builder.and_(bits, splat([7] * 16)), splat([8] * 16))
             number = code.least(bits, normal)
             exponent = code.builder.and_(code.most(bits, splat([8] * 16)), splat([0x78] * 16))
-            power = code.builder.add(code.builder.shl(exponent, splat([20] * 16)), splat([_E4M3_POWER << 23] * 16))
-            found = code.call("llvm.x86.avx512.permvar.sf.512", _FLOATS, multiples, number)
+            power = code.builder.add(code.builder.shl(exponent, splat([20] * 16)), splat([(127 - 1) << 23] * 16))
+            found = code.call("llvm.x86.avx512.permvar.sf.512", _FLOATS, least, number)
             code.store(code.builder.fmul(found, code.builder.bitcast(power, _FLOATS)), factors)
             factors = code.builder.add(factors, step)
-
-
-_E4M3_POWER = 127 - 10  # (8 + mantissa) * 2^(exponent - 10)
 
 
 def _widen_e8m0(code: _Code, tile: Any, stride: Any, factors: Any, step: Any) -> None:
@@ -468,9 +465,9 @@ def fp8_rows(
 
 
 @_jit
-def fp4_rows(x: U16, codes: U8, scale: U8, multiples: F32, out: U16, first: int, last: int) -> None:
-    """Do `nvfp4_dot`, or `mxfp4_dot` where there are no multiples, `MANY` rows of x at a time."""
-    per_byte = 1 if multiples.size else GROUP // BLOCK
+def fp4_rows(x: U16, codes: U8, scale: U8, least: F32, out: U16, first: int, last: int) -> None:
+    """Do `nvfp4_dot`, or `mxfp4_dot` where there are no least scales, `MANY` rows of x at a time."""
+    per_byte = 1 if least.size else GROUP // BLOCK
     groups = -(-scale.shape[1] // _TILE_BYTES) * _TILE_BYTES * per_byte
     for top in range(0, x.shape[0], MANY):
         tiles = _tiles(x[top : top + MANY], 128)
@@ -480,7 +477,7 @@ def fp4_rows(x: U16, codes: U8, scale: U8, multiples: F32, out: U16, first: int,
         edge = np.empty((STRIP, _TILE_BYTES), np.uint8)
         for row in range(first, last, height):
             totals[:] = 0
-            _fp4_factors(scale, row, last, multiples, per_byte, factors, edge)
+            _fp4_factors(scale, row, last, least, per_byte, factors, edge)
             if rows <= FEW:
                 _multiply_few(_FP4, tiles, codes, row, factors, edge, totals)
             else:
@@ -568,12 +565,12 @@ def _fp8_pieces(data: Any) -> None:
 def _fp4_pieces(data: Any) -> None:
     """Do pieces of an `nvfp4_task` or an `mxfp4_task` until there are none."""
     job = carray(data, (10,), np.int64)
-    rows, columns, height, multiples, block = job[0], job[1], job[2], job[7], job[8]
+    rows, columns, height, least, block = job[0], job[1], job[2], job[7], job[8]
     x = carray(_pointer(job[3]), (rows, columns), np.uint16)
     codes = carray(_pointer(job[4]), (height, columns // 2), np.uint8)
     scale = carray(_pointer(job[5]), (height, columns // block), np.uint8)
     out = carray(_pointer(job[6]), (rows, height), np.uint16)
-    table = carray(_pointer(multiples), (16 if block == BLOCK else 0,), np.float32)
+    table = carray(_pointer(least), (16 if block == BLOCK else 0,), np.float32)
     together = STRIP if rows <= FEW else ROWS
     number = _next_piece(_address(job) + 8 * _NEXT)
     while number < PIECES:
@@ -675,7 +672,7 @@ def _fp8_factors(scale: F32, row: int, last: int, block_rows: int, block_columns
 
 
 @_jit
-def _fp4_factors(scale: U8, row: int, last: int, multiples: F32, per_byte: int, factors: F32, edge: U8) -> None:
+def _fp4_factors(scale: U8, row: int, last: int, least: F32, per_byte: int, factors: F32, edge: U8) -> None:
     """Write the scales of 16 or 64 rows to `[groups, rows]`; behind the last group they are 0."""
     height = factors.shape[1]
     for strip in range(row, min(row + height, last), STRIP):
@@ -683,8 +680,8 @@ def _fp4_factors(scale: U8, row: int, last: int, multiples: F32, per_byte: int, 
             address, stride = _tile(scale, strip, column, edge)
             _fetch((address + height * stride, stride))
             place = _address(factors) + (column * per_byte * height + strip - row) * 4
-            if multiples.size:
-                _e4m3_scales((address, stride, place, height * 4, _address(multiples)))
+            if least.size:
+                _e4m3_scales((address, stride, place, height * 4, _address(least)))
             else:
                 _e8m0_scales((address, stride, place, height * 4))
     factors[scale.shape[1] * per_byte :] = 0

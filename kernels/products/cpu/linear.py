@@ -18,11 +18,15 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from k2quant.kernels.codecs import fp4
 from k2quant.kernels.codecs.cpu import int4 as codec
+from k2quant.kernels.codecs.cpu import mxfp4, nvfp4
+from k2quant.kernels.codecs.values import F32, U8, U16, e8m0_to_float
 from k2quant.kernels.devices.threads import over_rows, without_lock
 from k2quant.kernels.products.cpu import dot as dot_cpu
 from k2quant.kernels.products.cpu import panels as panels_cpu
@@ -165,8 +169,11 @@ def _rest(weight: PackedWeight) -> Callable[[Any], tuple[Any, ...]]:
     """Return what a weight has beside codes and scale; of a stack, asked by an expert's number."""
     if weight.whole is None:
         return lambda _: weight.numbers
-    numbers = dot_cpu.multiples(weight.whole.numpy(), divides=bool(weight.numbers[0]))
-    return lambda number: (numbers[number],)
+    whole, divides = weight.whole.numpy(), bool(weight.numbers[0])
+    return lambda number: (fp4.block_scales(_LEAST, fp4.TensorScale(float(whole[number]), divides)),)
+
+
+_LEAST = np.arange(16, dtype=np.uint8)
 
 
 def _dot_arrays(
@@ -237,6 +244,49 @@ def _fp8_panel(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) 
     return panel.to(dtype)
 
 
+def _nvfp4_panel(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    if weight.whole is None:
+        raise AssertionError("NVFP4 without a tensor scale")
+    tensor = fp4.TensorScale(float(weight.whole), bool(weight.numbers[0]))
+
+    def decode(codes: U8, scale: U8, out: U16) -> None:
+        nvfp4.decode(codes, scale, tensor, out)
+
+    return _fp4_panel(weight, first, last, dtype, decode, fp4.block_scales(_BYTES, tensor))
+
+
+def _mxfp4_panel(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    return _fp4_panel(weight, first, last, dtype, mxfp4.decode, e8m0_to_float(_BYTES))
+
+
+_BYTES = np.arange(256, dtype=np.uint8)
+_E2M1 = np.array([*fp4.E2M1, *(-number for number in fp4.E2M1)], np.float32)
+
+
+def _fp4_panel(
+    weight: PackedWeight,
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+    decode: Callable[[U8, U8, U16], None],
+    scales: F32,
+) -> Tensor:
+    """Make a panel as BF16 by a codec, or as float32 by what a code counts at each scale."""
+    codes, scale = weight.codes[first:last].numpy(), weight.scale[first:last].numpy()
+    panel = torch.empty(last - first, weight.shape[1], dtype=dtype)
+    if dtype == torch.bfloat16:
+        bits = _bits(panel)
+        over_rows(last - first, 16, lambda a, b: decode(codes[a:b], scale[a:b], bits[a:b]))
+    else:
+        floats, numbers = panel.numpy(), _E2M1
+        over_rows(
+            last - first,
+            16,
+            lambda a, b: panels_cpu.fp4_to_float(codes[a:b], scale[a:b], numbers, scales, floats[a:b]),
+        )
+    return panel
+
+
 def _torch_panel(weight: PackedWeight, first: int, last: int, dtype: torch.dtype) -> Tensor:
     half, columns = torch_half(), weight.shape[1]
     part = weight.rows(first, last)
@@ -254,6 +304,8 @@ PANELS: dict[tuple[str, Layout], Callable[[PackedWeight, int, int, torch.dtype],
     ("int4", "rows"): _int4_panel,
     ("int4", "torch"): _torch_panel,
     ("fp8", "rows"): _fp8_panel,
+    ("nvfp4", "rows"): _nvfp4_panel,
+    ("mxfp4", "rows"): _mxfp4_panel,
 }
 """How a panel is made by format and layout; without an entry, by torch."""
 

@@ -1,7 +1,8 @@
 """Panels of quantised weights as float32, for matrix products on a CPU that are too tall to work from packed codes.
 
 A panel is some rows of a weight: small enough to stay in the cache until it is multiplied. Nothing is rounded: a code
-times a BF16 scale is exact in float32, and an FP8 code times its float32 scale is what the format means.
+times a BF16 scale or a power of two is exact in float32, and an FP8 or NVFP4 code times its float32 scale is what the
+format means.
 """
 
 from __future__ import annotations
@@ -44,6 +45,23 @@ def fp8_to_float(codes: U8, scale: F32, block_rows: int, block_columns: int, fir
                 sign = np.uint32(np.uint32(code & np.uint32(0x80)) << np.uint32(24))
                 number = np.uint32(np.uint32(code & np.uint32(0x7F)) << np.uint32(20))
                 numbers[column] = _float(np.uint32(sign | number)) * np.float32(2.0**120) * factor
+
+
+@_jit
+def fp4_to_float(codes: U8, scale: U8, numbers: F32, scales: F32, out: F32) -> None:
+    """Write code * scale of E2M1 codes `[R, K/2]` to `[R, K]`.
+
+    `numbers` `[16]` is what the codes stand for, `scales` `[256]` what they count at each byte of `scale`
+    `[R, K/block]`.
+    """
+    half = codes.shape[1] // scale.shape[1]
+    for row in range(codes.shape[0]):
+        for block in range(scale.shape[1]):
+            factor, start = scales[scale[row, block]], block * half
+            pairs, found = codes[row, start : start + half], out[row, 2 * start : 2 * (start + half)]
+            for pair in range(half):
+                found[2 * pair] = numbers[pairs[pair] & np.uint8(15)] * factor
+                found[2 * pair + 1] = numbers[pairs[pair] >> np.uint8(4)] * factor
 
 
 @_jit

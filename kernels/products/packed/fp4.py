@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from k2quant.errors import UsageError
+from k2quant.kernels.codecs.fp4 import E2M1
 from k2quant.kernels.products.packed.weight import GROUP, check_device
-
-NVFP4_BLOCK, MXFP4_BLOCK = 16, 32
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-NAN_E4M3, NAN_E8M0 = 0x7F, 255
 
 
 def values(codes: Tensor) -> Tensor:
