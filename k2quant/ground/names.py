@@ -43,6 +43,9 @@ _PROJECTION = re.compile(
 
 _OF_K3 = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
+# What K3 keeps in float32 although it is called a weight, as its A_log and dt_bias are that are called none.
+_FLOAT32 = re.compile(_LAYER + r"self_attn\.(?:[qkv]_conv1d|o_norm)")
+
 # What a layer for multi-token prediction has besides the tensors of a decoder layer.
 _PREDICTOR = re.compile(_LAYER + r"(?:eh_proj|enorm|hnorm|shared_head|embed_tokens)\.")
 
@@ -94,6 +97,11 @@ def is_projection(base: str) -> bool:
 def is_routed_expert(base: str) -> bool:
     """Tell whether a base is a projection of a routed expert."""
     return expert(base) is not None
+
+
+def is_float32(base: str) -> bool:
+    """Tell whether a base is one that Moonshot ships in float32 in a release of BF16: KDA's convolutions and norm."""
+    return _FLOAT32.fullmatch(base) is not None
 
 
 def is_unknown_matrix(base: str) -> bool:

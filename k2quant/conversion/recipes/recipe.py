@@ -113,7 +113,7 @@ class Recipe:
         A weight that is already in the format of its rule is copied. One that no rule takes comes out as BF16 if it is
         quantised in a format that nobody asked for; else as that format was asked for, which rounds nothing.
         """
-        if weight.format is None:
+        if weight.format is None or names.is_float32(weight.base):
             return None
         if (rule := self.rule_of(weight)) is not None:
             return None if weight.format.same(rule.format) else rule.format.taking(weight.format)
