@@ -76,9 +76,12 @@ _PATTERNS = (
     ("*mm_projector*",),
     ("*.eh_proj",),
     ("*.shared_head.head",),
+    ("*.block_sparse_moe.gate",),
+    ("*.routed_expert_down_proj", "*.routed_expert_up_proj"),
+    ("*_res_proj",),
 )
-"""Modules that K2's NVFP4 checkpoints leave as they are; each stands in the list if it is right for a checkpoint's
-names."""
+"""Modules that K2's NVFP4 checkpoints leave as they are, and K3's; each stands in the list if it is right for the names
+of a checkpoint."""
 
 
 def block(quantised: Iterable[str], kept: list[str], *, inputs: bool) -> dict[str, Any]:
