@@ -201,7 +201,7 @@ def check_tensors(source: Path, made: Path, wanted: dict[str, str], whole: tuple
 
 
 def test_gate_and_up_of_an_expert_share_a_tensor_scale(k2_bf16: Path, tmp_path: Path) -> None:
-    """The gate's is what vLLM takes for both (`w13_weight_scale_2[:, 0]`), so they must be one number; experts differ."""
+    """The gate's is what vLLM takes for both (`w13_weight_scale_2[:, 0]`), so they must be one; experts differ."""
     made = k2quant.convert(k2_bf16, tmp_path / "out", to="nvfp4").folder
     tensors = {name: tensor for shard in made.glob("*.safetensors") for name, tensor in load_file(shard).items()}
     scales = {name.removesuffix(".weight_scale_2"): float(t) for name, t in tensors.items() if "weight_scale_2" in name}
