@@ -13,7 +13,7 @@ from k2quant.formats.nvfp4 import Nvfp4
 
 FormatName = Literal["bf16", "fp8", "int4", "nvfp4", "mxfp4"]
 
-ExportFormat = Literal["int4", "fp8"]
+ExportFormat = Literal["int4", "fp8", "nvfp4", "mxfp4"]
 """The formats that QAT trains for, the default first."""
 
 FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (Bf16, Fp8, Int4, Nvfp4, Mxfp4)}

@@ -18,6 +18,7 @@ from k2quant.formats.format import Entry, Format, Layout, Method, Neighbours, Pa
 from k2quant.kernels.codecs.grids import MXFP4_BLOCK
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from k2quant.kernels.codecs.figures import Figures
@@ -49,6 +50,8 @@ class Mxfp4(Format):
     unfit: ClassVar[tuple[str, ...]] = ("kv_b_proj",)  # absorbed into its neighbours by MLA, which takes BF16 or FP8
     layouts: ClassVar[tuple[str, ...]] = ("compressed-tensors",)
     searches: ClassVar[bool] = True
+    trained: ClassVar[bool] = True
+    clips: ClassVar[bool] = True
     searched_from: ClassVar[tuple[str, ...]] = ("int4",)
     searched_by: ClassVar[tuple[Method, ...]] = ("mse", "imatrix")
     unit: ClassVar[int] = MXFP4_BLOCK
@@ -186,6 +189,26 @@ class Mxfp4(Format):
     def check_config(cls, block: Mapping[str, Any], stored: list[tuple[Format, tuple[int, ...]]]) -> None:
         """Compare the group size with the weights that are there."""
         check_group(block, MXFP4_BLOCK, "group", "uint8")
+
+    # --- in training ---
+
+    def fake_quantized(self, weights: torch.Tensor, bits: int, largest: torch.Tensor | None = None) -> torch.Tensor:
+        """Return codes times powers of two."""
+        from k2quant.kernels import ops
+
+        return ops.fake_quantize_mxfp4(weights)
+
+    def inside(self, weights: torch.Tensor, bits: int, largest: torch.Tensor | None = None) -> torch.Tensor:
+        """Tell weights up to 6 times their scale from those beyond."""
+        from k2quant.kernels.codecs import reference
+
+        return reference.mxfp4_inside(weights)
+
+    def exported(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+        """Return codes and scales."""
+        from k2quant.kernels import ops
+
+        return dict(zip(self.streamed, ops.bf16_to_mxfp4(weights), strict=True))
 
 
 def check_group(scheme: Mapping[str, Any], block: int, strategy: str, scale_dtype: str) -> None:

@@ -21,6 +21,7 @@ from k2quant.formats.mxfp4 import Mxfp4, check_group, check_shape, check_width, 
 from k2quant.kernels.codecs.grids import NVFP4_BLOCK
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from k2quant.kernels.codecs.figures import Figures
@@ -95,6 +96,8 @@ class Nvfp4(Format):
     searched_from: ClassVar[tuple[str, ...]] = ("int4",)
     surveyed: ClassVar[bool] = True
     together: ClassVar[bool] = True
+    trained: ClassVar[bool] = True
+    clips: ClassVar[bool] = True
     searched_by: ClassVar[tuple[Method, ...]] = ("mse", "imatrix")
     takes_inputs: ClassVar[bool] = True
     may_round: ClassVar[bool] = True
@@ -469,6 +472,43 @@ class Nvfp4(Format):
     def static_inputs(cls, block: Mapping[str, Any]) -> bool:
         """Tell the two algorithms apart."""
         return modelopt.quantises_inputs(block)
+
+    # --- in training ---
+
+    def fake_quantized(self, weights: torch.Tensor, bits: int, largest: torch.Tensor | None = None) -> torch.Tensor:
+        """Return codes times scales, the tensor scale for the largest weight of all that share it."""
+        from k2quant.kernels import ops
+
+        divides = self._called.divides
+        return ops.fake_quantize_nvfp4(weights, self._tensor_for(weights, largest), divides=divides)
+
+    def inside(self, weights: torch.Tensor, bits: int, largest: torch.Tensor | None = None) -> torch.Tensor:
+        """Tell weights up to 6 times what their codes are multiplied with from those beyond."""
+        from k2quant.kernels.codecs import reference
+
+        divides = self._called.divides
+        return reference.nvfp4_inside(weights, self._tensor_for(weights, largest), divides=divides)
+
+    def exported(self, weights: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+        """Return codes, block scales, and the tensor scale that was settled."""
+        from k2quant.kernels import ops
+
+        tensor = self._tensor_for(weights, None)
+        found = ops.bf16_to_nvfp4(weights, tensor, divides=self._called.divides)
+        called = self._called
+        return dict(
+            zip((called.codes, "weight_scale", called.tensor), (*found, tensor.view(called.shape)), strict=True)
+        )
+
+    def _tensor_for(self, weights: torch.Tensor, largest: torch.Tensor | None) -> torch.Tensor:
+        """Return the tensor scale, float32 `[]` where the weights lie: settled, or for a largest weight."""
+        import torch
+
+        from k2quant.kernels.codecs import reference
+
+        if largest is not None:
+            return reference.nvfp4_tensor_scale(largest, divides=self._called.divides)
+        return torch.tensor(self._settled.value, dtype=torch.float32, device=weights.device)
 
 
 def _layout_of(beside: Neighbours) -> Layout | None:

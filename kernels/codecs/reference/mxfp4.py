@@ -64,6 +64,15 @@ def fake_quantize_mxfp4(weights: Tensor) -> Tensor:
     return _stored(weights, mxfp4_codes(weights, scale), scale)
 
 
+def mxfp4_inside(weights: Tensor) -> Tensor:
+    """Tell of BF16 `[R, K]` which weights are at most 6 times the scale of the plain rule: bool `[R, K]`.
+
+    Of blocks whose amax is above 1.5 times a power of two, and below 1.75 times, the largest weights are beyond.
+    """
+    scale = powers(plain_mxfp4_scales(weights))
+    return (mxfp4_blocks(weights).float().abs() / scale[..., None] <= fp4.LARGEST_E2M1).reshape(weights.shape)
+
+
 def mxfp4_codes(weights: Tensor, scale: Tensor) -> Tensor:
     """Return the codes 0 to 15 `[R, K]` of BF16 `[R, K]` at scales, without checks."""
     quotient = (mxfp4_blocks(weights).float() / powers(scale)[..., None]).reshape(weights.shape)

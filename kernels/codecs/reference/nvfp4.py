@@ -104,6 +104,15 @@ def fake_quantize_nvfp4(weights: Tensor, tensor: Tensor, *, divides: bool) -> Te
     return _stored(weights, nvfp4_codes(weights, scale, tensor, divides=divides), scale, tensor, divides=divides)
 
 
+def nvfp4_inside(weights: Tensor, tensor: Tensor, *, divides: bool) -> Tensor:
+    """Tell of BF16 `[R, K]` which weights are at most 6 S, so that their codes are not clamped: bool `[R, K]`.
+
+    Block scales are those of the plain rule. E4M3 may round one down, and then the block's largest weight is beyond.
+    """
+    factor = nvfp4_block_scales(plain_nvfp4_scales(weights, tensor, divides=divides), tensor, divides=divides)
+    return (nvfp4_blocks(weights).float().abs() / factor[..., None] <= LARGEST_E2M1).reshape(weights.shape)
+
+
 def nvfp4_codes(weights: Tensor, scale: Tensor, tensor: Tensor, *, divides: bool) -> Tensor:
     """Return the codes 0 to 15 `[R, K]` of BF16 `[R, K]` at block scales, without checks."""
     factor = nvfp4_block_scales(scale, tensor, divides=divides)
