@@ -114,5 +114,6 @@ def check_stored_once(entry: Entry, beside: Neighbours) -> None:
     Raises:
         MalformedFile: it does.
     """
-    if beside.get("weight_packed") is not None:
+    packed = beside.get("weight_packed")
+    if packed is not None and packed.name != entry.name:
         raise MalformedFile("stored twice, also as weight_packed", tensor=entry.name, file=entry.file)

@@ -276,6 +276,15 @@ class Format(ABC):
         raise AssertionError(f"{self.label} has one layout: {target.label}")  # not asked
 
     @property
+    def along(self) -> tuple[str, ...]:
+        """Suffixes of `streamed` that do not follow from the values: a source has them, and they go along with it."""
+        return ()
+
+    def pass_on(self, parts: Parts, outputs: Parts, target: Format) -> None:
+        """Fill what goes `along` into a target from a panel's arrays in this format; for values that are others now."""
+        raise AssertionError(f"nothing goes along from {self.label} to {target.label}")  # not asked
+
+    @property
     def in_memory(self) -> Format:
         """This format as packed weights hold it: scales in the dtype that the products read."""
         return self

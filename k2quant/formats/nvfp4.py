@@ -128,7 +128,7 @@ class Nvfp4(Format):
     def streamed(self) -> tuple[str, ...]:
         """Codes, block scales and the tensor scale; and the scale of the inputs that a source has."""
         called = self._called
-        return (called.codes, "weight_scale", called.tensor, *((called.inputs,) if self.scaled else ()))
+        return (called.codes, "weight_scale", called.tensor, *self.along)
 
     def suffix_of(self, part: str) -> str:
         """Know the tensor scale, too, and that of the inputs."""
@@ -206,8 +206,24 @@ class Nvfp4(Format):
         tensor = self._stored_scale(parts)
         outputs[other.tensor][...] = tensor.value if mine == other else _in_other_form(tensor, target)
         if target.scaled:
-            inputs = parts[mine.inputs]
-            np.copyto(outputs[other.inputs], inputs if mine == other else _inverse_of_inputs(inputs))
+            self.pass_on(parts, outputs, target)
+
+    @property
+    def along(self) -> tuple[str, ...]:
+        """The scale of the inputs that a source has."""
+        return (self._called.inputs,) if self.scaled else ()
+
+    def pass_on(self, parts: Parts, outputs: Parts, target: Format) -> None:
+        """Say the scale of the inputs as the layout of the target has it.
+
+        Raises:
+            ValueAt: it is none.
+        """
+        if not isinstance(target, Nvfp4):
+            raise TypeError(target)  # not asked
+        mine, other = self._called, target._called  # noqa: SLF001  of the same class
+        inputs = parts[mine.inputs]
+        outputs[other.inputs][...] = inputs if mine == other else _inverse_of_inputs(inputs)
 
     def with_inputs(self, largest: float | None) -> Nvfp4:
         """Return it with a scale by the rule of the layout's tool, see `fp4.input_scale`."""
@@ -496,9 +512,7 @@ class Nvfp4(Format):
         tensor = self._tensor_for(weights, None)
         found = ops.bf16_to_nvfp4(weights, tensor, divides=self._called.divides)
         called = self._called
-        return dict(
-            zip((called.codes, "weight_scale", called.tensor), (*found, tensor.view(called.shape)), strict=True)
-        )
+        return dict(zip((called.codes, "weight_scale", called.tensor), (*found, tensor.reshape(1)), strict=True))
 
     def _tensor_for(self, weights: torch.Tensor, largest: torch.Tensor | None) -> torch.Tensor:
         """Return the tensor scale, float32 `[]` where the weights lie: settled, or for a largest weight."""

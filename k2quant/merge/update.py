@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from k2quant.checkpoint.panels import ROW_STEP, Panel, naming, panel_shape, panel_state, read_values
+from k2quant.checkpoint.panels import ROW_STEP, Panel, naming, panel_shape, panel_state, read_panel, read_values
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.placing import Job
@@ -98,7 +98,17 @@ class Merger:
             end = min(row + ROW_STEP, stop)
             band = band_of(written, outputs, row - start, end - start)
             figures.append(self._band(job, written, shared, (row, end), band))
+        self._pass_on(job, written, start, outputs)
         return outputs, total(figures)
+
+    def _pass_on(self, job: Job, written: Format, start: int, outputs: Parts) -> None:
+        """Fill what goes along with a weight from the base, whatever its values are now."""
+        base = job.weight.format
+        if base is not None and written.along:
+            stop = min(start + ROW_STEP, panel_shape(job.weight.shape)[0])
+            with naming(job.weight, start):
+                parts = read_panel(self._plan.source, job.weight, start, stop, self._buffers.base)
+                base.pass_on(parts, outputs, written)
 
     def _shared(self, change: Change) -> F64 | None:
         """Return the factor that all rows of a weight share; None for one that is replaced."""

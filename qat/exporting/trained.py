@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
+from k2quant.checkpoint.panels import naming, panel_state, read_panel
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.convert import codecs_of
 from k2quant.conversion.placing import Job
@@ -16,6 +17,7 @@ from k2quant.errors import BadValue, MissingTensor, ShapeMismatch, UnsupportedFo
 from k2quant.formats.activations import flow
 from k2quant.formats.dtypes import as_bits, torch_dtype
 from k2quant.formats.format import Format, Parts
+from k2quant.formats.transcode import Scratch
 from k2quant.ground import names
 from k2quant.qat.exporting.distance import Distance
 from k2quant.qat.preparing import Prepared
@@ -58,6 +60,7 @@ class Trained:
         if not found.enabled:
             raise UsageError("fake quantisation is off: the model does not run on what would be exported")
         self.prepared = found
+        self._source = plan.source
         self._distance = Distance(plan.source)
         self.places: dict[str, Place] = dict(_places(model, found))
         """By name in the language model, `.weight` left out."""
@@ -104,13 +107,24 @@ class Trained:
         if target is not None and part is not None and self.prepared.quantises(target):
             settled = job.written if self.prepared.config.format.surveyed else None
             stored = self.prepared.stored(target, part, slice(start, stop), settled)
-            return {suffix: as_bits(values) for suffix, values in stored.items()}
+            return {suffix: as_bits(values) for suffix, values in stored.items()} | self._along(job, start, stop)
         suffix = next(suffix for suffix, entry in job.outputs.items() if entry.name == job.output_main.name)
         rows = (tensor if tensor.ndim == 2 else tensor.reshape(-1, 1))[start:stop]
         seen = as_bf16(rows) if target is not None else rows
         if not seen.isfinite().all():
             raise BadValue("not finite, so nothing is exported", tensor=job.weight.base, remedy=_REMEDY)
         return {suffix: as_bits(seen.to(torch_dtype(job.output_main.dtype)))}
+
+    def _along(self, job: Job, start: int, stop: int) -> Parts:
+        """Return what goes along with a weight from the base, whatever its values are now."""
+        written, base = job.written, job.weight.format
+        if written is None or base is None or not written.along:
+            return {}
+        state = panel_state(written, job.weight.shape, start, stop)
+        outputs: Parts = {suffix: Scratch().take(suffix, state[suffix]) for suffix in written.along}
+        with naming(job.weight, start):
+            base.pass_on(read_panel(self._source, job.weight, start, stop, Scratch()), outputs, written)
+        return outputs
 
     def _stays(self, name: str) -> bool:
         """Tell whether a weight that is not fake-quantised is copied from the base, which holds it quantised."""
