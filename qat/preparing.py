@@ -45,10 +45,10 @@ from k2quant.qat.rounding.estimators import (
 from k2quant.qat.rounding.rules import ROUNDED, Rule, as_bf16, check_packed, plain_rule
 from k2quant.qat.rounding.scales import LearnedScale, learned_scale
 from k2quant.qat.rounding.shadows import Shadowed, by_module
+from k2quant.qat.rounding.shards import whole
 from k2quant.qat.rounding.sharing import sharing
 from k2quant.qat.rounding.survey import is_router, rounded_only
 from k2quant.qat.rounding.targets import Part, Target, canonical, find_targets
-from k2quant.qat.run.shards import whole
 
 ATTRIBUTE = "k2quant_qat"
 """Where a prepared model keeps its `Prepared`."""

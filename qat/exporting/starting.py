@@ -30,9 +30,9 @@ from k2quant.qat.preparing import Prepared
 from k2quant.qat.rounding.adapters import low_rank
 from k2quant.qat.rounding.rules import as_bf16
 from k2quant.qat.rounding.scales import learned_scale
+from k2quant.qat.rounding.shards import is_sharded, like, whole
 from k2quant.qat.rounding.targets import Part, Target
 from k2quant.qat.run.folder import STATS
-from k2quant.qat.run.shards import is_sharded, like, whole
 
 
 class PostTraining:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from k2quant.errors import BadValue, MissingTensor
 from k2quant.qat.rounding.scales import LearnedScale
+from k2quant.qat.rounding.shards import like
 from k2quant.qat.run import checkpoints
-from k2quant.qat.run.shards import like
 
 
 def trained_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -14,8 +14,8 @@ from k2quant.ground import names
 from k2quant.qat.job import Optimizer as Settings
 from k2quant.qat.preparing import Prepared
 from k2quant.qat.rounding import adapters, scales
+from k2quant.qat.rounding.shards import like
 from k2quant.qat.rounding.targets import Part, canonical
-from k2quant.qat.run.shards import like
 
 _REMEMBERED: dict[type[Optimizer], set[str]] = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 """What each remembers of a parameter that has moved."""

@@ -14,8 +14,8 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import Tensor, nn
 
 from k2quant.errors import CheckFailed, UsageError
+from k2quant.qat.rounding.shards import is_sharded
 from k2quant.qat.rounding.targets import Target
-from k2quant.qat.run.shards import is_sharded
 
 _PATIENCE = dt.timedelta(days=1)
 """How long processes wait for the first, which asks a teacher of all rows. A dead one is the launcher's to notice."""

@@ -23,8 +23,8 @@ from k2quant.qat.job import Job, refuse_sharded
 from k2quant.qat.loading import MASTERS, load
 from k2quant.qat.planning import read_data
 from k2quant.qat.preparing import Prepared, prepare, prepared
+from k2quant.qat.rounding.shards import whole
 from k2quant.qat.run.history import Evaluation, StepRecord
-from k2quant.qat.run.shards import whole
 from k2quant.qat.training.measuring import Measures
 from k2quant.qat.training.monitors import Monitors
 from k2quant.qat.training.optimizers import Optimizers

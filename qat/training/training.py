@@ -14,12 +14,12 @@ from k2quant.qat.exporting.export import plan_export
 from k2quant.qat.exporting.starting import PostTraining
 from k2quant.qat.job import Job, check_folders
 from k2quant.qat.planning import tried
+from k2quant.qat.rounding.shards import whole
 from k2quant.qat.rounding.targets import bases_digest, bases_of
 from k2quant.qat.run import checkpoints, naming
 from k2quant.qat.run.folder import TARGETS, Run
 from k2quant.qat.run.history import Evaluation, History, Record, Records, kept_history
 from k2quant.qat.run.result import Result, note_done, stamps
-from k2quant.qat.run.shards import whole
 from k2quant.qat.run.state import restore_weights, trained_tensors
 from k2quant.qat.run.tensorboard import Board
 from k2quant.qat.training import fallback
