@@ -49,6 +49,7 @@ ON_ANY_DEVICE = (
     "products/test_moe_triton",
     "codecs/test_powers_of_two",
     "codecs/test_triton",
+    "fp4/test_fp4_triton",
 )
 """Files of tests/arithmetic whose tests run on a GPU where there is one."""
 

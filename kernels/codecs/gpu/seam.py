@@ -2,7 +2,8 @@
 
 A panel is copied to the device, one kernel makes of it what is asked for, and the outcome is copied back. The kernels
 report in a flag that they met a bad value; which one it was is then searched on the CPU, see `values`. Rounding from
-float32 and float16 is left to torch, and so are choosing scales without codes, and storing at scales that are given.
+float32 and float16 is left to torch, and so are choosing scales of FP8 and INT4 without codes, storing at scales that
+are given, and FP4's search, its error and the closed form: the reference does them on the device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from k2quant.kernels.codecs import values as explain
 from k2quant.kernels.codecs.figures import Figures
-from k2quant.kernels.codecs.gpu import fp8, int4, search
+from k2quant.kernels.codecs.fp4 import TensorScale
+from k2quant.kernels.codecs.gpu import fp4, fp8, int4, search
 from k2quant.kernels.codecs.gpu.figures import compare, figures_of
 from k2quant.kernels.codecs.grids import Grid
 from k2quant.kernels.codecs.reference.seam import (
@@ -40,8 +42,8 @@ def cuda_codecs(device: str) -> Codecs:
         floats=CudaFloats(device),
         fp8=CudaFp8(device),
         int4=CudaInt4(device),
-        nvfp4=TorchNvfp4(device),
-        mxfp4=TorchMxfp4(device),
+        nvfp4=CudaNvfp4(device),
+        mxfp4=CudaMxfp4(device),
         fused={("fp8", "int4"): pairs.fp8_to_int4, ("int4", "fp8"): pairs.int4_to_fp8},
     )
 
@@ -130,6 +132,74 @@ class CudaInt4(TorchInt4):
         return heavy, moved
 
 
+class CudaNvfp4(TorchNvfp4):
+    """`seam.Nvfp4Codec`; what a kernel finds bad, the reference says in words."""
+
+    def decode(self, codes: U8, scale: U8, tensor: TensorScale, out: U16) -> None:
+        """Multiply each block of codes by its scale in use."""
+        bad, form = _flag(self), self._form(tensor)
+        weights = fp4.nvfp4_to_bf16(self.tensor(codes), self.tensor(scale), **form, bad=bad)
+        if bad.item():
+            super().decode(codes, scale, tensor, out)
+        else:
+            copy_bits(weights, out)
+
+    def choose(self, weights: U16, tensor: TensorScale, scale: U8) -> None:
+        """Compute each block's scale."""
+        bad = _flag(self)
+        found = fp4.nvfp4_scales(self.bf16(weights), **self._form(tensor), bad=bad)
+        if bad.item():
+            super().choose(weights, tensor, scale)
+        else:
+            copy_bits(found, scale)
+
+    def store(self, weights: U16, scale: U8, tensor: TensorScale, codes: U8) -> Figures:
+        """Round to codes at the block scales that are given."""
+        bad, form = _flag(self), self._form(tensor)
+        found = fp4.bf16_to_nvfp4_at(self.bf16(weights), self.tensor(scale), **form, figures=True, bad=bad)
+        return super().store(weights, scale, tensor, codes) if bad.item() else _stored(found, codes)
+
+    def encode(self, weights: U16, tensor: TensorScale, codes: U8, scale: U8) -> Figures:
+        """Compute each block's scale, then round to codes."""
+        bad = _flag(self)
+        found = fp4.bf16_to_nvfp4(self.bf16(weights), **self._form(tensor), figures=True, bad=bad)
+        return super().encode(weights, tensor, codes, scale) if bad.item() else _filled(found, codes, scale)
+
+
+class CudaMxfp4(TorchMxfp4):
+    """`seam.Mxfp4Codec`; what a kernel finds bad, the reference says in words."""
+
+    def decode(self, codes: U8, scale: U8, out: U16) -> None:
+        """Multiply each block of codes by its power of two."""
+        bad = _flag(self)
+        weights = fp4.mxfp4_to_bf16(self.tensor(codes), self.tensor(scale), bad=bad)
+        if bad.item():
+            super().decode(codes, scale, out)
+        else:
+            copy_bits(weights, out)
+
+    def choose(self, weights: U16, scale: U8) -> None:
+        """Compute each block's scale."""
+        bad = _flag(self)
+        found = fp4.mxfp4_scales(self.bf16(weights), bad=bad)
+        if bad.item():
+            super().choose(weights, scale)
+        else:
+            copy_bits(found, scale)
+
+    def store(self, weights: U16, scale: U8, codes: U8) -> Figures:
+        """Round to codes at the scales that are given."""
+        bad = _flag(self)
+        found = fp4.bf16_to_mxfp4_at(self.bf16(weights), self.tensor(scale), figures=True, bad=bad)
+        return super().store(weights, scale, codes) if bad.item() else _stored(found, codes)
+
+    def encode(self, weights: U16, codes: U8, scale: U8) -> Figures:
+        """Compute each block's scale, then round to codes."""
+        bad = _flag(self)
+        found = fp4.bf16_to_mxfp4(self.bf16(weights), figures=True, bad=bad)
+        return super().encode(weights, codes, scale) if bad.item() else _filled(found, codes, scale)
+
+
 class CudaFused(OnDevice):
     """The `fused` pairs of `seam.Codecs`, each in one kernel."""
 
@@ -168,10 +238,19 @@ def _refuse(bad: Tensor, search: Callable[[], ValueAt]) -> None:
         raise search()
 
 
-def _filled(found: tuple[Tensor, Tensor, Tensor | None], codes: I32 | U8, scale: U16 | F32) -> Figures:
+def _stored(found: tuple[Tensor, Tensor | None], codes: U8) -> Figures:
+    copy_bits(found[0], codes)
+    assert found[1] is not None  # noqa: S101 - the callers ask for figures
+    return figures_of(2 * codes.size, found[1])
+
+
+def _filled(found: tuple[Tensor, Tensor, Tensor | None], codes: I32 | U8, scale: U8 | U16 | F32) -> Figures:
     values, scales, totals = found
     copy_bits(values, codes)
     copy_bits(scales, scale)
     assert totals is not None  # noqa: S101 - the callers ask for figures
-    count = values.numel() * (8 if values.dtype == torch.int32 else 1)
-    return figures_of(count, totals)
+    return figures_of(_WEIGHTS[values.dtype, scales.dtype] * values.numel(), totals)
+
+
+_WEIGHTS = {(torch.int32, torch.bfloat16): 8, (torch.float8_e4m3fn, torch.float32): 1, (torch.uint8, torch.uint8): 2}
+"""How many weights a code stands for, by the dtypes of codes and scales."""
