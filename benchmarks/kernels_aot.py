@@ -43,6 +43,9 @@ SHARED_LIMIT = {80: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 HELPERS = ("_sum_splits", "_combine", "_count", "_place", "_quantize", "_activation_back")
 """Kernels that hardly depend on the configuration: one of each is enough."""
 
+INT4_EXPONENT = "0x43004300"
+"""What the assembly puts around INT4 codes, and around no others."""
+
 WIDE_ROWS = 64
 """Rows of a tile from which the GPU's asynchronous matrix instruction is used."""
 
@@ -229,10 +232,12 @@ def words_apart(ttgir: str) -> bool:
     """Return whether any INT4 words that inline assembly takes in pairs are not neighbours in one thread.
 
     The assembly works on registers, two at a time; whether these are neighbours along the last dimension is for the
-    compiler's layout to say: at least two to a thread there, and that dimension first.
+    compiler's layout to say: at least two to a thread there, and that dimension first. Words of FP4 may be any two:
+    each half of a result is of one word alone.
     """
     layouts = dict(re.findall(r"^(#\S+) = (.*)$", ttgir, re.MULTILINE))
-    words = re.findall(r"tt\.elementwise_inline_asm.*?: tensor<([\dx]+)xi32, (#\w+)>", ttgir)
+    calls = [line for line in ttgir.splitlines() if "tt.elementwise_inline_asm" in line and INT4_EXPONENT in line]
+    words = [re.findall(r": tensor<([\dx]+)xi32, (#\w+)>", line)[0] for line in calls]
     return not all(side_by_side(layouts[name], dimensions.count("x") + 1) for dimensions, name in words)
 
 

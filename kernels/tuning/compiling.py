@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from k2quant.ground.release import EXPERTS, TOP
 from k2quant.kernels.codecs.gpu import figures as figures_triton
+from k2quant.kernels.codecs.gpu import fp4 as fp4_codecs_triton
 from k2quant.kernels.codecs.gpu import fp8 as fp8_codecs_triton
 from k2quant.kernels.codecs.gpu import int4 as int4_codecs_triton
 from k2quant.kernels.codecs.gpu import search as search_triton
@@ -102,7 +103,7 @@ def most_direct() -> int:
 
 
 def rehearse_codecs(arch: int) -> list[Launch]:
-    """Record what the codecs launch on a GPU of an architecture, with blocks of 128x128: both grids, other widths."""
+    """Record what the codecs launch on a GPU of an architecture, blocks of 128x128, both grids, all widths, FP4."""
     with torch.device("meta"), recorded() as found:
         weights = torch.empty(2048, 7168, dtype=torch.bfloat16)
         codes, scale_inv, _ = fp8_codecs_triton.bf16_to_fp8(weights, figures=True)
@@ -123,6 +124,7 @@ def rehearse_codecs(arch: int) -> list[Launch]:
             search_triton.search_int4_scales(weights, known, mean)
             search_triton.weighted_errors(weights, scale, known, mean)
         search_triton.search_int4_scales(weights, moments, moments, bits=3)
+        _rehearse_fp4(weights)
         figures_triton.compare(weights, weights)
         groups = repack_triton.repack_int4(packed, scale)
         repack_triton.unpack_int4(*groups)
@@ -130,6 +132,22 @@ def rehearse_codecs(arch: int) -> list[Launch]:
         dequantize_triton.dequantize(Fp8Weight(codes, scale_inv, (128, 128)), torch.bfloat16)
     native = {"NATIVE": arch >= FP8_ARCH}  # a tensor without a device cannot tell
     return [replace(each, constants=each.constants | (native if "NATIVE" in each.constants else {})) for each in found]
+
+
+def _rehearse_fp4(weights: torch.Tensor) -> None:
+    """Record the codecs of FP4, with a tensor scale that multiplies and one that divides."""
+    tensor, bad = torch.empty(()), torch.empty(1, dtype=torch.int32)
+    for divides in (False, True):
+        codes, scale, _ = fp4_codecs_triton.bf16_to_nvfp4(weights, tensor, divides=divides, figures=True)
+        fp4_codecs_triton.nvfp4_scales(weights, tensor, divides=divides)
+        fp4_codecs_triton.bf16_to_nvfp4_at(weights, scale, tensor, divides=divides, figures=True)
+        fp4_codecs_triton.fake_quantize_nvfp4(weights, tensor, divides=divides)
+        fp4_codecs_triton.nvfp4_to_bf16(codes, scale, tensor, divides=divides, bad=bad)
+    codes, scale, _ = fp4_codecs_triton.bf16_to_mxfp4(weights, figures=True)
+    fp4_codecs_triton.mxfp4_scales(weights)
+    fp4_codecs_triton.bf16_to_mxfp4_at(weights, scale, figures=True)
+    fp4_codecs_triton.fake_quantize_mxfp4(weights)
+    fp4_codecs_triton.mxfp4_to_bf16(codes, scale, bad=bad)
 
 
 def _product_of(launch: Launch) -> Product:

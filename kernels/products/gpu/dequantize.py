@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from k2quant.kernels.devices.launch import launch
-from k2quant.kernels.products.gpu.linear import constants_of, tile_columns
+from k2quant.kernels.products.gpu.linear import constants_of, parts_of, tile_columns
 from k2quant.kernels.products.gpu.tiles import weight_tile
 from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.tables.configs import Config
@@ -20,6 +20,7 @@ _ROWS, _DEPTH = 64, 128
 def _dequantize(
     codes_ptr,
     scale_ptr,
+    whole_ptr,
     out_ptr,
     codes_stride,
     scale_stride,
@@ -28,6 +29,7 @@ def _dequantize(
     FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
+    DIVIDES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -38,6 +40,7 @@ def _dequantize(
     tile = weight_tile(
         codes_ptr + expert * codes_stride,
         scale_ptr + expert * scale_stride,
+        whole_ptr + expert,
         rows,
         rows < N,
         k,
@@ -46,6 +49,7 @@ def _dequantize(
         FORMAT,
         SCALE_ROWS,
         SCALE_COLUMNS,
+        DIVIDES,
         BLOCK_K,
         out_ptr.dtype.element_ty,
     )
@@ -59,13 +63,13 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     rows, columns = weight.shape[-2:]
     depth = Config(depth=_DEPTH).depth_for(columns, tile_columns(weight))
     experts = weight.shape[0] if len(weight.shape) == 3 else 1
+    parts = parts_of(weight)
     launch(
         _dequantize,
         (triton.cdiv(rows, _ROWS), columns // depth, experts),
-        weight.bits,
-        weight.scale,
+        *parts,
         out,
-        weight.codes.numel() // experts,
+        parts[0].numel() // experts,
         weight.scale.numel() // experts,
         N=rows,
         K=columns,

@@ -1,4 +1,4 @@
-"""x @ weight.T on a GPU, for INT4 and block-FP8 weights that are unpacked in registers and never written.
+"""x @ weight.T on a GPU, for weights of any packed format, which are unpacked in registers and never written.
 
 Two forms. `_linear` multiplies tiles on the matrix units; `_vector` is for a row or a few of x, where these would be
 idle. Both may sum parts of K in different programs, each into its own float32 workspace; `_sum_splits` adds the parts
@@ -20,7 +20,15 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.devices.rounding import round_to
-from k2quant.kernels.products.gpu.tiles import fp8_numbers, int4_codes, multiply, multiply_thin
+from k2quant.kernels.products.gpu.tiles import (
+    finished,
+    fp4_codes,
+    fp4_factor,
+    fp8_numbers,
+    int4_codes,
+    multiply,
+    multiply_thin,
+)
 from k2quant.kernels.products.packed.weight import PackedWeight
 from k2quant.kernels.products.tables.configs import Config
 
@@ -32,6 +40,9 @@ WGMMA_ROWS = 64
 
 PAIRS_OF_A_WARP = 512
 """Codes in two words for each of the 32 threads of a warp."""
+
+WORDS = ("nvfp4", "mxfp4")
+"""Formats whose codes are bytes to torch, and words of eight to the kernels."""
 
 THIN_ROWS = 16
 """Rows of a tile from which on x is the left factor of a product, as `multiply_thin` has it."""
@@ -67,7 +78,7 @@ def linear(x: Tensor, weight: PackedWeight, config: Config) -> Tensor:
     }
     tiles = triton.cdiv(rows, width)
     # The stride of a single row means nothing, and might have Triton compile the kernel once more.
-    arguments = (x, codes_of(weight), weight.scale, target, count, x.stride(0) if count > 1 else columns)
+    arguments = (x, *parts_of(weight), target, count, x.stride(0) if count > 1 else columns)
     options: dict[str, Any] = {"warps": warps, "stages": config.stages}
     if vector:
         constants |= {"LANES": 32 * warps, "STAGES": config.stages}
@@ -98,18 +109,30 @@ def constants_of(weight: PackedWeight) -> dict[str, Any]:
             f"expected an {weight.format.upper()} weight in the layout {weight.gpu_layout}, found {weight.layout}; "
             "prepare it on the GPU"
         )
-    return {"FORMAT": weight.format, "SCALE_ROWS": weight.block[0], "SCALE_COLUMNS": weight.block[1]}
+    divides = weight.whole is not None and bool(weight.numbers[0])
+    return {
+        "FORMAT": weight.format,
+        "SCALE_ROWS": weight.block[0],
+        "SCALE_COLUMNS": weight.block[1],
+        "DIVIDES": divides,
+    }
+
+
+def parts_of(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, scales and tensor scales as the kernels read them; where there are none, scales stand in unread."""
+    return codes_of(weight), weight.scale, weight.scale if weight.whole is None else weight.whole
 
 
 def tile_columns(weight: PackedWeight) -> int:
-    """Return how many columns a tile may span: a tile of INT4 any number of groups, one of FP8 those of a block."""
+    """Return how many columns a tile may span: those of a block where it must lie in one, as of FP8, else all."""
     return weight.block[1] if weight.tile_in_block else weight.shape[-1]
 
 
 def codes_of(weight: PackedWeight) -> Tensor:
-    """Return the codes as the kernels read them: e4m3 as plain bytes, and all in places of 16 bytes."""
+    """Return the codes as the kernels read them: e4m3 as plain bytes, FP4 as words, and all in places of 16 bytes."""
     codes = weight.bits
-    return codes if codes.is_meta or codes.data_ptr() % 16 == 0 else codes.clone()
+    codes = codes if codes.is_meta or codes.data_ptr() % 16 == 0 else codes.clone()
+    return codes.view(torch.int32) if weight.format in WORDS else codes
 
 
 def fitted(config: Config, depth: int) -> tuple[int, int]:
@@ -138,6 +161,7 @@ def _linear(
     x_ptr,
     codes_ptr,
     scale_ptr,
+    whole_ptr,
     out_ptr,
     M,
     stride,
@@ -146,6 +170,7 @@ def _linear(
     FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
+    DIVIDES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -187,6 +212,7 @@ def _linear(
                 BLOCK_K,
                 SCALE_ROWS % BLOCK_N == 0,
             )
+    acc = finished(acc, whole_ptr, FORMAT, DIVIDES)
     place = (split * M.to(tl.int64) + m)[:, None] * N + n[None, :]
     tl.store(out_ptr + place, round_to(acc, out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
 
@@ -196,6 +222,7 @@ def _vector(
     x_ptr,
     codes_ptr,
     scale_ptr,
+    whole_ptr,
     out_ptr,
     M,
     stride,
@@ -204,6 +231,7 @@ def _vector(
     FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
+    DIVIDES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -218,10 +246,10 @@ def _vector(
     m = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
     steps: tl.constexpr = K // BLOCK_K // SPLITS
-    chunk: tl.constexpr = 32 if FORMAT == "int4" else 16
+    chunk: tl.constexpr = 16 if FORMAT == "fp8" else min(32, BLOCK_K)
     chunks: tl.constexpr = BLOCK_K // chunk
     # The lanes lie along one group's rows in INT4, where neighbouring rows are neighbours in memory, and along one
-    # row's columns in FP8. What is left of BLOCK_N are repeats: they use the same columns of x.
+    # row's columns in the others. What is left of BLOCK_N are repeats: they use the same columns of x.
     high: tl.constexpr = min(BLOCK_N, max(1, LANES // chunks))
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if FORMAT == "int4":
@@ -238,11 +266,18 @@ def _vector(
         if FORMAT == "int4":
             x = x.reshape(1, chunks, 1, chunk)
             codes, scale = _int4_chunks(codes_ptr, scale_ptr, n, k // 32 + part, N)
-        else:
+            acc += tl.sum(codes * x, 3) * scale
+        elif FORMAT == "fp8":
             x = x.reshape(1, 1, chunks, chunk)
             codes, scale = _fp8_chunks(codes_ptr, scale_ptr, n, k + part * 16, N, K, SCALE_ROWS, SCALE_COLUMNS)
-        acc += tl.sum(codes * x, 3) * scale
+            acc += tl.sum(codes * x, 3) * scale
+        else:
+            blocks: tl.constexpr = chunk // SCALE_COLUMNS
+            x = x.reshape(1, 1, chunks, blocks, SCALE_COLUMNS)
+            codes, scale = _fp4_chunks(codes_ptr, scale_ptr, n, k + part * chunk, N, K, FORMAT, SCALE_COLUMNS, blocks)
+            acc += tl.sum(tl.sum(codes * x, 4) * scale, 3)
     total = tl.sum(acc, 1 if FORMAT == "int4" else 2).reshape(BLOCK_N)
+    total = finished(total, whole_ptr, FORMAT, DIVIDES)
     tl.store(out_ptr + (split * M.to(tl.int64) + m) * N + row, round_to(total, out_ptr.dtype.element_ty), mask=row < N)
 
 
@@ -270,6 +305,35 @@ def _fp8_chunks(
     codes = fp8_numbers(tl.load(codes_ptr + place, ok[:, :, :, None], 0), tl.bfloat16)
     block = (n // SCALE_ROWS).to(tl.int64) * tl.cdiv(K, SCALE_COLUMNS) + k // SCALE_COLUMNS
     return codes.to(tl.float32), tl.load(scale_ptr + block, ok, 0.0)
+
+
+@triton.jit
+def _fp4_chunks(
+    codes_ptr,
+    scale_ptr,
+    n,
+    k,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Return float32 codes `[R, B, C, BLOCKS, SCALE_COLUMNS]` from columns `[1, 1, C]` on of rows `[R, B, 1]`.
+
+    And what multiplies them, `[R, B, C, BLOCKS]`, of NVFP4 without the tensor scale.
+    """
+    words: tl.constexpr = BLOCKS * SCALE_COLUMNS // 8
+    ok = ((n < N) & (k >= 0))[:, :, :, None]
+    place = (n.to(tl.int64) * (K // 8) + k // 8)[:, :, :, None] + tl.arange(0, words)[None, None, None, :]
+    packed = tl.load(codes_ptr + place, ok, 0)
+    block = (n.to(tl.int64) * (K // SCALE_COLUMNS) + k // SCALE_COLUMNS)[:, :, :, None]
+    scale = tl.load(scale_ptr + block + tl.arange(0, BLOCKS)[None, None, None, :], ok, 0).to(tl.int32)
+    R: tl.constexpr = packed.shape[0]
+    B: tl.constexpr = packed.shape[1]
+    C: tl.constexpr = packed.shape[2]
+    codes = fp4_codes(packed.reshape(R * B * C, words)).to(tl.float32).reshape(R, B, C, BLOCKS, SCALE_COLUMNS)
+    return codes, fp4_factor(scale, FORMAT)
 
 
 @triton.jit(do_not_specialize=["M"])

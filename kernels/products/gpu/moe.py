@@ -21,10 +21,12 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.devices.rounding import round_to
-from k2quant.kernels.products.gpu.linear import codes_of, constants_of, fitted, swizzled, thin, tile_columns
+from k2quant.kernels.products.gpu.linear import constants_of, fitted, parts_of, swizzled, thin, tile_columns
 from k2quant.kernels.products.gpu.routing import Routing, plan
 from k2quant.kernels.products.gpu.tiles import (
     dot,
+    finished,
+    fp4_tile,
     fp8_codes,
     fp8_scale,
     int4_tile,
@@ -116,7 +118,7 @@ def run_gate_up(
     launch(
         _gate_up,
         (routing.blocks * triton.cdiv(inner, tile),),
-        *(x, codes_of(gate), gate.scale, codes_of(up), up.scale, out, other, *blocks_of(routing), experts),
+        *(x, *parts_of(gate), *parts_of(up), out, other, *blocks_of(routing), experts),
         **constants_of(gate),
         N=inner,
         K=width,
@@ -143,7 +145,7 @@ def _run_down(hidden: Tensor, down: PackedWeight, routing: Routing, config: Conf
     launch(
         _down,
         (routing.blocks * triton.cdiv(width, tile),),
-        *(hidden, codes_of(down), down.scale, out, *blocks_of(routing), experts),
+        *(hidden, *parts_of(down), out, *blocks_of(routing), experts),
         **constants_of(down),
         N=width,
         K=inner,
@@ -200,9 +202,12 @@ def of_expert(
     if FORMAT == "int4":
         codes_ptr += expert * N * (K // 8)
         scale_ptr += expert * N * (K // 32)
-    else:
+    elif FORMAT == "fp8":
         codes_ptr += expert * N * K
         scale_ptr += expert * tl.cdiv(N, SCALE_ROWS) * tl.cdiv(K, SCALE_COLUMNS)
+    else:
+        codes_ptr += expert * N * (K // 8)
+        scale_ptr += expert * N * (K // SCALE_COLUMNS)
     return codes_ptr, scale_ptr
 
 
@@ -242,6 +247,9 @@ def _multiply(
         acc = multiply(acc, x, codes_ptr, scale_ptr, rows, ok, k, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_K, one)
     elif FORMAT == "int4":
         acc = dot(int4_tile(codes_ptr, scale_ptr, rows, ok, k, N, BLOCK_K, x.dtype), x.T, acc)
+    elif FORMAT != "fp8":
+        tile = fp4_tile(codes_ptr, scale_ptr, rows, ok, k, K, FORMAT, SCALE_COLUMNS, BLOCK_K, x.dtype)
+        acc = dot(tile, x.T, acc)
     else:
         product = dot(fp8_codes(codes_ptr, rows, ok, k, K, BLOCK_K, x.dtype), x.T, tl.zeros_like(acc))
         if one:
@@ -256,8 +264,10 @@ def _gate_up(
     x_ptr,
     gate_ptr,
     gate_scale_ptr,
+    gate_whole_ptr,
     up_ptr,
     up_scale_ptr,
+    up_whole_ptr,
     out_ptr,
     other_ptr,
     pairs_ptr,
@@ -270,6 +280,7 @@ def _gate_up(
     FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
+    DIVIDES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -321,8 +332,8 @@ def _gate_up(
             )
     # Each product is rounded once, as the two products of an unfused layer would be.
     dtype = x_ptr.dtype.element_ty
-    gate = round_to(_upright(gate, BLOCK_M), dtype)
-    up = round_to(_upright(up, BLOCK_M), dtype)
+    gate = round_to(finished(_upright(gate, BLOCK_M), gate_whole_ptr + expert, FORMAT, DIVIDES), dtype)
+    up = round_to(finished(_upright(up, BLOCK_M), up_whole_ptr + expert, FORMAT, DIVIDES), dtype)
     place = pair[:, None] * N + rows[None, :]
     wanted = (pair >= 0)[:, None] & (rows < N)[None, :]
     if PRODUCTS:
@@ -339,6 +350,7 @@ def _down(
     x_ptr,
     codes_ptr,
     scale_ptr,
+    whole_ptr,
     out_ptr,
     pairs_ptr,
     experts_ptr,
@@ -349,6 +361,7 @@ def _down(
     FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
+    DIVIDES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -387,7 +400,8 @@ def _down(
                 BLOCK_N,
                 BLOCK_K,
             )
-    out = round_to(_upright(acc, BLOCK_M), x_ptr.dtype.element_ty)
+    out = finished(_upright(acc, BLOCK_M), whole_ptr + expert, FORMAT, DIVIDES)
+    out = round_to(out, x_ptr.dtype.element_ty)
     wanted = (pair >= 0)[:, None] & (rows < N)[None, :]
     tl.store(out_ptr + pair[:, None] * N + rows[None, :], out, mask=wanted)
 

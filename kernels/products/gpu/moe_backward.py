@@ -17,7 +17,7 @@ from torch import Tensor
 
 from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.devices.rounding import round_to
-from k2quant.kernels.products.gpu.linear import codes_of, constants_of, fitted, swizzled
+from k2quant.kernels.products.gpu.linear import constants_of, fitted, parts_of, swizzled
 from k2quant.kernels.products.gpu.moe import (
     COLUMNS,
     block_rows,
@@ -93,7 +93,7 @@ def _run_back(
     launch(
         _back,
         (routing.blocks * (columns // depth),),
-        *(grads[0], codes_of(parts[0]), parts[0].scale, grads[-1], codes_of(parts[-1]), parts[-1].scale, out),
+        *(grads[0], *parts_of(parts[0]), grads[-1], *parts_of(parts[-1]), out),
         *(*blocks_of(routing), experts),
         **constants_of(parts[0]),
         N=rows,
@@ -124,9 +124,11 @@ def _back(
     grad_ptr,
     codes_ptr,
     scale_ptr,
+    whole_ptr,
     grad2_ptr,
     codes2_ptr,
     scale2_ptr,
+    whole2_ptr,
     out_ptr,
     pairs_ptr,
     experts_ptr,
@@ -138,6 +140,7 @@ def _back(
     FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
+    DIVIDES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -164,13 +167,39 @@ def _back(
         present = (pair >= 0)[:, None] & (rows < N)[None, :]
         grad = tl.load(grad_ptr + grad_place + rows[None, :], mask=present, other=0.0)
         weight = weight_tile(
-            codes_ptr, scale_ptr, rows, rows < N, k, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_K, grad.dtype
+            codes_ptr,
+            scale_ptr,
+            whole_ptr + expert,
+            rows,
+            rows < N,
+            k,
+            N,
+            K,
+            FORMAT,
+            SCALE_ROWS,
+            SCALE_COLUMNS,
+            DIVIDES,
+            BLOCK_K,
+            grad.dtype,
         )
         acc = dot(grad, weight, acc)
         if TWO:
             grad = tl.load(grad2_ptr + grad_place + rows[None, :], mask=present, other=0.0)
             weight = weight_tile(
-                codes2_ptr, scale2_ptr, rows, rows < N, k, N, K, FORMAT, SCALE_ROWS, SCALE_COLUMNS, BLOCK_K, grad.dtype
+                codes2_ptr,
+                scale2_ptr,
+                whole2_ptr + expert,
+                rows,
+                rows < N,
+                k,
+                N,
+                K,
+                FORMAT,
+                SCALE_ROWS,
+                SCALE_COLUMNS,
+                DIVIDES,
+                BLOCK_K,
+                grad.dtype,
             )
             acc = dot(grad, weight, acc)
     place = pair[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :]

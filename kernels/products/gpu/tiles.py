@@ -1,8 +1,8 @@
 """Tiles of quantised weights for the Triton kernels: read packed, unpacked in registers, used, never written.
 
-A kernel is written once for every format: it takes pointers to codes and scales and the constants FORMAT, SCALE_ROWS
-and SCALE_COLUMNS, and calls `multiply` or `weight_tile`. To add a format, add its branch there and its loader beside
-the two that follow.
+A kernel is written once for every format: it takes pointers to codes, scales and what scales a whole matrix, and the
+constants FORMAT, SCALE_ROWS, SCALE_COLUMNS and DIVIDES, and calls `multiply` and then `finished`, or `weight_tile`. To
+add a format, add its branch there and its loader beside those that follow.
 
 Under the interpreter (no GPU, `TRITON_INTERPRET=1`) there is no inline assembly, no BF16 constant, and BF16 matrix
 products are garbage; so it takes the plain form of the same arithmetic, and products are made in float32.
@@ -15,6 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from k2quant.kernels.codecs.gpu.fp4_rules import fp4_step, fp4_value, mxfp4_step
 from k2quant.kernels.codecs.gpu.fp8_rules import fp8_value
 from k2quant.kernels.devices.rounding import INTERPRETED, round_to
 
@@ -57,6 +58,20 @@ def _widened_pair(pair: str, output: str) -> list[str]:
     ]
 
 
+def _fp4_pair(number: int) -> list[str]:
+    """Return the lines that make one of eight results: the E2M1 codes at one place of two words."""
+    source, place = ("second" if number > 3 else "first"), 4 * (number % 4)
+    magnitude = f"shl.b32 bits, {source}, {6 - place}" if place < 6 else f"shr.u32 bits, {source}, {place - 6}"
+    sign = f"shl.b32 sign, {source}, {12 - place}" if place < 12 else f"mov.b32 sign, {source}"
+    return [
+        magnitude,
+        sign,
+        "and.b32 bits, bits, 0x01c001c0",
+        "lop3.b32 bits, sign, 0x80008000, bits, 0xea",
+        f"fma.rn.bf16x2 ${number}, bits, up, nothing",
+    ]
+
+
 _CODE_CONSTANTS = ("mov.b32 one, 0x3F803F80", "mov.b32 minus136, 0xC308C308")
 
 _UNPACK_INT4 = _ptx(
@@ -89,6 +104,19 @@ _UNPACK_FP8 = _ptx(
 )
 """Four e4m3 codes to four BF16 numbers: each byte to the top of a half word, its seven low bits four bits further down,
 below the sign, where BF16's exponent is one bit longer, then times 2^120 (plus -0: no change), subnormals included."""
+
+
+_UNPACK_FP4 = _ptx(
+    "first, second, bits, sign, up, nothing",
+    "mov.b32 up, 0x7E807E80",
+    "mov.b32 nothing, 0x80008000",
+    "prmt.b32 first, $8, $9, 0x5410",
+    "prmt.b32 second, $8, $9, 0x7632",
+    *(line for number in range(8) for line in _fp4_pair(number)),
+)
+"""Two words to sixteen BF16 numbers, one E2M1 code of each to a register: first the low halves of both words side by
+side, then the high ones. The magnitude's three bits go to the lowest of the exponent and the highest of the mantissa,
+the sign to the top; then times 2^126 (plus -0: no change), the subnormal 0.5 included."""
 
 
 @triton.jit
@@ -144,6 +172,97 @@ def int4_tile(codes_ptr, scale_ptr, rows, rows_ok, k, N, BLOCK_K: tl.constexpr, 
 
 
 @triton.jit
+def _fp4_numbers(words):
+    """Return the BF16 numbers of the codes of words `[N, W]` in column order, `[N, 8 * W]`."""
+    n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
+        _UNPACK_FP4,
+        "=r,=r,=r,=r,=r,=r,=r,=r,r,r",
+        [words],
+        dtype=(tl.bfloat16,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+    even = tl.join(tl.join(n0, n4), tl.join(n2, n6))
+    odd = tl.join(tl.join(n1, n5), tl.join(n3, n7))
+    return tl.join(even, odd).reshape(words.shape[0], words.shape[1] * 8)
+
+
+@triton.jit
+def _fp4_numbers_plainly(words):
+    """Do `_fp4_numbers` in integers, on any device; returns float32."""
+    nibbles = (words[:, :, None] >> (4 * tl.arange(0, 8))[None, None, :]) & 15
+    return fp4_value(nibbles).reshape(words.shape[0], words.shape[1] * 8)
+
+
+@triton.jit
+def fp4_codes(words):
+    """Return the numbers that E2M1 codes mean, of words `[N, W]`, in column order: BF16, or float32 if interpreted."""
+    return _fp4_numbers_plainly(words) if INTERPRETED else _fp4_numbers(words)
+
+
+@triton.jit
+def fp4_words(codes_ptr, rows, rows_ok, k, K, BLOCK_K: tl.constexpr):
+    """Return the words `[BN, BLOCK_K / 8]` of a row-major matrix of FP4."""
+    place = rows.to(tl.int64)[:, None] * (K // 8) + (k // 8 + tl.arange(0, BLOCK_K // 8))[None, :]
+    return tl.load(codes_ptr + place, mask=rows_ok[:, None], other=0)
+
+
+@triton.jit
+def fp4_scales(scale_ptr, rows, rows_ok, k, K, SCALE_COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Return the bytes of the block scales, int32 `[BN, BLOCK_K / SCALE_COLUMNS]`."""
+    place = rows.to(tl.int64)[:, None] * (K // SCALE_COLUMNS)
+    place += (k // SCALE_COLUMNS + tl.arange(0, BLOCK_K // SCALE_COLUMNS))[None, :]
+    return tl.load(scale_ptr + place, mask=rows_ok[:, None], other=0).to(tl.int32)
+
+
+@triton.jit
+def fp4_factor(scale, FORMAT: tl.constexpr):
+    """Return what block scales, bytes as int32, multiply codes with, float32; of NVFP4 without the tensor scale."""
+    return fp8_value(scale) if FORMAT == "nvfp4" else mxfp4_step(scale)
+
+
+@triton.jit
+def fp4_tile(
+    codes_ptr,
+    scale_ptr,
+    rows,
+    rows_ok,
+    k,
+    K,
+    FORMAT: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Return FP4 weights `[BN, BLOCK_K]` of a row-major matrix, NVFP4's without the tensor scale: `finished` has it.
+
+    E2M1 times e4m3 has six bits, and times a power of two has two: they are exact in BF16, and but for the ends of its
+    range in FP16.
+    """
+    words = fp4_words(codes_ptr, rows, rows_ok, k, K, BLOCK_K)
+    scale = fp4_factor(fp4_scales(scale_ptr, rows, rows_ok, k, K, SCALE_COLUMNS, BLOCK_K), FORMAT)
+    if tl.bfloat16 == DTYPE and not INTERPRETED:
+        codes = _fp4_numbers(words).reshape(words.shape[0], BLOCK_K // SCALE_COLUMNS, SCALE_COLUMNS)
+        tile = codes * scale.to(tl.bfloat16)[:, :, None]
+    else:
+        codes = _fp4_numbers_plainly(words).reshape(words.shape[0], BLOCK_K // SCALE_COLUMNS, SCALE_COLUMNS)
+        tile = round_to(codes * scale[:, :, None], DTYPE)
+    return tile.reshape(words.shape[0], BLOCK_K)
+
+
+@triton.jit
+def finished(acc, whole_ptr, FORMAT: tl.constexpr, DIVIDES: tl.constexpr):
+    """Return sums of products with tiles of `fp4_tile` times NVFP4's tensor scale, or divided by it; others as are."""
+    if FORMAT == "nvfp4":
+        whole = tl.load(whole_ptr)
+        if DIVIDES:
+            acc = tl.div_rn(acc, whole)
+        else:
+            acc = acc * whole
+    return acc
+
+
+@triton.jit
 def fp8_codes(codes_ptr, rows, rows_ok, k, K, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr):
     """Return e4m3 codes `[BN, BLOCK_K]` of a row-major matrix as numbers of DTYPE, exactly."""
     place = rows.to(tl.int64)[:, None] * K + (k + tl.arange(0, BLOCK_K))[None, :]
@@ -178,6 +297,7 @@ def fp8_scale(scale_ptr, rows, rows_ok, k, K, SCALE_ROWS: tl.constexpr, SCALE_CO
 def weight_tile(
     codes_ptr,
     scale_ptr,
+    whole_ptr,
     rows,
     rows_ok,
     k,
@@ -186,6 +306,7 @@ def weight_tile(
     FORMAT: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
+    DIVIDES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
@@ -194,15 +315,17 @@ def weight_tile(
     Args:
         codes_ptr: the matrix `[N, K]`; of a stack, that of one expert.
         scale_ptr: its scales.
+        whole_ptr: its one tensor scale, of "nvfp4".
         rows: `[BN]`, row numbers; those that are not `rows_ok` give zeros.
         rows_ok: `[BN]`.
         k: first column, a multiple of BLOCK_K.
         N: rows of the matrix.
         K: columns of the matrix, a multiple of BLOCK_K.
-        FORMAT: "int4" or "fp8".
+        FORMAT: "int4", "fp8", "nvfp4" or "mxfp4".
         SCALE_ROWS: rows of a block of "fp8".
-        SCALE_COLUMNS: columns of a block of "fp8", a multiple of BLOCK_K.
-        BLOCK_K: columns of the tile: a power of two, 32 or more.
+        SCALE_COLUMNS: columns of a block: of "fp8" a multiple of BLOCK_K, else a divisor.
+        DIVIDES: whether the tensor scale divides.
+        BLOCK_K: columns of the tile: a power of two, 32 or more; of "nvfp4" 16 or more.
         DTYPE: dtype of the result.
 
     Returns:
@@ -210,10 +333,19 @@ def weight_tile(
     """
     if FORMAT == "int4":
         tile = int4_tile(codes_ptr, scale_ptr, rows, rows_ok, k, N, BLOCK_K, DTYPE)
-    else:
+    elif FORMAT == "fp8":
         codes = fp8_codes(codes_ptr, rows, rows_ok, k, K, BLOCK_K, DTYPE)
         scale = fp8_scale(scale_ptr, rows, rows_ok, k, K, SCALE_ROWS, SCALE_COLUMNS)
         tile = round_to(codes.to(tl.float32) * scale[:, None], DTYPE)
+    else:
+        scale = fp4_scales(scale_ptr, rows, rows_ok, k, K, SCALE_COLUMNS, BLOCK_K)
+        if FORMAT == "nvfp4":
+            step = fp4_step(scale, tl.load(whole_ptr), FORMAT, DIVIDES)
+        else:
+            step = mxfp4_step(scale)
+        words = fp4_words(codes_ptr, rows, rows_ok, k, K, BLOCK_K)
+        codes = fp4_codes(words).to(tl.float32).reshape(words.shape[0], BLOCK_K // SCALE_COLUMNS, SCALE_COLUMNS)
+        tile = round_to(codes * step[:, :, None], DTYPE).reshape(words.shape[0], BLOCK_K)
     return tile
 
 
@@ -238,12 +370,13 @@ def multiply(
 
     ONE_BLOCK says that all rows lie in one block of "fp8", whose scale is then one number.
 
-    FP8 codes are multiplied as they are, and each block's product by its scale in float32: nothing is rounded.
+    FP8 codes are multiplied as they are, and each block's product by its scale in float32: nothing is rounded. Of NVFP4
+    the tensor scale is missing, until `finished` has seen the sum.
     """
     if FORMAT == "int4":
         tile = int4_tile(codes_ptr, scale_ptr, rows, rows_ok, k, N, BLOCK_K, x.dtype)
         acc = dot(x, tile.T, acc)
-    else:
+    elif FORMAT == "fp8":
         tile = fp8_codes(codes_ptr, rows, rows_ok, k, K, BLOCK_K, x.dtype)
         if ONE_BLOCK:
             scale = fp8_scale(scale_ptr, tl.min(rows, 0), True, k, K, SCALE_ROWS, SCALE_COLUMNS)
@@ -251,6 +384,9 @@ def multiply(
         else:
             scale = fp8_scale(scale_ptr, rows, rows_ok, k, K, SCALE_ROWS, SCALE_COLUMNS)
             acc += dot(x, tile.T, tl.zeros_like(acc)) * scale[None, :]
+    else:
+        tile = fp4_tile(codes_ptr, scale_ptr, rows, rows_ok, k, K, FORMAT, SCALE_COLUMNS, BLOCK_K, x.dtype)
+        acc = dot(x, tile.T, acc)
     return acc
 
 

@@ -19,6 +19,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl
 
 from k2quant.kernels.codecs import reference
+from k2quant.kernels.codecs.fp4 import E2M1
 from k2quant.kernels.devices.launch import launch
 from k2quant.kernels.devices.rounding import INTERPRETED
 from k2quant.kernels.products.gpu import linear as linear_triton
@@ -72,6 +73,7 @@ def fma(a: int, b: int, c: int) -> int:
 INSTRUCTIONS: dict[str, Callable[..., int]] = {
     "mov.b32": lambda a: a,
     "shr.u32": lambda a, n: a >> n,
+    "shl.b32": lambda a, n: a << n,
     "and.b32": lambda a, b: a & b,
     "lop3.b32": lop3,
     "prmt.b32": prmt,
@@ -146,6 +148,13 @@ def _read_fp8(bits_ptr, out_ptr, COUNT: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, COUNT), tiles_triton._fp8_to_bf16(bits).to(tl.float32))
 
 
+@triton.jit
+def _read_fp4(words_ptr, out_ptr, WORDS: tl.constexpr):
+    words = tl.load(words_ptr + tl.arange(0, WORDS))[None, :]
+    codes = tiles_triton._fp4_numbers(words)
+    tl.store(out_ptr + tl.arange(0, WORDS * 8), codes.to(tl.float32).reshape(WORDS * 8))
+
+
 def int4_codes() -> Tensor:
     """Return int8 `[16, 32]`: each of the 16 codes at each of the 32 places of a group."""
     return ((torch.arange(16)[:, None] + torch.arange(32)[None, :]) % 16 - 8).to(torch.int8)
@@ -187,6 +196,28 @@ def test_every_fp8_code_at_every_place() -> None:
         launch(_read_fp8, (1,), bits, found, COUNT=256)
         expected = bits.view(torch.float8_e4m3fn).float()
         assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.usefixtures("assembled")
+def test_every_fp4_code_at_every_place() -> None:
+    """All 16 codes of E2M1, 0.5 and both zeros included, come out exactly at each of the 16 places of two words."""
+    codes = (torch.arange(16)[:, None] + torch.arange(16)[None, :]) % 16
+    words = (codes.reshape(16, 2, 8) << torch.arange(0, 32, 4)).sum(-1)
+    words = torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+    numbers = torch.tensor([*E2M1, *(-number for number in E2M1)])
+    found = torch.empty(16, 16)
+    for row in range(16):
+        launch(_read_fp4, (1,), words[row].contiguous(), found[row], WORDS=2)
+    assert torch.equal(found.view(torch.int32), numbers[codes].view(torch.int32))
+
+
+def test_fp4_words_know_nothing_of_each_other() -> None:
+    """The low half of each result is of the first word and the high half of the second: any two may go together."""
+    one, other = 0x76543210, 0xFEDCBA98
+    pairs = run(tiles_triton._UNPACK_FP4.value, [one, other], 8)
+    for half, word in enumerate((one, other)):
+        alone = run(tiles_triton._UNPACK_FP4.value, [word, word], 8)
+        assert [pair >> 16 * half & 0xFFFF for pair in pairs] == [pair & 0xFFFF for pair in alone]
 
 
 @pytest.mark.usefixtures("assembled")
