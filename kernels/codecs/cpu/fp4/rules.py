@@ -25,17 +25,20 @@ def rounded(values: F32) -> U16:
     return float_to_bf16(np.where(np.isnan(values), np.inf, values).astype(np.float32))
 
 
-def plain_nvfp4(amax: U16, tensor: TensorScale) -> tuple[U8, U8]:
-    """Return the scales that `choose` gives blocks of these largest magnitudes, BF16 bits, and what they round to.
-
-    The two differ where a scale would be zero, or less than the least that ModelOpt's rule allows.
-    """
+def nvfp4_quotients(amax: U16, tensor: TensorScale) -> F32:
+    """Return what the scales of blocks of these largest magnitudes, BF16 bits, are before they are rounded."""
     largest = bf16_to_float(amax)
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
         if tensor.divides:
-            quotient = tensor.number * bf16_to_float(float_to_bf16(largest / np.float32(fp4.LARGEST_E2M1)))
-        else:
-            quotient = largest / (np.float32(fp4.LARGEST_E2M1) * tensor.number)
+            return tensor.number * bf16_to_float(float_to_bf16(largest / np.float32(fp4.LARGEST_E2M1)))
+        return largest / (np.float32(fp4.LARGEST_E2M1) * tensor.number)
+
+
+def plain_nvfp4(quotient: F32, tensor: TensorScale) -> tuple[U8, U8]:
+    """Return the scales that `choose` makes of quotients, and what these round to.
+
+    The two differ where a scale would be zero, or less than the least that ModelOpt's rule allows.
+    """
     near = fp4.float_to_e4m3(quotient)
     if tensor.divides:
         return np.where(near == 0, fp4.EMPTY_DIVIDES, near).astype(np.uint8), near
