@@ -162,7 +162,7 @@ def _spread(scale: F32, block: tuple[int, int], shape: tuple[int, ...]) -> F32:
 
 def overflow(codes: F32, scale: F32) -> ValueAt:
     """Find the first product that exceeds BF16, among codes and their scales, both `[R, K]`."""
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         product = codes * scale
     row, column = first(~np.isfinite(product) | (float_to_bf16(product) & 0x7FFF >= INFINITY))
     what = f"overflow: {codes[row, column]:g} * {scale[row, column]:g} exceeds bfloat16"

@@ -79,7 +79,7 @@ def test_every_weight(maker: Maker, known: Case) -> None:
 @EACH
 @pytest.mark.parametrize("known", GOLDEN["all_codes"], ids=lambda known: f"{known['tensor_scale']:g}")
 def test_every_code_at_every_scale(maker: Maker, known: Case) -> None:
-    """The 16 codes at the 127 scales that are numbers mean what ModelOpt decodes; its hash is of zeros without sign."""
+    """The 16 codes at the 127 scales that are numbers mean what ModelOpt decodes, zeros without sign."""
     codes = np.tile(np.arange(0x10, 0x100, 0x22, dtype=np.uint8), (0x7F, 1))
     scale = np.arange(0x7F, dtype=np.uint8).reshape(-1, 1)
     tensor = TensorScale(float(np.float32(known["tensor_scale"])), divides=False)
@@ -89,7 +89,7 @@ def test_every_code_at_every_scale(maker: Maker, known: Case) -> None:
 
 @EACH
 def test_a_matrix_of_zeros_can_be_read(maker: Maker) -> None:
-    """ModelOpt's zeros alone have the tensor scale 0 and NaN block scales, which are refused; ours are 1.0 and zeros."""
+    """ModelOpt's zeros alone have the tensor scale 0 and NaN block scales, which nobody reads; ours have 1.0."""
     case = GOLDEN["zeros_alone"]
     assert array(case | {"shape": [1]}, "tensor_scale", np.float32) == 0
     assert (array(case, "scale", np.uint8) & 0x7F == fp4.NAN_E4M3).all()
