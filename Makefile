@@ -35,7 +35,7 @@ kernels-aot: $(READY)  ## compile every shipped kernel configuration for three G
 
 fp4-oracles:  ## ask ModelOpt, in an environment of its own, what NVFP4 of some matrices is, and keep it for the tests
 	$(PYTHON) -m venv build/modelopt
-	build/modelopt/bin/pip install --quiet --constraint constraints-dev.txt nvidia-modelopt==0.47.0
+	build/modelopt/bin/pip install --quiet --constraint constraints-dev.txt nvidia-modelopt==0.47.0 requests huggingface-hub  # it imports both unasked
 	build/modelopt/bin/python benchmarks/suites/fp4/oracles.py tests/data/golden_modelopt_nvfp4.json
 
 site: $(READY)  ## the documents as a site in build/site; a warning is an error

@@ -69,7 +69,7 @@ def test_blocks_up_to_code_4_come_back_by_a_search(*, divides: bool) -> None:
 
 
 def test_which_tensor_scales_come_back() -> None:
-    """A matrix's own tensor scale follows from its decoded values: ModelOpt's always, the other but for six mantissas."""
+    """A matrix's tensor scale follows from its decoded values: ModelOpt's always, the other but for six mantissas."""
     lost = {False: 0, True: 0}
     for mantissa in range(0x80):
         weights = np.zeros((1, 16), np.uint16)
@@ -108,7 +108,7 @@ def test_codes_grow_with_weights(maker: Maker, *, divides: bool) -> None:
         codes = fp4.nibbles(nvfp4_at(maker(), positive, scale, tensor))
         assert (np.diff(codes.reshape(-1).astype(int)) >= 0).all()
         assert set(codes.reshape(-1).tolist()) == set(range(8))
-        mirrored = fp4.nibbles(nvfp4_at(maker(), positive | 0x8000, scale, tensor))
+        mirrored = fp4.nibbles(nvfp4_at(maker(), positive | np.uint16(0x8000), scale, tensor))
         vanishes = bf16_to_float(positive).astype(np.float64) / value <= 2.0**-150  # a tie, to even
         assert np.array_equal(mirrored, np.where(vanishes, codes, codes | 8))
 
