@@ -70,7 +70,7 @@ def over_rows(rows: int, height: int, work: Callable[[int, int], object]) -> Non
         try:
             work(first, last)
         except ValueAt as error:
-            row = error.row + (first if error.of == "weight" else first // height)
+            row = error.row + {"weight": first, "scale": first // height, "tensor scale": 0}[error.of]
             raise ValueAt(row=row, column=error.column, what=error.what, of=error.of) from None
 
     shared_out(rows, height, located)
