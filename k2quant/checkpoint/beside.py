@@ -10,11 +10,12 @@ from typing import NamedTuple
 from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, Checkpoint
 from k2quant.errors import CheckpointError, UnsafePath
+from k2quant.formats.configs import modelopt
 
 _OWN = {CONFIG, REPORT, INCOMPLETE}  # written anew, or meant for the source alone
 _NOTES = re.compile(r"k2quant_\w+\.(json|html|txt|lock(\.soft(\.taking)?)?)")  # of our commands, about the source
 _QUANTIZED_ELSEWHERE = {
-    "hf_quant_config.json",  # ModelOpt
+    modelopt.COMPANION,
     "quantize_config.json",  # GPTQ
     "quant_config.json",  # AWQ
     "quant_model_description.json",  # ModelSlim

@@ -20,6 +20,7 @@ from k2quant.checkpoint.files.sources import check_folder
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.header import ShardHeader, TensorEntry, read_header
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
+from k2quant.formats.configs import modelopt
 from k2quant.formats.dtypes import FLOATS
 from k2quant.ground import names
 from k2quant.ground.saying.showing import brief
@@ -51,7 +52,8 @@ class Checkpoint:
     unlisted: tuple[str, ...]
     """Tensors that lie in a shard where the index does not look for them. Nobody reads them."""
     config: dict[str, Any] | None
-    """What config.json holds, or None where there is none."""
+    """What config.json holds, or None where there is none. Where ModelOpt says only in a file of its own how weights are
+    quantised, that stands here too."""
     follow_links: bool = False
     """Whether links of the folder may lead out of it; all that reads the folder later asks the same."""
 
@@ -142,7 +144,11 @@ def _open(folder: Path, *, follow_links: bool) -> Checkpoint:
                 listed.append(entry)
             else:
                 unlisted.append(entry.name)
-    return Checkpoint(folder, shards, _unfused(listed), tuple(unlisted), _read_config(here(CONFIG)), follow_links)
+    tensors = _unfused(listed)
+    config = _read_config(here(CONFIG))
+    if config is not None and any(name.endswith(modelopt.MARK) for name in tensors):
+        config = modelopt.completed(config, _read_config(here(modelopt.COMPANION)) or {})
+    return Checkpoint(folder, shards, tensors, tuple(unlisted), config, follow_links)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

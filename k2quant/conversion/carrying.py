@@ -26,9 +26,9 @@ from k2quant.conversion.config import (
 from k2quant.conversion.placing import Job
 from k2quant.errors import UnsupportedFormat
 from k2quant.formats.activations import Flow, flow
-from k2quant.formats.configs import compressed_tensors
+from k2quant.formats.configs import compressed_tensors, modelopt
 from k2quant.formats.configs.keys import FILE, Recast, empty, shown, uncarried
-from k2quant.formats.format import listed
+from k2quant.formats.format import Format, listed
 from k2quant.formats.known import FORMATS
 
 _NAMED = 5  # keys in a remark
@@ -74,7 +74,7 @@ def carried(
     scales = [job.weight for job in jobs if _flow(job.weight) is not None]
     recast = Recast(
         copied=fresh is not None and not substituted and not any(map(_requantised, jobs)),
-        scaled=not _unscaled((job.weight for job in jobs if job.written and job.written.quantised), scales),
+        scaled=not _unscaled(((j.weight.base, j.written) for j in jobs if j.written and j.written.quantised), scales),
     )
     if source is not None and not recast.copied:
         _check_decodable(source)
@@ -82,12 +82,13 @@ def carried(
     kept = any(job.target and job.weight.format and job.weight.format.relabels(job.target) for job in jobs)
     uses, written = _uses(block, source), {job.weight.base: job.written.name for job in jobs if job.written}
     left = [] if recast.copied else [scale for scale in scales if not _is_used(scale, written, uses)]
+    alone = [_only(scale) for scale in left]
     remarks = dict.fromkeys(
         [
             *_overruled(config, weights),
             *(text for each in quantization_blocks(config or {}) for text in _left_behind(each, block, kept=kept)),
             *_newly_quantised(source, block),
-            *_left_out(left),
+            *_left_out([*alone, *_dropped(jobs)]),
         ]
     )
     return Carried(block, frozenset(scale.main.name for scale in left), tuple(remarks))
@@ -123,14 +124,15 @@ def remarks(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> I
     block = believed(config, weights)
     yield from _overruled(config, weights)
     scales = [weight for weight in weights if _flow(weight) is not None]
-    if scales:
-        yield f"{_counted(scales)}: scales of activations or of the KV cache, which engines use and k2quant does not"
+    if every := [*map(_only, scales), *(scale for weight in weights for scale in _beside(weight))]:
+        yield f"{_counted(every)}: scales of activations or of the KV cache, which engines use and k2quant does not"
     if block is None:
         return
     if claims := sorted(_facts(block)):
         yield f"config.json asks engines for {listed(claims)}; k2quant runs models without, in their own dtype"
     static = {name for name, found in _uses(block).flows if found == "input"}
-    missing = _unscaled((w for w in weights if w.format is not None and w.format.name in static), scales)
+    held = ((w.base, w.format) for w in weights if w.format is not None and w.format.name in static)
+    missing = _unscaled(held, scales)
     if missing:
         such = relatives.shown(missing[0])
         yield f"activations are static, but {len(missing):,} weights have no input_scale, such as {such}"
@@ -179,18 +181,45 @@ def _flow(weight: StoredWeight) -> Flow | None:
 def _requantised(job: Job) -> bool:
     """Tell whether codes are decoded or made; those whose scales are only widened are as they were.
 
-    A config group may name the dtype of the scales, so that a weight with one counts as made.
+    A config group may name the dtype of the scales, so that a weight with one counts as made; and so does one whose
+    inputs the config speaks of.
     """
     stored, target = job.weight.format, job.target
     if stored is not None and target is not None and stored.relabels(target):
-        return stored.config_group() is not None or target.config_group() is not None
+        return stored.config_group() is not None or target.config_group() is not None or target.takes_inputs
     return target is not None and any(each is not None and each.quantised for each in (stored, target))
 
 
-def _unscaled(weights: Iterable[StoredWeight], scales: Iterable[StoredWeight]) -> list[str]:
+def _unscaled(weights: Iterable[tuple[str, Format]], scales: Iterable[StoredWeight]) -> list[str]:
     """Return the bases of the quantised weights that have no scale of their input."""
     scaled = {scale.base for scale in scales if _flow(scale) == "input"}
-    return [weight.base for weight in weights if weight.base not in scaled]
+    return [base for base, stored in weights if base not in scaled and not stored.scales_inputs]
+
+
+class _Scale(NamedTuple):
+    """A scale that is no weight's, alone or beside one."""
+
+    suffix: str
+    name: str
+
+
+def _only(weight: StoredWeight) -> _Scale:
+    """Return the one tensor of what is no weight."""
+    ((suffix, entry),) = weight.parts.items()
+    return _Scale(suffix, entry.name)
+
+
+def _beside(weight: StoredWeight) -> Iterator[_Scale]:
+    """Yield the scales of activations that go along with a weight."""
+    if weight.format is not None:
+        yield from (_Scale(suffix, entry.name) for suffix, entry in weight.parts.items() if flow(suffix) is not None)
+
+
+def _dropped(jobs: Iterable[Job]) -> Iterator[_Scale]:
+    """Yield those that go along with a weight as it was, and that it has no more."""
+    for job in jobs:
+        if job.target is not None and not job.target.scales_inputs:
+            yield from _beside(job.weight)
 
 
 def _same_method(source: Mapping[str, Any], block: Mapping[str, Any]) -> bool:
@@ -204,12 +233,20 @@ def _block(source: dict[str, Any] | None, fresh: dict[str, Any] | None, recast: 
     if fresh is None:
         return None
     if not _same_method(source, fresh):
-        scheme = source.get("kv_cache_scheme")
-        return fresh | {"kv_cache_scheme": scheme} if "kv_cache_scheme" in fresh and not empty(scheme) else fresh
+        return fresh | _cache(source.get("kv_cache_scheme"), fresh)
     if fresh["quant_method"] == compressed_tensors.METHOD:
         return compressed_tensors.carried(fresh, source, recast, meant_by)
     kind = next(kind for kind in FORMATS.values() if kind.method == fresh["quant_method"])
     return kind.carried(fresh, source, recast)
+
+
+def _cache(scheme: object, fresh: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a block of another method says of the cache of which a source says this."""
+    if empty(scheme):
+        return {}
+    if fresh["quant_method"] == modelopt.METHOD:
+        return {"kv_cache_scheme": dict(modelopt.CACHE)} if modelopt.is_fp8_cache(scheme) else {}
+    return {"kv_cache_scheme": scheme} if "kv_cache_scheme" in fresh else {}
 
 
 def _uses(block: Mapping[str, Any] | None, source: Mapping[str, Any] | None = None) -> _Uses:
@@ -255,7 +292,8 @@ def _facts(block: Mapping[str, Any] | None) -> list[str]:
         return list(
             dict.fromkeys([*facts, *(f for g in block["config_groups"].values() for f in compressed_tensors.flows(g))])
         )
-    static = any(kind.static_inputs(block) for kind in FORMATS.values() if kind.method == block.get("quant_method"))
+    kinds = [kind for kind in FORMATS.values() if kind.method == block.get("quant_method") and not kind.takes_inputs]
+    static = any(kind.static_inputs(block) for kind in kinds)
     return [*facts, "static activations"] if static else facts
 
 
@@ -284,21 +322,23 @@ def _inputs(block: Mapping[str, Any] | None) -> dict[str, set[bool]]:
     """Return, for each format of which a block speaks, whether inputs are quantised; both where its groups differ."""
     if block is None:
         return {}
-    if block.get("quant_method") != compressed_tensors.METHOD:  # a method of its own says how, not whether
-        return {kind.name: {True} for kind in FORMATS.values() if kind.method == block.get("quant_method")}
+    if block.get("quant_method") != compressed_tensors.METHOD:
+        kinds = [kind for kind in FORMATS.values() if kind.method == block.get("quant_method")]
+        return {kind.name: {kind.quantises_inputs(block)} for kind in kinds}
     found: dict[str, set[bool]] = {}
     for group in block["config_groups"].values():
-        found.setdefault(meant_by(group, block).name, set()).add(not empty(group.get("input_activations")))
+        kind = meant_by(group, block)
+        found.setdefault(kind.name, set()).add(kind.quantises_inputs(group))
     return found
 
 
-def _left_out(scales: list[StoredWeight]) -> Iterator[str]:
+def _left_out(scales: list[_Scale]) -> Iterator[str]:
     if scales:
         yield f"left out, for the output's config has no use for them: {_counted(scales)}"
 
 
-def _counted(scales: list[StoredWeight]) -> str:
+def _counted(scales: list[_Scale]) -> str:
     """Return how many scales there are of each name, and one of them."""
-    counts = Counter(next(iter(scale.parts)) for scale in scales)
-    such = relatives.shown(scales[0].main.name)
+    counts = Counter(scale.suffix for scale in scales)
+    such = relatives.shown(scales[0].name)
     return f"{listed(f'{count:,} {name}' for name, count in counts.items())}, such as {such}"

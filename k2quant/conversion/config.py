@@ -14,7 +14,7 @@ from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion import relatives
 from k2quant.errors import CheckpointError, MalformedFile, UnsupportedFormat
 from k2quant.formats.activations import check_scale, flow
-from k2quant.formats.configs import compressed_tensors
+from k2quant.formats.configs import compressed_tensors, modelopt
 from k2quant.formats.configs.keys import Key, check_keys, empty, shown
 from k2quant.formats.format import Format, contradiction, listed
 from k2quant.formats.known import FORMATS
@@ -42,7 +42,7 @@ def quantization_blocks(config: dict[str, Any]) -> list[dict[str, Any]]:
     blocks = [home[key] for home in _homes(config) for key in QUANTIZATION_KEYS if home.get(key) is not None]
     if any(not isinstance(block, dict) for block in blocks):
         raise MalformedFile("quantization_config is not an object", file="config.json")
-    return blocks
+    return [modelopt.flattened(block) for block in blocks]
 
 
 def quantization_of(config: dict[str, Any] | None) -> dict[str, Any] | None:

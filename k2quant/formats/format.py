@@ -562,6 +562,11 @@ class Format(ABC):
         """Tell whether a block of `method` has activations quantised at scales that stand in the checkpoint."""
         return False
 
+    @classmethod
+    def quantises_inputs(cls, block: Mapping[str, Any]) -> bool:
+        """Tell whether by a block of `method`, or a config group, engines quantise the inputs of these weights."""
+        return "quant_method" in block or bool(block.get("input_activations"))
+
     # --- in memory ---
 
     def unrunnable(self, shape: tuple[int, ...]) -> tuple[str, object] | None:

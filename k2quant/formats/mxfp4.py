@@ -32,6 +32,10 @@ _SCALES = ("U8", "F8_E8M0")
 _SCHEME: dict[str, Any] = {"num_bits": 4, "symmetric": True, "type": "float"}
 
 
+# The largest weight is 3.5 to 7 times the plain scale, and a search tries its half and its double. Zeros have 2^-127.
+_BUDGET: dict[str, Any] = {"least": 6 / 14.1, "most": 6 / 1.74, "unit": (0.0, 2.0**-126), "zeros": 0.0}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mxfp4(Format):
     """E2M1 codes, the even column in the low nibble, times 2^(byte - 127) for each 32 columns."""
@@ -159,8 +163,11 @@ class Mxfp4(Format):
         return codecs.mxfp4.weighted_error(weights, scales, importance, mean=mean)
 
     def outside(self, before: U16, after: U16, parts: Parts) -> int:
-        """Allow what one mantissa bit explains."""
-        return 0
+        """Allow the distance to the nearest code, at the exponent of whichever rule, or of a search."""
+        from k2quant.kernels.codecs.cpu.fp4.budget import outside
+        from k2quant.kernels.codecs.values import e8m0_to_float
+
+        return outside(before, after, e8m0_to_float(parts["weight_scale"]), **_BUDGET)
 
     def codes_changed(self, after: Parts, before: Parts) -> int:
         """Count nibbles that differ."""

@@ -60,6 +60,11 @@ _WIDEST = 17
 """Powers of two from the least of E4M3, 2^-9, to its largest, 2^8."""
 
 
+# A search looks two steps of E4M3 down from amax / 6 and six up; a rule rounds it by 1/16 at the most, or by half the
+# least scale where that is subnormal. compressed-tensors makes zeros of blocks below that half.
+_BUDGET: dict[str, float] = {"least": 0.74, "most": 1.87}
+
+
 class Exponents(NamedTuple):
     """The least and the largest exponent of blocks of MXFP4 that hold more than zeros."""
 
@@ -424,8 +429,15 @@ class Nvfp4(Format):
         return codecs.floats.compare(before, after)
 
     def outside(self, before: U16, after: U16, parts: Parts) -> int:
-        """Allow what one mantissa bit explains."""
-        return 0
+        """Allow the distance to the nearest code, at a scale that the rule or a search may choose."""
+        from k2quant.kernels.codecs.cpu.fp4.budget import outside
+        from k2quant.kernels.codecs.fp4 import LEAST_E4M3, block_scales
+
+        tensor = self._stored_scale(parts)
+        scale = block_scales(parts["weight_scale"], tensor)
+        unit = LEAST_E4M3 / tensor.value if tensor.divides else LEAST_E4M3 * tensor.value
+        zeros = 3.1 * unit if tensor.divides else 0.0
+        return outside(before, after, scale, **_BUDGET, unit=(2.6 * unit, 6.6 * unit), zeros=zeros)
 
     def codes_changed(self, after: Parts, before: Parts) -> int:
         """Count nibbles that differ."""
@@ -488,6 +500,11 @@ class Nvfp4(Format):
     def static_inputs(cls, block: Mapping[str, Any]) -> bool:
         """Tell the two algorithms apart."""
         return modelopt.quantises_inputs(block)
+
+    @classmethod
+    def quantises_inputs(cls, block: Mapping[str, Any]) -> bool:
+        """Know that ModelOpt's block says it."""
+        return modelopt.quantises_inputs(block) if "quant_method" in block else bool(block.get("input_activations"))
 
     # --- in training ---
 

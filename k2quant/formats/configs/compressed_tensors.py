@@ -240,7 +240,7 @@ def carried(
     fresh: dict[str, Any],
     source: Mapping[str, Any],
     recast: Recast,
-    means: Callable[[Mapping[str, Any], Mapping[str, Any]], object],
+    means: Callable[[Mapping[str, Any], Mapping[str, Any]], type[Format]],
 ) -> dict[str, Any]:
     """Return a new block with whatever of the source's is still true of it.
 
@@ -257,7 +257,8 @@ def carried(
         found = [other for other in source["config_groups"].values() if means(other, source) is means(group, fresh)]
         if recast.copied and any(said(other) != said(found[0]) for other in found):
             return block | {"config_groups": source["config_groups"]}  # whose targets tell them apart
-        groups[name] = _continued(group, found, recast)
+        own = means(group, fresh).takes_inputs and not recast.copied
+        groups[name] = dict(group) if own else _continued(group, found, recast)  # whose inputs the tensors tell
     return block | {"config_groups": groups}
 
 
@@ -287,12 +288,16 @@ def is_static(scheme: object) -> bool:
 
 
 def flows(group: Mapping[str, Any]) -> list[str]:
-    """Return what a group says of activations, in words; FP8 weights by dynamic FP8 inputs go without saying."""
+    """Return what a group says of activations, in words.
+
+    FP8 weights by dynamic FP8 inputs go without saying; so do FP4 ones by inputs whose scales' tensors tell of them.
+    """
     usual = _is_float8(group["weights"]) and _is_float8(group.get("input_activations"))
+    told = isinstance(group.get("input_activations"), dict) and group["input_activations"].get("dynamic") == "local"
     return [
         name
         for name in _FLOWS
-        if group.get(name) and not (usual and name == "input_activations" and not is_static(group[name]))
+        if group.get(name) and not (name == "input_activations" and (told or (usual and not is_static(group[name]))))
     ]
 
 

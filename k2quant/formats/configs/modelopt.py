@@ -32,6 +32,9 @@ METHOD = "modelopt"
 COMPANION = "hf_quant_config.json"
 """ModelOpt's own file. Engines that find no block in config.json read this one."""
 
+MARK = ".weight_scale_2"
+"""How the name of a tensor ends that only ModelOpt's checkpoints have."""
+
 CACHE: dict[str, Any] = {"dynamic": False, "num_bits": 8, "type": "float"}
 """`kv_cache_scheme` of an FP8 cache of keys and values."""
 
@@ -149,7 +152,9 @@ def completed(config: dict[str, Any], companion: Mapping[str, Any]) -> dict[str,
     homes = [config, config.get("text_config")]
     blocks = [home["quantization_config"] for home in homes if isinstance(home, dict) and "quantization_config" in home]
     own = next((block for block in blocks if isinstance(block, dict)), None)
-    meant = flattened(companion)
+    meant = flattened({"quantization": {}} | dict(companion))
+    if own is None and "quantization" not in companion:
+        return config
     if own is None:
         return config if blocks else config | {"quantization_config": meant}
     said = flattened(own)
