@@ -7,7 +7,7 @@ Kimi-K3's routed experts have too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from k2quant.errors import CheckpointError, DtypeMismatch, ShapeMismatch, UnsupportedFormat
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.grids import Grid
     from k2quant.kernels.codecs.seam import Codecs
     from k2quant.kernels.codecs.values import F32, U16
+    from k2quant.kernels.products.packed.weight import PackedWeight
 
 _SCALES = ("U8", "F8_E8M0")
 """Dtypes of the scales in a file: the same bytes, the exponent plus 127."""
@@ -81,6 +82,11 @@ class Mxfp4(Format):
     def unwritable(self) -> str | None:
         """Scales that are called F8_E8M0."""
         return None if self.scale_dtype == "U8" else self.scale_dtype
+
+    @property
+    def in_memory(self) -> Mxfp4:
+        """The products read bytes, whatever a file calls them."""
+        return replace(self, scale_dtype="U8")
 
     # --- recognising it ---
 
@@ -216,6 +222,17 @@ class Mxfp4(Format):
         from k2quant.kernels import ops
 
         return dict(zip(self.streamed, ops.bf16_to_mxfp4(weights), strict=True))
+
+    # --- in memory ---
+
+    def unrunnable(self, shape: tuple[int, ...]) -> None:
+        """The products multiply by every weight of this format."""
+
+    def packed(self, shape: tuple[int, ...], *, on: torch.device) -> PackedWeight:
+        """Return a weight in the checkpoint's own layout."""
+        from k2quant.kernels.products.prepare import empty
+
+        return empty(self.name, shape, device="meta", for_device=on)
 
 
 def check_group(scheme: Mapping[str, Any], block: int, strategy: str, scale_dtype: str) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from k2quant.kernels.codecs.grids import Grid
     from k2quant.kernels.codecs.seam import Codecs
     from k2quant.kernels.codecs.values import F32, U16
+    from k2quant.kernels.products.packed.weight import PackedWeight
 
 
 class _Names(NamedTuple):
@@ -540,6 +541,20 @@ class Nvfp4(Format):
         if largest is not None:
             return reference.nvfp4_tensor_scale(largest, divides=self._called.divides)
         return torch.tensor(self._settled.value, dtype=torch.float32, device=weights.device)
+
+    # --- in memory ---
+
+    def unrunnable(self, shape: tuple[int, ...]) -> tuple[str, object] | None:
+        """The products take whole groups of 32 columns."""
+        from k2quant.kernels.products.packed.weight import GROUP
+
+        return (f"a multiple of {GROUP} columns", shape) if shape[-1] % GROUP else None
+
+    def packed(self, shape: tuple[int, ...], *, on: torch.device) -> PackedWeight:
+        """Return a weight in the checkpoint's own layout."""
+        from k2quant.kernels.products.prepare import empty
+
+        return empty(self.name, shape, numbers=(int(self._called.divides),), device="meta", for_device=on)
 
 
 def _layout_of(beside: Neighbours) -> Layout | None:

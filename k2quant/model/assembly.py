@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts, DeepseekV3RotaryEmbedding
 
+from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
@@ -48,6 +49,12 @@ class Placed(NamedTuple):
 
     source: StoredWeight
     matrix: Matrix
+
+    @property
+    def entries(self) -> dict[str, TensorEntry]:
+        """The weight's tensors that a model has, by suffix; scales of a layer's inputs are none of these."""
+        beside = self.source.format.adopted if self.source.format is not None else ()
+        return {suffix: entry for suffix, entry in self.source.parts.items() if suffix not in beside}
 
 
 class Assembled(nn.Module):

@@ -140,9 +140,10 @@ def _read(checkpoint: Checkpoint, task: _Task) -> None:
         _read_rows(checkpoint, next(iter(source.parts.values())), matrix.tensor.detach(), task.start, task.stop)
         return
     parts = matrix.parts() if matrix.views and _on_cpu(matrix.parts()) else None
+    entries = task.placed.entries
     if parts is None:
-        parts = {suffix: _empty(entry) for suffix, entry in source.parts.items()}
-    for suffix, entry in source.parts.items():
+        parts = {suffix: _empty(entry) for suffix, entry in entries.items()}
+    for suffix, entry in entries.items():
         read_tensor_into(checkpoint, entry, parts[suffix])
     try:
         matrix.put(parts)

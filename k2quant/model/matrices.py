@@ -97,13 +97,19 @@ class Packed(NamedTuple):
     @property
     def views(self) -> bool:
         """Whether memory has the checkpoint's own layout."""
-        return self.weight.views and self.format == self.format.in_memory
+        stored, held = (each.state(self.shape) for each in (self.format, self.format.in_memory))
+        return self.weight.views and all(stored[suffix] == held[suffix] for suffix in self._streamed)
+
+    @property
+    def _streamed(self) -> tuple[str, ...]:
+        """The suffixes of what memory holds; scales of a layer's inputs, which no product reads, are not there."""
+        return self.format.in_memory.streamed
 
     def parts(self) -> Parts:
         """Return what the checkpoint holds, bit for bit."""
-        held, state = zip(self.format.streamed, self.weight.checkpoint(), strict=True), self.format.state(self.shape)
-        parts = {suffix: tensor.to(torch_dtype(state[suffix].dtype)) for suffix, tensor in held}
-        for suffix in self.format.whole:
+        held, state = zip(self._streamed, self.weight.checkpoint(), strict=True), self.format.state(self.shape)
+        parts = {suffix: _recast(tensor, torch_dtype(state[suffix].dtype)) for suffix, tensor in held}
+        for suffix in set(self.format.whole) & set(parts):
             parts[suffix] = parts[suffix].reshape(state[suffix].shape)  # one number may be [] or [1]
         return parts | self._constants()
 
@@ -133,7 +139,7 @@ class Packed(NamedTuple):
             raise UsageError("a part of it waits on disk; give all of its tensors, or load it whole")
         device = torch.device("cpu") if device.type == "meta" else device
         found = self.weight.prepared(
-            *(self._as_in_memory(suffix, parts[suffix].to(device)) for suffix in self.format.streamed)
+            *(self._as_in_memory(suffix, parts[suffix].to(device)) for suffix in self._streamed)
         )
         for suffix, expected in self._constants().items():
             if parts[suffix].tolist() != expected.tolist():
@@ -149,7 +155,13 @@ class Packed(NamedTuple):
             raise UsageError(
                 f"{suffix}: expected {torch_dtype(stored)}, as the checkpoint has it, found {tensor.dtype}"
             )
-        return tensor if stored == held else tensor.to(torch_dtype(held))
+        return tensor if stored == held else _recast(tensor, torch_dtype(held))
+
+
+def _recast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the same numbers in another dtype; a byte is the exponent that F8_E8M0 has in it."""
+    same = {tensor.dtype, dtype} == {torch.uint8, torch.float8_e8m0fnu}
+    return tensor.view(dtype) if same else tensor.to(dtype)
 
 
 def _check_tensors(parts: Mapping[str, object]) -> None:

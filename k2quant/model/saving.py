@@ -115,7 +115,7 @@ class _Tensors:
             _untie(rest)
         for name, module in model.named_modules():
             for placed in _placed(model, name, module):
-                for suffix, entry in placed.source.parts.items():
+                for suffix, entry in placed.entries.items():
                     self._put(entry.name, placed.matrix, suffix)
                 self._take(placed, rest)
         if rest:
@@ -134,7 +134,7 @@ class _Tensors:
 
     def _take(self, placed: Placed, rest: dict[str, Tensor]) -> None:
         """Take what is given for one weight out of the rest, checked as a whole."""
-        entries = placed.source.parts
+        entries = placed.entries
         foundof = {suffix: names.in_language_model(entry.name) or "" for suffix, entry in entries.items()}
         given = {suffix: rest.pop(name) for suffix, name in foundof.items() if name in rest}
         if not given:
@@ -193,12 +193,12 @@ def _placed(model: Assembled, name: str, module: nn.Module) -> Iterator[Placed]:
         ) from error
     for placed in found:
         parts = placed.matrix.parts()
-        if set(parts) != set(placed.source.parts):
+        if set(parts) != set(placed.entries):
             raise UsageError(
                 f"`{placed.source.base}` is dense here and packed in the checkpoint; k2quant.qat.export writes a model "
                 "in training, and `state_dict` gives its weights"
             )
-        for suffix, entry in placed.source.parts.items():
+        for suffix, entry in placed.entries.items():
             try:
                 _check_fits(parts[suffix], entry)
             except UsageError as error:
