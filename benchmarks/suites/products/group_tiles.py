@@ -62,9 +62,9 @@ def calls(bank: Bank, x: Tensor) -> list[Call]:
         bank.weight.nbytes,
     )
     fitting = [tile for tile in TILES if tile[0] <= max(16, x.shape[0])]
-    seconds = {tile: _seconds([partial(_run, x, *pair, tile) for pair in pairs]) for tile in fitting}
+    seconds = {tile: _seconds([partial(_run, x, pair[0], pair[1], tile) for pair in pairs]) for tile in fitting}
     best = min(seconds, key=lambda tile: seconds[tile])
-    return [partial(_run, x, *pair, best) for pair in pairs]
+    return [partial(_run, x, pair[0], pair[1], best) for pair in pairs]
 
 
 def _seconds(calls: list[Call]) -> float:
