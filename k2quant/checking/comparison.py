@@ -55,6 +55,8 @@ class Finding(NamedTuple):
     """Dtype of the tensor that carries the values, as safetensors has it, in the first and in the second checkpoint."""
     solved: bool = False
     """Whether it was compared as one that was solved, `outside` by `Format.unsolved`."""
+    relabelled: bool = False
+    """Whether both have the same codes and scales in two layouts; `outside` is then beyond the next BF16 number."""
 
     def how(self) -> str:
         """Say in words how the weight differs."""
@@ -107,10 +109,15 @@ class _Pair:
     """What may have moved powers of two into it, or out of it."""
 
     @property
+    def relabels(self) -> bool:
+        """Whether the first becomes the second by other names, or by a scale in another form."""
+        first, second = self.first.format, self.second.format
+        return first is not None and second is not None and first.relabels(second)
+
+    @property
     def same_layout(self) -> bool:
         """Whether both are made of the same tensors, whatever they are called."""
-        first, second = self.first.format, self.second.format
-        alike = first == second or (first is not None and second is not None and first.relabels(second))
+        alike = self.first.format == self.second.format or self.relabels
         ours, theirs = (
             [(entry.dtype, entry.shape) for entry in weight.parts.values()] for weight in (self.first, self.second)
         )
@@ -140,6 +147,7 @@ class _Pair:
             rounded=figures is not None and any(map(_wide, (self.first, self.second))),
             dtypes=(self.first.main.dtype, self.second.main.dtype),
             solved=self.solved and bool(self.figures),
+            relabelled=self.relabels and not self.same_layout,
         )
 
     def _relation(self, figures: Figures | None) -> Relation:
@@ -349,6 +357,8 @@ class _Comparison:
         identical = bool(np.array_equal(exact, after.values))
         if not figures.changed:
             outside = 0
+        elif task.pair.relabels and not task.pair.same_layout:
+            outside = int(np.count_nonzero(np.abs(exact.astype(np.int32) - after.values) > 1))
         elif task.pair.solved:
             outside = stored.unsolved(exact, after.values, after.parts, cpu)
         else:

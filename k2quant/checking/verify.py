@@ -168,7 +168,7 @@ def _failure(finding: Finding) -> str | None:
             return "is missing"
         case "extra":
             return "is not in the source"
-        case "differs" if finding.formats[0] == finding.formats[1]:
+        case "differs" if finding.formats[0] == finding.formats[1] and not finding.relabelled:
             values = finding.figures is not None and not finding.figures.changed
             same = ", though every value is the same" if values else ""
             return f"was to be copied, but {finding.bytes_changed or 'all'} bytes differ{same}"

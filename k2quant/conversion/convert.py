@@ -21,6 +21,7 @@ from k2quant.checkpoint.files.paths import check_inside, copy_file, write_whole
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT, open_checkpoint
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.writing.destination import locked
+from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, make_plan, options_of
 from k2quant.conversion.recipes.rules import Recipes, read_recipe
 from k2quant.conversion.resume import begin, check_finished, clear, identity, refuse_nested
@@ -33,7 +34,7 @@ from k2quant.conversion.searching.surveys import check_shared
 from k2quant.conversion.stream import Progress, Record, Rounder, Stream, Substitute
 from k2quant.errors import OutputError
 from k2quant.formats.activations import ActivationScales, KvCache
-from k2quant.formats.format import Layout, Method, Scope
+from k2quant.formats.format import Format, Layout, Method, Scope
 from k2quant.formats.known import FormatName
 from k2quant.ground import names
 from k2quant.ground.pool import checked_workers
@@ -320,11 +321,29 @@ def codecs_of(device: str) -> Codecs:
     return codecs(device)
 
 
+def _rounded(plan: Plan, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a report says of codes that were to be carried over and were rounded, for somebody allowed that."""
+    if not plan.options.allow_rounding:
+        return {}
+    carried = [job for job in plan.jobs() if job.target and job.weight.format and _carries(job.target, job)]
+    changed = [(tensors[job.output_main.name].get("figures") or {}).get("changed", 0) for job in carried]
+    found = {"matrices": sum(map(bool, changed)), "weights": sum(changed), "of": len(carried)}
+    matrices = counted(found["matrices"], "matrix", "matrices")
+    said = f"{matrices} of {found['of']:,}, {counted(found['weights'], 'weight')}"
+    remarks = [*plan.remarks, f"rounded, for their codes cannot be carried over as they are: {said}"]
+    return {"rounded": found, "remarks": remarks if found["matrices"] else list(plan.remarks)}
+
+
+def _carries(target: Format, job: Job) -> bool:
+    return job.weight.format is not None and job.weight.format.name in target.carried_from
+
+
 def _report(
     plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: int, more: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the content of k2quant_report.json, the other files aside; `more`: what a rounder says of the whole."""
     records = [shards[shard.file] for shard in plan.shards]
+    tensors = {name: facts for record in records for name, facts in record["tensors"].items()}
     return {
         "tool": "k2quant",
         "version": __version__,
@@ -341,13 +360,13 @@ def _report(
         "bytes_written": plan.bytes_written,
         "left_out": list(plan.left_out),
         "remarks": list(plan.remarks),
+        **_rounded(plan, tensors),
         "files": {
             record["shard"]: {key: record[key] for key in ("size", "sha256") if key in record} for record in records
         },
         "tensors": {
             name: {"class": names.tensor_class(name), "layer": names.layer(name), **facts}
-            for record in records
-            for name, facts in record["tensors"].items()
+            for name, facts in tensors.items()
         },
     }
 

@@ -179,8 +179,10 @@ class Format(ABC):
     takes_inputs: ClassVar[bool] = False
     """Whether a scale of the layer's inputs can stand beside a weight; see `with_inputs`."""
     may_round: ClassVar[bool] = False
-    """Whether codes of another format are carried over, and refused where that would round them; see
+    """Whether codes of `carried_from` are carried over, and refused where that would round them; see
     `rounding_allowed`."""
+    carried_from: ClassVar[tuple[str, ...]] = ()
+    """Names of formats whose codes it takes over."""
 
     # --- on disk ---
 
@@ -306,6 +308,11 @@ class Format(ABC):
         """Return this format, for codes that may be rounded where they cannot be carried over."""
         return self
 
+    @property
+    def rounds(self) -> bool:
+        """Whether codes that are carried over may be rounded."""
+        return False
+
     def cache_scheme(self) -> dict[str, Any] | None:
         """Return what a config says of an FP8 cache of keys and values; None where it has no place for that."""
         return None
@@ -399,6 +406,11 @@ class Format(ABC):
     @abstractmethod
     def store(self, weights: U16, scales: NDArray[Any], parts: Parts, codecs: Codecs) -> Figures:
         """Fill a panel's arrays with BF16 weights `[R, K]` rounded at scales that are given, whoever chose them."""
+
+    @property
+    def candidates(self) -> int:
+        """How many scales `search` tries for each that it returns; only for what `searches`."""
+        raise AssertionError(f"{self.label} searches no scales")  # refused before
 
     def search(self, weights: U16, importance: F32 | None, codecs: Codecs, mean: F32 | None = None) -> NDArray[Any]:
         """Return scales with the least error for BF16 weights `[R, K]`, as they are stored; only for what `searches`.

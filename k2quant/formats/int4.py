@@ -233,6 +233,13 @@ class Int4(Format):
         parts["weight_scale"][...] = scales
         return codecs.int4.store(weights, scales, self.grid, parts["weight_packed"])
 
+    @property
+    def candidates(self) -> int:
+        """Those of the rule."""
+        from k2quant.kernels.codecs.scales.search import CANDIDATES
+
+        return CANDIDATES
+
     def search(self, weights: U16, importance: F32 | None, codecs: Codecs, mean: F32 | None = None) -> NDArray[Any]:
         """Return the BF16 bits of the best of some shrunk scales for each group (docs/formats.md).
 

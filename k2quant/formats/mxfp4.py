@@ -151,6 +151,13 @@ class Mxfp4(Format):
         parts["weight_scale"][...] = scales
         return codecs.mxfp4.store(weights, scales, parts["weight_packed"])
 
+    @property
+    def candidates(self) -> int:
+        """Those of the rule."""
+        from k2quant.kernels.codecs.scales.fp4 import MXFP4_STEPS
+
+        return len(MXFP4_STEPS)
+
     def search(self, weights: U16, importance: F32 | None, codecs: Codecs, mean: F32 | None = None) -> NDArray[Any]:
         """Return the byte of the best exponent of some for each block."""
         scale = _scales_for(weights)

@@ -107,6 +107,7 @@ class Nvfp4(Format):
     searched_by: ClassVar[tuple[Method, ...]] = ("mse", "imatrix")
     takes_inputs: ClassVar[bool] = True
     may_round: ClassVar[bool] = True
+    carried_from: ClassVar[tuple[str, ...]] = ("mxfp4", "nvfp4")
 
     layout: Layout = "modelopt"
     """What the tensors are called, and whose config speaks of them."""
@@ -241,6 +242,11 @@ class Nvfp4(Format):
         """Round MXFP4 whose exponents are too far apart, and tensor scales that have no inverse."""
         return replace(self, rounding=True)
 
+    @property
+    def rounds(self) -> bool:
+        """Whether that was allowed."""
+        return self.rounding
+
     def taking(self, source: Format) -> Nvfp4:
         """Take over the scale of the inputs that NVFP4 has, unless another one is asked for."""
         goes_along = isinstance(source, Nvfp4) and source.scaled and self.inputs is None
@@ -353,6 +359,13 @@ class Nvfp4(Format):
         """Round at given scales."""
         parts["weight_scale"][...] = scales
         return codecs.nvfp4.store(weights, scales, self._settle(parts), parts[self.main])
+
+    @property
+    def candidates(self) -> int:
+        """Those of the rule."""
+        from k2quant.kernels.codecs.scales.fp4 import NVFP4_STEPS
+
+        return len(NVFP4_STEPS)
 
     def search(self, weights: U16, importance: F32 | None, codecs: Codecs, mean: F32 | None = None) -> NDArray[Any]:
         """Return the E4M3 bits of the best scale of some for each block."""

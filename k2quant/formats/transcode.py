@@ -52,15 +52,19 @@ def transcode(
 
     Returns:
         what rounding did to the weights as BF16 has them, or None where the target is not quantised or has the same
-        codes and scales.
+        codes and scales, and nothing may be rounded.
 
     Raises:
         ValueAt: a value that cannot be carried, with its place in the panel.
     """
     if source.relabels(target):
-        to_bf16(source, parts, codecs=codecs, scratch=scratch)  # for its checks alone: a bad value is not passed on
+        values = to_bf16(source, parts, codecs=codecs, scratch=scratch)  # for its checks: a bad value is not passed on
         source.relabel(parts, outputs, target)
-        return None
+        if not target.rounds:
+            return None
+        after = np.empty_like(values)
+        target.decode(outputs, after, codecs)
+        return codecs.floats.compare(values, after)
     if not target.quantised:
         source.decode(parts, outputs[target.main], codecs)
         return None

@@ -35,15 +35,13 @@ def searched(plan: Plan, stats: Stats | None, *calibrated: Stats) -> tuple[Plan,
         if not any(job.target is not None and plan.recipe.searches(job.weight) for job in plan.jobs()):
             return plan, Searched(plan, method, None, calibrated) if calibrated else None
         method, said["default"] = UNWEIGHTED, True  # `Format.searched_from` asks for it
-    from k2quant.kernels.codecs.scales.search import CANDIDATES
-
-    said |= {"asked": method, "candidates": CANDIDATES}
+    kinds = [rule.format for rule in plan.recipe.rules if rule.searches or rule.searched_from]
+    said |= {"asked": method, "candidates": max(kind.candidates for kind in kinds)}
     if stats is None:
         return replace(plan, method=said), Searched(plan, method, stats, calibrated)
     jobs = list(plan.jobs())
     check_source(stats, plan.source, [job.weight for job in jobs])
     said["stats"] = stats.fingerprint
-    kind = partial(Folding, plan) if method == FOLDED else partial(Searched, plan, method)
-    rounder = kind(stats, calibrated)
+    rounder = (partial(Folding, plan) if method == FOLDED else partial(Searched, plan, method))(stats, calibrated)
     remarks = (*plan.remarks, *unmeasured(filter(rounder.takes, jobs), stats), *rounder.remarks())
     return replace(plan, method=said, remarks=remarks), rounder
