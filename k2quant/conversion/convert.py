@@ -30,8 +30,8 @@ from k2quant.conversion.searching.fitting import check_method
 from k2quant.conversion.searching.folding import check_halves
 from k2quant.conversion.searching.inputs import scaled
 from k2quant.conversion.searching.searched import Searched
-from k2quant.conversion.searching.surveys import check_shared
-from k2quant.conversion.stream import Progress, Record, Rounder, Stream, Substitute
+from k2quant.conversion.searching.surveys import Substitute, check_shared
+from k2quant.conversion.stream import Progress, Record, Rounder, Stream
 from k2quant.errors import OutputError
 from k2quant.formats.activations import ActivationScales, KvCache
 from k2quant.formats.format import Format, Layout, Method, Scope

@@ -28,12 +28,11 @@ from k2quant.checkpoint.panels import (
     read_panel,
 )
 from k2quant.checkpoint.reading import read_into
-from k2quant.checkpoint.weights import StoredWeight
 from k2quant.checkpoint.writing.destination import Destination
 from k2quant.checkpoint.writing.writer import ShardWriter
 from k2quant.conversion.placing import Job, ShardPlan, target_of
 from k2quant.conversion.plan import Plan
-from k2quant.conversion.searching.surveys import Surveys
+from k2quant.conversion.searching.surveys import Substitute, Surveys
 from k2quant.formats.dtypes import TensorSpec, row_bytes
 from k2quant.formats.format import Format, Parts
 from k2quant.ground import pool
@@ -51,26 +50,6 @@ Progress = Callable[[int, int], None]
 
 Record = dict[str, Any]
 """What the journal notes of a finished shard."""
-
-
-class Substitute(Protocol):
-    """Values that take the place of the source's: trained weights, or weights with an update added."""
-
-    def replaces(self, weight: StoredWeight) -> bool:
-        """Tell whether a weight's values come from here."""
-
-    def survey(self, job: Job, asked: Format, start: int, stop: int) -> object:
-        """Return what `asked.survey` says of rows `start` to `stop` of the values that `panel` will write.
-
-        Called before the first panel, for a format that is `surveyed` alone; from several threads at once.
-        """
-
-    def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, Figures | None]:
-        """Return rows `start` to `stop` of the tensors that are streamed, by suffix.
-
-        A tensor that is no matrix counts as one column. Called from several threads at once. `job.written` is settled
-        where a survey decides.
-        """
 
 
 class Rounder(Protocol):

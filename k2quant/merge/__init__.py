@@ -28,7 +28,7 @@ from k2quant.merge.adapter import Adapter, check_values, open_adapter
 from k2quant.merge.targets import Change, LowRank, Whole, resolve
 
 if TYPE_CHECKING:
-    from k2quant.conversion.stream import Substitute
+    from k2quant.conversion.searching.surveys import Substitute
 
 __all__ = ["MergePlan", "make_merge_plan", "merge"]
 

@@ -262,9 +262,12 @@ def _check_meaning(rule: WrittenRule, *, alone: bool) -> None:
         keep = "; to keep the rest quantised, add a rule for its format" if rule.place else ""
         raise UsageError(f"{what} has no meaning with {rule.to} alone: everything becomes {rule.to.upper()}{keep}")
     for name, means in (("grid", "it is the rounding rule of"), ("layout", "it says whose names are written, of")):
-        if getattr(rule, name) and not getattr(kind, f"{name}s"):
+        value, known = getattr(rule, name), getattr(kind, f"{name}s")
+        if value and not known:
             owners = " and ".join(other.upper() for other, its in FORMATS.items() if getattr(its, f"{name}s"))
             raise UsageError(f"{rule.called(name)} has no meaning with {rule.to}: {means} {owners}")
+        if value and value not in known:
+            raise UsageError(f"{rule.called(name)} {value} is none of {rule.to}: expected {' or '.join(known)}")
 
 
 # --- reading ---

@@ -9,23 +9,44 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from k2quant.checkpoint.panels import format_of, naming, panel_rows, read_panel
 from k2quant.conversion.searching.together import Together
 from k2quant.errors import UnsupportedFormat
-from k2quant.formats.format import Format
+from k2quant.formats.format import Format, Parts
 from k2quant.ground import engines
 
 if TYPE_CHECKING:
+    from k2quant.checkpoint.weights import StoredWeight
     from k2quant.conversion.placing import Job
     from k2quant.conversion.plan import Plan
-    from k2quant.conversion.stream import Substitute
     from k2quant.formats.transcode import Scratch
+    from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.seam import Codecs
 
 _Key = tuple[str, str]
 """The name of a format, and what its members share: the name of a module of engines, or a weight's own."""
+
+
+class Substitute(Protocol):
+    """Values that take the place of the source's: trained weights, or weights with an update added."""
+
+    def replaces(self, weight: StoredWeight) -> bool:
+        """Tell whether a weight's values come from here."""
+
+    def survey(self, job: Job, asked: Format, start: int, stop: int) -> object:
+        """Return what `asked.survey` says of rows `start` to `stop` of the values that `panel` will write.
+
+        Called before the first panel, for a format that is `surveyed` alone; from several threads at once.
+        """
+
+    def panel(self, job: Job, start: int, stop: int) -> tuple[Parts, Figures | None]:
+        """Return rows `start` to `stop` of the tensors that are streamed, by suffix.
+
+        A tensor that is no matrix counts as one column. Called from several threads at once. `job.written` is settled
+        where a survey decides.
+        """
 
 
 class _Member(NamedTuple):

@@ -101,9 +101,7 @@ def test_only_what_is_written_so_counts(tmp_path: Path) -> None:
 def test_a_half_that_keeps_its_scale_is_refused_beside_one_that_gets_one(tmp_path: Path) -> None:
     """Nothing is written; where somebody allows it, each half has its own scale, and verify says so."""
     source = write(tmp_path / "source", in_nvfp4)
-    with pytest.raises(
-        UnsupportedFormat, match=r"keeps its own.*up_proj, which is nvfp4.*convert to bf16"
-    ):
+    with pytest.raises(UnsupportedFormat, match=r"keeps its own.*up_proj, which is nvfp4.*convert to bf16"):
         k2quant.convert(source, tmp_path / "out", "nvfp4")
     assert not (tmp_path / "out").exists()
     done = k2quant.convert(source, tmp_path / "out", "nvfp4", allow_split=True).folder
