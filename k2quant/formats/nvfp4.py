@@ -549,10 +549,10 @@ class Nvfp4(Format):
         """Return the tensor scale, float32 `[]` where the weights lie: settled, or for a largest weight."""
         import torch
 
-        from k2quant.kernels.codecs import reference
+        from k2quant.kernels import ops
 
         if largest is not None:
-            return reference.nvfp4_tensor_scale(largest, divides=self._called.divides)
+            return ops.nvfp4_tensor_scale(largest, divides=self._called.divides)
         return torch.tensor(self._settled.value, dtype=torch.float32, device=weights.device)
 
     # --- in memory ---

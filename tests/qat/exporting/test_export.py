@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import warnings
@@ -31,6 +32,7 @@ from k2quant.errors import (
     UnsupportedFormat,
     UsageError,
 )
+from k2quant.formats.format import Layout
 from k2quant.formats.fp8 import FP8_BLOCK
 from k2quant.formats.known import ExportFormat
 from k2quant.kernels import ops
@@ -69,6 +71,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     convert(folder / "bf16", folder / "fp8", to="fp8")
     convert(folder / "bf16", folder / "int4", to="int4")
     convert(folder / "bf16", folder / "ct", to="int4", grid="compressed-tensors")
+    convert(folder / "bf16", folder / "nvfp4", to="nvfp4", activation_scales="one")
+    convert(folder / "bf16", folder / "mxfp4", to="mxfp4")
     experts, rest = tensors(folder / "int4"), tensors(folder / "fp8")
     mixed = {name: tensor for name, tensor in experts.items() if ".experts." in name}
     mixed |= {name: tensor for name, tensor in rest.items() if ".experts." not in name}
@@ -77,7 +81,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     prefixed["vision_tower.encoder.blocks.0.wqkv.weight"] = ("BF16", np.full((64, 32), 0x3F80, np.uint16))
     text = {"text_config": config_of(folder / "int4"), "model_type": "kimi_k25"}
     write_checkpoint(folder / "k25", {"model.safetensors": prefixed}, text)
-    return {name: folder / name for name in ("bf16", "fused", "fp8", "int4", "ct", "mixed", "k25")}
+    return {name: folder / name for name in ("bf16", "fused", "fp8", "int4", "ct", "mixed", "k25", "nvfp4", "mxfp4")}
 
 
 @pytest.fixture
@@ -86,7 +90,7 @@ def base(bases: dict[str, Path]) -> Path:
     return bases["bf16"]
 
 
-NUMPY: dict[str, Any] = {"BF16": np.uint16, "F32": np.float32, "F8_E4M3": np.uint8, "I32": np.int32}
+NUMPY: dict[str, Any] = {"BF16": np.uint16, "F32": np.float32, "F8_E4M3": np.uint8, "I32": np.int32, "U8": np.uint8}
 
 
 def tensors(folder: Path) -> Shard:
@@ -149,6 +153,12 @@ CONFIGS = {
     "adapters": QATConfig(train="adapters", adapter=Adapter(rank=4, alpha=8)),
     "fp8 adapters": QATConfig(to="fp8", train="adapters"),
     "experts": QATConfig(train="experts"),
+    "nvfp4": QATConfig(to="nvfp4"),
+    "nvfp4 of compressed-tensors": QATConfig(to="nvfp4", layout="compressed-tensors", estimator="clipped"),
+    "nvfp4 linear": QATConfig(to="nvfp4", scope="linear"),
+    "nvfp4 adapters": QATConfig(to="nvfp4", train="adapters"),
+    "mxfp4": QATConfig(to="mxfp4"),
+    "fp8 of compressed-tensors": QATConfig(to="fp8", layout="compressed-tensors"),
 }
 
 
@@ -163,6 +173,10 @@ PAIRS = [
     ("fp8 experts", "fp8"),
     ("fp8 experts", "mixed"),
     ("learned", "k25"),
+    *(("nvfp4", source) for source in ("nvfp4", "mxfp4", "k25")),
+    ("nvfp4 of compressed-tensors", "nvfp4"),
+    ("mxfp4", "mxfp4"),
+    ("int4", "nvfp4"),
 ]
 
 
@@ -224,13 +238,16 @@ def test_files_hold_the_codes_of_plain_rounding(name: str, base: Path, ram: Path
             np.testing.assert_array_equal(written[f"{EXPERTS}.{expert}.up_proj.{suffix}"][1], tensor.numpy())
 
 
-@pytest.mark.parametrize("source", ["bf16", "fp8", "k25"])
-@pytest.mark.parametrize("to", ["int4", "fp8"])
+@pytest.mark.parametrize(
+    ("to", "source"),
+    [*itertools.product(("int4", "fp8"), ("bf16", "fp8", "k25")), ("nvfp4", "k25"), ("mxfp4", "bf16")],
+)
 def test_the_folder_is_that_of_a_conversion(to: ExportFormat, source: str, bases: dict[str, Path], ram: Path) -> None:
-    """Config, index, names, dtypes and shapes are what `convert` writes of the base; the checksums fit."""
+    """Files, config, index, names, dtypes and shapes are what `convert` writes of the base; the checksums fit."""
     qat.export(ready(bases[source], QATConfig(to=to)), ram / "trained")
     convert(bases[source], ram / "converted", to=to)
     assert config_of(ram / "trained") == config_of(ram / "converted")
+    assert {path.name for path in (ram / "trained").iterdir()} == {path.name for path in (ram / "converted").iterdir()}
     index = "model.safetensors.index.json"
     assert (ram / "trained" / index).read_bytes() == (ram / "converted" / index).read_bytes()
     assert verify_checksums(ram / "trained").passed
@@ -243,11 +260,16 @@ def test_the_folder_is_that_of_a_conversion(to: ExportFormat, source: str, bases
         np.testing.assert_array_equal(ours[vision][1], theirs[vision][1])
 
 
-@pytest.mark.parametrize("to", ["int4", "fp8"])
-def test_without_training_fp8_and_fresh_int4_are_conversions(to: ExportFormat, base: Path, ram: Path) -> None:
+@pytest.mark.parametrize(
+    ("to", "layout"),
+    [("int4", None), ("fp8", None), ("nvfp4", None), ("nvfp4", "compressed-tensors"), ("mxfp4", None)],
+)
+def test_without_training_all_but_recovery_is_a_conversion(
+    to: ExportFormat, layout: Layout | None, base: Path, ram: Path
+) -> None:
     """An export of an untrained BF16 base has the bytes of a conversion: training begins there."""
-    qat.export(prepare(qat.load(base), QATConfig(to=to)), ram / "trained")
-    convert(base, ram / "converted", to=to)
+    qat.export(prepare(qat.load(base), QATConfig(to=to, layout=layout)), ram / "trained")
+    convert(base, ram / "converted", to=to, layout=layout)
     for shard in (ram / "converted").glob("*.safetensors"):
         assert shard.read_bytes() == (ram / "trained" / shard.name).read_bytes()
 

@@ -162,6 +162,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "from 8 bits": {"quantize": {"bits": {0: 8, 2: 4}}},
     "adapters": {"quantize": {"train": "adapters", "adapter": {"rank": 2}}, "training": {"precision": "bfloat16"}},
     "fp8": {"quantize": {"to": "fp8"}},
+    "nvfp4": {"quantize": {"to": "nvfp4", "layout": "compressed-tensors"}},
+    "mxfp4": {"quantize": {"to": "mxfp4", "estimator": "clipped"}},
     "autocast": {"training": {"precision": "bfloat16"}},
     "BF16 masters": {"training": {"masters": "bfloat16"}},
     "teacher": {"distill": {"weight": 0.7, "temperature": 2.0}},
@@ -180,7 +182,7 @@ def test_trains_and_exports(home: Path, kind: str) -> None:
     assert [record.step for record in history.steps] == [1, 2, 3, 4]
     assert [record.step for record in history.evaluations] == [0, 2, 4]
     assert [record.bits for record in history.steps] == (
-        [None] * 4 if kind == "fp8" else [job.bits_at(step) for step in range(4)]
+        [None] * 4 if not job.quantize.bit_widths else [job.bits_at(step) for step in range(4)]
     )
     assert result.evaluation == history.evaluations[-1]
     assert all(record.norm > 0 for record in history.steps)
