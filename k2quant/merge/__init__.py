@@ -97,12 +97,12 @@ def merge(
         base: folder of the checkpoint that the adapter was trained on, in any of the formats, mixed too.
         adapter: folder with adapter_config.json and adapter_model.safetensors.
         destination: folder to write; empty, new, or of an earlier run of the same call.
-        to: `bf16`, `fp8` or `int4`.
+        to: `bf16`, `fp8`, `int4`, `nvfp4` or `mxfp4`.
         recipe: in its place, rules for classes and patterns; as in `convert`.
         scope: as in `convert`, like the others.
         ignore: regular expressions of weights that stay out of scope.
         grid: INT4 rounding rule.
-        layout: whose names and config FP8 is written with.
+        layout: whose names and config FP8 or NVFP4 is written with.
         shard_size: largest output shard in bytes.
         allow_split: write what engines fuse in several formats too.
         workers: threads.
