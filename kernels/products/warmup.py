@@ -82,7 +82,7 @@ def _tokens(gate: PackedWeight, top: int, most: int) -> list[int]:
 
 
 def _kind(weight: PackedWeight) -> tuple[object, ...]:
-    return weight.format, weight.shape, weight.codes.device, weight.layout, weight.block
+    return weight.format, weight.shape, weight.codes.device, weight.layout, weight.numbers
 
 
 def _linear(x: Tensor, weight: PackedWeight, *, w8a8: bool) -> int:

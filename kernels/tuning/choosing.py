@@ -18,8 +18,10 @@ from torch import Tensor
 from k2quant.kernels.products import reference
 from k2quant.kernels.products.packed.fp8 import Fp8Weight
 from k2quant.kernels.products.packed.int4 import Int4Weight
+from k2quant.kernels.products.packed.mxfp4 import Mxfp4Weight
+from k2quant.kernels.products.packed.nvfp4 import Nvfp4Weight
 from k2quant.kernels.products.packed.weight import GROUP, PackedWeight
-from k2quant.kernels.products.prepare import PACKED, prepare_fp8, prepare_int4
+from k2quant.kernels.products.prepare import PACKED, prepare_fp8, prepare_int4, prepare_mxfp4, prepare_nvfp4
 from k2quant.kernels.products.tables.configs import BUCKETS, Config, Table
 from k2quant.kernels.tuning.candidates import TUNED_BUCKETS, Cell, gate_up_rows
 
@@ -151,9 +153,29 @@ def _random_fp8(shape: tuple[int, ...], device: torch.device) -> PackedWeight:
     return prepare_fp8(codes, torch.rand(blocks, device=device) * 1e-3 + 1e-4)
 
 
+def _random_nvfp4(shape: tuple[int, ...], device: torch.device) -> PackedWeight:
+    scale = torch.randint(LEAST_E4M3, MOST_E4M3, (*shape[:-1], shape[-1] // 16), device=device).to(torch.uint8)
+    whole = torch.rand(shape[:-2], device=device) * 1e-4 + 1e-5
+    return prepare_nvfp4(_random_fp4(shape, device), scale, whole, divides=False)
+
+
+def _random_mxfp4(shape: tuple[int, ...], device: torch.device) -> PackedWeight:
+    scale = torch.randint(117, 121, (*shape[:-1], shape[-1] // 32), device=device).to(torch.uint8)
+    return prepare_mxfp4(_random_fp4(shape, device), scale)
+
+
+def _random_fp4(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), device=device, dtype=torch.uint8)
+
+
+LEAST_E4M3, MOST_E4M3 = 0x60, 0x7F
+"""Bits of 32, and those beyond 448: between them lie the block scales of a random weight."""
+
 RANDOM: dict[str, Callable[[tuple[int, ...], torch.device], PackedWeight]] = {
     Int4Weight.format: _random_int4,
     Fp8Weight.format: _random_fp8,
+    Nvfp4Weight.format: _random_nvfp4,
+    Mxfp4Weight.format: _random_mxfp4,
 }
 """Makes a random weight of each format."""
 

@@ -189,7 +189,7 @@ def _seconds(calls: list[Callable[[], Tensor]]) -> float:
 
 
 def _truth(weight: PackedWeight) -> Tensor:
-    """Return float64 weights with unrounded code * scale: in float32 an INT4 product is exact, an FP8 one nearly."""
+    """Return float64 weights with unrounded code * scale: in float32 one of INT4 or MXFP4 is exact, others nearly."""
     return weight.dequantize(torch.float32).double()
 
 
@@ -213,7 +213,8 @@ def _moe_truth(
 
 
 def _copy(weight: PackedWeight) -> PackedWeight:
-    return weight.holding(weight.codes.clone(), weight.scale.clone())
+    whole = None if weight.whole is None else weight.whole.clone()
+    return weight.holding(weight.codes.clone(), weight.scale.clone(), whole)
 
 
 def _rotations(nbytes: int, gpu: torch.device) -> int:

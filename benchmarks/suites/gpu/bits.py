@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from k2quant.kernels.codecs.reference.seam import torch_codecs
+from suites.fp4 import gpu_cases as fp4_cases
 from suites.gpu.bit_cases import Arrays, Bench, Case, cases
 from suites.gpu.running import ahead, record
 from suites.gpu.running.record import Entry, Record
@@ -33,7 +34,8 @@ def run(kept: Record, setting: Setting) -> None:
     device = torch.device(setting.device)
     sizes: dict[str, Any] = DRY if setting.dry_run else {}
     bench = Bench(cuda_codecs(setting.device), torch_codecs("cpu"), device, **sizes)
-    chosen = list(islice(cases(bench), 0, None, DRY_STEP if setting.dry_run else 1))
+    every = chain(cases(bench), fp4_cases.cases(bench))
+    chosen = list(islice(every, 0, None, DRY_STEP if setting.dry_run else 1))
     if not (setting.dry_run or kept.resumed):
         ahead.run([case.ours for case in chosen])
     for case in chosen:

@@ -15,7 +15,17 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from k2quant.ground.release import EXPERTS, HIDDEN, INNER, TOP
-from k2quant.kernels.ops import Fp8Weight, PackedWeight, fp8_linear, fp8_linear_w8a8, int4_linear, moe_fp8, moe_int4
+from k2quant.kernels.ops import (
+    Fp8Weight,
+    PackedWeight,
+    fp8_linear,
+    fp8_linear_w8a8,
+    int4_linear,
+    linear,
+    moe,
+    moe_fp8,
+    moe_int4,
+)
 from k2quant.kernels.products import reference
 from k2quant.kernels.tuning.choosing import random_weight
 
@@ -114,10 +124,17 @@ LINEAR: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "int4_linear": ("int4", int4_linear),
     "fp8_linear": ("fp8", fp8_linear),
     "fp8_linear_w8a8": ("fp8", fp8_linear_w8a8),
+    "linear, NVFP4": ("nvfp4", linear),
+    "linear, MXFP4": ("mxfp4", linear),
 }
 """The format of the weight, and the operator."""
 
-MOE: dict[str, tuple[str, Callable[..., Tensor]]] = {"moe_int4": ("int4", moe_int4), "moe_fp8": ("fp8", moe_fp8)}
+MOE: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "moe_int4": ("int4", moe_int4),
+    "moe_fp8": ("fp8", moe_fp8),
+    "moe, NVFP4": ("nvfp4", moe),
+    "moe, MXFP4": ("mxfp4", moe),
+}
 
 
 class Linear:

@@ -253,10 +253,11 @@ def test_what_is_not_finite_spreads_over_its_block(value: float) -> None:
     tensor = tensor_scale(weights, divides=False)
     spoilt = weights.clone()
     spoilt[1, 20] = value
-    for size, work in (
-        (16, lambda given, bad: fp4.fake_quantize_nvfp4(given, tensor, divides=False, bad=bad)),
-        (32, lambda given, bad: fp4.fake_quantize_mxfp4(given, bad=bad)),
-    ):
+    works: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
+        16: lambda given, bad: fp4.fake_quantize_nvfp4(given, tensor, divides=False, bad=bad),
+        32: lambda given, bad: fp4.fake_quantize_mxfp4(given, bad=bad),
+    }
+    for size, work in works.items():
         bad = flag()
         found, expected = work(spoilt, bad), work(weights, flag())
         start = 20 // size * size
