@@ -25,6 +25,7 @@ from k2quant.kernels.ops import (
     moe,
     prepare_fp8,
     prepare_int4,
+    prepare_nvfp4,
     warmup,
 )
 from k2quant.kernels.products import dispatch
@@ -399,14 +400,19 @@ def test_warmup_runs_each_kind_once() -> None:
 
 def stack_of(kind: str, *shape: int) -> PackedWeight:
     """Return a weight of zeros in a GPU's layout."""
+    if kind == "nvfp4":
+        codes = torch.zeros(*shape[:-1], shape[-1] // 2, dtype=torch.uint8)
+        scale = torch.full((*shape[:-1], shape[-1] // 16), 0x38, dtype=torch.uint8)
+        return prepare_nvfp4(codes, scale, torch.ones(shape[:-2]), divides=False)
     if kind == "int4":
         packed = torch.zeros(*shape[:-1], shape[-1] // 8, dtype=torch.int32)
         return prepare_int4(packed, torch.ones(*shape[:-1], shape[-1] // 32).bfloat16(), layout="groups")
     return prepare_fp8(torch.zeros(shape).to(torch.float8_e4m3fn), torch.ones(*shape[:-2], 1, 1))
 
 
-@pytest.mark.parametrize("experts", [48, 256, 384])
-@pytest.mark.parametrize("kind", ["int4", "fp8"])
+@pytest.mark.parametrize(
+    ("kind", "experts"), [*((kind, experts) for kind in ("int4", "fp8") for experts in (48, 256, 384)), ("nvfp4", 48)]
+)
 def test_nothing_is_compiled_after_warming_up(kind: str, experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of rows or tokens, a kernel is launched only as it was launched while warming up."""
     pytest.importorskip("triton")
