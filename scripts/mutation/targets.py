@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _CODECS = "tests/arithmetic/codecs"
+_FP4 = f"{_CODECS}/fp4"
 _FORMATS = "tests/k2quant/formats"
 _CHECKPOINT = "tests/k2quant/checkpoint"
 _CONVERSION = "tests/k2quant/conversion"
@@ -49,6 +50,12 @@ TARGETS: dict[str, tuple[str, ...]] = {
         f"{_CODECS}/test_{name}.py" for name in ("int4", "devices", "choose_store")
     ),
     "kernels/codecs/reference/search.py": (f"{_CODECS}/searching",),
+    "kernels/codecs/fp4.py": (_FP4,),
+    "kernels/codecs/reference/e2m1.py": (_FP4,),
+    "kernels/codecs/reference/nvfp4.py": (_FP4,),
+    "kernels/codecs/reference/mxfp4.py": (_FP4,),
+    "kernels/codecs/reference/fp4_search.py": (_FP4,),
+    "kernels/codecs/scales/fp4.py": (_FP4,),
     "kernels/codecs/scales/search.py": (f"{_CODECS}/searching",),
     "qat/rounding/rules.py": _ROUNDING,
     "qat/rounding/scales.py": _ROUNDING,

@@ -37,6 +37,9 @@ MAKERS: dict[str, Callable[[], Codecs]] = {
     "triton": on_gpu,
 }
 EACH = pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS)
+_SWIFT = {name: maker for name, maker in MAKERS.items() if name != "triton" or DEVICE == "cuda"}
+SWIFT = pytest.mark.parametrize("maker", _SWIFT.values(), ids=_SWIFT)
+"""For all of something: Triton takes part where there is a GPU, for its interpreter takes seconds."""
 
 
 FINITE = np.concatenate([np.arange(0x7F80, dtype=np.uint16), np.arange(0x8000, 0xFF80, dtype=np.uint16)])

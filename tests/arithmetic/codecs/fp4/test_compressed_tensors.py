@@ -15,8 +15,8 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from torch import Tensor
 
 from codec_makers import (
-    EACH,
     FINITE,
+    SWIFT,
     bf16,
     bits,
     from_mxfp4,
@@ -101,7 +101,7 @@ def test_tensor_scales() -> None:
     assert [float(nvfp4_tensor_scale(one.float(), divides=True)) for one in amax] == theirs
 
 
-@EACH
+@SWIFT
 def test_the_block_scale_of_every_largest_weight(maker: Callable[[], Codecs]) -> None:
     """For every BF16 amax, and tensor scales far apart, a block's scale is the observer's, 0.125 for zero included."""
     for value in (1.0, 732.0, 3.1e-5, 2.0**40, 1.7e38):
@@ -125,7 +125,7 @@ def test_weights_as_nvfp4() -> None:
             assert np.array_equal(scale, theirs[1])
 
 
-@EACH
+@SWIFT
 def test_every_weight_at_some_block_scales(maker: Callable[[], Codecs]) -> None:
     """All finite BF16 numbers are rounded to the codes of compressed-tensors, ties and zeros of both signs included."""
     weights = FINITE.reshape(-1, 16)
@@ -139,7 +139,7 @@ def test_every_weight_at_some_block_scales(maker: Callable[[], Codecs]) -> None:
         assert np.array_equal(nvfp4_at(maker(), weights[fits], scale[fits], tensor), theirs)
 
 
-@EACH
+@SWIFT
 def test_every_code_at_every_block_scale(maker: Callable[[], Codecs]) -> None:
     """The 16 codes at the 127 block scales that are numbers mean what compressed-tensors decodes, -0 included."""
     codes = np.tile(np.arange(0x10, 0x100, 0x22, dtype=np.uint8), (0x7F, 1))
@@ -151,7 +151,7 @@ def test_every_code_at_every_block_scale(maker: Callable[[], Codecs]) -> None:
         assert np.array_equal(from_nvfp4(maker(), codes, scale, tensor), theirs)
 
 
-@EACH
+@SWIFT
 def test_the_mxfp4_scale_of_every_largest_weight(maker: Callable[[], Codecs]) -> None:
     """For every BF16 amax a block's byte is the observer's; but from 1.75 * 2^127 on that is infinite, and ours not."""
     weights = np.zeros((len(MAGNITUDES), 32), np.uint16)
@@ -175,7 +175,7 @@ def test_weights_as_mxfp4() -> None:
         assert np.array_equal(scale, theirs[1])
 
 
-@EACH
+@SWIFT
 def test_every_weight_at_some_mxfp4_scales(maker: Callable[[], Codecs]) -> None:
     """All finite BF16 numbers at scales: the codes of compressed-tensors, but for -0 and what its quotient makes -0."""
     weights = FINITE.reshape(-1, 32)
@@ -193,7 +193,7 @@ def test_every_weight_at_some_mxfp4_scales(maker: Callable[[], Codecs]) -> None:
         assert (np.abs(quotient) <= 2.0**-134).all()
 
 
-@EACH
+@SWIFT
 def test_every_code_at_every_mxfp4_scale(maker: Callable[[], Codecs]) -> None:
     """The 16 codes at the 255 scales that are numbers mean what compressed-tensors decodes, where BF16 holds it."""
     codes = np.tile(np.arange(0x10, 0x100, 0x22, dtype=np.uint8), (255, 2))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from codec_makers import EACH, FINITE, from_nvfp4, nvfp4_at, to_nvfp4
+from codec_makers import EACH, FINITE, SWIFT, from_nvfp4, nvfp4_at, to_nvfp4
 from k2quant.kernels.codecs import fp4
 from k2quant.kernels.codecs.cpu import CODECS
 from k2quant.kernels.codecs.fp4 import TensorScale, tensor_scale
@@ -66,7 +66,7 @@ def test_values(maker: Maker, case: Case) -> None:
     assert (found[fp4.nibbles(codes) == 8] == 0x8000).all()
 
 
-@EACH
+@SWIFT
 @pytest.mark.parametrize("known", GOLDEN["all_weights"], ids=lambda known: f"{known['scale']:#x}")
 def test_every_weight(maker: Maker, known: Case) -> None:
     """All finite BF16 numbers are rounded to ModelOpt's codes: its hash of them."""
@@ -76,7 +76,7 @@ def test_every_weight(maker: Maker, known: Case) -> None:
     assert digest(nvfp4_at(maker(), weights, scale, tensor)) == known["codes"]
 
 
-@EACH
+@SWIFT
 @pytest.mark.parametrize("known", GOLDEN["all_codes"], ids=lambda known: f"{known['tensor_scale']:g}")
 def test_every_code_at_every_scale(maker: Maker, known: Case) -> None:
     """The 16 codes at the 127 scales that are numbers mean what ModelOpt decodes, zeros without sign."""
