@@ -52,8 +52,8 @@ class Checkpoint:
     unlisted: tuple[str, ...]
     """Tensors that lie in a shard where the index does not look for them. Nobody reads them."""
     config: dict[str, Any] | None
-    """What config.json holds, or None where there is none. Where ModelOpt says only in a file of its own how weights are
-    quantised, that stands here too."""
+    """What config.json holds, or None where there is none. Where ModelOpt says in a file of its own alone how weights
+    are quantised, that stands here too."""
     follow_links: bool = False
     """Whether links of the folder may lead out of it; all that reads the folder later asks the same."""
 

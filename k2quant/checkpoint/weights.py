@@ -17,7 +17,9 @@ from k2quant.ground import names
 from k2quant.ground.saying.showing import brief
 
 _FOREIGN = frozenset({"qweight", "qzeros", "weight_blocks", "weight_scales"})
-"""Suffixes of GPTQ, AWQ and gpt-oss checkpoints."""
+"""Suffixes of GPTQ, AWQ and MXFP4 checkpoints."""
+_GPT_OSS = ("_proj_blocks", "_proj_scales")
+"""How suffixes of gpt-oss end (transformers, integrations/mxfp4.py)."""
 
 
 class StoredWeight(NamedTuple):
@@ -98,6 +100,8 @@ def _weight(suffix: str, entry: TensorEntry, beside: Neighbours, tensors: Mappin
             return StoredWeight(base, found.format, found.shape, parts)
     if suffix in _FOREIGN:
         raise beside.foreign(entry)
+    if entry.dtype == "U8" and suffix.endswith(_GPT_OSS):
+        raise beside.foreign(entry, "MXFP4 as gpt-oss packs it (blocks and scales of all experts) is not supported")
     if suffix in _mains():
         raise _refusal(suffix, entry, beside) or _unknown(entry, beside)
     return StoredWeight(base, None, entry.shape, {suffix: entry})

@@ -106,17 +106,16 @@ class Mxfp4(Format):
     @classmethod
     def owns(cls, suffix: str, beside: Neighbours) -> bool:
         """Tell whether scales have bytes of codes."""
-        packed, scale = beside.get("weight_packed"), beside.get("weight_scale")
-        codes = packed is not None and packed.dtype == "U8"
-        return suffix == "weight_scale" and codes and scale is not None and scale.dtype in _SCALES
+        packed = beside.get("weight_packed")
+        return suffix == "weight_scale" and packed is not None and packed.dtype == "U8"
 
     @classmethod
     def refusal(cls, suffix: str, entry: Entry, beside: Neighbours) -> CheckpointError | None:
         """Know MXFP4 of other tools."""
-        scale = beside.get("weight_scale")
-        if suffix == "weight" and entry.dtype == "U8" and scale is not None and scale.dtype in _SCALES:
-            return beside.foreign(entry, "MXFP4 as Quark packs it (a U8 `weight` with U8 scales) is not supported")
-        return None
+        weight, scale = beside.get("weight"), beside.get("weight_scale")
+        if weight is None or weight.dtype != "U8" or scale is None or scale.dtype not in _SCALES:
+            return None
+        return beside.foreign(weight, "MXFP4 as Quark packs it (a U8 `weight` with U8 scales) is not supported")
 
     @classmethod
     def asked_for(

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from k2quant.errors import CheckpointError, DtypeMismatch, MalformedFile, ShapeMismatch, UnsupportedFormat
-from k2quant.formats.bf16 import check_stored_once
 from k2quant.formats.configs import compressed_tensors, modelopt
 from k2quant.formats.configs.keys import Key, Recast
 from k2quant.formats.dtypes import TensorSpec
@@ -263,12 +262,13 @@ class Nvfp4(Format):
     def recognise(cls, suffix: str, entry: Entry, beside: Neighbours) -> Stored | None:
         """Take bytes of codes with E4M3 scales, and with one of the two tensor scales."""
         layout = _layout_of(beside)
-        if layout is None or suffix != _NAMES[layout].codes or entry.dtype != "U8":
+        if layout is None or suffix not in cls.mains or entry.dtype != "U8":
             return None
+        if all(beside.get(main) is not None for main in cls.mains):
+            raise MalformedFile(f"stored twice, as {' and as '.join(cls.mains)}", tensor=entry.name, file=entry.file)
+        if (error := _scaled_twice(entry, beside)) is not None:
+            raise error
         called = _NAMES[layout]
-        if layout == "modelopt":
-            check_stored_once(entry, beside)
-        _check_scaled_once(entry, beside)
         shape = wide(entry)
         scale, tensor = beside.partner("weight_scale", entry), beside.partner(called.tensor, entry)
         if scale.dtype != "F8_E4M3":
@@ -294,7 +294,7 @@ class Nvfp4(Format):
         """Know what else ModelOpt packs."""
         if suffix == "pre_quant_scale":
             return beside.foreign(entry, "inputs that are scaled first (pre_quant_scale, of AWQ) are not supported")
-        return None
+        return _scaled_twice(entry, beside) if suffix in cls.whole else None
 
     @classmethod
     def asked_for(
@@ -571,26 +571,25 @@ class Nvfp4(Format):
 
 
 def _layout_of(beside: Neighbours) -> Layout | None:
-    """Return the layout whose codes and E4M3 scales, or tensor scale, are there; None: it is no NVFP4."""
-    scale = beside.get("weight_scale")
-    for layout, called in _NAMES.items():
-        codes = beside.get(called.codes)
-        if codes is not None and codes.dtype == "U8":
-            told = any(beside.get(other.tensor) is not None for other in _NAMES.values())
-            if told or (scale is not None and scale.dtype == "F8_E4M3"):
-                return layout
-    return None
+    """Return the layout whose codes stand beside its tensor scale, or at least beside E4M3 scales; None: there is none."""
+    packed = [layout for layout, called in _NAMES.items() if _dtype(beside, called.codes) == "U8"]
+    told = [layout for layout, called in _NAMES.items() if beside.get(called.tensor) is not None]
+    if not told and _dtype(beside, "weight_scale") != "F8_E4M3":
+        return None
+    return next((layout for layout in packed if layout in told), next(iter(packed), None))
 
 
-def _check_scaled_once(entry: Entry, beside: Neighbours) -> None:
-    """Refuse two tensor scales, of which only one can be meant.
+def _dtype(beside: Neighbours, suffix: str) -> str | None:
+    entry = beside.get(suffix)
+    return None if entry is None else entry.dtype
 
-    Raises:
-        MalformedFile: there are two.
-    """
-    if all(beside.get(called.tensor) is not None for called in _NAMES.values()):
-        found = " and ".join(called.tensor for called in _NAMES.values())
-        raise MalformedFile(f"scaled twice, by {found}", tensor=entry.name, file=entry.file)
+
+def _scaled_twice(entry: Entry, beside: Neighbours) -> MalformedFile | None:
+    """Return what is wrong where there are two tensor scales, of which only one can be meant."""
+    suffixes = [called.tensor for called in _NAMES.values()]
+    if any(beside.get(suffix) is None for suffix in suffixes):
+        return None
+    return MalformedFile(f"scaled twice, by {' and by '.join(suffixes)}", tensor=entry.name, file=entry.file)
 
 
 def _check_number(entry: Entry) -> None:
@@ -633,7 +632,7 @@ def _in_other_form(tensor: TensorScale, target: Nvfp4) -> float:
     found = same_inverse(tensor) or (nearest_inverse(tensor) if target.rounding else None)
     if found is None:
         what = (
-            f"tensor scale {tensor.value}: none in the form of {target.layout} means the same weights; "
+            f"tensor scale {tensor.value}: no float32 in the form of {target.layout} means the same weights; "
             "`allow_rounding=True` takes the nearest"
         )
         raise ValueAt(row=0, column=0, what=what, of="tensor scale")
