@@ -571,7 +571,7 @@ class Nvfp4(Format):
 
 
 def _layout_of(beside: Neighbours) -> Layout | None:
-    """Return the layout whose codes stand beside its tensor scale, or at least beside E4M3 scales; None: there is none."""
+    """Return the layout whose codes stand beside its tensor scale, or at least beside E4M3 scales; None: no NVFP4."""
     packed = [layout for layout, called in _NAMES.items() if _dtype(beside, called.codes) == "U8"]
     told = [layout for layout, called in _NAMES.items() if beside.get(called.tensor) is not None]
     if not told and _dtype(beside, "weight_scale") != "F8_E4M3":

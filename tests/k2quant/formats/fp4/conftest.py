@@ -27,7 +27,7 @@ def sound() -> Sound:
     def make(kind: str, base: str = "model.layers.1.mlp.experts.0.up_proj", inputs: float | None = None) -> Shard:
         codes = np.arange(SIZE * SIZE // 2, dtype=np.uint32).astype(np.uint8).reshape(SIZE, SIZE // 2)
         ones = np.full((SIZE, SIZE // 16), 0x38, np.uint8)
-        found: dict[str, tuple[str, Any]] = {
+        kinds: dict[str, dict[str, tuple[str, Any]]] = {
             "modelopt": {
                 "weight": ("U8", codes),
                 "weight_scale": ("F8_E4M3", ones),
@@ -39,7 +39,8 @@ def sound() -> Sound:
                 "weight_global_scale": ("F32", np.array([8], np.float32)),
             },
             "mxfp4": {"weight_packed": ("U8", codes), "weight_scale": ("U8", np.full((SIZE, 2), 124, np.uint8))},
-        }[kind]
+        }
+        found = kinds[kind]
         if inputs is not None and kind == "modelopt":
             found["input_scale"] = ("F32", np.array(inputs, np.float32))
         elif inputs is not None:
