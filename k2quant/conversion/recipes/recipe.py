@@ -38,8 +38,6 @@ class Rule:
     """Whether better scales than the format's own rule takes are searched for what it takes."""
     apart: frozenset[engines.Fused] = frozenset()
     """What engines fuse and no scope knows all of, such as q with k and v in K3's KDA: all of it stays as it is."""
-    searched_from: tuple[str, ...] = ()
-    """Where it does not: names of formats of a source from which they are searched all the same."""
 
     def takes(self, base: str) -> bool:
         """Tell whether a weight is to be stored in the format."""

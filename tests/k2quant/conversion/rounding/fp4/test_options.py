@@ -55,7 +55,7 @@ def shards(folder: Path) -> dict[str, bytes]:
 
 def lost(report: dict[str, Any]) -> float:
     """Return the squared error of all weights."""
-    return sum(facts["figures"]["error"] for facts in report["tensors"].values() if "figures" in facts)
+    return sum(float(facts["figures"]["error"]) for facts in report["tensors"].values() if "figures" in facts)
 
 
 def test_weights_only_is_what_is_written_where_nobody_asks_for_more(small_bf16: Path, tmp_path: Path) -> None:
