@@ -28,7 +28,7 @@ from k2quant.conversion.resume import begin, check_finished, clear, identity, re
 from k2quant.conversion.searching.asked import searched
 from k2quant.conversion.searching.fitting import check_method
 from k2quant.conversion.searching.folding import check_halves
-from k2quant.conversion.searching.inputs import scaled
+from k2quant.conversion.searching.inputs import inputs_of, scaled
 from k2quant.conversion.searching.searched import Searched
 from k2quant.conversion.searching.surveys import Substitute, check_shared
 from k2quant.conversion.stream import Progress, Record, Rounder, Stream
@@ -355,6 +355,7 @@ def _report(
         **({} if plan.origin is None else {"origin": dict(plan.origin)}),
         **({} if plan.options.budget is None else {"budget": dict(plan.options.budget)}),
         "recipe": plan.options.in_force.as_json(methods=plan.values is None),
+        **({} if (inputs := inputs_of(plan)) is None else {"activation_scales": inputs}),
         **more,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,

@@ -18,6 +18,7 @@ from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.ground.saying.showing import brief
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.merge.figures import MergeFigures
+from k2quant.report.choices.beside import Beside
 from k2quant.report.choices.budgets import Budget
 from k2quant.report.choices.searches import Fold, Scales, Search
 from k2quant.report.origins import Exported, Origin, Unknown, label
@@ -150,6 +151,8 @@ class Report:
     """How scales were searched; None where they were rounding's."""
     budget: Budget | None = None
     """How bits were shared out; None where each weight in scope got the same."""
+    beside: Beside = field(default_factory=lambda: Beside(None, None, None))
+    """What stands beside the weights."""
     cells: dict[Cell, Sum] = field(default_factory=dict)
 
     def __repr__(self) -> str:

@@ -14,6 +14,7 @@ from k2quant.formats.known import FORMATS
 from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.merge.figures import MergeFigures
+from k2quant.report.choices.beside import read_beside
 from k2quant.report.choices.budgets import read_budget
 from k2quant.report.choices.searches import read_fold, read_scales, read_search
 from k2quant.report.content import Report, Tensor, Way
@@ -45,6 +46,7 @@ def read(path: Path) -> Report:
             remarks=tuple(kinds.text(said) for said in kinds.values(report.get("remarks", []))),
             rules=_rules(report),
             search=read_search(report),
+            beside=read_beside(report),
             budget=read_budget(report),
             tensors=[_tensor(name, facts, origin) for name, facts in report["tensors"].items()],
         )

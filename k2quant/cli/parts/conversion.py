@@ -309,18 +309,20 @@ def dry_run(
     from k2quant.cli.parts.terminal.tables import paragraph
     from k2quant.conversion.plan import describe, taken
     from k2quant.conversion.resume import standing_shards
+    from k2quant.conversion.searching.inputs import inputs_of
     from k2quant.ground.units import counted, size
 
     searched = {job.weight.main.name: "searched" for job in plan.jobs() if rounder is not None and rounder.takes(job)}
     done, table = standing_shards(plan, destination, restart=restart), describe(plan, searched | (marks or {}))
     found = _cost(plan, destination, done, workers, rounder, peak_memory) if cost is None else _solving_cost(plan, cost)
     _say(plan.remarks)
-    method = method or _search(plan, rounder)
+    method, inputs = method or _search(plan, rounder), inputs_of(plan)
     if as_json:
         work = {"shards": len(plan.shards), "shards_done": len(done), "work": table}
         work["remarks"] = list(plan.remarks)
         work["rules"] = [{**rule.as_json(), "weights": count} for rule, count in taken(plan)]
         work |= {"method": method} if method else {}
+        work |= {"activation_scales": inputs} if inputs else {}
         click.echo(json.dumps({**found.facts, "fits": found.fits, **work, **(more or {})}))
     else:
         for number, (rule, count) in enumerate(taken(plan) if plan.options.rules else (), 1):
@@ -330,6 +332,8 @@ def dry_run(
             click.echo(f"{kind:<16} " + ", ".join(f"{count} {what}" for what, count in row.items()))
         for line in _search_lines(method):
             click.echo(line)
+        if inputs is not None:
+            click.echo(paragraph(f"{'inputs':<16} {_INPUTS[inputs['from']]}", hang=" " * 17))
         for name, value in (more or {}).items():
             if not isinstance(value, dict):
                 click.echo(f"{name:<16} {value}")
@@ -340,6 +344,15 @@ def dry_run(
             click.echo(paragraph(f"{name:<16} {text}", hang=" " * 17))
     if not found.fits:
         raise SystemExit(1)
+
+
+_INPUTS = {
+    "none": "no scales: weights only (--activation-scales)",
+    "source": "scales as in the source",
+    "one": "a scale of 1.0 beside each weight",
+    "stats": "scales by the largest inputs that the calibration saw",
+}
+"""What a dry run says of scales of inputs, by where they come from."""
 
 
 class _Cost(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,18 @@ def scaled(plan: Plan, stats: Stats | None) -> Plan:
     )
     missing = [job for job in jobs if found[job.name][1] == NONE]
     return replace(plan, shards=shards, inputs=said, remarks=(*plan.remarks, *_remarks(missing)))
+
+
+def inputs_of(plan: Plan) -> Mapping[str, Any] | None:
+    """Return where the scales of inputs of an output come from, as a report says it.
+
+    None where it has no format in which a weight can have one.
+    """
+    if plan.inputs is not None:
+        return plan.inputs
+    written = [job.written for job in plan.jobs() if job.written is not None and job.written.takes_inputs]
+    scaled_ = sum(each.scales_inputs for each in written)
+    return {"from": "source" if scaled_ else "none", "weights": scaled_} if written else None
 
 
 OWN, LAYER, NONE = "own", "layer_maximum", "not_measured"

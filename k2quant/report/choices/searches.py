@@ -45,6 +45,8 @@ class Search(NamedTuple):
     """Fingerprint of the statistics; None where there were none."""
     solving: Solving | None = None
     """How codes were solved; None where only scales were searched."""
+    default: bool = False
+    """Whether nobody asked for it, and the source's format did."""
 
 
 class Scales(NamedTuple):
@@ -105,6 +107,7 @@ def read_search(report: Mapping[str, Any]) -> Search | None:
         None if solving else kinds.whole(said["candidates"], least=1, limit=_CANDIDATES),
         None if stats is None else kinds.text(stats),
         solving,
+        kinds.truth(said.get("default", False)),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from k2quant.formats.known import FORMATS
 from k2quant.ground.units import size
+from k2quant.report.choices.beside import Beside
 from k2quant.report.content import Report
 from k2quant.report.origins import Exported, Merged
 from k2quant.report.sections import searched
@@ -69,11 +70,25 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         yield from ((f"rule {number}", code(rule)) for number, rule in enumerate(report.rules[:_LIST_SHOWN], 1))
     else:
         yield from _asked(report)
+    yield from _beside(report.beside)
     yield "shards", f"at most {size(shard_size)}" if shard_size else "as in the source"
     yield from (("note", text(said, _NOTE)) for said in report.remarks[:_LIST_SHOWN])
     for key in ("config_sha256", "tensors_sha256"):
         if isinstance(report.source.get(key), str):
             yield f"source {key.replace('_', ' ')}", code(report.source[key])
+
+
+def _beside(beside: Beside) -> Iterator[tuple[str, str]]:
+    """Yield what stands beside the weights as pairs of HTML."""
+    if beside.inputs is not None:
+        yield "scales of inputs", text(str(beside.inputs))
+        if beside.inputs.stats is not None:
+            yield "their statistics", code(beside.inputs.stats)
+    if beside.kv_cache is not None:
+        yield "KV cache", f"{text(beside.kv_cache)}, without scales: engines take 1.0"
+    if beside.rounded is not None:
+        matrices, weights, of = beside.rounded
+        yield "rounded on the way", f"{weights:,} weights of {matrices:,} matrices, of {of:,} whose codes go along"
 
 
 def _asked(report: Report) -> Iterator[tuple[str, str]]:

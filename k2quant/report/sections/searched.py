@@ -113,7 +113,8 @@ def facts(search: Search) -> Iterator[tuple[str, str]]:
     if search.solving is not None:
         yield from solved.facts(search.method, search.solving)
     else:
-        yield "method", f"{code(search.method)}, the best of {search.candidates or 0:,} scales a group"
+        default = " (default for what the source holds)" if search.default else ""
+        yield "method", f"{code(search.method)}{default}, the best of {search.candidates or 0:,} scales a group"
     if search.stats is not None:
         yield "statistics", code(search.stats)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 import k2quant
@@ -17,10 +18,13 @@ from k2quant.calib.stats.reading import open_stats
 from k2quant.checkpoint.reader import CONFIG, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
 from k2quant.checkpoint.writing.in_memory import write_checkpoint
+from k2quant.cli import main
 from k2quant.conversion.convert import chosen
 from k2quant.conversion.plan import Options, make_plan, options_from
 from k2quant.errors import CheckpointError, DestinationStale, UnsupportedFormat, UsageError
 from k2quant.kernels.codecs.fp4 import input_scale
+from k2quant.kernels.codecs.scales.fp4 import NVFP4_STEPS
+from k2quant.report import write_html
 
 BASE = "model.layers.{}.mlp.experts.{}.{}_proj"
 BESIDE = "hf_quant_config.json"
@@ -64,7 +68,8 @@ def test_weights_only_is_what_is_written_where_nobody_asks_for_more(small_bf16: 
     assert input_scales(done.folder) == {}
     assert block(done.folder)["quant_algo"] == beside(done.folder)["quant_algo"] == "W4A16_NVFP4"
     assert beside(done.folder)["kv_cache_quant_algo"] is None
-    assert {"activation_scales", "rounded"}.isdisjoint(done.report)
+    assert done.report["activation_scales"] == {"from": "none", "weights": 0}
+    assert "rounded" not in done.report
     assert k2quant.verify_checksums(done.folder).passed
     assert BESIDE in done.report["files"]
     (done.folder / BESIDE).write_text("{}")
@@ -290,3 +295,46 @@ def test_options_stand_beside_a_recipe(small_bf16: Path) -> None:
     assert said["kv_cache_scheme"]["num_bits"] == 8
     formats = {group["format"]: group["input_activations"] for group in said["config_groups"].values()}
     assert formats["nvfp4-pack-quantized"]["dynamic"] == "local"
+
+
+def test_dry_run_and_report_say_what_was_asked_for(small: Path, rounded: Path, stats: Path, tmp_path: Path) -> None:
+    """A dry run says which search a source asks for by itself; the page says whence scales come, and what is asked."""
+    runner = CliRunner()
+    said = runner.invoke(main, ["convert", "--to", "nvfp4", "--dry-run", str(rounded), str(tmp_path / "no")])
+    assert "24 searched, int4 -> nvfp4" in said.output
+    assert f"mse, {len(NVFP4_STEPS)} scales a group; 24 weights searched" in " ".join(said.output.split())
+    assert "no scales: weights only" in said.output
+    asked = ["convert", "--to", "nvfp4", "--activation-scales", str(stats), "--kv-cache", "fp8"]
+    done = runner.invoke(main, [*asked, str(small), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    write_html(tmp_path / "out")
+    page = (tmp_path / "out" / "k2quant_report.html").read_text()
+    assert "by the largest inputs of a calibration, beside 24 weights" in page
+    assert "fp8, without scales: engines take 1.0" in page
+    k2quant.convert(rounded, tmp_path / "int4", "nvfp4")
+    write_html(tmp_path / "int4")
+    page = (tmp_path / "int4" / "k2quant_report.html").read_text()
+    assert f"mse</code> (default for what the source holds), the best of {len(NVFP4_STEPS)} scales a group" in page
+    assert "none: weights only" in page
+
+
+@pytest.mark.parametrize(
+    ("asked", "code", "why"),
+    [
+        (["--to", "nvfp4", "--activation-scales", "nowhere"], 1, "nowhere"),
+        (["--to", "int4", "--activation-scales", "one"], 2, "--activation-scales has no meaning with int4"),
+        (["--to", "nvfp4", "--kv-cache", "int8"], 2, "'int8' is not"),
+        (["--to", "bf16", "--kv-cache", "fp8"], 2, "--kv-cache has no"),
+        (["--to", "fp8", "--allow-rounding"], 2, "--allow-rounding has no meaning with fp8"),
+        (["--to", "nvfp4", "--method", "gptq", "--data", "x"], 2, "--method gptq is not there for nvfp4"),
+        (["--to", "nvfp4", "--layout", "deepseek"], 2, "--layout deepseek is none of nvfp4"),
+    ],
+)
+def test_the_command_line_says_what_makes_no_sense(
+    small_bf16: Path, tmp_path: Path, asked: list[str], code: int, why: str
+) -> None:
+    """With its own words for options, and an exit code that says whose mistake it is."""
+    done = CliRunner().invoke(main, ["convert", *asked, str(small_bf16), str(tmp_path / "out")])
+    assert why in " ".join(done.output.split())
+    assert done.exit_code == code
+    assert not (tmp_path / "out" / CONFIG).exists()
