@@ -22,6 +22,7 @@ types: $(READY)  ## strict types
 
 torture: $(READY)  ## kill a conversion at 50 random points and compare what the resumed runs write
 	K2QUANT_KILLS=50 $(BIN)/pytest tests/k2quant/conversion/test_kill.py
+	K2QUANT_KILLS=50 K2QUANT_TO=nvfp4 $(BIN)/pytest tests/k2quant/conversion/test_kill.py -k at_random
 
 mutants: $(READY)  ## change the rules one place at a time and see that a test notices; MODULE=k2quant/checkpoint/header.py SAMPLE=20
 	$(BIN)/pip install --quiet --constraint constraints-dev.txt --editable ".[mutants]"

@@ -1,8 +1,8 @@
 """Convert a checkpoint again and again, killed before its first, second, third ... file operation, then resumed.
 
-Usage: python kill_everywhere.py SOURCE DESTINATION REFERENCE [OLD]
+Usage: python kill_everywhere.py FORMAT SOURCE DESTINATION REFERENCE [OLD]
 
-REFERENCE is an undisturbed conversion to INT4. With OLD, a finished conversion of other options, the destination starts
+REFERENCE is an undisturbed conversion to the format. With OLD, a finished conversion of other options, the destination starts
 as a copy of it and each run restarts. Prints the number of kills, or what was wrong after one of them and exits 1.
 
 A process of its own, without threads, because it forks.
@@ -46,13 +46,13 @@ def arm(number: int) -> None:
         setattr(os, name, armed(name, getattr(os, name)))
 
 
-def run(source: Path, destination: Path, *, kill_at: int, restart: bool) -> bool:
+def run(to: Any, source: Path, destination: Path, *, kill_at: int, restart: bool) -> bool:
     """Convert in a child; tell whether it was killed."""
     child = os.fork()
     if child == 0:
         arm(kill_at)
         try:
-            k2quant.convert(source, destination, to="int4", workers=1, restart=restart)
+            k2quant.convert(source, destination, to=to, workers=1, restart=restart)
         except BaseException as error:  # noqa: BLE001  the child must not go on with the parent's work
             sys.stdout.write(f"{type(error).__name__}: {error}\n")
             sys.stdout.flush()
@@ -92,20 +92,20 @@ def fault(found: dict[str, bytes], references: list[dict[str, bytes]]) -> str | 
     return None
 
 
-def main(source: Path, destination: Path, reference: Path, old: Path | None) -> None:
+def main(to: Any, source: Path, destination: Path, reference: Path, old: Path | None) -> None:
     """Kill at every operation, one after another, until a run comes through."""
-    k2quant.convert(source, destination, to="int4", workers=1, restart=True)  # loads the codecs, for all children
+    k2quant.convert(source, destination, to=to, workers=1, restart=True)  # loads the codecs, for all children
     whole = contents(reference)
     references = [whole, *([contents(old)] if old else [])]
     for number in itertools.count(1):
         shutil.rmtree(destination, ignore_errors=True)
         if old:
             shutil.copytree(old, destination)
-        killed = run(source, destination, kill_at=number, restart=old is not None)
+        killed = run(to, source, destination, kill_at=number, restart=old is not None)
         if killed:
             if why := fault(contents(destination), references):
                 sys.exit(f"killed at {number}, the folder {why}")
-            run(source, destination, kill_at=0, restart=old is not None)
+            run(to, source, destination, kill_at=0, restart=old is not None)
         if contents(destination) != whole or not (destination / REPORT).exists():
             sys.exit(f"killed at {number} and resumed, the output differs: {sorted(contents(destination))}")
         if not killed:
@@ -114,5 +114,5 @@ def main(source: Path, destination: Path, reference: Path, old: Path | None) -> 
 
 
 if __name__ == "__main__":
-    given, before, undisturbed, *others = map(Path, sys.argv[1:])
-    main(given, before, undisturbed, others[0] if others else None)
+    given, before, undisturbed, *others = map(Path, sys.argv[2:])
+    main(sys.argv[1], given, before, undisturbed, others[0] if others else None)
