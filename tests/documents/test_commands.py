@@ -17,7 +17,7 @@ from places import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PAGES = ("accuracy", "budget", "calibration", "gptq", "qat", "thinking", "tools")
+PAGES = ("accuracy", "budget", "calibration", "fp4", "gptq", "qat", "thinking", "tools")
 
 SHORTER: Mapping[str, str] = {
     "--tasks k2-quick": "--tasks gsm8k --data gsm8k=data",  # sixteen questions, and no hub
