@@ -107,9 +107,8 @@ def _least(weights: Tensor, trials: list[Tensor], products: Callable[[Tensor, Te
 def _errors(difference: Tensor, known: Known, block: int) -> Tensor:
     """Return float32 `[R, K/block]`: the error of each block."""
     heavy, mean = known
-    shape = (len(difference), -1, block)
-    found = halved((difference * difference * heavy).reshape(shape))
+    found = halved((difference * difference * heavy).unflatten(1, (-1, block)))
     if mean is None:
         return found
-    shift = halved((difference * mean).reshape(shape))
+    shift = halved((difference * mean).unflatten(1, (-1, block)))
     return found + shift * shift

@@ -103,7 +103,7 @@ def restated_nvfp4(codes: Tensor, scale: Tensor, exponent: int, *, empty: int) -
     mxfp4_to_bf16(codes, scale)  # for its checks
     given = unpack_e2m1(codes)
     power = scale.repeat_interleave(2, 1).int() - fp4.MXFP4_BIAS - exponent
-    used = (given.reshape(len(codes), -1, fp4.NVFP4_BLOCK) & 7 > 0).any(2)
+    used = (given.unflatten(1, (-1, fp4.NVFP4_BLOCK)) & 7 > 0).any(2)
     if bool((used & (power > fp4.MOST_POWER)).any()):
         raise fp4.beyond_closed_form(scale.cpu().numpy(), (used & (power > fp4.MOST_POWER)).cpu().numpy(), exponent)
     stored = power.clamp(min=fp4.LEAST_POWER)
@@ -115,7 +115,7 @@ def restated_nvfp4(codes: Tensor, scale: Tensor, exponent: int, *, empty: int) -
 
 def mxfp4_blocks(weights: Tensor) -> Tensor:
     """Return `[R, K/32, 32]`."""
-    return weights.reshape(len(weights), -1, MXFP4_BLOCK)
+    return weights.unflatten(1, (-1, MXFP4_BLOCK))
 
 
 def powers(scale: Tensor) -> Tensor:

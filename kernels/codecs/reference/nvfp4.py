@@ -122,7 +122,7 @@ def nvfp4_codes(weights: Tensor, scale: Tensor, tensor: Tensor, *, divides: bool
 
 def nvfp4_blocks(weights: Tensor) -> Tensor:
     """Return `[R, K/16, 16]`."""
-    return weights.reshape(len(weights), -1, NVFP4_BLOCK)
+    return weights.unflatten(1, (-1, NVFP4_BLOCK))
 
 
 def _products(codes: Tensor, scale: Tensor, tensor: Tensor, *, divides: bool) -> Tensor:

@@ -19,6 +19,8 @@ from codec_makers import (
     mxfp4_at,
     nvfp4_at,
     room,
+    searched_mxfp4,
+    searched_nvfp4,
     to_mxfp4,
     to_nvfp4,
     uneven,
@@ -310,3 +312,19 @@ def test_ragged_columns(columns: int) -> None:
         to_nvfp4(CODECS, weights, TensorScale(1.0, divides=False))
     with pytest.raises(ValueError, match="columns"):
         to_mxfp4(CODECS, np.zeros((1, columns * 2), np.uint16))
+
+
+@SWIFT
+def test_no_rows(maker: Maker) -> None:
+    """A matrix without rows is encoded, decoded, searched and restated to nothing."""
+    codecs, weights, tensor = maker(), np.empty((0, 64), np.uint16), TensorScale(1.0, divides=False)
+    codes, scale, figures = to_nvfp4(codecs, weights, tensor)
+    assert figures == Figures()
+    assert from_nvfp4(codecs, codes, scale, tensor).shape == (0, 64)
+    assert searched_nvfp4(codecs, weights, tensor).shape == (0, 4)
+    codes, scale, figures = to_mxfp4(codecs, weights)
+    assert figures == Figures()
+    assert from_mxfp4(codecs, codes, scale).shape == (0, 64)
+    assert searched_mxfp4(codecs, weights).shape == (0, 2)
+    assert codecs.mxfp4.exponents(codes, scale) is None
+    assert codecs.nvfp4.restate(codes, scale, 0, tensor, codes, np.empty((0, 4), np.uint8)) == 0
