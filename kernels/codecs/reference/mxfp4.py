@@ -115,7 +115,8 @@ def restated_nvfp4(codes: Tensor, scale: Tensor, exponent: int, *, empty: int) -
 
 def mxfp4_blocks(weights: Tensor) -> Tensor:
     """Return `[R, K/32, 32]`."""
-    return weights.unflatten(1, (-1, MXFP4_BLOCK))
+    blocks: Tensor = weights.unflatten(1, (-1, MXFP4_BLOCK))
+    return blocks
 
 
 def powers(scale: Tensor) -> Tensor:

@@ -122,7 +122,8 @@ def nvfp4_codes(weights: Tensor, scale: Tensor, tensor: Tensor, *, divides: bool
 
 def nvfp4_blocks(weights: Tensor) -> Tensor:
     """Return `[R, K/16, 16]`."""
-    return weights.unflatten(1, (-1, NVFP4_BLOCK))
+    blocks: Tensor = weights.unflatten(1, (-1, NVFP4_BLOCK))
+    return blocks
 
 
 def _products(codes: Tensor, scale: Tensor, tensor: Tensor, *, divides: bool) -> Tensor:
