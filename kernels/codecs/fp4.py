@@ -57,7 +57,6 @@ EMPTY_MULTIPLIES, EMPTY_DIVIDES = 0x38, 0x20
 """E4M3 bits of a block whose quotient is zero: 1.0 in ModelOpt's rule, 0.125 in compressed-tensors'."""
 
 _FULL = np.float32(LARGEST_E2M1 * LARGEST_E4M3)
-_TINY = np.float32(2.0**-126)  # what `generate_gparam` takes for less
 
 
 class TensorScale(NamedTuple):
@@ -103,7 +102,7 @@ def tensor_scale(amax: float, *, divides: bool) -> TensorScale:
     if not divides:
         return TensorScale(float(largest / _FULL), divides)
     with np.errstate(over="ignore"):
-        inverse = _bf16(_FULL * _bf16(np.float32(1) / max(largest, _TINY)))
+        inverse = _bf16(_FULL * _bf16(np.float32(1) / largest))
     return TensorScale(float(inverse) if inverse < np.inf else 1.0, divides)
 
 

@@ -38,9 +38,9 @@ def nvfp4_tensor_scale(amax: Tensor, *, divides: bool) -> Tensor:
     full = torch.full_like(amax, LARGEST_E2M1 * LARGEST_E4M3)
     if not divides:
         return torch.where(amax == 0, 1.0, amax / full)
-    inverse = (torch.ones_like(amax) / amax.clamp(min=2.0**-126)).to(torch.bfloat16).float()
+    inverse = (torch.ones_like(amax) / amax).to(torch.bfloat16).float()
     found = (full * inverse).to(torch.bfloat16).float()
-    return torch.where((amax == 0) | found.isinf(), 1.0, found)
+    return torch.where(found.isinf(), 1.0, found)
 
 
 def nvfp4_scales(weights: Tensor, tensor: Tensor, *, divides: bool) -> Tensor:
