@@ -84,10 +84,9 @@ def test_blocks_too_small_are_rounded_and_counted(maker: Maker) -> None:
 def test_what_cannot_be_restated(maker: Maker) -> None:
     """A block beyond 2^8, a NaN scale and a product beyond BF16 are named where they stand."""
     codes, form = every_code(2), ClosedForm(0, TensorScale(1.0, divides=False))
-    with pytest.raises(
-        ValueAt, match=r"scale 2\^9: expected at most 2\^8 beside a tensor scale of 2\^0 at row 1, column 0"
-    ):
-        restated(maker(), codes, np.array([[127], [136]], np.uint8), form)
+    said = r"scale 2\^9: expected at most 2\^8 beside a tensor scale of 2\^0 at row 1, column 1 of the scale"
+    with pytest.raises(ValueAt, match=said):
+        restated(maker(), np.tile(codes, 2), np.array([[127, 135], [127, 136]], np.uint8), form)
     with pytest.raises(ValueAt, match="NaN scale 0xFF at row 1, column 0 of the scale"):
         restated(maker(), codes, np.array([[127], [255]], np.uint8), form)
     with pytest.raises(ValueAt, match="NaN scale 0xFF at row 1, column 0 of the scale"):

@@ -228,7 +228,7 @@ def test_bad_scales_of_nvfp4(maker: Maker, *, divides: bool, bits: int, value: f
 
 @EACH
 def test_scales_of_zero(maker: Maker) -> None:
-    """A scale of zero means zeros where it is read, and is refused where weights are divided by it; a tensor's too."""
+    """A scale of zero means zeros where it is read, and is refused where weights are divided by it; infinity too."""
     codes, scale = np.full((1, 16), 0x77, np.uint8), np.array([[0x38, 0]], np.uint8)
     values = from_nvfp4(maker(), codes, scale, TensorScale(1.0, divides=False))
     assert values[0, :16].all()
@@ -237,6 +237,9 @@ def test_scales_of_zero(maker: Maker) -> None:
     weights = gaussian(1, 32)
     with pytest.raises(ValueAt, match=r"a scale of 0 \(0x00 \* 1\) at row 0, column 1 of the scale"):
         nvfp4_at(maker(), weights, scale, TensorScale(1.0, divides=False))
+    for value, bits, said in ((1e37, 0x7E, r"inf \(0x7E \* 1e\+37\)"), (2.0**-149, 1, r"0 \(0x01 \* 1.4013e-45\)")):
+        with pytest.raises(ValueAt, match=rf"a scale of {said} at row 0, column 1 of the scale"):
+            nvfp4_at(maker(), weights, np.array([[0x38, bits]], np.uint8), TensorScale(value, divides=False))
     for divides in (False, True):
         with pytest.raises(ValueAt, match=r"tensor scale 0.0: expected a finite number above 0"):
             to_nvfp4(maker(), weights, TensorScale(0.0, divides))
