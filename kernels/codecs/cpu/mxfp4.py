@@ -58,8 +58,9 @@ def encode(weights: U16, codes: U8, scale: U8) -> Figures:
 def search(weights: U16, importance: F32 | None, scale: U8, *, mean: F32 | None = None) -> None:
     """Choose the scale of least error for each block. See `seam.Mxfp4Codec`."""
     known = search_weights(importance, mean, weights.shape[1], MXFP4_BLOCK)
-    choose(weights, scale)
-    search_loops.search(frozen(weights), *known, mxfp4_trials(), scale)
+    same_fp4(weights.shape, scale, MXFP4_BLOCK)
+    if not search_loops.search(frozen(weights), *known, mxfp4_trials(), scale):
+        raise explain.bad_weight(weights)
 
 
 def weighted_error(weights: U16, scale: U8, importance: F32 | None, *, mean: F32 | None = None) -> float:

@@ -75,8 +75,10 @@ def encode(weights: U16, tensor: TensorScale, codes: U8, scale: U8) -> Figures:
 def search(weights: U16, importance: F32 | None, tensor: TensorScale, scale: U8, *, mean: F32 | None = None) -> None:
     """Choose the scale of least error for each block. See `seam.Nvfp4Codec`."""
     known = search_weights(importance, mean, weights.shape[1], NVFP4_BLOCK)
-    choose(weights, tensor, scale)
-    search_loops.search(frozen(weights), *known, nvfp4_trials(tensor), scale)
+    same_fp4(weights.shape, scale, NVFP4_BLOCK)
+    _to_divide(weights, tensor)
+    if not search_loops.search(frozen(weights), *known, nvfp4_trials(tensor), scale):
+        raise explain.bad_weight(weights)
 
 
 def weighted_error(

@@ -50,7 +50,7 @@ def nvfp4_trials(tensor: TensorScale) -> Trials:
     scales[0] = tensor.empty
     place = np.where(asked == np.maximum(near, 1), asked, 0).astype(np.uint8)
     tables = nvfp4_tables(tensor)
-    return _trials(place, nvfp4_candidates(scales, rounds), fp4.block_scales(_ALL, tensor), tables.levels)
+    return _trials(asked, place, nvfp4_candidates(scales, rounds), fp4.block_scales(_ALL, tensor), tables.levels)
 
 
 @lru_cache(maxsize=1)
@@ -67,7 +67,7 @@ def mxfp4_trials() -> Trials:
     spare = np.repeat(trials[:, :1], MXFP4_TRIALS - trials.shape[1], 1)  # equals its first, so it never wins
     trials = np.concatenate([trials, spare], 1)
     tables = mxfp4_tables()
-    return _trials(tables.asked, trials, e8m0_to_float(_ALL), tables.levels)
+    return _trials(tables.asked, tables.asked, trials, e8m0_to_float(_ALL), tables.levels)
 
 
 def levels_of(factors: F32, *, zeros_keep_signs: bool) -> I16:
@@ -75,7 +75,7 @@ def levels_of(factors: F32, *, zeros_keep_signs: bool) -> I16:
 
     At scales that nothing can be divided by it returns those at 1.
     """
-    scale = np.where((factors > 0) & np.isfinite(factors), factors, np.float32(1))[:, None]
+    scale: F32 = np.where((factors > 0) & np.isfinite(factors), factors, np.float32(1)).astype(np.float32)[:, None]
     found = np.zeros((len(factors), 8), np.int16)
 
     def quotient(magnitude: U16) -> F32:
@@ -84,7 +84,7 @@ def levels_of(factors: F32, *, zeros_keep_signs: bool) -> I16:
             return wide
 
     with np.errstate(over="ignore"):
-        near = np.array(fp4.THRESHOLDS, np.float32) * scale
+        near: F32 = np.array(fp4.THRESHOLDS, np.float32) * scale
     found[:, :7] = _least(lambda magnitude: reaches(quotient(magnitude).swapaxes(1, 2)).swapaxes(1, 2), near)
     if not zeros_keep_signs:
         found[:, 7:] = _least(lambda magnitude: quotient(magnitude) > 0, scale * np.float32(2.0**-149))
@@ -97,14 +97,14 @@ def _plain_scales(tensor: TensorScale) -> tuple[U8, U8]:
     middles = fp4.e4m3_to_float(steps) - (fp4.e4m3_to_float(steps) - fp4.e4m3_to_float(steps - 1)) / np.float32(2)
     with np.errstate(over="ignore"):
         unit = np.float32(fp4.LARGEST_E2M1) * (1 / tensor.number if tensor.divides else tensor.number)
-        near = np.concatenate([np.float32([2.0**-149]), middles])[:, None] * unit
+        near = np.concatenate([np.array([2.0**-149], np.float32), middles])[:, None] * unit
 
     def reached(amax: U16) -> NDArray[np.bool_]:
         quotient = nvfp4_quotients(amax, tensor)
         return np.concatenate([quotient[:1] > 0, fp4.float_to_e4m3(quotient[1:]) >= steps[:, None, None]])
 
     starts = np.concatenate([np.zeros(1, np.uint16), np.sort(_least(reached, near)[:, 0])])
-    lengths = np.diff(starts.astype(np.int64), append=INFINITY)
+    lengths = np.append(starts[1:], INFINITY).astype(np.int64) - starts
     asked, rounds = plain_nvfp4(nvfp4_quotients(np.minimum(starts, INFINITY - 1).astype(np.uint16), tensor), tensor)
     return np.repeat(asked, lengths), np.repeat(rounds, lengths)
 
@@ -152,13 +152,13 @@ def _tables(asked: U8, factors: F32, levels: I16) -> Tables:
     return Tables(asked, levels, pairs, refused)
 
 
-def _trials(place: U8, trials: U8, factors: F32, levels: I16) -> Trials:
+def _trials(plain: U8, place: U8, trials: U8, factors: F32, levels: I16) -> Trials:
     rows = np.concatenate([levels[:, :7], _values(factors)[:, 1:8].astype(np.int16)], 1)
     rows[np.isinf(factors)] = np.repeat(np.array([0, INFINITY], np.int16), 7)  # a zero is no number there, either
     tables = np.ascontiguousarray(rows[trials].transpose(0, 2, 1))
-    for each in (place, tables, trials):
+    for each in (plain, place, tables, trials):
         each.flags.writeable = False
-    return Trials(place, tables, trials)
+    return Trials(plain, place, tables, trials)
 
 
 @lru_cache(maxsize=KEPT)
