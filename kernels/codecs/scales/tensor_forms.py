@@ -1,7 +1,8 @@
 """The two forms of NVFP4's tensor scale: one that multiplies (ModelOpt) and one that divides (compressed-tensors).
 
 1/s is no float32 in general. Yet block scales have eight mantissas and codes two, so that a weight is one of sixteen
-products times a power of two, rounded to BF16. Nearly always some float32 near 1/s gives all of them.
+products times a power of two, rounded to BF16. Nearly always some float32 near 1/s gives all of them: for 127 of the
+128 mantissas that a matrix's largest weight may have. The other makes s = 7 * 2^e, whose products lie on ties of BF16.
 """
 
 from __future__ import annotations
@@ -37,19 +38,17 @@ def nearest_inverse(tensor: TensorScale) -> TensorScale | None:
 
 
 def _near(tensor: TensorScale) -> Iterator[TensorScale]:
+    """Yield float32 numbers in the other form, the nearest to the inverse first."""
     with np.errstate(all="ignore"):
-        middle = np.float32(1 / np.float64(tensor.value))
-    lower = upper = middle
-    yield from _form(middle, tensor)
+        lower = upper = np.float32(1 / np.float64(tensor.value))
+    if not (np.isfinite(upper) and upper > 0):
+        return
+    yield TensorScale(float(upper), not tensor.divides)
     for _ in range(_TRIED):
-        lower, upper = (np.nextafter(each, np.float32(end)) for each, end in ((lower, 0), (upper, np.inf)))
-        yield from _form(upper, tensor)
-        yield from _form(lower, tensor)
-
-
-def _form(value: np.float32, tensor: TensorScale) -> Iterator[TensorScale]:
-    if np.isfinite(value) and value > 0:
-        yield TensorScale(float(value), not tensor.divides)
+        lower, upper = np.nextafter(lower, np.float32(0)), np.nextafter(upper, np.float32(np.inf))
+        for value in (upper, lower):
+            if np.isfinite(value) and value > 0:
+                yield TensorScale(float(value), not tensor.divides)
 
 
 def _products(tensor: TensorScale) -> NDArray[np.uint16]:
