@@ -34,7 +34,7 @@ SEED = int(os.environ.get("K2QUANT_SEED", "20"))
 ONLY = os.environ.get("K2QUANT_FUZZ_CASE")
 SECONDS = 5.0
 """How long one case may take; it takes about 3 ms."""
-TARGETS: tuple[FormatName, ...] = ("bf16", "fp8", "int4")
+TARGETS: tuple[FormatName, ...] = ("bf16", "fp8", "int4", "nvfp4", "mxfp4")
 
 Entries = list[tuple[str, Any]]
 """A header as pairs, so that a name may stand twice."""
@@ -164,7 +164,26 @@ def mixed_model(dice: np.random.Generator) -> Model:
     return model
 
 
-MODELS = (fp8_model, int4_model, fused_model, mixed_model)
+def fp4_model(dice: np.random.Generator) -> Model:
+    """NVFP4 in both layouts, perhaps with a scale of inputs, beside MXFP4 in both dtypes, without a config's word."""
+    model = Model()
+    for expert, suffixes in enumerate((("weight", "weight_scale_2"), ("weight_packed", "weight_global_scale"))):
+        base = f"{EXPERTS}{expert}.up_proj"
+        model.add(FIRST, f"{base}.{suffixes[0]}", "U8", dice.integers(0, 256, (32, 32), np.uint8))
+        model.add(SECOND, f"{base}.weight_scale", "F8_E4M3", dice.integers(0, 127, (32, 4), np.uint8))
+        number = np.exp2(dice.integers(-10, 10)).astype(np.float32) * np.float32(1 + dice.random())
+        model.add(FIRST, f"{base}.{suffixes[1]}", "F32", number.reshape((1,) if expert else ()))
+    if dice.random() < 0.25:  # beside one of them alone, which no config can say of an output
+        model.add(SECOND, f"{EXPERTS}0.up_proj.input_scale", "F32", np.float32(0.25).reshape(()))
+    for expert, dtype in ((2, "U8"), (3, "F8_E8M0")):
+        base, least = f"{EXPERTS}{expert}.up_proj", int(dice.integers(0, 240))
+        model.add(FIRST, f"{base}.weight_packed", "U8", dice.integers(0, 256, (32, 32), np.uint8))
+        model.add(SECOND, f"{base}.weight_scale", dtype, dice.integers(least, least + 12, (32, 2), np.uint8))
+    _others(model, dice, SECOND)
+    return model
+
+
+MODELS = (fp8_model, int4_model, fused_model, mixed_model, fp4_model)
 
 
 # --- the damage -------------------------------------------------------------------------------------------------------
@@ -190,7 +209,10 @@ _NAMES = (
     "model.layers.2.mlp.gate_proj.bias",
     "x" * 3000,
 )
-_SUFFIXES = ("weight", "weight_scale_inv", "weight_packed", "weight_scale", "weight_shape", "bias", "qweight")
+_SUFFIXES = (
+    *("weight", "weight_scale_inv", "weight_packed", "weight_scale", "weight_shape", "bias", "qweight"),
+    *("weight_scale_2", "weight_global_scale", "input_scale"),
+)
 _FILES = (
     FIRST,
     SECOND,
@@ -585,6 +607,8 @@ def as_bf16(tensors: dict[str, tuple[str, list[int], bytes]]) -> dict[str, bytes
             height = 128 if blocks[0] == -(-shape[0] // 128) else 1
             spread = scale.repeat(height, 0)[: shape[0]].repeat(128, 1)[:, : shape[1]]
             result[name] = _to_bf16(codes * spread).tobytes()
+        elif dtype == "U8" and suffix in {"weight", "weight_packed"}:
+            result[f"{base}.weight"] = _fp4(tensors, base, shape, data)
         elif suffix == "weight_packed":
             pairs = np.frombuffer(data, np.uint8)
             codes = np.stack([pairs & 15, pairs >> 4], 1).astype(np.float32).reshape(shape[0], -1) - 8
@@ -599,9 +623,31 @@ def as_bf16(tensors: dict[str, tuple[str, list[int], bytes]]) -> dict[str, bytes
                 result[f"{base}.{expert}.{pieces[piece]}.weight"] = weights[expert, piece].tobytes()
         elif suffix == "weight":
             result[name] = _rounded(dtype, data).tobytes()
-        elif suffix not in {"weight_scale", "weight_scale_inv", "weight_shape"}:
+        elif suffix not in _PARTNERS:
             result[name] = data
     return result
+
+
+_PARTNERS = {
+    *("weight_scale", "weight_scale_inv", "weight_shape", "weight_scale_2", "weight_global_scale"),
+    *("input_scale", "input_global_scale"),
+}
+
+
+def _fp4(tensors: dict[str, tuple[str, list[int], bytes]], base: str, shape: list[int], data: bytes) -> bytes:
+    """Return the BF16 that E2M1 codes mean, with whichever scales stand beside them."""
+    pairs = np.frombuffer(data, np.uint8)
+    codes = np.stack([pairs & 15, pairs >> 4], 1).reshape(shape[0], -1)
+    size = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)[codes & 7]
+    value = np.where(codes > 7, -size, size)
+    kind, blocks, raw = tensors[f"{base}.weight_scale"]
+    bits = np.frombuffer(raw, np.uint8)
+    scale = _e4m3(bits) if kind == "F8_E4M3" else np.exp2(bits.astype(np.float64) - 127).astype(np.float32)
+    if f"{base}.weight_scale_2" in tensors:
+        scale = scale * np.frombuffer(tensors[f"{base}.weight_scale_2"][2], np.float32)
+    elif f"{base}.weight_global_scale" in tensors:
+        scale = scale / np.frombuffer(tensors[f"{base}.weight_global_scale"][2], np.float32)
+    return _to_bf16(value * scale.reshape(blocks).repeat(codes.shape[1] // blocks[1], 1)).tobytes()
 
 
 def _floats(dtype: str, data: bytes) -> NDArray[np.float32]:
@@ -670,8 +716,11 @@ def options(number: int, to: FormatName) -> dict[str, Any]:
         chosen["scope"] = dice.choice(["linear", "experts"])
     if to == "int4" and dice.random() < 0.3:
         chosen["grid"] = dice.choice(["moonshot", "compressed-tensors"])
-    if to == "fp8" and dice.random() < 0.3:
-        chosen["layout"] = dice.choice(["deepseek", "compressed-tensors"])
+    if to in {"fp8", "nvfp4"} and dice.random() < 0.3:
+        chosen["layout"] = dice.choice(["deepseek" if to == "fp8" else "modelopt", "compressed-tensors"])
+    if to in {"nvfp4", "mxfp4"}:
+        chosen |= {"method": dice.choice(["rtn", "mse"])} if dice.random() < 0.3 else {}
+        chosen |= {"allow_rounding": True} if to == "nvfp4" and dice.random() < 0.5 else {}
     return chosen
 
 
@@ -719,6 +768,6 @@ def test_sound_checkpoints(ram: Path) -> None:
         source.mkdir()
         for name, data in make(np.random.default_rng(2)).files().items():
             (source / name).write_bytes(data)
-        for to in TARGETS[:2]:
+        for to in (each for each in TARGETS if each != "int4"):  # which has groups of 32 alone
             k2quant.convert(source, ram / f"{number}-{to}", to=to, workers=1)
             check_result(source, ram / f"{number}-{to}", to)
