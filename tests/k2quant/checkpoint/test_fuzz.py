@@ -171,10 +171,10 @@ def fp4_model(dice: np.random.Generator) -> Model:
         base = f"{EXPERTS}{expert}.up_proj"
         model.add(FIRST, f"{base}.{suffixes[0]}", "U8", dice.integers(0, 256, (32, 32), np.uint8))
         model.add(SECOND, f"{base}.weight_scale", "F8_E4M3", dice.integers(0, 127, (32, 4), np.uint8))
-        number = np.exp2(dice.integers(-10, 10)).astype(np.float32) * np.float32(1 + dice.random())
+        number = np.array((1 + dice.random()) * 2.0 ** int(dice.integers(-10, 10)), np.float32)
         model.add(FIRST, f"{base}.{suffixes[1]}", "F32", number.reshape((1,) if expert else ()))
     if dice.random() < 0.25:  # beside one of them alone, which no config can say of an output
-        model.add(SECOND, f"{EXPERTS}0.up_proj.input_scale", "F32", np.float32(0.25).reshape(()))
+        model.add(SECOND, f"{EXPERTS}0.up_proj.input_scale", "F32", np.array(0.25, np.float32))
     for expert, dtype in ((2, "U8"), (3, "F8_E8M0")):
         base, least = f"{EXPERTS}{expert}.up_proj", int(dice.integers(0, 240))
         model.add(FIRST, f"{base}.weight_packed", "U8", dice.integers(0, 256, (32, 32), np.uint8))
@@ -639,14 +639,14 @@ def _fp4(tensors: dict[str, tuple[str, list[int], bytes]], base: str, shape: lis
     pairs = np.frombuffer(data, np.uint8)
     codes = np.stack([pairs & 15, pairs >> 4], 1).reshape(shape[0], -1)
     size = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)[codes & 7]
-    value = np.where(codes > 7, -size, size)
+    value: NDArray[np.float32] = np.where(codes > 7, -size, size)
     kind, blocks, raw = tensors[f"{base}.weight_scale"]
     bits = np.frombuffer(raw, np.uint8)
-    scale = _e4m3(bits) if kind == "F8_E4M3" else np.exp2(bits.astype(np.float64) - 127).astype(np.float32)
+    scale = _e4m3(bits) if kind == "F8_E4M3" else _floats("F8_E8M0", raw)
     if f"{base}.weight_scale_2" in tensors:
         scale = scale * np.frombuffer(tensors[f"{base}.weight_scale_2"][2], np.float32)
     elif f"{base}.weight_global_scale" in tensors:
-        scale = scale / np.frombuffer(tensors[f"{base}.weight_global_scale"][2], np.float32)
+        scale = (scale / np.frombuffer(tensors[f"{base}.weight_global_scale"][2], np.float32)).astype(np.float32)
     return _to_bf16(value * scale.reshape(blocks).repeat(codes.shape[1] // blocks[1], 1)).tobytes()
 
 
