@@ -127,7 +127,7 @@ def _check(
         raise UsageError(f"gate, up and down: expected one layout, found {found}")
     if len({part.numbers for part in parts}) != 1:
         found = ", ".join("x".join(map(str, numbers)) for numbers in sorted({part.numbers for part in parts}))
-        raise UsageError(f"gate, up and down: expected one block size, found {found}")
+        raise UsageError(f"gate, up and down: expected weights of one kind, found {gate.format} {found}")
 
 
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None]

@@ -203,7 +203,7 @@ def test_damaged_weights_never_reach_a_kernel() -> None:
     with pytest.raises(UsageError, match="tensor scale"):
         nvfp4().holding(CODES, SCALE)
     stacks = [fp4(kind, 2, 32, 32) for kind in ("multiplies", "divides")]
-    with pytest.raises(UsageError, match="gate, up and down: expected one"):
+    with pytest.raises(UsageError, match="gate, up and down: expected weights of one kind, found nvfp4 0, 1"):
         moe(x, stacks[0], stacks[1], stacks[0], torch.zeros(2, 1).int(), torch.ones(2, 1))
 
 
