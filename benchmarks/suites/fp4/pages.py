@@ -21,7 +21,8 @@ what a calibration saw. Relative squared error is sum (W - Q)^2 / sum W^2; SQNR 
 
 ## The weights of K2.6
 
-{tensors}, published slices of the release ([tests/data](../../tests/data/README.md)). Few weights, but the model's own.
+{tensors}: a published slice of the release ([tests/data](../../tests/data/README.md)). Few weights, but
+the model's own.
 
 {slices}
 
@@ -39,8 +40,6 @@ model (margin 1%, alpha 5%).
 By kind of matrix, `projections`: the mean relative squared error, and its least and largest.
 
 {kinds}
-
-{where}
 """
 
 PEERS = """# FP4 beside its peers
@@ -74,8 +73,6 @@ scale. llm-compressor 0.14.0.1 takes gate and up of an expert for strangers unde
 scales and codes differ from ours, which share one as engines want it.
 
 {same}
-
-{where}
 """
 
 SLICES: dict[str, Show] = {
@@ -108,7 +105,7 @@ def _ratio(found: list[float] | None) -> str:
 
 def _range(target: str, row: Mapping[str, Any]) -> str:
     found = row["error"][target]
-    return f"{found['mean']:.2e} ({found['least']:.1e} to {found['most']:.1e})"
+    return f"{found['mean']:.2e} ({found['least']:.2e} to {found['most']:.2e})"
 
 
 def proof(results: Mapping[str, Any]) -> str:
@@ -122,7 +119,6 @@ def proof(results: Mapping[str, Any]) -> str:
         "slices": table(SLICES, results["slices"]),
         "levels": table(LEVELS, results["levels"]),
         "kinds": table(columns, results["kinds"]),
-        "where": repeat(results),
     }
     return PROOF.format(**dict(results) | shown)
 
@@ -161,7 +157,6 @@ def peers(results: Mapping[str, Any]) -> str:
         "bars": table(BARS, results["bars"]),
         "rows": table(ROWS, rows),
         "same": table(columns, [row for row in rows if row["same"]]),
-        "where": repeat(results),
     }
     return PEERS.format(**dict(results) | shown)
 
@@ -172,8 +167,3 @@ def _same(suffix: str, row: Mapping[str, Any]) -> str:
         return ""
     equal, apart = found.get("equal", 0), found.get("apart", 0)
     return f"{equal} of {found['of']} ({found['of'] - equal - apart})"
-
-
-def repeat(results: Mapping[str, Any]) -> str:
-    """Say how to repeat a page."""
-    return f"Repeat with:\n\n    {results['command']}\n"

@@ -29,8 +29,8 @@ from suites.fp4 import pages, proof
 from suites.fp4.peers import beside
 
 CODE = ("k2quant", "kernels", "calib", "qat", "benchmarks/suites/fp4")
-HIDDEN = ("workdir", "ram_workdir", "results", "peers_python", "modelopt_python", "slices", "only", "page", "task")
-"""What the command of a page leaves out: it says where things lie."""
+SAID = {"proof": ("seeds", "threads"), "peers": ("experts", "runs", "threads")}
+"""What the command of a page names for each part; the rest says where things lie."""
 
 Results = dict[str, Any]
 PARTS: dict[str, tuple[Callable[[argparse.Namespace, Mapping[str, Any]], Results], Callable[[Results], str]]] = {
@@ -69,7 +69,7 @@ def main() -> None:
         path = given.results / f"fp4-{part}.json"
         before = json.loads(path.read_text()) if path.exists() else {}
         if not given.page:
-            more = [f"--{key.replace('_', '-')} {value}" for key, value in vars(given).items() if key not in HIDDEN]
+            more = [f"--{key} {getattr(given, key)}" for key in SAID[part]]
             command = f"PYTHONPATH=benchmarks python -m suites.fp4.run --only {part} {' '.join(more)}"
             before = machine.facts(command, *CODE) | measure(given, before)
             path.write_text(json.dumps(before, indent=1) + "\n")
