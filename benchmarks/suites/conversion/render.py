@@ -280,6 +280,20 @@ def render_calibration(folder: Path) -> str:
     return f"\n## Calibration\n\n{command}\n\n{''.join(lines)}" if lines else ""
 
 
+def render_fp4(folder: Path) -> str:
+    """Link the pages of `python -m suites.fp4.run` and `suites.fp4.rates`."""
+    pages = {
+        "fp4-proof": "[What INT4 loses on its way](results/fp4-proof.md): K2.6's own weights and nano-K2 after QAT to "
+        "NVFP4 and MXFP4, by `rtn`, `mse` and `imatrix`: errors of matrices, predictions, answers, the gate.",
+        "fp4-peers": "[FP4 beside its peers](results/fp4-peers.md): whole commands against llm-compressor and ModelOpt, "
+        "and which of their bytes are ours.",
+        "fp4-rates": "[How fast FP4 is](results/fp4-rates.md): codecs and products in memory.",
+    }
+    lines = [f"- {line}\n" for name, line in pages.items() if (folder / f"{name}.json").exists()]
+    command = "`PYTHONPATH=benchmarks python -m suites.fp4.run --only proof`, or `peers`; `python -m suites.fp4.rates`."
+    return f"\n## FP4\n\n{command}\n\n{''.join(lines)}" if lines else ""
+
+
 SECTIONS = {
     "peers": render_peers,
     "cat": render_cat,
@@ -298,6 +312,6 @@ def render(results: dict[str, Any], source: str, page: Path, *, remarks: str) ->
         f"\n{remarks}" if remarks else "",
     ]
     parts += [section(results) for name, section in SECTIONS.items() if name in results]
-    linkers = (render_kernels, render_models, render_accuracy, render_calibration)
+    linkers = (render_kernels, render_models, render_accuracy, render_calibration, render_fp4)
     parts += [linked(page.parent / "results") for linked in linkers]
     page.write_text("".join(parts))
