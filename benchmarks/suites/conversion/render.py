@@ -285,8 +285,8 @@ def render_fp4(folder: Path) -> str:
     pages = {
         "fp4-proof": "[What INT4 loses on its way](results/fp4-proof.md): K2.6's own weights and nano-K2 after QAT to "
         "NVFP4 and MXFP4, by `rtn`, `mse` and `imatrix`: errors of matrices, predictions, answers, the gate.",
-        "fp4-peers": "[FP4 beside its peers](results/fp4-peers.md): whole commands against llm-compressor and ModelOpt, "
-        "and which of their bytes are ours.",
+        "fp4-peers": "[FP4 beside its peers](results/fp4-peers.md): whole commands against llm-compressor and "
+        "ModelOpt, and which of their bytes are ours.",
         "fp4-rates": "[How fast FP4 is](results/fp4-rates.md): codecs and products in memory.",
     }
     lines = [f"- {line}\n" for name, line in pages.items() if (folder / f"{name}.json").exists()]
