@@ -2,8 +2,9 @@
 
 Usage: python kill_everywhere.py FORMAT SOURCE DESTINATION REFERENCE [OLD]
 
-REFERENCE is an undisturbed conversion to the format. With OLD, a finished conversion of other options, the destination starts
-as a copy of it and each run restarts. Prints the number of kills, or what was wrong after one of them and exits 1.
+REFERENCE is an undisturbed conversion to FORMAT. With OLD, a finished conversion of other options, the destination
+starts as a copy of it and each run restarts. Prints the number of kills, or what was wrong after one of them and
+exits 1.
 
 A process of its own, without threads, because it forks.
 """

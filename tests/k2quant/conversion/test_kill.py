@@ -234,6 +234,7 @@ def test_killed_before_every_file_operation(ram: Path, to: Any, *, restart: bool
     k2quant.convert(source, ram / "old", to="bf16")
     script = SHARED / "kill_everywhere.py"
     folders = [source, ram / "destination", ram / "reference", *([ram / "old"] if restart else [])]
-    done = subprocess.run([sys.executable, script, to, *folders], capture_output=True, text=True, check=False, timeout=300)
+    command = [sys.executable, script, to, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout) > 50
