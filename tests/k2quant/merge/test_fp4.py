@@ -104,3 +104,16 @@ def test_half_of_what_shares_a_scale_is_refused(k2_bf16: Path, tmp_path: Path) -
         k2quant.merge(base, update, tmp_path / "out", to="nvfp4")
     assert not (tmp_path / "out").exists()
     assert k2quant.merge(base, update, tmp_path / "int4", to="int4").report
+
+
+def test_what_an_adapter_does_not_touch_is_converted_as_ever(k2_thinking: Path, tmp_path: Path) -> None:
+    """Of an INT4 base, scales are searched as `convert` searches them; merged values are rounded."""
+    done = k2quant.merge(k2_thinking, adapter(tmp_path / "adapter", DOWN), tmp_path / "out", to="nvfp4")
+    found, plain = stored(done.folder), stored(k2quant.convert(k2_thinking, tmp_path / "plain", to="nvfp4").folder)
+    touched = {f"{DOWN}.{suffix}" for suffix in ("weight", "weight_scale", "weight_scale_2")}
+    assert found.keys() == plain.keys()
+    assert {name for name in found if found[name] != plain[name]} == touched
+    assert done.report["method"]["default"]
+    searched = [name for name, facts in done.report["tensors"].items() if "scales" in facts]
+    assert len(searched) == 95
+    assert f"{DOWN}.weight" not in searched
