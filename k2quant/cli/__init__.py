@@ -92,7 +92,7 @@ def _was_printed(error: OSError) -> bool:
 )
 @click.version_option(__version__, prog_name="k2quant")
 def main() -> None:
-    """Convert Kimi K2 checkpoints between BF16, block-FP8 and INT4, run them, and judge what that did to accuracy.
+    """Convert Kimi K2 checkpoints between BF16, FP8, INT4 and FP4, run them, and judge what that did to accuracy.
 
     \b
     Example:

@@ -123,26 +123,28 @@ def convert(
     sha256: bool = False,
     progress: Asked = None,
 ) -> Conversion:
-    """Convert a checkpoint to BF16, block-FP8 or INT4.
+    """Convert a checkpoint to BF16, block-FP8, INT4, NVFP4 or MXFP4.
 
     The same call after a kill resumes; on a finished destination it does nothing.
 
     Args:
         source: folder of the checkpoint, in any of the formats, mixed too.
         destination: folder to write; empty, new, or of an earlier run of the same call.
-        to: `bf16`, `fp8` or `int4`.
+        to: `bf16`, `fp8`, `int4`, `nvfp4` or `mxfp4`.
         recipe: in place of `to`, `scope`, `ignore`, `grid`, `layout` and `method`, rules for classes and patterns: a
             YAML or JSON file, what such a file holds, or another conversion's folder, to convert as that was; see
             docs/recipes.md.
-        scope: `experts` (default for int4), `linear` (default for fp8; as int4 it leaves out `kv_b_proj`, which MLA
-            engines do not run so) or `projections` (all of them).
+        scope: `experts` (default for int4, nvfp4 and mxfp4), `linear` (default for fp8; of the others it leaves out
+            `kv_b_proj`, which MLA engines do not run so) or `projections` (all of them).
         ignore: regular expressions; a weight in whose name, without its `.weight`, one is found stays out of scope.
         grid: INT4 rounding rule, `moonshot` (default) or `compressed-tensors`.
-        layout: whose names and config FP8 is written with, `deepseek` (default) or `compressed-tensors`.
-        method: how INT4 scales are chosen: `rtn` (default), rounding to nearest; `mse`, the least squared error among
+        layout: whose names and config FP8 is written with, `deepseek` (default) or `compressed-tensors`, and NVFP4,
+            `modelopt` (default) or `compressed-tensors`.
+        method: how scales of 4-bit formats are chosen: `rtn`, rounding to nearest; `mse`, the least squared error among
             some scales for each group; `imatrix`, the least error of the outputs, by means and mean squares of the
-            inputs that a calibration saw; `awq`, the same after a fold. `gptq` runs the model, which
-            `k2quant.calib.solve` does. What is INT4 already is copied.
+            inputs that a calibration saw; `awq`, the same after a fold, for INT4. `gptq`, for INT4 too, runs the model,
+            which `k2quant.calib.solve` does. The default is `rtn`, but `mse` for what is INT4 in the source and becomes
+            NVFP4 or MXFP4. What has the format already is copied.
         stats: folder that `k2quant calibrate` wrote for this source; `imatrix` and `awq` need it, and with it the
             better of searched and plain scales is taken for each matrix, by data that was held out.
         activation_scales: scales of the layers' inputs beside NVFP4 weights, which engines that compute in FP4 need:

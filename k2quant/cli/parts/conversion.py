@@ -34,8 +34,8 @@ _FORMAT = (
     click.option(
         "--scope",
         type=words(get_args(Scope)),
-        help="Which weights get it: the routed experts (default for int4), every projection that engines run so "
-        "(linear, default for fp8; of int4 without kv_b_proj), or every projection.",
+        help="Which weights get it: the routed experts (default for the 4-bit formats), every projection that engines "
+        "run so (linear, default for fp8; of 4 bits without kv_b_proj), or every projection.",
     ),
     click.option(
         "--ignore", multiple=True, metavar="REGEX", help="Keep weights in whose name this is found out of scope."
@@ -53,7 +53,8 @@ _FORMAT = (
     click.option(
         "--layout",
         type=words(get_args(Layout)),
-        help="Whose tensor names and config FP8 is written with: DeepSeek's (deepseek, default) or llm-compressor's.",
+        help="Whose tensor names and config it is written with: of FP8 DeepSeek's (deepseek, default), of NVFP4 "
+        "NVIDIA's (modelopt, default), of both llm-compressor's.",
     ),
     click.option(
         "--shard-size",
@@ -67,9 +68,10 @@ _METHOD = (
     click.option(
         "--method",
         type=words(get_args(Method)),
-        help="How INT4 scales are chosen: rounding to nearest (rtn, default), searched for the least squared error "
-        "(mse), or for the least error of outputs, by what a calibration saw (imatrix; awq: after a fold). gptq "
-        "chooses codes too, in a pass of --data through the model. A RECIPE says it in its rules.",
+        help="How scales of 4-bit formats are chosen: rounding to nearest (rtn, default), searched for the least "
+        "squared error (mse, default from int4 to nvfp4 and mxfp4), or for the least error of outputs, by what a "
+        "calibration saw (imatrix; awq, of int4: after a fold). gptq, of int4, chooses codes too, in a pass of --data "
+        "through the model. A RECIPE says it in its rules.",
     ),
     click.option(
         "--stats",
