@@ -23,7 +23,7 @@ from k2quant.checkpoint.reader import CONFIG, REPORT, Checkpoint, open_checkpoin
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.weights import group_tensors
 from k2quant.checkpoint.writing.destination import REPORT_LIMIT
-from k2quant.conversion.carrying import spoken_of
+from k2quant.conversion.carrying import spoken_of, unscaled
 from k2quant.conversion.config import believed, check_output
 from k2quant.errors import CheckpointError, MalformedFile
 from k2quant.formats.activations import flow
@@ -32,6 +32,7 @@ from k2quant.ground import names, pool
 from k2quant.ground.pool import checked_workers
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.saying.showing import as_html, brief
+from k2quant.ground.units import counted
 
 if TYPE_CHECKING:
     from k2quant.kernels.codecs.figures import Figures
@@ -144,10 +145,14 @@ def _own_report(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 def _config_failure(checkpoint: Checkpoint) -> dict[str, str]:
     """Say why an engine could not load the tensors with the config beside them."""
+    weights = group_tensors(checkpoint.tensors).weights
     try:
-        check_output(checkpoint.config, group_tensors(checkpoint.tensors).weights)
+        check_output(checkpoint.config, weights)
     except CheckpointError as error:
         return {CONFIG: str(error)}
+    if missing := unscaled(checkpoint.config, weights):
+        what = counted(len(missing), "weight")
+        return {CONFIG: f"says that inputs are quantised, but {what} have no scale of them, such as {missing[0]}"}
     return {}
 
 

@@ -38,8 +38,8 @@ def command(
 ) -> None:
     """Merge a LoRA adapter of PEFT into the checkpoint in BASE and write the whole of it to DESTINATION.
 
-    ADAPTER is the folder that save_pretrained of PEFT wrote; BASE may be in any format that inspect knows. Says at the end what
-    rounding left of the update. The same command after a kill resumes.
+    ADAPTER is the folder that save_pretrained of PEFT wrote; BASE may be in any format that inspect knows. Says at the
+    end what rounding left of the update. The same command after a kill resumes.
 
     \b
     Example:

@@ -142,6 +142,22 @@ def remarks(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> I
         yield f"config.json: quantization_config has {few}{more}, of which k2quant knows nothing"
 
 
+def unscaled(config: dict[str, Any] | None, weights: Iterable[StoredWeight]) -> list[str]:
+    """Return the weights that have no scale of their inputs, though the config has inputs quantised by one.
+
+    Engines read whatever stands in memory in its place. Only of formats that have it beside each weight.
+
+    Args:
+        config: of an output, which was checked.
+        weights: all that there are.
+    """
+    block = quantization_of(config)
+    said = {name for name, found in _inputs(block).items() if True in found and FORMATS[name].takes_inputs}
+    if block is not None and block.get("quant_method") != compressed_tensors.METHOD:
+        said = {name for name in said if FORMATS[name].static_inputs(block)}
+    return [w.main.name for w in weights if w.format and w.format.name in said and not w.format.scales_inputs]
+
+
 def spoken_of(config: dict[str, Any] | None, source: Mapping[str, Any] | None, suffix: str) -> bool:
     """Tell whether engines take scales of this suffix from an output.
 

@@ -338,3 +338,16 @@ def test_the_command_line_says_what_makes_no_sense(
     assert why in " ".join(done.output.split())
     assert done.exit_code == code
     assert not (tmp_path / "out" / CONFIG).exists()
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+def test_verify_misses_scales_of_which_the_config_speaks(small_bf16: Path, tmp_path: Path, layout: Any) -> None:
+    """A config that has inputs quantised beside weights without their scales fails: engines would read anything."""
+    out = tmp_path / "out"
+    scaled = k2quant.convert(small_bf16, tmp_path / "scaled", "nvfp4", layout=layout, activation_scales="one").folder
+    k2quant.convert(small_bf16, out, "nvfp4", layout=layout)
+    assert k2quant.verify(small_bf16, out).passed
+    for name in (CONFIG, BESIDE):
+        if (scaled / name).exists():
+            (out / name).write_bytes((scaled / name).read_bytes())
+    assert "24 weights have no scale of them" in k2quant.verify(small_bf16, out).failures[CONFIG]
