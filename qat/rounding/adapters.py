@@ -17,6 +17,7 @@ from torch.autograd import Function
 from k2quant.kernels.codecs import reference
 from k2quant.qat.config import Adapter
 from k2quant.qat.rounding.estimators import PIECE
+from k2quant.qat.rounding.shards import whole
 from k2quant.qat.rounding.targets import Target
 
 CHILD = "adapter"
@@ -44,8 +45,8 @@ class LowRank(nn.Module):
         self.scaling = adapter.scaling
 
     def merged(self, master: Tensor) -> Tensor:
-        """Return bf16(W + scaling * B A), BF16 in the shape of the parameter."""
-        return merged(master, self.a.detach(), self.b.detach(), self.scaling)
+        """Return bf16(W + scaling * B A), BF16 in the shape of W, which is whole; B and A may be sharded."""
+        return merged(master, whole(self.a), whole(self.b), self.scaling)
 
 
 def merged(master: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -251,6 +251,40 @@ def test_a_copy_shares_within_itself() -> None:
     assert not torch.equal(seen(twin, gate), before)
 
 
+@pytest.mark.parametrize("name", ["modelopt", "adapters"])
+def test_a_partner_in_shards_is_gathered(name: str) -> None:
+    """Of up, which lies in shards of its own, all rows count, not those of this process; of its update, too."""
+
+    class DTensor(Tensor):  # shards are known by this name
+        rest: Tensor
+
+        def full_tensor(self) -> Tensor:
+            return torch.cat([self.as_subclass(Tensor), self.rest.as_subclass(Tensor)])
+
+        def detach(self) -> DTensor:
+            return self
+
+    def in_shards(parameters: dict[str, Any], own: str) -> None:
+        first, rest = parameters[own].detach().chunk(2)
+        parameters[own] = first.as_subclass(DTensor)
+        parameters[own].rest = rest
+
+    model = prepare(separate(build()), CONFIGS[name])
+    gate, up = (model.get_submodule(f"{EXPERTS}.1.{own}_proj") for own in ("gate", "up"))
+    with torch.no_grad():
+        if name == "adapters":
+            up.adapter.weight.b[-1] = 1.0
+        else:
+            up.weight[-1, 5] = 2.0
+    expected = seen(model, f"{EXPERTS}.1.gate_proj.weight")
+    in_shards(up._parameters, "weight")  # noqa: SLF001  as `fully_shard` exchanges them
+    if name == "adapters":
+        for own in "ab":
+            in_shards(up.adapter.weight._parameters, own)  # noqa: SLF001
+    assert torch.equal(seen(model, f"{EXPERTS}.1.gate_proj.weight"), expected)
+    assert not torch.equal(expected, fake_quantize(gate.weight.detach(), to="nvfp4"))
+
+
 def test_a_bad_partner_is_named() -> None:
     """NaN in up stops gate, and the message says whose it is."""
     model = prepare(separate(build()), CONFIGS["modelopt"])
