@@ -36,6 +36,8 @@ class Rule:
     """It takes weights in whose name one of these is found; empty: all."""
     searches: bool = False
     """Whether better scales than the format's own rule takes are searched for what it takes."""
+    searched_from: tuple[str, ...] = ()
+    """Where it does not: names of formats of a source from which they are searched all the same."""
     apart: frozenset[engines.Fused] = frozenset()
     """What engines fuse and no scope knows all of, such as q with k and v in K3's KDA: all of it stays as it is."""
 
