@@ -27,6 +27,8 @@ PRODUCTS: dict[str, tuple[str, Product | Literal["moe"]]] = {
     "int4": ("int4", "linear"),
     "fp8": ("fp8", "linear"),
     "w8a8": ("fp8", "w8a8"),
+    "nvfp4": ("nvfp4", "linear"),
+    "mxfp4": ("mxfp4", "linear"),
     "moe-int4": ("int4", "moe"),
     "moe-fp8": ("fp8", "moe"),
 }

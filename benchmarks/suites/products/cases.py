@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-Section = Literal["int4", "fp8", "w8a8", "moe-int4", "moe-fp8", "codecs"]
+Section = Literal["int4", "fp8", "w8a8", "nvfp4", "mxfp4", "moe-int4", "moe-fp8", "codecs"]
 Protocol = Literal["rotating", "flushed", "eager"]
 
 OURS = "k2quant"
@@ -97,6 +97,8 @@ PEERS: dict[tuple[str, str], tuple[str, ...]] = {
     ("int4", "cuda"): (DENSE, DEQUANTIZED, INT4PACK),
     ("fp8", "cuda"): (DENSE, DEQUANTIZED),
     ("w8a8", "cuda"): (GEMM, DENSE, SCALED),
+    ("nvfp4", "cuda"): (DENSE, DEQUANTIZED),
+    ("mxfp4", "cuda"): (DENSE, DEQUANTIZED),
     ("moe-int4", "cuda"): (GROUPED,),
     ("moe-fp8", "cuda"): (GROUPED,),
 }
@@ -104,6 +106,9 @@ PEERS: dict[tuple[str, str], tuple[str, ...]] = {
 
 SEARCH = "INT4 scales, searched"
 """A codec that tries each weight at 16 scales: it is no copy of memory, and G13 does not ask the speed of one."""
+
+FP4_CODECS = ("NVFP4 -> BF16", "MXFP4 -> BF16", "BF16 -> NVFP4", "BF16 -> MXFP4")
+"""Codecs for whose speed no goal is set."""
 
 CODECS = (
     "INT4 -> BF16",
@@ -115,6 +120,7 @@ CODECS = (
     "activations -> FP8 1x128",
     "repack INT4",
     SEARCH,
+    *FP4_CODECS,
 )
 
 
@@ -123,7 +129,7 @@ def cells(device: str, *, quick: bool = False, full: bool = False) -> list[Cell]
 
     Args:
         device: cpu or cuda.
-        quick: only those that goals are set for, and of these only some on a CPU.
+        quick: only those that goals are set for, of these only some on a CPU, and a few of FP4.
         full: odd numbers of rows too.
     """
     found = list(_cpu(quick=quick) if device == "cpu" else _cuda(full=full))
@@ -181,13 +187,17 @@ GOALS: tuple[tuple[Section, Sequence[str], Sequence[int]], ...] = (
 
 
 def _goals() -> Iterator[Cell]:
-    """Yield the cells that goals are set for."""
+    """Yield the cells that goals are set for, and a few of FP4, for which there is none."""
     for section, shapes, rows in GOALS:
         for shape in shapes:
             for m in rows:
                 cell = _cell("cuda", section, shape, m)
                 tiled = section == "int4" and shape in BIG
                 yield replace(cell, contestants=(*cell.contestants, GROUP_TILES)) if tiled else cell
+    fp4: Sequence[Section] = ("nvfp4", "mxfp4")
+    for section in fp4:
+        for m in (1, 16, 256):
+            yield _cell("cuda", section, "gate", m)
     for name in CODECS:
         yield Cell(section="codecs", shape=name, size=CODEC_SHAPE, m=0, contestants=(OURS,))
     eager: Sequence[Section] = ("int4", "fp8", "w8a8")

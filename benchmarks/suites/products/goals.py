@@ -158,7 +158,8 @@ def _cuda(cells: Cells) -> Iterator[Verdict]:
     yield from _experts(cells)
     yield from _fp8(cells)
     codecs = cells.find("codecs")
-    rates = [bandwidth(each) for each in codecs if each["m"] == 0 and each["shape"] != cases.SEARCH]
+    left_out = (cases.SEARCH, *cases.FP4_CODECS)
+    rates = [bandwidth(each) for each in codecs if each["m"] == 0 and each["shape"] not in left_out]
     yield _least("G13", "codecs and repacking, at 64 MB and more", 85, 92, "%", rates)
     ours = [each["contestants"].get(cases.OURS, {}) for each in cells.records]
     same = [found["same_bits"] for found in ours if "same_bits" in found]

@@ -48,7 +48,7 @@ Codec = Callable[..., tuple[Tensor, ...]]
 
 def _codec(name: str, bank: CodecBank) -> tuple[Codec, Codec, tuple[Tensor, ...]]:
     """Return a codec, its reference, and what they take."""
-    from k2quant.kernels.codecs.gpu import fp8, int4, search
+    from k2quant.kernels.codecs.gpu import fp4, fp8, int4, search
     from k2quant.kernels.products.gpu import repack as repack_triton
     from k2quant.kernels.products.gpu import w8a8 as w8a8_triton
 
@@ -83,6 +83,26 @@ def _codec(name: str, bank: CodecBank) -> tuple[Codec, Codec, tuple[Tensor, ...]
         SEARCH: lambda: (
             lambda weights: (search.search_int4_scales(weights, bank.importance, bank.mean),),
             lambda weights: (reference.searched_int4_scales(weights, bank.importance, bank.mean),),
+            bf16,
+        ),
+        "NVFP4 -> BF16": lambda: (
+            lambda codes, scale: (fp4.nvfp4_to_bf16(codes, scale, bank.tensor, divides=False),),
+            lambda codes, scale: (reference.nvfp4_to_bf16(codes, scale, bank.tensor, divides=False),),
+            (bank.nvfp4.codes, bank.nvfp4.scale),
+        ),
+        "MXFP4 -> BF16": lambda: (
+            lambda codes, scale: (fp4.mxfp4_to_bf16(codes, scale),),
+            lambda codes, scale: (reference.mxfp4_to_bf16(codes, scale),),
+            (bank.mxfp4.codes, bank.mxfp4.scale),
+        ),
+        "BF16 -> NVFP4": lambda: (
+            lambda weights: fp4.bf16_to_nvfp4(weights, bank.tensor, divides=False)[:2],
+            lambda weights: reference.bf16_to_nvfp4(weights, bank.tensor, divides=False)[:2],
+            bf16,
+        ),
+        "BF16 -> MXFP4": lambda: (
+            lambda weights: fp4.bf16_to_mxfp4(weights)[:2],
+            lambda weights: reference.bf16_to_mxfp4(weights)[:2],
             bf16,
         ),
         "repack INT4": lambda: (repack_triton.repack_int4, _repacked, (bank.packed, bank.scale4)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,12 +12,16 @@ from torch import Tensor
 
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.ops import Int4Weight, PackedWeight, prepare_fp8, prepare_int4
+from k2quant.kernels.tuning.choosing import random_weight
 from suites.products import cases
 
 Call = Callable[[], Any]
 Copied = TypeVar("Copied")
 
 BLOCK = 128
+
+TENSOR = 4e-5
+"""A tensor scale of NVFP4 for weights of the deviation 0.02: a 2688th of their largest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +50,7 @@ class Bank:
 
     def __init__(self, section: str, size: tuple[int, ...], device: str, rotate_bytes: int) -> None:
         self.size, self.device, self.rotate_bytes = size, torch.device(device), rotate_bytes
-        self.weight, self.plain = (_int4 if section == "int4" else _fp8)(size, self.device)
+        self.weight, self.plain = MAKERS.get(section, _fp8)(size, self.device)
         self._copies: dict[str, list[Any]] = {}
 
     @cached_property
@@ -108,6 +112,8 @@ class CodecBank:
         self.codes, self.scale8 = _fp8_parts(size, self.device)
         self.mean = normal(size[1:], self.device, seed=2)
         self.importance = self.mean.square() + 1
+        self.nvfp4, self.mxfp4 = (random_weight(name, *size, device=self.device) for name in ("nvfp4", "mxfp4"))
+        self.tensor = torch.tensor(TENSOR, device=self.device)
 
 
 def _int4(shape: tuple[int, ...], device: torch.device) -> tuple[PackedWeight, PackedWeight]:
@@ -139,6 +145,19 @@ def _fp8_parts(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Te
     return codes, torch.rand(blocks, device=device, generator=generator) * 1e-4 + 1e-4
 
 
+def _fp4(weight_format: str, shape: tuple[int, ...], device: torch.device) -> tuple[PackedWeight, PackedWeight]:
+    weight = random_weight(weight_format, *shape, device=device)
+    return weight, weight
+
+
+MAKERS: dict[str, Callable[[tuple[int, ...], torch.device], tuple[PackedWeight, PackedWeight]]] = {
+    "int4": _int4,
+    "nvfp4": partial(_fp4, "nvfp4"),
+    "mxfp4": partial(_fp4, "mxfp4"),
+}
+"""Makes the weights of a section; those of all others are FP8."""
+
+
 def normal(shape: Sequence[int], device: torch.device, *, seed: int) -> Tensor:
     """Return float32 numbers of mean 0 and deviation 1."""
     return torch.randn(tuple(shape), device=device, generator=torch.Generator(device).manual_seed(seed))
@@ -152,7 +171,8 @@ def _dense_experts(weight: PackedWeight) -> Tensor:
 
 
 def _clone(weight: PackedWeight) -> PackedWeight:
-    return weight.holding(weight.codes.clone(), weight.scale.clone())
+    whole = None if weight.whole is None else weight.whole.clone()
+    return weight.holding(weight.codes.clone(), weight.scale.clone(), whole)
 
 
 def relative(out: Tensor, exact: Tensor) -> float:

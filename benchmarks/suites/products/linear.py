@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from k2quant.kernels.codecs import reference
-from k2quant.kernels.ops import Fp8Weight, PackedWeight, fp8_linear, fp8_linear_w8a8, int4_linear, prepare_int4
+from k2quant.kernels.ops import (
+    Fp8Weight,
+    PackedWeight,
+    fp8_linear,
+    fp8_linear_w8a8,
+    int4_linear,
+    linear,
+    prepare_int4,
+)
 from k2quant.kernels.products import dispatch
 from k2quant.kernels.products import reference as matmul_reference
 from suites.products import cases
@@ -66,6 +74,8 @@ OURS: dict[str, Callable[..., Tensor]] = {
     "int4": int4_linear,
     "fp8": fp8_linear,
     "w8a8": fp8_linear_w8a8,
+    "nvfp4": linear,
+    "mxfp4": linear,
 }
 
 

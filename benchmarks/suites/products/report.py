@@ -46,6 +46,8 @@ SECTIONS = {
     "int4": "INT4 weights, BF16 activations (W4A16, groups of 32)",
     "fp8": "FP8 weights, BF16 activations (W8A16, blocks of 128x128)",
     "w8a8": "FP8 weights, FP8 activations (W8A8)",
+    "nvfp4": "NVFP4 weights, BF16 activations",
+    "mxfp4": "MXFP4 weights, BF16 activations",
     "moe-int4": "Experts, INT4: top 8, routing, SiLU and weighted sum included",
     "moe-fp8": "Experts, FP8: top 8, routing, SiLU and weighted sum included",
     "codecs": "Codecs",
