@@ -72,6 +72,10 @@ class Problem(Protocol):
         """Whether it has its turn after everything else: it takes long."""
 
     @property
+    def unrounded(self) -> bool:
+        """Whether it multiplies weights unrounded that `usual` rounds to BF16, so that their errors are independent."""
+
+    @property
     def inputs(self) -> Sequence[Tensor]:
         """What `bound()` takes."""
 
@@ -136,6 +140,9 @@ MOE: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "moe, MXFP4": ("mxfp4", moe),
 }
 
+UNROUNDED = ("fp8_linear", "moe_fp8", "linear, NVFP4", "moe, NVFP4")
+"""Products that scale sums instead of weights."""
+
 
 class Linear:
     """x times one weight, and the gradient of x."""
@@ -147,6 +154,7 @@ class Linear:
         self.name, self.small = f"{product} {shape[0]}x{shape[1]}, M={rows}", small
         self.product, self.shape, self.rows, self.device = product, shape, rows, device
         self.format, self.operator = LINEAR[product]
+        self.unrounded = product in UNROUNDED
 
     @property
     def weight(self) -> PackedWeight:
@@ -208,6 +216,7 @@ class Experts:
         self.name, self.small = f"{product} {experts} experts {inner}x{hidden}, {tokens} tokens", small
         self.layer, self.tokens, self.device = layer, tokens, device
         self.format, self.operator = MOE[product]
+        self.unrounded = product in UNROUNDED
 
     @property
     def parts(self) -> tuple[PackedWeight, ...]:
