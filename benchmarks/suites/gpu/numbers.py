@@ -6,6 +6,7 @@ uninitialised is filled with NaN in the first run; what lies around x, gradients
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def chance(count: int) -> float:
     The norm of n errors varies by 1 / sqrt(2 n) of itself, and the ratio of two by 1 / sqrt(n): three times that. It
     counts where weights are not rounded as `usual` rounds them, and most for a token's eight router weights.
     """
-    return 1 + 3 / max(count, 1) ** 0.5
+    return 1 + 3 / math.sqrt(max(count, 1))
 
 
 def compiled(problem: Problem) -> Entry:
