@@ -25,7 +25,6 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from k2quant.kernels.codecs import values as explain
-from k2quant.kernels.codecs.scales.search import LARGE_AMAX, LEAST_AMAX
 from k2quant.kernels.codecs.values import F32, U8, U16
 
 Int = Any  # what numba makes of integers is no one Python type
@@ -41,10 +40,8 @@ LEVELS = 14
 class Trials(NamedTuple):
     """Candidates of every block: `tables` fills it."""
 
-    plain: U8
-    """By a block's amax, as BF16 bits: the scale that `choose` gives it, which blocks keep that are not searched."""
-    place: U8
-    """By a block's amax, as BF16 bits: the row that has its candidates."""
+    place: U16
+    """By a block's amax, as BF16 bits: the row that has its candidates, equal ones where a block is not searched."""
     tables: I16
     """`[rows, 14, candidates]`, see the head of the file."""
     scales: U8
@@ -208,6 +205,16 @@ def _largest(weights: U16) -> np.uint16:
     return largest
 
 
+@_jit
+def _largest_of_blocks(weights: U16, amax: U16, blocks: int) -> None:
+    """Write the largest magnitude of each block of a row; as many more follow as halves of 16 columns are more."""
+    for half in range(amax.size):  # LLVM wants to know of how many columns
+        amax[half] = _largest(weights[half * 16 : half * 16 + 16])
+    if blocks < amax.size:
+        for each in range(blocks):
+            amax[each] = max(amax[2 * each], amax[2 * each + 1])
+
+
 def _row(candidates: int, *, shifts: bool) -> Any:
     """Return a jitted function that searches the blocks of a row, each on its own: one loop for each kind of search.
 
@@ -216,7 +223,7 @@ def _row(candidates: int, *, shifts: bool) -> Any:
     best, size = _best(candidates, shifts=shifts), LEVELS * candidates * 2
 
     @_part
-    def row(here: Int, heavy: Int, mean: Int, tables: Int, units: F32, rows: U8, chosen: U8) -> None:
+    def row(here: Int, heavy: Int, mean: Int, tables: Int, units: F32, rows: U16, chosen: U8) -> None:
         for block in range(chosen.size):
             first = np.int64(block * (_ROWS * 16 // candidates))
             table = tables + np.int64(rows[block]) * size
@@ -241,14 +248,12 @@ def search(weights: U16, heavy: F32, mean: F32, trials: Trials, scale: U8) -> bo
         scale: written.
     """
     columns, blocks, candidates = weights.shape[1], scale.shape[1], trials.scales.shape[1]
-    block = columns // blocks
-    amax, units = np.empty(blocks, np.uint16), np.empty(blocks, np.float32)
-    rows, chosen = np.empty(blocks, np.uint8), np.empty(blocks, np.uint8)
+    amax, units = np.empty(columns // 16, np.uint16), np.empty(blocks, np.float32)
+    rows, chosen = np.empty(blocks, np.uint16), np.empty(blocks, np.uint8)
     first, tables = np.int64(weights.ctypes.data), np.int64(trials.tables.ctypes.data)
     weigh, means = np.int64(heavy.ctypes.data), np.int64(mean.ctypes.data)
     for row in range(scale.shape[0]):
-        for each in range(blocks):
-            amax[each] = _largest(weights[row, each * block : each * block + block])
+        _largest_of_blocks(weights[row], amax, blocks)
         if _largest(amax) >= explain.INFINITY:
             return False
         for each in range(blocks):
@@ -265,6 +270,5 @@ def search(weights: U16, heavy: F32, mean: F32, trials: Trials, scale: U8) -> bo
         else:
             _mxfp4(here, weigh, means, tables, units, rows, chosen)
         for each in range(blocks):
-            searched = amax[each] >= LEAST_AMAX and amax[each] < LARGE_AMAX
-            scale[row, each] = trials.scales[rows[each], chosen[each]] if searched else trials.plain[amax[each]]
+            scale[row, each] = trials.scales[rows[each], chosen[each]]
     return True

@@ -19,6 +19,7 @@ from k2quant.kernels.codecs.cpu.fp4.rules import E2M1, nvfp4_quotients, plain_mx
 from k2quant.kernels.codecs.cpu.fp4.search_loops import MXFP4_TRIALS, Trials
 from k2quant.kernels.codecs.fp4 import TensorScale
 from k2quant.kernels.codecs.scales.fp4 import mxfp4_candidates, nvfp4_candidates
+from k2quant.kernels.codecs.scales.search import LARGE_AMAX, LEAST_AMAX
 from k2quant.kernels.codecs.values import F32, INFINITY, U8, U16, bf16_to_float, e8m0_to_float
 
 I16 = NDArray[np.int16]
@@ -155,10 +156,18 @@ def _tables(asked: U8, factors: F32, levels: I16) -> Tables:
 def _trials(plain: U8, place: U8, trials: U8, factors: F32, levels: I16) -> Trials:
     rows = np.concatenate([levels[:, :7], _values(factors)[:, 1:8].astype(np.int16)], 1)
     rows[np.isinf(factors)] = np.repeat(np.array([0, INFINITY], np.int16), 7)  # a zero is no number there, either
-    tables = np.ascontiguousarray(rows[trials].transpose(0, 2, 1))
-    for each in (plain, place, tables, trials):
+    tables = rows[trials].transpose(0, 2, 1)
+    # Blocks that are not searched get rows of their own, of their plain scale alone.
+    kept = np.repeat(np.arange(len(trials), dtype=np.uint8)[:, None], trials.shape[1], 1)
+    searched = (_AMAXES >= LEAST_AMAX) & (_AMAXES < LARGE_AMAX)
+    found = Trials(
+        np.where(searched, place, plain.astype(np.uint16) + np.uint16(len(trials))).astype(np.uint16),
+        np.ascontiguousarray(np.concatenate([tables, np.zeros_like(tables)])),
+        np.concatenate([trials, kept]),
+    )
+    for each in found:
         each.flags.writeable = False
-    return Trials(plain, place, tables, trials)
+    return found
 
 
 @lru_cache(maxsize=KEPT)

@@ -69,9 +69,13 @@ def test_the_scale_of_every_largest_magnitude(tensor: TensorScale) -> None:
     quotient = nvfp4_quotients(np.arange(0x7F80, dtype=np.uint16), tensor)
     expected, near = plain_nvfp4(quotient, tensor)
     np.testing.assert_array_equal(tables.nvfp4_tables(tensor).asked, expected)
-    place = tables.nvfp4_trials(tensor).place
-    np.testing.assert_array_equal(place > 0, expected == np.maximum(near, 1))
-    np.testing.assert_array_equal(place[place > 0], expected[place > 0])
+    found = tables.nvfp4_trials(tensor)
+    scales = found.scales[found.place]
+    np.testing.assert_array_equal(scales[:, 0], expected)
+    np.testing.assert_array_equal(
+        scales[LEAST_AMAX:LARGE_AMAX, 2], np.minimum(np.maximum(near, 1) + 1, 126)[LEAST_AMAX:LARGE_AMAX]
+    )
+    assert (scales[LARGE_AMAX:] == expected[LARGE_AMAX:, None]).all()
 
 
 @pytest.mark.parametrize("tensor", [*USUAL, *STRANGE], ids=str)
