@@ -60,9 +60,9 @@ _WIDEST = 17
 """Powers of two from the least of E4M3, 2^-9, to its largest, 2^8."""
 
 
-# A search looks two steps of E4M3 down from amax / 6 and six up; a rule rounds it by 1/16 at the most, or by half the
+# A search looks one step of E4M3 down from amax / 6 and six up; a rule rounds it by 1/16 at the most, or by half the
 # least scale where that is subnormal. compressed-tensors makes zeros of blocks below that half.
-_BUDGET: dict[str, float] = {"least": 0.74, "most": 1.87}
+_BUDGET: dict[str, float] = {"least": 0.82, "most": 1.87}
 
 
 class Exponents(NamedTuple):
@@ -451,7 +451,7 @@ class Nvfp4(Format):
         scale = block_scales(parts["weight_scale"], tensor)
         unit = LEAST_E4M3 / tensor.value if tensor.divides else LEAST_E4M3 * tensor.value
         zeros = 3.1 * unit if tensor.divides else 0.0
-        return outside(before, after, scale, **_BUDGET, unit=(2.6 * unit, 6.6 * unit), zeros=zeros)
+        return outside(before, after, scale, **_BUDGET, unit=(1.6 * unit, 6.6 * unit), zeros=zeros)
 
     def codes_changed(self, after: Parts, before: Parts) -> int:
         """Count nibbles that differ."""

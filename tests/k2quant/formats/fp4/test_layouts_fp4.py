@@ -123,12 +123,29 @@ def test_a_tensor_scale_without_an_inverse_is_named(sound: Any, written: Any, tm
     """It is refused with the way out; rounding is allowed to take the nearest."""
     tensors = sound("modelopt")
     value = tensor_scale(WITHOUT, divides=False).value
-    source = written(tensors | {f"{BASE}.weight_scale_2": ("F32", np.array(value, np.float32))})
+    tensors |= {
+        f"{BASE}.weight_scale_2": ("F32", np.array(value, np.float32)),
+        f"{BASE}.weight_scale": ("F8_E4M3", (np.arange(256, dtype=np.uint8) % 120 + 1).reshape(64, 4)),
+    }
+    source = written(tensors)
     asked: dict[str, Any] = {"to": "nvfp4", "layout": "compressed-tensors"}
     with pytest.raises(BadValue, match=f"{BASE}.weight_scale_2.*allow_rounding") as caught:
         k2quant.convert(source, tmp_path / "out", **asked)
     assert "row" not in str(caught.value)
-    assert k2quant.convert(source, tmp_path / "out", **asked, allow_rounding=True, restart=True)
+    done = k2quant.convert(source, tmp_path / "out", **asked, allow_rounding=True, restart=True)
+    (facts,) = done.report["tensors"].values()
+    assert 0 < facts["figures"]["changed"] < facts["figures"]["count"] == 64 * 64
+    assert k2quant.verify(source, done.folder).passed
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "language_model.", "model.language_model."])
+def test_names_of_other_wrappers(sound: Any, written: Any, tmp_path: Any, prefix: str) -> None:
+    """Whatever stands in front of `layers`, with `model.` or without, is read alike and kept."""
+    base = BASE.replace("model.", prefix, 1)
+    done = k2quant.convert(written(sound("modelopt", base=base)), tmp_path / "out", to="bf16")
+    assert list(read(done.folder)) == [f"{base}.weight"]
+    again = k2quant.convert(done.folder, tmp_path / "again", to="nvfp4")
+    assert f"{base}.weight_scale_2" in read(again.folder)
 
 
 # --- MXFP4 as NVFP4 ---------------------------------------------------------------------------------------------------
