@@ -23,6 +23,9 @@ TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0)
 SCALES = ((0x38, 1.0), (0x7E, 0.0031), (0x01, 2.0**-20), (0x35, 1.7e10))
 """Block scales, as bits, and tensor scales, at which all weights are rounded."""
 
+TENSORS = (1.0, 0.0031, 2.0**-20, 1.7e10)
+"""Tensor scales beside which all codes are decoded, and all largest weights get block scales."""
+
 
 def plain_cases() -> dict[str, tuple[Tensor, float | None]]:
     """Return BF16 matrices by name, and a tensor scale where it is not that of the matrix itself."""
@@ -76,6 +79,16 @@ def all_weights(bits: int, tensor: float) -> dict[str, Any]:
     return {"scale": bits, "tensor_scale": tensor, "codes": digest(codes_of(quantised))}
 
 
+def all_largest(tensor: float) -> dict[str, Any]:
+    """Return the hash of the block scales of blocks whose largest weight is each BF16 magnitude, 0x0000 to 0x7F7F."""
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    weights = torch.zeros(0x7F80, BLOCK, dtype=torch.bfloat16)
+    weights[:, 3] = torch.arange(0x7F80, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    scale, _ = NVFP4QTensor.get_weights_scaling_factor(weights, BLOCK, torch.tensor(tensor, dtype=torch.float32))
+    return {"tensor_scale": tensor, "scale": digest(scale)}
+
+
 def all_codes(tensor: float) -> dict[str, Any]:
     """Return the hash of the BF16 values of the codes 0 to 15 at the scales 0x00 to 0x7E; ModelOpt's -0 is +0."""
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
@@ -114,7 +127,8 @@ def main() -> None:
         "cases": {name: described(weights.bfloat16(), tensor) for name, (weights, tensor) in plain_cases().items()},
         "zeros_alone": described(torch.zeros(1, BLOCK, dtype=torch.bfloat16), None),
         "all_weights": [all_weights(bits, tensor) for bits, tensor in SCALES],
-        "all_codes": [all_codes(tensor) for tensor in (1.0, 0.0031, 2.0**-20, 1.7e10)],
+        "all_largest": [all_largest(tensor) for tensor in TENSORS],
+        "all_codes": [all_codes(tensor) for tensor in TENSORS],
     }
     Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n")
 

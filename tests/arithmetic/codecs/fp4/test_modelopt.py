@@ -77,6 +77,17 @@ def test_every_weight(maker: Maker, known: Case) -> None:
 
 
 @SWIFT
+@pytest.mark.parametrize("known", GOLDEN["all_largest"], ids=lambda known: f"{known['tensor_scale']:g}")
+def test_the_block_scale_of_every_largest_weight(maker: Maker, known: Case) -> None:
+    """Whatever the largest weight of a block, its scale is ModelOpt's: its hash of them, clamps and zero included."""
+    weights = np.zeros((0x7F80, 16), np.uint16)
+    weights[:, 3] = np.arange(0x7F80)
+    scale = np.empty((len(weights), 1), np.uint8)
+    maker().nvfp4.choose(weights, TensorScale(float(np.float32(known["tensor_scale"])), divides=False), scale)
+    assert digest(scale) == known["scale"]
+
+
+@SWIFT
 @pytest.mark.parametrize("known", GOLDEN["all_codes"], ids=lambda known: f"{known['tensor_scale']:g}")
 def test_every_code_at_every_scale(maker: Maker, known: Case) -> None:
     """The 16 codes at the 127 scales that are numbers mean what ModelOpt decodes, zeros without sign."""
