@@ -399,13 +399,19 @@ class Nvfp4(Format):
         """Take the tensor scale of the largest magnitude; of MXFP4 one at which its codes stay.
 
         Raises:
-            UnsupportedFormat: the exponents of MXFP4 are too far apart for that, and rounding was not allowed.
+            UnsupportedFormat: the exponents of MXFP4 are too far apart for that, or it shares the tensor scale with
+                another format, and rounding was not allowed.
         """
         from k2quant.kernels.codecs.fp4 import tensor_scale
 
         found = [each for each in surveys if each is not None]
         if found and all(isinstance(each, Exponents) for each in found):
             return self._restating([each for each in found if isinstance(each, Exponents)])
+        if any(isinstance(each, Exponents) for each in found) and not self.rounding:
+            raise UnsupportedFormat(
+                "MXFP4 that shares a tensor scale with weights of another format, which its codes do not fit",
+                remedy="allow it with `allow_rounding=True`, or convert to bf16 first",
+            )
         amax = max((_amax(each) for each in found), default=0.0)
         return replace(self, tensor=tensor_scale(amax, divides=self._called.divides))
 

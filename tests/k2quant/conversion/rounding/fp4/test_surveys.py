@@ -48,6 +48,12 @@ def in_nvfp4(base: str, values: U16) -> Stored:
     return {name: (dtypes[name.removeprefix(f"{base}.")], np.asarray(array)) for name, array in found.items()}
 
 
+def in_mxfp4(base: str, values: U16) -> Stored:
+    """Return a weight in MXFP4."""
+    found = k2quant.quantize(values, "mxfp4")
+    return {f"{base}.weight_packed": ("U8", found.codes), f"{base}.weight_scale": ("U8", found.scale)}
+
+
 def write(folder: Path, up: Callable[[str, U16], Stored] = in_fp8, shards: int = 2) -> Path:
     """Write two experts: gates and downs in BF16, ups in another shard; of one up is larger, of the other gate."""
     files: list[Shard] = [{} for _ in range(shards)]
@@ -108,6 +114,17 @@ def test_a_half_that_keeps_its_scale_is_refused_beside_one_that_gets_one(tmp_pat
     failures = k2quant.verify(source, done).failures
     assert len(failures) == 2
     assert all("another scale of the whole matrix than" in why for why in failures.values())
+
+
+def test_codes_that_share_a_scale_with_another_format_are_refused_or_rounded(tmp_path: Path) -> None:
+    """MXFP4's codes stay at powers of two, and the other half asks for another scale: nothing is rounded unasked."""
+    source = write(tmp_path / "source", in_mxfp4)
+    with pytest.raises(UnsupportedFormat, match=r"experts.*shares a tensor scale.*`allow_rounding=True`"):
+        k2quant.convert(source, tmp_path / "out", "nvfp4")
+    done = k2quant.convert(source, tmp_path / "rounded", "nvfp4", allow_rounding=True)
+    assert done.report["rounded"]["of"] == 2
+    assert done.report["rounded"]["weights"] > 0
+    assert k2quant.verify(source, done.folder).passed
 
 
 def test_verify_finds_a_half_with_another_scale(tmp_path: Path) -> None:
