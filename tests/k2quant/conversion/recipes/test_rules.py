@@ -234,7 +234,7 @@ HELD = [
 PATTERNS = [r"layers\.1\.", r"experts\.1\.", "o_proj", "mlp", r"norm$"]
 RULES = some.builds(
     WrittenRule,
-    to=some.sampled_from(["bf16", "fp8", "int4"]),
+    to=some.sampled_from(["bf16", "fp8", "int4", "nvfp4", "mxfp4"]),
     scope=some.sampled_from([None, None, "experts", "linear", "projections"]),
     classes=some.lists(some.sampled_from(TENSOR_CLASSES[:6]), max_size=2, unique=True).map(tuple),
     match=some.lists(some.sampled_from(PATTERNS), max_size=2, unique=True).map(tuple),
@@ -270,7 +270,7 @@ def _takes(rule: WrittenRule, base: str) -> bool:
     takes = {
         None: True,
         "experts": "mlp.experts" in last,
-        "linear": last.endswith("proj") and not ("kv_b" in last and rule.to == "int4"),
+        "linear": last.endswith("proj") and not ("kv_b" in last and rule.to not in {"bf16", "fp8"}),
         "projections": last.endswith("proj"),
     }[rule.scope]
     named = not rule.match or any(pattern.replace("\\", "").rstrip("$") in base for pattern in rule.match)
