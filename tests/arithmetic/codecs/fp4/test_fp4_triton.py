@@ -309,6 +309,7 @@ JOBS: dict[str, Job] = {
     "a weight of NaN to MXFP4": lambda c, w, a, s: c.mxfp4.encode(w | np.uint16(0x7FC0), a, s[:, :5].copy()),
     "a weight of NaN, chosen": lambda c, w, _, s: c.mxfp4.choose(w | np.uint16(0x7FC0), s[:, :5].copy()),
     "a tensor scale of zero": lambda c, w, a, s: c.nvfp4.encode(w, TensorScale(0.0, False), a, s),
+    "a tensor scale of zero, chosen": lambda c, w, _, s: c.nvfp4.choose(w, TensorScale(0.0, False), s),
     "a tensor scale of NaN": lambda c, w, a, s: c.nvfp4.store(w, s, TensorScale(float("nan"), False), a),
     "a negative tensor scale": lambda c, w, a, s: c.nvfp4.decode(a, s, TensorScale(-1.0, False), w),
     "a divisor of zero": lambda c, w, a, s: c.nvfp4.decode(a, s, TensorScale(0.0, True), w),
