@@ -29,7 +29,12 @@ from suites.gpu.running.stages import Setting
 from suites.models.sources import LAYER_VOCABULARY, TINY, write_layer
 from suites.products.run import gpu_lost
 
-TASKS: tuple[tuple[FormatName, FormatName], ...] = (("fp8", "int4"), ("fp8", "bf16"), ("bf16", "fp8"))
+TASKS: tuple[tuple[FormatName, FormatName], ...] = (
+    ("fp8", "int4"),
+    ("fp8", "bf16"),
+    ("bf16", "fp8"),
+    ("fp8", "nvfp4"),
+)
 """Conversions: from, to; the BF16 source is what the second of them wrote."""
 NEAR = 0.02
 """Relative difference that the experts' results may have from the reference's, which rounds weights to BF16."""
