@@ -46,6 +46,9 @@ OPEN: dict[str, dict[str, str]] = {
         "tools.settings": "what a run of tool calls is asked to do",
         "statistics.repeats_planning": "a plan of items that are asked several times, and what a pilot of them says",
     },
+    "k2quant.kernels.codecs.cpu": {
+        "fp4.budget": "what rounding to E2M1 explains, for both formats of FP4",
+    },
     "k2quant.kernels.codecs.reference": {
         "seam": "the reference as codecs, to be chosen and to build on",
     },
