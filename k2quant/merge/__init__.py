@@ -17,6 +17,7 @@ from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.recipes.rules import Recipes
 from k2quant.conversion.resume import refuse_nested
+from k2quant.conversion.searching.asked import searched
 from k2quant.errors import DtypeMismatch
 from k2quant.formats.format import Layout, Scope
 from k2quant.formats.known import FormatName
@@ -28,6 +29,7 @@ from k2quant.merge.adapter import Adapter, check_values, open_adapter
 from k2quant.merge.targets import Change, LowRank, Whole, resolve
 
 if TYPE_CHECKING:
+    from k2quant.conversion.searching.searched import Searched
     from k2quant.conversion.searching.surveys import Substitute
 
 __all__ = ["MergePlan", "make_merge_plan", "merge"]
@@ -43,6 +45,8 @@ class MergePlan(NamedTuple):
     adapter: Adapter
     changes: dict[str, Change]
     """By the name of the main tensor of each weight."""
+    rounder: Searched | None = None
+    """Who searches scales of weights that stay as they were, where `Format.searched_from` asks for it."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -143,6 +147,7 @@ def merge(
         soft_lock=soft_lock,
         sha256=sha256,
         substitute=prepared.substitute(),
+        rounder=prepared.rounder,
         progress=told(progress),
     )
 
@@ -160,7 +165,8 @@ def make_merge_plan(base: Path, adapter: Path, options: Options, *, follow_links
     for job in plan.jobs():
         _check_writable(job, changes.get(job.weight.main.name))
     check_values(update)
-    return MergePlan(replace(plan, values=_values(update, changes)), update, changes)
+    plan, rounder = searched(plan, None, but=changes)
+    return MergePlan(replace(plan, values=_values(update, changes)), update, changes, rounder)
 
 
 def _check_writable(job: Job, change: Change | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,13 +17,16 @@ if TYPE_CHECKING:
     from k2quant.calib.stats.reading import Stats
 
 
-def searched(plan: Plan, stats: Stats | None, *calibrated: Stats) -> tuple[Plan, Searched | None]:
+def searched(
+    plan: Plan, stats: Stats | None, *calibrated: Stats, but: Collection[str] = ()
+) -> tuple[Plan, Searched | None]:
     """Return a plan that says how scales are searched, and who does it; None where nobody asked for it.
 
     Args:
         plan: of a conversion.
         stats: what is known of the source's inputs, if anything.
         calibrated: statistics that serve something else; whoever searches refuses other weights than theirs.
+        but: names of main tensors of weights that get other values than the source's, and are rounded.
 
     Raises:
         UsageError: the method needs statistics, or has no use for them.
@@ -32,13 +36,14 @@ def searched(plan: Plan, stats: Stats | None, *calibrated: Stats) -> tuple[Plan,
     check_method(method, stats=stats is not None)
     said: dict[str, Any] = {}
     if method == PLAIN:
-        if not any(job.target is not None and plan.recipe.searches(job.weight) for job in plan.jobs()):
-            return plan, Searched(plan, method, None, calibrated) if calibrated else None
+        found = Searched(plan, method, None, calibrated, but)
+        if not len(found):
+            return plan, found if calibrated else None
         method, said["default"] = UNWEIGHTED, True  # `Format.searched_from` asks for it
     kinds = [rule.format for rule in plan.recipe.rules if rule.searches or rule.searched_from]
     said |= {"asked": method, "candidates": max(kind.candidates for kind in kinds)}
     if stats is None:
-        return replace(plan, method=said), Searched(plan, method, stats, calibrated)
+        return replace(plan, method=said), Searched(plan, method, stats, calibrated, but)
     jobs = list(plan.jobs())
     check_source(stats, plan.source, [job.weight for job in jobs])
     said["stats"] = stats.fingerprint

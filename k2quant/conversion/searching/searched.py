@@ -7,7 +7,7 @@ panel of a weight it is known which is better; the few for which that is plain r
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,14 @@ class _Weight:
 class Searched:
     """A `stream.Rounder` that searches scales; what held-out data finds worse than rounding is rounded."""
 
-    def __init__(self, plan: Plan, method: Method, stats: Stats | None, calibrated: Iterable[Stats] = ()) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        method: Method,
+        stats: Stats | None,
+        calibrated: Iterable[Stats] = (),
+        but: Collection[str] = (),
+    ) -> None:
         """Take what `searched` has checked.
 
         Args:
@@ -50,11 +57,14 @@ class Searched:
             stats: what errors are weighted and judged by, if by anything.
             calibrated: statistics that serve something else: with these, too, another weight than was calibrated is
                 refused.
+            but: names of main tensors of weights that somebody else writes.
         """
         self._method, self._stats = method, stats
         self._calibrated = (*(() if stats is None else (stats,)), *calibrated)
         self._taken = frozenset(
-            job.name for job in plan.jobs() if job.target is not None and plan.recipe.searches(job.weight)
+            job.name
+            for job in plan.jobs()
+            if job.target is not None and job.weight.main.name not in but and plan.recipe.searches(job.weight)
         )
         widths = [job.weight.shape[-1] for job in plan.jobs() if job.name in self._taken]
         self._widest = max(widths, default=0)

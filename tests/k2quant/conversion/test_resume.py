@@ -70,6 +70,8 @@ def plan(folder: Path, **changes: Any) -> Plan:
     known: dict[str, Any] = {
         "values": None,
         "method": None,
+        "inputs": None,
+        "companions": {},
         "options": Options(to="int4", ignore=("a", "b")),
         "copies": ["tokenizer"],
         "shards": shards,

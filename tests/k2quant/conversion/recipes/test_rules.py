@@ -70,7 +70,7 @@ def test_a_recipe_says_all_that_arguments_say() -> None:
         ("rules: {to: int4}", "expected a list of rules"),
         ("rules: [int4]", "rule 1: expected keys and values, found 'int4'"),
         ("rules: [{scope: experts}]", "rule 1: the key 'to' is missing"),
-        ("rules: [{to: int3}]", "to: expected bf16, fp8, int4, found 'int3'"),
+        ("rules: [{to: int3}]", "to: expected bf16, fp8, int4, nvfp4, mxfp4, found 'int3'"),
         ("rules: [{to: [int4]}]", "to: expected bf16, fp8, int4"),
         ("rules: [{to: int4, grid: gptq}]", "grid: expected moonshot, compressed-tensors, found 'gptq'"),
         ("rules: [{to: int4, scope: all}]", "scope: expected experts, linear, projections"),
