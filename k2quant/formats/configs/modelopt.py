@@ -124,8 +124,12 @@ def companion(block: Mapping[str, Any]) -> bytes:
     return json.dumps(content, indent=4, ensure_ascii=False).encode() + b"\n"
 
 
-def flattened(block: Mapping[str, Any]) -> dict[str, Any]:
+def flattened(block: Mapping[str, Any], file: str = FILE) -> dict[str, Any]:
     """Return a block as newer ModelOpt has it; one of another tool, or such a one, as it is.
+
+    Args:
+        block: what a file says.
+        file: its name, for the message.
 
     Raises:
         MalformedFile: what stands under `quantization` is no object.
@@ -134,7 +138,7 @@ def flattened(block: Mapping[str, Any]) -> dict[str, Any]:
     if inner is None or block.get("quant_method") not in (None, METHOD):
         return dict(block)
     if not isinstance(inner, dict):
-        raise MalformedFile("quantization is not an object", file=FILE, found=shown(inner))
+        raise MalformedFile("quantization is not an object", file=file, found=shown(inner))
     renamed: dict[str, str] = {"exclude_modules": "ignore", "kv_cache_quant_algo": "kv_cache_scheme"}
     said: dict[str, Any] = {renamed.get(name, str(name)): value for name, value in inner.items()}
     if said.get("kv_cache_scheme") == "FP8":
@@ -152,7 +156,7 @@ def completed(config: dict[str, Any], companion: Mapping[str, Any]) -> dict[str,
     homes = [config, config.get("text_config")]
     blocks = [home["quantization_config"] for home in homes if isinstance(home, dict) and "quantization_config" in home]
     own = next((block for block in blocks if isinstance(block, dict)), None)
-    meant = flattened({"quantization": {}} | dict(companion))
+    meant = flattened({"quantization": {}} | dict(companion), COMPANION)
     if own is None and "quantization" not in companion:
         return config
     if own is None:
