@@ -250,8 +250,9 @@ def check_group(scheme: Mapping[str, Any], block: int, strategy: str, scale_dtyp
     said = {"group_size": block, "strategy": strategy, "scale_dtype": f"torch.{scale_dtype}"}
     for name, value in said.items():
         found = scheme.get(name)
-        plain = str(found).removeprefix("torch.") if name == "scale_dtype" else found
-        if not (found is None and name != "group_size") and plain not in (value, scale_dtype):
+        if found is None and name != "group_size":  # older versions do not say it
+            continue
+        if found != value and (name, found) != ("scale_dtype", scale_dtype):
             raise UnsupportedFormat(name, file=FILE, expected=value, found=shown(found))
     if not empty(scheme.get("block_structure")):
         raise UnsupportedFormat("block_structure", file=FILE, expected="none", found=shown(scheme["block_structure"]))

@@ -94,6 +94,7 @@ def test_modelopt_says_it_in_five_ways(sound: Any, written: Any, block: Any, fil
     [
         ({"quantization": {"quant_algo": "W4A16_NVFP4"}}, "contradicts config.json in quant_algo"),
         ({"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "NVFP4"}}, "kv_cache_scheme"),
+        ({"quantization": []}, r"hf_quant_config\.json: quantization is not an object"),
     ],
 )
 def test_a_file_that_contradicts_the_block(sound: Any, written: Any, file: Any, words: str) -> None:
@@ -164,11 +165,13 @@ def test_an_unknown_key_of_modelopt(sound: Any, written: Any) -> None:
         ("mxfp4", packed("nvfp4"), "weight_global_scale"),
         ("packed", packed("mxfp4"), "found none"),
         ("packed", packed("nvfp4", group_size=32), "group_size"),
+        ("packed", packed("nvfp4", group_size="float8_e4m3fn"), "group_size"),
         ("packed", packed("nvfp4", strategy="group"), "strategy"),
         ("packed", packed("nvfp4", scale_dtype="torch.uint8"), "scale_dtype"),
         ("packed", packed("nvfp4", num_bits=8), "num_bits 8"),
         ("packed", packed("nvfp4", symmetric=False), "symmetric False"),
         ("mxfp4", packed("mxfp4", group_size=16), "group_size"),
+        ("mxfp4", packed("mxfp4", strategy="uint8"), "strategy"),
         ("mxfp4", packed("mxfp4", type="int"), "type 'int'"),
         ("mxfp4", packed("mxfp4", scale_dtype="torch.bfloat16"), "scale_dtype"),
     ],
