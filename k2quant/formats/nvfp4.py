@@ -56,9 +56,7 @@ _ONE: tuple[tuple[int, ...], ...] = ((), (1,))
 
 _SCHEME: dict[str, Any] = {"num_bits": 4, "symmetric": True, "type": "float"}
 
-_WIDEST = 17
-"""Powers of two from the least of E4M3, 2^-9, to its largest, 2^8."""
-
+_LARGEST_BF16 = (2 - 2.0**-7) * 2.0**127
 
 # A search looks one step of E4M3 down from amax / 6 and six up; a rule rounds it by 1/16 at the most, or by half the
 # least scale where that is subnormal. compressed-tensors makes zeros of blocks below that half.
@@ -404,7 +402,7 @@ class Nvfp4(Format):
         """
         from k2quant.kernels.codecs.fp4 import tensor_scale
 
-        found = [each for each in surveys if each is not None]
+        found = [each for each in surveys if each]  # panels of zeros, 0.0 or None, ask for nothing
         if found and all(isinstance(each, Exponents) for each in found):
             return self._restating([each for each in found if isinstance(each, Exponents)])
         if any(isinstance(each, Exponents) for each in found) and not self.rounding:
@@ -416,14 +414,14 @@ class Nvfp4(Format):
         return replace(self, tensor=tensor_scale(amax, divides=self._called.divides))
 
     def _restating(self, found: list[Exponents]) -> Nvfp4:
-        from k2quant.kernels.codecs.fp4 import closed_form
+        from k2quant.kernels.codecs.fp4 import LEAST_POWER, MOST_POWER, closed_form
 
         lowest, highest = min(each.lowest for each in found), max(each.highest for each in found)
         form = closed_form(lowest, highest, divides=self._called.divides)
         if form is None and not self.rounding:
             raise UnsupportedFormat(
                 "MXFP4 whose scales lie too far apart for NVFP4 without rounding",
-                expected=f"at most {_WIDEST} powers of two between them",
+                expected=f"at most {MOST_POWER - LEAST_POWER} powers of two between them",
                 found=f"{highest - lowest}, from 2^{lowest} to 2^{highest}",
                 remedy="allow it with `allow_rounding=True`: blocks that are too small are rounded, and counted",
             )
@@ -614,8 +612,12 @@ def _check_number(entry: Entry) -> None:
 
 
 def _amax(survey: object) -> float:
-    """Return the largest magnitude that a panel can have."""
-    return 6 * 2.0**survey.highest if isinstance(survey, Exponents) else float(survey)  # type: ignore[arg-type]
+    """Return the largest magnitude that a panel can have: BF16's own where 6 at the largest exponent exceeds it."""
+    from k2quant.kernels.codecs.fp4 import LARGEST_E2M1
+
+    if not isinstance(survey, Exponents):
+        return float(survey)  # type: ignore[arg-type]
+    return min(LARGEST_E2M1 * 2.0**survey.highest, _LARGEST_BF16)
 
 
 def _decoded(stored: Format, parts: Parts, codecs: Codecs) -> U16:

@@ -15,6 +15,7 @@ from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.errors import UnsupportedFormat
+from k2quant.formats.nvfp4 import Exponents, Nvfp4
 from k2quant.kernels.codecs.fp4 import tensor_scale
 from k2quant.kernels.codecs.values import U16, bf16_to_float, float_to_bf16
 
@@ -125,6 +126,21 @@ def test_codes_that_share_a_scale_with_another_format_are_refused_or_rounded(tmp
     assert done.report["rounded"]["of"] == 2
     assert done.report["rounded"]["weights"] > 0
     assert k2quant.verify(source, done.folder).passed
+
+
+def test_exponents_at_the_end_of_bf16_leave_a_finite_scale() -> None:
+    """What MXFP4 may hold at 2^127 is no more than BF16 has, beside whatever shares its tensor scale."""
+    largest = float(bf16_to_float(np.array([0x7F7F], np.uint16))[0])
+    for highest in (126, 127):
+        found = Nvfp4(rounding=True).settled([Exponents(0, highest), 1.0])
+        assert found.tensor == tensor_scale(largest, divides=False)
+
+
+def test_zeros_ask_for_no_scale() -> None:
+    """Codes of MXFP4 stay beside a half that holds zeros alone."""
+    alone = Nvfp4().settled([Exponents(-3, 2)])
+    assert alone.exponent == 2 - 8
+    assert Nvfp4().settled([None, Exponents(-3, 2), 0.0]) == alone
 
 
 def test_verify_finds_a_half_with_another_scale(tmp_path: Path) -> None:
