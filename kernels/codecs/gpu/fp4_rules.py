@@ -16,6 +16,7 @@ from k2quant.kernels.devices.rounding import round_to_e4m3
 
 LARGEST_E2M1, LEAST_E4M3 = tl.constexpr(fp4.LARGEST_E2M1), tl.constexpr(fp4.LEAST_E4M3)
 EMPTY_MULTIPLIES, EMPTY_DIVIDES = tl.constexpr(fp4.EMPTY_MULTIPLIES), tl.constexpr(fp4.EMPTY_DIVIDES)
+NAN_E4M3, NAN_E8M0 = tl.constexpr(fp4.NAN_E4M3), tl.constexpr(fp4.NAN_E8M0)
 
 
 @triton.jit
@@ -115,9 +116,9 @@ def fp4_step(scale, tensor, FORMAT: tl.constexpr, DIVIDES: tl.constexpr):
 def bad_fp4_scale(scale, FORMAT: tl.constexpr):
     """Return where a block scale's byte, int32, is none: NaN or negative e4m3, e8m0's 255."""
     if FORMAT == "nvfp4":
-        bad = scale >= 0x7F
+        bad = scale >= NAN_E4M3
     else:
-        bad = scale == 0xFF
+        bad = scale == NAN_E8M0
     return bad
 
 
