@@ -95,7 +95,7 @@ class Options:
             one_of("format of the KV cache", self.kv_cache, get_args(KvCache))
             _check_any(formats, "quantised", "`kv_cache=`", "engines read it in the config of")
         if self.allow_rounding:
-            _check_any(formats, "may_round", "`allow_rounding=`", "codes are carried over as they are to")
+            _check_any(formats, "carried_from", "`allow_rounding=`", "codes are carried over as they are to")
 
     def _said(self) -> list[str]:
         return [name for name in _OF_A_RULE if getattr(self, name)]

@@ -178,11 +178,9 @@ class Format(ABC):
     """Methods by which, of what `searches`."""
     takes_inputs: ClassVar[bool] = False
     """Whether a scale of the layer's inputs can stand beside a weight; see `with_inputs`."""
-    may_round: ClassVar[bool] = False
-    """Whether codes of `carried_from` are carried over, and refused where that would round them; see
-    `rounding_allowed`."""
     carried_from: ClassVar[tuple[str, ...]] = ()
-    """Names of formats whose codes it takes over."""
+    """Names of formats whose codes are carried over, and refused where that would round them; see
+    `rounding_allowed`."""
 
     # --- on disk ---
 

@@ -103,7 +103,6 @@ class Nvfp4(Format):
     clips: ClassVar[bool] = True
     searched_by: ClassVar[tuple[Method, ...]] = ("mse", "imatrix")
     takes_inputs: ClassVar[bool] = True
-    may_round: ClassVar[bool] = True
     carried_from: ClassVar[tuple[str, ...]] = ("mxfp4", "nvfp4")
 
     layout: Layout = "modelopt"
