@@ -53,7 +53,7 @@ The slice is that of [the conversions](../README.md): routed experts of K2's sha
 attention, in {shards} shards. Peers: llm-compressor's `model_free_ptq` with its presets NVFP4A16 and MXFP4A16, FP8 and
 INT4 dequantised on the way; ModelOpt's `NVFP4QTensor.quantize` in a loop over shards, gate and up of an expert at the
 larger of their tensor scales, which is what its tensor code offers where no GPU holds the model. INT4 -> NVFP4 is
-k2quant's default, a search, against the peer's rounding.
+k2quant's default, a search, against the peer's rounding; and once more rounded, `rtn`, against the same.
 
 ## Bars
 
@@ -127,8 +127,13 @@ def _seconds(row: Mapping[str, Any]) -> str:
     return f"{row['median']:.2f} [{row['least']:.2f}, {row['most']:.2f}]"
 
 
+def _task(row: Mapping[str, Any]) -> str:
+    asked = f", {row['method']}" if row["method"] else ""
+    return f"{row['source'].upper()} -> {row['target'].upper()}, {row['layout']}{asked}"
+
+
 ROWS: dict[str, Show] = {
-    "task": lambda row: f"{row['source'].upper()} -> {row['target'].upper()}, {row['layout']}",
+    "task": _task,
     "peer": lambda row: row["peer"],
     "read, GB": lambda row: f"{row['bytes'] / 1e9:.2f}",
     "k2quant, s": lambda row: _seconds(row["ours"]),
@@ -145,7 +150,7 @@ def peers(results: Mapping[str, Any]) -> str:
     rows = results["rows"]
     suffixes = [*dict.fromkeys(suffix for row in rows for suffix in row["same"].get("parts", ()))]
     columns: dict[str, Show] = {
-        "task": lambda row: f"{row['source'].upper()} -> {row['target'].upper()}, {row['layout']}",
+        "task": _task,
         "peer": lambda row: ", ".join(
             f"{name} {version}" for name, version in row["versions"].items() if name != "Python"
         ),

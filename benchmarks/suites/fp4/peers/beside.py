@@ -43,7 +43,8 @@ class Task(NamedTuple):
     @property
     def name(self) -> str:
         """As the command line and the results have it."""
-        return f"{self.source}-{self.target}-{self.peer}"
+        asked = f"-{self.method}" if self.method else ""
+        return f"{self.source}-{self.target}-{self.peer}{asked}"
 
 
 TASKS = {
@@ -52,6 +53,7 @@ TASKS = {
         Task("bf16", "nvfp4", "compressed-tensors", "llm-compressor"),
         Task("fp8", "nvfp4", "compressed-tensors", "llm-compressor"),
         Task("int4", "nvfp4", "compressed-tensors", "llm-compressor"),
+        Task("int4", "nvfp4", "compressed-tensors", "llm-compressor", "rtn"),
         Task("bf16", "mxfp4", "compressed-tensors", "llm-compressor"),
         Task("bf16", "nvfp4", "modelopt", "modelopt"),
     )
@@ -114,7 +116,8 @@ class Bench:
         for _ in range(self.given.runs):
             runs["ours"].append(self.ours(task))
             runs["theirs"].append(self.theirs(task))
-        same = {} if task.source in SEARCHED else compared(self.folder / "ours", self.folder / "theirs")
+        searched = task.source in SEARCHED and task.method is None
+        same = {} if searched else compared(self.folder / "ours", self.folder / "theirs")
         watched = {"ours": self.ours(task, sample=True), "theirs": self.theirs(task, sample=True)}
         for name in ("ours", "theirs"):
             measure.remove(self.folder / name)
@@ -202,11 +205,16 @@ def measure_all(given: argparse.Namespace, before: Mapping[str, Any]) -> dict[st
     return {"runs": given.runs, "rows": [rows[name] for name in TASKS if name in rows], "bars": bars(rows)}
 
 
+def asked(row: Mapping[str, Any]) -> str:
+    """Return the method of a row as text behind its formats, where it is not the default."""
+    return f", {row['method']}," if row["method"] else ""
+
+
 def bars(rows: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what has to hold."""
     return [
         {
-            "what": f"{row['source'].upper()} -> {row['target'].upper()} against {row['peer']}, tmpfs",
+            "what": f"{row['source'].upper()} -> {row['target'].upper()}{asked(row)} against {row['peer']}, tmpfs",
             "bar": f"{BAR:.0f}x faster",
             "measured": f"{row['times']:.1f}x",
             "met": row["times"] >= BAR,
