@@ -90,8 +90,10 @@ def _outside(
             for column in range(first, first + width):
                 weight, stored = _widen(before[row, column]), _widen(after[row, column])
                 at = abs(weight) / step if step > 0 else np.float32(0)
+                # A quotient of weights far below the scale may round to zero; what such a weight loses is all of it.
+                lost = _off(at) * step if at > np.float32(0.25) else abs(weight)
                 rounded = abs(stored) * np.float32(1.01 * 2.0**-8) + abs(weight) * np.float32(2.0**-20)
-                room = _off(at) * step + rounded + np.float32(2.0**-133)
+                room = lost + rounded + np.float32(2.0**-133)
                 empty = largest <= zeros and stored == 0
                 count += not abs(weight - stored) <= room and not empty
     return count

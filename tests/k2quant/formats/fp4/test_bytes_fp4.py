@@ -136,6 +136,15 @@ def test_what_was_rounded_is_explained(asked: Format, spread: int, how: str) -> 
     assert outside(stored, before, parts) == 0
 
 
+@pytest.mark.parametrize("asked", FORMATS[:2], ids=lambda each: each.label)
+def test_weights_far_below_the_tensor_scale_are_explained(asked: Format) -> None:
+    """What one weight of 1e30 leaves of those of 1e-37 is zeros, though no quotient of theirs is above zero."""
+    before = float_to_bf16(np.full((2, 32), 1e-37, np.float32))
+    before[0, 0] = float_to_bf16(np.array([1e30], np.float32))[0]
+    stored, parts = stored_as(asked, before, "rtn")
+    assert outside(stored, before, parts) == 0
+
+
 @pytest.mark.parametrize("how", ["rtn", "mse"])
 @pytest.mark.parametrize("asked", FORMATS, ids=lambda each: each.label)
 def test_a_code_one_step_off_is_seen(asked: Format, how: str) -> None:
