@@ -410,7 +410,9 @@ class Nvfp4(Format):
                 remedy="allow it with `allow_rounding=True`, or convert to bf16 first",
             )
         amax = max((_amax(each) for each in found), default=0.0)
-        return replace(self, tensor=tensor_scale(amax, divides=self._called.divides))
+        zeros = bool(surveys) and not found  # of MXFP4 alone: codes, and signs with them, stay at a tensor scale of 1
+        tensor = tensor_scale(amax, divides=self._called.divides)
+        return replace(self, tensor=tensor, exponent=0 if zeros else None)
 
     def _restating(self, found: list[Exponents]) -> Nvfp4:
         from k2quant.kernels.codecs.fp4 import LEAST_POWER, MOST_POWER, closed_form
