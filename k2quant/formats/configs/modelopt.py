@@ -116,7 +116,7 @@ def companion(block: Mapping[str, Any]) -> bytes:
         "producer": block.get("producer") or _PRODUCER,
         "quantization": {
             "quant_algo": block["quant_algo"],
-            "kv_cache_quant_algo": None if empty(block.get("kv_cache_scheme")) else "FP8",
+            "kv_cache_quant_algo": "FP8" if is_fp8_cache(block.get("kv_cache_scheme")) else None,
             "group_size": NVFP4_BLOCK,
             "exclude_modules": block["ignore"],
         },

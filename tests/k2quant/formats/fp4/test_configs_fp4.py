@@ -105,6 +105,14 @@ def test_a_file_that_contradicts_the_block(sound: Any, written: Any, file: Any, 
         open_checkpoint(folder)
 
 
+def test_a_cache_that_is_not_fp8(sound: Any, written: Any) -> None:
+    """A copy says of it what the source says, and does not call it FP8 in ModelOpt's own file."""
+    cache = {"dynamic": False, "num_bits": 4, "type": "float"}
+    copied = plan(written(sound("modelopt", inputs=0.5), NEW | {"kv_cache_scheme": cache}), "nvfp4")
+    assert block_of(copied)["kv_cache_scheme"] == cache
+    assert json.loads(copied.companions[modelopt.COMPANION])["quantization"]["kv_cache_quant_algo"] is None
+
+
 @pytest.mark.parametrize(
     "algo",
     ["NVFP4_AWQ", "NVFP4_SVD", "MIXED_PRECISION", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "MXFP8", "FP8", "W4A16_AWQ", 4],
