@@ -8,6 +8,7 @@ scale are just more dimensions.
 
 from k2quant.kernels.codecs.grids import GROUP
 from k2quant.kernels.codecs.reference.bf16 import compare, double_to_bf16, float_to_bf16, largest, require_finite
+from k2quant.kernels.codecs.reference.e2m1 import e2m1_numbers, unpack_e2m1
 from k2quant.kernels.codecs.reference.fp4_search import (
     searched_mxfp4_scales,
     searched_nvfp4_scales,
@@ -33,6 +34,7 @@ from k2quant.kernels.codecs.reference.int4 import (
 from k2quant.kernels.codecs.reference.mxfp4 import (
     bf16_to_mxfp4,
     bf16_to_mxfp4_at,
+    e8m0_powers,
     fake_quantize_mxfp4,
     mxfp4_exponents,
     mxfp4_inside,
@@ -63,6 +65,8 @@ __all__ = [
     "bf16_to_nvfp4_at",
     "compare",
     "double_to_bf16",
+    "e2m1_numbers",
+    "e8m0_powers",
     "fake_quantize_int4",
     "fake_quantize_mxfp4",
     "fake_quantize_nvfp4",
@@ -93,6 +97,7 @@ __all__ = [
     "searched_int4_scales",
     "searched_mxfp4_scales",
     "searched_nvfp4_scales",
+    "unpack_e2m1",
     "unpack_int4",
     "weighted_int4_error",
     "weighted_mxfp4_error",

@@ -21,9 +21,9 @@ def e2m1_codes(quotient: Tensor, negative: Tensor) -> Tensor:
 
 
 def e2m1_numbers(codes: Tensor) -> Tensor:
-    """Return the float32 numbers of codes 0 to 15; code 8 is -0."""
+    """Return the float32 numbers of codes 0 to 15, of the same shape; code 8 is -0."""
     table = torch.tensor([*E2M1, *(-number for number in E2M1)], dtype=torch.float32, device=codes.device)
-    return table[codes.long()]
+    return table[codes.int()]
 
 
 def pack_e2m1(codes: Tensor) -> Tensor:
@@ -32,5 +32,5 @@ def pack_e2m1(codes: Tensor) -> Tensor:
 
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
-    """Return codes 0 to 15 `[R, K]` of uint8 bytes `[R, K/2]`."""
+    """Return codes 0 to 15 `[.., K]` of uint8 bytes `[.., K/2]`."""
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from k2quant.kernels.codecs.fp4 import MXFP4_BLOCK, NVFP4_BLOCK
 from k2quant.kernels.codecs.reference.e2m1 import e2m1_numbers
-from k2quant.kernels.codecs.reference.mxfp4 import bf16_to_mxfp4_at, mxfp4_codes, mxfp4_scales, mxfp4_to_bf16, powers
+from k2quant.kernels.codecs.reference.mxfp4 import (
+    bf16_to_mxfp4_at,
+    e8m0_powers,
+    mxfp4_codes,
+    mxfp4_scales,
+    mxfp4_to_bf16,
+)
 from k2quant.kernels.codecs.reference.nvfp4 import (
     bf16_to_nvfp4_at,
     e4m3_bits,
@@ -58,7 +64,7 @@ def searched_mxfp4_scales(weights: Tensor, importance: Tensor | None, mean: Tens
     trials = [(plain.int() + step).clamp(0, MOST_E8M0).to(torch.uint8) for step in MXFP4_STEPS]
 
     def products(groups: Tensor, trial: Tensor) -> Tensor:
-        return e2m1_numbers(mxfp4_codes(groups, trial)) * powers(trial).repeat_interleave(MXFP4_BLOCK, 1)
+        return e2m1_numbers(mxfp4_codes(groups, trial)) * e8m0_powers(trial).repeat_interleave(MXFP4_BLOCK, 1)
 
     return _least(weights, trials, products, known)
 

@@ -69,13 +69,13 @@ def mxfp4_inside(weights: Tensor) -> Tensor:
 
     Of blocks whose amax is above 1.5 times a power of two, and below 1.75 times, the largest weights are beyond.
     """
-    scale = powers(plain_mxfp4_scales(weights))
+    scale = e8m0_powers(plain_mxfp4_scales(weights))
     return (mxfp4_blocks(weights).float().abs() / scale[..., None] <= fp4.LARGEST_E2M1).reshape(weights.shape)
 
 
 def mxfp4_codes(weights: Tensor, scale: Tensor) -> Tensor:
     """Return the codes 0 to 15 `[R, K]` of BF16 `[R, K]` at scales, without checks."""
-    quotient = (mxfp4_blocks(weights).float() / powers(scale)[..., None]).reshape(weights.shape)
+    quotient = (mxfp4_blocks(weights).float() / e8m0_powers(scale)[..., None]).reshape(weights.shape)
     return e2m1_codes(quotient, weights.signbit())
 
 
@@ -119,7 +119,7 @@ def mxfp4_blocks(weights: Tensor) -> Tensor:
     return blocks
 
 
-def powers(scale: Tensor) -> Tensor:
+def e8m0_powers(scale: Tensor) -> Tensor:
     """Return float32 2^(byte - 127), subnormal for byte 0; NaN for 255."""
     bits = torch.where(scale == 0, 0x00400000, scale.int() << 23)
     return torch.where(scale == fp4.NAN_E8M0, 0x7FC00000, bits).to(torch.int32).view(torch.float32)
@@ -127,7 +127,7 @@ def powers(scale: Tensor) -> Tensor:
 
 def _products(codes: Tensor, scale: Tensor) -> Tensor:
     """Return the BF16 values `[R, K]` of codes 0 to 15 `[R, K]`, whatever they are."""
-    return (mxfp4_blocks(e2m1_numbers(codes)) * powers(scale)[..., None]).to(torch.bfloat16).reshape(codes.shape)
+    return (mxfp4_blocks(e2m1_numbers(codes)) * e8m0_powers(scale)[..., None]).to(torch.bfloat16).reshape(codes.shape)
 
 
 def _stored(weights: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

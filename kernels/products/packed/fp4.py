@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 from k2quant.errors import UsageError
-from k2quant.kernels.codecs.fp4 import E2M1
+from k2quant.kernels.codecs import reference
 from k2quant.kernels.products.packed.weight import GROUP, check_device
 
 
 def values(codes: Tensor) -> Tensor:
     """Return the float32 numbers `[.., K]` that codes `[.., K/2]` stand for."""
-    table = torch.tensor([*E2M1, *(-number for number in E2M1)], device=codes.device)
-    nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)
-    return table[nibbles.int()]
+    return reference.e2m1_numbers(reference.unpack_e2m1(codes))
 
 
 def check_rows(layout: str) -> None:

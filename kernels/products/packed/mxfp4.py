@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from k2quant.errors import UsageError
+from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.fp4 import MXFP4_BLOCK, NAN_E8M0
 from k2quant.kernels.products.packed.fp4 import check_codes, check_rows, values
 from k2quant.kernels.products.packed.weight import Layout, check_parts
 from k2quant.kernels.products.tables.configs import Product
-
-SMALLEST = 1 << 22
-"""The bits of 2^-127 as float32: the byte 0 stands for it, and no exponent of a float32 does."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,7 +116,7 @@ class Mxfp4Weight:
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Return the weights `[.., N, K]`, each exact, or rounded once to `dtype` where that cannot hold it."""
-        powers = (self.scale.int() << 23).clamp(min=SMALLEST).view(torch.float32)
+        powers = reference.e8m0_powers(self.scale)
         return (values(self.codes) * powers.repeat_interleave(MXFP4_BLOCK, -1)).to(dtype)
 
     def expert(self, number: int) -> Self:
