@@ -208,6 +208,8 @@ def test_matrices_that_share_a_scale_are_settled_together() -> None:
     assert (found.exponent, found.tensor) == (-8, TensorScale(2.0**-8, divides=False))
     with pytest.raises(UnsupportedFormat, match="found 18"):
         Nvfp4().settled([near, Exponents(-18, -16)])
-    mixed = Nvfp4().settled([near, 3.0])
+    with pytest.raises(UnsupportedFormat, match="shares a tensor scale"):
+        Nvfp4().settled([near, 3.0])
+    mixed = Nvfp4(rounding=True).settled([near, 3.0])
     assert (mixed.exponent, mixed.tensor) == (None, tensor_scale(6.0, divides=False))
     assert not mixed.restates(Mxfp4())
