@@ -129,7 +129,10 @@ def _held(tensor: QuantizedTensor) -> tuple[Any, ...]:
     streamed = tensor.format.streamed
     if len(held) != len(streamed):
         raise ShapeMismatch(
-            "a tensor scale", tensor="tensor_scale", expected=streamed[2] if streamed[2:] else None, found=len(held) > 2
+            f"a scale of the whole tensor, beside {tensor.format.label}",
+            tensor="tensor_scale",
+            expected=streamed[2] if streamed[2:] else "none",
+            found="one" if held[2:] else "none",
         )
     return held
 

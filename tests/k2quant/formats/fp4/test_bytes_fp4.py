@@ -88,8 +88,11 @@ def test_what_memory_refuses() -> None:
     with pytest.raises(BadValue, match="row 0, column 3"):
         k2quant.quantize(np.array([[0.0, 1, 2, np.nan] * 4], np.float32), "nvfp4")
     found = k2quant.quantize(ROW, "nvfp4")
-    with pytest.raises(ShapeMismatch, match="weight_scale_2"):
+    with pytest.raises(ShapeMismatch, match="expected weight_scale_2, found none"):
         k2quant.dequantize(type(found)(found.format, found.codes, found.scale, found.shape))
+    other = k2quant.quantize(ROW, "mxfp4")
+    with pytest.raises(ShapeMismatch, match="expected none, found one"):
+        k2quant.dequantize(type(other)(other.format, other.codes, other.scale, other.shape, found.tensor_scale))
     with pytest.raises(DtypeMismatch, match="weight_scale_2"):
         k2quant.dequantize(type(found)(found.format, found.codes, found.scale, found.shape, np.ones((), np.float64)))
     with pytest.raises(BadValue, match="tensor scale"):
