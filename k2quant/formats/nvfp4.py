@@ -325,15 +325,15 @@ class Nvfp4(Format):
 
     def writing(self, parts: Parts) -> tuple[Any, ...]:
         """Return the tensor scale, which is filled in, and codes and block scales to fill."""
-        return self._settle(parts), parts[self.main], parts["weight_scale"]
+        return self._fill_tensor_scale(parts), parts[self.main], parts["weight_scale"]
 
-    def _settle(self, parts: Parts) -> TensorScale:
-        tensor = self._settled
+    def _fill_tensor_scale(self, parts: Parts) -> TensorScale:
+        tensor = self._tensor_scale
         parts[self._called.tensor][...] = tensor.value
         return tensor
 
     @property
-    def _settled(self) -> TensorScale:
+    def _tensor_scale(self) -> TensorScale:
         if self.tensor is None:
             raise AssertionError(f"{self.label} is written before it was settled")
         return self.tensor
@@ -349,13 +349,13 @@ class Nvfp4(Format):
     def choose(self, weights: U16, codecs: Codecs) -> NDArray[Any]:
         """Return the E4M3 bits of each block's scale."""
         scale = _scales_for(weights)
-        codecs.nvfp4.choose(weights, self._settled, scale)
+        codecs.nvfp4.choose(weights, self._tensor_scale, scale)
         return scale
 
     def store(self, weights: U16, scales: NDArray[Any], parts: Parts, codecs: Codecs) -> Figures:
         """Round at given scales."""
         parts["weight_scale"][...] = scales
-        return codecs.nvfp4.store(weights, scales, self._settle(parts), parts[self.main])
+        return codecs.nvfp4.store(weights, scales, self._fill_tensor_scale(parts), parts[self.main])
 
     @property
     def candidates(self) -> int:
@@ -367,7 +367,7 @@ class Nvfp4(Format):
     def search(self, weights: U16, importance: F32 | None, codecs: Codecs, mean: F32 | None = None) -> NDArray[Any]:
         """Return the E4M3 bits of the best scale of some for each block."""
         scale = _scales_for(weights)
-        codecs.nvfp4.search(weights, importance, self._settled, scale, mean=mean)
+        codecs.nvfp4.search(weights, importance, self._tensor_scale, scale, mean=mean)
         return scale
 
     def weighted_error(
@@ -379,7 +379,7 @@ class Nvfp4(Format):
         mean: F32 | None = None,
     ) -> float:
         """Sum what columns lose at given scales."""
-        return codecs.nvfp4.weighted_error(weights, scales, self._settled, importance, mean=mean)
+        return codecs.nvfp4.weighted_error(weights, scales, self._tensor_scale, importance, mean=mean)
 
     def survey(self, weights: U16, codecs: Codecs) -> float:
         """Return the largest magnitude."""
@@ -558,7 +558,7 @@ class Nvfp4(Format):
 
         if largest is not None:
             return ops.nvfp4_tensor_scale(largest, divides=self._called.divides)
-        return torch.tensor(self._settled.value, dtype=torch.float32, device=weights.device)
+        return torch.tensor(self._tensor_scale.value, dtype=torch.float32, device=weights.device)
 
     # --- in memory ---
 
@@ -661,7 +661,8 @@ def _inverse_of_inputs(scale: NDArray[Any]) -> NDArray[Any]:
     with np.errstate(all="ignore"):
         found = np.float32(1) / scale
     if not (np.isfinite(scale) & np.isfinite(found) & (scale > 0)).all():
-        raise ValueAt(row=0, column=0, what=f"input scale {scale.reshape(-1)[0]}", of="input scale")
+        what = f"input scale {scale.reshape(-1)[0]}: expected a number above 0 whose inverse is finite"
+        raise ValueAt(row=0, column=0, what=what, of="input scale")
     return found
 
 
