@@ -74,7 +74,7 @@ def _was_printed(error: OSError) -> bool:
 @click.command(
     cls=_Commands,
     homes={
-        "convert": ("k2quant.cli.convert", "Convert a checkpoint to BF16, block FP8 or INT4."),
+        "convert": ("k2quant.cli.convert", "Convert a checkpoint to BF16, FP8, INT4, NVFP4 or MXFP4."),
         "calibrate": ("k2quant.cli.calibrate", "Learn from data what a checkpoint's matrices multiply."),
         "merge": ("k2quant.cli.merge", "Merge a LoRA adapter into a checkpoint, in any format."),
         "inspect": ("k2quant.cli.checking.inspect", "Describe a checkpoint, and what does not fit together."),
