@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.weights import StoredWeight
-from k2quant.formats.dtypes import TensorSpec, row_bytes
+from k2quant.formats.dtypes import TensorSpec, as_array, row_bytes
 from k2quant.formats.format import Format, Parts
 from k2quant.formats.known import FORMATS
 
@@ -94,6 +94,20 @@ def read_panel(source: Checkpoint, weight: StoredWeight, start: int, stop: int, 
         parts[suffix] = scratch.take(f"in {suffix}", spec)
         offset = entry.start + panel_offset(stored, weight.shape, suffix, start)
         read_into(source.shards[entry.file], offset, parts[suffix].data.cast("B"))
+    return parts
+
+
+def read_whole(source: Checkpoint, weight: StoredWeight) -> Parts:
+    """Read what every panel of a weight has whole: an array for each such tensor, by suffix."""
+    import numpy as np
+
+    stored = format_of(weight)
+    state = stored.state(weight.shape)
+    parts: Parts = {}
+    for suffix in (each for each in stored.streamed if each in stored.whole):
+        parts[suffix] = as_array(np.empty(state[suffix].nbytes, np.uint8), state[suffix])
+        entry = weight.parts[suffix]
+        read_into(source.shards[entry.file], entry.start, parts[suffix].reshape(-1).data.cast("B"))
     return parts
 
 

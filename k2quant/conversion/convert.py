@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.calib.stats.reading import open_stats
 from k2quant.checkpoint.files.paths import check_inside, copy_file, write_whole
+from k2quant.checkpoint.panels import naming, read_whole
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT, open_checkpoint
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.writing.destination import locked
@@ -270,6 +271,7 @@ def carry_out(
                 check_finished(folder, report, plan)
                 return Conversion(there, report, 0, already_done=True)
             check_constants(plan.source, (job.weight for job in plan.jobs()))
+            _check_relabels(plan, substitute)
             if restart:
                 clear(folder)
             done = begin(folder, plan, fresh=restart)
@@ -338,6 +340,21 @@ def _rounded(plan: Plan, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _carries(target: Format, job: Job) -> bool:
     return job.weight.format is not None and job.weight.format.name in target.carried_from
+
+
+def _check_relabels(plan: Plan, substitute: Substitute | None) -> None:
+    """Refuse at once, by a few bytes of each weight, what would be refused when its panel comes, hours later.
+
+    Raises:
+        BadValue: a number that cannot be said in the other layout.
+    """
+    for job in plan.jobs():
+        weight, stored = job.weight, job.weight.format
+        if stored is None or job.target is None or not (stored.whole and stored.relabels(job.target)):
+            continue
+        if substitute is None or not substitute.replaces(weight):
+            with naming(weight, 0):
+                stored.check_relabel(read_whole(plan.source, weight), job.target)
 
 
 def _report(

@@ -275,6 +275,13 @@ class Format(ABC):
         """Fill a panel's arrays of a format that this one `relabels`, without rounding."""
         raise AssertionError(f"{self.label} has one layout: {target.label}")  # not asked
 
+    def check_relabel(self, parts: Parts, target: Format) -> None:
+        """Refuse what `relabel` would, by what every panel has `whole` alone, before anything is written.
+
+        Raises:
+            ValueAt: a number that cannot be said in the other format.
+        """
+
     @property
     def along(self) -> tuple[str, ...]:
         """Suffixes of `streamed` that do not follow from the values: a source has them, and they go along with it."""

@@ -211,6 +211,11 @@ class Nvfp4(Format):
         if target.scaled:
             self.pass_on(parts, outputs, target)
 
+    def check_relabel(self, parts: Parts, target: Format) -> None:
+        """Look for a tensor scale of the other form."""
+        if isinstance(target, Nvfp4) and self._called != _NAMES[target.layout]:
+            _in_other_form(self._stored_scale(parts), target)
+
     @property
     def along(self) -> tuple[str, ...]:
         """The scale of the inputs that a source has."""

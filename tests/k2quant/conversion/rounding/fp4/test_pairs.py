@@ -92,9 +92,10 @@ def test_codes_of_mxfp4_are_carried_over(kinds: Mapping[str, Path], tmp_path: Pa
 def test_a_tensor_scale_without_another_form_is_refused_by_name_or_rounded(
     kinds: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    """A scale whose mantissa has no inverse keeps its layout, if nobody allows the nearest one."""
+    """A scale whose mantissa has no inverse keeps its layout, if nobody allows the nearest: not a shard is begun."""
     with pytest.raises(BadValue, match=r"weight_scale_2.*form of compressed-tensors.*`allow_rounding=True`"):
         k2quant.convert(kinds["nvfp4"], tmp_path / "refused", **KINDS["nvfp4-ct"])
+    assert not list((tmp_path / "refused").rglob("*.safetensors*"))
     done = k2quant.convert(kinds["nvfp4"], tmp_path / "out", **KINDS["nvfp4-ct"], allow_rounding=True)
     assert k2quant.verify(kinds["nvfp4"], done.folder).passed
 
