@@ -11,13 +11,20 @@ from collections.abc import Callable, Iterable
 from io import StringIO
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from k2quant.formats.known import FORMATS
 from k2quant.ground.names import TENSOR_CLASSES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PARTS = ("BF16 weights", "FP8 codes", "INT4 codes", "scales and the rest")
-"""What a checkpoint's bytes are."""
+CODED = tuple(FORMATS)
+"""Formats whose bytes have a colour of their own, in their order."""
+
+PARTS = (
+    *(f"{name.upper()} {'codes' if FORMATS[name].quantised else 'weights'}" for name in CODED),
+    "scales and the rest",
+)
+"""What a checkpoint's bytes are: what each of these formats has for weights, and all else."""
 
 VARIABLES = (
     *("ink", "muted", "line", "on"),

@@ -9,7 +9,7 @@ from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.ground.units import size
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.report.content import Report, Sum, Way
-from k2quant.report.drawing import PARTS, WIDE, Canvas, colour, figure, legend
+from k2quant.report.drawing import CODED, PARTS, WIDE, Canvas, colour, figure, legend
 from k2quant.report.origins import Origin
 from k2quant.report.words import DASH, decibels, outcome, table
 
@@ -187,7 +187,7 @@ def _bar(kind: str, ways: dict[Way, Sum], origin: Origin) -> _Bar:
 
 def by_format(report: Report) -> str:
     """Draw what the checkpoint's bytes are, before and after."""
-    before, after = (list(found.values()) for found in report.code_bytes())
+    before, after = ([found.get(name, 0) for name in CODED] for found in report.code_bytes())
     before.append(max(report.bytes_read - sum(before), 0))
     after.append(max(report.bytes_written - sum(after), 0))
     shown = [number for number in range(len(PARTS)) if before[number] or after[number]]

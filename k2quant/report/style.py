@@ -44,7 +44,10 @@ _DARK = {
 # At least 3:1 against the card, so that lines are seen; the order is that of TENSOR_CLASSES and of PARTS.
 _CLASSES_LIGHT = "4456c7 00806f b5690a c2356b 0b7fab 6b7a12 8a3fb0 8a5a3c 5b6b7c 2e8540 b3362a 6f6f6f"
 _CLASSES_DARK = "8c9bff 3fc7b2 f0b04d ff7fa8 5cc3ee b9c94a c58cf0 cfa27f 9fb0c3 6fcf7f ff8a7a b0b0b0"
-_PARTS_LIGHT, _PARTS_DARK = "50657d 00806f 4456c7 7a7267", "8fa6c0 3fc7b2 8c9bff b5ab9c"
+_PARTS_LIGHT, _PARTS_DARK = (
+    "50657d 00806f 4456c7 b5690a c2356b 7a7267",
+    "8fa6c0 3fc7b2 8c9bff f0b04d ff7fa8 b5ab9c",
+)
 
 
 def style_sheet() -> str:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 
 from k2quant.formats.known import FORMATS
-from k2quant.ground.units import size
+from k2quant.ground.units import counted, size
 from k2quant.report.choices.beside import Beside
 from k2quant.report.content import Report
 from k2quant.report.origins import Exported, Merged
@@ -88,7 +88,8 @@ def _beside(beside: Beside) -> Iterator[tuple[str, str]]:
         yield "KV cache", f"{text(beside.kv_cache)}, without scales: engines take 1.0"
     if beside.rounded is not None:
         matrices, weights, of = beside.rounded
-        yield "rounded on the way", f"{weights:,} weights of {matrices:,} matrices, of {of:,} whose codes go along"
+        some, all_ = counted(weights, "weight"), counted(of, "matrix", "matrices")
+        yield "rounded on the way", f"{some} of {matrices:,} of {all_} whose codes are carried over"
 
 
 def _asked(report: Report) -> Iterator[tuple[str, str]]:

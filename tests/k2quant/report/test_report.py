@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from k2quant.errors import MalformedFile, OutputError, UsageError
 from k2quant.ground.names import TENSOR_CLASSES
 from k2quant.kernels.codecs.figures import Figures
 from k2quant.report import write_html
+from k2quant.report.drawing import PARTS
 from k2quant.report.style import style_sheet
 from k2quant.report.words import text as harmless
 
@@ -153,6 +155,20 @@ def test_sizes_by_format_add_up(int4: Path, tmp_path: Path) -> None:
     )
     assert f"INT4 codes \N{EN DASH} {weights / 2e6:.1f} MB" in text
     assert f"all {report['bytes_read'] / 1e6:.1f} MB {report['bytes_written'] / 1e6:.1f} MB" in text
+
+
+@pytest.mark.parametrize("to", ["nvfp4", "mxfp4"])
+def test_codes_of_fp4_are_no_scales(to: Any, k2_source: Path, tmp_path: Path) -> None:
+    """Codes are called by their format, what is beside them is what is left, and each part has a colour of its own."""
+    done = convert(k2_source, tmp_path / "out", to)
+    weights = sum(math.prod(facts["shape"]) for facts in read(done.folder)["tensors"].values() if facts["to"] == to)
+    text = words(page(done.folder, tmp_path))
+    assert f"{to.upper()} codes \N{EN DASH} {weights / 2e6:.1f} MB" in text
+    found = re.search(r"scales and the rest \S+ (?:[kM]B )?(\d+)", text)
+    assert found
+    assert 0 < float(found[1]) * 1e6 < weights / 4 or "kB all" in text
+    colours = re.findall(r"--part-\d+:(#\w+);", style_sheet())
+    assert len(set(colours)) == len(colours) == 2 * len(PARTS)
 
 
 def test_it_says_how_to_check(int4: Path, tmp_path: Path) -> None:
