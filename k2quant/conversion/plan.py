@@ -90,12 +90,12 @@ class Options:
         formats = [rule.to for rule in self.written]  # a rule checks its words when it is made
         if self.activation_scales is not None:
             one_of("source of activation scales", self.activation_scales, get_args(ActivationScales))
-            _check_any(formats, "takes_inputs", "`activation_scales=`", "inputs are scaled in the checkpoint of")
+            _check_any(formats, "takes_inputs", "`activation_scales=`", "scales of inputs stand only beside")
         if self.kv_cache is not None:
             one_of("format of the KV cache", self.kv_cache, get_args(KvCache))
             _check_any(formats, "quantised", "`kv_cache=`", "engines read it in the config of")
         if self.allow_rounding:
-            _check_any(formats, "carried_from", "`allow_rounding=`", "codes are carried over as they are to")
+            _check_any(formats, "carried_from", "`allow_rounding=`", "codes of FP4 go over unrounded only to")
 
     def _said(self) -> list[str]:
         return [name for name in _OF_A_RULE if getattr(self, name)]
@@ -405,8 +405,8 @@ def _with_cache(block: dict[str, Any] | None, written: Mapping[Format, list[str]
     if block is None or scheme is None:
         what = listed(each.label for each in written) or "nothing that is quantised"
         raise UsageError(
-            f"`kv_cache=` has no place in the config of {what}: engines read it there of ModelOpt and of "
-            "compressed-tensors alone; ask the engine for it when it is started"
+            f"`kv_cache=` has no place in the config of {what}: engines read it in configs of ModelOpt and of "
+            "compressed-tensors alone; write such a layout, or ask the engine for it when it is started"
         )
     return block | {"kv_cache_scheme": scheme}
 

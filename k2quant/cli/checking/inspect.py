@@ -151,7 +151,8 @@ def _summary(block: dict[str, object]) -> str:
     from k2quant.errors import printable
 
     parts = [str(block.get("quant_method"))]
-    parts += [f"{key} {block[key]}" for key in ("format", "weight_block_size") if key in block]
+    parts += [f"{key} {block[key]}" for key in ("quant_algo", "format", "weight_block_size") if key in block]
+    parts += ["kv_cache_scheme"] if block.get("kv_cache_scheme") else []
     ignore = block.get("ignore")
     said = printable(", ".join(parts))[:_LONGEST]
     return said + (f", {len(ignore)} ignored" if isinstance(ignore, list) else "")

@@ -96,8 +96,8 @@ _BESIDE = (
     click.option(
         "--allow-rounding",
         is_flag=True,
-        help="Where MXFP4 has scales too far apart for NVFP4, round what is too small and count it, in place of "
-        "refusing.",
+        help="Where codes of FP4 cannot go over to NVFP4 as they are, round and count, in place of refusing: MXFP4 "
+        "whose scales are too far apart, and a tensor scale that the other layout has no inverse of.",
     ),
 )
 

@@ -311,6 +311,8 @@ def test_dry_run_and_report_say_what_was_asked_for(small: Path, rounded: Path, s
     page = (tmp_path / "out" / "k2quant_report.html").read_text()
     assert "by the largest inputs of a calibration, beside 24 weights" in page
     assert "fp8, without scales: engines take 1.0" in page
+    said = runner.invoke(main, ["inspect", str(tmp_path / "out")]).output
+    assert "modelopt, quant_algo NVFP4, kv_cache_scheme, " in " ".join(said.split())
     k2quant.convert(rounded, tmp_path / "int4", "nvfp4")
     write_html(tmp_path / "int4")
     page = (tmp_path / "int4" / "k2quant_report.html").read_text()
@@ -322,9 +324,10 @@ def test_dry_run_and_report_say_what_was_asked_for(small: Path, rounded: Path, s
     ("asked", "code", "why"),
     [
         (["--to", "nvfp4", "--activation-scales", "nowhere"], 1, "nowhere"),
-        (["--to", "int4", "--activation-scales", "one"], 2, "--activation-scales has no meaning with int4"),
+        (["--to", "int4", "--activation-scales", "one"], 2, "with int4: scales of inputs stand only beside NVFP4"),
         (["--to", "nvfp4", "--kv-cache", "int8"], 2, "'int8' is not"),
         (["--to", "bf16", "--kv-cache", "fp8"], 2, "--kv-cache has no"),
+        (["--to", "fp8", "--kv-cache", "fp8"], 2, "write such a layout, or ask the engine"),
         (["--to", "fp8", "--allow-rounding"], 2, "--allow-rounding has no meaning with fp8"),
         (["--to", "nvfp4", "--method", "gptq", "--data", "x"], 2, "--method gptq is not there for nvfp4"),
         (["--to", "nvfp4", "--layout", "deepseek"], 2, "--layout deepseek is none of nvfp4"),
