@@ -234,10 +234,12 @@ class Nvfp4(Format):
         outputs[other.inputs][...] = inputs if mine == other else _inverse_of_inputs(inputs)
 
     def with_inputs(self, largest: float | None) -> Nvfp4:
-        """Return it with a scale by the rule of the layout's tool, see `fp4.input_scale`."""
+        """Return it with a scale by the rule of the layout's tool, see `fp4.input_scale`; 1.0 where that is zero."""
         from k2quant.kernels.codecs.fp4 import input_scale
 
-        return replace(self, inputs=1.0 if largest is None else input_scale(largest, divides=self._called.divides))
+        found = 0.0 if largest is None else input_scale(largest, divides=self._called.divides)
+        # Of an input up to 1.8e-42 the rule gives zero, by which no engine can divide.
+        return replace(self, inputs=found or 1.0)
 
     def rounding_allowed(self) -> Nvfp4:
         """Round MXFP4 whose exponents are too far apart, and tensor scales that have no inverse."""

@@ -213,3 +213,10 @@ def test_matrices_that_share_a_scale_are_settled_together() -> None:
     mixed = Nvfp4(rounding=True).settled([near, 3.0])
     assert (mixed.exponent, mixed.tensor) == (None, tensor_scale(6.0, divides=False))
     assert not mixed.restates(Mxfp4())
+
+
+@pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
+@pytest.mark.parametrize("largest", [None, 0.0, 1e-45, 1.8e-42])
+def test_no_scale_of_inputs_is_zero(layout: Any, largest: float | None) -> None:
+    """Engines divide by it: inputs as good as zero have the scale of those that nobody measured."""
+    assert Nvfp4(layout=layout).with_inputs(largest).inputs == 1
