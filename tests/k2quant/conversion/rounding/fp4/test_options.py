@@ -311,8 +311,8 @@ def test_dry_run_and_report_say_what_was_asked_for(small: Path, rounded: Path, s
     page = (tmp_path / "out" / "k2quant_report.html").read_text()
     assert "by the largest inputs of a calibration, beside 24 weights" in page
     assert "fp8, without scales: engines take 1.0" in page
-    said = runner.invoke(main, ["inspect", str(tmp_path / "out")]).output
-    assert "modelopt, quant_algo NVFP4, kv_cache_scheme, " in " ".join(said.split())
+    described = runner.invoke(main, ["inspect", str(tmp_path / "out")]).output
+    assert "modelopt, quant_algo NVFP4, kv_cache_scheme, " in " ".join(described.split())
     k2quant.convert(rounded, tmp_path / "int4", "nvfp4")
     write_html(tmp_path / "int4")
     page = (tmp_path / "int4" / "k2quant_report.html").read_text()
