@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion import relatives
@@ -16,7 +16,7 @@ from k2quant.errors import CheckpointError, MalformedFile, UnsupportedFormat
 from k2quant.formats.activations import check_scale, flow
 from k2quant.formats.configs import compressed_tensors, modelopt
 from k2quant.formats.configs.keys import Key, check_keys, empty, shown
-from k2quant.formats.format import Format, contradiction, listed
+from k2quant.formats.format import Format, Layout, contradiction, listed
 from k2quant.formats.known import FORMATS
 
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -245,5 +245,12 @@ def quantization_block(quantised: Mapping[Format, list[str]], kept: list[str]) -
             file="config.json",
             expected=f"{alone.label} alone",
             found=listed(each.label for each in quantised),
+            remedy=f"write it in another layout: {listed(beside)}" if (beside := _beside(alone)) else None,
         )
     return compressed_tensors.block(list(quantised.items()), kept) if quantised else None
+
+
+def _beside(alone: Format) -> list[str]:
+    """Return the layouts of a format in which a config can describe it beside others."""
+    named = ((name, type(alone).asked_for(layout=cast("Layout", name))) for name in alone.layouts)
+    return [name for name, each in named if each.config_group() is not None]

@@ -126,9 +126,12 @@ def test_two_rules_of_one_format_are_one_group(k2_bf16: Path, ram: Path) -> None
     rules[0]["grid"], rules[1]["grid"] = "moonshot", "compressed-tensors"
     with pytest.raises(UsageError, match=r"rule 2: grid compressed-tensors, where recipe: rule 1: grid moonshot"):
         k2quant.convert(k2_bf16, ram / "more", recipe={"rules": rules})
-    mixed = {"rules": [{"to": "int4"}, {"to": "fp8", "layout": "deepseek"}]}
-    with pytest.raises(UnsupportedFormat, match="no config describes this format beside others"):
-        k2quant.convert(k2_bf16, ram / "more", recipe=mixed)
+    for alone in ({"to": "fp8", "layout": "deepseek"}, {"to": "nvfp4", "layout": "modelopt", "scope": "linear"}):
+        mixed = {"rules": [{"to": "int4"}, alone]}
+        with pytest.raises(
+            UnsupportedFormat, match=r"beside others, .*; write it in another layout: compressed-tensors"
+        ):
+            k2quant.convert(k2_bf16, ram / "more", recipe=mixed)
     assert not (ram / "more").exists()
 
 
