@@ -411,15 +411,16 @@ class Nvfp4(Format):
         found = [each for each in surveys if each]  # panels of zeros, 0.0 or None, ask for nothing
         if found and all(isinstance(each, Exponents) for each in found):
             return self._restating([each for each in found if isinstance(each, Exponents)])
-        if any(isinstance(each, Exponents) for each in found) and not self.rounding:
+        mixed = any(isinstance(each, Exponents) for each in found)
+        if mixed and not self.rounding:
             raise UnsupportedFormat(
                 "MXFP4 that shares a tensor scale with weights of another format, which its codes do not fit",
                 remedy="allow it with `allow_rounding=True`, or convert to bf16 first",
             )
         amax = max((_amax(each) for each in found), default=0.0)
-        zeros = bool(surveys) and not found  # of MXFP4 alone: codes, and signs with them, stay at a tensor scale of 1
         tensor = tensor_scale(amax, divides=self._called.divides)
-        return replace(self, tensor=tensor, exponent=0 if zeros else None)
+        # Zeros of MXFP4 have no exponent: their codes, signs with them, stay at whichever tensor scale.
+        return replace(self, tensor=tensor, exponent=None if mixed else 0)
 
     def _restating(self, found: list[Exponents]) -> Nvfp4:
         from k2quant.kernels.codecs.fp4 import LEAST_POWER, MOST_POWER, closed_form

@@ -171,14 +171,17 @@ def test_a_matrix_of_zeros_is_written(tmp_path: Path) -> None:
     assert not bf16_to_float(values).any()
 
 
+@pytest.mark.parametrize("beside", [0.0, 2.0])
 @pytest.mark.parametrize("layout", ["modelopt", "compressed-tensors"])
-def test_zeros_of_mxfp4_keep_their_signs(tmp_path: Path, layout: Any) -> None:
-    """Codes stay what they are also where no exponent is in use."""
-    base = EXPERT.format(0, "down")
+def test_zeros_of_mxfp4_keep_their_signs(tmp_path: Path, layout: Any, beside: float) -> None:
+    """Codes stay what they are also where no exponent is in use, whatever the other half asks for."""
+    up, gate = EXPERT.format(0, "up"), EXPERT.format(0, "gate")
     codes = np.tile(np.array([0x00, 0x08, 0x80, 0x88], np.uint8), (64, 8))
     scales = np.arange(128, dtype=np.uint8).reshape(64, 2)
-    shard: Shard = {f"{base}.weight_packed": ("U8", codes), f"{base}.weight_scale": ("U8", scales)}
+    shard: Shard = {f"{up}.weight_packed": ("U8", codes), f"{up}.weight_scale": ("U8", scales)}
+    shard[f"{gate}.weight"] = ("BF16", float_to_bf16(np.full((64, 64), beside, np.float32)))
     write_checkpoint(tmp_path / "source", {"model.safetensors": shard}, {"model_type": "kimi_k2"})
     done = open_checkpoint(k2quant.convert(tmp_path / "source", tmp_path / "out", "nvfp4", layout=layout).folder)
     main = "weight" if layout == "modelopt" else "weight_packed"
-    assert bytes(read_tensor(done, done.tensors[f"{base}.{main}"])) == codes.tobytes()
+    assert bytes(read_tensor(done, done.tensors[f"{up}.{main}"])) == codes.tobytes()
+    assert k2quant.verify(tmp_path / "source", done.folder).passed
