@@ -91,7 +91,7 @@ def _outside(
                 weight, stored = _widen(before[row, column]), _widen(after[row, column])
                 at = abs(weight) / step if step > 0 else np.float32(0)
                 # A quotient of weights far below the scale may round to zero; what such a weight loses is all of it.
-                lost = _off(at) * step if at > np.float32(0.25) else abs(weight)
+                lost = abs(weight) if step > 0 and at < np.float32(0.25) else _off(at) * step
                 rounded = abs(stored) * np.float32(1.01 * 2.0**-8) + abs(weight) * np.float32(2.0**-20)
                 room = lost + rounded + np.float32(2.0**-133)
                 empty = largest <= zeros and stored == 0

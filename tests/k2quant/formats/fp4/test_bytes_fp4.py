@@ -148,6 +148,17 @@ def test_weights_far_below_the_tensor_scale_are_explained(asked: Format) -> None
     assert outside(stored, before, parts) == 0
 
 
+@pytest.mark.parametrize("asked", FORMATS[:2], ids=lambda each: each.label)
+def test_a_scale_of_zero_excuses_nothing(asked: Format) -> None:
+    """A block of weights five times the least scale is no block of zeros."""
+    before = float_to_bf16(np.full((1, 32), 5 * 2.0**-9, np.float32))
+    before[0, 0] = float_to_bf16(np.array([2688], np.float32))[0]
+    stored, parts = stored_as(asked, before, "rtn")
+    assert outside(stored, before, parts) == 0
+    parts["weight_scale"][0, 1] = 0
+    assert outside(stored, before, parts) == 0.5
+
+
 @pytest.mark.parametrize("how", ["rtn", "mse"])
 @pytest.mark.parametrize("asked", FORMATS, ids=lambda each: each.label)
 def test_a_code_one_step_off_is_seen(asked: Format, how: str) -> None:
