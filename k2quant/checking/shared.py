@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from k2quant.checkpoint.reading import read_into
+from k2quant.checkpoint.panels import read_whole
 from k2quant.ground import engines
 
 if TYPE_CHECKING:
@@ -45,12 +45,4 @@ def unlike_scales(checkpoint: Checkpoint, weights: Iterable[StoredWeight]) -> di
 
 def _whole(checkpoint: Checkpoint, weight: StoredWeight) -> bytes:
     """Return the bytes of the tensors that every panel of a weight has whole, a few for each."""
-    if weight.format is None:
-        return b""
-    scales = [weight.parts[suffix] for suffix in weight.format.streamed if suffix in weight.format.whole]
-    data = bytearray(sum(entry.nbytes for entry in scales))
-    place = 0
-    for entry in scales:
-        read_into(checkpoint.shards[entry.file], entry.start, memoryview(data)[place : place + entry.nbytes])
-        place += entry.nbytes
-    return bytes(data)
+    return b"".join(array.tobytes() for array in read_whole(checkpoint, weight).values())
