@@ -286,11 +286,15 @@ def render_fp4(folder: Path) -> str:
         "fp4-proof": "[What INT4 loses on its way](results/fp4-proof.md): K2.6's own weights and nano-K2 after QAT to "
         "NVFP4 and MXFP4, by `rtn`, `mse` and `imatrix`: errors of matrices, predictions, answers, the gate.",
         "fp4-peers": "[FP4 beside its peers](results/fp4-peers.md): whole commands against llm-compressor and "
-        "ModelOpt, and which of their bytes are ours.",
-        "fp4-rates": "[How fast FP4 is](results/fp4-rates.md): codecs and products in memory.",
+        "ModelOpt's tensor code on the same bytes: time, memory, and which tensors are equal.",
+        "fp4-rates": "[How fast FP4 is](results/fp4-rates.md): every conversion into and out of FP4 in memory, and "
+        "products at one row beside INT4's.",
     }
     lines = [f"- {line}\n" for name, line in pages.items() if (folder / f"{name}.json").exists()]
-    command = "`PYTHONPATH=benchmarks python -m suites.fp4.run --only proof`, or `peers`; `python -m suites.fp4.rates`."
+    command = (
+        "`PYTHONPATH=benchmarks python -m suites.fp4.run --only proof`, or `peers`; `python -m suites.fp4.rates`. "
+        "`make fp4-oracles` asks ModelOpt for the bytes that tests hold."
+    )
     return f"\n## FP4\n\n{command}\n\n{''.join(lines)}" if lines else ""
 
 
