@@ -33,7 +33,7 @@ from k2quant.conversion.searching.inputs import inputs_of, scaled
 from k2quant.conversion.searching.searched import Searched
 from k2quant.conversion.searching.surveys import Substitute, check_shared
 from k2quant.conversion.stream import Progress, Record, Rounder, Stream
-from k2quant.errors import OutputError
+from k2quant.errors import OutputError, UsageError
 from k2quant.formats.activations import ActivationScales, KvCache
 from k2quant.formats.format import Format, Layout, Method, Scope
 from k2quant.formats.known import FormatName
@@ -204,7 +204,14 @@ def convert(
 
 
 def source_of(activation_scales: str | os.PathLike[str] | None) -> ActivationScales | None:
-    """Return where activation scales come from, by what `convert` takes for them; a folder `./one` is a folder."""
+    """Return where activation scales come from, by what `convert` takes for them; a folder `./one` is a folder.
+
+    Raises:
+        UsageError: they are neither a folder nor `one`.
+    """
+    if not isinstance(activation_scales, str | os.PathLike | None):
+        found = f"activation_scales is {activation_scales!r}"
+        raise UsageError(f"{found}; expected a folder that `k2quant calibrate` wrote, or 'one', which stands for 1.0")
     return None if activation_scales is None else "one" if activation_scales == "one" else "stats"
 
 

@@ -264,6 +264,7 @@ def test_a_calibration_weighs_errors(small: Path, stats: Path, tmp_path: Path, t
         ({"to": "mxfp4", "method": "awq"}, "`method=` awq is not there for mxfp4"),
         ({"to": "mxfp4", "activation_scales": "one"}, "`activation_scales=` has no meaning with mxfp4: .* NVFP4"),
         ({"to": "int4", "allow_rounding": True}, "`allow_rounding=` has no meaning with int4: .* NVFP4"),
+        ({"to": "nvfp4", "activation_scales": 1.0}, r"activation_scales is 1\.0; expected .*, or 'one'"),
         ({"to": "nvfp4", "kv_cache": "fp4"}, "KV cache"),
         ({"to": "nvfp4", "layout": "deepseek"}, "deepseek"),
         ({"to": "mxfp4", "layout": "modelopt"}, "modelopt"),
