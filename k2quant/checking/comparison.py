@@ -92,6 +92,12 @@ def unlike(finding: Finding) -> bool:
     return finding.relation in {"differs", "missing", "extra"} or finding.formats[0] != finding.formats[1]
 
 
+def _made_of(weight: StoredWeight) -> list[tuple[str, tuple[int, ...], str | None]]:
+    """Return dtypes and shapes, and of a whole scale the name, too: by that it multiplies or divides."""
+    whole = () if weight.format is None else weight.format.whole
+    return [(entry.dtype, entry.shape, suffix if suffix in whole else None) for suffix, entry in weight.parts.items()]
+
+
 @dataclass(slots=True)
 class _Pair:
     """A weight of both checkpoints, being compared."""
@@ -116,12 +122,9 @@ class _Pair:
 
     @property
     def same_layout(self) -> bool:
-        """Whether both are made of the same tensors, whatever they are called."""
+        """Whether both are made of the same tensors, whatever those are called that mean the same by any name."""
         alike = self.first.format == self.second.format or self.relabels
-        ours, theirs = (
-            [(entry.dtype, entry.shape) for entry in weight.parts.values()] for weight in (self.first, self.second)
-        )
-        return alike and ours == theirs
+        return alike and _made_of(self.first) == _made_of(self.second)
 
     def entries(self, suffix: str) -> tuple[TensorEntry, TensorEntry]:
         """Return a tensor of the first and what the second has in its place, where both are made of the same."""

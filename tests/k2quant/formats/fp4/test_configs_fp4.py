@@ -279,3 +279,24 @@ def test_a_block_without_groups_is_enough(sound: Any, written: Any) -> None:
     assert "config_groups" in block_of(plan(written(sound("modelopt", inputs=1.0), block), "nvfp4"))
     with pytest.raises(MalformedFile, match="no quant_algo"):
         plan(written(sound("modelopt"), {"quant_method": "modelopt"}, "none"), "bf16")
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "layout"), [("modelopt", (1,), "compressed-tensors"), ("packed", (), "modelopt")]
+)
+def test_verify_knows_the_two_forms_of_a_tensor_scale_apart(
+    sound: Any, written: Any, tmp_path: Any, kind: str, shape: tuple[int, ...], layout: Any
+) -> None:
+    """Also where both are of one shape: the same number in the other form is another scale."""
+    suffix, other = ("weight_scale_2", "weight_global_scale")[:: 1 if kind == "modelopt" else -1]
+    tensors = sound(kind)
+    name = next(each for each in tensors if each.endswith(suffix))
+    tensors[name] = ("F32", tensors[name][1].reshape(shape))
+    source = written(tensors)
+    done = k2quant.convert(source, tmp_path / "out", "nvfp4", layout=layout).folder
+    assert k2quant.verify(source, done).passed
+    entry = open_checkpoint(done).tensors[name.replace(suffix, other)]
+    with (done / entry.file).open("r+b") as file:
+        file.seek(entry.start)
+        file.write(tensors[name][1].tobytes())
+    assert not k2quant.verify(source, done).passed
