@@ -121,8 +121,8 @@ class Searched:
         return float(self.takes(job))
 
     def takes(self, job: Job) -> bool:
-        """Tell whether a weight's scales are searched."""
-        return job.name in self._taken
+        """Tell whether a weight's scales are searched; a bias of the same name is copied."""
+        return job.target is not None and job.name in self._taken
 
     def panel(self, job: Job, start: int, parts: Parts, outputs: Parts, codecs: Codecs, scratch: Scratch) -> Figures:
         """Store a panel at searched scales, or at plain ones where these were found better."""
@@ -156,7 +156,7 @@ class Searched:
         """
         for stats in self._calibrated:
             check_bytes(stats, job.weight, read)
-        if job.name not in self._taken:
+        if not self.takes(job):
             return False
         with self._lock:
             weight = self._weights.pop(job.name)

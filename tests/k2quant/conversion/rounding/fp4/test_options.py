@@ -355,3 +355,17 @@ def test_verify_misses_scales_of_which_the_config_speaks(small_bf16: Path, tmp_p
         if (scaled / name).exists():
             (out / name).write_bytes((scaled / name).read_bytes())
     assert "24 weights have no scale of them" in k2quant.verify(small_bf16, out).failures[CONFIG]
+
+
+@pytest.mark.parametrize("to", ["nvfp4", "mxfp4", "int4"])
+def test_a_bias_of_a_weight_that_is_searched_is_copied(tmp_path: Path, to: Any) -> None:
+    """It has the weight's name but for the end, and bytes of its own, whichever of the two comes last."""
+    weight = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
+    bits, bias = (weight.view(np.uint32) >> 16).astype(np.uint16), np.arange(32, dtype=np.uint16)
+    base = "model.layers.1.mlp.experts.0.up_proj"
+    for order in (("bias", "weight"), ("weight", "bias")):
+        source = tmp_path / "-".join(order)
+        shard = {f"{base}.{name}": ("BF16", {"weight": bits, "bias": bias}[name]) for name in order}
+        write_checkpoint(source, {"model.safetensors": shard}, {"model_type": "kimi_k2"})
+        made = open_checkpoint(k2quant.convert(source, tmp_path / f"{to}-{order[0]}", to, method="mse").folder)
+        assert read_tensor(made, made.tensors[f"{base}.bias"]) == bias.tobytes()
