@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def command(folder: Path, *, steps: int | None) -> None:
     """Write a small checkpoint in K2's layout to FOLDER, convert it through every format and check each step.
 
-    Then train nano-K2, a K2 in everything but size, convert it to FP8 and INT4, run it in all three formats, say what
+    Then train nano-K2, a K2 in everything but size, convert it to every other format, run it in each, say what
     each costs, have the gate judge INT4 by what lm-eval makes of its answers, and calibrate it. Exits 3 when a step is
     not what it promises to be.
 

@@ -173,6 +173,9 @@ class Int4(Format):
     @classmethod
     def refusal(cls, suffix: str, entry: Entry, beside: Neighbours) -> CheckpointError | None:
         """Know INT4 of other tools, and what else packs weights."""
+        packed = beside.get("weight_packed")
+        if suffix == "weight_shape" and packed is not None and packed.dtype == "U8":
+            return beside.foreign(packed, "packed weights of dtype U8 are not supported beside a weight_shape")
         why = {
             "weight_packed": f"packed weights of dtype {entry.dtype} are not supported: INT4 packs I32, FP4 packs U8",
             "weight_zero_point": "asymmetric INT4 (weight_zero_point) is not supported",

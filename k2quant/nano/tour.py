@@ -39,7 +39,7 @@ class Stop(NamedTuple):
 
 
 def tour(folder: Path, items: Iterable[Item] | None = None) -> Iterator[Stop]:
-    """Convert a nano-K2 to FP8 and to INT4, beside it, and run it in all three formats on the same items.
+    """Convert a nano-K2 to every other format, beside it, and run it in each on the same items.
 
     Args:
         folder: what `k2quant nano` wrote; `-fp8` and `-int4` are put behind its name for the others.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from k2quant.formats.known import FORMATS
 from pages import Step, blocks, run_step, skeleton, stage, steps
 from places import ROOT
 
@@ -43,13 +44,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme") / "clone"
     folder.mkdir()
     stage(folder)
-    for trained, formats in ((0, []), (2, ["bf16", "fp8", "int4"])):  # the second time over its own folder
+    for trained, formats in ((0, []), (2, list(FORMATS))):  # the second time over its own folder
         done = demo(folder, trained)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("\n  yes ") == 7
+        assert done.stdout.count("\n  yes ") == 8
         assert "  NO  " not in done.stdout
         rows = [line.split() for line in done.stdout.splitlines()]
-        assert [row[0] for row in rows if row and row[0] in {"bf16", "fp8", "int4"}] == formats
+        assert [row[0] for row in rows if row and row[0] in FORMATS] == formats
     return folder
 
 

@@ -864,7 +864,7 @@ def quantization(**changes: Any) -> dict[str, Any]:
     return FP8_CONFIG | {"quantization_config": FP8_CONFIG["quantization_config"] | changes}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "kimi_linear", "deepseek_v2", 3, ["kimi_k2"], {}])
+@pytest.mark.parametrize("model_type", ["llama", "kimi_vl", "deepseek_v2", 3, ["kimi_k2"], {}])
 def test_config_of_another_model(case: Case, model_type: object) -> None:
     """A model whose tensor names we do not know is refused."""
     case.write(fp8(), config=FP8_CONFIG | {"model_type": model_type})
@@ -877,7 +877,7 @@ def test_config_of_another_model_inside(case: Case) -> None:
     case.refused(UnsupportedFormat, "llama")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "modelopt", "bitsandbytes", None, 4, [], {}])
+@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "bitsandbytes", None, 4, [], {}])
 def test_config_of_unknown_method(case: Case, method: object) -> None:
     """A quant_method that we do not read is refused by name."""
     case.write(fp8(), config=quantization(quant_method=method))
