@@ -15,12 +15,6 @@ def values(codes: Tensor) -> Tensor:
     return reference.e2m1_numbers(reference.unpack_e2m1(codes))
 
 
-def check_rows(layout: str) -> None:
-    """Raise UsageError for any layout but a checkpoint's own."""
-    if layout != "rows":
-        raise UsageError(f"layout: expected rows, found {layout}")
-
-
 def check_codes(codes: Tensor, scale: Tensor, block: int, scales: tuple[torch.dtype, ...]) -> None:
     """Raise UsageError unless codes and the scales of blocks of so many columns fit each other.
 

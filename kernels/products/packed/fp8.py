@@ -14,7 +14,7 @@ from torch import Tensor
 
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs.grids import BLOCK
-from k2quant.kernels.products.packed.weight import GROUP, Layout, check_device, check_parts, check_scale
+from k2quant.kernels.products.packed.weight import GROUP, Layout, check_device, check_parts, check_rows, check_scale
 from k2quant.kernels.products.tables.configs import Product
 
 
@@ -84,7 +84,7 @@ class Fp8Weight:
             UsageError: dtype, shape or device do not fit, a code is NaN, or a scale is negative or not finite.
         """
         rows, columns = numbers or BLOCK
-        _check_layout(layout)
+        check_rows(layout)
         _check_fp8(codes, scale, (rows, columns))
         return cls(codes.contiguous(), scale.contiguous(), (rows, columns))
 
@@ -99,7 +99,7 @@ class Fp8Weight:
     ) -> Self:
         """Return a weight `[N, K]` or `[E, N, K]` with whatever content."""
         rows, columns = numbers or BLOCK
-        _check_layout(layout)
+        check_rows(layout)
         codes = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
         scale = torch.empty(_scales(codes, (rows, columns)), dtype=torch.float32, device=device)
         return cls(codes, scale, (rows, columns))
@@ -150,11 +150,6 @@ def spread(scale: Tensor, block: tuple[int, int], shape: tuple[int, ...]) -> Ten
 
 def _scales(codes: Tensor, block: tuple[int, int]) -> tuple[int, ...]:
     return (*codes.shape[:-2], -(-codes.shape[-2] // block[0]), -(-codes.shape[-1] // block[1]))
-
-
-def _check_layout(layout: str) -> None:
-    if layout != "rows":
-        raise UsageError(f"layout: expected rows, found {layout}")
 
 
 def _check_fp8(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> None:

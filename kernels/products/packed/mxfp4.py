@@ -15,8 +15,8 @@ from torch import Tensor
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs import reference
 from k2quant.kernels.codecs.fp4 import MXFP4_BLOCK, NAN_E8M0
-from k2quant.kernels.products.packed.fp4 import check_codes, check_rows, values
-from k2quant.kernels.products.packed.weight import Layout, check_parts
+from k2quant.kernels.products.packed.fp4 import check_codes, values
+from k2quant.kernels.products.packed.weight import Layout, check_parts, check_rows
 from k2quant.kernels.products.tables.configs import Product
 
 

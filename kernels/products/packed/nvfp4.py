@@ -15,8 +15,8 @@ from torch import Tensor
 
 from k2quant.errors import UsageError
 from k2quant.kernels.codecs.fp4 import NAN_E4M3, NVFP4_BLOCK
-from k2quant.kernels.products.packed.fp4 import check_codes, check_rows, values
-from k2quant.kernels.products.packed.weight import Layout, check_device, check_parts
+from k2quant.kernels.products.packed.fp4 import check_codes, values
+from k2quant.kernels.products.packed.weight import Layout, check_device, check_parts, check_rows
 from k2quant.kernels.products.tables.configs import Product
 
 

@@ -136,6 +136,12 @@ class PackedWeight(Protocol):
         """Return a weight of the same shape and layout on a device, with whatever content."""
 
 
+def check_rows(layout: str) -> None:
+    """Raise UsageError for any layout but a checkpoint's own."""
+    if layout != "rows":
+        raise UsageError(f"layout: expected rows, found {layout}")
+
+
 def check_parts(codes: Tensor, scale: Tensor, kinds: tuple[torch.dtype, torch.dtype], shape: tuple[int, ...]) -> None:
     """Raise UsageError unless tensors of a layout have these dtypes, fit each other and lie together."""
     if (codes.dtype, scale.dtype) != kinds:
