@@ -2,7 +2,8 @@
 
 While a conversion runs, the folder holds `.k2quant/lock` (locked by the process, and free when it dies),
 `.k2quant/journal.jsonl` (one line that says what is being made, then one for each finished shard) and a file
-`INCOMPLETE`. Where several processes write the shards, each notes its own in `.k2quant/shards`. All of it goes when the conversion is done; what remains is the checkpoint and its report.
+`INCOMPLETE`. Where several processes write the shards, each notes its own in `.k2quant/shards`. All of it goes when the
+conversion is done; what remains is the checkpoint and its report.
 """
 
 from __future__ import annotations

@@ -94,14 +94,17 @@ def order_from(content: object) -> Order:
     """
     try:
         said = mapping(content)
-        if said.keys() != {part.name for part in fields(Order)}:
-            raise TypeError(f"{listed(said)} where an order stands")
         return Order(
+            source=text(said["source"]),
+            destination=text(said["destination"]),
             options=options_from(said["options"]),
             digests={name: text(value) for name, value in mapping(said["digests"]).items()},
-            **{name: text(said[name]) for name in ("source", "destination", "device")},
-            **{name: None if said[name] is None else text(said[name]) for name in ("stats", "activation_scales")},
-            **{name: truth(said[name]) for name in ("follow_links", "sha256", "low_disk")},
+            stats=_text_or_none(said["stats"]),
+            activation_scales=_text_or_none(said["activation_scales"]),
+            follow_links=truth(said["follow_links"]),
+            device=text(said["device"]),
+            sha256=truth(said["sha256"]),
+            low_disk=truth(said["low_disk"]),
         )
     except (TypeError, ValueError, KeyError) as error:
         raise UsageError(f"not an order of k2quant {__version__}: {error}; use one release on all machines") from error
@@ -137,6 +140,10 @@ def made(asked: Order) -> tuple[Plan, Searched | None]:
             remedy="name a folder that all machines see, or copies of equal times (`cp --preserve`, `rsync --times`)",
         )
     return plan, rounder
+
+
+def _text_or_none(value: object) -> str | None:
+    return None if value is None else text(value)
 
 
 def _anywhere(place: str | os.PathLike[str]) -> str:

@@ -69,7 +69,7 @@ def test_an_order_of_another_source_is_refused(k2_source: Path, tmp_path: Path) 
     asked = ordered(source, there)
     assert made(asked)[0].options == OPTIONS
     os.utime(next(source.glob("*.safetensors")))
-    with pytest.raises(CheckpointError, match="sees another source.*found other source"):
+    with pytest.raises(CheckpointError, match=r"sees another source.*found other source"):
         made(asked)
     content = asked.as_json()
     content["digests"]["version"] = "0"
