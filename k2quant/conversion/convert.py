@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.calib.stats.reading import open_stats
-from k2quant.checkpoint.files.paths import check_inside, copy_file, write_whole
+from k2quant.checkpoint.files.paths import check_inside
 from k2quant.checkpoint.panels import naming, read_whole
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT, open_checkpoint
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.writing.destination import locked
+from k2quant.checkpoint.writing.target import Target
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, make_plan, options_of
 from k2quant.conversion.recipes.rules import Recipes, read_recipe
@@ -295,12 +296,12 @@ def carry_out(
                 rounder=rounder,
             )
             shards = done | stream.run(threads)
-            check_halves(shards.values(), folder.folder)
+            check_halves(shards.values(), folder.spot)
             if check is not None:
-                check(folder.folder)
+                check(folder.spot)
             more = {} if rounder is None else rounder.summary()
             report = _report(plan, shards, seconds=time.monotonic() - begun, resumed=len(done), more=more)
-            _complete(folder.folder, plan, report, sha256=sha256)
+            _complete(folder, plan, report, sha256=sha256)
             folder.finish()
             return Conversion(there, report, len(done), already_done=False)
     except OSError as error:
@@ -398,23 +399,15 @@ def _report(
     }
 
 
-def _complete(folder: Path, plan: Plan, report: dict[str, Any], *, sha256: bool) -> None:
+def _complete(folder: Target, plan: Plan, report: dict[str, Any], *, sha256: bool) -> None:
     """Write everything but the shards, config.json last."""
     for name in plan.copies:
         check_inside(plan.source.folder, plan.source.folder / name, follow_links=plan.source.follow_links)
-        copy_file(plan.source.folder / name, folder / name)
-        report["files"][name] = _file_facts(folder / name, sha256=sha256)
+        folder.copy(plan.source.folder / name, name)
+        report["files"][name] = folder.facts(name, sha256=sha256)
     for name, data in plan.last.items():
         facts = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         report["files"][name] = facts  # small, and what engines read first: always with its digest
-    write_whole(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
+    folder.write(REPORT, json.dumps(report, indent=1).encode() + b"\n")
     for name, data in plan.last.items():
-        write_whole(folder / name, data)
-
-
-def _file_facts(path: Path, *, sha256: bool) -> dict[str, Any]:
-    facts: dict[str, Any] = {"size": path.stat().st_size}
-    if sha256:
-        with path.open("rb") as file:
-            facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return facts
+        folder.write(name, data)
