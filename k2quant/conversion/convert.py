@@ -262,12 +262,12 @@ def carry_out(
                 rounder=rounder,
             )
             shards = done | stream.run(threads)
-            check_halves(shards.values(), folder.folder)
+            check_halves(shards.values(), folder.spot)
             if check is not None:
-                check(folder.folder)
+                check(folder.spot)
             more = {} if rounder is None else rounder.summary()
             report = report_of(plan, shards, seconds=time.monotonic() - begun, resumed=len(done), more=more)
-            complete(folder.folder, plan, report, sha256=sha256)
+            complete(folder, plan, report, sha256=sha256)
             folder.finish()
             return Conversion(there, report, len(done), already_done=False)
     except OSError as error:

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from k2quant.checkpoint.files import digests
 from k2quant.checkpoint.files.checksum import combine, crc32
 from k2quant.checkpoint.panels import (
     PIECE_BYTES,
@@ -28,8 +27,7 @@ from k2quant.checkpoint.panels import (
     read_panel,
 )
 from k2quant.checkpoint.reading import read_into
-from k2quant.checkpoint.writing.destination import Destination
-from k2quant.checkpoint.writing.writer import ShardWriter
+from k2quant.checkpoint.writing.target import Target, Writer
 from k2quant.conversion.placing import Job, ShardPlan, target_of
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.searching.surveys import Substitute, Surveys
@@ -162,7 +160,7 @@ class _Shard:
     """An output shard in the making."""
 
     plan: ShardPlan
-    writer: ShardWriter
+    writer: Writer
     logs: list[_Log]
     pending: int = 0
     """Tasks that are not done yet."""
@@ -212,7 +210,7 @@ class Stream:
     def __init__(
         self,
         plan: Plan,
-        folder: Destination,
+        folder: Target,
         *,
         done: set[str],
         only: Collection[str] | None = None,
@@ -245,7 +243,7 @@ class Stream:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._records: dict[str, Record] = {}
-        self._open: set[ShardWriter] = set()
+        self._open: set[Writer] = set()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="k2quant-disk")
         self._flushes: deque[Future[None]] = deque()
 
@@ -424,7 +422,7 @@ class Stream:
             record["sha256"] = shard.writer.sha256()
         shard.writer.finish()
         if self._sha256:
-            digests.note((self._folder.folder / shard.plan.file).stat(), record["sha256"])
+            self._folder.keep_digest(shard.plan.file, record["sha256"])
         self._folder.record(record)
         _log.info("%s: %s, on the disk", shard.plan.file, size(shard.plan.size))
         with self._lock:

@@ -9,16 +9,27 @@ conversion is done; what remains is the checkpoint and its report.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from k2quant.checkpoint.files import digests
 from k2quant.checkpoint.files.locks import Lock, take
-from k2quant.checkpoint.files.paths import PARTIAL, partials, read_limited, sync_folder, write_whole
+from k2quant.checkpoint.files.paths import (
+    PARTIAL,
+    copy_file,
+    nearest_folder,
+    partials,
+    read_limited,
+    sync_folder,
+    write_whole,
+)
 from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.checkpoint.writing.target import Room
 from k2quant.checkpoint.writing.writer import ShardWriter
 from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, OutputError
 
@@ -62,9 +73,53 @@ class Destination:
         self._journal = self.work / _JOURNAL
         self._shards = self.work / _SHARDS
 
+    @property
+    def spot(self) -> Path:
+        """The folder, as messages name it."""
+        return self.folder
+
+    def named(self, name: str) -> Path:
+        """Return the path of a file, as messages name it."""
+        return self.folder / name
+
+    def size(self, name: str, *, links: bool = True) -> int | None:
+        """Return the bytes of a file that stands there; None for what is no regular file.
+
+        Args:
+            name: of the file.
+            links: whether a link to a file will do.
+        """
+        path = self.folder / name
+        return path.stat().st_size if path.is_file() and (links or not path.is_symlink()) else None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file so that it is whole or not there."""
+        write_whole(self.folder / name, data)
+
+    def copy(self, source: Path, name: str) -> None:
+        """Copy a file so that the copy is whole or not there."""
+        copy_file(source, self.folder / name)
+
+    def facts(self, name: str, *, sha256: bool) -> dict[str, Any]:
+        """Return what a report says of a file that was copied here: its size and, where asked for, its SHA-256."""
+        path = self.folder / name
+        facts: dict[str, Any] = {"size": path.stat().st_size}
+        if sha256:
+            with path.open("rb") as file:
+                facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        return facts
+
     def writer(self, file: str, header: bytes, size: int) -> ShardWriter:
         """Begin a shard; see `ShardWriter`."""
         return ShardWriter(self.folder / file, header, size, self._attempt)
+
+    def keep_digest(self, file: str, sha256: str) -> None:
+        """Note the digest of a shard that has just been written, for whoever asks for it later."""
+        digests.note((self.folder / file).stat(), sha256)
+
+    def room(self, shards: Mapping[str, int], more: int) -> Room:
+        """Return what the disk must have free for an output; see `room_of`."""
+        return room_of(self.folder, shards, more)
 
     def finished_report(self) -> dict[str, Any] | None:
         """Return the report of a finished conversion, or None while there is none of ours."""
@@ -145,7 +200,7 @@ class Destination:
         """
         self.begin([{"files": files}])
         self.forget()
-        self.unlink(files)
+        self.delete(files)
 
     def forget(self) -> None:
         """Delete what a run kept to go on from."""
@@ -155,7 +210,7 @@ class Destination:
             elif path.is_dir():
                 shutil.rmtree(path)
 
-    def unlink(self, files: list[str]) -> None:
+    def delete(self, files: Sequence[str]) -> None:
         """Delete those of these files that are there; names that leave the folder are passed over."""
         for name in files:
             path = self.folder / name
@@ -205,6 +260,20 @@ class Destination:
         with contextlib.suppress(FileNotFoundError):  # nothing was begun, or another run has just finished
             return any(path.is_dir() for path in self.work.iterdir())
         return False
+
+
+def room_of(folder: Path, shards: Mapping[str, int], more: int) -> Room:
+    """Return what an output needs in a folder that need not be there yet, and what is free.
+
+    Args:
+        folder: where it will lie.
+        shards: sizes in bytes of the shards that are missing, by name; what stands in their place gives its room.
+        more: bytes of the files beside them.
+    """
+    replaced = [path for name in shards for path in (folder / name, *partials(folder / name))]
+    present = sum(path.stat().st_size for path in replaced if path.is_file())
+    where = nearest_folder(folder)
+    return Room(where, sum(shards.values()) + more - present, shutil.disk_usage(where).free)
 
 
 def _line(record: dict[str, Any]) -> bytes:
