@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, TYPE_CHECKING, Any
@@ -17,9 +18,13 @@ from k2quant.errors import ClusterError, UsageError, printable
 from k2quant.ground.extras import need
 
 if TYPE_CHECKING:
+    from k2quant.checkpoint.writing.target import Target
+    from k2quant.conversion.plan import Plan
     from k2quant.conversion.spreading.driver import Task, Told
     from k2quant.conversion.spreading.order import Order
-    from k2quant.conversion.stream import Record
+    from k2quant.conversion.stream import Progress, Record
+
+_log = logging.getLogger(__name__)
 
 _SHAPE = re.compile(r"auto|ray://[^\s/@?#]+:[0-9]{1,5}", re.ASCII)
 _DRIVER = "import sys; from k2quant.conversion.spreading.driver import main; main(int(sys.argv[1]))"
@@ -27,6 +32,7 @@ _START = 120.0  # seconds that the driver may be silent while it meets the clust
 _SILENCE = 30.0  # seconds that it may be silent later; Ray's own calls give up after 60, and end the process
 _END = 10.0  # seconds that it may take to end its workers
 _POLL = 0.1  # seconds between two ticks of a bar
+_SIGHT = 70.0  # seconds after which a network's file system shows what another machine wrote: NFS keeps a name for 60
 _AGAIN = "when there is a cluster again, run the same command: it resumes"
 
 
@@ -48,48 +54,78 @@ def check_cluster(cluster: object) -> str:
     return cluster
 
 
-def write_over(
-    cluster: str,
-    asked: Order,
-    files: Mapping[str, int],
-    *,
-    workers: int | None,
-    record: Callable[[Record], None],
-    progress: Callable[[int], None],
-    note: Callable[[str], None],
-) -> None:
-    """Have a cluster write shards, whatever becomes of single machines.
+class Spread:
+    """Who has a cluster write a plan's shards, whatever becomes of single machines."""
 
-    Args:
-        cluster: as `check_cluster` takes it.
-        asked: what all make together.
-        files: the shards, with the bytes that each reads.
-        workers: threads of each machine; None: the cores that the cluster has there.
-        record: called with what each shard came to, once it stands at the target.
-        progress: called with the bytes of weights read so far.
-        note: called with what is worth a line: a machine that works, one that was lost.
+    def __init__(self, cluster: str, asked: Order, plan: Plan, *, workers: int | None = None) -> None:
+        """Keep what is asked for.
 
-    Raises:
-        ClusterError: the cluster is not there, was lost, has no node to work on, or a node cannot take part.
-        K2QuantError: as a conversion on one machine.
-    """
-    done, left = 0, dict(files)
-    for told in _driven(cluster, asked, tuple(files), workers):
-        match told.kind:
-            case "read":
-                progress(done + told.what)
-            case "record" if told.what["shard"] in left:
-                done += left.pop(told.what["shard"])
-                record(told.what)
-            case "note":
-                note(told.what)
+        Args:
+            cluster: as `check_cluster` takes it.
+            asked: the order by which others make the plan.
+            plan: what all make together.
+            workers: threads of each machine; None: the cores that the cluster has there.
+        """
+        self._cluster, self._asked, self._plan, self._workers = cluster, asked, plan, workers
+
+    def write(self, done: Collection[str], folder: Target, progress: Progress | None) -> dict[str, Record]:
+        """Have all other shards written; return what a journal notes of each.
+
+        Args:
+            done: file names of the shards that are finished already.
+            folder: the target, as this machine sees it.
+            progress: called with the bytes of weights read so far and in all.
+
+        Raises:
+            ClusterError: the cluster is not there, was lost, has no node to work on, or a node cannot take part; what
+                stands at the target by then stays.
+            K2QuantError: as a conversion on one machine.
+        """
+        sizes = {shard.file: shard.bytes_read for shard in self._plan.shards if shard.file not in done}
+        total = self._plan.bytes_read
+        read = total - sum(sizes.values())
+        records: dict[str, Record] = {}
+        if not sizes:
+            return records
+        for told in _driven(self._cluster, self._asked, tuple(sizes), self._workers):
+            match told.kind:
+                case "record" if told.what["shard"] not in records:
+                    records[told.what["shard"]] = told.what
+                    read += sizes[told.what["shard"]]
+                case "read" if progress:
+                    progress(min(read + told.what, total), total)
+                case "note":
+                    _log.info("%s", told.what)
+                case "lost":
+                    _log.warning("%s", told.what)
+        self._see(records, folder)
+        return records
+
+    def _see(self, records: Mapping[str, Record], folder: Target) -> None:
+        """Refuse shards that stand elsewhere than at the target that this machine sees.
+
+        Raises:
+            ClusterError: there are such.
+        """
+        until = time.monotonic() + _SIGHT
+        for name, record in records.items():
+            while folder.size(name) != record["size"]:
+                if time.monotonic() > until:
+                    raise ClusterError(
+                        "was written by another machine and is not seen here",
+                        file=f"{self._asked.destination}/{name}",
+                        expected=f"{record['size']} bytes",
+                        found=folder.size(name),
+                        remedy="name a destination that all machines see",
+                    )
+                time.sleep(_POLL)
 
 
 def look_over(cluster: str, asked: Order, *, workers: int | None) -> list[dict[str, Any]]:
     """Return what each machine of a cluster has and would take for all of the work alone.
 
     Raises:
-        ClusterError: as `write_over`.
+        ClusterError: as `Spread.write`.
     """
     return [told.what for told in _driven(cluster, asked, (), workers) if told.kind == "node"]
 

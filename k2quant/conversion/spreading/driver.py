@@ -52,7 +52,7 @@ class Told(NamedTuple):
     """What the driver says to whoever started it."""
 
     kind: str
-    """`read`, `record`, `note`, `node`, `failed` or `done`; `read` comes all the time, as a sign of life."""
+    """`read`, `record`, `note`, `lost`, `node`, `failed` or `done`; `read` comes all the time, as a sign of life."""
     what: Any = None
 
 
@@ -252,7 +252,7 @@ class _Driver:
         again = [file for file in self._task.files if file in seat.holds]
         self._todo.extendleft(reversed(again))
         what = f"; {counted(len(again), 'shard')} will be written again" if again else ""
-        self._talk.send(Told("note", f"a worker on {seat.node.name} was lost{what}"))
+        self._talk.send(Told("lost", f"a worker on {seat.node.name} was lost{what}"))
         resting, self._resting = self._resting, []
         for each in resting:
             self._next(each)
