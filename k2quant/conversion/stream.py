@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -213,6 +213,7 @@ class Stream:
         folder: Target,
         *,
         done: set[str],
+        only: Collection[str] | None = None,
         codecs: Codecs,
         sha256: bool,
         progress: Progress | None,
@@ -225,6 +226,7 @@ class Stream:
             plan: what to write.
             folder: where to write it.
             done: file names of the shards that are finished already.
+            only: file names of the shards that are this process's; None: all. Its progress is that of these alone.
             codecs: who does the arithmetic.
             sha256: whether to note a digest of each file.
             progress: called as the work goes on.
@@ -234,8 +236,9 @@ class Stream:
         self._plan, self._folder, self._sha256, self._progress = plan, folder, sha256, progress
         self._codecs, self._substitute, self._rounder = codecs, substitute, rounder
         self._surveys = Surveys(plan, codecs, substitute, lambda: self._scratch)
-        self._todo = [shard for shard in plan.shards if shard.file not in done]
-        self._total = plan.bytes_read
+        own = [shard for shard in plan.shards if only is None or shard.file in only]
+        self._todo = [shard for shard in own if shard.file not in done]
+        self._total = sum(shard.bytes_read for shard in own)
         self._read = self._total - sum(shard.bytes_read for shard in self._todo)
         self._lock = threading.Lock()
         self._local = threading.local()
