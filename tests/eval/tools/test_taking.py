@@ -188,7 +188,9 @@ GOOD["request"] |= {"n": 1, "seed": 1, "top_p": 1.0, "expect": ["search"], "tool
 
 
 @given(st.sampled_from(list(spots(GOOD))), ANY)
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_any_part_may_be_anything(tmp_path: Path, spot: tuple[Any, ...], part: Any) -> None:
     """With whatever in place of a part, a line is read or refused, and what was read can be written."""
     changed = copy.deepcopy(GOOD)
