@@ -13,21 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from k2quant.calib.stats.reading import open_stats
 from k2quant.checkpoint.panels import naming, read_whole
-from k2quant.checkpoint.reader import INCOMPLETE, REPORT, open_checkpoint
+from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.writing.destination import locked
 from k2quant.conversion.finishing.completing import complete
 from k2quant.conversion.finishing.report import report_of
-from k2quant.conversion.plan import Options, Plan, make_plan, options_of
+from k2quant.conversion.plan import Options, Plan, options_of
 from k2quant.conversion.recipes.rules import Recipes, read_recipe
 from k2quant.conversion.resume import begin, check_finished, clear, refuse_nested
-from k2quant.conversion.searching.asked import searched
-from k2quant.conversion.searching.fitting import check_method
+from k2quant.conversion.searching.asked import planned
 from k2quant.conversion.searching.folding import check_halves
-from k2quant.conversion.searching.inputs import scaled
-from k2quant.conversion.searching.searched import Searched
 from k2quant.conversion.searching.surveys import Substitute, check_shared
 from k2quant.conversion.stream import Progress, Rounder, Stream
 from k2quant.errors import OutputError, UsageError
@@ -210,30 +206,6 @@ def source_of(activation_scales: str | os.PathLike[str] | None) -> ActivationSca
     return None if activation_scales is None else "one" if activation_scales == "one" else "stats"
 
 
-def planned(
-    source: Path,
-    options: Options,
-    stats: str | os.PathLike[str] | None = None,
-    activation_scales: str | os.PathLike[str] | None = None,
-    *,
-    follow_links: bool = False,
-) -> tuple[Plan, Searched | None]:
-    """Plan a conversion; return with it who searches scales, if anybody does. See `convert`.
-
-    Raises:
-        CheckpointError: the source cannot be converted, or the statistics are damaged, or another model's.
-        UsageError: the options make no sense.
-    """
-    check_method(options.in_force.method, stats=stats is not None)
-    plan = make_plan(open_checkpoint(source, follow_links=follow_links), options)
-    known = [
-        None if folder is None else open_stats(Path(folder))
-        for folder in (stats, activation_scales if options.activation_scales == "stats" else None)
-    ]
-    plan = scaled(plan, known[1])
-    return searched(plan, known[0], *(each for each in known[1:] if each is not None))
-
-
 def carry_out(
     plan: Plan,
     there: Path,
@@ -290,12 +262,12 @@ def carry_out(
                 rounder=rounder,
             )
             shards = done | stream.run(threads)
-            check_halves(shards.values(), folder.folder)
+            check_halves(shards.values(), folder.spot)
             if check is not None:
-                check(folder.folder)
+                check(folder.spot)
             more = {} if rounder is None else rounder.summary()
             report = report_of(plan, shards, seconds=time.monotonic() - begun, resumed=len(done), more=more)
-            complete(folder.folder, plan, report, sha256=sha256)
+            complete(folder, plan, report, sha256=sha256)
             folder.finish()
             return Conversion(there, report, len(done), already_done=False)
     except OSError as error:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from k2quant.checkpoint.files import digests
 from k2quant.checkpoint.files.checksum import combine, crc32
 from k2quant.checkpoint.panels import (
     PIECE_BYTES,
@@ -28,8 +27,7 @@ from k2quant.checkpoint.panels import (
     read_panel,
 )
 from k2quant.checkpoint.reading import read_into
-from k2quant.checkpoint.writing.destination import Destination
-from k2quant.checkpoint.writing.writer import ShardWriter
+from k2quant.checkpoint.writing.target import Target, Writer
 from k2quant.conversion.placing import Job, ShardPlan, target_of
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.searching.surveys import Substitute, Surveys
@@ -162,7 +160,7 @@ class _Shard:
     """An output shard in the making."""
 
     plan: ShardPlan
-    writer: ShardWriter
+    writer: Writer
     logs: list[_Log]
     pending: int = 0
     """Tasks that are not done yet."""
@@ -212,9 +210,10 @@ class Stream:
     def __init__(
         self,
         plan: Plan,
-        folder: Destination,
+        folder: Target,
         *,
         done: set[str],
+        only: Collection[str] | None = None,
         codecs: Codecs,
         sha256: bool,
         progress: Progress | None,
@@ -227,6 +226,7 @@ class Stream:
             plan: what to write.
             folder: where to write it.
             done: file names of the shards that are finished already.
+            only: file names of the shards that are this process's; None: all. Its progress is that of these alone.
             codecs: who does the arithmetic.
             sha256: whether to note a digest of each file.
             progress: called as the work goes on.
@@ -236,13 +236,14 @@ class Stream:
         self._plan, self._folder, self._sha256, self._progress = plan, folder, sha256, progress
         self._codecs, self._substitute, self._rounder = codecs, substitute, rounder
         self._surveys = Surveys(plan, codecs, substitute, lambda: self._scratch)
-        self._todo = [shard for shard in plan.shards if shard.file not in done]
-        self._total = plan.bytes_read
+        own = [shard for shard in plan.shards if only is None or shard.file in only]
+        self._todo = [shard for shard in own if shard.file not in done]
+        self._total = sum(shard.bytes_read for shard in own)
         self._read = self._total - sum(shard.bytes_read for shard in self._todo)
         self._lock = threading.Lock()
         self._local = threading.local()
         self._records: dict[str, Record] = {}
-        self._open: set[ShardWriter] = set()
+        self._open: set[Writer] = set()
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="k2quant-disk")
         self._flushes: deque[Future[None]] = deque()
 
@@ -287,7 +288,7 @@ class Stream:
     def _begin(self, plan: ShardPlan) -> Iterator[_Task]:
         """Open a shard and return its tasks."""
         self._wait_for_disk(backlog=_SHARDS_IN_FLUSH)
-        writer = ShardWriter(self._folder.folder / plan.file, plan.header, plan.size)
+        writer = self._folder.writer(plan.file, plan.header, plan.size)
         self._open.add(writer)
         shard = _Shard(plan, writer, [])
         tasks = _tasks_of(shard, self._substitute)
@@ -421,7 +422,7 @@ class Stream:
             record["sha256"] = shard.writer.sha256()
         shard.writer.finish()
         if self._sha256:
-            digests.note((self._folder.folder / shard.plan.file).stat(), record["sha256"])
+            self._folder.keep_digest(shard.plan.file, record["sha256"])
         self._folder.record(record)
         _log.info("%s: %s, on the disk", shard.plan.file, size(shard.plan.size))
         with self._lock:
