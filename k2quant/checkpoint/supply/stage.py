@@ -175,7 +175,7 @@ class Stage:
     def _keep(self, names: set[str]) -> None:
         """Delete what an earlier run left and nobody will ask for soon."""
         for path in self._folder.iterdir():
-            if path.name.removesuffix(PARTIAL) not in names and not path.is_dir():
+            if not any(path.name == name or _is_part(path.name, name) for name in names) and not path.is_dir():
                 path.unlink()
 
     def _check(self) -> None:
@@ -236,12 +236,8 @@ class Stage:
 
     def _size(self, file: str) -> int:
         """Return the bytes of a shard that are on the disk already."""
-        for name in (file, file + PARTIAL):
-            try:
-                return (self._folder / name).stat().st_blocks * 512
-            except FileNotFoundError:
-                continue
-        return 0
+        found = [path for path in self._folder.iterdir() if path.name == file or _is_part(path.name, file)]
+        return sum(_allocated(path) for path in found)
 
     def _fetch(self, file: str) -> None:
         """Have a shard here, whole."""
@@ -284,3 +280,16 @@ class Stage:
         except OSError as error:
             raise CheckpointError("cannot be read", file=path, found=error.strerror or str(error)) from error
         return True
+
+
+def _is_part(name: str, file: str) -> bool:
+    """Tell whether a file's name is that of a part of a shard, which has a mark of its version in it."""
+    return name.startswith(f"{file}.") and name.endswith(PARTIAL)
+
+
+def _allocated(path: Path) -> int:
+    """Return the bytes that a file takes; none where it has just got another name."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0

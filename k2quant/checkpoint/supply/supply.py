@@ -99,6 +99,7 @@ class Supply:
             CheckpointError: the source gave other bytes to those that stand.
             UsageError: an output shard needs more shards of the source at once than `low_disk` allows.
         """
+        self._others = {}
         self._uses = {use.output: use for use in uses}
         self._owned = owners(uses)
         for file, number, crc in claims(records):
@@ -159,6 +160,7 @@ class Supply:
         self.close()
         if self._stage is not None:
             self._stage.clear()
+        self._ahead = self._stage = None
 
     def close(self) -> None:
         """End what works in the background; harmless twice."""
