@@ -44,7 +44,7 @@ def run(*command: object, cwd: Path) -> str:
 
 def check_contents(wheel: Path, sdist: Path) -> None:
     """Both hold the whole package as real files and nothing else below it, and the wheel has one top-level name."""
-    from package import differences  # one list for the tests and for this
+    from shipping.package import differences  # one list for the tests and for this
 
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -116,7 +116,7 @@ def check_extras(env: Environment) -> None:
 
 def check_image(home: Path) -> None:
     """The Dockerfile's steps make an environment of base alone whose entry point converts."""
-    from dockerfile import build
+    from shipping.dockerfile import build
 
     (home / "index").mkdir()
     arguments = {"EXTRAS": "", "TORCH_INDEX": (home / "index").as_uri()}

@@ -153,7 +153,7 @@ def calibrating(
         whole = written_layers(folder, manifest)
         if destination.finished_report() is None or len(whole) < manifest.model.layers or not _opens(folder):
             destination.begin([manifest.as_json({})])
-            destination.unlink([MANIFEST])  # a run that was stopped at its very end may have left it
+            destination.delete([MANIFEST])  # a run that was stopped at its very end may have left it
         yield whole
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
-from k2quant.conversion import carrying, config, relatives
-from k2quant.conversion.promises import broken_promises, inventory
+from k2quant.conversion.metadata import carrying, config, relatives
+from k2quant.conversion.metadata.promises import broken_promises, inventory
 from k2quant.errors import CheckpointError
 from k2quant.ground import engines, names
 from k2quant.ground.saying.showing import as_html, brief

@@ -23,8 +23,8 @@ from k2quant.checkpoint.reader import CONFIG, REPORT, Checkpoint, open_checkpoin
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.weights import group_tensors
 from k2quant.checkpoint.writing.destination import REPORT_LIMIT
-from k2quant.conversion.carrying import spoken_of, unscaled
-from k2quant.conversion.config import believed, check_output
+from k2quant.conversion.metadata.carrying import spoken_of, unscaled
+from k2quant.conversion.metadata.config import believed, check_output
 from k2quant.errors import CheckpointError, MalformedFile
 from k2quant.formats.activations import flow
 from k2quant.formats.known import FORMATS

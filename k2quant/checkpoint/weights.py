@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint make one weight, and in which format it is stored.
 
 The tensors' names, dtypes and shapes decide; the config may only confirm them
-(`k2quant.conversion.config.check_source`). What a format looks like, the format itself knows.
+(`k2quant.conversion.metadata.config.check_source`). What a format looks like, the format itself knows.
 """
 
 from __future__ import annotations

@@ -86,8 +86,9 @@ def _say(done: Conversion, source: Path, destination: Path, options: dict[str, A
 
 def _dry_run(source: Path, destination: Path, *, as_json: bool, found: Allotment | None, **options: Any) -> None:
     from k2quant.cli.parts.screen import working
-    from k2quant.conversion.convert import codecs_of, planned
+    from k2quant.conversion.convert import codecs_of
     from k2quant.conversion.resume import refuse_nested
+    from k2quant.conversion.searching.asked import planned
     from k2quant.ground.pool import checked_workers
 
     refuse_nested(source, destination)

@@ -6,44 +6,35 @@ index, and config.json last. Until then the folder says that it is incomplete, a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from k2quant.calib.stats.reading import open_stats
-from k2quant.checkpoint.files.paths import check_inside, copy_file, write_whole
 from k2quant.checkpoint.panels import naming, read_whole
-from k2quant.checkpoint.reader import INCOMPLETE, REPORT, open_checkpoint
+from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.writing.destination import locked
-from k2quant.conversion.placing import Job
-from k2quant.conversion.plan import Options, Plan, make_plan, options_of
+from k2quant.conversion.finishing.completing import complete
+from k2quant.conversion.finishing.report import fetched, report_of
+from k2quant.conversion.plan import Options, Plan, options_of
 from k2quant.conversion.recipes.rules import Recipes, read_recipe
-from k2quant.conversion.resume import begin, check_finished, clear, identity, refuse_nested
-from k2quant.conversion.searching.asked import searched
-from k2quant.conversion.searching.fitting import check_method
+from k2quant.conversion.resume import begin, check_finished, clear, refuse_nested
+from k2quant.conversion.searching.asked import planned
 from k2quant.conversion.searching.folding import check_halves
-from k2quant.conversion.searching.inputs import inputs_of, scaled
-from k2quant.conversion.searching.searched import Searched
 from k2quant.conversion.searching.surveys import Substitute, check_shared
-from k2quant.conversion.stream import Progress, Record, Rounder, Stream
+from k2quant.conversion.stream import Progress, Rounder, Stream
 from k2quant.errors import OutputError, UsageError
 from k2quant.formats.activations import ActivationScales, KvCache
-from k2quant.formats.format import Format, Layout, Method, Scope
+from k2quant.formats.format import Layout, Method, Scope
 from k2quant.formats.known import FormatName
-from k2quant.ground import names
 from k2quant.ground.pool import checked_workers
 from k2quant.ground.saying.arguments import hinting
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.saying.showing import as_html, brief
 from k2quant.ground.units import counted, duration, size
-from k2quant.ground.version import __version__
 from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
@@ -122,6 +113,7 @@ def convert(
     restart: bool = False,
     soft_lock: bool = False,
     sha256: bool = False,
+    low_disk: bool = False,
     progress: Asked = None,
 ) -> Conversion:
     """Convert a checkpoint to BF16, block-FP8, INT4, NVFP4 or MXFP4.
@@ -163,6 +155,8 @@ def convert(
         soft_lock: where the destination's file system has no locks, lock it by a file. What a killed run leaves of it
             is removed by the next one on the same machine; where another finds it, it must be deleted by hand.
         sha256: also note a sha256 of each file, as hubs list them.
+        low_disk: of a source at an address, keep at most two shards on the disk at a time, where they come to lie there
+            at all: what reads each weight once, as `rtn` does, has them in memory alone.
         progress: called as the work goes on, with the bytes read and all bytes; True for a bar.
 
     Returns:
@@ -198,6 +192,7 @@ def convert(
         restart=restart,
         soft_lock=soft_lock,
         sha256=sha256,
+        low_disk=low_disk,
         rounder=rounder,
         progress=told(progress),
     )
@@ -215,30 +210,6 @@ def source_of(activation_scales: str | os.PathLike[str] | None) -> ActivationSca
     return None if activation_scales is None else "one" if activation_scales == "one" else "stats"
 
 
-def planned(
-    source: Path,
-    options: Options,
-    stats: str | os.PathLike[str] | None = None,
-    activation_scales: str | os.PathLike[str] | None = None,
-    *,
-    follow_links: bool = False,
-) -> tuple[Plan, Searched | None]:
-    """Plan a conversion; return with it who searches scales, if anybody does. See `convert`.
-
-    Raises:
-        CheckpointError: the source cannot be converted, or the statistics are damaged, or another model's.
-        UsageError: the options make no sense.
-    """
-    check_method(options.in_force.method, stats=stats is not None)
-    plan = make_plan(open_checkpoint(source, follow_links=follow_links), options)
-    known = [
-        None if folder is None else open_stats(Path(folder))
-        for folder in (stats, activation_scales if options.activation_scales == "stats" else None)
-    ]
-    plan = scaled(plan, known[1])
-    return searched(plan, known[0], *(each for each in known[1:] if each is not None))
-
-
 def carry_out(
     plan: Plan,
     there: Path,
@@ -248,6 +219,7 @@ def carry_out(
     restart: bool = False,
     soft_lock: bool = False,
     sha256: bool = False,
+    low_disk: bool = False,
     substitute: Substitute | None = None,
     rounder: Rounder | None = None,
     check: Callable[[Path], None] | None = None,
@@ -263,6 +235,7 @@ def carry_out(
         restart: throw away what an earlier run left.
         soft_lock: lock by a file where there is no other way.
         sha256: note digests.
+        low_disk: keep at most two shards of a source at an address on the disk.
         substitute: whose values take the place of the source's; `plan.values` says which these are.
         rounder: who rounds better than the formats' own rules; `plan.method` says how.
         check: is given the folder when all shards stand there and nothing yet makes it look finished; what it raises
@@ -293,14 +266,16 @@ def carry_out(
                 progress=progress,
                 substitute=substitute,
                 rounder=rounder,
+                low_disk=low_disk,
+                records=done.values(),
             )
             shards = done | stream.run(threads)
-            check_halves(shards.values(), folder.folder)
+            check_halves(shards.values(), folder.spot)
             if check is not None:
-                check(folder.folder)
-            more = {} if rounder is None else rounder.summary()
-            report = _report(plan, shards, seconds=time.monotonic() - begun, resumed=len(done), more=more)
-            _complete(folder.folder, plan, report, sha256=sha256)
+                check(folder.spot)
+            more = {**({} if rounder is None else rounder.summary()), **fetched(plan.source.supply, shards.values())}
+            report = report_of(plan, shards, seconds=time.monotonic() - begun, resumed=len(done), more=more)
+            complete(folder, plan, report, sha256=sha256)
             folder.finish()
             return Conversion(there, report, len(done), already_done=False)
     except OSError as error:
@@ -332,23 +307,6 @@ def codecs_of(device: str) -> Codecs:
     return codecs(device)
 
 
-def _rounded(plan: Plan, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a report says of codes that were to be carried over and were rounded, for somebody allowed that."""
-    if not plan.options.allow_rounding:
-        return {}
-    carried = [job for job in plan.jobs() if job.target and job.weight.format and _carries(job.target, job)]
-    changed = [(tensors[job.output_main.name].get("figures") or {}).get("changed", 0) for job in carried]
-    found = {"matrices": sum(map(bool, changed)), "weights": sum(changed), "of": len(carried)}
-    matrices = counted(found["matrices"], "matrix", "matrices")
-    said = f"{matrices} of {found['of']:,}, {counted(found['weights'], 'weight')}"
-    remarks = [*plan.remarks, f"rounded, for their codes cannot be carried over as they are: {said}"]
-    return {"rounded": found, "remarks": remarks if found["matrices"] else list(plan.remarks)}
-
-
-def _carries(target: Format, job: Job) -> bool:
-    return job.weight.format is not None and job.weight.format.name in target.carried_from
-
-
 def _check_relabels(plan: Plan, substitute: Substitute | None) -> None:
     """Refuse at once, by a few bytes of each weight, what would be refused when its panel comes, hours later.
 
@@ -362,59 +320,3 @@ def _check_relabels(plan: Plan, substitute: Substitute | None) -> None:
         if substitute is None or not substitute.replaces(weight):
             with naming(weight, 0):
                 stored.check_relabel(read_whole(plan.source, weight), job.target)
-
-
-def _report(
-    plan: Plan, shards: dict[str, Record], *, seconds: float, resumed: int, more: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return the content of k2quant_report.json, the other files aside; `more`: what a rounder says of the whole."""
-    records = [shards[shard.file] for shard in plan.shards]
-    tensors = {name: facts for record in records for name, facts in record["tensors"].items()}
-    return {
-        "tool": "k2quant",
-        "version": __version__,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 3),
-        "resumed_shards": resumed,
-        "source_name": plan.source.folder.resolve().name,
-        **identity(plan),
-        **({} if plan.origin is None else {"origin": dict(plan.origin)}),
-        **({} if plan.options.budget is None else {"budget": dict(plan.options.budget)}),
-        "recipe": plan.options.in_force.as_json(methods=plan.values is None),
-        **({} if (inputs := inputs_of(plan)) is None else {"activation_scales": inputs}),
-        **more,
-        "bytes_read": plan.bytes_read,
-        "bytes_written": plan.bytes_written,
-        "left_out": list(plan.left_out),
-        "remarks": list(plan.remarks),
-        **_rounded(plan, tensors),
-        "files": {
-            record["shard"]: {key: record[key] for key in ("size", "sha256") if key in record} for record in records
-        },
-        "tensors": {
-            name: {"class": names.tensor_class(name), "layer": names.layer(name), **facts}
-            for name, facts in tensors.items()
-        },
-    }
-
-
-def _complete(folder: Path, plan: Plan, report: dict[str, Any], *, sha256: bool) -> None:
-    """Write everything but the shards, config.json last."""
-    for name in plan.copies:
-        check_inside(plan.source.folder, plan.source.folder / name, follow_links=plan.source.follow_links)
-        copy_file(plan.source.folder / name, folder / name)
-        report["files"][name] = _file_facts(folder / name, sha256=sha256)
-    for name, data in plan.last.items():
-        facts = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        report["files"][name] = facts  # small, and what engines read first: always with its digest
-    write_whole(folder / REPORT, json.dumps(report, indent=1).encode() + b"\n")
-    for name, data in plan.last.items():
-        write_whole(folder / name, data)
-
-
-def _file_facts(path: Path, *, sha256: bool) -> dict[str, Any]:
-    facts: dict[str, Any] = {"size": path.stat().st_size}
-    if sha256:
-        with path.open("rb") as file:
-            facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return facts

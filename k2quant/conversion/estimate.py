@@ -17,7 +17,7 @@ from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.conversion.placing import Job, ShardPlan
 from k2quant.conversion.plan import Plan
-from k2quant.conversion.resume import bytes_missing
+from k2quant.conversion.resume import room
 from k2quant.conversion.searching.searched import Searched
 from k2quant.errors import OutputError
 from k2quant.formats.dtypes import TensorSpec
@@ -74,12 +74,13 @@ def estimate(
         disk = read / read_rate(plan.source) + written / _write_rate(where)
     except OSError as error:
         raise OutputError("cannot be written", file=where, found=error.strerror) from error
+    found = room(plan, destination, done)
     return Estimate(
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
         peak_memory=plan.peak_memory(workers) + (0 if rounder is None else rounder.memory(workers)),
-        disk_needed=max(0, bytes_missing(where, plan, done)) if todo else 0,
-        disk_free=shutil.disk_usage(where).free,
+        disk_needed=max(0, found.needed) if todo else 0,
+        disk_free=found.free,
         seconds=max(_compute_seconds(todo, rounder) / workers + _judging_seconds(todo, rounder), disk),
     )
 

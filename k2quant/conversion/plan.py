@@ -16,10 +16,10 @@ from k2quant.checkpoint.files.strict_json import without_mark
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, PIECE_BYTES, ROW_STEP
 from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
-from k2quant.conversion import config, relatives
-from k2quant.conversion.carrying import Carried, carried
+from k2quant.conversion.metadata import config, relatives
+from k2quant.conversion.metadata.carrying import Carried, carried
+from k2quant.conversion.metadata.promises import broken_promises, inventory
 from k2quant.conversion.placing import Job, ShardPlan, as_json, index_of, place
-from k2quant.conversion.promises import broken_promises, inventory
 from k2quant.conversion.recipes.recipe import Recipe, make_recipe
 from k2quant.conversion.recipes.rules import METHODS, WrittenRecipe, WrittenRule, in_force, recipe_from
 from k2quant.errors import CheckpointError, UnsupportedFormat, UsageError

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from k2quant.checkpoint.files.paths import PARTIAL
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
-from k2quant.checkpoint.writing.destination import Destination
+from k2quant.checkpoint.writing.destination import Destination, room_of
+from k2quant.checkpoint.writing.target import Room, Target
 from k2quant.conversion.plan import Plan, options_from
 from k2quant.conversion.stream import Record
 from k2quant.errors import DestinationStale, OutputError, UsageError
@@ -34,14 +33,12 @@ def refuse_nested(source: Path, destination: Path) -> None:
 
 def identity(plan: Plan) -> dict[str, Any]:
     """Return what must be equal for a run to continue another: options, source, and the files beside the weights."""
-    others = {name: (plan.source.folder / name).stat() for name in plan.copies}
     return {
         "values": plan.values,
         **({} if plan.method is None else {"method": plan.method}),
         **({} if plan.inputs is None else {"activation_scales": plan.inputs}),
         "options": plan.options.as_json(),
-        "source": plan.source.fingerprint()
-        | {"other_files": {name: [status.st_size, status.st_mtime_ns] for name, status in others.items()}},
+        "source": plan.source.fingerprint() | {"other_files": plan.source.stamps(plan.copies)},
     }
 
 
@@ -50,7 +47,7 @@ def output_files(plan: Plan) -> list[str]:
     return [CONFIG, INDEX, REPORT, *plan.companions, *(shard.file for shard in plan.shards), *plan.copies]
 
 
-def clear(folder: Destination) -> None:
+def clear(folder: Target) -> None:
     """Delete what an earlier conversion of ours left."""
     journal, report = folder.journal(), folder.finished_report()
     files = journal[0].get("files") if journal else list(_sizes(report)) if report is not None else []
@@ -67,7 +64,7 @@ def _sizes(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_finished(folder: Destination, report: dict[str, Any], plan: Plan) -> None:
+def check_finished(folder: Target, report: dict[str, Any], plan: Plan) -> None:
     """Refuse a finished folder that is not what this call would make, or is not whole any more.
 
     Raises:
@@ -80,18 +77,19 @@ def check_finished(folder: Destination, report: dict[str, Any], plan: Plan) -> N
     last = {name: len(data) for name, data in plan.last.items()}
     sizes = _sizes(report)
     for name, size in (sizes | last | sizes).items():
-        _check_size(folder.folder / name, size, "was finished, but is not whole any more")
+        _check_size(folder, name, size, "was finished, but is not whole any more")
     for name, size in last.items():  # the options are the same: another release says more, or less, of them
-        _check_size(folder.folder / name, size, f"was finished by k2quant {report.get('version')}, which wrote another")
+        _check_size(folder, name, size, f"was finished by k2quant {report.get('version')}, which wrote another")
 
 
-def _check_size(path: Path, size: object, message: str) -> None:
-    if not path.is_file() or path.stat().st_size != size:
+def _check_size(folder: Target, name: str, size: object, message: str) -> None:
+    found = folder.size(name)
+    if found is None or found != size:
         raise DestinationStale(
             message,
-            file=path,
+            file=folder.named(name),
             expected=f"{size} bytes",
-            found=f"{path.stat().st_size} bytes" if path.is_file() else "nothing",
+            found="nothing" if found is None else f"{found} bytes",
             remedy="write it anew with `restart=True`",
         )
 
@@ -117,7 +115,7 @@ def _in_force(options: object) -> object:
     return found.in_force, found.activation_scales, found.kv_cache, found.allow_rounding
 
 
-def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationStale:
+def _stale(folder: Target, state: str, changed: list[str]) -> DestinationStale:
     what = " and ".join(
         {
             "options": "other options",
@@ -131,12 +129,12 @@ def _stale(folder: Destination, state: str, changed: list[str]) -> DestinationSt
     )
     return DestinationStale(
         f"holds a {state} conversion of {what}",
-        file=folder.folder,
+        file=folder.spot,
         remedy="write it anew with `restart=True`, or name another folder",
     )
 
 
-def begin(folder: Destination, plan: Plan, *, fresh: bool) -> dict[str, Record]:
+def begin(folder: Target, plan: Plan, *, fresh: bool) -> dict[str, Record]:
     """Start or continue the journal; return the records of the shards that are finished.
 
     Args:
@@ -149,11 +147,11 @@ def begin(folder: Destination, plan: Plan, *, fresh: bool) -> dict[str, Record]:
         OutputError: the disk is too small for what is missing.
     """
     done = {} if fresh else finished_shards(folder, plan)
-    _check_room(folder.folder, plan, done)
+    _check_room(folder, plan, done)
     folder.begin([{**_head(plan), "files": output_files(plan)}, *done.values()])
     if len(done) < len(plan.shards):
         # A run that was stopped at its very end may have left them.
-        folder.unlink([CONFIG, INDEX, REPORT, *plan.companions])
+        folder.delete([CONFIG, INDEX, REPORT, *plan.companions])
     return done
 
 
@@ -161,7 +159,7 @@ def _head(plan: Plan) -> dict[str, Any]:
     return {"journal": _JOURNAL_VERSION, "version": __version__, **identity(plan)}
 
 
-def finished_shards(folder: Destination, plan: Plan) -> dict[str, Record]:
+def finished_shards(folder: Target, plan: Plan) -> dict[str, Record]:
     """Return the journal's records of shards that stand there whole.
 
     Raises:
@@ -172,13 +170,13 @@ def finished_shards(folder: Destination, plan: Plan) -> dict[str, Record]:
         return {}
     if "options" not in journal[0]:
         raise DestinationStale(
-            "was being emptied by `restart=True`", file=folder.folder, remedy="run that again, or name another folder"
+            "was being emptied by `restart=True`", file=folder.spot, remedy="run that again, or name another folder"
         )
     changed = _changed(journal[0], _head(plan))
     if changed:
         raise _stale(folder, "half-finished", changed)
     planned = {shard.file: (shard.size, {job.output_main.name for job in shard.jobs}) for shard in plan.shards}
-    return {record["shard"]: record for record in journal[1:] if _stands(folder.folder, record, planned)}
+    return {record["shard"]: record for record in journal[1:] if _stands(folder, record, planned)}
 
 
 def standing_shards(plan: Plan, folder: Path, *, restart: bool) -> dict[str, Record]:
@@ -199,7 +197,7 @@ def standing_shards(plan: Plan, folder: Path, *, restart: bool) -> dict[str, Rec
     return finished_shards(destination, plan)
 
 
-def _stands(folder: Path, record: Record, planned: dict[str, tuple[int, set[str]]]) -> bool:
+def _stands(folder: Target, record: Record, planned: dict[str, tuple[int, set[str]]]) -> bool:
     """Tell whether a record is that of one of the plan's shards, and the shard stands there whole."""
     name, tensors = record.get("shard"), record.get("tensors")
     if not isinstance(name, str) or name not in planned or not isinstance(tensors, dict):
@@ -207,8 +205,7 @@ def _stands(folder: Path, record: Record, planned: dict[str, tuple[int, set[str]
     size, names = planned[name]
     if tensors.keys() != names or not all(_sound(facts) for facts in tensors.values()):
         return False
-    path = folder / name
-    return path.is_file() and not path.is_symlink() and path.stat().st_size == record.get("size") == size
+    return folder.size(name, links=False) == record.get("size") == size
 
 
 def _sound(facts: object) -> bool:
@@ -220,21 +217,24 @@ def _sound(facts: object) -> bool:
     return sound and isinstance(facts["crc32"], dict) and isinstance(facts["shape"], list)
 
 
-def bytes_missing(folder: Path, plan: Plan, done: Mapping[str, object]) -> int:
-    """Return how much more room the disk must have; negative where what will be replaced is larger."""
-    missing = [shard for shard in plan.shards if shard.file not in done]
-    replaced = [folder / name for shard in missing for name in (shard.file, shard.file + PARTIAL)]
-    present = sum(path.stat().st_size for path in replaced if path.is_file())
-    return plan.bytes_written - sum(shard.size for shard in plan.shards if shard.file in done) - present
+def missing(plan: Plan, done: Mapping[str, object]) -> tuple[dict[str, int], int]:
+    """Return the sizes in bytes of the shards that do not stand there yet, by name, and those of all files beside."""
+    shards = {shard.file: shard.size for shard in plan.shards if shard.file not in done}
+    return shards, plan.bytes_written - sum(shard.size for shard in plan.shards)
 
 
-def _check_room(folder: Path, plan: Plan, done: dict[str, Record]) -> None:
-    needed, free = bytes_missing(folder, plan, done), shutil.disk_usage(folder).free
-    if free < needed:
+def room(plan: Plan, folder: Path, done: Mapping[str, object]) -> Room:
+    """Return what a conversion to a folder, which need not be there yet, needs on the disk, and what is free."""
+    return room_of(folder, *missing(plan, done))
+
+
+def _check_room(folder: Target, plan: Plan, done: dict[str, Record]) -> None:
+    found = folder.room(*missing(plan, done))
+    if found.free < found.needed:
         raise OutputError(
             "the disk is too small",
-            file=folder,
-            expected=f"{needed} bytes free",
-            found=f"{free} bytes",
+            file=found.where,
+            expected=f"{found.needed} bytes free",
+            found=f"{found.free} bytes",
             remedy="free some space, or name a folder on another disk",
         )

@@ -13,7 +13,7 @@ from typing import Literal
 
 from k2quant.errors import MissingExtra
 
-Extra = Literal["run", "report", "eval", "qat", "tokenizer"]
+Extra = Literal["run", "report", "eval", "qat", "tokenizer", "s3", "gs", "cluster"]
 """A part, by its name in brackets: `k2quant[run]`."""
 
 _RUN = ("torch", "transformers", "accelerate")
@@ -24,6 +24,9 @@ PACKAGES: Mapping[Extra, tuple[str, ...]] = {
     "eval": (*_RUN, "lm_eval"),
     "qat": (*_RUN, "matplotlib"),
     "tokenizer": ("tiktoken",),
+    "s3": ("s3fs",),
+    "gs": ("gcsfs",),
+    "cluster": ("ray",),
 }
 """What each part cannot do without, by the names of imports; what only some of its uses need is asked for there."""
 

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import DeepseekV3Config
 
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
-from k2quant.conversion.relatives import K3_TYPES, MODEL_TYPES, other_types
+from k2quant.conversion.metadata.relatives import K3_TYPES, MODEL_TYPES, other_types
 from k2quant.errors import CheckpointError, MalformedFile, UnsupportedFormat
 from k2quant.formats.format import listed
 from k2quant.ground.saying.faults import said

@@ -17,9 +17,9 @@ from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
-from k2quant.conversion.carrying import check_decodable, remarks
-from k2quant.conversion.config import check_source
-from k2quant.conversion.promises import inventory, overruled, tied
+from k2quant.conversion.metadata.carrying import check_decodable, remarks
+from k2quant.conversion.metadata.config import check_source
+from k2quant.conversion.metadata.promises import inventory, overruled, tied
 from k2quant.errors import CheckpointError, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat
 from k2quant.formats.activations import flow
 from k2quant.formats.format import Format

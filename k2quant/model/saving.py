@@ -25,7 +25,7 @@ from k2quant.checkpoint.header import ShardHeader, TensorEntry
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.writing.writer import ShardWriter
-from k2quant.conversion.relatives import shown
+from k2quant.conversion.metadata.relatives import shown
 from k2quant.conversion.resume import refuse_nested
 from k2quant.errors import (
     CheckpointError,

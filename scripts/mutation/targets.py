@@ -7,6 +7,7 @@ _FP4 = f"{_CODECS}/fp4"
 _FORMATS = "tests/k2quant/formats"
 _CHECKPOINT = "tests/k2quant/checkpoint"
 _CONVERSION = "tests/k2quant/conversion"
+_METADATA = f"{_CONVERSION}/metadata"
 _ROUNDING = ("tests/qat/rounding", "tests/qat/test_prepare.py")
 _MADE_UP = f"{_FORMATS}/test_made_up_format.py"
 _CONVERTED = (f"{_CONVERSION}/test_convert.py", "tests/k2quant/checking/test_verify.py")
@@ -16,7 +17,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "k2quant/formats/fp8.py": (
         _FORMATS,
         *_CONVERTED,
-        f"{_CONVERSION}/test_carrying.py",
+        f"{_METADATA}/test_carrying.py",
         f"{_CHECKPOINT}/test_hostile.py",
     ),
     "k2quant/formats/int4.py": (f"{_FORMATS}/test_int4.py", f"{_FORMATS}/test_budgets.py", _MADE_UP),
@@ -26,7 +27,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "k2quant/formats/configs/modelopt.py": (f"{_FORMATS}/fp4", f"{_CONVERSION}/rounding/fp4"),
     "k2quant/conversion/searching/surveys.py": (f"{_CONVERSION}/rounding/fp4", "tests/k2quant/merge/test_fp4.py"),
     "k2quant/formats/dtypes.py": (f"{_FORMATS}/test_fp8.py", f"{_FORMATS}/test_int4.py"),
-    "k2quant/formats/configs/keys.py": (f"{_FORMATS}/test_keys.py", f"{_CONVERSION}/test_carrying.py"),
+    "k2quant/formats/configs/keys.py": (f"{_FORMATS}/test_keys.py", f"{_METADATA}/test_carrying.py"),
     "k2quant/ground/engines.py": ("tests/k2quant/ground/test_engines.py", f"{_CONVERSION}/recipes/test_fused.py"),
     "k2quant/ground/patterns.py": ("tests/k2quant/ground/test_patterns.py",),
     "k2quant/conversion/recipes/recipe.py": (
@@ -37,10 +38,17 @@ TARGETS: dict[str, tuple[str, ...]] = {
         f"{_CONVERSION}/recipes/test_rules.py",
         f"{_CONVERSION}/recipes/test_recipes.py",
     ),
-    "k2quant/conversion/config.py": (*_CONVERTED, f"{_CONVERSION}/test_carrying.py", f"{_CHECKPOINT}/test_hostile.py"),
-    "k2quant/conversion/carrying.py": (f"{_CONVERSION}/test_carrying.py", f"{_FORMATS}/test_keys.py"),
-    "k2quant/conversion/promises.py": (f"{_CONVERSION}/test_promises.py", "tests/k2quant/model/test_promises.py"),
-    "k2quant/conversion/relatives.py": (f"{_CONVERSION}/relatives",),
+    "k2quant/conversion/metadata/config.py": (
+        *_CONVERTED,
+        f"{_METADATA}/test_carrying.py",
+        f"{_CHECKPOINT}/test_hostile.py",
+    ),
+    "k2quant/conversion/metadata/carrying.py": (f"{_METADATA}/test_carrying.py", f"{_FORMATS}/test_keys.py"),
+    "k2quant/conversion/metadata/promises.py": (
+        f"{_METADATA}/test_promises.py",
+        "tests/k2quant/model/test_promises.py",
+    ),
+    "k2quant/conversion/metadata/relatives.py": (f"{_METADATA}/test_relatives.py", f"{_METADATA}/test_k3.py"),
     "k2quant/conversion/resume.py": (f"{_CONVERSION}/test_resume.py", f"{_CONVERSION}/test_safety.py"),
     "k2quant/conversion/placing.py": (f"{_CONVERSION}/test_placing.py", f"{_CONVERSION}/test_convert.py"),
     "k2quant/checkpoint/header.py": (f"{_CHECKPOINT}/test_header.py", f"{_CHECKPOINT}/test_hostile.py"),

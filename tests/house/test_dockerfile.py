@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dockerfile import Step, build, copied, ignored, read
-from package import differences, packaged
 from places import ROOT
+from shipping.dockerfile import Step, build, copied, ignored, read
+from shipping.package import differences, packaged
 
 STUB_PYTHON = """\
 #!/bin/sh

@@ -24,7 +24,7 @@ OFFERED = {"triton", "vllm"}
 
 BROUGHT_ALONG = {
     "aiohttp": "lm-eval",
-    "huggingface-hub": "transformers",
+    "fsspec": "huggingface-hub",
     "jinja2": "lm-eval",
     "llvmlite": "numba",
     "referencing": "jsonschema",
@@ -110,7 +110,7 @@ def test_whatever_is_imported_is_installed_by_something() -> None:
 @pytest.mark.parametrize("name", ["click", "isal", "numba", "numpy", "pyyaml"])
 def test_base_has_nothing_that_it_does_not_need(name: str) -> None:
     """Each requirement of base is imported by rooms that work without an extra."""
-    assert brought(None) == {"click", "isal", "numba", "numpy", "pyyaml"}
+    assert brought(None) == {"click", "huggingface-hub", "isal", "numba", "numpy", "pyyaml"}
     rooms = ("k2quant.cli", "k2quant.checkpoint", "k2quant.kernels.codecs.cpu", "k2quant.formats")
     modules = (module for module in the_house().paths if module.startswith(rooms))
     used = set(chain.from_iterable(map(imported, modules)))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from package import differences, package_files, packaged
 from places import ROOT
+from shipping.package import differences, package_files, packaged
 
 BESIDE = ("pyproject.toml", "README.md", "LICENSE")
 

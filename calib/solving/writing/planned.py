@@ -10,7 +10,7 @@ from k2quant.calib.stats.digests import base_of
 from k2quant.calib.stats.layout import place_of
 from k2quant.calib.stats.model import Model
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
-from k2quant.conversion import relatives
+from k2quant.conversion.metadata import relatives
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.searching.fitting import SOLVED, UNWEIGHTED

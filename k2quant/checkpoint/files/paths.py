@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 import stat
@@ -137,10 +138,23 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def partial_of(path: Path, attempt: str = "") -> Path:
+    """Return where a file is written until it is whole; where several may write it, each says its own `attempt`."""
+    return path.with_name(f"{path.name}.{attempt}{PARTIAL}" if attempt else path.name + PARTIAL)
+
+
+def partials(path: Path) -> list[Path]:
+    """Return what was left of a file, or is being written of it, by whatever attempt."""
+    return [
+        *([whole] if os.path.lexists(whole := partial_of(path)) else []),
+        *sorted(path.parent.glob(f"{glob.escape(path.name)}.*{PARTIAL}")),
+    ]
+
+
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[int]:
-    """Give a descriptor of `path` + `.partial`; flush and rename it to `path` when the block ends well."""
-    partial = path.with_name(path.name + PARTIAL)
+def replacing(path: Path, attempt: str = "") -> Iterator[int]:
+    """Give a descriptor of `partial_of` a path; flush and rename it to `path` when the block ends well."""
+    partial = partial_of(path, attempt)
     partial.unlink(missing_ok=True)  # never write through a link that stands there
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -167,9 +181,9 @@ def as_output_error(folder: Path) -> Iterator[None]:
         raise OutputError("cannot be written", file=error.filename or folder, found=found) from error
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that it is whole or not there."""
-    with replacing(path) as descriptor, _named(path):
+def write_whole(path: Path, data: bytes, attempt: str = "") -> None:
+    """Write a small file so that it is whole or not there; see `partial_of` for `attempt`."""
+    with replacing(path, attempt) as descriptor, _named(path):
         write_all(descriptor, data, 0)
 
 

@@ -2,27 +2,42 @@
 
 While a conversion runs, the folder holds `.k2quant/lock` (locked by the process, and free when it dies),
 `.k2quant/journal.jsonl` (one line that says what is being made, then one for each finished shard) and a file
-`INCOMPLETE`. All three go when the conversion is done; what remains is the checkpoint and its report.
+`INCOMPLETE`. Where several processes write the shards, each notes its own in `.k2quant/shards`. All of it goes when the
+conversion is done; what remains is the checkpoint and its report.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from k2quant.checkpoint.files import digests
 from k2quant.checkpoint.files.locks import Lock, take
-from k2quant.checkpoint.files.paths import PARTIAL, read_limited, sync_folder, write_whole
+from k2quant.checkpoint.files.paths import (
+    PARTIAL,
+    copy_file,
+    nearest_folder,
+    partials,
+    read_limited,
+    sync_folder,
+    write_whole,
+)
 from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.checkpoint.writing.target import Room
+from k2quant.checkpoint.writing.writer import ShardWriter
 from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, OutputError
 
 _WORK = ".k2quant"
 _LOCK = "lock"
 _JOURNAL = "journal.jsonl"
+_SHARDS = "shards"
+_NOTE = ".json"
 REPORT_LIMIT = 2_000_000_000
 """Largest report or journal in bytes, far above what a whole K2 needs: some 300 bytes for each of 140,000 tensors."""
 
@@ -35,7 +50,9 @@ _CONVERTING = (
 class Destination:
     """An output folder, locked by this process."""
 
-    def __init__(self, folder: Path, *, report: str, incomplete: str, mark: bytes = _CONVERTING) -> None:
+    def __init__(
+        self, folder: Path, *, report: str, incomplete: str, mark: bytes = _CONVERTING, attempt: str = ""
+    ) -> None:
         """Take what `locked` prepared.
 
         Args:
@@ -43,14 +60,71 @@ class Destination:
             report: name of the report's file, which marks a finished folder as ours.
             incomplete: name of the file that marks an unfinished one.
             mark: what that file says to whoever looks.
+            attempt: where several processes write the shards, letters that are this one's alone: no partial file is
+                then another's, and each finished shard is noted in a file of its own.
         """
         self.folder = folder
+        self._attempt = attempt
         self._mark = mark
         self._report = folder / report
         self._incomplete = folder / incomplete
         self.work = folder / _WORK
         """Where a run keeps what is nobody's when it is done: folders of its own beside lock and journal."""
         self._journal = self.work / _JOURNAL
+        self._shards = self.work / _SHARDS
+
+    @property
+    def spot(self) -> Path:
+        """The folder, as messages name it."""
+        return self.folder
+
+    @property
+    def stage(self) -> Path:
+        """Where shards of a source lie while they are read; each of several processes has a folder of its own."""
+        return self.work / (f"source-{self._attempt}" if self._attempt else "source")
+
+    def named(self, name: str) -> Path:
+        """Return the path of a file, as messages name it."""
+        return self.folder / name
+
+    def size(self, name: str, *, links: bool = True) -> int | None:
+        """Return the bytes of a file that stands there; None for what is no regular file.
+
+        Args:
+            name: of the file.
+            links: whether a link to a file will do.
+        """
+        path = self.folder / name
+        return path.stat().st_size if path.is_file() and (links or not path.is_symlink()) else None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file so that it is whole or not there."""
+        write_whole(self.folder / name, data)
+
+    def copy(self, source: Path, name: str) -> None:
+        """Copy a file so that the copy is whole or not there."""
+        copy_file(source, self.folder / name)
+
+    def facts(self, name: str, *, sha256: bool) -> dict[str, Any]:
+        """Return what a report says of a file that was copied here: its size and, where asked for, its SHA-256."""
+        path = self.folder / name
+        facts: dict[str, Any] = {"size": path.stat().st_size}
+        if sha256:
+            with path.open("rb") as file:
+                facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        return facts
+
+    def writer(self, file: str, header: bytes, size: int) -> ShardWriter:
+        """Begin a shard; see `ShardWriter`."""
+        return ShardWriter(self.folder / file, header, size, self._attempt)
+
+    def keep_digest(self, file: str, sha256: str) -> None:
+        """Note the digest of a shard that has just been written, for whoever asks for it later."""
+        digests.note((self.folder / file).stat(), sha256)
+
+    def room(self, shards: Mapping[str, int], more: int) -> Room:
+        """Return what the disk must have free for an output; see `room_of`."""
+        return room_of(self.folder, shards, more)
 
     def finished_report(self) -> dict[str, Any] | None:
         """Return the report of a finished conversion, or None while there is none of ours."""
@@ -79,15 +153,40 @@ class Destination:
                 records.append(parse_object(line, file=self._journal))
             except MalformedFile:
                 break
-        return records
+        return [*records, *self._noted()] if records else []
+
+    def _noted(self) -> Iterator[dict[str, Any]]:
+        """Yield the records of shards that one of several processes wrote; a damaged one is passed over."""
+        for path in sorted(self._shards.glob(f"*{_NOTE}")):
+            with contextlib.suppress(MalformedFile, FileNotFoundError):
+                yield parse_object(read_limited(path, REPORT_LIMIT), file=path)
 
     def begin(self, records: list[dict[str, Any]]) -> None:
         """Write the journal anew with these records and mark the folder as unfinished."""
         write_whole(self._incomplete, self._mark)
         write_whole(self._journal, b"".join(map(_line, records)))
+        for note in self._shards.glob(f"*{_NOTE}"):  # which the journal holds now
+            note.unlink()
+
+    def spread(self) -> None:
+        """Have room for the notes of several processes; who finds none knows that the folder was finished meanwhile."""
+        self._shards.mkdir(exist_ok=True)
 
     def record(self, record: dict[str, Any]) -> None:
-        """Append a record to the journal and flush it."""
+        """Note a finished shard and flush that: in the journal or, of one of several processes, in a file of its own.
+
+        Raises:
+            DestinationStale: the folder was finished or emptied meanwhile.
+        """
+        if self._attempt:
+            try:
+                write_whole(self._shards / f"{record['shard']}{_NOTE}", _line(record), self._attempt)
+            except FileNotFoundError as error:
+                remedy = "run the same command again: it says how things stand"
+                raise DestinationStale(
+                    "was finished or emptied by another k2quant while this one wrote", file=self.folder, remedy=remedy
+                ) from error
+            return
         with self._journal.open("ab") as file:
             file.write(_line(record))
             file.flush()
@@ -106,7 +205,7 @@ class Destination:
         """
         self.begin([{"files": files}])
         self.forget()
-        self.unlink(files)
+        self.delete(files)
 
     def forget(self) -> None:
         """Delete what a run kept to go on from."""
@@ -116,7 +215,7 @@ class Destination:
             elif path.is_dir():
                 shutil.rmtree(path)
 
-    def unlink(self, files: list[str]) -> None:
+    def delete(self, files: Sequence[str]) -> None:
         """Delete those of these files that are there; names that leave the folder are passed over."""
         for name in files:
             path = self.folder / name
@@ -126,9 +225,9 @@ class Destination:
                 or not path.parent.resolve().is_relative_to(self.folder.resolve())
             ):
                 continue
-            for victim in (path, path.with_name(path.name + PARTIAL)):
+            for victim in (path, *partials(path)):
                 if victim.is_file() or victim.is_symlink():
-                    victim.unlink()
+                    victim.unlink(missing_ok=True)
         sync_folder(self.folder)
 
     def refuse_foreign(self, *, restart: bool = False) -> None:
@@ -166,6 +265,20 @@ class Destination:
         with contextlib.suppress(FileNotFoundError):  # nothing was begun, or another run has just finished
             return any(path.is_dir() for path in self.work.iterdir())
         return False
+
+
+def room_of(folder: Path, shards: Mapping[str, int], more: int) -> Room:
+    """Return what an output needs in a folder that need not be there yet, and what is free.
+
+    Args:
+        folder: where it will lie.
+        shards: sizes in bytes of the shards that are missing, by name; what stands in their place gives its room.
+        more: bytes of the files beside them.
+    """
+    replaced = [path for name in shards for path in (folder / name, *partials(folder / name))]
+    present = sum(path.stat().st_size for path in replaced if path.is_file())
+    where = nearest_folder(folder)
+    return Room(where, sum(shards.values()) + more - present, shutil.disk_usage(where).free)
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ import os
 import threading
 from pathlib import Path
 
-from k2quant.checkpoint.files.paths import PARTIAL, sync_folder, write_all
+from k2quant.checkpoint.files.paths import partial_of, sync_folder, write_all
 
 FLUSH_BYTES = 2**28
 """Bytes after which a writer asks to be flushed, so that the disk works while the codecs do."""
@@ -16,19 +16,20 @@ FLUSH_BYTES = 2**28
 class ShardWriter:
     """A shard whose header is known beforehand; tensors are written to their offsets as they are ready."""
 
-    def __init__(self, path: Path, header: bytes, size: int) -> None:
-        """Create `path` + `.partial` at its full size and write the header.
+    def __init__(self, path: Path, header: bytes, size: int, attempt: str = "") -> None:
+        """Create the partial file at its full size and write the header.
 
         Args:
             path: the file's final path.
             header: its first bytes.
             size: bytes of the whole file.
+            attempt: as in `partial_of`, where others may write the same shard at the same time.
 
         Raises:
             OSError: it cannot be created.
         """
         self.path = path
-        self._partial = path.with_name(path.name + PARTIAL)
+        self._partial = partial_of(path, attempt)
         self._partial.unlink(missing_ok=True)  # never write through a link that stands there
         self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._lock = threading.Lock()

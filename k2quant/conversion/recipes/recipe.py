@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from k2quant.checkpoint.weights import StoredWeight
+from k2quant.conversion.metadata.relatives import shown
 from k2quant.conversion.recipes.rules import METHODS, SEARCHED_BY_DEFAULT, WrittenRule, in_force, method_of
-from k2quant.conversion.relatives import shown
 from k2quant.errors import CheckpointError, UsageError
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.format import Format, Scope, listed

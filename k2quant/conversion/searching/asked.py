@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2quant.calib.stats.matching import check_source
-from k2quant.conversion.plan import Plan
+from k2quant.calib.stats.reading import open_stats
+from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.searching.fitting import FOLDED, PLAIN, UNWEIGHTED, check_method, unmeasured
 from k2quant.conversion.searching.folding import Folding
+from k2quant.conversion.searching.inputs import scaled
 from k2quant.conversion.searching.searched import Searched
 
 if TYPE_CHECKING:
     from k2quant.calib.stats.reading import Stats
+
+
+def planned(
+    source: Path,
+    options: Options,
+    stats: str | os.PathLike[str] | None = None,
+    activation_scales: str | os.PathLike[str] | None = None,
+    *,
+    follow_links: bool = False,
+) -> tuple[Plan, Searched | None]:
+    """Plan a conversion; return with it who searches scales, if anybody does. See `convert`.
+
+    Raises:
+        CheckpointError: the source cannot be converted, or the statistics are damaged, or another model's.
+        UsageError: the options make no sense.
+    """
+    check_method(options.in_force.method, stats=stats is not None)
+    plan = make_plan(open_checkpoint(source, follow_links=follow_links), options)
+    known = [
+        None if folder is None else open_stats(Path(folder))
+        for folder in (stats, activation_scales if options.activation_scales == "stats" else None)
+    ]
+    plan = scaled(plan, known[1])
+    return searched(plan, known[0], *(each for each in known[1:] if each is not None))
 
 
 def searched(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from k2quant.calib.stats.digests import base_of
-from k2quant.conversion import relatives
+from k2quant.conversion.metadata import relatives
 from k2quant.conversion.placing import Job
 from k2quant.conversion.recipes.rules import METHODS
 from k2quant.errors import UsageError

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from k2quant.calib.stats.digests import base_of
-from k2quant.conversion import relatives
+from k2quant.conversion.metadata import relatives
 from k2quant.conversion.placing import Job, target_of
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.searching.choosing import Choice, Fold, Pair

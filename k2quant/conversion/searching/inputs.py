@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2quant.calib.stats.digests import base_of
 from k2quant.calib.stats.matching import check_source
-from k2quant.conversion import relatives
+from k2quant.conversion.metadata import relatives
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
 from k2quant.ground.units import counted

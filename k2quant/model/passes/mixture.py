@@ -15,7 +15,7 @@ from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.weights import StoredWeight
-from k2quant.conversion.config import QUANTIZATION_KEYS
+from k2quant.conversion.metadata.config import QUANTIZATION_KEYS
 from k2quant.errors import Incomparable
 from k2quant.ground import names, pool
 from k2quant.ground.pool import available_cores

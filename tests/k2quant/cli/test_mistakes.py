@@ -149,7 +149,7 @@ def test_a_prompt_beyond_all_measure_is_refused(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not read to its end, which a pipe need not have; and what is no regular file is not waited for."""
-    monkeypatch.setattr("k2quant.cli.generate._LIMIT", 10)
+    monkeypatch.setattr("k2quant.cli.running.generate._LIMIT", 10)
     path = tmp_path / "prompt.txt"
     path.write_bytes(b"x" * 11)
     named = [str(path) if option == "PATH" else option for option in options]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,39 +17,35 @@ from k2quant.conversion.plan import Options, Plan
 from k2quant.errors import DestinationStale, OutputError, UsageError
 
 
-class Folder:
+class Folder(Destination):
     """A destination: what its journal and report say, and what was done to it."""
 
     def __init__(self, folder: Path, journal: list[Any] | None = None, report: dict[str, Any] | None = None) -> None:
-        self.folder, self._journal, self._report = folder, journal or [], report
+        super().__init__(folder, report=REPORT, incomplete=INCOMPLETE)
+        self._records, self._finished = journal or [], report
         self.begun: list[Any] = []
-        self.unlinked: list[str] = []
+        self.deleted: list[str] = []
         self.cleared: list[str] | None = None
 
     def journal(self) -> list[Any]:
         """Return its records."""
-        return self._journal
+        return self._records
 
     def finished_report(self) -> dict[str, Any] | None:
         """Return its report."""
-        return self._report
+        return self._finished
 
     def begin(self, records: list[Any]) -> None:
         """Remember what was written."""
         self.begun = records
 
-    def unlink(self, files: list[str]) -> None:
+    def delete(self, files: Sequence[str]) -> None:
         """Remember what was deleted."""
-        self.unlinked = files
+        self.deleted = list(files)
 
     def clear(self, files: list[str]) -> None:
         """Remember what was cleared."""
         self.cleared = files
-
-
-def as_destination(folder: Folder) -> Destination:
-    """Let it pass for one."""
-    return cast("Destination", folder)
 
 
 FACTS: dict[str, Any] = {"from": "bf16", "to": "int4", "shape": [2, 2], "crc32": {}}
@@ -106,7 +103,7 @@ def out(tmp_path: Path) -> Path:
 def head(made: Plan) -> dict[str, Any]:
     """Return the first record of a journal of this plan."""
     found = Folder(Path())
-    resume.begin(as_destination(found), made, fresh=True)
+    resume.begin(found, made, fresh=True)
     first: dict[str, Any] = found.begun[0]
     return first
 
@@ -147,8 +144,8 @@ def test_a_journal_that_is_continued_counts_the_shards_that_stand(source: Path, 
     """The first record must say the same; of the others those count whose shard is there and whole."""
     made = plan(source)
     begun = Folder(out, [head(made), record(), record("two", size=9), record("three")])
-    assert resume.finished_shards(as_destination(begun), made) == {"one": record()}
-    assert resume.finished_shards(as_destination(Folder(out)), made) == {}
+    assert resume.finished_shards(begun, made) == {"one": record()}
+    assert resume.finished_shards(Folder(out), made) == {}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +163,7 @@ def test_a_journal_of_something_else_is_refused(key: str, words: str, source: Pa
     made = plan(source)
     begun = Folder(out, [head(made) | {key: "other"}, record()])
     with pytest.raises(DestinationStale, match=f"half-finished conversion of {words}"):
-        resume.finished_shards(as_destination(begun), made)
+        resume.finished_shards(begun, made)
 
 
 def test_a_journal_of_another_method_is_refused(source: Path, out: Path) -> None:
@@ -177,14 +174,14 @@ def test_a_journal_of_another_method_is_refused(source: Path, out: Path) -> None
         ({"method": {"asked": "mse"}, "options": "other"}, "conversion of other options;"),
     ):
         with pytest.raises(DestinationStale, match=words):
-            resume.finished_shards(as_destination(Folder(out, [head(made) | other, record()])), made)
-    assert resume.finished_shards(as_destination(Folder(out, [head(made), record()])), made)
+            resume.finished_shards(Folder(out, [head(made) | other, record()]), made)
+    assert resume.finished_shards(Folder(out, [head(made), record()]), made)
 
 
 def test_a_folder_that_was_being_emptied_is_refused(source: Path, out: Path) -> None:
     """Its journal names files and no options."""
     with pytest.raises(DestinationStale, match="being emptied"):
-        resume.finished_shards(as_destination(Folder(out, [{"files": []}])), plan(source))
+        resume.finished_shards(Folder(out, [{"files": []}]), plan(source))
 
 
 @pytest.mark.parametrize(
@@ -208,13 +205,13 @@ def test_a_folder_that_was_being_emptied_is_refused(source: Path, out: Path) -> 
 def test_a_record_that_is_not_sound_does_not_count(bad: dict[str, Any], source: Path, out: Path) -> None:
     """Of no shard of the plan, of another size, or without what the report needs of each tensor."""
     made = plan(source)
-    assert resume.finished_shards(as_destination(Folder(out, [head(made), bad])), made) == {}
+    assert resume.finished_shards(Folder(out, [head(made), bad]), made) == {}
 
 
 def test_figures_may_be_there_or_not(source: Path, out: Path) -> None:
     """A tensor that was copied has none; only one that was searched has facts of its scales."""
     made, good = plan(source), record(tensors={"w": FACTS | {"figures": {"count": 1}, "scales": {"relative": 1}}})
-    assert resume.finished_shards(as_destination(Folder(out, [head(made), good])), made) == {"one": good}
+    assert resume.finished_shards(Folder(out, [head(made), good]), made) == {"one": good}
 
 
 @pytest.mark.parametrize("state", ["absent", "short", "long", "folder", "link"])
@@ -229,7 +226,7 @@ def test_a_shard_that_does_not_stand_whole_is_written_again(state: str, source: 
     elif state != "absent":
         path.write_bytes(bytes({"short": 9, "long": 11}[state]))
     made = plan(source)
-    found = resume.finished_shards(as_destination(Folder(out, [head(made), record(), record("two")])), made)
+    found = resume.finished_shards(Folder(out, [head(made), record(), record("two")]), made)
     assert list(found) == ["two"]
 
 
@@ -237,26 +234,26 @@ def test_a_journal_begins_with_what_is_made_and_what_is_done(source: Path, out: 
     """While a shard is missing, what would make the folder look finished is deleted; a clearing's journal is over."""
     made = plan(source)
     half = Folder(out, [head(made), record()])
-    assert list(resume.begin(as_destination(half), made, fresh=False)) == ["one"]
+    assert list(resume.begin(half, made, fresh=False)) == ["one"]
     assert half.begun == [head(made), record()]
     assert half.begun[0]["files"] == resume.output_files(made)
     assert half.begun[0]["journal"] == 1  # another number is another shape, and older journals say 1
-    assert half.unlinked == [CONFIG, INDEX, REPORT]
+    assert half.deleted == [CONFIG, INDEX, REPORT]
     whole = Folder(out, [head(made), record(), record("two")])
-    assert list(resume.begin(as_destination(whole), made, fresh=False)) == ["one", "two"]
-    assert whole.unlinked == []
-    assert resume.begin(as_destination(Folder(out, [{"files": []}])), made, fresh=True) == {}
+    assert list(resume.begin(whole, made, fresh=False)) == ["one", "two"]
+    assert whole.deleted == []
+    assert resume.begin(Folder(out, [{"files": []}]), made, fresh=True) == {}
 
 
 def test_missing_bytes_are_those_that_are_not_there_yet(source: Path, out: Path) -> None:
     """What is done needs no room, and what is replaced gives its own back, a partial file too."""
     made = plan(source)
-    assert resume.bytes_missing(out, made, {}) == 50 - 20
-    assert resume.bytes_missing(out, made, {"one": {}}) == 50 - 10 - 10
+    assert resume.room(made, out, {}).needed == 50 - 20
+    assert resume.room(made, out, {"one": {}}).needed == 50 - 10 - 10
     (out / "two.partial").write_bytes(bytes(7))
-    assert resume.bytes_missing(out, made, {"one": {}}) == 50 - 10 - 17
+    assert resume.room(made, out, {"one": {}}).needed == 50 - 10 - 17
     (out / "one.partial").write_bytes(bytes(7))
-    assert resume.bytes_missing(out, made, {"one": {}}) == 50 - 10 - 17  # that shard is not replaced
+    assert resume.room(made, out, {"one": {}}).needed == 50 - 10 - 17  # that shard is not replaced
 
 
 @pytest.mark.parametrize(("free", "enough"), [(29, False), (30, True), (31, True)])
@@ -271,11 +268,11 @@ def test_a_disk_that_is_too_small_is_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     found = Folder(out)
     if enough:
-        resume.begin(as_destination(found), plan(source), fresh=False)
+        resume.begin(found, plan(source), fresh=False)
         assert found.begun
         return
     with pytest.raises(OutputError, match=r"too small.*30 bytes free.*found 29 bytes"):
-        resume.begin(as_destination(found), plan(source), fresh=False)
+        resume.begin(found, plan(source), fresh=False)
     assert not found.begun
 
 
@@ -286,7 +283,7 @@ def test_a_finished_folder_is_that_of_the_same_call_and_whole(source: Path, out:
         (out / name).write_bytes(bytes(size))
     shards = {"one": {"size": 10}, "two": {"size": 10}}
     report = resume.identity(made) | {"files": {**shards, INDEX: {"size": 5}, CONFIG: {"size": 3}}}
-    finished = as_destination(Folder(out, report=report))
+    finished = Folder(out, report=report)
     resume.check_finished(finished, report, made)
     with pytest.raises(DestinationStale, match="finished conversion of other options and another source"):
         resume.check_finished(finished, report | {"options": {}, "source": {}}, made)
@@ -314,7 +311,7 @@ def test_a_whole_folder_of_a_release_that_writes_another_config_is_not_called_da
         (out / file).write_bytes(bytes(size))
     report = resume.identity(made) | {"version": "0.9", "files": {f: {"size": size} for f, size in sizes.items()}}
     with pytest.raises(DestinationStale, match=r"was finished by k2quant 0\.9, which wrote another") as caught:
-        resume.check_finished(as_destination(Folder(out, report=report)), report, made)
+        resume.check_finished(Folder(out, report=report), report, made)
     assert "`restart=True`" in str(caught.value)
 
 
@@ -324,7 +321,7 @@ def test_a_report_without_a_size_is_of_no_whole_folder(files: Any, source: Path,
     made = plan(source)
     report = resume.identity(made) | {"files": files}
     with pytest.raises(DestinationStale, match=r"not whole any more.*one|one.*not whole any more"):
-        resume.check_finished(as_destination(Folder(out, report=report)), report, made)
+        resume.check_finished(Folder(out, report=report), report, made)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +342,7 @@ def test_what_is_cleared_is_what_journal_or_report_names(
 ) -> None:
     """Names alone, the journal's where there is one; and always what makes a folder look finished."""
     found = Folder(out, journal, report)
-    resume.clear(as_destination(found))
+    resume.clear(found)
     assert found.cleared == [CONFIG, INDEX, REPORT, *names]
 
 

@@ -19,8 +19,8 @@ from k2quant.checkpoint import panels
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.checkpoint.writing.writer import ShardWriter
-from k2quant.conversion.convert import planned
 from k2quant.conversion.plan import Options
+from k2quant.conversion.searching.asked import planned
 from k2quant.conversion.searching.folding import check_halves
 from k2quant.conversion.searching.powers import fold_of, shifted, shifted_scales
 from k2quant.errors import CheckpointError, OutputError

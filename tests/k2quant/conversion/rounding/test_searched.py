@@ -20,8 +20,8 @@ from k2quant.checkpoint.header import ShardHeader, TensorEntry
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
-from k2quant.conversion.convert import planned
 from k2quant.conversion.plan import Options
+from k2quant.conversion.searching.asked import planned
 from k2quant.conversion.searching.gains import bought
 from k2quant.errors import DestinationStale
 from k2quant.formats.dtypes import TensorSpec, as_array

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from k2quant.checkpoint.weights import StoredWeight
-from k2quant.conversion import relatives
-from k2quant.conversion.config import (
+from k2quant.conversion.metadata import relatives
+from k2quant.conversion.metadata.config import (
     believed,
     claimed,
     is_stale,

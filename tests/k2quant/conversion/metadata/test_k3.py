@@ -14,7 +14,7 @@ import k2quant
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.checkpoint.writing.in_memory import write_checkpoint
-from k2quant.conversion.promises import broken_promises, inventory
+from k2quant.conversion.metadata.promises import broken_promises, inventory
 from k2quant.errors import UnsupportedFormat
 from k2quant.ground import names
 from k2quant.model import load_model

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from k2quant.checkpoint.weights import StoredWeight
-from k2quant.conversion import relatives
+from k2quant.conversion.metadata import relatives
 from k2quant.errors import CheckpointError, MalformedFile, UnsupportedFormat
 from k2quant.formats.activations import check_scale, flow
 from k2quant.formats.configs import compressed_tensors, modelopt

@@ -1,0 +1,1 @@
+"""What is written when all shards stand: the report, the files beside the weights, index and config."""
