@@ -18,7 +18,7 @@ from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.writing.destination import locked
 from k2quant.conversion.finishing.completing import complete
-from k2quant.conversion.finishing.report import report_of
+from k2quant.conversion.finishing.report import fetched, report_of
 from k2quant.conversion.plan import Options, Plan, options_of
 from k2quant.conversion.recipes.rules import Recipes, read_recipe
 from k2quant.conversion.resume import begin, check_finished, clear, refuse_nested
@@ -116,6 +116,7 @@ def convert(
     restart: bool = False,
     soft_lock: bool = False,
     sha256: bool = False,
+    low_disk: bool = False,
     progress: Asked = None,
 ) -> Conversion:
     """Convert a checkpoint to BF16, block-FP8, INT4, NVFP4 or MXFP4.
@@ -160,6 +161,8 @@ def convert(
         soft_lock: where the destination's file system has no locks, lock it by a file. What a killed run leaves of it
             is removed by the next one on the same machine; where another finds it, it must be deleted by hand.
         sha256: also note a sha256 of each file, as hubs list them.
+        low_disk: of a source at an address, keep at most two shards on the disk at a time, where they come to lie there
+            at all: what reads each weight once, as `rtn` does, has them in memory alone.
         progress: called as the work goes on, with the bytes read and all bytes; True for a bar.
 
     Returns:
@@ -203,6 +206,7 @@ def convert(
         restart=restart,
         soft_lock=soft_lock,
         sha256=sha256,
+        low_disk=low_disk,
         rounder=rounder,
         spread=spread,
         progress=told(progress),
@@ -230,6 +234,7 @@ def carry_out(
     restart: bool = False,
     soft_lock: bool = False,
     sha256: bool = False,
+    low_disk: bool = False,
     substitute: Substitute | None = None,
     rounder: Rounder | None = None,
     check: Callable[[Path], None] | None = None,
@@ -246,6 +251,7 @@ def carry_out(
         restart: throw away what an earlier run left.
         soft_lock: lock by a file where there is no other way.
         sha256: note digests.
+        low_disk: keep at most two shards of a source at an address on the disk.
         substitute: whose values take the place of the source's; `plan.values` says which these are.
         rounder: who rounds better than the formats' own rules; `plan.method` says how.
         check: is given the folder when all shards stand there and nothing yet makes it look finished; what it raises
@@ -281,12 +287,14 @@ def carry_out(
                     progress=progress,
                     substitute=substitute,
                     rounder=rounder,
+                    low_disk=low_disk,
+                    records=done.values(),
                 )
                 shards = done | stream.run(threads)
             check_halves(shards.values(), folder.spot)
             if check is not None:
                 check(folder.spot)
-            more = {} if rounder is None else rounder.summary()
+            more = {**({} if rounder is None else rounder.summary()), **fetched(plan.source.supply, shards.values())}
             report = report_of(plan, shards, seconds=time.monotonic() - begun, resumed=len(done), more=more)
             complete(folder, plan, report, sha256=sha256)
             folder.finish()
