@@ -124,12 +124,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[list[Nodes]]:
-    """A cluster of two nodes, in a list: a test that loses its head puts another one in its place."""
+    """A cluster of one node, to which a test adds one, in a list: another test loses the head and puts in a new one."""
     before = {name: os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED")}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     found = [Nodes()]
     try:
-        found[0].add(2)
+        found[0].add(1)
         yield found
     finally:
         for each in found:
@@ -195,6 +195,23 @@ def check_equal(there: Path, whole: Whole) -> None:
     assert tensors(there) == whole.tensors
 
 
+def test_a_node_is_added_midway(whole: Whole, nodes: list[Nodes], tmp_path: Path) -> None:
+    """It takes shards too: with the only other one stopped, it does them alone."""
+    before: list[int] = []
+
+    def add() -> None:
+        before.extend(stop_in_a_shard(nodes[0], tmp_path / "there"))
+        notes = tmp_path / "there" / ".k2quant" / "shards"
+        standing = len(list(notes.iterdir()))
+        nodes[0].add(1)
+        until(lambda: len(list(notes.iterdir())) > standing)
+        go_on(before)
+
+    with meanwhile(add):
+        k2quant.convert(whole.source, tmp_path / "there", "int4", cluster="auto")
+    check_equal(tmp_path / "there", whole)
+
+
 def test_a_cluster_writes_the_bytes_of_one_machine(whole: Whole, nodes: list[Nodes], tmp_path: Path) -> None:
     """With progress for the whole; and the command line says before what the machines have."""
     command = ["convert", str(whole.source), str(tmp_path / "there"), "--to", "int4", "--cluster", "auto"]
@@ -231,23 +248,6 @@ def test_a_worker_is_killed_midway(
         k2quant.convert(whole.source, tmp_path / "there", "int4", cluster="auto")
     check_equal(tmp_path / "there", whole)
     assert "was lost" in caplog.text
-
-
-def test_a_node_is_added_midway(whole: Whole, nodes: list[Nodes], tmp_path: Path) -> None:
-    """It takes shards too: with all others stopped, it does them alone."""
-    before: list[int] = []
-
-    def add() -> None:
-        before.extend(stop_in_a_shard(nodes[0], tmp_path / "there"))
-        nodes[0].add(1)
-        notes = tmp_path / "there" / ".k2quant" / "shards"
-        standing = len(list(notes.iterdir()))
-        until(lambda: len(list(notes.iterdir())) > standing)
-        go_on(before)
-
-    with meanwhile(add):
-        k2quant.convert(whole.source, tmp_path / "there", "int4", cluster="auto")
-    check_equal(tmp_path / "there", whole)
 
 
 def test_a_bad_value_ends_the_run_as_on_one_machine(whole: Whole, nodes: list[Nodes], tmp_path: Path) -> None:
