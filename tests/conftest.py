@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
@@ -19,6 +20,12 @@ from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.conversion.convert import convert
 from k2quant.formats.dtypes import TensorSpec, as_array
 from k2quant.nano.demo import K2_CONFIG, write_k2
+
+# A slow machine is no error: without this, a busy one fails tests whose examples take long to make, or to run.
+settings.register_profile(
+    "slow machines", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("slow machines")
 
 
 def pytest_configure() -> None:

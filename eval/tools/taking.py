@@ -13,14 +13,14 @@ from k2quant.checkpoint.files.paths import inside, open_regular, read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import MalformedFile, MalformedResults, UsageError
 from k2quant.eval.runs.folder import MANIFEST
-from k2quant.eval.tools.calling import Answer, of_chat, of_text, read_answer
+from k2quant.eval.tools.calling import Answer, of_chat, read_answer
 from k2quant.eval.tools.requests import Asked, request_of, rows
 from k2quant.ground.saying.showing import brief
 
 _LIMIT = 2**28  # bytes of a manifest
 _HEAD = 2**16  # bytes in which a summary shows itself
 
-# https://github.com/MoonshotAI/K2-Vendor-Verifier, src/kimi_vendor_verifier/tool_calls_eval.py: a line of its results
+# https://github.com/MoonshotAI/K2-Vendor-Verifier, tool_calls_eval.py (of 14 February 2026): a line of its results
 _VERIFIER = {"request", "response", "status"}
 _SUMMARY = (b'"success_count"', b'"finish_tool_calls"')
 
@@ -136,6 +136,12 @@ def _of_verifier(path: Path) -> Iterator[tuple[Asked, Answer, str]]:
                 expected=f"{', '.join(sorted(_VERIFIER))} in each line",
                 found=", ".join(row)[:200],
             )
+        if "messages" not in row["request"] and "prompt" in row["request"]:
+            raise MalformedResults(
+                "an answer to a raw prompt, with neither the messages nor the tools that it is judged by",
+                file=place,
+                remedy="let K2-Vendor-Verifier ask by chat messages, as it does unless told otherwise",
+            )
         request = request_of(row["request"], place)
         yield request, _verified(row, place), str(row["request"].get("model") or "")
 
@@ -146,10 +152,6 @@ def _verified(row: Mapping[str, Any], place: str) -> Answer:
         said = response.get("error") if isinstance(response, Mapping) else response
         return Answer(fault=f"{row['status']}: {said}"[:200])
     try:
-        choices = response.get("choices") if isinstance(response, Mapping) else None
-        choice = choices[0] if isinstance(choices, list) and choices else None
-        if isinstance(choice, Mapping) and isinstance(choice.get("text"), str) and "message" not in choice:
-            return of_text(choice["text"], cut=choice.get("finish_reason") == "length")
         return of_chat(response)
     except ValueError as error:
         raise MalformedResults("no answer in it", file=place, found=str(error)[:200]) from error

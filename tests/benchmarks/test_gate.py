@@ -102,3 +102,17 @@ def test_restricted_shares_meet_their_bars_and_could_miss_them() -> None:
     assert [bar["met"] for bar in gate_sharper.bars(worse)] == [True, False, False]
     over = [found[0] | {"level": 0.0501}]
     assert [bar["met"] for bar in gate_sharper.bars(over)] == [False, True, True]
+
+
+def test_a_curve_that_lacks_an_outcome_is_shown() -> None:
+    """One of 250 items at alpha .1 does: its p over all shares lies within gamma below alpha."""
+    found = gate_sharper.compared(250, 0.05, 0.1, upper=True)
+    assert (found["lost"], found["gained"] > 1) == (1, True)
+    assert not gate_sharper.bars([found])[2]["met"]
+    facts = {"cpu": "", "cores": 1, "load": 0.0, "versions": {}, "commit": "", "dirty": False, "seconds": 1.0}
+    results = facts | {"gamma": 1e-6, "bars": [], "gammas": [], "found": [], "wide": 2, "wide_sizes": [250]}
+    shown = gate_sharper.page(results | {"losing": [found]})
+    assert "| 250 | 5.00 | 0.1 | FAIL | 1 | 16 | 20.00 | 0.7055 | 0.6994 | -0.0061 |" in shown
+    assert "1 of them lack an outcome" in " ".join(shown.split())
+    assert "the right verdict changes by -0.0061." in " ".join(shown.split())
+    assert "\nNone.\n" in gate_sharper.page(results | {"losing": []})

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from k2quant.checkpoint.cards import CARD
 from k2quant.checkpoint.files import digests
 from k2quant.checkpoint.files.locks import Lock, take
 from k2quant.checkpoint.files.paths import (
@@ -68,6 +69,7 @@ class Destination:
         """
         self.folder = folder
         self._attempt = attempt
+        self._share = ""
         self._sharing: Sharing | None = None
         self._mark = mark
         self._report = folder / report
@@ -82,6 +84,12 @@ class Destination:
         """The folder, as messages name it."""
         return self.folder
 
+    @property
+    def stage(self) -> Path:
+        """Where shards of a source lie while they are read; each of several processes has a folder of its own."""
+        own = self._share or self._attempt  # a part goes on with what an earlier attempt at it fetched
+        return self.work / (f"source-{own}" if own else "source")
+
     def named(self, name: str) -> Path:
         """Return the path of a file, as messages name it."""
         return self.folder / name
@@ -95,6 +103,13 @@ class Destination:
         """
         path = self.folder / name
         return path.stat().st_size if path.is_file() and (links or not path.is_symlink()) else None
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """Return a small file that stands there; None where no regular file does, or one of more bytes than `limit`."""
+        path = self.folder / name
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > limit:
+            return None
+        return path.read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file so that it is whole or not there."""
@@ -288,6 +303,7 @@ class Destination:
         _refuse_link(self.work)
         with contextlib.suppress(DestinationStale):  # another may be beginning just now; behind the gate it is sure
             self.refuse_foreign(restart=restart)
+        self._share = share
         self._sharing = Sharing(self.work, folder=self.folder, name=share, soft=soft, check=check)
         try:
             yield
@@ -314,7 +330,7 @@ class Destination:
             DestinationForeign: it holds files that no journal or report of ours explains.
             DestinationStale: the journal is damaged, so that nobody knows what the folder holds.
         """
-        own = {_WORK, self._incomplete.name, self._incomplete.name + PARTIAL}
+        own = {_WORK, self._incomplete.name, self._incomplete.name + PARTIAL, CARD}  # a card may be there first
         foreign = sorted(path.name for path in self.folder.iterdir() if path.name not in own)
         if self.journal() or not (foreign or self._keeps()):
             return

@@ -48,11 +48,18 @@ class Target(Protocol):
     def spot(self) -> Path:
         """Where it is, as messages name it."""
 
+    @property
+    def stage(self) -> Path:
+        """A folder of this machine, there or not, for shards of a source that lie on the disk while they are read."""
+
     def named(self, name: str) -> Path:
         """Return where a file is, as messages name it."""
 
     def size(self, name: str, *, links: bool = True) -> int | None:
         """Return the bytes of a file that stands there; None where none does, or a link that will not do."""
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """Return a small file that stands there; None where none does, or one of more bytes than `limit`."""
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file so that it is whole or not there."""

@@ -365,7 +365,9 @@ def test_unfinished(folder: Path) -> None:
         open_stats(folder)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(st.data())
 def test_whatever_byte_is_changed_nothing_but_a_checkpoint_error_comes(folder: Path, data: st.DataObject) -> None:
     """And it does come, but for a byte of a Hessian that was not read, and for white space of the manifest."""

@@ -118,6 +118,21 @@ def test_nothing_is_lost_against_all_shares(n: int, margin: float, alpha: float,
 
 
 @UPPER
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_no_p_value_is_more_than_gamma_above_that_over_all_shares(upper: bool, data: st.DataObject) -> None:  # noqa: FBT001  a parameter of the test
+    """So an outcome may be lost only where that one lies within gamma below alpha."""
+    n = data.draw(st.integers(1, 120))
+    margin, gamma = data.draw(st.sampled_from([0.005, 0.02, 0.2])), data.draw(st.sampled_from([1e-6, 1e-3, 0.1]))
+    lost = data.draw(st.integers(0, n))
+    gained = data.draw(st.integers(0, n - lost))
+    here, over_all = (
+        restricted.restricted_p(lost, gained, n, margin, upper=upper, gamma=each) for each in (gamma, 0.0)
+    )
+    assert here <= min(1.0, over_all + gamma) + 1e-9
+
+
+@UPPER
 @pytest.mark.parametrize(("n", "margin", "alpha"), [(8, 0.1, 0.2), (9, 0.3, 0.05), (1, 0.4, 0.45), (3, 0.05, 0.4)])
 def test_without_gamma_the_curve_is_the_largest_set_by_z(n: int, margin: float, alpha: float, upper: bool) -> None:  # noqa: FBT001  a parameter of the test
     """Outcomes are taken in the order of Z, best or worst first, while no share of flips has more than alpha."""
