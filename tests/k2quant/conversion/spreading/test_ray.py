@@ -30,7 +30,7 @@ from k2quant.errors import BadValue, ClusterError, UsageError
 pytest.importorskip("ray")
 
 SHARDS, ROWS, WIDTH = 8, 512, 2048
-PATIENCE = 60.0
+PATIENCE = 40.0
 STORE = 80_000_000
 """Bytes of a node's object store; Ray takes no less."""
 
@@ -151,22 +151,21 @@ def until(happens: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def meanwhile(act: Callable[[], None]) -> Iterator[None]:
-    """Do something beside the block, which ends only when that is done."""
+def converting(source: Path, there: Path) -> Iterator[None]:
+    """Convert beside the block, in a thread, for Ray's nodes start in the main one; raise at its end what that raised."""
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            act()
+            k2quant.convert(source, there, "int4", cluster="auto")
         except BaseException as error:  # noqa: BLE001  raised below
             errors.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
+    yield
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
     if errors:
         raise errors[0]
 
@@ -197,18 +196,13 @@ def check_equal(there: Path, whole: Whole) -> None:
 
 def test_a_node_is_added_midway(whole: Whole, nodes: list[Nodes], tmp_path: Path) -> None:
     """It takes shards too: with the only other one stopped, it does them alone."""
-    before: list[int] = []
-
-    def add() -> None:
-        before.extend(stop_in_a_shard(nodes[0], tmp_path / "there"))
+    with converting(whole.source, tmp_path / "there"):
+        before = stop_in_a_shard(nodes[0], tmp_path / "there")
         notes = tmp_path / "there" / ".k2quant" / "shards"
         standing = len(list(notes.iterdir()))
         nodes[0].add(1)
         until(lambda: len(list(notes.iterdir())) > standing)
         go_on(before)
-
-    with meanwhile(add):
-        k2quant.convert(whole.source, tmp_path / "there", "int4", cluster="auto")
     check_equal(tmp_path / "there", whole)
 
 
@@ -239,13 +233,10 @@ def test_a_worker_is_killed_midway(
 ) -> None:
     """Its shards are done again by others, which is said, and no partial file stays."""
 
-    def kill() -> None:
+    with converting(whole.source, tmp_path / "there"):
         workers = stop_in_a_shard(nodes[0], tmp_path / "there")
         os.kill(workers[0], signal.SIGKILL)
         go_on(workers[1:])
-
-    with meanwhile(kill):
-        k2quant.convert(whole.source, tmp_path / "there", "int4", cluster="auto")
     check_equal(tmp_path / "there", whole)
     assert "was lost" in caplog.text
 
@@ -277,13 +268,11 @@ def test_the_head_is_lost_and_the_command_repeated(
     monkeypatch.setattr(spreading, "_SILENCE", 2.0)
     there = tmp_path / "there"
 
-    def lose() -> None:
+    lost = pytest.raises(ClusterError, match=r"cluster was lost.* run the same command: it resumes")
+    with lost, converting(whole.source, there):
         workers = stop_in_a_shard(nodes[0], there)
         nodes[0].lose_head()
         go_on(workers)
-
-    with meanwhile(lose), pytest.raises(ClusterError, match=r"cluster was lost.* run the same command: it resumes"):
-        k2quant.convert(whole.source, there, "int4", cluster="auto")
     assert (there / INCOMPLETE).exists()
     nodes.pop().end()
     with pytest.raises(ClusterError, match="no cluster answers"):
