@@ -152,7 +152,7 @@ def until(happens: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def converting(source: Path, there: Path) -> Iterator[None]:
-    """Convert beside the block, in a thread, for Ray's nodes start in the main one; raise at its end what that raised."""
+    """Convert beside the block, in a thread, for nodes start in the main one; raise at its end what that raised."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -232,7 +232,6 @@ def test_a_worker_is_killed_midway(
     whole: Whole, nodes: list[Nodes], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its shards are done again by others, which is said, and no partial file stays."""
-
     with converting(whole.source, tmp_path / "there"):
         workers = stop_in_a_shard(nodes[0], tmp_path / "there")
         os.kill(workers[0], signal.SIGKILL)
