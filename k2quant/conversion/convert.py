@@ -35,7 +35,7 @@ from k2quant.conversion.searching.folding import check_halves
 from k2quant.conversion.searching.surveys import Substitute, check_shared
 from k2quant.conversion.spreading.cluster import Spread, check_cluster
 from k2quant.conversion.spreading.order import order
-from k2quant.conversion.spreading.part import Part, part_of, share
+from k2quant.conversion.spreading.part import Part, beside_cluster, part_of, share
 from k2quant.conversion.stream import Progress, Rounder, Stream
 from k2quant.errors import OutputError, UsageError
 from k2quant.formats.activations import ActivationScales, KvCache
@@ -81,14 +81,20 @@ class Conversion(NamedTuple):
     already_done: bool
     """Whether the destination was finished before, so that nothing was written."""
     missing: tuple[str, ...] = ()
-    """Shards that other parts have still to write. As long as there are any, there is no report, and `report` is
-    empty."""
+    """Shards that other parts have still to write. As long as there are any, `report` is empty."""
+    shards: int = 0
+    """All shards of the output, where some are missing."""
+
+    @property
+    def still_to_come(self) -> str:
+        """What other parts have still to write, such as `5 of 61 shards`."""
+        return f"{len(self.missing)} of {counted(self.shards, 'shard')}"
 
     def facts(self) -> dict[str, object]:
         """Return what it comes to, in a few words."""
         report = self.report
         if self.missing:
-            return {"folder": str(self.folder), "still_to_come": counted(len(self.missing), "shard")}
+            return {"folder": str(self.folder), "still_to_come": self.still_to_come}
         sizes = {name: size(report[key]) for name, key in (("read", "bytes_read"), ("written", "bytes_written"))}
         seconds = {} if self.already_done else {"time": duration(report["seconds"])}
         counts = {"tensors": len(report["tensors"]), "remarks": len(report.get("remarks", []))}
@@ -199,7 +205,7 @@ def convert(
     if cluster is not None:
         check_cluster(cluster)
         if own is not None:
-            raise UsageError("`cluster=` beside `part=`: one says who shares the work out, the other that you do")
+            raise beside_cluster()
     options = chosen(
         recipe,
         to=to,
@@ -329,7 +335,7 @@ def carry_out(
                     return Conversion(there, report, before, already_done=False)
                 shards = done | written if part is None else finished_shards(folder, plan)
                 if missing := tuple(shard.file for shard in plan.shards if shard.file not in shards):
-                    return Conversion(there, {}, before, already_done=False, missing=missing)
+                    return Conversion(there, {}, before, already_done=False, missing=missing, shards=len(plan.shards))
                 check_halves(shards.values(), folder.spot)
                 if check is not None:
                     check(folder.spot)

@@ -206,7 +206,7 @@ def announce(done: Conversion) -> None:
     from k2quant.cli.parts.screen import remark
     from k2quant.ground.units import counted
 
-    if not done.already_done:
+    if not done.already_done and not done.missing:  # who completes an output says what is worth saying of it
         _say(done.report["remarks"])
     if done.resumed:
         remark(f"resumed: {counted(done.resumed, 'shard')} finished before")
@@ -233,7 +233,7 @@ def last_line(done: Conversion, destination: Path) -> str:
     if done.already_done:
         return f"{destination}: already finished, nothing to do"
     ratio = report["bytes_written"] / max(report["bytes_read"], 1)
-    rate = "" if done.resumed else f", {size(report['bytes_read'] / report['seconds'])}/s"
+    rate = "" if report["resumed_shards"] else f", {size(report['bytes_read'] / report['seconds'])}/s"
     return (
         f"{destination}: {size(report['bytes_read'])} -> {size(report['bytes_written'])} ({ratio:.2f}x) "
         f"in {duration(report['seconds'])}{rate}"
@@ -283,6 +283,7 @@ def dry_run(
     restart: bool,
     workers: int,
     as_json: bool,
+    only: frozenset[str] | None = None,
     peak_memory: int | None = None,
     more: dict[str, Any] | None = None,
     marks: dict[str, str] | None = None,
@@ -298,6 +299,7 @@ def dry_run(
         restart: whether what stands there would be thrown away.
         workers: threads.
         as_json: print JSON.
+        only: files of the shards that one part writes: time and disk are this part's; None: all.
         peak_memory: bytes, where they are not the plan's own estimate.
         more: what else there is to say, by name; JSON alone has what is no plain value.
         marks: what else is done with some weights, as `describe` takes it.
@@ -315,7 +317,11 @@ def dry_run(
 
     searched = {job.weight.main.name: "searched" for job in plan.jobs() if rounder is not None and rounder.takes(job)}
     done, table = standing_shards(plan, destination, restart=restart), describe(plan, searched | (marks or {}))
-    found = _cost(plan, destination, done, workers, rounder, peak_memory) if cost is None else _solving_cost(plan, cost)
+    standing: dict[str, object] = {
+        shard.file: {} for shard in plan.shards if shard.file in done or not (only is None or shard.file in only)
+    }
+    taking = (plan, destination, standing, workers, rounder, peak_memory)
+    found = _cost(*taking) if cost is None else _solving_cost(plan, cost)
     _say(plan.remarks)
     method, inputs = method or _search(plan, rounder), inputs_of(plan)
     if as_json:

@@ -94,7 +94,7 @@ def test_parts_in_any_order_are_one_conversion(case: Case, tmp_path: Path) -> No
         assert not done.report
         assert not {CONFIG, INDEX, REPORT} & {path.name for path in there.iterdir()}
         assert (there / INCOMPLETE).exists()
-        assert repr(done).endswith(f"still_to_come='{left} shards')")
+        assert repr(done).endswith(f"still_to_come='{left} of 8 shards')")
     last = convert(case, there, "1/3")
     assert last.missing == ()
     assert last.report["resumed_shards"] == 5
