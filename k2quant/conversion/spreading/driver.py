@@ -7,7 +7,10 @@ minute, whatever their timeouts, and then the process is ended (Ray 2.60). Start
 from __future__ import annotations
 
 import logging
+import os
+import re
 import secrets
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +26,8 @@ _STEP = 0.2  # seconds that a worker waits for news to tell
 _LOOK = 2.0  # seconds between two looks at the cluster's nodes
 _DEATHS = 3  # of workers of one node, without a shard between them
 _NOBODY = 45.0  # seconds without a node to work on
+_ANSWER = 10.0  # seconds in which a head answers
+_HEAD = re.compile(r"(?:ray://)?(.+):([0-9]{1,5})")
 _ABREAST = 8  # shards of one worker, at most
 
 
@@ -103,15 +108,11 @@ class _Driver:
         """Write the shards, or look at each node."""
         import ray
 
+        _knock(self._task.address)
         try:
             ray.init(address=self._task.address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
-            raise ClusterError(
-                "no cluster answers",
-                file=self._task.address,
-                found=_words(error),
-                remedy="start one (`ray start` on each machine), or name the address of its head",
-            ) from error
+            raise _silent(self._task.address, error) from error
         try:
             self._write() if self._task.files else self._show()
             self._talk.send(Told("done"))
@@ -313,6 +314,30 @@ class _Driver:
         if isinstance(error, K2QuantError):
             return ClusterError("cannot take part", file=node.name, found=str(error))
         return error
+
+
+def _knock(address: str) -> None:
+    """Refuse a head that does not answer; Ray itself would try for minutes.
+
+    Raises:
+        ClusterError: nobody listens there.
+    """
+    found = _HEAD.fullmatch(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
+    if found is None:  # Ray knows where it is
+        return
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=_ANSWER).close()
+    except OSError as error:
+        raise _silent(address, error) from error
+
+
+def _silent(address: str, error: Exception) -> ClusterError:
+    return ClusterError(
+        "no cluster answers",
+        file=address,
+        found=_words(error),
+        remedy="start one (`ray start` on each machine), or name the address of its head; the same command resumes",
+    )
 
 
 def _seat_class() -> Any:

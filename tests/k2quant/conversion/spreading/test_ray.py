@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner
 
 import k2quant
@@ -26,6 +28,7 @@ from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.cli import main
 from k2quant.conversion.spreading import cluster as spreading
 from k2quant.errors import BadValue, ClusterError, UsageError
+from places import ROOT
 
 pytest.importorskip("ray")
 
@@ -207,8 +210,11 @@ def test_a_node_is_added_midway(whole: Whole, nodes: list[Nodes], tmp_path: Path
 
 
 def test_a_cluster_writes_the_bytes_of_one_machine(whole: Whole, nodes: list[Nodes], tmp_path: Path) -> None:
-    """With progress for the whole; and the command line says before what the machines have."""
-    command = ["convert", str(whole.source), str(tmp_path / "there"), "--to", "int4", "--cluster", "auto"]
+    """With progress for the whole; and the entrypoint of the example for KubeRay says before what the machines have."""
+    job = yaml.safe_load((ROOT / "examples" / "cluster" / "rayjob.yaml").read_text())
+    program, *command = shlex.split(job["spec"]["entrypoint"])
+    assert (program, len(command)) == ("k2quant", 7)
+    command[-2:] = [str(whole.source), str(tmp_path / "there")]
     dry = CliRunner().invoke(main, [*command, "--dry-run", "--json"])
     assert dry.exit_code == 0, dry.output
     said = json.loads(dry.stdout)["cluster"]
