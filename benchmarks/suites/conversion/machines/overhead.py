@@ -4,8 +4,8 @@ Example:
     PYTHONPATH=benchmarks python -m suites.conversion.machines.overhead --workdir /dev/shm/machines
 
 Both convert the same slice of K2's shapes, FP8 to INT4, in memory (tmpfs), in turns, each in a fresh process. Seconds
-of the pool are those of the call of `convert`; of the cluster those from the mean of the moments at which its two workers
-began to the end of the call, so that the start of Ray and of its workers counts in neither.
+of the pool are those of the call of `convert`; of the cluster those from the mean of the moments at which its two
+workers began to the end of the call, so that the start of Ray and of its workers counts in neither.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ BAR = 0.15
 STORE = 80_000_000
 RESULTS = machine.ROOT / "benchmarks" / "results"
 CODE = ("k2quant", "kernels", "benchmarks/suites/conversion/machines")
+TEXT = """\
+A slice of K2's shapes, {read:.2f} GB of FP8 in {shards} shards, to INT4 ({written:.2f} GB), in memory (tmpfs), {runs} \
+runs in turns. The nodes are processes of the same machine. The machine did other work meanwhile (load below); both had a \
+raised priority. Work is what counts against the bar: the start of Ray and of its workers is taken off. The call has it, \
+with the planning of the driver."""
 RUN = """
 import json, logging, resource, sys, time
 from k2quant.conversion.convert import convert
@@ -186,12 +191,11 @@ def page(found: dict[str, Any]) -> str:
             "",
             f"{box}, {found['cores']} cores; {versions}; commit {found['commit']}. `{found['command']}`",
             "",
-            (
-                f"A slice of K2's shapes, {sizes['read'] / 1e9:.2f} GB of FP8 in {len(found['shards'])} shards, to INT4 "
-                f"({sizes['written'] / 1e9:.2f} GB), in memory (tmpfs), {len(found['runs']['pool'])} runs in turns. The "
-                "nodes are processes of the same machine. The machine did other work meanwhile (load below); both had a "
-                "raised priority. Work is what counts against the bar: the start of Ray and of its workers is taken off. "
-                "The call has it, with the planning of the driver."
+            TEXT.format(
+                read=sizes["read"] / 1e9,
+                written=sizes["written"] / 1e9,
+                shards=len(found["shards"]),
+                runs=len(found["runs"]["pool"]),
             ),
             "",
             "| who | work s, median (range) | whole call s | memory MiB, the largest process | load before |",
@@ -209,10 +213,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="folder on a tmpfs with 5 GB")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--page", action="store_true", help="only draw the page anew")
     given = parser.parse_args()
+    if given.page:
+        found = json.loads((RESULTS / "machines-overhead.json").read_bytes())
+        (RESULTS / "machines-overhead.md").write_text(page(found))
+        return 0
     raised([os.getpid()])
     given.workdir.mkdir(parents=True, exist_ok=True)
-    command = f"PYTHONPATH=benchmarks python -m suites.conversion.machines.overhead --workdir /dev/shm/machines --rounds {given.rounds}"
+    module = "suites.conversion.machines.overhead"
+    command = f"PYTHONPATH=benchmarks python -m {module} --workdir {given.workdir} --rounds {given.rounds}"
     begun = time.time()
     found = machine.facts(command, *CODE) | measured(given.workdir, given.rounds)
     found |= {"minutes": (time.time() - begun) / 60}
