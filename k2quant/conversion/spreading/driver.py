@@ -73,8 +73,6 @@ class _Seat:
     holds: set[str] = field(default_factory=set)
     read: int = 0
     """Bytes that it has read of what it holds."""
-    abreast: int = 1
-    """Shards that it is given at a time."""
 
 
 def main(descriptor: int) -> None:
@@ -276,8 +274,6 @@ class _Driver:
     def _begun(self, seat: _Seat, error: BaseException | None) -> None:
         if error is not None:
             raise self._at(seat.node, error)
-        workers = max(1, len(self._seats) + len(self._resting) + 1)
-        seat.abreast = max(1, min(_ABREAST, seat.threads, len(self._left) // (2 * workers)))
         if seat.node.id not in self._met:
             self._met.add(seat.node.id)
             self._talk.send(Told("note", f"{seat.node.name} works with {counted(seat.threads, 'thread')}"))
@@ -285,7 +281,10 @@ class _Driver:
 
     def _next(self, seat: _Seat) -> None:
         """Give a worker shards, or let it rest."""
-        files = [self._todo.popleft() for _ in range(min(seat.abreast, len(self._todo)))]
+        workers = len(self._seats) + len(self._resting) + 1
+        fair = len(self._todo) // (2 * workers)  # half of its share, so that at the end nobody waits long for another
+        number = max(1, min(_ABREAST, seat.threads, fair))
+        files = [self._todo.popleft() for _ in range(min(number, len(self._todo)))]
         seat.holds.update(files)
         if files:
             self._ask(seat, seat.actor.step.remote(files, _STEP), self._news)
