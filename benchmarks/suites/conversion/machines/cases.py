@@ -29,7 +29,7 @@ PAUSE = 1.0
 OUT = BYTES["int4"] / BYTES["fp8"]
 """Bytes written for each byte read."""
 WAYS = {
-    "bucket": "a hub or bucket to a bucket; the store gives each machine its full line; outputs pass the machine's NVMe",
+    "bucket": "a hub or bucket to a bucket; the store gives each machine its full line; outputs pass its NVMe",
     "shared": "a file system of 4.8 GB/s that all see, for source and output",
     "nvme": "NVMe of the machines: one machine's own; of more, a file system over all of theirs",
 }

@@ -33,9 +33,9 @@ STORE = 80_000_000
 RESULTS = machine.ROOT / "benchmarks" / "results"
 CODE = ("k2quant", "kernels", "benchmarks/suites/conversion/machines")
 TEXT = """\
-A slice of K2's shapes, {read:.2f} GB of FP8 in {shards} shards, to INT4 ({written:.2f} GB), in memory (tmpfs), {runs} \
-runs in turns. The nodes are processes of the same machine. The machine did other work meanwhile (load below); both \
-had a raised priority. Work is what counts against the bar: the start of Ray and of its workers is taken off. The call has \
+A slice of K2's shapes, {read:.2f} GB of FP8 in {shards} shards, to INT4 ({written:.2f} GB), in memory (tmpfs), {runs}
+runs in turns. The nodes are processes of the same machine. The machine did other work meanwhile (load below); both had
+a raised priority. Work is what counts against the bar: the start of Ray and of its workers is taken off. The call has
 it, with the planning of the driver."""
 RUN = """
 import json, logging, resource, sys, time
