@@ -6,8 +6,8 @@ Example:
 
 It trains a nano-K2 where there is none yet, plants damage in it, and lets every copy answer 21,600 held-out items; the
 answers are kept beside it. With `--only` one part is measured anew and the rest of the results stays: `items` that are
-asked once, `repeats`, or `single`: of repeats what depends on the exact test of single answers. It exits 3 when the gate
-misses a bar.
+asked once, `repeats`, or `single`: of repeats what depends on the exact test of single answers. It exits 3 when the
+gate misses a bar.
 """
 
 from __future__ import annotations
