@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from k2quant.checkpoint.panels import naming, read_whole
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.checkpoint.reading import check_constants
+from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.checkpoint.writing.destination import locked
 from k2quant.conversion.finishing.completing import complete
 from k2quant.conversion.finishing.report import fetched, report_of
+from k2quant.conversion.places import pinned
 from k2quant.conversion.plan import Options, Plan, options_of
 from k2quant.conversion.recipes.rules import Recipes, read_recipe
 from k2quant.conversion.resume import begin, check_finished, clear, refuse_nested
@@ -93,8 +95,8 @@ class Conversion(NamedTuple):
 @hinting(_HINTS)
 @barred("convert")
 def convert(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
+    destination: str | os.PathLike[str] | Address,
     to: FormatName | None = None,
     *,
     recipe: Recipes | None = None,
@@ -124,7 +126,9 @@ def convert(
     The same call after a kill resumes; on a finished destination it does nothing.
 
     Args:
-        source: folder of the checkpoint, in any of the formats, mixed too.
+        source: folder of the checkpoint, in any of the formats, mixed too, or its address: `hf://org/name@revision`,
+            `s3://bucket/prefix`; see docs/places.md. Where the address of a model on a hub names no revision, a
+            destination that was begun goes on with the commit that it was begun with.
         destination: folder to write; empty, new, or of an earlier run of the same call.
         to: `bf16`, `fp8`, `int4`, `nvfp4` or `mxfp4`.
         recipe: in place of `to`, `scope`, `ignore`, `grid`, `layout` and `method`, rules for classes and patterns: a
@@ -174,8 +178,9 @@ def convert(
         OutputError: the destination is not ours, in use, or the disk failed; the same call resumes.
         UsageError: the options make no sense.
     """
-    here, there = Path(source), Path(destination)
-    refuse_nested(here, there)
+    begun, there = spot(source), spot(destination)
+    refuse_nested(begun, there)
+    here, remark = pinned(begun, there, restart=restart)
     if cluster is not None:
         check_cluster(cluster)
     options = chosen(
@@ -193,10 +198,11 @@ def convert(
         allow_rounding=allow_rounding,
     )
     plan, rounder = planned(here, options, stats, activation_scales, follow_links=follow_links)
+    plan = plan.remarked(remark)
     spread = None
     if cluster is not None:
         others: dict[str, Any] = {"stats": stats, "activation_scales": activation_scales, "follow_links": follow_links}
-        asked = order(plan, here, there, device=device, sha256=sha256, **others)
+        asked = order(plan, plan.source.place, there, device=device, sha256=sha256, **others)
         spread = Spread(cluster, asked, plan, workers=workers)
     return carry_out(
         plan,

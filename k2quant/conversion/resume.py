@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
+from k2quant.checkpoint.remote.address import HUB, Address
 from k2quant.checkpoint.writing.destination import Destination, room_of
 from k2quant.checkpoint.writing.target import Room, Target
 from k2quant.conversion.plan import Plan, options_from
@@ -17,18 +18,35 @@ from k2quant.ground.version import __version__
 _JOURNAL_VERSION = 1
 
 
-def refuse_nested(source: Path, destination: Path) -> None:
-    """Refuse a destination that is the source, lies in it, or holds it.
+def refuse_nested(source: Path | Address, destination: Path | Address) -> None:
+    """Refuse a destination that is the source, lies in it, or holds it, or that is a hub, which takes whole files only.
 
     Raises:
         UsageError: it is so, or a path cannot be resolved.
     """
+    if isinstance(destination, Address) and destination.scheme == HUB:
+        raise UsageError(
+            f"{destination} is on a hub, which takes whole models: write to a folder first, then "
+            f"`k2quant push` it to {destination}"
+        )
+    if isinstance(source, Address) or isinstance(destination, Address):
+        _refuse_below(source, destination)
+        return
     try:
         here, there = source.resolve(), destination.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no file can have
         raise UsageError(f"{source} or {destination} cannot be resolved: {error}") from error
     if here == there or here.is_relative_to(there) or there.is_relative_to(here):
         raise UsageError(f"{source} and {destination} must be two folders, neither inside the other")
+
+
+def _refuse_below(source: Path | Address, destination: Path | Address) -> None:
+    """Refuse one address below another."""
+    if not (isinstance(source, Address) and isinstance(destination, Address)) or source.scheme != destination.scheme:
+        return
+    here, there = (f"{each.path}/" for each in (source, destination))
+    if here.startswith(there) or there.startswith(here):
+        raise UsageError(f"{source} and {destination} must be two places, neither below the other")
 
 
 def identity(plan: Plan) -> dict[str, Any]:

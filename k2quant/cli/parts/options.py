@@ -60,7 +60,7 @@ def _check_device(name: str, others: tuple[str, ...] | None) -> None:
     refuse_without_driver(name, remedy="" if others == () else "; use --device cpu")
 
 
-def check_early(*folders: Path, follow_links: bool, text: Path | None = None, output: Path | None = None) -> None:
+def check_early(*folders: Place, follow_links: bool, text: Path | None = None, output: Path | None = None) -> None:
     """Refuse what cannot be read or written before torch and transformers are loaded, which takes seconds.
 
     Args:
