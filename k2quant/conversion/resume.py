@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from k2quant.checkpoint.cards import CARD, LIMIT, is_ours, placed
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 from k2quant.checkpoint.remote.address import HUB, Address
 from k2quant.checkpoint.writing.destination import Destination, room_of
@@ -69,8 +70,10 @@ def clear(folder: Target) -> None:
     """Delete what an earlier conversion of ours left."""
     journal, report = folder.journal(), folder.finished_report()
     files = journal[0].get("files") if journal else list(_sizes(report)) if report is not None else []
-    known = files if isinstance(files, list) else []
-    folder.clear([CONFIG, INDEX, REPORT, *(name for name in known if isinstance(name, str))])
+    known = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
+    victims = [CONFIG, INDEX, REPORT, *known, *placed(known).values(), CARD]
+    card = folder.read(CARD, LIMIT)
+    folder.clear([name for name in dict.fromkeys(victims) if name != CARD or (card is not None and is_ours(card))])
 
 
 def _sizes(report: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +97,7 @@ def check_finished(folder: Target, report: dict[str, Any], plan: Plan) -> None:
         raise _stale(folder, "finished", changed)
     last = {name: len(data) for name, data in plan.last.items()}
     sizes = _sizes(report)
+    sizes.pop(CARD, None)  # whoever edits it, or throws it away, has done no harm
     for name, size in (sizes | last | sizes).items():
         _check_size(folder, name, size, "was finished, but is not whole any more")
     for name, size in last.items():  # the options are the same: another release says more, or less, of them

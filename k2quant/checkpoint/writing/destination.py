@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from k2quant.checkpoint.cards import CARD
 from k2quant.checkpoint.files import digests
 from k2quant.checkpoint.files.locks import Lock, take
 from k2quant.checkpoint.files.paths import (
@@ -96,6 +97,13 @@ class Destination:
         """
         path = self.folder / name
         return path.stat().st_size if path.is_file() and (links or not path.is_symlink()) else None
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """Return a small file that stands there; None where no regular file does, or one of more bytes than `limit`."""
+        path = self.folder / name
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > limit:
+            return None
+        return path.read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file so that it is whole or not there."""
@@ -240,7 +248,7 @@ class Destination:
             DestinationForeign: it holds files that no journal or report of ours explains.
             DestinationStale: the journal is damaged, so that nobody knows what the folder holds.
         """
-        own = {_WORK, self._incomplete.name, self._incomplete.name + PARTIAL}
+        own = {_WORK, self._incomplete.name, self._incomplete.name + PARTIAL, CARD}  # a card may be there first
         foreign = sorted(path.name for path in self.folder.iterdir() if path.name not in own)
         if self.journal() or not (foreign or self._keeps()):
             return

@@ -57,6 +57,9 @@ class Target(Protocol):
     def size(self, name: str, *, links: bool = True) -> int | None:
         """Return the bytes of a file that stands there; None where none does, or a link that will not do."""
 
+    def read(self, name: str, limit: int) -> bytes | None:
+        """Return a small file that stands there; None where none does, or one of more bytes than `limit`."""
+
     def write(self, name: str, data: bytes) -> None:
         """Write a small file so that it is whole or not there."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -244,14 +243,14 @@ def last_line(done: Conversion, destination: Place) -> str:
 
 def quality(done: Conversion) -> str:
     """Say what rounding did to which classes of tensors, such as `SQNR: routed experts 20.2 dB, the rest exact`."""
+    from k2quant.conversion.finishing.classes import figures_of
     from k2quant.ground.names import TENSOR_CLASSES, tensor_class
     from k2quant.kernels.codecs.figures import Figures
 
     sums = dict.fromkeys(TENSOR_CLASSES, Figures())
     exact = False
     for name, facts in done.report["tensors"].items():
-        found = facts.get("figures") or {}
-        figures = Figures(**{field.name: found[field.name] for field in fields(Figures)}) if found else Figures()
+        figures = figures_of(facts)
         sums[tensor_class(name)] += figures
         exact |= figures.exact
     rounded = [f"{kind} {figures.sqnr_db:.1f} dB" for kind, figures in sums.items() if not figures.exact]
