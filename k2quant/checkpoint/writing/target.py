@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from k2quant.checkpoint.remote.address import Address
+
 
 class Room(NamedTuple):
     """What a disk must have free for what is missing of an output."""
@@ -16,6 +18,8 @@ class Room(NamedTuple):
     """Bytes; negative where what will be replaced is larger."""
     free: int
     """Bytes."""
+    remedy: str
+    """What to do where that is less than what is needed."""
 
 
 class Writer(Protocol):
@@ -43,11 +47,17 @@ class Target(Protocol):
     What it says goes wrong is an OutputError or an OSError.
     """
 
+    abreast: int
+    """How many shards are written at a time, at most."""
+
+    work: Path
+    """A folder of this machine for what is nobody's when the run is done; it need not be there."""
+
     @property
-    def spot(self) -> Path:
+    def spot(self) -> Path | Address:
         """Where it is, as messages name it."""
 
-    def named(self, name: str) -> Path:
+    def named(self, name: str) -> Path | str:
         """Return where a file is, as messages name it."""
 
     def size(self, name: str, *, links: bool = True) -> int | None:
@@ -96,6 +106,9 @@ class Target(Protocol):
 
     def record(self, record: dict[str, Any]) -> None:
         """Add a record to the journal."""
+
+    def spread(self) -> None:
+        """Have room for the records of several processes."""
 
     def clear(self, files: list[str]) -> None:
         """Delete these files of an earlier conversion, finished or not, and what it kept to go on from."""
