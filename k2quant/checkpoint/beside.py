@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from k2quant.checkpoint.files.kinds import of_weights
+from k2quant.checkpoint.files.kinds import fetched_at_once, of_weights
 from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, Checkpoint
 from k2quant.errors import CheckpointError, UnsafePath
@@ -83,7 +84,7 @@ def other_files(source: Checkpoint) -> Beside:
         OSError: one, or a folder, cannot be read.
     """
     copied: list[str] = []
-    left_out: list[str] = []
+    left_out: list[str] = list(_elsewhere(source))
     passed_over: list[str] = []
     expected = {INDEX, *source.shards}
     followed: set[Path] = set()
@@ -111,6 +112,14 @@ def other_files(source: Checkpoint) -> Beside:
             else:
                 passed_over.append(below)
     return Beside(tuple(copied), tuple(left_out), tuple(passed_over))
+
+
+def _elsewhere(source: Checkpoint) -> Iterator[str]:
+    """Yield the weights of a place that the index does not name; they are not in the folder of its other files."""
+    for name in () if source.supply is None else source.supply.place.files:
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if not (hidden or fetched_at_once(name) or name in source.shards):
+            yield name
 
 
 def _raise(error: OSError) -> None:

@@ -18,15 +18,12 @@ from k2quant.ground.version import __version__
 _JOURNAL_VERSION = 1
 
 
-def refuse_nested(source: Path | Address, destination: Path | Address) -> None:
+def refuse_nested(source: Path, destination: Path) -> None:
     """Refuse a destination that is the source, lies in it, or holds it.
 
     Raises:
         UsageError: it is so, or a path cannot be resolved.
     """
-    if isinstance(source, Address) or isinstance(destination, Address):
-        _refuse_nested_addresses(source, destination)
-        return
     try:
         here, there = source.resolve(), destination.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no file can have
@@ -35,25 +32,14 @@ def refuse_nested(source: Path | Address, destination: Path | Address) -> None:
         raise UsageError(f"{source} and {destination} must be two folders, neither inside the other")
 
 
-def _refuse_nested_addresses(source: Path | Address, destination: Path | Address) -> None:
-    """Refuse two addresses that are one, or one below the other; a folder and an address never are."""
-    if not (isinstance(source, Address) and isinstance(destination, Address) and source.scheme == destination.scheme):
-        return
-    here, there = f"{source.path}/", f"{destination.path}/"
-    if here.startswith(there) or there.startswith(here):
-        raise UsageError(f"{source} and {destination} must be two places, neither inside the other")
-
-
 def identity(plan: Plan) -> dict[str, Any]:
     """Return what must be equal for a run to continue another: options, source, and the files beside the weights."""
-    others = {name: (plan.source.folder / name).stat() for name in plan.copies}
     return {
         "values": plan.values,
         **({} if plan.method is None else {"method": plan.method}),
         **({} if plan.inputs is None else {"activation_scales": plan.inputs}),
         "options": plan.options.as_json(),
-        "source": plan.source.fingerprint()
-        | {"other_files": {name: [status.st_size, status.st_mtime_ns] for name, status in others.items()}},
+        "source": plan.source.fingerprint() | {"other_files": plan.source.stamps(plan.copies)},
     }
 
 

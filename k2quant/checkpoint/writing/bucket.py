@@ -111,6 +111,11 @@ class Bucket:
         """The address, as messages name it."""
         return self._objects.address
 
+    @property
+    def stage(self) -> Path:
+        """A folder of this machine, there or not, for shards of a source that lie on the disk while they are read."""
+        return self.work / (f"source-{self._attempt}" if self._attempt else "source")
+
     def named(self, name: str) -> str:
         """Return a file's address, as messages name it."""
         return self._objects.named(name)
@@ -329,5 +334,6 @@ def locked(
             bucket.refuse_foreign(restart=restart)
             yield bucket
         finally:
-            with contextlib.suppress(OSError):
-                bucket.work.rmdir()  # unless a run that goes on later keeps something there
+            with contextlib.suppress(OSError, OutputError):
+                if not bucket.journal():
+                    bucket.forget()

@@ -50,12 +50,13 @@ class Target(Protocol):
     abreast: int
     """How many shards are written at a time, at most."""
 
-    work: Path
-    """A folder of this machine for what is nobody's when the run is done; it need not be there."""
-
     @property
     def spot(self) -> Path | Address:
         """Where it is, as messages name it."""
+
+    @property
+    def stage(self) -> Path:
+        """A folder of this machine, there or not, for shards of a source that lie on the disk while they are read."""
 
     def named(self, name: str) -> Path | str:
         """Return where a file is, as messages name it."""
