@@ -17,7 +17,7 @@ from k2quant.checkpoint.panels import naming, read_whole
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.remote.address import Address, spot
-from k2quant.checkpoint.writing.destination import locked
+from k2quant.checkpoint.writing.opening import locked
 from k2quant.conversion.finishing.completing import complete
 from k2quant.conversion.finishing.report import fetched, report_of
 from k2quant.conversion.places import pinned
@@ -66,13 +66,25 @@ _HINTS = {
 class Conversion(NamedTuple):
     """What a conversion came to."""
 
-    folder: Path
+    spot: Path | Address
+    """The folder or address that it was written to."""
     report: dict[str, Any]
     """The content of k2quant_report.json."""
     resumed: int
     """Shards that an earlier, interrupted run had finished."""
     already_done: bool
     """Whether the destination was finished before, so that nothing was written."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it was written to.
+
+        Raises:
+            UsageError: it was written to an address, which is `spot`.
+        """
+        if isinstance(self.spot, Address):
+            raise UsageError(f"{self.spot} is no folder; where a conversion was written to is `spot`")
+        return self.spot
 
     def facts(self) -> dict[str, object]:
         """Return what it comes to, in a few words."""
@@ -81,7 +93,7 @@ class Conversion(NamedTuple):
         seconds = {} if self.already_done else {"time": duration(report["seconds"])}
         counts = {"tensors": len(report["tensors"]), "remarks": len(report.get("remarks", []))}
         done = {"resumed": self.resumed, "already_done": self.already_done}
-        return {"folder": str(self.folder), "to": report["options"]["to"], **sizes, **seconds, **counts, **done}
+        return {"folder": str(self.spot), "to": report["options"]["to"], **sizes, **seconds, **counts, **done}
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -233,7 +245,7 @@ def source_of(activation_scales: str | os.PathLike[str] | None) -> ActivationSca
 
 def carry_out(
     plan: Plan,
-    there: Path,
+    there: Path | Address,
     *,
     workers: int | None = None,
     device: str = "cpu",
@@ -251,7 +263,7 @@ def carry_out(
 
     Args:
         plan: what to write.
-        there: folder to write it to.
+        there: folder or address to write it to.
         workers: as in `convert`, like the others.
         device: where the converter's arithmetic runs.
         restart: throw away what an earlier run left.
@@ -260,12 +272,14 @@ def carry_out(
         low_disk: keep at most two shards of a source at an address on the disk.
         substitute: whose values take the place of the source's; `plan.values` says which these are.
         rounder: who rounds better than the formats' own rules; `plan.method` says how.
-        check: is given the folder when all shards stand there and nothing yet makes it look finished; what it raises
-            leaves it so.
+        check: is given the folder, which no address is, when all shards stand there and nothing yet makes it look
+            finished; what it raises leaves it so.
         spread: who has other machines write the shards, if anybody.
         progress: called as the work goes on.
     """
     begun = time.monotonic()
+    if check is not None:
+        _as_folder(there)
     check_shared(plan, substitute)
     threads, arithmetic = checked_workers(workers), codecs_of(device if spread is None else "cpu")
     try:
@@ -299,7 +313,7 @@ def carry_out(
                 shards = done | stream.run(threads)
             check_halves(shards.values(), folder.spot)
             if check is not None:
-                check(folder.spot)
+                check(_as_folder(there))
             more = {**({} if rounder is None else rounder.summary()), **fetched(plan.source.supply, shards.values())}
             report = report_of(plan, shards, seconds=time.monotonic() - begun, resumed=len(done), more=more)
             complete(folder, plan, report, sha256=sha256)
@@ -312,6 +326,12 @@ def carry_out(
             found=error.strerror or str(error),
             remedy="when that is mended, run the same command again: it resumes",
         ) from error
+
+
+def _as_folder(there: Path | Address) -> Path:
+    if isinstance(there, Address):
+        raise UsageError(f"{there} is no folder, and what is written here is read again before it is finished")
+    return there
 
 
 def chosen(recipe: Recipes | None, **options: Any) -> Options:

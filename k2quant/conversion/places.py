@@ -8,7 +8,7 @@ from typing import Any
 
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.checkpoint.remote.address import HUB, Address, parse
-from k2quant.checkpoint.writing.destination import Destination
+from k2quant.checkpoint.writing.opening import target_at
 from k2quant.errors import K2QuantError
 
 
@@ -23,7 +23,7 @@ def pinned(source: Path | Address, destination: Path | Address, *, restart: bool
     Returns:
         the source, and what is to be said of it: nothing where it is as it was named.
     """
-    if not isinstance(source, Address) or source.scheme != HUB or source.revision or isinstance(destination, Address):
+    if not isinstance(source, Address) or source.scheme != HUB or source.revision:
         return source, ""
     found = None
     with contextlib.suppress(K2QuantError, OSError):  # what is wrong there is said when it is opened
@@ -34,11 +34,11 @@ def pinned(source: Path | Address, destination: Path | Address, *, restart: bool
     return found, remark
 
 
-def _begun_with(folder: Path) -> Address | None:
-    """Return the address that a folder's report or journal has of its source."""
-    if not folder.is_dir():
+def _begun_with(spot: Path | Address) -> Address | None:
+    """Return the address that a destination's report or journal has of its source."""
+    if isinstance(spot, Path) and not spot.is_dir():
         return None
-    destination = Destination(folder, report=REPORT, incomplete=INCOMPLETE)
+    destination = target_at(spot, report=REPORT, incomplete=INCOMPLETE)
     said: Any = destination.finished_report() or next(iter(destination.journal()), None) or {}
     known = said.get("source")
     address = known.get("address") if isinstance(known, dict) else None
