@@ -124,6 +124,11 @@ class Bucket:
         """Return the bytes of an object; None where there is none."""
         return self._objects.size(name)
 
+    def read(self, name: str, limit: int) -> bytes | None:
+        """Return a small object's bytes; None where there is none, or one of more bytes than `limit`."""
+        size = self._objects.size(name)
+        return None if size is None or size > limit else self._objects.read(name, limit)
+
     def write(self, name: str, data: bytes) -> None:
         """Write a small file; it is whole or not there."""
         self._objects.write(name, data)
