@@ -16,6 +16,7 @@ from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
     from k2quant.calib.solving.planning import SolvingPlan
+    from k2quant.cli.parts.places import Place
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Options, Plan
     from k2quant.conversion.searching.searched import Searched
@@ -219,13 +220,13 @@ def _say(remarks: Iterable[str]) -> None:
         warn(f"note: {each}")
 
 
-def summary(done: Conversion, destination: Path) -> dict[str, Any]:
+def summary(done: Conversion, destination: Place) -> dict[str, Any]:
     """Return what a run came to, as JSON has it."""
     report = {key: value for key, value in done.report.items() if key not in {"tensors", "source"}}
     return {"destination": str(destination), "already_done": done.already_done, **report}
 
 
-def last_line(done: Conversion, destination: Path) -> str:
+def last_line(done: Conversion, destination: Place) -> str:
     """Return what a run came to, as people read it."""
     from k2quant.ground.units import duration, size
 
@@ -278,7 +279,7 @@ def _search_lines(method: dict[str, Any]) -> list[str]:
 
 def dry_run(
     plan: Plan,
-    destination: Path,
+    destination: Place,
     *,
     restart: bool,
     workers: int,
@@ -366,7 +367,7 @@ class _Cost(NamedTuple):
 
 def _cost(
     plan: Plan,
-    destination: Path,
+    destination: Place,
     done: Mapping[str, object],
     workers: int,
     rounder: Searched | None,

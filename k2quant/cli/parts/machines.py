@@ -9,8 +9,7 @@ import click
 from k2quant.cli.parts.options import Option, all_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from k2quant.cli.parts.places import Place
     from k2quant.conversion.plan import Plan
 
 _MACHINES = (
@@ -44,7 +43,7 @@ def refuse_solving(options: dict[str, Any]) -> None:
 
 
 def looked_over(
-    cluster: str, plan: Plan, source: Path, destination: Path, options: dict[str, Any], *, as_json: bool
+    cluster: str, plan: Plan, source: Place, destination: Place, options: dict[str, Any], *, as_json: bool
 ) -> dict[str, Any]:
     """Return what a dry run says of a cluster: each machine's cores, its room at the destination, and its time.
 
