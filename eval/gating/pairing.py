@@ -129,7 +129,7 @@ def _paired(base: Task, candidate: Task, run: Run) -> Pairs:
     for what, one, other in (("metric", base.metric, candidate.metric), ("filter", base.filter, candidate.filter)):
         if one != other:
             raise Incomparable(f"scored by another {what}", file=place, expected=one, found=other)
-    if base.settings.keys() != candidate.settings.keys():
+    if (base.settings.keys() ^ candidate.settings.keys()) - _NOT_ALWAYS:
         raise Incomparable(
             "noted by another tool, or another version of it",
             file=place,
@@ -147,6 +147,8 @@ def _paired(base: Task, candidate: Task, run: Run) -> Pairs:
     return Pairs(base=base, candidate=candidate, ours=ours, theirs=theirs, places=places)
 
 
+_NOT_ALWAYS = {"think_end"}
+"""Settings that a run notes where they hold: nobody looked for reasoning in one that has no marker."""
 _SAME_WAY = "run both with the same tasks, shots, limit and settings"
 
 

@@ -140,7 +140,7 @@ def _of_verifier(path: Path) -> Iterator[tuple[Asked, Answer, str]]:
             raise MalformedResults(
                 "an answer to a raw prompt, with neither the messages nor the tools that it is judged by",
                 file=place,
-                remedy="run K2-Vendor-Verifier without --use_raw_completions",
+                remedy="let K2-Vendor-Verifier ask by chat messages, as it does unless told otherwise",
             )
         request = request_of(row["request"], place)
         yield request, _verified(row, place), str(row["request"].get("model") or "")

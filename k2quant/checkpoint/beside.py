@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from k2quant.checkpoint.cards import CARD
+from k2quant.checkpoint.files.kinds import fetched_at_once, of_weights
 from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, Checkpoint
 from k2quant.errors import CheckpointError, UnsafePath
@@ -22,12 +24,6 @@ _QUANTIZED_ELSEWHERE = {
     "quant_model_description.json",  # ModelSlim
 }
 """Where other tools say how weights are quantised. Engines believe these files, and none is true of an output."""
-_WEIGHTS = re.compile(
-    r".*\.safetensors(\.index\.json)?|.*\.(pt|pth|ckpt|pkl|gguf|partial)"
-    r"|(pytorch_model|model|consolidated|adapter_model|tf_model|training_args|optimizer|scheduler).*\.bin(\.index\.json)?",
-)
-
-
 _TOKENIZER = {
     "added_tokens.json",
     "merges.txt",
@@ -89,16 +85,15 @@ def other_files(source: Checkpoint) -> Beside:
         OSError: one, or a folder, cannot be read.
     """
     copied: list[str] = []
-    left_out: list[str] = []
+    left_out: list[str] = list(_elsewhere(source))
     passed_over: list[str] = []
     expected = {INDEX, *source.shards}
     followed: set[Path] = set()
     for folder, folders, files in os.walk(source.folder, onerror=_raise, followlinks=source.follow_links):
         here = Path(folder)
         inner = here.relative_to(source.folder)
-        taken = {
-            name for name in folders if name in {*_OWN, CARD} or _WEIGHTS.fullmatch(name)
-        }  # a file of ours may go there
+        here_ours = {*_OWN, CARD}  # a file of ours may go there
+        taken = {name for name in folders if name in here_ours or of_weights(name)}
         left_out += sorted(str(inner / name) for name in taken)
         seen = sorted(name for name in set(folders) - taken if not name.startswith("."))
         folders[:] = [name for name in seen if _is_entered(source, here / name, followed)]
@@ -107,7 +102,7 @@ def other_files(source: Checkpoint) -> Beside:
             below = str(inner / path.name)
             if below in _OWN or below in expected or _NOTES.fullmatch(below):
                 continue
-            if _WEIGHTS.fullmatch(path.name) or describes_quantization(below):
+            if of_weights(path.name) or describes_quantization(below):
                 left_out.append(below)
                 continue
             check_inside(source.folder, path, follow_links=source.follow_links)
@@ -119,6 +114,14 @@ def other_files(source: Checkpoint) -> Beside:
             else:
                 passed_over.append(below)
     return Beside(tuple(copied), tuple(left_out), tuple(passed_over))
+
+
+def _elsewhere(source: Checkpoint) -> Iterator[str]:
+    """Yield the weights of a place that the index does not name; they are not in the folder of its other files."""
+    for name in () if source.supply is None else source.supply.place.files:
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if not (hidden or fetched_at_once(name) or name in source.shards):
+            yield name
 
 
 def _raise(error: OSError) -> None:

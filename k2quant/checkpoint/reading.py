@@ -23,6 +23,9 @@ def read_into(shard: ShardHeader, start: int, buffer: memoryview) -> None:
     Raises:
         CheckpointError: the shard cannot be read, or is not the file any more whose header was read.
     """
+    if shard.supply is not None:
+        shard.supply.read_into(shard.path.name, start, buffer)
+        return
     try:
         descriptor = open_regular(shard.path)
         try:

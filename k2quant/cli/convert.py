@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts import allotting, conversion, options, solving
+from k2quant.cli.parts import allotting, conversion, machines, options, solving
 from k2quant.cli.parts.results import suggest
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @allotting.budget_options()
 @solving.solving_options()
 @options.device(more="Where the arithmetic runs: cpu or cuda.", others=("cpu",))
+@machines.machine_options()
 @conversion.run_options()
 def command(
     source: Path, destination: Path, *, dry_run: bool, as_json: bool, shard_size: str | None, **options: Any
@@ -35,6 +36,7 @@ def command(
     \b
     Example:
         k2quant convert --to int4 Kimi-K2-Instruct Kimi-K2-Instruct-INT4
+        k2quant convert --to int4 --cluster auto Kimi-K2-Instruct Kimi-K2-Instruct-INT4
         k2quant convert --to int4 --method gptq --data chats.jsonl Kimi-K2-Instruct Kimi-K2-Instruct-GPTQ
     """
     options["shard_size"] = conversion.shard_bytes(shard_size)
@@ -43,6 +45,7 @@ def command(
     found = allotting.allotted(source, options)
     own = solving.taken_out(options, conversion.choice(options), asked=method)
     if own is not None:
+        machines.refuse_solving(options)
         solving.check_solving(source, options, own, tokenizer=not dry_run)
         if dry_run:
             more = allotting.shown(found, as_json=as_json)
@@ -96,7 +99,12 @@ def _dry_run(source: Path, destination: Path, *, as_json: bool, found: Allotment
     with working(f"reading the headers of {source.name}"):
         known = options["stats"], options["activation_scales"]
         plan, rounder = planned(source, choice, *known, follow_links=options["follow_links"])
-    codecs_of(options["device"])
+    more = allotting.shown(found, as_json=as_json) or {}
+    if options["cluster"] is None:
+        codecs_of(options["device"])
+    else:
+        with working(f"asking the machines of {options['cluster']}"):
+            more |= machines.looked_over(options["cluster"], plan, source, destination, options, as_json=as_json)
     conversion.dry_run(
         plan,
         destination,
@@ -104,5 +112,5 @@ def _dry_run(source: Path, destination: Path, *, as_json: bool, found: Allotment
         workers=checked_workers(options["workers"]),
         as_json=as_json,
         rounder=rounder,
-        more=allotting.shown(found, as_json=as_json),
+        more=more,
     )

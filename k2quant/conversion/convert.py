@@ -18,13 +18,15 @@ from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.checkpoint.reading import check_constants
 from k2quant.checkpoint.writing.destination import locked
 from k2quant.conversion.finishing.completing import complete
-from k2quant.conversion.finishing.report import report_of
+from k2quant.conversion.finishing.report import fetched, report_of
 from k2quant.conversion.plan import Options, Plan, options_of
 from k2quant.conversion.recipes.rules import Recipes, read_recipe
 from k2quant.conversion.resume import begin, check_finished, clear, refuse_nested
 from k2quant.conversion.searching.asked import planned
 from k2quant.conversion.searching.folding import check_halves
 from k2quant.conversion.searching.surveys import Substitute, check_shared
+from k2quant.conversion.spreading.cluster import Spread, check_cluster
+from k2quant.conversion.spreading.order import order
 from k2quant.conversion.stream import Progress, Rounder, Stream
 from k2quant.errors import OutputError, UsageError
 from k2quant.formats.activations import ActivationScales, KvCache
@@ -109,10 +111,12 @@ def convert(
     allow_split: bool = False,
     workers: int | None = None,
     device: str = "cpu",
+    cluster: str | None = None,
     follow_links: bool = False,
     restart: bool = False,
     soft_lock: bool = False,
     sha256: bool = False,
+    low_disk: bool = False,
     progress: Asked = None,
 ) -> Conversion:
     """Convert a checkpoint to BF16, block-FP8, INT4, NVFP4 or MXFP4.
@@ -148,12 +152,17 @@ def convert(
         allow_split: write what engines fuse (experts of a layer, gate and up, q_a and kv_a) in several formats too.
         workers: threads; None takes one for each core that this process may use.
         device: where the arithmetic runs, `cpu` or `cuda`.
+        cluster: spread the shards over a Ray cluster: `auto`, the one that this machine is part of or that RAY_ADDRESS
+            names, or `ray://HOST:PORT`. All its machines must see source and destination by the names given here, and
+            have this release. `workers` are threads of each machine; with `cuda`, each GPU has a worker.
         follow_links: read files that links in the source lead to, wherever they lie; only for a folder of your own,
             for whoever made its links chooses which files are read, and copied along.
         restart: throw away what an earlier run of other options or another source left in the destination.
         soft_lock: where the destination's file system has no locks, lock it by a file. What a killed run leaves of it
             is removed by the next one on the same machine; where another finds it, it must be deleted by hand.
         sha256: also note a sha256 of each file, as hubs list them.
+        low_disk: of a source at an address, keep at most two shards on the disk at a time, where they come to lie there
+            at all: what reads each weight once, as `rtn` does, has them in memory alone.
         progress: called as the work goes on, with the bytes read and all bytes; True for a bar.
 
     Returns:
@@ -161,11 +170,14 @@ def convert(
 
     Raises:
         CheckpointError: the source cannot be converted; nothing that looks finished was written.
+        ClusterError: the cluster is not there, was lost, or its machines do not fit; the same call resumes.
         OutputError: the destination is not ours, in use, or the disk failed; the same call resumes.
         UsageError: the options make no sense.
     """
     here, there = Path(source), Path(destination)
     refuse_nested(here, there)
+    if cluster is not None:
+        check_cluster(cluster)
     options = chosen(
         recipe,
         to=to,
@@ -181,6 +193,11 @@ def convert(
         allow_rounding=allow_rounding,
     )
     plan, rounder = planned(here, options, stats, activation_scales, follow_links=follow_links)
+    spread = None
+    if cluster is not None:
+        others: dict[str, Any] = {"stats": stats, "activation_scales": activation_scales, "follow_links": follow_links}
+        asked = order(plan, here, there, device=device, sha256=sha256, **others)
+        spread = Spread(cluster, asked, plan, workers=workers)
     return carry_out(
         plan,
         there,
@@ -189,7 +206,9 @@ def convert(
         restart=restart,
         soft_lock=soft_lock,
         sha256=sha256,
+        low_disk=low_disk,
         rounder=rounder,
+        spread=spread,
         progress=told(progress),
     )
 
@@ -215,9 +234,11 @@ def carry_out(
     restart: bool = False,
     soft_lock: bool = False,
     sha256: bool = False,
+    low_disk: bool = False,
     substitute: Substitute | None = None,
     rounder: Rounder | None = None,
     check: Callable[[Path], None] | None = None,
+    spread: Spread | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write what a plan says; see `convert`.
@@ -230,15 +251,17 @@ def carry_out(
         restart: throw away what an earlier run left.
         soft_lock: lock by a file where there is no other way.
         sha256: note digests.
+        low_disk: keep at most two shards of a source at an address on the disk.
         substitute: whose values take the place of the source's; `plan.values` says which these are.
         rounder: who rounds better than the formats' own rules; `plan.method` says how.
         check: is given the folder when all shards stand there and nothing yet makes it look finished; what it raises
             leaves it so.
+        spread: who has other machines write the shards, if anybody.
         progress: called as the work goes on.
     """
     begun = time.monotonic()
     check_shared(plan, substitute)
-    threads, arithmetic = checked_workers(workers), codecs_of(device)
+    threads, arithmetic = checked_workers(workers), codecs_of(device if spread is None else "cpu")
     try:
         with locked(there, report=REPORT, incomplete=INCOMPLETE, restart=restart, soft=soft_lock) as folder:
             if not restart and (report := folder.finished_report()) is not None:
@@ -251,21 +274,27 @@ def carry_out(
             done = begin(folder, plan, fresh=restart)
             whole = counted(len(plan.shards), "shard")
             _log.info("%s: %s, %d of them there already; %s", there, whole, len(done), counted(threads, "thread"))
-            stream = Stream(
-                plan,
-                folder,
-                done=set(done),
-                codecs=arithmetic,
-                sha256=sha256,
-                progress=progress,
-                substitute=substitute,
-                rounder=rounder,
-            )
-            shards = done | stream.run(threads)
+            if spread is not None:
+                folder.spread()
+                shards = done | spread.write(done, folder, progress)
+            else:
+                stream = Stream(
+                    plan,
+                    folder,
+                    done=set(done),
+                    codecs=arithmetic,
+                    sha256=sha256,
+                    progress=progress,
+                    substitute=substitute,
+                    rounder=rounder,
+                    low_disk=low_disk,
+                    records=done.values(),
+                )
+                shards = done | stream.run(threads)
             check_halves(shards.values(), folder.spot)
             if check is not None:
                 check(folder.spot)
-            more = {} if rounder is None else rounder.summary()
+            more = {**({} if rounder is None else rounder.summary()), **fetched(plan.source.supply, shards.values())}
             report = report_of(plan, shards, seconds=time.monotonic() - begun, resumed=len(done), more=more)
             complete(folder, plan, report, sha256=sha256)
             folder.finish()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from k2quant.checkpoint.header import TensorEntry, build_header
+from k2quant.checkpoint.panels import PIECE_BYTES
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.recipes.recipe import Recipe
 from k2quant.errors import ShapeMismatch
@@ -73,6 +74,22 @@ class ShardPlan(NamedTuple):
     def bytes_read(self) -> int:
         """Bytes of the source that its jobs read."""
         return sum(job.weight.nbytes for job in self.jobs)
+
+    def ranges(self) -> Iterator[tuple[str, int, int]]:
+        """Yield what is read of the source, in about the order in which it is: file, first byte, one past the last.
+
+        Panels of a weight's tensors are read in turn, so large ones stand here in slices.
+        """
+        for job in self.jobs:
+            stored = job.weight.format
+            taken = job.weight.parts if job.target is None or stored is None else stored.streamed
+            parts = [job.weight.parts[suffix] for suffix in taken]
+            slices = max((-(-entry.nbytes // PIECE_BYTES) for entry in parts), default=0)
+            for number in range(slices):
+                for entry in parts:
+                    start, stop = (entry.start + entry.nbytes * edge // slices for edge in (number, number + 1))
+                    if start < stop:
+                        yield entry.file, start, stop
 
 
 class Output(NamedTuple):

@@ -34,14 +34,12 @@ def refuse_nested(source: Path, destination: Path) -> None:
 
 def identity(plan: Plan) -> dict[str, Any]:
     """Return what must be equal for a run to continue another: options, source, and the files beside the weights."""
-    others = {name: (plan.source.folder / name).stat() for name in plan.copies}
     return {
         "values": plan.values,
         **({} if plan.method is None else {"method": plan.method}),
         **({} if plan.inputs is None else {"activation_scales": plan.inputs}),
         "options": plan.options.as_json(),
-        "source": plan.source.fingerprint()
-        | {"other_files": {name: [status.st_size, status.st_mtime_ns] for name, status in others.items()}},
+        "source": plan.source.fingerprint() | {"other_files": plan.source.stamps(plan.copies)},
     }
 
 

@@ -27,10 +27,12 @@ from k2quant.checkpoint.panels import (
     read_panel,
 )
 from k2quant.checkpoint.reading import read_into
+from k2quant.checkpoint.supply.order import Use
+from k2quant.checkpoint.supply.supply import Supply
 from k2quant.checkpoint.writing.target import Target, Writer
 from k2quant.conversion.placing import Job, ShardPlan, target_of
 from k2quant.conversion.plan import Plan
-from k2quant.conversion.searching.surveys import Substitute, Surveys
+from k2quant.conversion.searching.surveys import Substitute, Surveys, surveyed
 from k2quant.formats.dtypes import TensorSpec, row_bytes
 from k2quant.formats.format import Format, Parts
 from k2quant.ground import pool
@@ -219,6 +221,8 @@ class Stream:
         progress: Progress | None,
         substitute: Substitute | None = None,
         rounder: Rounder | None = None,
+        low_disk: bool = False,
+        records: Iterable[Record] = (),
     ) -> None:
         """Prepare a pass.
 
@@ -232,7 +236,10 @@ class Stream:
             progress: called as the work goes on.
             substitute: whose values take the place of the source's, if any.
             rounder: who rounds better than the formats' own rules, if anybody.
+            low_disk: whether at most two shards of a source that is no local folder may lie on the disk at a time.
+            records: what the journal says of finished shards, where it says what was fetched for them.
         """
+        self._supply, self._low_disk, self._done = plan.source.supply, low_disk, records
         self._plan, self._folder, self._sha256, self._progress = plan, folder, sha256, progress
         self._codecs, self._substitute, self._rounder = codecs, substitute, rounder
         self._surveys = Surveys(plan, codecs, substitute, lambda: self._scratch)
@@ -250,18 +257,42 @@ class Stream:
     def run(self, workers: int) -> dict[str, Record]:
         """Write the shards; return their records by file name."""
         abreast = min(workers, SHARDS_ABREAST)
-        if self._rounder is not None:
-            self._rounder.begin(abreast)
         try:
+            if self._supply is not None:
+                abreast = self._fetch(self._supply, abreast)
+            if self._rounder is not None:
+                self._rounder.begin(abreast)
             for shards in (self._todo,) if self._rounder is None else self._rounder.batches(self._todo):
                 pool.run(self._tasks(shards, abreast), self._work, workers=workers, tick=self._tick)
                 self._wait_for_disk(backlog=0)
                 self._tick()
+            if self._supply is not None:
+                self._supply.finish()
         finally:
+            if self._supply is not None:
+                self._supply.close()
             self._disk.shutdown(cancel_futures=True)
             for writer in self._open:
                 writer.close()
         return self._records
+
+    def _fetch(self, supply: Supply, abreast: int) -> int:
+        """Have bytes of a source that is no local folder come ahead; return how many shards to write at a time."""
+        elsewhere = {name for name, header in self._plan.source.shards.items() if header.supply is not None}
+        plain = self._substitute is None and self._rounder is None and not any(surveyed(self._plan))
+        return supply.begin(
+            [
+                Use(shard.file, tuple(each for each in shard.ranges() if each[0] in elsewhere))
+                for shard in self._plan.shards
+            ],
+            todo={shard.file for shard in self._todo},
+            records=self._done,
+            stage=self._folder.stage,
+            low_disk=self._low_disk,
+            once=plain,
+            abreast=abreast,
+            missing={shard.file: shard.size for shard in self._todo},
+        )
 
     def _tick(self) -> None:
         if self._progress:
@@ -288,6 +319,8 @@ class Stream:
     def _begin(self, plan: ShardPlan) -> Iterator[_Task]:
         """Open a shard and return its tasks."""
         self._wait_for_disk(backlog=_SHARDS_IN_FLUSH)
+        if self._supply is not None:
+            self._supply.open(plan.file)
         writer = self._folder.writer(plan.file, plan.header, plan.size)
         self._open.add(writer)
         shard = _Shard(plan, writer, [])
@@ -418,12 +451,16 @@ class Stream:
                 for job, log in zip(shard.plan.jobs, shard.logs, strict=True)
             },
         }
+        if self._supply is not None:
+            record |= self._supply.prove(shard.plan.file)
         if self._sha256:
             record["sha256"] = shard.writer.sha256()
         shard.writer.finish()
         if self._sha256:
             self._folder.keep_digest(shard.plan.file, record["sha256"])
         self._folder.record(record)
+        if self._supply is not None:
+            self._supply.written(shard.plan.file)
         _log.info("%s: %s, on the disk", shard.plan.file, size(shard.plan.size))
         with self._lock:
             self._open.discard(shard.writer)

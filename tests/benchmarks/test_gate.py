@@ -113,5 +113,6 @@ def test_a_curve_that_lacks_an_outcome_is_shown() -> None:
     results = facts | {"gamma": 1e-6, "bars": [], "gammas": [], "found": [], "wide": 2, "wide_sizes": [250]}
     shown = gate_sharper.page(results | {"losing": [found]})
     assert "| 250 | 5.00 | 0.1 | FAIL | 1 | 16 | 20.00 | 0.7055 | 0.6994 | -0.0061 |" in shown
-    assert "changes by -0.0061 in the worst" in " ".join(shown.split())
+    assert "1 of them lack an outcome" in " ".join(shown.split())
+    assert "the right verdict changes by -0.0061." in " ".join(shown.split())
     assert "\nNone.\n" in gate_sharper.page(results | {"losing": []})

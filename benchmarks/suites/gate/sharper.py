@@ -54,10 +54,10 @@ more shares; the one taken loses nothing, with room for many items, where p-valu
 
 ## Where an outcome is lost
 
-No p is more than gamma above the one over all shares. So an outcome is lost where the latter lies within gamma below
-alpha, and nowhere else: by chance, in few curves. {wide} more curves were looked at: {sizes} items, margins of 0.5 to 5
-pp, alpha from .1 to .0001. These lack an outcome, "lost", for the many that are won; the chance of the right verdict
-changes by {least:+.4f} in the worst cell of them.
+No p is more than gamma above the one over all shares. So an outcome can be lost only where the latter lies within gamma
+below alpha: by chance, in few curves. {wide} more were looked at, of {sizes} items, with
+margins of 0.5 to 5 pp and alpha from .1 to .0001. {lacking} of them lack an outcome ("lost"; "won" are those that they
+have besides). In the worst of their cells the chance of the right verdict changes by {least:+.4f}.
 
 {losing}
 
@@ -204,6 +204,7 @@ def page(results: dict[str, Any]) -> str:
         "bars": report.table(report.BARS, results["bars"]),
         "gammas": report.table(GAMMA_COLUMNS, results["gammas"]),
         "sizes": ", ".join(map(str, results["wide_sizes"])),
+        "lacking": len(results["losing"]),
         "least": min((cell["new"] - cell["old"] for cell in lost), default=0.0),
         "losing": report.table(LOST_COLUMNS, lost) if lost else "None.",
         "rows": report.table(COLUMNS, rows),

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from k2quant.checkpoint.files.caches import user_cache
 from k2quant.checkpoint.files.paths import open_regular, read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.errors import CheckpointError
@@ -104,10 +105,7 @@ def _signature(status: os.stat_result) -> list[int]:
 def _place(status: os.stat_result) -> Path | None:
     """Return where a file's note lies: by its inode, so that it stays known when its folder is renamed.
 
-    None where the user has no home, as in containers: `~` would be a folder of whatever place a command is run in.
+    None where there is no cache.
     """
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    caches = Path(given) if given.startswith("/") else Path(os.path.expanduser("~/.cache"))  # noqa: PTH111  it never raises
-    if not caches.is_absolute():
-        return None
-    return caches / "k2quant" / "digests" / f"{status.st_dev:x}-{status.st_ino:x}.json"
+    caches = user_cache()
+    return None if caches is None else caches / "digests" / f"{status.st_dev:x}-{status.st_ino:x}.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from k2quant.errors import MalformedFile
 
@@ -19,7 +18,7 @@ _LINK = re.compile(rb"(?:\.\.?/)+[^\x00-\x1f]+")  # git ends it with no newline,
 _FETCH = "fetch the content: `git lfs pull` in the clone, or download it with `hf download`"
 
 
-def refuse_pointer(path: Path, data: bytes) -> None:
+def refuse_pointer(path: object, data: bytes) -> None:
     """Refuse a file that only says where the content is.
 
     Args:

@@ -79,6 +79,11 @@ class Destination:
         """The folder, as messages name it."""
         return self.folder
 
+    @property
+    def stage(self) -> Path:
+        """Where shards of a source lie while they are read; each of several processes has a folder of its own."""
+        return self.work / (f"source-{self._attempt}" if self._attempt else "source")
+
     def named(self, name: str) -> Path:
         """Return the path of a file, as messages name it."""
         return self.folder / name

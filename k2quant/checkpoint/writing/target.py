@@ -47,6 +47,10 @@ class Target(Protocol):
     def spot(self) -> Path:
         """Where it is, as messages name it."""
 
+    @property
+    def stage(self) -> Path:
+        """A folder of this machine, there or not, for shards of a source that lie on the disk while they are read."""
+
     def named(self, name: str) -> Path:
         """Return where a file is, as messages name it."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from k2quant.checkpoint.supply.proofs import unproven
+from k2quant.checkpoint.supply.supply import Supply
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.resume import identity
@@ -49,6 +51,18 @@ def report_of(
             for name, facts in tensors.items()
         },
     }
+
+
+def fetched(supply: Supply | None, records: Iterable[Record]) -> dict[str, Any]:
+    """Return what a report says of how the bytes of a source came that is no local folder.
+
+    Raises:
+        CheckpointError: what was read of a shard for another one's output is not what it holds.
+    """
+    if supply is None:
+        return {}
+    missing = unproven(records)
+    return {"fetched": supply.facts() | ({"unproven_blocks": missing} if missing else {})}
 
 
 def _rounded(plan: Plan, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def made(asked: Order) -> tuple[Plan, Searched | None]:
             "this process sees another source, or other statistics, than the one that ordered",
             file=asked.source,
             found=f"other {listed(wrong)}",
-            remedy="name a folder that all machines see, or copies of equal times (`cp --preserve`, `rsync --times`)",
+            remedy="name a folder that all machines see, or copies that keep their times (`cp -p`, `rsync -t`)",
         )
     return plan, rounder
 

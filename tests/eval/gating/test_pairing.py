@@ -182,6 +182,15 @@ def test_other_settings_are_named() -> None:
         pair(run(base), run(replace(candidate, settings={**base.settings, "d": 4})))
 
 
+def test_a_marker_of_one_side_alone_is_another_setting() -> None:
+    """`--think-end ''` for one run is no work of another tool."""
+    base, candidate = (replace(each, settings={"a": 1}) for each in both())
+    marked = replace(base, settings={"a": 1, "think_end": "</think>"})
+    for one, other, said in ((marked, candidate, "found no"), (candidate, marked, "expected no")):
+        with pytest.raises(Incomparable, match=f"run with other settings.*{said} think_end.*same tasks"):
+            pair(run(one), run(other))
+
+
 def test_other_items_and_other_words_are_told_apart() -> None:
     """Documents that differ are other items; the same documents with other prompts are other words."""
     base, candidate = both()

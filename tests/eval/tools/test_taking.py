@@ -152,7 +152,7 @@ def test_a_reference_that_lacks_requests(tmp_path: Path) -> None:
         ('{\n    "model": "m",\n    "success_count": 98,\n    "finish_tool_calls": 30\n}', "holds counts alone"),
         ('{"doc_id": 0, "resps": []}\n', "no results of K2-Vendor-Verifier"),
         ('{"request": {}, "response": {}, "status": "success"}\n', "messages: expected a list"),
-        ('{"request": {"prompt": "a"}, "response": {}, "status": "success"}\n', "without --use_raw_completions"),
+        ('{"request": {"prompt": "a"}, "response": {}, "status": "success"}\n', "ask by chat messages"),
         ("[1]\n", "not a JSON object"),
         ("", "holds nothing"),
         (json.dumps(row(0, "m", {}, response={"choices": [{"message": 3}]})) + "\n", "no answer in it"),

@@ -1,0 +1,235 @@
+"""A prefix of an object store, or of whatever else fsspec knows: `s3://`, `gs://`, `memory://` and the like.
+
+Credentials are found by the store's own library, where its tools have them. An object that was replaced since it was
+listed is never read: S3 is asked for its ETag, Google for its generation, and others are looked at again afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from k2quant.checkpoint.files.caches import user_cache
+from k2quant.checkpoint.files.kinds import REPORT
+from k2quant.checkpoint.files.paths import read_limited
+from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.checkpoint.remote import fetching
+from k2quant.checkpoint.remote.address import Address
+from k2quant.checkpoint.remote.place import RemoteFile, check_names
+from k2quant.checkpoint.remote.ranges import changed
+from k2quant.checkpoint.remote.retrying import Transient, retried, status_of, transient
+from k2quant.checkpoint.remote.secrets import clean
+from k2quant.errors import CheckpointError, K2QuantError, MissingExtra, OutputError, UsageError
+from k2quant.ground import pool
+from k2quant.ground.extras import Extra, need
+
+_EXTRAS: Mapping[str, Extra] = {"s3": "s3", "gs": "gs"}
+_PIECE = 2**24  # bytes of a request; they come as one object of Python before they are where they belong
+_ABREAST = 8  # small files that are fetched at a time
+_VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "checksum", "mtime", "LastModified", "created")
+_REPORT_LIMIT = 1_000_000_000
+
+
+class BucketPlace:
+    """A folder that fsspec knows."""
+
+    def __init__(self, address: Address, files: Mapping[str, RemoteFile], filesystem: Any) -> None:
+        """Keep what was listed; see `open_bucket`."""
+        self.address, self.files, self._filesystem = address, files, filesystem
+        self._kept: list[tempfile.TemporaryDirectory[str]] = []
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill a buffer with a file's bytes from `start` on; see `Place.read_into`."""
+        what = self.address.child(name)
+        for begin in range(0, len(buffer), _PIECE):
+            piece = buffer[begin : begin + _PIECE]
+            first = start + begin
+            piece[:] = retried(what, lambda: self._piece(name, first, first + len(piece)))  # noqa: B023  called at once
+
+    def fetch(self, name: str, target: Path, *, add: Callable[[int], None]) -> None:
+        """Have a whole file at `target`, or nothing; see `Place.fetch`."""
+        fetching.fetch(self, name, target, add=add)
+
+    def local(self, name: str) -> Path | None:  # noqa: ARG002
+        """Return None: nothing of a store lies here."""
+        return None
+
+    def folder(self, names: Iterable[str]) -> Path:
+        """Return a folder in the user's cache with these files, as they were listed.
+
+        Raises:
+            CheckpointError: one cannot be read.
+            OutputError: one cannot be written.
+        """
+        wanted = [self.files[name] for name in names]
+        said = "\n".join(f"{file.name} {file.size} {file.version}" for file in sorted(wanted))
+        mark = hashlib.sha256(f"{self.address}\n{said}".encode()).hexdigest()[:40]
+        try:
+            folder = self._cache() / mark
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+                tasks = ((folder, Path(aside) / str(number), file) for number, file in enumerate(wanted))
+                pool.run(tasks, self._have, workers=min(_ABREAST, max(len(wanted), 1)))
+        except OSError as error:
+            found = error.strerror or str(error)
+            raise OutputError("the cache cannot be written", file=error.filename, found=found) from error
+        self._note_digests(folder)
+        return folder
+
+    def _cache(self) -> Path:
+        cache = user_cache()
+        if cache is not None:
+            return cache / "places"
+        self._kept.append(tempfile.TemporaryDirectory(prefix="k2quant-"))
+        return Path(self._kept[-1].name)
+
+    def _have(self, task: tuple[Path, Path, RemoteFile]) -> None:
+        """Have a file in the cache; it comes into a folder of its own first, for another process may do the same."""
+        folder, aside, file = task
+        target = folder / file.name
+        if target.is_file() and target.stat().st_size == file.size:
+            return
+        aside.mkdir()
+        self.fetch(file.name, aside / "file", add=lambda _: None)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (aside / "file").replace(target)
+
+    def _note_digests(self, folder: Path) -> None:
+        """Take digests of files from the report of a conversion, where it has some: a store has none of its own."""
+        report = folder / REPORT
+        if not report.is_file():
+            return
+        try:
+            known = parse_object(read_limited(report, _REPORT_LIMIT), file=report).get("files")
+        except CheckpointError:  # whoever reads the report will say so
+            return
+        for name, facts in known.items() if isinstance(known, dict) else ():
+            file, digest = self.files.get(name), facts.get("sha256") if isinstance(facts, dict) else None
+            if file is not None and isinstance(digest, str) and facts.get("size") == file.size:
+                self.files = {**self.files, name: file._replace(sha256=digest)}
+
+    def _piece(self, name: str, start: int, stop: int) -> bytes:
+        """Return a file's bytes, if it is the one that was listed.
+
+        Raises:
+            Transient: fewer came.
+            CheckpointError: it is another, or cannot be read.
+        """
+        what = self.address.child(name)
+        try:
+            data = self._bytes(self.files[name], f"{self._root()}/{name}", start, stop)
+        except (OSError, ValueError) as error:
+            if status_of(error) == 412 or isinstance(error, FileExistsError):
+                raise changed(what, "the object that was listed", "another one under its name") from None
+            raise _explained(error, what) from None
+        if len(data) < stop - start:
+            raise Transient(f"{len(data):,} bytes where {stop - start:,} were asked for")
+        if len(data) > stop - start:
+            raise CheckpointError("gives more bytes than were asked for", file=what)
+        return data
+
+    def _bytes(self, file: RemoteFile, path: str, start: int, stop: int) -> bytes:
+        filesystem = self._filesystem
+        if self.address.scheme == "s3":
+            from fsspec.asyn import sync
+
+            found: bytes = sync(filesystem.loop, _of_s3, filesystem, path, file.version, start, stop)
+            return found
+        if self.address.scheme == "gs":
+            return bytes(filesystem.cat_file(path, start=start, end=stop, generation=file.version))
+        data = bytes(filesystem.cat_file(path, start=start, end=stop))
+        now = _listed(file.name, filesystem.info(path))
+        if (now.size, now.version) != (file.size, file.version):
+            raise changed(self.address.child(file.name), f"{file.size:,} bytes", f"{now.size:,} bytes, changed since")
+        return data
+
+    def _root(self) -> str:
+        return root_of(self._filesystem, self.address)
+
+
+async def _of_s3(filesystem: Any, path: str, version: str, start: int, stop: int) -> bytes:
+    """Return bytes of an object as long as its ETag is the one that was listed (RFC 9110, 13.1.1)."""
+    bucket, key, _ = filesystem.split_path(path)
+    asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": version}
+    answer = await filesystem._call_s3("get_object", **asked)  # noqa: SLF001  its own cat_file knows no IfMatch
+    async with answer["Body"] as body:
+        return bytes(await body.read())
+
+
+def open_bucket(address: Address) -> BucketPlace:
+    """List what lies below an address.
+
+    Raises:
+        CheckpointError: nothing does, or it may not be read.
+        MissingExtra: the store's library is not installed.
+    """
+    filesystem = filesystem_of(address)
+    root, what = root_of(filesystem, address), str(address)
+    try:
+        found = retried(what, lambda: _listing(filesystem, root))
+    except FileNotFoundError:
+        found = {}
+    except (OSError, ValueError) as error:
+        raise _explained(error, what) from None
+    files = {}
+    for path, facts in found.items():
+        name = path.removeprefix(root).lstrip("/")
+        if facts.get("type") == "file" and name:
+            files[name] = _listed(name, facts)
+    if not files:
+        raise CheckpointError("nothing is there", file=address, remedy="look at the bucket's name and at the prefix")
+    check_names(address, files)
+    return BucketPlace(address, files, filesystem)
+
+
+def _listing(filesystem: Any, root: str) -> dict[str, Any]:
+    filesystem.invalidate_cache()
+    found: dict[str, Any] = filesystem.find(root, detail=True)
+    return found
+
+
+def filesystem_of(address: Address) -> Any:
+    """Return fsspec's file system of an address, which finds credentials by itself.
+
+    Raises:
+        MissingExtra: the library that it needs is not installed.
+        UsageError: it cannot be used as it is, for lack of settings.
+    """
+    if extra := _EXTRAS.get(address.scheme):
+        need(extra, f"{address.scheme}://")
+    import fsspec
+
+    try:
+        return fsspec.filesystem(address.scheme, use_listings_cache=False)
+    except ImportError as error:
+        raise MissingExtra(f"{address.scheme}:// needs a package that is not installed", found=str(error)) from None
+    except (TypeError, ValueError, OSError) as error:
+        raise UsageError(f"{address.scheme}:// cannot be used: {clean(' '.join(str(error).split()))[:300]}") from None
+
+
+def root_of(filesystem: Any, address: Address) -> str:
+    """Return an address as its file system names it."""
+    return str(filesystem._strip_protocol(str(address))).rstrip("/")  # noqa: SLF001  there is no other name for it
+
+
+def _listed(name: str, facts: Mapping[str, Any]) -> RemoteFile:
+    said = next((facts[key] for key in _VERSIONS if facts.get(key) is not None), "")
+    version = said.timestamp() if hasattr(said, "timestamp") else said
+    size = facts.get("size")
+    return RemoteFile(name, size if isinstance(size, int) else -1, None, str(version))
+
+
+def _explained(error: Exception, what: str) -> Exception:
+    """Return what a library says as an error of ours; what may pass stays what it is, for `retried` to see."""
+    if isinstance(error, K2QuantError) or transient(error) is not None:
+        return error
+    said = clean(" ".join(str(error).split()))[:300] or type(error).__name__
+    if isinstance(error, FileNotFoundError) or status_of(error) == 404:
+        return CheckpointError("is not there", file=what, found=said)
+    if isinstance(error, PermissionError) or status_of(error) in {401, 403} or "credentials" in said.lower():
+        remedy = "credentials come from where the store's own tools have them: environment, profile, instance"
+        return CheckpointError("may not be read", file=what, found=said, remedy=remedy)
+    return CheckpointError("cannot be read", file=what, found=said)

@@ -1,0 +1,92 @@
+"""Whole files of a place: pieces that are read several at a time, written in order, and hashed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from k2quant.checkpoint.files.paths import PARTIAL, sync_folder, write_all
+from k2quant.checkpoint.remote.place import Place, RemoteFile
+from k2quant.errors import CheckpointError, MalformedFile, OutputError
+
+_PIECE = 2**24  # bytes of a request
+_ABREAST = 4  # requests of one file at a time; with their pieces that is 64 MiB
+
+
+def partial_path(target: Path, file: RemoteFile) -> Path:
+    """Return where a file grows: beside its place, and by its version, so that no two contents are ever mixed."""
+    mark = hashlib.sha256(f"{file.version} {file.size}".encode()).hexdigest()[:12]
+    return target.with_name(f"{target.name}.{mark}{PARTIAL}")
+
+
+def fetch(place: Place, name: str, target: Path, *, add: Callable[[int], None]) -> None:
+    """Have a whole file at `target`, or nothing; see `Place.fetch`."""
+    file = place.files[name]
+    partial = partial_path(target, file)
+    try:
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            digest = _fetched(place, file, descriptor, add)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if file.sha256 is not None and digest != file.sha256:
+            partial.unlink()
+            raise wrong_digest(place, file, digest)
+        partial.rename(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise OutputError("cannot be written", file=error.filename or target, found=found) from error
+
+
+def wrong_digest(place: Place, file: RemoteFile, found: str) -> CheckpointError:
+    """Return what is said of a file whose content is not what the place says that it is."""
+    return MalformedFile(
+        "the content is not what the place says that it is",
+        file=place.address.child(file.name),
+        expected=f"sha256 {file.sha256}",
+        found=found,
+        remedy="run the same command again; if that says the same, the file is damaged there, or a proxy changes it",
+    )
+
+
+def _fetched(place: Place, file: RemoteFile, descriptor: int, add: Callable[[int], None]) -> str:
+    """Write what a file lacks; return the sha256 of all of it."""
+    found = hashlib.sha256()
+    begun = min(os.fstat(descriptor).st_size, file.size) // _PIECE * _PIECE  # what a power cut left may end in zeros
+    os.ftruncate(descriptor, begun)
+    for start in range(0, begun, _PIECE):
+        found.update(os.pread(descriptor, _PIECE, start))
+    add(begun)
+    for start, piece in _pieces(place, file, begun):
+        write_all(descriptor, memoryview(piece), start)
+        found.update(piece)
+        add(len(piece))
+    return found.hexdigest()
+
+
+def _pieces(place: Place, file: RemoteFile, begun: int) -> Iterator[tuple[int, bytearray]]:
+    """Yield pieces of a file in order, with where they begin."""
+
+    def read(start: int) -> tuple[int, bytearray]:
+        piece = bytearray(min(_PIECE, file.size - start))
+        place.read_into(file.name, start, memoryview(piece))
+        return start, piece
+
+    waiting: deque[Future[tuple[int, bytearray]]] = deque()
+    with ThreadPoolExecutor(_ABREAST, thread_name_prefix="k2quant-fetch") as threads:
+        try:
+            for start in range(begun, file.size, _PIECE):
+                waiting.append(threads.submit(read, start))
+                if len(waiting) == _ABREAST:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for each in waiting:
+                each.cancel()

@@ -1,0 +1,148 @@
+"""A model on a Hugging Face hub: listed at one commit, read by that commit ever after.
+
+Login, endpoint, cache and offline mode are huggingface_hub's own: HF_TOKEN and `hf auth login`, HF_ENDPOINT, HF_HOME,
+HF_HUB_OFFLINE. Small files, and whole models that were downloaded before, lie in its cache.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self, cast
+
+from k2quant.checkpoint.remote import fetching
+from k2quant.checkpoint.remote.address import Address
+from k2quant.checkpoint.remote.listing import Listing, as_error, listed, refused
+from k2quant.checkpoint.remote.place import RemoteFile
+from k2quant.checkpoint.remote.ranges import Client, Ranges
+from k2quant.checkpoint.remote.retrying import retried
+from k2quant.errors import CheckpointError
+from k2quant.ground import pool
+
+_ABREAST = 8  # small files that are fetched at a time
+
+
+class HubPlace:
+    """A repository of a hub at one commit."""
+
+    def __init__(self, asked: Address, listing: Listing) -> None:
+        """Keep what the hub listed; see `open_hub`."""
+        self.address = Address(asked.scheme, asked.path, listing.commit)
+        self.files: Mapping[str, RemoteFile] = listing.files
+        self._snapshot = listing.snapshot
+        self._ranges = Ranges(_session, _headers, lambda answer, what: refused(answer, what, self.address))
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill a buffer with a file's bytes from `start` on; see `Place.read_into`."""
+        file, what = self.files[name], self.address.child(name)
+        url, done = self._url(name), 0
+        while done < len(buffer):
+            rest = buffer[done:]
+            done += retried(
+                what,
+                lambda rest=rest, at=start + done: self._ranges.read(url, what, at, rest, file.size),  # type: ignore[misc]
+            )
+
+    def fetch(self, name: str, target: Path, *, add: Callable[[int], None]) -> None:
+        """Have a whole file at `target`, or nothing; see `Place.fetch`."""
+        fetching.fetch(self, name, target, add=add)
+
+    def local(self, name: str) -> Path | None:
+        """Return where a file lies in the hub's own cache, whole as far as its size tells; None where it does not."""
+        from huggingface_hub import try_to_load_from_cache
+
+        if self._snapshot is not None:
+            return self._snapshot / name
+        found = try_to_load_from_cache(self.address.path, name, revision=self.address.revision)
+        path = Path(found) if isinstance(found, str) else None
+        return path if path is not None and path.is_file() and path.stat().st_size == self.files[name].size else None
+
+    def folder(self, names: Iterable[str]) -> Path:
+        """Return the folder of this commit in the hub's cache, with these files in it.
+
+        Raises:
+            CheckpointError: one cannot be fetched.
+        """
+        if self._snapshot is not None:
+            return self._snapshot
+        found: dict[str, Path] = {}
+
+        def work(name: str) -> None:
+            found[name] = self._cached(name)
+
+        wanted = list(names)
+        pool.run(iter(wanted), work, workers=min(_ABREAST, max(len(wanted), 1)))
+        name, path = next(iter(found.items()), (None, None))
+        if name is None or path is None:
+            raise CheckpointError("no checkpoint here", file=self.address, found="no file beside weights")
+        return path.parents[name.count("/")]
+
+    def _cached(self, name: str) -> Path:
+        """Return a file of the hub's cache; it is fetched if need be."""
+        from huggingface_hub import hf_hub_download
+
+        what = self.address.child(name)
+        asked: dict[str, Any] = {"revision": self.address.revision, "tqdm_class": _Silent}
+        try:
+            path = retried(what, lambda: str(hf_hub_download(self.address.path, name, **asked)))
+        except (OSError, ValueError) as error:
+            raise as_error(error, what, self.address) from None
+        found = Path(os.path.abspath(path))  # noqa: PTH100  a link of the cache stays one
+        size = found.stat().st_size
+        if size != self.files[name].size:
+            raise CheckpointError(
+                "not the size that the hub lists",
+                file=what,
+                expected=f"{self.files[name].size:,} bytes",
+                found=f"{size:,} bytes",
+                remedy=f"remove {found} and run the same command again",
+            )
+        return found
+
+    def _url(self, name: str) -> str:
+        from huggingface_hub import constants, hf_hub_url
+
+        return hf_hub_url(self.address.path, name, revision=self.address.revision, endpoint=constants.ENDPOINT)
+
+
+def open_hub(address: Address) -> HubPlace:
+    """List a repository, with its revision resolved to a commit.
+
+    Raises:
+        CheckpointError: there is none, it may not be read, or the hub cannot be reached.
+    """
+    return HubPlace(address, listed(address, _session, _headers))
+
+
+class _Silent:
+    """A bar that is never shown; k2quant has its own."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        """Take what bars take."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Do nothing."""
+
+    def update(self, count: float | None = 1) -> None:
+        """Do nothing."""
+
+
+def _session() -> Client:
+    """Return huggingface_hub's client: proxies and certificates are set there, and it keeps connections."""
+    from huggingface_hub import get_session
+
+    client: Any = get_session()  # of httpx or its successor, as the release of huggingface_hub has it
+    return cast("Client", client)
+
+
+def _headers() -> dict[str, str]:
+    """Return what goes to the hub and to nobody else: who asks, and the token."""
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+    from k2quant.ground.version import __version__
+
+    return dict(build_hf_headers(library_name="k2quant", library_version=__version__))

@@ -1,0 +1,43 @@
+"""Texts of libraries and servers, without what nobody but their sender may read."""
+
+from __future__ import annotations
+
+import os
+import re
+
+HIDDEN = "[hidden]"
+"""What stands where a secret stood."""
+
+_RULES: tuple[tuple[re.Pattern[str], str], ...] = (
+    # What follows ? in an address is a signature more often than not; what stands before @ is a user and a password.
+    (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s/?#@'\"<>]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
+    (re.compile(r"\b([a-z][a-z0-9+.-]*://[^\s?#'\"<>]*)[?#][^\s'\"<>]*", re.IGNORECASE), rf"\1?{HIDDEN}"),
+    (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]+", re.IGNORECASE), rf"\1 {HIDDEN}"),
+    (re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{6,}"), HIDDEN),
+    (re.compile(r"\b(AKIA|ASIA|AROA|AIDA)[A-Z0-9]{8,}"), HIDDEN),
+    (re.compile(r"\bya29\.[\w.-]+"), HIDDEN),
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL), HIDDEN),
+    (
+        re.compile(
+            r"((?:x-amz-[\w-]+|x-goog-[\w-]+|aws_?\w*|signature|sig|authorization|password|passwd|secret\w*|\w*token"
+            r"|access_?key\w*|private_?key\w*|credential\w*)[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;}]+",
+            re.IGNORECASE,
+        ),
+        rf"\1{HIDDEN}",
+    ),
+)
+_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|ACCESS_KEY|CREDENTIAL|PASSPHRASE", re.IGNORECASE)
+_SHORTEST = 6  # a shorter value of a variable would take ordinary words with it
+
+
+def clean(text: str) -> str:
+    """Return a text without tokens, keys, signatures and passwords.
+
+    What looks like one is hidden, and so is each value of an environment variable that is named like one.
+    """
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and _VARIABLE.search(name) and not os.path.lexists(value):  # a file's name is none
+            text = text.replace(value, HIDDEN)
+    for rule, kept in _RULES:
+        text = rule.sub(kept, text)
+    return text

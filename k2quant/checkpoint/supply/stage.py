@@ -1,0 +1,295 @@
+"""Whole shards of a source, fetched ahead to a folder while others are worked on, and deleted when nobody needs them.
+
+This is for runs that read a shard more than once. A shard has its name there when it is whole and its sha256 was right;
+so what an earlier run left is found again, and a part of one is gone on with.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from k2quant.checkpoint.files.paths import PARTIAL, open_regular
+from k2quant.checkpoint.supply.order import Use
+from k2quant.errors import CheckpointError, OutputError, UsageError
+
+if TYPE_CHECKING:
+    from k2quant.checkpoint.remote.place import Place
+
+MOST_LOW = 2
+"""Shards of the source that lie on the disk at a time, at most, where it is low: one is read, one comes."""
+
+FETCHERS = 2
+"""Shards that are fetched at a time, where there is room for them."""
+
+SPARE_BYTES = 2**30
+"""Bytes of the disk that are left to others, beside what the output still needs."""
+
+_WHOLE = 16
+"""An output shard that reads more than one part in so many of a source shard has it fetched whole; else ranges come."""
+
+
+def needs(todo: Sequence[Use], sizes: Mapping[str, int], most: int | None) -> list[tuple[str, list[str]]]:
+    """Return for each output shard the source shards that are fetched whole for it, in order.
+
+    Args:
+        todo: what each reads.
+        sizes: bytes of the source's shards.
+        most: source shards that may lie on the disk at a time; None: any number.
+
+    Raises:
+        UsageError: an output shard needs more than that.
+    """
+    found = []
+    for use in todo:
+        read: dict[str, int] = {}
+        for file, start, stop in use.ranges:
+            read[file] = read.get(file, 0) + stop - start
+        whole = [file for file, count in read.items() if count * _WHOLE > sizes[file]]
+        if most is not None and len(whole) > most:
+            raise UsageError(
+                f"{use.output} is made of {len(whole)} shards of the source, and `low_disk=` has {most} on the disk at "
+                "a time; choose a smaller `shard_size=`, or none"
+            )
+        found.append((use.output, whole))
+    return found
+
+
+class Stage:
+    """A folder of shards that come and go; its methods may be called from any thread."""
+
+    def __init__(
+        self,
+        place: Place,
+        folder: Path,
+        *,
+        most: int | None,
+        whole: Callable[[str, Path], None],
+        add: Callable[[int], None],
+    ) -> None:
+        """Take the folder; it is made when something is fetched.
+
+        Args:
+            place: where shards come from.
+            folder: where they are put.
+            most: shards that may lie there at a time; None: as many as the disk has room for.
+            whole: is given each shard, by name and path, before it is read.
+            add: called with counts of bytes that came.
+        """
+        self._place, self._folder, self._most, self._whole, self._add = place, folder, most, whole, add
+        self._change = threading.Condition()
+        self._queue: list[str] = []
+        self._users: dict[str, set[str]] = {}
+        self._ready: set[str] = set()
+        self._coming: set[str] = set()
+        self._due: set[str] = set()
+        self._reserved: dict[str, int] = {}
+        self._threads: list[threading.Thread] = []
+        self._error: BaseException | None = None
+        self._closed = False
+
+    def begin(self, needs: Sequence[tuple[str, Iterable[str]]], output_bytes: Mapping[str, int]) -> None:
+        """Start to fetch.
+
+        Args:
+            needs: output shards in the order in which they are written, each with the source shards that are fetched
+                for it.
+            output_bytes: what each of them will take on the same disk.
+        """
+        for output, files in needs:
+            for file in files:
+                self._users.setdefault(file, set()).add(output)
+        self._queue = list(self._users)
+        self._reserved = dict(output_bytes)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._keep(set(self._queue if self._most is None else self._queue[: self._most]))
+        for number in range(min(FETCHERS, self._most or FETCHERS)):
+            thread = threading.Thread(target=self._run, name=f"k2quant-fetch-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def open(self, output: str) -> None:
+        """Hear that an output shard is begun: who asks for its source shards waits for them from now on."""
+        with self._change:
+            self._due |= {file for file, users in self._users.items() if output in users}
+
+    def give(self, file: str, start: int, buffer: memoryview) -> bool:
+        """Fill a buffer from a shard that is here, or is due and comes; tell whether it is.
+
+        Raises:
+            CheckpointError: it could not be fetched, or is not what it was when it was put here.
+            OutputError: the disk is full.
+        """
+        with self._change:
+            while file in self._due and file not in self._ready:
+                self._check()
+                self._change.wait()
+            if file not in self._ready:
+                return False
+        return self._read(file, start, buffer)
+
+    def prove(self, output: str) -> None:
+        """Wait until all source shards that are fetched for an output shard have been.
+
+        Raises:
+            CheckpointError: one could not be.
+        """
+        self.open(output)
+        with self._change:
+            while any(output in users and file not in self._ready for file, users in self._users.items()):
+                self._check()
+                self._change.wait()
+
+    def written(self, output: str) -> None:
+        """Delete what only an output shard needed, which stands."""
+        with self._change:
+            self._reserved.pop(output, None)
+            gone = [file for file, users in self._users.items() if users == {output}]
+            for users in self._users.values():
+                users.discard(output)
+            for file in gone:
+                del self._users[file]
+                self._ready.discard(file)
+                self._due.discard(file)
+                (self._folder / file).unlink(missing_ok=True)
+            self._change.notify_all()
+
+    def close(self) -> None:
+        """End the threads as soon as what they fetch is here or gone wrong; whoever waits is told."""
+        with self._change:
+            self._closed = True
+            self._change.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def clear(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _keep(self, names: set[str]) -> None:
+        """Delete what an earlier run left and nobody will ask for soon."""
+        for path in self._folder.iterdir():
+            if not any(path.name == name or _is_part(path.name, name) for name in names) and not path.is_dir():
+                path.unlink()
+
+    def _check(self) -> None:
+        """Raise what ended the fetching. The lock is held."""
+        if self._error is not None:
+            raise self._error
+        if self._closed:
+            raise CheckpointError("is not read any more: the run was ended")
+
+    def _run(self) -> None:
+        try:
+            while (file := self._next()) is not None:
+                self._fetch(file)
+                with self._change:
+                    self._coming.discard(file)
+                    self._ready.add(file)
+                    self._change.notify_all()
+        except BaseException as error:  # noqa: BLE001  raised where somebody waits for the shard
+            with self._change:
+                self._error = self._error or error
+                self._change.notify_all()
+
+    def _next(self) -> str | None:
+        """Return the next shard to fetch, when there is room for it; None at the end."""
+        with self._change:
+            while self._queue and not self._closed and self._error is None:
+                file = self._queue[0]
+                if self._has_room(file):
+                    self._queue.pop(0)
+                    self._coming.add(file)
+                    return file
+                self._change.wait()
+        return None
+
+    def _has_room(self, file: str) -> bool:
+        """Tell whether a shard may come now. The lock is held.
+
+        Raises:
+            OutputError: it never may, for nothing will go that is there.
+        """
+        there = len(self._ready | self._coming)
+        if self._most is not None:
+            return there < self._most
+        free, needed = shutil.disk_usage(self._folder).free, self._place.files[file].size
+        coming = sum(self._place.files[name].size - self._size(name) for name in self._coming)
+        room = free - coming - sum(self._reserved.values()) + self._size(file)
+        if needed + (SPARE_BYTES if there else 0) <= room:
+            return True
+        if not self._coming and all(self._users[name] & self._users[file] for name in self._ready):
+            raise OutputError(
+                "the disk is too small for a shard of the source beside the output",
+                file=self._folder,
+                expected=f"{needed:,} bytes free beside those that the output needs",
+                found=f"{room:,} bytes",
+                remedy="free some space, then run the same command again: it resumes",
+            )
+        return False
+
+    def _size(self, file: str) -> int:
+        """Return the bytes of a shard that are on the disk already."""
+        found = [path for path in self._folder.iterdir() if path.name == file or _is_part(path.name, file)]
+        return sum(_allocated(path) for path in found)
+
+    def _fetch(self, file: str) -> None:
+        """Have a shard here, whole."""
+        path = self._folder / file
+        if path.is_file() and not path.is_symlink() and path.stat().st_size == self._place.files[file].size:
+            self._whole(file, path)
+            return
+        path.unlink(missing_ok=True)
+        try:
+            self._place.fetch(file, path, add=self._add)
+        except OSError as error:
+            raise self._full(error, path) from error
+        self._whole(file, path)
+
+    @staticmethod
+    def _full(error: OSError, path: Path) -> OutputError:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        return OutputError(
+            "the disk is full: a shard of the source does not fit" if full else "cannot be written",
+            file=path,
+            found=error.strerror or str(error),
+            remedy="free some space, then run the same command again: it resumes",
+        )
+
+    def _read(self, file: str, start: int, buffer: memoryview) -> bool:
+        """Read from the disk; tell whether the shard is there: it may just have gone, where only a part was needed."""
+        path = self._folder / file
+        try:
+            descriptor = open_regular(path)
+            try:
+                while buffer:
+                    count = os.preadv(descriptor, [buffer], start)
+                    if count == 0:
+                        raise CheckpointError("was cut short while it was read", file=path)
+                    buffer, start = buffer[count:], start + count
+            finally:
+                os.close(descriptor)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise CheckpointError("cannot be read", file=path, found=error.strerror or str(error)) from error
+        return True
+
+
+def _is_part(name: str, file: str) -> bool:
+    """Tell whether a file's name is that of a part of a shard, which has a mark of its version in it."""
+    return name.startswith(f"{file}.") and name.endswith(PARTIAL)
+
+
+def _allocated(path: Path) -> int:
+    """Return the bytes that a file takes; none where it has just got another name."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
