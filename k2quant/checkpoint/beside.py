@@ -92,8 +92,7 @@ def other_files(source: Checkpoint) -> Beside:
     for folder, folders, files in os.walk(source.folder, onerror=_raise, followlinks=source.follow_links):
         here = Path(folder)
         inner = here.relative_to(source.folder)
-        here_ours = {*_OWN, CARD}  # a file of ours may go there
-        taken = {name for name in folders if name in here_ours or of_weights(name)}
+        taken = {name for name in folders if name in {*_OWN, CARD} or of_weights(name)}  # a file of ours may go there
         left_out += sorted(str(inner / name) for name in taken)
         seen = sorted(name for name in set(folders) - taken if not name.startswith("."))
         folders[:] = [name for name in seen if _is_entered(source, here / name, followed)]
