@@ -18,6 +18,7 @@ K2QuantError
 │   ├── MalformedResults     a results or samples file is truncated, mixed up or lies
 │   ├── Incomparable         two runs that asked different things, or are the same one
 │   └── HarnessFault         the evaluation itself broke: a server without log-probabilities, empty answers
+├── ClusterError         the machines that share the work are lost, or do not fit (exit 1)
 ├── MissingExtra         a command whose optional part is not installed           (exit 1)
 └── CheckFailed          a check said no                                          (exit 3)
     └── Inconclusive         a gate could tell neither way                            (exit 4)
@@ -159,6 +160,10 @@ class Incomparable(EvaluationError):
 
 class HarnessFault(EvaluationError):
     """The evaluation itself broke, so that its numbers say nothing about the model."""
+
+
+class ClusterError(_Finding):
+    """The machines that share the work are not there, were lost, or do not fit together."""
 
 
 class MissingExtra(_Finding):

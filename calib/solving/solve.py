@@ -22,6 +22,7 @@ from k2quant.calib.solving.writing.planned import SolvedPlan, plan_solved, said
 from k2quant.calib.solving.writing.rounder import Solving
 from k2quant.calib.solving.writing.spool import Spool
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT, Checkpoint, open_checkpoint
+from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.checkpoint.writing.destination import Destination
 from k2quant.conversion.convert import Conversion, carry_out, chosen
 from k2quant.conversion.resume import refuse_nested
@@ -70,7 +71,7 @@ _HINTS = {
 @hinting(_HINTS)
 @barred("solve", TOKENS)
 def solve(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
     destination: str | os.PathLike[str],
     to: FormatName | None = None,
     *,
@@ -152,7 +153,7 @@ def solve(
         OutputError: the destination is not ours, in use, or the disk failed; the same call resumes.
     """
     say = stage or _quiet
-    here, there = Path(source), Path(destination)
+    here, there = spot(source), Path(destination)
     refuse_nested(here, there)
     threads = checked_workers(workers)
     settings = Settings(scales=scales, damping=damping, propagate=propagate)
@@ -174,7 +175,7 @@ def solve(
     say("reading the data")
     read = read_samples(
         data,
-        load_tokenizer(here, trust_remote_code=trust_remote_code, follow_links=follow_links),
+        load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code, follow_links=follow_links),
         samples=samples,
         length=length,
         vocabulary=config.vocab_size,

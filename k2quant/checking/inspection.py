@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.metadata import carrying, config, relatives
 from k2quant.conversion.metadata.promises import broken_promises, inventory
@@ -73,22 +73,22 @@ class Inspection(NamedTuple):
         return as_html(self)
 
 
-def inspect(folder: str | os.PathLike[str], *, follow_links: bool = False) -> Inspection:
+def inspect(folder: str | os.PathLike[str] | Address, *, follow_links: bool = False) -> Inspection:
     """Describe a checkpoint without reading a weight.
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint, or its address.
         follow_links: whether its links may lead out of it.
 
     Raises:
         CheckpointError: the folder holds no checkpoint, or its index or a header lies.
     """
-    checkpoint = open_checkpoint(Path(folder), follow_links=follow_links)
+    checkpoint = open_checkpoint(spot(folder), follow_links=follow_links)
     weights, problems = group_tensors(checkpoint.tensors)
     wrong = _config_problems(checkpoint, weights)
     found, stale = inventory(weights), frozenset(checkpoint.stale)
     return Inspection(
-        folder=str(folder),
+        folder=str(folder if checkpoint.supply is None else checkpoint.place),
         rows=_rows(weights),
         shards=len(checkpoint.shards),
         tensors=len(checkpoint.tensors),
@@ -121,7 +121,7 @@ def _file_problems(checkpoint: Checkpoint) -> list[CheckpointError]:
     except CheckpointError as problem:
         return [problem]
     except OSError as error:
-        return [CheckpointError("cannot be read", file=error.filename or checkpoint.folder, found=error.strerror)]
+        return [CheckpointError("cannot be read", file=error.filename or checkpoint.place, found=error.strerror)]
     return []
 
 

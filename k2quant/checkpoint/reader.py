@@ -77,6 +77,10 @@ class Checkpoint:
         """Where the checkpoint lies, for messages and reports: its folder, or its address with the commit of a hub."""
         return self.folder if self.supply is None else self.supply.place.address
 
+    def named(self, file: str) -> Path | str:
+        """Return how messages name a file of it."""
+        return self.folder / file if self.supply is None else self.supply.place.address.child(file)
+
     @property
     def stale(self) -> tuple[str, ...]:
         """Those of `unlisted` that are old copies: the index looks for the same tensor in another place."""
@@ -207,7 +211,7 @@ def _remote(address: Address) -> _Files:
 
 def _open(files: _Files) -> Checkpoint:
     folder = files.folder
-    check_folder(folder)
+    check_folder(folder, addresses=True)
     if (folder / INCOMPLETE).exists():
         raise CheckpointError(
             "not finished: still being written, or its writer was stopped",

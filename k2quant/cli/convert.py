@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from k2quant.cli.parts import allotting, conversion, options, solving
+from k2quant.cli.parts import allotting, conversion, machines, options, solving
+from k2quant.cli.parts.places import PLACE, Place
 from k2quant.cli.parts.results import suggest
 
 if TYPE_CHECKING:
@@ -16,17 +16,24 @@ if TYPE_CHECKING:
 
 
 @click.command(name="convert")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("destination", type=click.Path(path_type=Path))
+@click.argument("source", type=PLACE)
+@click.argument("destination", type=PLACE)
 @conversion.format_options()
 @conversion.method_options()
 @conversion.beside_options()
 @allotting.budget_options()
 @solving.solving_options()
 @options.device(more="Where the arithmetic runs: cpu or cuda.", others=("cpu",))
+@machines.machine_options()
 @conversion.run_options()
 def command(
-    source: Path, destination: Path, *, dry_run: bool, as_json: bool, shard_size: str | None, **options: Any
+    source: Place,
+    destination: Place,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    shard_size: str | None,
+    **options: Any,
 ) -> None:
     """Convert the checkpoint in SOURCE and write it to DESTINATION.
 
@@ -35,6 +42,8 @@ def command(
     \b
     Example:
         k2quant convert --to int4 Kimi-K2-Instruct Kimi-K2-Instruct-INT4
+        k2quant convert --to int4 hf://moonshotai/Kimi-K2-Instruct Kimi-K2-Instruct-INT4
+        k2quant convert --to int4 --cluster auto Kimi-K2-Instruct Kimi-K2-Instruct-INT4
         k2quant convert --to int4 --method gptq --data chats.jsonl Kimi-K2-Instruct Kimi-K2-Instruct-GPTQ
     """
     options["shard_size"] = conversion.shard_bytes(shard_size)
@@ -43,6 +52,7 @@ def command(
     found = allotting.allotted(source, options)
     own = solving.taken_out(options, conversion.choice(options), asked=method)
     if own is not None:
+        machines.refuse_solving(options)
         solving.check_solving(source, options, own, tokenizer=not dry_run)
         if dry_run:
             more = allotting.shown(found, as_json=as_json)
@@ -55,7 +65,7 @@ def command(
         _convert(source, destination, as_json=as_json, **options)
 
 
-def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) -> None:
+def _convert(source: Place, destination: Place, *, as_json: bool, **options: Any) -> None:
     from k2quant.cli.parts.screen import progress
     from k2quant.conversion.convert import convert
 
@@ -64,7 +74,7 @@ def _convert(source: Path, destination: Path, *, as_json: bool, **options: Any) 
     _say(done, source, destination, options, as_json=as_json)
 
 
-def _say(done: Conversion, source: Path, destination: Path, options: dict[str, Any], *, as_json: bool) -> None:
+def _say(done: Conversion, source: Place, destination: Place, options: dict[str, Any], *, as_json: bool) -> None:
     """Say what a run came to."""
     import json
 
@@ -84,19 +94,27 @@ def _say(done: Conversion, source: Path, destination: Path, options: dict[str, A
     suggest(("k2quant", "verify", *linked, source, destination), ("k2quant", "report", destination))
 
 
-def _dry_run(source: Path, destination: Path, *, as_json: bool, found: Allotment | None, **options: Any) -> None:
+def _dry_run(source: Place, destination: Place, *, as_json: bool, found: Allotment | None, **options: Any) -> None:
     from k2quant.cli.parts.screen import working
     from k2quant.conversion.convert import codecs_of
+    from k2quant.conversion.places import pinned
     from k2quant.conversion.resume import refuse_nested
     from k2quant.conversion.searching.asked import planned
     from k2quant.ground.pool import checked_workers
 
     refuse_nested(source, destination)
     choice = conversion.choice(options)
+    here, remark = pinned(source, destination, restart=options["restart"])
     with working(f"reading the headers of {source.name}"):
         known = options["stats"], options["activation_scales"]
-        plan, rounder = planned(source, choice, *known, follow_links=options["follow_links"])
-    codecs_of(options["device"])
+        plan, rounder = planned(here, choice, *known, follow_links=options["follow_links"])
+    plan = plan.remarked(remark)
+    more = allotting.shown(found, as_json=as_json) or {}
+    if options["cluster"] is None:
+        codecs_of(options["device"])
+    else:
+        with working(f"asking the machines of {options['cluster']}"):
+            more |= machines.looked_over(options["cluster"], plan, source, destination, options, as_json=as_json)
     conversion.dry_run(
         plan,
         destination,
@@ -104,5 +122,5 @@ def _dry_run(source: Path, destination: Path, *, as_json: bool, found: Allotment
         workers=checked_workers(options["workers"]),
         as_json=as_json,
         rounder=rounder,
-        more=allotting.shown(found, as_json=as_json),
+        more=more,
     )

@@ -16,15 +16,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from k2quant.checkpoint.panels import naming, read_whole
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.checkpoint.reading import check_constants
-from k2quant.checkpoint.writing.destination import locked
+from k2quant.checkpoint.remote.address import Address, spot
+from k2quant.checkpoint.writing.opening import locked
 from k2quant.conversion.finishing.completing import complete
 from k2quant.conversion.finishing.report import fetched, report_of
+from k2quant.conversion.places import pinned
 from k2quant.conversion.plan import Options, Plan, options_of
 from k2quant.conversion.recipes.rules import Recipes, read_recipe
 from k2quant.conversion.resume import begin, check_finished, clear, refuse_nested
 from k2quant.conversion.searching.asked import planned
 from k2quant.conversion.searching.folding import check_halves
 from k2quant.conversion.searching.surveys import Substitute, check_shared
+from k2quant.conversion.spreading.cluster import Spread, check_cluster
+from k2quant.conversion.spreading.order import order
 from k2quant.conversion.stream import Progress, Rounder, Stream
 from k2quant.errors import OutputError, UsageError
 from k2quant.formats.activations import ActivationScales, KvCache
@@ -62,13 +66,25 @@ _HINTS = {
 class Conversion(NamedTuple):
     """What a conversion came to."""
 
-    folder: Path
+    spot: Path | Address
+    """The folder or address that it was written to."""
     report: dict[str, Any]
     """The content of k2quant_report.json."""
     resumed: int
     """Shards that an earlier, interrupted run had finished."""
     already_done: bool
     """Whether the destination was finished before, so that nothing was written."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it was written to.
+
+        Raises:
+            UsageError: it was written to an address, which is `spot`.
+        """
+        if isinstance(self.spot, Address):
+            raise UsageError(f"{self.spot} is no folder; where a conversion was written to is `spot`")
+        return self.spot
 
     def facts(self) -> dict[str, object]:
         """Return what it comes to, in a few words."""
@@ -77,7 +93,7 @@ class Conversion(NamedTuple):
         seconds = {} if self.already_done else {"time": duration(report["seconds"])}
         counts = {"tensors": len(report["tensors"]), "remarks": len(report.get("remarks", []))}
         done = {"resumed": self.resumed, "already_done": self.already_done}
-        return {"folder": str(self.folder), "to": report["options"]["to"], **sizes, **seconds, **counts, **done}
+        return {"folder": str(self.spot), "to": report["options"]["to"], **sizes, **seconds, **counts, **done}
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -91,8 +107,8 @@ class Conversion(NamedTuple):
 @hinting(_HINTS)
 @barred("convert")
 def convert(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
+    destination: str | os.PathLike[str] | Address,
     to: FormatName | None = None,
     *,
     recipe: Recipes | None = None,
@@ -109,6 +125,7 @@ def convert(
     allow_split: bool = False,
     workers: int | None = None,
     device: str = "cpu",
+    cluster: str | None = None,
     follow_links: bool = False,
     restart: bool = False,
     soft_lock: bool = False,
@@ -121,7 +138,9 @@ def convert(
     The same call after a kill resumes; on a finished destination it does nothing.
 
     Args:
-        source: folder of the checkpoint, in any of the formats, mixed too.
+        source: folder of the checkpoint, in any of the formats, mixed too, or its address: `hf://org/name@revision`,
+            `s3://bucket/prefix`; see docs/places.md. Where the address of a model on a hub names no revision, a
+            destination that was begun goes on with the commit that it was begun with.
         destination: folder to write; empty, new, or of an earlier run of the same call.
         to: `bf16`, `fp8`, `int4`, `nvfp4` or `mxfp4`.
         recipe: in place of `to`, `scope`, `ignore`, `grid`, `layout` and `method`, rules for classes and patterns: a
@@ -149,6 +168,9 @@ def convert(
         allow_split: write what engines fuse (experts of a layer, gate and up, q_a and kv_a) in several formats too.
         workers: threads; None takes one for each core that this process may use.
         device: where the arithmetic runs, `cpu` or `cuda`.
+        cluster: spread the shards over a Ray cluster: `auto`, the one that this machine is part of or that RAY_ADDRESS
+            names, or `ray://HOST:PORT`. All its machines must see source and destination by the names given here, and
+            have this release. `workers` are threads of each machine; with `cuda`, each GPU has a worker.
         follow_links: read files that links in the source lead to, wherever they lie; only for a folder of your own,
             for whoever made its links chooses which files are read, and copied along.
         restart: throw away what an earlier run of other options or another source left in the destination.
@@ -164,11 +186,15 @@ def convert(
 
     Raises:
         CheckpointError: the source cannot be converted; nothing that looks finished was written.
+        ClusterError: the cluster is not there, was lost, or its machines do not fit; the same call resumes.
         OutputError: the destination is not ours, in use, or the disk failed; the same call resumes.
         UsageError: the options make no sense.
     """
-    here, there = Path(source), Path(destination)
-    refuse_nested(here, there)
+    begun, there = spot(source), spot(destination)
+    refuse_nested(begun, there)
+    here, remark = pinned(begun, there, restart=restart)
+    if cluster is not None:
+        check_cluster(cluster)
     options = chosen(
         recipe,
         to=to,
@@ -184,6 +210,12 @@ def convert(
         allow_rounding=allow_rounding,
     )
     plan, rounder = planned(here, options, stats, activation_scales, follow_links=follow_links)
+    plan = plan.remarked(remark)
+    spread = None
+    if cluster is not None:
+        others: dict[str, Any] = {"stats": stats, "activation_scales": activation_scales, "follow_links": follow_links}
+        asked = order(plan, plan.source.place, there, device=device, sha256=sha256, **others)
+        spread = Spread(cluster, asked, plan, workers=workers)
     return carry_out(
         plan,
         there,
@@ -194,6 +226,7 @@ def convert(
         sha256=sha256,
         low_disk=low_disk,
         rounder=rounder,
+        spread=spread,
         progress=told(progress),
     )
 
@@ -212,7 +245,7 @@ def source_of(activation_scales: str | os.PathLike[str] | None) -> ActivationSca
 
 def carry_out(
     plan: Plan,
-    there: Path,
+    there: Path | Address,
     *,
     workers: int | None = None,
     device: str = "cpu",
@@ -223,13 +256,14 @@ def carry_out(
     substitute: Substitute | None = None,
     rounder: Rounder | None = None,
     check: Callable[[Path], None] | None = None,
+    spread: Spread | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Write what a plan says; see `convert`.
 
     Args:
         plan: what to write.
-        there: folder to write it to.
+        there: folder or address to write it to.
         workers: as in `convert`, like the others.
         device: where the converter's arithmetic runs.
         restart: throw away what an earlier run left.
@@ -238,13 +272,16 @@ def carry_out(
         low_disk: keep at most two shards of a source at an address on the disk.
         substitute: whose values take the place of the source's; `plan.values` says which these are.
         rounder: who rounds better than the formats' own rules; `plan.method` says how.
-        check: is given the folder when all shards stand there and nothing yet makes it look finished; what it raises
-            leaves it so.
+        check: is given the folder, which no address is, when all shards stand there and nothing yet makes it look
+            finished; what it raises leaves it so.
+        spread: who has other machines write the shards, if anybody.
         progress: called as the work goes on.
     """
     begun = time.monotonic()
+    if check is not None:
+        _as_folder(there)
     check_shared(plan, substitute)
-    threads, arithmetic = checked_workers(workers), codecs_of(device)
+    threads, arithmetic = checked_workers(workers), codecs_of(device if spread is None else "cpu")
     try:
         with locked(there, report=REPORT, incomplete=INCOMPLETE, restart=restart, soft=soft_lock) as folder:
             if not restart and (report := folder.finished_report()) is not None:
@@ -257,22 +294,26 @@ def carry_out(
             done = begin(folder, plan, fresh=restart)
             whole = counted(len(plan.shards), "shard")
             _log.info("%s: %s, %d of them there already; %s", there, whole, len(done), counted(threads, "thread"))
-            stream = Stream(
-                plan,
-                folder,
-                done=set(done),
-                codecs=arithmetic,
-                sha256=sha256,
-                progress=progress,
-                substitute=substitute,
-                rounder=rounder,
-                low_disk=low_disk,
-                records=done.values(),
-            )
-            shards = done | stream.run(threads)
+            if spread is not None:
+                folder.spread()
+                shards = done | spread.write(done, folder, progress)
+            else:
+                stream = Stream(
+                    plan,
+                    folder,
+                    done=set(done),
+                    codecs=arithmetic,
+                    sha256=sha256,
+                    progress=progress,
+                    substitute=substitute,
+                    rounder=rounder,
+                    low_disk=low_disk,
+                    records=done.values(),
+                )
+                shards = done | stream.run(threads)
             check_halves(shards.values(), folder.spot)
             if check is not None:
-                check(folder.spot)
+                check(_as_folder(there))
             more = {**({} if rounder is None else rounder.summary()), **fetched(plan.source.supply, shards.values())}
             report = report_of(plan, shards, seconds=time.monotonic() - begun, resumed=len(done), more=more)
             complete(folder, plan, report, sha256=sha256)
@@ -285,6 +326,12 @@ def carry_out(
             found=error.strerror or str(error),
             remedy="when that is mended, run the same command again: it resumes",
         ) from error
+
+
+def _as_folder(there: Path | Address) -> Path:
+    if isinstance(there, Address):
+        raise UsageError(f"{there} is no folder, and what is written here is read again before it is finished")
+    return there
 
 
 def chosen(recipe: Recipes | None, **options: Any) -> Options:

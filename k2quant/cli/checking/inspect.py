@@ -8,21 +8,23 @@ from typing import TYPE_CHECKING
 import click
 
 from k2quant.cli.parts import options
+from k2quant.cli.parts.places import PLACE
 from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 
 if TYPE_CHECKING:
     from k2quant.calib.stats.inspection import Reach, StatsInspection
     from k2quant.checking.inspection import Inspection
+    from k2quant.checkpoint.remote.address import Address
 
 _LONGEST = 200  # characters of what a config says
 _SHOWN = 10  # problems that a person reads before looking for the cause
 
 
 @click.command(name="inspect")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=PLACE)
 @options.follow_links()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
+def command(source: Path | Address, *, follow_links: bool, as_json: bool) -> None:
     """Describe the checkpoint in SOURCE: formats, counts, bytes, layers, experts, and what does not fit together.
 
     Exits 1 when something would stop a conversion. What is worth saying and stops none is said on stderr.
@@ -33,6 +35,7 @@ def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
     \b
     Example:
         k2quant inspect Kimi-K2-Instruct
+        k2quant inspect hf://moonshotai/Kimi-K2-Instruct
     """
     import json
 
@@ -40,7 +43,7 @@ def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
     from k2quant.checking.inspection import inspect
     from k2quant.cli.parts.screen import warn, working
 
-    if is_stats(source):
+    if isinstance(source, Path) and is_stats(source):
         _of_statistics(source, as_json=as_json)
         return
     with working(f"reading the headers of {source.name}"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -17,6 +16,7 @@ from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
     from k2quant.calib.solving.planning import SolvingPlan
+    from k2quant.cli.parts.places import Place
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Options, Plan
     from k2quant.conversion.searching.searched import Searched
@@ -220,13 +220,13 @@ def _say(remarks: Iterable[str]) -> None:
         warn(f"note: {each}")
 
 
-def summary(done: Conversion, destination: Path) -> dict[str, Any]:
+def summary(done: Conversion, destination: Place) -> dict[str, Any]:
     """Return what a run came to, as JSON has it."""
     report = {key: value for key, value in done.report.items() if key not in {"tensors", "source"}}
     return {"destination": str(destination), "already_done": done.already_done, **report}
 
 
-def last_line(done: Conversion, destination: Path) -> str:
+def last_line(done: Conversion, destination: Place) -> str:
     """Return what a run came to, as people read it."""
     from k2quant.ground.units import duration, size
 
@@ -243,14 +243,14 @@ def last_line(done: Conversion, destination: Path) -> str:
 
 def quality(done: Conversion) -> str:
     """Say what rounding did to which classes of tensors, such as `SQNR: routed experts 20.2 dB, the rest exact`."""
+    from k2quant.conversion.finishing.classes import figures_of
     from k2quant.ground.names import TENSOR_CLASSES, tensor_class
     from k2quant.kernels.codecs.figures import Figures
 
     sums = dict.fromkeys(TENSOR_CLASSES, Figures())
     exact = False
     for name, facts in done.report["tensors"].items():
-        found = facts.get("figures") or {}
-        figures = Figures(**{field.name: found[field.name] for field in fields(Figures)}) if found else Figures()
+        figures = figures_of(facts)
         sums[tensor_class(name)] += figures
         exact |= figures.exact
     rounded = [f"{kind} {figures.sqnr_db:.1f} dB" for kind, figures in sums.items() if not figures.exact]
@@ -279,7 +279,7 @@ def _search_lines(method: dict[str, Any]) -> list[str]:
 
 def dry_run(
     plan: Plan,
-    destination: Path,
+    destination: Place,
     *,
     restart: bool,
     workers: int,
@@ -367,7 +367,7 @@ class _Cost(NamedTuple):
 
 def _cost(
     plan: Plan,
-    destination: Path,
+    destination: Place,
     done: Mapping[str, object],
     workers: int,
     rounder: Searched | None,

@@ -65,6 +65,7 @@ class Hand:
             sha256=self._asked.sha256,
             progress=progress,
             rounder=self._rounder,
+            low_disk=self._asked.low_disk,
         )
         records = stream.run(self._threads)
         return [records[shard.file] for shard in self.plan.shards if shard.file in asked]
