@@ -99,6 +99,7 @@ def solve(
     follow_links: bool = False,
     restart: bool = False,
     soft_lock: bool = False,
+    low_disk: bool = False,
     sha256: bool = False,
     trust_remote_code: bool = False,
     stage: Callable[[str], None] | None = None,
@@ -138,6 +139,7 @@ def solve(
         follow_links: whether links of the checkpoint's folder may lead out of it.
         restart: throw away what an earlier run left in the destination.
         soft_lock: where its file system has no locks, lock the folder by a file.
+        low_disk: of a source at an address, keep at most two shards on the disk, as `convert` does.
         sha256: also note a sha256 of each file.
         trust_remote_code: whether the tokenizer's own Python code may run.
         stage: called with what is being done before the pass, and with notes on the data.
@@ -198,6 +200,7 @@ def solve(
         device=device,
         restart=restart,
         soft_lock=soft_lock,
+        low_disk=low_disk,
         sha256=sha256,
         say=say,
         progress=told(progress),
@@ -219,6 +222,7 @@ def solve_planned(
     device: str = "cpu",
     restart: bool = False,
     soft_lock: bool = False,
+    low_disk: bool = False,
     sha256: bool = False,
     say: Callable[[str], None] = _quiet,
     progress: Progress | None = None,
@@ -255,6 +259,7 @@ def solve_planned(
         workers=workers,
         restart=restart,
         soft_lock=soft_lock,
+        low_disk=low_disk,
         sha256=sha256,
         rounder=solving if planned.jobs else planned.beyond(),
         progress=None if planned.jobs else progress,

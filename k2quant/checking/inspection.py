@@ -55,6 +55,10 @@ class Inspection(NamedTuple):
     """What would stop a conversion."""
     remarks: list[str]
     """What is worth saying, though it stops nothing."""
+    traffic: int | None = None
+    """Bytes that reading all of it would bring over a network; None where it is all here."""
+    rate: float | None = None
+    """Bytes a second at which its headers came over that network."""
 
     def facts(self) -> dict[str, object]:
         """Return what it comes to, in a few words."""
@@ -101,7 +105,14 @@ def inspect(folder: str | os.PathLike[str] | Address, *, follow_links: bool = Fa
         stale=[name for name in checkpoint.unlisted if name in stale],
         problems=[str(problem) for problem in problems + wrong + _file_problems(checkpoint)],
         remarks=[] if problems else _remarks(checkpoint, weights, sound=not wrong),  # of a part nothing can be said
+        traffic=_traffic(checkpoint),
+        rate=checkpoint.rate,
     )
+
+
+def _traffic(checkpoint: Checkpoint) -> int | None:
+    coming = [shard.size for shard in checkpoint.shards.values() if shard.supply is not None]
+    return sum(coming) if coming else None
 
 
 def _remarks(checkpoint: Checkpoint, weights: list[StoredWeight], *, sound: bool) -> list[str]:

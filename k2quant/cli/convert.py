@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from k2quant.cli.parts import allotting, conversion, machines, options, solving
-from k2quant.cli.parts.places import PLACE, Place
+from k2quant.cli.parts.places import PLACE, Place, remote_options
 from k2quant.cli.parts.results import suggest
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @solving.solving_options()
 @options.device(more="Where the arithmetic runs: cpu or cuda.", others=("cpu",))
 @machines.machine_options()
+@remote_options()
 @conversion.run_options()
 def command(
     source: Place,
@@ -48,7 +49,7 @@ def command(
     """
     options["shard_size"] = conversion.shard_bytes(shard_size)
     options["recipe"] = conversion.read_once(options["recipe"])
-    method = options["method"]
+    method, bandwidth = options["method"], options.pop("bandwidth")
     found = allotting.allotted(source, options)
     own = solving.taken_out(options, conversion.choice(options), asked=method)
     if own is not None:
@@ -56,11 +57,11 @@ def command(
         solving.check_solving(source, options, own, tokenizer=not dry_run)
         if dry_run:
             more = allotting.shown(found, as_json=as_json)
-            solving.dry_run(source, destination, options, own, as_json=as_json, more=more)
+            solving.dry_run(source, destination, options, own, as_json=as_json, more=more, bandwidth=bandwidth)
         else:
             _say(solving.solve(source, destination, options, own), source, destination, options, as_json=as_json)
     elif dry_run:
-        _dry_run(source, destination, as_json=as_json, found=found, **options)
+        _dry_run(source, destination, as_json=as_json, found=found, bandwidth=bandwidth, **options)
     else:
         _convert(source, destination, as_json=as_json, **options)
 
@@ -94,7 +95,15 @@ def _say(done: Conversion, source: Place, destination: Place, options: dict[str,
     suggest(("k2quant", "verify", *linked, source, destination), ("k2quant", "report", destination))
 
 
-def _dry_run(source: Place, destination: Place, *, as_json: bool, found: Allotment | None, **options: Any) -> None:
+def _dry_run(
+    source: Place,
+    destination: Place,
+    *,
+    as_json: bool,
+    found: Allotment | None,
+    bandwidth: float | None,
+    **options: Any,
+) -> None:
     from k2quant.cli.parts.screen import working
     from k2quant.conversion.convert import codecs_of
     from k2quant.conversion.places import pinned
@@ -123,4 +132,5 @@ def _dry_run(source: Place, destination: Place, *, as_json: bool, found: Allotme
         as_json=as_json,
         rounder=rounder,
         more=more,
+        bandwidth=bandwidth,
     )

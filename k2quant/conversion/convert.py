@@ -214,7 +214,7 @@ def convert(
     spread = None
     if cluster is not None:
         others: dict[str, Any] = {"stats": stats, "activation_scales": activation_scales, "follow_links": follow_links}
-        asked = order(plan, plan.source.place, there, device=device, sha256=sha256, **others)
+        asked = order(plan, plan.source.place, there, device=device, sha256=sha256, low_disk=low_disk, **others)
         spread = Spread(cluster, asked, plan, workers=workers)
     return carry_out(
         plan,

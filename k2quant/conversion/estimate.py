@@ -59,6 +59,7 @@ def estimate(
     done: Mapping[str, object],
     workers: int,
     rounder: Searched | None = None,
+    bandwidth: float | None = None,
 ) -> Estimate:
     """Estimate a conversion. Nothing is left behind at the destination.
 
@@ -68,6 +69,7 @@ def estimate(
         done: the shards that stand there already, by file name.
         workers: threads.
         rounder: who searches scales, if anybody does.
+        bandwidth: bytes a second at which a source at an address comes; None: as its headers came.
 
     Raises:
         OutputError: nothing can be written there.
@@ -77,7 +79,7 @@ def estimate(
     todo = [shard for shard in plan.shards if shard.file not in done]
     read, written = sum(shard.bytes_read for shard in todo), sum(shard.size for shard in todo)
     try:
-        disk = read / read_rate(plan.source) + written / _write_rate(where)
+        disk = read / (bandwidth or read_rate(plan.source)) + written / _write_rate(where)
     except OSError as error:
         raise OutputError("cannot be written", file=where, found=error.strerror) from error
     return Estimate(
@@ -207,7 +209,9 @@ def _probe_array(spec: TensorSpec, random: np.random.Generator) -> NDArray[Any]:
 
 
 def read_rate(source: Checkpoint) -> float:
-    """Return the bytes a second at which the beginning of a checkpoint can be read."""
+    """Return the bytes a second at which the beginning of a checkpoint can be read; over a network, the headers'."""
+    if source.rate is not None:
+        return source.rate
     shard = next(iter(source.shards.values()))
     buffer = memoryview(bytearray(min(_PROBE_BYTES, shard.size)))
     begun = time.perf_counter()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from k2quant.cli.parts import options
-from k2quant.cli.parts.places import PLACE
+from k2quant.cli.parts.places import PLACE, bandwidth, rate_said
 from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 
 if TYPE_CHECKING:
@@ -23,8 +23,9 @@ _SHOWN = 10  # problems that a person reads before looking for the cause
 @click.command(name="inspect")
 @click.argument("source", type=PLACE)
 @options.follow_links()
+@bandwidth()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(source: Path | Address, *, follow_links: bool, as_json: bool) -> None:
+def command(source: Path | Address, *, follow_links: bool, bandwidth: float | None, as_json: bool) -> None:
     """Describe the checkpoint in SOURCE: formats, counts, bytes, layers, experts, and what does not fit together.
 
     Exits 1 when something would stop a conversion. What is worth saying and stops none is said on stderr.
@@ -51,11 +52,29 @@ def command(source: Path | Address, *, follow_links: bool, as_json: bool) -> Non
     for text in found.remarks:
         warn(f"note: {text}")
     if as_json:
-        click.echo(json.dumps({**found._asdict(), "rows": [row._asdict() for row in found.rows]}, indent=1))
+        click.echo(json.dumps({**_facts(found), "rows": [row._asdict() for row in found.rows]}, indent=1))
     else:
         _show(found)
+        _show_traffic(found, bandwidth)
     if found.problems:
         raise SystemExit(1)
+
+
+def _facts(found: Inspection) -> dict[str, Any]:
+    """Return what was found, as JSON has it; of a network only where there is one."""
+    facts = found._asdict()
+    return {key: value for key, value in facts.items() if key not in {"traffic", "rate"} or value is not None}
+
+
+def _show_traffic(found: Inspection, bandwidth: float | None) -> None:
+    """Say what reading all of a checkpoint takes that is at an address; `bandwidth`: bytes a second, if named."""
+    from k2quant.ground.units import duration, size
+
+    rate = bandwidth or found.rate
+    if found.traffic is None or rate is None:
+        return
+    said = f"to read it all: {size(found.traffic)} of traffic, about {duration(found.traffic / rate)} at "
+    click.echo(paragraph(said + rate_said(rate, asked=bandwidth is not None), hang="  "))
 
 
 def _of_statistics(folder: Path, *, as_json: bool) -> None:

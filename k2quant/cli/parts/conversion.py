@@ -290,6 +290,7 @@ def dry_run(
     rounder: Searched | None = None,
     method: dict[str, Any] | None = None,
     cost: SolvingPlan | None = None,
+    bandwidth: float | None = None,
 ) -> None:
     """Print what a plan would cost; exit 1 if the disk is too small.
 
@@ -305,10 +306,13 @@ def dry_run(
         rounder: who searches scales, if anybody does.
         method: what is said of how codes are chosen, where that is no rounder's to say.
         cost: what it would take, where that is no mere conversion.
+        bandwidth: bytes a second at which a source at an address comes, where that was named.
     """
     import json
 
+    from k2quant.cli.parts import places
     from k2quant.cli.parts.terminal.tables import paragraph
+    from k2quant.conversion.places import coming
     from k2quant.conversion.plan import describe, taken
     from k2quant.conversion.resume import standing_shards
     from k2quant.conversion.searching.inputs import inputs_of
@@ -316,7 +320,12 @@ def dry_run(
 
     searched = {job.weight.main.name: "searched" for job in plan.jobs() if rounder is not None and rounder.takes(job)}
     done, table = standing_shards(plan, destination, restart=restart), describe(plan, searched | (marks or {}))
-    found = _cost(plan, destination, done, workers, rounder, peak_memory) if cost is None else _solving_cost(plan, cost)
+    found = (
+        _cost(plan, destination, done, workers, rounder, peak_memory, bandwidth)
+        if cost is None
+        else _solving_cost(plan, cost)
+    )
+    remote = coming(plan, done, bandwidth=bandwidth, searched=cost is not None or rounder is not None)
     _say(plan.remarks)
     method, inputs = method or _search(plan, rounder), inputs_of(plan)
     if as_json:
@@ -324,6 +333,7 @@ def dry_run(
         work["remarks"] = list(plan.remarks)
         work["rules"] = [{**rule.as_json(), "weights": count} for rule, count in taken(plan)]
         work |= {"method": method} if method else {}
+        work |= {"source": remote._asdict()} if remote is not None else {}
         work |= {"activation_scales": inputs} if inputs else {}
         click.echo(json.dumps({**found.facts, "fits": found.fits, **work, **(more or {})}))
     else:
@@ -342,7 +352,8 @@ def dry_run(
         click.echo(f"{'read':<16} {size(plan.bytes_read)}")
         shards = counted(len(plan.shards), "shard")
         click.echo(f"{'written':<16} {size(plan.bytes_written)} in {shards}, {len(done)} of them done")
-        for name, text in found.lines.items():
+        remote_lines = {} if remote is None else places.lines(remote, asked=bandwidth is not None)
+        for name, text in (remote_lines | found.lines).items():
             click.echo(paragraph(f"{name:<16} {text}", hang=" " * 17))
     if not found.fits:
         raise SystemExit(1)
@@ -372,12 +383,13 @@ def _cost(
     workers: int,
     rounder: Searched | None,
     peak_memory: int | None,
+    bandwidth: float | None,
 ) -> _Cost:
     """Return what a conversion takes that runs no model."""
     from k2quant.conversion.estimate import estimate
     from k2quant.ground.units import duration, size
 
-    cost = estimate(plan, destination, done=done, workers=workers, rounder=rounder)
+    cost = estimate(plan, destination, done=done, workers=workers, rounder=rounder, bandwidth=bandwidth)
     cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
     lines = {
         "disk needed": size(cost.disk_needed) + ("" if cost.fits else ", TOO SMALL"),

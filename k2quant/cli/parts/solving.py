@@ -148,6 +148,7 @@ def dry_run(
     *,
     as_json: bool,
     more: dict[str, Any] | None = None,
+    bandwidth: float | None = None,
 ) -> None:
     """Print what solving would take; exit 1 if the disk is too small."""
     from k2quant.calib.solving.planning import plan_solving
@@ -180,4 +181,5 @@ def dry_run(
         marks=solved | searched,
         method={"asked": SOLVED, **{name: own[name] for name in _HOW}, "weights": len(planned.jobs)},
         cost=cost,
+        bandwidth=bandwidth,
     )
