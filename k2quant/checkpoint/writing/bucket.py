@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from k2quant.checkpoint.cards import CARD
 from k2quant.checkpoint.files.caches import user_cache
 from k2quant.checkpoint.files.paths import nearest_folder, open_regular
 from k2quant.checkpoint.files.strict_json import parse_object
@@ -245,7 +246,7 @@ class Bucket:
         names = {name.partition("/")[0] for name in self._objects.listed()}
         refuse_what_is_not_ours(
             self,
-            foreign=sorted(names - {WORK, self._incomplete}),
+            foreign=sorted(names - {WORK, self._incomplete, CARD}),
             begun=self._objects.size(_JOURNAL) is not None or self._incomplete in names,
             keeps=False,
             journal=self.named(_JOURNAL),
