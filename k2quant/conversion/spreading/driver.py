@@ -110,7 +110,7 @@ class _Driver:
                 "no cluster answers",
                 file=self._task.address,
                 found=_words(error),
-                remedy="start one with `ray start --head`, or name the address of its head",
+                remedy="start one (`ray start` on each machine), or name the address of its head",
             ) from error
         try:
             self._write() if self._task.files else self._show()
