@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from k2quant.checkpoint.panels import naming, read_whole
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT, Checkpoint
 from k2quant.checkpoint.reading import check_constants
-from k2quant.checkpoint.writing.destination import locked
+from k2quant.checkpoint.remote.address import Address, spot
+from k2quant.checkpoint.writing.opening import locked
 from k2quant.conversion.finishing.completing import complete
 from k2quant.conversion.finishing.report import fetched, report_of
+from k2quant.conversion.places import pinned
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, options_of
 from k2quant.conversion.recipes.rules import Recipes, read_recipe
@@ -73,7 +75,8 @@ _HINTS = {
 class Conversion(NamedTuple):
     """What a conversion came to."""
 
-    folder: Path
+    spot: Path | Address
+    """The folder or address that it was written to."""
     report: dict[str, Any]
     """The content of k2quant_report.json."""
     resumed: int
@@ -90,6 +93,17 @@ class Conversion(NamedTuple):
         """What other parts have still to write, such as `5 of 61 shards`."""
         return f"{len(self.missing)} of {counted(self.shards, 'shard')}"
 
+    @property
+    def folder(self) -> Path:
+        """The folder that it was written to.
+
+        Raises:
+            UsageError: it was written to an address, which is `spot`.
+        """
+        if isinstance(self.spot, Address):
+            raise UsageError(f"{self.spot} is no folder; where a conversion was written to is `spot`")
+        return self.spot
+
     def facts(self) -> dict[str, object]:
         """Return what it comes to, in a few words."""
         report = self.report
@@ -99,7 +113,7 @@ class Conversion(NamedTuple):
         seconds = {} if self.already_done else {"time": duration(report["seconds"])}
         counts = {"tensors": len(report["tensors"]), "remarks": len(report.get("remarks", []))}
         done = {"resumed": self.resumed, "already_done": self.already_done}
-        return {"folder": str(self.folder), "to": report["options"]["to"], **sizes, **seconds, **counts, **done}
+        return {"folder": str(self.spot), "to": report["options"]["to"], **sizes, **seconds, **counts, **done}
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -113,8 +127,8 @@ class Conversion(NamedTuple):
 @hinting(_HINTS)
 @barred("convert")
 def convert(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
+    destination: str | os.PathLike[str] | Address,
     to: FormatName | None = None,
     *,
     recipe: Recipes | None = None,
@@ -145,7 +159,9 @@ def convert(
     The same call after a kill resumes; on a finished destination it does nothing.
 
     Args:
-        source: folder of the checkpoint, in any of the formats, mixed too.
+        source: folder of the checkpoint, in any of the formats, mixed too, or its address: `hf://org/name@revision`,
+            `s3://bucket/prefix`; see docs/places.md. Where the address of a model on a hub names no revision, a
+            destination that was begun goes on with the commit that it was begun with.
         destination: folder to write; empty, new, or of an earlier run of the same call.
         to: `bf16`, `fp8`, `int4`, `nvfp4` or `mxfp4`.
         recipe: in place of `to`, `scope`, `ignore`, `grid`, `layout` and `method`, rules for classes and patterns: a
@@ -199,9 +215,10 @@ def convert(
         OutputError: the destination is not ours, in use, or the disk failed; the same call resumes.
         UsageError: the options make no sense.
     """
-    here, there = Path(source), Path(destination)
-    refuse_nested(here, there)
+    begun, there = spot(source), spot(destination)
+    refuse_nested(begun, there)
     own = None if part is None else part_of(part)
+    here, remark = pinned(begun, there, restart=restart)
     if cluster is not None:
         check_cluster(cluster)
         if own is not None:
@@ -221,10 +238,11 @@ def convert(
         allow_rounding=allow_rounding,
     )
     plan, rounder = planned(here, options, stats, activation_scales, follow_links=follow_links)
+    plan = plan.remarked(remark)
     spread = None
     if cluster is not None:
         others: dict[str, Any] = {"stats": stats, "activation_scales": activation_scales, "follow_links": follow_links}
-        asked = order(plan, here, there, device=device, sha256=sha256, low_disk=low_disk, **others)
+        asked = order(plan, plan.source.place, there, device=device, sha256=sha256, low_disk=low_disk, **others)
         spread = Spread(cluster, asked, plan, workers=workers)
     return carry_out(
         plan,
@@ -256,7 +274,7 @@ def source_of(activation_scales: str | os.PathLike[str] | None) -> ActivationSca
 
 def carry_out(
     plan: Plan,
-    there: Path,
+    there: Path | Address,
     *,
     workers: int | None = None,
     device: str = "cpu",
@@ -275,7 +293,7 @@ def carry_out(
 
     Args:
         plan: what to write.
-        there: folder to write it to.
+        there: folder or address to write it to.
         workers: as in `convert`, like the others.
         device: where the converter's arithmetic runs.
         restart: throw away what an earlier run left.
@@ -284,13 +302,15 @@ def carry_out(
         low_disk: keep at most two shards of a source at an address on the disk.
         substitute: whose values take the place of the source's; `plan.values` says which these are.
         rounder: who rounds better than the formats' own rules; `plan.method` says how.
-        check: is given the folder when all shards stand there and nothing yet makes it look finished; what it raises
-            leaves it so.
+        check: is given the folder, which no address is, when all shards stand there and nothing yet makes it look
+            finished; what it raises leaves it so.
         part: which share of the shards to write, beside others who write theirs; None: all of them.
         spread: who has other machines write the shards, if anybody.
         progress: called as the work goes on.
     """
     begun = time.monotonic()
+    if check is not None:
+        _as_folder(there)
     check_shared(plan, substitute)
     threads, arithmetic = checked_workers(workers), codecs_of(device if spread is None else "cpu")
     own = None if part is None else frozenset(share(plan, part))
@@ -338,7 +358,7 @@ def carry_out(
                     return Conversion(there, {}, before, already_done=False, missing=missing, shards=len(plan.shards))
                 check_halves(shards.values(), folder.spot)
                 if check is not None:
-                    check(folder.spot)
+                    check(_as_folder(there))
                 more = {} if rounder is None else rounder.summary()
                 more = {**more, **fetched(plan.source.supply, shards.values())}
                 seconds, others = time.monotonic() - begun, len(shards) - len(written)
@@ -354,6 +374,12 @@ def carry_out(
             found=error.strerror or str(error),
             remedy="when that is mended, run the same command again: it resumes",
         ) from error
+
+
+def _as_folder(there: Path | Address) -> Path:
+    if isinstance(there, Address):
+        raise UsageError(f"{there} is no folder, and what is written here is read again before it is finished")
+    return there
 
 
 def chosen(recipe: Recipes | None, **options: Any) -> Options:

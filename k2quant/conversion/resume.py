@@ -8,7 +8,8 @@ from typing import Any
 
 from k2quant.checkpoint.cards import CARD, LIMIT, is_ours, placed
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
-from k2quant.checkpoint.writing.destination import Destination, room_of
+from k2quant.checkpoint.remote.address import HUB, Address
+from k2quant.checkpoint.writing.opening import room_at, target_at
 from k2quant.checkpoint.writing.target import Room, Target
 from k2quant.conversion.plan import Plan, options_from
 from k2quant.conversion.stream import Record
@@ -18,18 +19,35 @@ from k2quant.ground.version import __version__
 _JOURNAL_VERSION = 1
 
 
-def refuse_nested(source: Path, destination: Path) -> None:
-    """Refuse a destination that is the source, lies in it, or holds it.
+def refuse_nested(source: Path | Address, destination: Path | Address) -> None:
+    """Refuse a destination that is the source, lies in it, or holds it, or that is a hub, which takes whole files only.
 
     Raises:
         UsageError: it is so, or a path cannot be resolved.
     """
+    if isinstance(destination, Address) and destination.scheme == HUB:
+        raise UsageError(
+            f"{destination} is on a hub, which takes whole models: write to a folder first, then "
+            f"`k2quant push` it to {destination}"
+        )
+    if isinstance(source, Address) or isinstance(destination, Address):
+        _refuse_below(source, destination)
+        return
     try:
         here, there = source.resolve(), destination.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no file can have
         raise UsageError(f"{source} or {destination} cannot be resolved: {error}") from error
     if here == there or here.is_relative_to(there) or there.is_relative_to(here):
         raise UsageError(f"{source} and {destination} must be two folders, neither inside the other")
+
+
+def _refuse_below(source: Path | Address, destination: Path | Address) -> None:
+    """Refuse one address below another."""
+    if not (isinstance(source, Address) and isinstance(destination, Address)) or source.scheme != destination.scheme:
+        return
+    here, there = (f"{each.path}/" for each in (source, destination))
+    if here.startswith(there) or there.startswith(here):
+        raise UsageError(f"{source} and {destination} must be two places, neither below the other")
 
 
 def identity(plan: Plan) -> dict[str, Any]:
@@ -199,15 +217,15 @@ def to_be_cleared(folder: Target, plan: Plan) -> bool:
     return False
 
 
-def standing_shards(plan: Plan, folder: Path, *, restart: bool) -> dict[str, Record]:
-    """Return what `begin` would find finished in a folder, without touching it.
+def standing_shards(plan: Plan, spot: Path | Address, *, restart: bool) -> dict[str, Record]:
+    """Return what `begin` would find finished at a place, without touching it.
 
     Raises:
         OutputError: a conversion to this folder would be refused.
     """
-    if not folder.is_dir():
+    if isinstance(spot, Path) and not spot.is_dir():
         return {}
-    destination = Destination(folder, report=REPORT, incomplete=INCOMPLETE)
+    destination = target_at(spot, report=REPORT, incomplete=INCOMPLETE)
     destination.refuse_foreign(restart=restart)
     if restart:
         return {}
@@ -243,9 +261,9 @@ def missing(plan: Plan, done: Mapping[str, object]) -> tuple[dict[str, int], int
     return shards, plan.bytes_written - sum(shard.size for shard in plan.shards)
 
 
-def room(plan: Plan, folder: Path, done: Mapping[str, object]) -> Room:
-    """Return what a conversion to a folder, which need not be there yet, needs on the disk, and what is free."""
-    return room_of(folder, *missing(plan, done))
+def room(plan: Plan, spot: Path | Address, done: Mapping[str, object]) -> Room:
+    """Return what a conversion to a place, which need not be there yet, needs on a disk here, and what is free."""
+    return room_at(spot, *missing(plan, done))
 
 
 def _check_room(folder: Target, plan: Plan, done: dict[str, Record]) -> None:
@@ -256,5 +274,5 @@ def _check_room(folder: Target, plan: Plan, done: dict[str, Record]) -> None:
             file=found.where,
             expected=f"{found.needed} bytes free",
             found=f"{found.free} bytes",
-            remedy="free some space, or name a folder on another disk",
+            remedy=found.remedy,
         )

@@ -140,8 +140,8 @@ def _lock(descriptor: int, folder: Path, *, soft: bool, shared: bool, what: str)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Holder:
-    """The process that a soft lock speaks of."""
+class Holder:
+    """The process that a soft lock, or an object that is a lock, speaks of."""
 
     host: str
     machine: str
@@ -149,6 +149,31 @@ class _Holder:
     pid: int
     started: int
     """When it began, in ticks since boot: numbers of processes are given anew."""
+
+    @classmethod
+    def me(cls) -> Holder:
+        """Return this process."""
+        now = _state(os.getpid())
+        return cls(host=platform.node(), machine=_machine(), pid=os.getpid(), started=now[1] if now is not None else 0)
+
+    @classmethod
+    def read(cls, data: bytes, file: object) -> Holder:
+        """Return the process that a lock's content names.
+
+        Args:
+            data: JSON.
+            file: where it stands, for messages.
+
+        Raises:
+            CheckpointError, KeyError, TypeError, ValueError: it names none.
+        """
+        found = parse_object(data, file=file)
+        return cls(
+            host=text(found["host"]),
+            machine=text(found["machine"]),
+            pid=whole(found["pid"], 1, _PIDS),
+            started=whole(found["started"]),
+        )
 
     def is_here(self) -> bool:
         """Tell whether the process ran on this machine, since it was booted."""
@@ -183,11 +208,7 @@ class _SoftLock:
         Raises:
             DestinationInUse: so it is.
         """
-        now = _state(os.getpid())
-        me = _Holder(
-            host=platform.node(), machine=_machine(), pid=os.getpid(), started=now[1] if now is not None else 0
-        )
-        content = json.dumps(asdict(me)).encode() + b"\n"
+        content = json.dumps(asdict(Holder.me())).encode() + b"\n"
         while True:
             self.clear()
             try:
@@ -234,7 +255,7 @@ class _SoftLock:
         finally:
             guard.unlink(missing_ok=True)
 
-    def _holder(self) -> _Holder | None:
+    def _holder(self) -> Holder | None:
         """Return whose the file is; None where there is none.
 
         Raises:
@@ -243,13 +264,7 @@ class _SoftLock:
         if not os.path.lexists(self._path):
             return None
         try:
-            found = parse_object(_read(self._path), file=self._path)
-            return _Holder(
-                host=text(found["host"]),
-                machine=text(found["machine"]),
-                pid=whole(found["pid"], 1, _PIDS),
-                started=whole(found["started"]),
-            )
+            return Holder.read(_read(self._path), self._path)
         except FileNotFoundError:  # released since
             return None
         except (CheckpointError, OSError, KeyError, TypeError, ValueError) as error:
@@ -259,7 +274,7 @@ class _SoftLock:
                 remedy="if no k2quant works in this folder, delete that file",
             ) from error
 
-    def _in_use(self, holder: _Holder) -> DestinationInUse:
+    def _in_use(self, holder: Holder) -> DestinationInUse:
         if holder.is_here():
             return DestinationInUse("another k2quant works here", file=self._folder, found=str(holder), remedy=_WAIT)
         return DestinationInUse(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 
@@ -41,3 +42,12 @@ def clean(text: str) -> str:
     for rule, kept in _RULES:
         text = rule.sub(kept, text)
     return text
+
+
+class Cleaned(logging.Filter):
+    """Lets a library's records through without secrets; for its handlers, where they pass on their way out."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Clean a record's text, in place."""
+        record.msg, record.args = clean(record.getMessage()), ()
+        return True

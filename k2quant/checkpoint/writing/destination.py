@@ -34,18 +34,23 @@ from k2quant.checkpoint.files.paths import (
 )
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.writing.sharing import LOCK, Sharing, refuse_shares
-from k2quant.checkpoint.writing.target import Room
+from k2quant.checkpoint.writing.target import Room, Target
 from k2quant.checkpoint.writing.writer import ShardWriter
 from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, MalformedFile, OutputError
 
-_WORK = ".k2quant"
+WORK = ".k2quant"
+"""Folder, below an output, of what a run keeps there while it is at work."""
 _JOURNAL = "journal.jsonl"
 _SHARDS = "shards"
 _NOTE = ".json"
 REPORT_LIMIT = 2_000_000_000
 """Largest report or journal in bytes, far above what a whole K2 needs: some 300 bytes for each of 140,000 tensors."""
 
-_CONVERTING = (
+# Linux lets one thread at a time write to a file: two threads wrote 1.6 GB/s to one file, 3.1 to two (tmpfs, 2 cores).
+SHARDS_ABREAST = 8
+"""Output shards that are written to a folder at a time, at most."""
+
+CONVERTING = (
     b"k2quant is writing this checkpoint, or was stopped while it did. It cannot be used yet.\n"
     b"Run the same `k2quant convert` again: it resumes where it stopped.\n"
 )
@@ -54,8 +59,10 @@ _CONVERTING = (
 class Destination:
     """An output folder, locked by this process."""
 
+    abreast = SHARDS_ABREAST
+
     def __init__(
-        self, folder: Path, *, report: str, incomplete: str, mark: bytes = _CONVERTING, attempt: str = ""
+        self, folder: Path, *, report: str, incomplete: str, mark: bytes = CONVERTING, attempt: str = ""
     ) -> None:
         """Take what `locked` prepared.
 
@@ -74,7 +81,7 @@ class Destination:
         self._mark = mark
         self._report = folder / report
         self._incomplete = folder / incomplete
-        self.work = folder / _WORK
+        self.work = folder / WORK
         """Where a run keeps what is nobody's when it is done: folders of its own beside lock and journal."""
         self._journal = self.work / _JOURNAL
         self._shards = self.work / _SHARDS
@@ -178,7 +185,7 @@ class Destination:
     def begin(self, records: list[dict[str, Any]]) -> None:
         """Write the journal anew with these records and mark the folder as unfinished."""
         write_whole(self._incomplete, self._mark)
-        write_whole(self._journal, b"".join(map(_line, records)))
+        write_whole(self._journal, b"".join(map(line, records)))
         for note in self._shards.glob(f"*{_NOTE}"):  # which the journal holds now
             note.unlink()
 
@@ -216,11 +223,7 @@ class Destination:
             DestinationInUse: they are.
         """
         if self._sharing is not None and not self._sharing.is_last():
-            raise DestinationInUse(
-                "other parts of another conversion are being written here",
-                file=self.folder,
-                remedy="wait for them, or name another folder",
-            )
+            raise others_at_work(self.folder)
 
     def spread(self) -> None:
         """Have room for the notes of several processes; who finds none knows that the folder was finished meanwhile."""
@@ -234,7 +237,7 @@ class Destination:
         """
         if self._attempt:
             try:
-                write_whole(self._shards / f"{record['shard']}{_NOTE}", _line(record), self._attempt)
+                write_whole(self._shards / f"{record['shard']}{_NOTE}", line(record), self._attempt)
             except FileNotFoundError as error:
                 remedy = "run the same command again: it says how things stand"
                 raise DestinationStale(
@@ -242,7 +245,7 @@ class Destination:
                 ) from error
             return
         with self._journal.open("ab") as file:
-            file.write(_line(record))
+            file.write(line(record))
             file.flush()
             os.fsync(file.fileno())
 
@@ -330,31 +333,67 @@ class Destination:
             DestinationForeign: it holds files that no journal or report of ours explains.
             DestinationStale: the journal is damaged, so that nobody knows what the folder holds.
         """
-        own = {_WORK, self._incomplete.name, self._incomplete.name + PARTIAL, CARD}  # a card may be there first
-        foreign = sorted(path.name for path in self.folder.iterdir() if path.name not in own)
-        if self.journal() or not (foreign or self._keeps()):
-            return
-        begun = self._journal.exists() or self._incomplete.exists()
-        if begun and not restart:
-            raise DestinationStale(
-                "the journal of an earlier run is damaged",
-                file=self._journal,
-                remedy="write it anew with `restart=True`",
-            )
-        if foreign and not begun and self.finished_report() is None:
-            ours = any(name.startswith("k2quant_") and name.endswith(".json") for name in foreign)
-            raise DestinationForeign(
-                f"not empty, and not written by {'this command' if ours else 'k2quant'}",
-                file=self.folder,
-                found=", ".join(foreign[:5]),
-                remedy="name another folder",
-            )
+        own = {WORK, self._incomplete.name, self._incomplete.name + PARTIAL, CARD}  # a card may be there first
+        refuse_what_is_not_ours(
+            self,
+            foreign=sorted(path.name for path in self.folder.iterdir() if path.name not in own),
+            begun=self._journal.exists() or self._incomplete.exists(),
+            keeps=self._keeps(),
+            journal=self._journal,
+            restart=restart,
+        )
 
     def _keeps(self) -> bool:
         """Tell whether a run kept something to go on from; without a journal nobody knows which."""
         with contextlib.suppress(FileNotFoundError):  # nothing was begun, or another run has just finished
             return any(path.is_dir() for path in self.work.iterdir())
         return False
+
+
+def others_at_work(spot: object) -> DestinationInUse:
+    """Return the refusal to throw away what other processes are writing."""
+    message = "other parts of another conversion are being written here"
+    return DestinationInUse(message, file=spot, remedy="wait for them, or name another place")
+
+
+def attempt_at(share: str) -> str:
+    """Return letters that no other process has, where this one writes a share; else none."""
+    return f"{share}-{secrets.token_hex(4)}" if share else ""
+
+
+def refuse_what_is_not_ours(
+    target: Target, *, foreign: Sequence[str], begun: bool, keeps: bool, journal: object, restart: bool
+) -> None:
+    """Refuse a place that holds anything, unless it is ours.
+
+    Args:
+        target: the place.
+        foreign: names there that are not those of a run at work.
+        begun: whether a journal or the mark of an unfinished output stands there.
+        keeps: whether a run kept something there to go on from.
+        journal: where the journal is, for messages.
+        restart: whether what is damaged may be thrown away.
+
+    Raises:
+        DestinationForeign: it holds files that no journal or report of ours explains.
+        DestinationStale: the journal is damaged, so that nobody knows what the place holds.
+    """
+    if target.journal() or not (foreign or keeps):
+        return
+    if begun and not restart:
+        raise DestinationStale(
+            "the journal of an earlier run is damaged",
+            file=journal,
+            remedy="write it anew with `restart=True`",
+        )
+    if foreign and not begun and target.finished_report() is None:
+        ours = any(name.startswith("k2quant_") and name.endswith(".json") for name in foreign)
+        raise DestinationForeign(
+            f"not empty, and not written by {'this command' if ours else 'k2quant'}",
+            file=target.spot,
+            found=", ".join(foreign[:5]),
+            remedy="name another folder",
+        )
 
 
 def _refuse_link(work: Path) -> None:
@@ -373,10 +412,12 @@ def room_of(folder: Path, shards: Mapping[str, int], more: int) -> Room:
     replaced = [path for name in shards for path in (folder / name, *partials(folder / name))]
     present = sum(path.stat().st_size for path in replaced if path.is_file())
     where = nearest_folder(folder)
-    return Room(where, sum(shards.values()) + more - present, shutil.disk_usage(where).free)
+    needed, remedy = sum(shards.values()) + more - present, "free some space, or name a folder on another disk"
+    return Room(where, needed, shutil.disk_usage(where).free, remedy)
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def line(record: dict[str, Any]) -> bytes:
+    """Return a record as a journal has it."""
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
@@ -388,7 +429,7 @@ def locked(
     incomplete: str,
     restart: bool = False,
     soft: bool = False,
-    mark: bytes = _CONVERTING,
+    mark: bytes = CONVERTING,
     share: str = "",
 ) -> Iterator[Destination]:
     """Make the folder if need be and hold its lock.
@@ -410,8 +451,7 @@ def locked(
     """
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise DestinationForeign("not a folder", file=folder, remedy="name another one")
-    attempt = f"{share}-{secrets.token_hex(4)}" if share else ""
-    destination = Destination(folder, report=report, incomplete=incomplete, mark=mark, attempt=attempt)
+    destination = Destination(folder, report=report, incomplete=incomplete, mark=mark, attempt=attempt_at(share))
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if share:
@@ -436,20 +476,20 @@ def locked(
     finally:
         with contextlib.suppress(OSError):
             if not destination.journal():
-                shutil.rmtree(folder / _WORK)
+                shutil.rmtree(folder / WORK)
         lock.release()
 
 
 def _take_away(folder: Path, *, made: bool) -> None:
     """Remove the folders that a refused run made; one that is not empty, or not ours alone, stays."""
     with contextlib.suppress(OSError):
-        (folder / _WORK).rmdir()
+        (folder / WORK).rmdir()
         if made:
             folder.rmdir()
 
 
 def _take_lock(folder: Path, *, soft: bool) -> Lock:
-    work = folder / _WORK
+    work = folder / WORK
     _refuse_link(work)
     while True:
         try:

@@ -20,7 +20,7 @@ LOCK = "lock"
 _SHARE = "share-"  # and the name of a share: the file that is locked for it
 _GATE = "gate"
 
-_PATIENCE = 300.0
+PATIENCE = 300.0
 """Seconds that a process waits at the gate: another may copy files there, or delete those of an old run."""
 _PAUSE = 0.05  # seconds between two looks
 
@@ -115,6 +115,6 @@ class Sharing:
                 if self._work.exists() and not self._work.is_dir():
                     raise
             except DestinationInUse:
-                if time.monotonic() - begun > _PATIENCE:
+                if time.monotonic() - begun > PATIENCE:
                     raise
             time.sleep(_PAUSE)

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from k2quant.checkpoint.remote.address import Address
+
 
 class Room(NamedTuple):
     """What a disk must have free for what is missing of an output."""
@@ -17,6 +19,8 @@ class Room(NamedTuple):
     """Bytes; negative where what will be replaced is larger."""
     free: int
     """Bytes."""
+    remedy: str
+    """What to do where that is less than what is needed."""
 
 
 class Writer(Protocol):
@@ -44,15 +48,18 @@ class Target(Protocol):
     What it says goes wrong is an OutputError or an OSError.
     """
 
+    abreast: int
+    """How many shards are written at a time, at most."""
+
     @property
-    def spot(self) -> Path:
+    def spot(self) -> Path | Address:
         """Where it is, as messages name it."""
 
     @property
     def stage(self) -> Path:
         """A folder of this machine, there or not, for shards of a source that lie on the disk while they are read."""
 
-    def named(self, name: str) -> Path:
+    def named(self, name: str) -> Path | str:
         """Return where a file is, as messages name it."""
 
     def size(self, name: str, *, links: bool = True) -> int | None:

@@ -16,6 +16,7 @@ from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
     from k2quant.calib.solving.planning import SolvingPlan
+    from k2quant.cli.parts.places import Place
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Options, Plan
     from k2quant.conversion.searching.searched import Searched
@@ -219,13 +220,13 @@ def _say(remarks: Iterable[str]) -> None:
         warn(f"note: {each}")
 
 
-def summary(done: Conversion, destination: Path) -> dict[str, Any]:
+def summary(done: Conversion, destination: Place) -> dict[str, Any]:
     """Return what a run came to, as JSON has it."""
     report = {key: value for key, value in done.report.items() if key not in {"tensors", "source"}}
     return {"destination": str(destination), "already_done": done.already_done, **report}
 
 
-def last_line(done: Conversion, destination: Path) -> str:
+def last_line(done: Conversion, destination: Place) -> str:
     """Return what a run came to, as people read it."""
     from k2quant.ground.units import duration, size
 
@@ -278,7 +279,7 @@ def _search_lines(method: dict[str, Any]) -> list[str]:
 
 def dry_run(
     plan: Plan,
-    destination: Path,
+    destination: Place,
     *,
     restart: bool,
     workers: int,
@@ -290,6 +291,7 @@ def dry_run(
     rounder: Searched | None = None,
     method: dict[str, Any] | None = None,
     cost: SolvingPlan | None = None,
+    bandwidth: float | None = None,
 ) -> None:
     """Print what a plan would cost; exit 1 if the disk is too small.
 
@@ -306,10 +308,13 @@ def dry_run(
         rounder: who searches scales, if anybody does.
         method: what is said of how codes are chosen, where that is no rounder's to say.
         cost: what it would take, where that is no mere conversion.
+        bandwidth: bytes a second at which a source at an address comes, where that was named.
     """
     import json
 
+    from k2quant.cli.parts import places
     from k2quant.cli.parts.terminal.tables import paragraph
+    from k2quant.conversion.places import coming
     from k2quant.conversion.plan import describe, taken
     from k2quant.conversion.resume import standing_shards
     from k2quant.conversion.searching.inputs import inputs_of
@@ -320,8 +325,9 @@ def dry_run(
     standing: dict[str, object] = {
         shard.file: {} for shard in plan.shards if shard.file in done or not (only is None or shard.file in only)
     }
-    taking = (plan, destination, standing, workers, rounder, peak_memory)
+    taking = (plan, destination, standing, workers, rounder, peak_memory, bandwidth)
     found = _cost(*taking) if cost is None else _solving_cost(plan, cost)
+    remote = coming(plan, standing, bandwidth=bandwidth, searched=cost is not None or rounder is not None)
     _say(plan.remarks)
     method, inputs = method or _search(plan, rounder), inputs_of(plan)
     if as_json:
@@ -329,6 +335,7 @@ def dry_run(
         work["remarks"] = list(plan.remarks)
         work["rules"] = [{**rule.as_json(), "weights": count} for rule, count in taken(plan)]
         work |= {"method": method} if method else {}
+        work |= {"source": remote._asdict()} if remote is not None else {}
         work |= {"activation_scales": inputs} if inputs else {}
         click.echo(json.dumps({**found.facts, "fits": found.fits, **work, **(more or {})}))
     else:
@@ -347,7 +354,8 @@ def dry_run(
         click.echo(f"{'read':<16} {size(plan.bytes_read)}")
         shards = counted(len(plan.shards), "shard")
         click.echo(f"{'written':<16} {size(plan.bytes_written)} in {shards}, {len(done)} of them done")
-        for name, text in found.lines.items():
+        remote_lines = {} if remote is None else places.lines(remote, asked=bandwidth is not None)
+        for name, text in (remote_lines | found.lines).items():
             click.echo(paragraph(f"{name:<16} {text}", hang=" " * 17))
     if not found.fits:
         raise SystemExit(1)
@@ -372,17 +380,18 @@ class _Cost(NamedTuple):
 
 def _cost(
     plan: Plan,
-    destination: Path,
+    destination: Place,
     done: Mapping[str, object],
     workers: int,
     rounder: Searched | None,
     peak_memory: int | None,
+    bandwidth: float | None,
 ) -> _Cost:
     """Return what a conversion takes that runs no model."""
     from k2quant.conversion.estimate import estimate
     from k2quant.ground.units import duration, size
 
-    cost = estimate(plan, destination, done=done, workers=workers, rounder=rounder)
+    cost = estimate(plan, destination, done=done, workers=workers, rounder=rounder, bandwidth=bandwidth)
     cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
     lines = {
         "disk needed": size(cost.disk_needed) + ("" if cost.fits else ", TOO SMALL"),

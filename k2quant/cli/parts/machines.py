@@ -9,8 +9,7 @@ import click
 from k2quant.cli.parts.options import Option, all_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from k2quant.cli.parts.places import Place
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Plan
 
@@ -74,7 +73,7 @@ def check_part(options: dict[str, Any]) -> None:
         )
 
 
-def part_done(done: Conversion, destination: Path, part: str, *, as_json: bool) -> str:
+def part_done(done: Conversion, destination: Place, part: str, *, as_json: bool) -> str:
     """Return what a part came to that was not the last, for people or as JSON."""
     import json
 
@@ -97,7 +96,7 @@ class PartPlan(NamedTuple):
     """What there is to say, by name."""
 
 
-def part_planned(plan: Plan, destination: Path, part: str, *, restart: bool, as_json: bool) -> PartPlan:
+def part_planned(plan: Plan, destination: Place, part: str, *, restart: bool, as_json: bool) -> PartPlan:
     """Return what a part would do.
 
     Raises:
@@ -129,7 +128,7 @@ def part_planned(plan: Plan, destination: Path, part: str, *, restart: bool, as_
 
 
 def looked_over(
-    cluster: str, plan: Plan, source: Path, destination: Path, options: dict[str, Any], *, as_json: bool
+    cluster: str, plan: Plan, source: Place, destination: Place, options: dict[str, Any], *, as_json: bool
 ) -> dict[str, Any]:
     """Return what a dry run says of a cluster: each machine's cores, its room at the destination, and its time.
 

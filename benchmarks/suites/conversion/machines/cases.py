@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -68,8 +69,7 @@ def rates(overhead: dict[str, Any], digest: float) -> Rates:
 def k2_shards() -> list[float]:
     """Return the bytes of each of K2's 61 shards."""
     sys.path.insert(0, str(machine.ROOT / "examples"))
-    import k2_layout
-
+    k2_layout = importlib.import_module("k2_layout")
     return [
         float(sum(k2_layout.WIDTH[dtype] * prod(shape) for _, dtype, shape in k2_layout.shard(layer)))
         for layer in range(k2_layout.LAYERS)
