@@ -21,8 +21,10 @@ import pytest
 import k2quant
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 from k2quant.checkpoint.remote import retrying
+from k2quant.checkpoint.remote.address import spot
 from k2quant.checkpoint.writing import s3
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
+from k2quant.checkpoint.writing.opening import locked
 from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, OutputError, UsageError
 from served.s3 import KEY, SECRET, Asked, Store, serving
 
@@ -353,3 +355,28 @@ def test_an_output_that_is_not_finished_is_not_opened(store: Store, bucket: str,
 
     with pytest.raises(CheckpointError, match="not finished"):
         open_checkpoint(parse(at(bucket)))
+
+
+def test_parts_of_an_output_on_a_store(store: Store, bucket: str, source: Path, local: dict[str, bytes]) -> None:
+    """Parts keep out their like and whole runs; the last completes, and aborts what a killed one began to upload."""
+    where: dict[str, Any] = {"report": REPORT, "incomplete": INCOMPLETE}
+    assert len(k2quant.convert(source, at(bucket), to="int4", part="1/3").missing) == 2
+    store.begin_upload(bucket, f"{PREFIX}model-2-of-{SHARDS}.safetensors")
+    with locked(spot(at(bucket)), share="2-of-3", **where) as other:
+        with other.alone():
+            pass
+        for part in ("2/3", None):
+            with pytest.raises(DestinationInUse, match="another k2quant works here"):
+                k2quant.convert(source, at(bucket), to="int4", part=part)
+        assert len(k2quant.convert(source, at(bucket), to="int4", part="3/3").missing) == 1
+    with (
+        locked(spot(at(bucket)), **where),
+        pytest.raises(DestinationInUse, match="another k2quant works here"),
+    ):
+        k2quant.convert(source, at(bucket), to="int4", part="2/3")
+    with pytest.raises(DestinationStale, match="other options"):
+        k2quant.convert(source, at(bucket), to="fp8", part="2/3")
+    done = k2quant.convert(source, at(bucket), to="int4", part="2/3", restart=True)
+    assert done.report["resumed_shards"] == 2
+    check_whole(store, bucket, local)
+    assert k2quant.convert(source, at(bucket), to="int4", part="2/3").already_done
