@@ -29,10 +29,13 @@ from k2quant.cli import main
 from k2quant.conversion.spreading import cluster as spreading
 from k2quant.errors import BadValue, ClusterError, UsageError
 from places import ROOT
+from served.s3 import Store, serving
 
 pytest.importorskip("ray")
 
 SHARDS, ROWS, WIDTH = 8, 512, 2048
+CARD = "README.md"
+"""Which says where the source lies."""
 PATIENCE = 40.0
 STORE = 80_000_000
 """Bytes of a node's object store; Ray takes no less."""
@@ -126,8 +129,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[list[Nodes]]:
+def store() -> Iterator[Store]:
+    """A store of objects that nodes started later can reach."""
+    with serving() as found, pytest.MonkeyPatch.context() as patch:
+        for name, value in found.environment.items():
+            patch.setenv(name, value)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def nodes(store: Store) -> Iterator[list[Nodes]]:
     """A cluster of one node, to which a test adds one, in a list: another test loses the head and puts in a new one."""
+    assert store.url
     before = {name: os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED")}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     found = [Nodes()]
@@ -244,6 +257,21 @@ def test_a_worker_is_killed_midway(
         go_on(workers[1:])
     check_equal(tmp_path / "there", whole)
     assert "was lost" in caplog.text
+
+
+def test_a_cluster_converts_from_a_bucket_to_a_bucket(whole: Whole, nodes: list[Nodes], store: Store) -> None:
+    """The same bytes, no journal and no upload stays, and no node needed a folder that another one sees."""
+    assert nodes[0]
+    store.make("models")
+    for path in whole.source.iterdir():
+        store.put("models", f"source/{path.name}", path.read_bytes())
+    k2quant.convert("s3://models/source", "s3://models/there", "int4", cluster="auto")
+    found = store.contents("models", "there/")
+    assert {name: data for name, data in found.items() if name not in {REPORT, CARD}} == {
+        name: data for name, data in whole.files.items() if name != CARD
+    }
+    assert json.loads(found[REPORT])["tensors"] == whole.tensors
+    assert store.uploads("models") == []
 
 
 def test_a_bad_value_ends_the_run_as_on_one_machine(whole: Whole, nodes: list[Nodes], tmp_path: Path) -> None:
