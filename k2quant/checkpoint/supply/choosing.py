@@ -54,5 +54,5 @@ def way_of(
 
 
 def memory(workers: int) -> int:
-    """Return the bytes of pieces that are in memory at a time, at most: a worker may hold two that it could not wait for."""
+    """Return the bytes of pieces that are in memory at a time, at most; a worker may hold two of its own."""
     return AHEAD_BYTES + 2 * workers * PIECE_BYTES

@@ -57,7 +57,9 @@ def test_a_dry_run_says_what_a_part_would_do(k2_source: Path, tmp_path: Path) ->
     for more in ((), ("--restart",)):  # which other parts need not fear
         done = convert(k2_source, there, "--dry-run", "--part", "1/2", *more)
         assert done.exit_code == 0, done.output
-        assert re.search(r"^part {13}1 of 2: (\d) shards?, \1 of them done; .* read, .* written$", done.stdout, re.M)
+        assert re.search(
+            r"^part {13}1 of 2: (\d) shards?, \1 of them done; .* read, .* written$", done.stdout, re.MULTILINE
+        )
 
 
 @pytest.mark.parametrize(
