@@ -76,7 +76,7 @@ def test_machines_add_up_where_each_brings_what_rules() -> None:
 
 def measured() -> dict[str, Any]:
     """Return the results of the benchmark."""
-    return cases.measured_overhead(RESULTS / "machines-overhead.json")
+    return cases.stored(RESULTS / "machines-overhead.json")
 
 
 def test_it_agrees_with_the_run_that_was_measured() -> None:
@@ -85,6 +85,15 @@ def test_it_agrees_with_the_run_that_was_measured() -> None:
     cluster = sorted(run["work_s"] for run in found["runs"]["cluster"])
     expected = cases.predicted(found, cases.rates(found, 1e9))
     assert expected == pytest.approx(cluster[len(cluster) // 2], rel=report.AGREES)
+
+
+def test_it_agrees_with_runs_through_a_line() -> None:
+    """Two nodes whose source comes over one line of a known rate, which rules: within 10%."""
+    found, rates = cases.stored(RESULTS / "machines-throttled.json"), cases.rates(measured(), 1e9)
+    assert len(found["runs"]) == 2
+    for run in found["runs"]:
+        seconds = sorted(run["work_s"])[len(run["work_s"]) // 2]
+        assert cases.through_a_line(found, rates, run["rate"]) == pytest.approx(seconds, rel=report.AGREES)
 
 
 def test_the_overhead_is_that_of_medians_and_the_page_says_it() -> None:

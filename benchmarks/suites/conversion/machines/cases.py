@@ -127,10 +127,16 @@ def outcome(case: Case, found: Rates, shards: list[float]) -> tuple[Outcome, flo
     return simulate(task), max(bound(task).values())
 
 
-def measured_overhead(path: Path) -> dict[str, Any]:
-    """Return the results of `overhead`."""
+def stored(path: Path) -> dict[str, Any]:
+    """Return the results of `overhead` or `throttled`."""
     content: dict[str, Any] = json.loads(path.read_bytes())
     return content
+
+
+def through_a_line(throttled: dict[str, Any], found: Rates, rate: float) -> float:
+    """Return what the simulation says of two nodes of one core whose source comes over one line, in `throttled`."""
+    line, core = Leg(Station("line", rate), shared=True), Leg(Station("cores", found.remote), shared=False)
+    return simulate(Work(throttled["shards"], [line, core], 2, abreast=1, piece=14.7e6, window=4)).seconds
 
 
 def predicted(overhead: dict[str, Any], found: Rates) -> float:

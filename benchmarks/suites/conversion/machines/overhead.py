@@ -124,7 +124,7 @@ def nodes(count: int) -> Iterator[str]:
         cluster.shutdown()
 
 
-def converted(source: Path, there: Path, cluster: str, workers: int) -> dict[str, Any]:
+def converted(source: Path | str, there: Path, cluster: str, workers: int) -> dict[str, Any]:
     """Convert once, in a process of its own; return what it says, and the load."""
     shutil.rmtree(there, ignore_errors=True)
     watch = Watch()
