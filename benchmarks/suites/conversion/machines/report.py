@@ -108,8 +108,8 @@ def minutes(row: dict[str, Any]) -> str:
 
 def held(run: dict[str, Any]) -> str:
     """Say what was simulated and measured of a line."""
-    error = run["predicted"] / run["measured"] - 1
-    return f"at {run['rate'] / 1e6:.0f} MB/s simulated {run['predicted']:.1f} s, measured {run['measured']:.1f} s, {error:+.1%}"
+    said, seen = run["predicted"], run["measured"]
+    return f"at {run['rate'] / 1e6:.0f} MB/s simulated {said:.1f} s, measured {seen:.1f} s, {said / seen - 1:+.1%}"
 
 
 def page(found: dict[str, Any]) -> str:
