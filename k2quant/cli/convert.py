@@ -45,11 +45,13 @@ def command(
         k2quant convert --to int4 Kimi-K2-Instruct Kimi-K2-Instruct-INT4
         k2quant convert --to int4 hf://moonshotai/Kimi-K2-Instruct Kimi-K2-Instruct-INT4
         k2quant convert --to int4 --cluster auto Kimi-K2-Instruct Kimi-K2-Instruct-INT4
+        k2quant convert --to int4 --part 2/8 Kimi-K2-Instruct Kimi-K2-Instruct-INT4
         k2quant convert --to int4 --method gptq --data chats.jsonl Kimi-K2-Instruct Kimi-K2-Instruct-GPTQ
     """
     options["shard_size"] = conversion.shard_bytes(shard_size)
     options["recipe"] = conversion.read_once(options["recipe"])
     method, bandwidth = options["method"], options.pop("bandwidth")
+    machines.check_part(options)
     found = allotting.allotted(source, options)
     own = solving.taken_out(options, conversion.choice(options), asked=method)
     if own is not None:
@@ -82,6 +84,9 @@ def _say(done: Conversion, source: Place, destination: Place, options: dict[str,
     from k2quant.conversion.searching.gains import bought
 
     conversion.announce(done)
+    if done.missing:
+        click.echo(machines.part_done(done, destination, options["part"], as_json=as_json))
+        return
     gain = None if done.already_done else bought(done.report)
     if as_json:
         click.echo(json.dumps(conversion.summary(done, destination) | ({} if gain is None else {"bought": gain})))
@@ -124,10 +129,15 @@ def _dry_run(
     else:
         with working(f"asking the machines of {options['cluster']}"):
             more |= machines.looked_over(options["cluster"], plan, source, destination, options, as_json=as_json)
+    restart, only = options["restart"], None
+    if options["part"] is not None:
+        own = machines.part_planned(plan, destination, options["part"], restart=restart, as_json=as_json)
+        restart, only, more = own.restart, own.files, more | own.more
     conversion.dry_run(
         plan,
         destination,
-        restart=options["restart"],
+        restart=restart,
+        only=only,
         workers=checked_workers(options["workers"]),
         as_json=as_json,
         rounder=rounder,

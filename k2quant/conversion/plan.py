@@ -15,6 +15,7 @@ from k2quant.checkpoint.beside import PASSED_OVER, Beside, describes_quantizatio
 from k2quant.checkpoint.files.strict_json import without_mark
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, PIECE_BYTES, ROW_STEP
 from k2quant.checkpoint.reader import CONFIG, INDEX, Checkpoint
+from k2quant.checkpoint.supply.choosing import memory as supply_memory
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.metadata import config, relatives
 from k2quant.conversion.metadata.carrying import Carried, carried
@@ -263,7 +264,8 @@ class Plan:
         widest = max((job.weight.shape[-1] for job in self.jobs() if job.target and job.weight.shape), default=0)
         panel = max(PANEL_WEIGHTS, ROW_STEP * widest)
         headers = 2_000 * len(self.source.tensors)
-        return _BASE_MEMORY + workers * max(_BYTES_PER_WEIGHT * panel, PIECE_BYTES) + headers
+        ahead = 0 if self.source.supply is None else supply_memory(workers)
+        return _BASE_MEMORY + workers * max(_BYTES_PER_WEIGHT * panel, PIECE_BYTES) + headers + ahead
 
 
 def make_plan(source: Checkpoint, options: Options, *, substituted: bool = False) -> Plan:

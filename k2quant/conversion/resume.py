@@ -156,13 +156,14 @@ def _stale(folder: Target, state: str, changed: list[str]) -> DestinationStale:
     )
 
 
-def begin(folder: Target, plan: Plan, *, fresh: bool) -> dict[str, Record]:
+def begin(folder: Target, plan: Plan, *, fresh: bool, shared: bool = False) -> dict[str, Record]:
     """Start or continue the journal; return the records of the shards that are finished.
 
     Args:
         folder: the destination.
         plan: what will be written there.
         fresh: whether the journal is only that of a clearing, which is over.
+        shared: whether others may be at work there: what stands in the journal then stays as it is.
 
     Raises:
         DestinationStale: the journal is of other options, another source or another version.
@@ -170,7 +171,10 @@ def begin(folder: Target, plan: Plan, *, fresh: bool) -> dict[str, Record]:
     """
     done = {} if fresh else finished_shards(folder, plan)
     _check_room(folder, plan, done)
-    folder.begin([{**_head(plan), "files": output_files(plan)}, *done.values()])
+    if fresh or not shared or not folder.journal():
+        folder.begin([{**_head(plan), "files": output_files(plan)}, *done.values()])
+    if shared:
+        folder.spread()
     if len(done) < len(plan.shards):
         # A run that was stopped at its very end may have left them.
         folder.delete([CONFIG, INDEX, REPORT, *plan.companions])
@@ -199,6 +203,18 @@ def finished_shards(folder: Target, plan: Plan) -> dict[str, Record]:
         raise _stale(folder, "half-finished", changed)
     planned = {shard.file: (shard.size, {job.output_main.name for job in shard.jobs}) for shard in plan.shards}
     return {record["shard"]: record for record in journal[1:] if _stands(folder, record, planned)}
+
+
+def to_be_cleared(folder: Target, plan: Plan) -> bool:
+    """Tell whether what stands there is not what this call would make or go on with, or is not whole any more."""
+    try:
+        if (report := folder.finished_report()) is not None:
+            check_finished(folder, report, plan)
+        else:
+            finished_shards(folder, plan)
+    except DestinationStale:
+        return True
+    return False
 
 
 def standing_shards(plan: Plan, spot: Path | Address, *, restart: bool) -> dict[str, Record]:

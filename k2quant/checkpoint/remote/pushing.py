@@ -8,7 +8,6 @@ login, its transfers (Xet where that is installed, else the hub's own large file
 from __future__ import annotations
 
 import contextlib
-import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,7 @@ from k2quant.checkpoint.files.paths import inside
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT, open_checkpoint
 from k2quant.checkpoint.remote.address import HUB, Address, parse
 from k2quant.checkpoint.remote.retrying import retried, status_of
-from k2quant.checkpoint.remote.secrets import Cleaned, clean
+from k2quant.checkpoint.remote.secrets import clean, guard
 from k2quant.checkpoint.writing.destination import Destination
 from k2quant.errors import CheckpointError, OutputError, UsageError
 from k2quant.ground import pool
@@ -34,8 +33,6 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 _MOVED = 412  # status: the parent of a commit is not the branch's commit any more
 _AGAIN = "run the same command again: what is there is not sent again"
-
-_log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 
@@ -373,16 +370,12 @@ def _quiet() -> Iterator[None]:
         enable_progress_bars,
     )
 
-    before, cleaned = are_progress_bars_disabled(), Cleaned()
-    handlers = logging.getLogger("huggingface_hub").handlers
+    guard("huggingface_hub")
+    before = are_progress_bars_disabled()
     disable_progress_bars()
-    for handler in handlers:
-        handler.addFilter(cleaned)
     try:
         yield
     finally:
-        for handler in handlers:
-            handler.removeFilter(cleaned)
         if not before:
             enable_progress_bars()
 

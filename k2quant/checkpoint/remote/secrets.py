@@ -44,8 +44,15 @@ def clean(text: str) -> str:
     return text
 
 
-class Cleaned(logging.Filter):
-    """Lets a library's records through without secrets; for its handlers, where they pass on their way out."""
+def guard(library: str) -> None:
+    """Have what a library logs by its own handlers cleaned from now on: it shows addresses with their signatures."""
+    for handler in logging.getLogger(library).handlers:
+        if not any(isinstance(each, _Cleaned) for each in handler.filters):
+            handler.addFilter(_Cleaned())
+
+
+class _Cleaned(logging.Filter):
+    """Lets records through without secrets."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Clean a record's text, in place."""

@@ -17,8 +17,8 @@ from k2quant.checkpoint.supply.order import PIECE_BYTES, TINY, Step
 from k2quant.errors import CheckpointError
 
 AHEAD_BYTES = 2**28
-"""Bytes of pieces in memory, at most; a worker that is ahead of the threads may add one of its own. A line of 10 Gbit/s
-over which a request takes 50 ms has 63 MB under way."""
+"""Bytes of pieces in memory that the threads fetch, at most; see `choosing.memory`. A line of 10 Gbit/s over which a
+request takes 50 ms has 63 MB under way."""
 
 FETCHERS = 8
 """Threads that fetch. One request is answered by one machine, which seldom fills a line."""
@@ -76,6 +76,8 @@ class _Lane:
     """Those that nobody has taken yet, and perhaps some that were taken out of turn."""
     held: int = 0
     """Bytes of its pieces that are here or under way."""
+    flying: int = 0
+    """Pieces that are under way."""
     read: bool = False
     """Whether all that is needed of it was read, and what is left is only hashed."""
 
@@ -263,16 +265,21 @@ class Ahead:
         return lane.held + piece.size <= self._room and total + piece.size <= AHEAD_BYTES
 
     def _comes(self, piece: _Piece) -> bool:
-        """Tell whether the threads will come to a piece without anybody's help. The lock is held.
+        """Tell whether to wait for room rather than to fetch a piece at once. The lock is held.
 
-        Those before it are for the hash alone then, and whoever fetched it now would have it wait for them in memory.
+        There will be some without anybody's help, as long as a piece of its lane is under way or being hashed, or the
+        threads have some to fetch that are hashed and go. Whoever fetched it now would have it wait for its turn.
         """
-        head = _head(piece.lane)
-        return head is not None and head.left == 0 and not self._fits(piece)
+        if self._fits(piece):
+            return False
+        lane, head = piece.lane, _head(piece.lane)
+        busy = lane.flying > 0 or any(track.busy for track in lane.tracks.values())
+        return busy or (head is not None and head.left == 0)
 
     def _take(self, piece: _Piece) -> None:
         """Note that somebody fetches a piece. The lock is held."""
         piece.taken = True
+        piece.lane.flying += 1
         piece.lane.held += piece.size
         self.peak = max(self.peak, sum(lane.held for lane in self._lanes.values()))
 
@@ -287,6 +294,7 @@ class Ahead:
             raise
         with self._change:
             piece.data = data
+            piece.lane.flying -= 1
             track = piece.track
             if track is not None:
                 track.waiting[piece.number] = piece

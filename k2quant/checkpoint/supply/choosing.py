@@ -54,5 +54,5 @@ def way_of(
 
 
 def memory(workers: int) -> int:
-    """Return the bytes of pieces that are in memory at a time, at most."""
-    return AHEAD_BYTES + workers * PIECE_BYTES
+    """Return the bytes of pieces that are in memory at a time, at most; a worker may hold two of its own."""
+    return AHEAD_BYTES + 2 * workers * PIECE_BYTES

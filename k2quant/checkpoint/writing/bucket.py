@@ -14,16 +14,25 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from k2quant.checkpoint.cards import CARD
 from k2quant.checkpoint.files.caches import user_cache
 from k2quant.checkpoint.files.paths import nearest_folder, open_regular
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.remote.address import Address
-from k2quant.checkpoint.writing.destination import CONVERTING, REPORT_LIMIT, WORK, line, refuse_what_is_not_ours
-from k2quant.checkpoint.writing.holding import held
+from k2quant.checkpoint.writing.destination import (
+    CONVERTING,
+    REPORT_LIMIT,
+    WORK,
+    attempt_at,
+    line,
+    others_at_work,
+    refuse_what_is_not_ours,
+)
+from k2quant.checkpoint.writing.holding import Sharing, held
 from k2quant.checkpoint.writing.objects import Objects, Upload, objects_of
 from k2quant.checkpoint.writing.target import Room
 from k2quant.checkpoint.writing.writer import OpenShard
@@ -105,6 +114,7 @@ class Bucket:
         self.work = work_of(objects.address)
         """A folder of this machine for what is nobody's when the run is done."""
         self._copied: dict[str, dict[str, Any]] = {}
+        self._sharing: Sharing | None = None
 
     @property
     def spot(self) -> Address:
@@ -197,6 +207,30 @@ class Bucket:
         self._objects.delete(sorted(self._notes() - kept))
         self._abort(records[0].get("files"))
 
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Do what one process may do at a time, where several write shares; see `Destination.alone`."""
+        return contextlib.nullcontext() if self._sharing is None else self._sharing.alone()
+
+    def refuse_others(self) -> None:
+        """Refuse to throw away what other processes are writing; see `Destination.refuse_others`."""
+        if self._sharing is not None and not self._sharing.is_last():
+            raise others_at_work(self.spot)
+
+    def sweep(self, files: Iterable[str]) -> None:
+        """Abort uploads of these files that killed attempts left; none of them is being written."""
+        self._abort(list(files), sure=True)
+
+    @contextlib.contextmanager
+    def shared(self, share: str, *, restart: bool) -> Iterator[None]:
+        """Have one of several processes write its share as long as the block runs; see `Destination.shared`."""
+        self._sharing = Sharing(self._objects, share=share, check=lambda: self.refuse_foreign(restart=restart))
+        with contextlib.suppress(DestinationStale):  # another may be beginning just now; behind the gate it is sure
+            self.refuse_foreign(restart=restart)
+        try:
+            yield
+        finally:
+            self._sharing.release()
+
     def spread(self) -> None:
         """Do nothing: records of several processes never stand in each other's way here."""
 
@@ -245,7 +279,7 @@ class Bucket:
         names = {name.partition("/")[0] for name in self._objects.listed()}
         refuse_what_is_not_ours(
             self,
-            foreign=sorted(names - {WORK, self._incomplete}),
+            foreign=sorted(names - {WORK, self._incomplete, CARD}),
             begun=self._objects.size(_JOURNAL) is not None or self._incomplete in names,
             keeps=False,
             journal=self.named(_JOURNAL),
@@ -269,10 +303,10 @@ class Bucket:
         except MalformedFile:
             return None
 
-    def _abort(self, files: object) -> None:
-        """Abort uploads of our own files; of several processes none does, for the others are at work."""
+    def _abort(self, files: object, *, sure: bool = False) -> None:
+        """Abort uploads of our own files; of several processes none does, unless it is `sure` that none is at work."""
         own = {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
-        if self._attempt:
+        if self._attempt and not sure:
             return
         try:
             left = [upload for upload in self._objects.uploads() if upload.name in own]
@@ -315,7 +349,7 @@ def room_of(address: Address, shards: Mapping[str, int]) -> Room:
 
 @contextlib.contextmanager
 def locked(
-    address: Address, *, report: str, incomplete: str, restart: bool = False, mark: bytes = CONVERTING
+    address: Address, *, report: str, incomplete: str, restart: bool = False, mark: bytes = CONVERTING, share: str = ""
 ) -> Iterator[Bucket]:
     """Hold the lock of a prefix.
 
@@ -325,6 +359,7 @@ def locked(
         incomplete: name of the file that marks an unfinished one.
         restart: whether what an earlier run left may be thrown away, damaged or not.
         mark: what the file that marks an unfinished one says.
+        share: as in `destination.locked`.
 
     Raises:
         DestinationInUse: another process holds it, or may hold it.
@@ -332,7 +367,11 @@ def locked(
         OutputError: the store cannot be written to.
     """
     objects = objects_of(address)
-    bucket = Bucket(objects, report=report, incomplete=incomplete, mark=mark)
+    bucket = Bucket(objects, report=report, incomplete=incomplete, mark=mark, attempt=attempt_at(share))
+    if share:
+        with bucket.shared(share, restart=restart):
+            yield bucket
+        return
     bucket.refuse_foreign(restart=restart)
     with held(objects):
         try:

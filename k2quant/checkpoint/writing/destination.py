@@ -9,11 +9,13 @@ conversion is done; what remains is the checkpoint and its report.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +26,20 @@ from k2quant.checkpoint.files.paths import (
     PARTIAL,
     copy_file,
     nearest_folder,
+    partial_of,
     partials,
     read_limited,
     sync_folder,
     write_whole,
 )
 from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.checkpoint.writing.sharing import LOCK, Sharing, refuse_shares
 from k2quant.checkpoint.writing.target import Room, Target
 from k2quant.checkpoint.writing.writer import ShardWriter
-from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, OutputError
+from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, MalformedFile, OutputError
 
 WORK = ".k2quant"
 """Folder, below an output, of what a run keeps there while it is at work."""
-_LOCK = "lock"
 _JOURNAL = "journal.jsonl"
 _SHARDS = "shards"
 _NOTE = ".json"
@@ -73,6 +76,8 @@ class Destination:
         """
         self.folder = folder
         self._attempt = attempt
+        self._share = ""
+        self._sharing: Sharing | None = None
         self._mark = mark
         self._report = folder / report
         self._incomplete = folder / incomplete
@@ -89,7 +94,8 @@ class Destination:
     @property
     def stage(self) -> Path:
         """Where shards of a source lie while they are read; each of several processes has a folder of its own."""
-        return self.work / (f"source-{self._attempt}" if self._attempt else "source")
+        own = self._share or self._attempt  # a part goes on with what an earlier attempt at it fetched
+        return self.work / (f"source-{own}" if own else "source")
 
     def named(self, name: str) -> Path:
         """Return the path of a file, as messages name it."""
@@ -183,6 +189,42 @@ class Destination:
         for note in self._shards.glob(f"*{_NOTE}"):  # which the journal holds now
             note.unlink()
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Do what one process may do at a time, where several write shares; they wait for one another.
+
+        Raises:
+            DestinationInUse: the first time, as `locked` says; later, another waits too long for something.
+        """
+        if self._sharing is None:
+            yield
+            return
+        first = not self._sharing.held
+        with self._sharing.alone():
+            if not first:
+                self._look_again()
+            yield
+
+    def _look_again(self) -> None:
+        """Have what others have just written be seen.
+
+        What NFS shows of a folder is up to a minute old (acdirmax, see nfs(5)), unless this machine changes it.
+        """
+        for folder in (self.folder, self._shards):
+            probe = partial_of(folder / self._incomplete.name, f"{self._attempt}.probe")
+            with contextlib.suppress(FileNotFoundError):
+                probe.touch()
+                probe.unlink()
+
+    def refuse_others(self) -> None:
+        """Refuse to throw away what other processes are writing.
+
+        Raises:
+            DestinationInUse: they are.
+        """
+        if self._sharing is not None and not self._sharing.is_last():
+            raise others_at_work(self.folder)
+
     def spread(self) -> None:
         """Have room for the notes of several processes; who finds none knows that the folder was finished meanwhile."""
         self._shards.mkdir(exist_ok=True)
@@ -230,6 +272,11 @@ class Destination:
             elif path.is_dir():
                 shutil.rmtree(path)
 
+    def sweep(self, files: Iterable[str]) -> None:
+        """Delete what killed attempts left of these files; none of them is being written."""
+        for path in (path for name in files for path in partials(self.folder / name)):
+            path.unlink(missing_ok=True)
+
     def delete(self, files: Sequence[str]) -> None:
         """Delete those of these files that are there; names that leave the folder are passed over."""
         for name in files:
@@ -244,6 +291,37 @@ class Destination:
                 if victim.is_file() or victim.is_symlink():
                     victim.unlink(missing_ok=True)
         sync_folder(self.folder)
+
+    @contextlib.contextmanager
+    def shared(self, share: str, *, restart: bool, soft: bool) -> Iterator[None]:
+        """Have one of several processes write its share as long as the block runs; see `locked`."""
+
+        def check() -> None:
+            self.refuse_foreign(restart=restart)
+            if not self.journal():
+                self.forget()  # left by a run that was killed after its very end
+            for path in self.folder.glob(f"*.{glob.escape(share)}-*{PARTIAL}"):  # of an earlier attempt at this share
+                path.unlink(missing_ok=True)
+
+        _refuse_link(self.work)
+        with contextlib.suppress(DestinationStale):  # another may be beginning just now; behind the gate it is sure
+            self.refuse_foreign(restart=restart)
+        self._share = share
+        self._sharing = Sharing(self.work, folder=self.folder, name=share, soft=soft, check=check)
+        try:
+            yield
+        finally:
+            if self._sharing.held:
+                with contextlib.suppress(OSError, DestinationInUse):
+                    if not self.journal():
+                        self._go_home(self._sharing)
+                self._sharing.release()
+
+    def _go_home(self, sharing: Sharing) -> None:
+        """Take away what processes keep here, if this is the last."""
+        with sharing.alone():
+            if not self.journal() and sharing.is_last():
+                shutil.rmtree(self.work)
 
     def refuse_foreign(self, *, restart: bool = False) -> None:
         """Refuse a folder that holds anything, unless it is ours.
@@ -270,6 +348,17 @@ class Destination:
         with contextlib.suppress(FileNotFoundError):  # nothing was begun, or another run has just finished
             return any(path.is_dir() for path in self.work.iterdir())
         return False
+
+
+def others_at_work(spot: object) -> DestinationInUse:
+    """Return the refusal to throw away what other processes are writing."""
+    message = "other parts of another conversion are being written here"
+    return DestinationInUse(message, file=spot, remedy="wait for them, or name another place")
+
+
+def attempt_at(share: str) -> str:
+    """Return letters that no other process has, where this one writes a share; else none."""
+    return f"{share}-{secrets.token_hex(4)}" if share else ""
 
 
 def refuse_what_is_not_ours(
@@ -307,6 +396,11 @@ def refuse_what_is_not_ours(
         )
 
 
+def _refuse_link(work: Path) -> None:
+    if work.is_symlink():
+        raise DestinationForeign("a link where k2quant keeps its journal", file=work)
+
+
 def room_of(folder: Path, shards: Mapping[str, int], more: int) -> Room:
     """Return what an output needs in a folder that need not be there yet, and what is free.
 
@@ -336,6 +430,7 @@ def locked(
     restart: bool = False,
     soft: bool = False,
     mark: bytes = CONVERTING,
+    share: str = "",
 ) -> Iterator[Destination]:
     """Make the folder if need be and hold its lock.
 
@@ -346,6 +441,8 @@ def locked(
         restart: whether what an earlier run left may be thrown away, damaged or not.
         soft: whether a file may be the lock where the file system has no others.
         mark: what the file that marks an unfinished one says.
+        share: where several processes write shares, the name of this one's, such as `2-of-8`. The locks are then taken
+            at the first `alone`, and whatever several do at a time may be done outside of it.
 
     Raises:
         DestinationInUse: another process holds it.
@@ -354,17 +451,22 @@ def locked(
     """
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise DestinationForeign("not a folder", file=folder, remedy="name another one")
-    destination = Destination(folder, report=report, incomplete=incomplete, mark=mark)
+    destination = Destination(folder, report=report, incomplete=incomplete, mark=mark, attempt=attempt_at(share))
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    if share:
+        try:
+            with destination.shared(share, restart=restart, soft=soft):
+                yield destination
+        except OutputError:
+            _take_away(folder, made=made)
+            raise
+        return
     destination.refuse_foreign(restart=restart)
     try:
         lock = _take_lock(folder, soft=soft)
     except OutputError:
-        with contextlib.suppress(OSError):  # one that is not empty, or not ours alone, stays
-            (folder / WORK).rmdir()
-            if made:
-                folder.rmdir()
+        _take_away(folder, made=made)
         raise
     try:
         destination.refuse_foreign(restart=restart)
@@ -378,20 +480,32 @@ def locked(
         lock.release()
 
 
+def _take_away(folder: Path, *, made: bool) -> None:
+    """Remove the folders that a refused run made; one that is not empty, or not ours alone, stays."""
+    with contextlib.suppress(OSError):
+        (folder / WORK).rmdir()
+        if made:
+            folder.rmdir()
+
+
 def _take_lock(folder: Path, *, soft: bool) -> Lock:
     work = folder / WORK
-    if work.is_symlink():
-        raise DestinationForeign("a link where k2quant keeps its journal", file=work)
+    _refuse_link(work)
     while True:
         try:
             work.mkdir(exist_ok=True)
-            lock = take(work / _LOCK, folder=folder, soft=soft)
+            lock = take(work / LOCK, folder=folder, soft=soft)
         except FileNotFoundError:  # the holder has just finished and removed the folder
             continue
         except FileExistsError:  # the same, between the two steps of mkdir; or a file stands there
             if work.exists() and not work.is_dir():
                 raise
             continue
+        try:
+            refuse_shares(work, folder=folder)
+        except OutputError:
+            lock.release()
+            raise
         if lock.stands():
             return lock
         lock.release()

@@ -13,7 +13,7 @@ from k2quant.checkpoint.writing.target import Room, Target
 
 @contextlib.contextmanager
 def locked(
-    spot: Path | Address, *, report: str, incomplete: str, restart: bool = False, soft: bool = False
+    spot: Path | Address, *, report: str, incomplete: str, restart: bool = False, soft: bool = False, share: str = ""
 ) -> Iterator[Target]:
     """Hold the lock of a place that a conversion writes to.
 
@@ -23,6 +23,8 @@ def locked(
         incomplete: name of the file that marks an unfinished one.
         restart: whether what an earlier run left may be thrown away, damaged or not.
         soft: whether a file may be the lock where a folder's file system has no others.
+        share: where several processes write shares, the name of this one's, such as `2-of-8`. The locks are then taken
+            at the first `alone`.
 
     Raises:
         DestinationInUse: another process holds it.
@@ -32,10 +34,12 @@ def locked(
     if isinstance(spot, Address):
         from k2quant.checkpoint.writing import bucket
 
-        with bucket.locked(spot, report=report, incomplete=incomplete, restart=restart) as target:
+        with bucket.locked(spot, report=report, incomplete=incomplete, restart=restart, share=share) as target:
             yield target
         return
-    with destination.locked(spot, report=report, incomplete=incomplete, restart=restart, soft=soft) as folder:
+    with destination.locked(
+        spot, report=report, incomplete=incomplete, restart=restart, soft=soft, share=share
+    ) as folder:
         yield folder
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -96,6 +97,9 @@ class Target(Protocol):
             more: bytes of the files beside them.
         """
 
+    def sweep(self, files: Iterable[str]) -> None:
+        """Delete what killed attempts left of these files; none of them is being written."""
+
     def delete(self, files: Sequence[str]) -> None:
         """Delete those of these files that are there."""
 
@@ -111,8 +115,14 @@ class Target(Protocol):
     def record(self, record: dict[str, Any]) -> None:
         """Add a record to the journal."""
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Do what one process may do at a time, where several write shares; they wait for one another."""
+
+    def refuse_others(self) -> None:
+        """Refuse to throw away what other processes are writing."""
+
     def spread(self) -> None:
-        """Have room for the records of several processes."""
+        """Have room for the notes of several processes, each of which notes the shards that it has finished."""
 
     def clear(self, files: list[str]) -> None:
         """Delete these files of an earlier conversion, finished or not, and what it kept to go on from."""

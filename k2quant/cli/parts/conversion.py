@@ -207,7 +207,7 @@ def announce(done: Conversion) -> None:
     from k2quant.cli.parts.screen import remark
     from k2quant.ground.units import counted
 
-    if not done.already_done:
+    if not done.already_done and not done.missing:  # who completes an output says what is worth saying of it
         _say(done.report["remarks"])
     if done.resumed:
         remark(f"resumed: {counted(done.resumed, 'shard')} finished before")
@@ -234,7 +234,7 @@ def last_line(done: Conversion, destination: Place) -> str:
     if done.already_done:
         return f"{destination}: already finished, nothing to do"
     ratio = report["bytes_written"] / max(report["bytes_read"], 1)
-    rate = "" if done.resumed else f", {size(report['bytes_read'] / report['seconds'])}/s"
+    rate = "" if report["resumed_shards"] else f", {size(report['bytes_read'] / report['seconds'])}/s"
     return (
         f"{destination}: {size(report['bytes_read'])} -> {size(report['bytes_written'])} ({ratio:.2f}x) "
         f"in {duration(report['seconds'])}{rate}"
@@ -284,6 +284,7 @@ def dry_run(
     restart: bool,
     workers: int,
     as_json: bool,
+    only: frozenset[str] | None = None,
     peak_memory: int | None = None,
     more: dict[str, Any] | None = None,
     marks: dict[str, str] | None = None,
@@ -300,6 +301,7 @@ def dry_run(
         restart: whether what stands there would be thrown away.
         workers: threads.
         as_json: print JSON.
+        only: files of the shards that one part writes: time and disk are this part's; None: all.
         peak_memory: bytes, where they are not the plan's own estimate.
         more: what else there is to say, by name; JSON alone has what is no plain value.
         marks: what else is done with some weights, as `describe` takes it.
@@ -320,12 +322,12 @@ def dry_run(
 
     searched = {job.weight.main.name: "searched" for job in plan.jobs() if rounder is not None and rounder.takes(job)}
     done, table = standing_shards(plan, destination, restart=restart), describe(plan, searched | (marks or {}))
-    found = (
-        _cost(plan, destination, done, workers, rounder, peak_memory, bandwidth)
-        if cost is None
-        else _solving_cost(plan, cost)
-    )
-    remote = coming(plan, done, bandwidth=bandwidth, searched=cost is not None or rounder is not None)
+    standing: dict[str, object] = {
+        shard.file: {} for shard in plan.shards if shard.file in done or not (only is None or shard.file in only)
+    }
+    taking = (plan, destination, standing, workers, rounder, peak_memory, bandwidth)
+    found = _cost(*taking) if cost is None else _solving_cost(plan, cost)
+    remote = coming(plan, standing, bandwidth=bandwidth, searched=cost is not None or rounder is not None)
     _say(plan.remarks)
     method, inputs = method or _search(plan, rounder), inputs_of(plan)
     if as_json:

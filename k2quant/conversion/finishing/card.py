@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from k2quant.checkpoint.cards import placed, sealed
+from k2quant.checkpoint.cards import CARD, placed, sealed
 from k2quant.checkpoint.reader import REPORT
 from k2quant.conversion.finishing.classes import Row, rows
 from k2quant.conversion.finishing.metadata import Home, front, home_of, metadata, said
@@ -37,7 +37,7 @@ def card_of(plan: Plan, report: Mapping[str, Any]) -> bytes:
     """
     home, name = home_of(plan.source.folder), str(report["source_name"])
     parts = [
-        front(metadata(plan, home, said(plan.source.folder))),
+        front(metadata(plan, home, said(plan.source.folder) if CARD in plan.copies else {})),
         f"# {_text(_title(plan, name))}\n",
         _opening(plan, report, home, name),
         *_others(plan),
@@ -116,7 +116,7 @@ def _made(plan: Plan, home: Home | None, name: str) -> Iterator[str]:
     if command == "qat export":
         words += [str((plan.origin or {}).get("run") or (plan.origin or {}).get("job") or "RUN"), destination]
     else:
-        words += ["--config", "recipe.yaml"] if rules else []
+        words += [_flag("config"), "recipe.yaml"] if rules else []
         words += list(_flags(plan, rules=rules))
         adapter = [str(_adapter(plan).get("name", "ADAPTER"))] if command == "merge" else []
         words += [source, *adapter, destination]
@@ -132,17 +132,22 @@ def _flags(plan: Plan, *, rules: bool) -> Iterator[str]:
     asked = plan.options.as_json()
     for key in _VALUES:
         if asked.get(key) is not None and not (rules and key in {"to", "scope", "grid", "layout", "method"}):
-            yield from (f"--{key.replace('_', '-')}", str(asked[key]))
+            yield from (_flag(key), str(asked[key]))
     for pattern in [] if rules else asked["ignore"]:
-        yield from ("--ignore", pattern)
-    yield from (f"--{key.replace('_', '-')}" for key in _SWITCHES if asked.get(key))
+        yield from (_flag("ignore"), pattern)
+    yield from (_flag(key) for key in _SWITCHES if asked.get(key))
     if (inputs := plan.options.activation_scales) is not None:
-        yield from ("--activation-scales", "one" if inputs == "one" else "STATS")
+        yield from (_flag("activation-scales"), "one" if inputs == "one" else "STATS")
     method = plan.method or {}
     if "stats" in method:
-        yield from ("--stats", "STATS")
+        yield from (_flag("stats"), "STATS")
     if method.get("asked") == "gptq":
-        yield from ("--data", "DATA")
+        yield from (_flag("data"), "DATA")
+
+
+def _flag(name: str) -> str:
+    """Return a flag of the command that a card shows."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _engines(plan: Plan) -> Iterator[str]:

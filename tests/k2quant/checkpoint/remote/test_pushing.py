@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -98,21 +99,23 @@ def test_a_server_that_falters_is_asked_again(server: Hub, made: Path, kind: str
     assert on_hub(server) == in_folder(made)
 
 
-def test_a_commit_whose_answer_is_lost_is_not_made_twice(server: Hub, made: Path) -> None:
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(
+    server: Hub, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The hub made it and the connection broke: it is found there."""
-    answer = server.routes._commit  # type: ignore[attr-defined]  # noqa: SLF001
+    answer: Any = server.routes._commit  # noqa: SLF001
     calls: list[int] = []
 
-    def lost(asked: object, repo: object) -> None:
+    def lost(asked: Any, repo: Any) -> None:
         calls.append(1)
         if len(calls) > 1:
             answer(asked, repo)
             return
-        asked.wfile.write = lambda _: None  # type: ignore[attr-defined]
+        asked.wfile.write = lambda _: None
         answer(asked, repo)
         raise OSError
 
-    server.routes._commit = lost  # type: ignore[method-assign, assignment]  # noqa: SLF001
+    monkeypatch.setattr(server.routes, "_commit", lost)
     done = push(made, ADDRESS)
     assert len(calls) == 2
     assert done.address.revision == server.repos[NAME].branches["main"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner
 
 import k2quant
@@ -26,11 +28,15 @@ from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.cli import main
 from k2quant.conversion.spreading import cluster as spreading
 from k2quant.errors import BadValue, ClusterError, UsageError
+from places import ROOT
+from served.s3 import Store, serving
 
 pytest.importorskip("ray")
 
 SHARDS, ROWS, WIDTH = 8, 512, 2048
-PATIENCE = 60.0
+CARD = "README.md"
+"""Which says where the source lies."""
+PATIENCE = 40.0
 STORE = 80_000_000
 """Bytes of a node's object store; Ray takes no less."""
 
@@ -123,13 +129,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[list[Nodes]]:
-    """A cluster of two nodes, in a list: a test that loses its head puts another one in its place."""
+def store() -> Iterator[Store]:
+    """A store of objects that nodes started later can reach."""
+    with serving() as found, pytest.MonkeyPatch.context() as patch:
+        for name, value in found.environment.items():
+            patch.setenv(name, value)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def nodes(store: Store) -> Iterator[list[Nodes]]:
+    """A cluster of one node, to which a test adds one, in a list: another test loses the head and puts in a new one."""
+    assert store.url
     before = {name: os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED")}
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     found = [Nodes()]
     try:
-        found[0].add(2)
+        found[0].add(1)
         yield found
     finally:
         for each in found:
@@ -151,22 +167,21 @@ def until(happens: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def meanwhile(act: Callable[[], None]) -> Iterator[None]:
-    """Do something beside the block, which ends only when that is done."""
+def converting(source: Path, there: Path) -> Iterator[None]:
+    """Convert beside the block, in a thread, for nodes start in the main one; raise at its end what that raised."""
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            act()
+            k2quant.convert(source, there, "int4", cluster="auto")
         except BaseException as error:  # noqa: BLE001  raised below
             errors.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
+    yield
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
     if errors:
         raise errors[0]
 
@@ -195,9 +210,24 @@ def check_equal(there: Path, whole: Whole) -> None:
     assert tensors(there) == whole.tensors
 
 
+def test_a_node_is_added_midway(whole: Whole, nodes: list[Nodes], tmp_path: Path) -> None:
+    """It takes shards too: with the only other one stopped, it does them alone."""
+    with converting(whole.source, tmp_path / "there"):
+        before = stop_in_a_shard(nodes[0], tmp_path / "there")
+        notes = tmp_path / "there" / ".k2quant" / "shards"
+        standing = len(list(notes.iterdir()))
+        nodes[0].add(1)
+        until(lambda: len(list(notes.iterdir())) > standing)
+        go_on(before)
+    check_equal(tmp_path / "there", whole)
+
+
 def test_a_cluster_writes_the_bytes_of_one_machine(whole: Whole, nodes: list[Nodes], tmp_path: Path) -> None:
-    """With progress for the whole; and the command line says before what the machines have."""
-    command = ["convert", str(whole.source), str(tmp_path / "there"), "--to", "int4", "--cluster", "auto"]
+    """With progress for the whole; and the entrypoint of the example for KubeRay says before what the machines have."""
+    job = yaml.safe_load((ROOT / "examples" / "cluster" / "rayjob.yaml").read_text())
+    program, *command = shlex.split(job["spec"]["entrypoint"])
+    assert (program, len(command)) == ("k2quant", 7)
+    command[-2:] = [str(whole.source), str(tmp_path / "there")]
     dry = CliRunner().invoke(main, [*command, "--dry-run", "--json"])
     assert dry.exit_code == 0, dry.output
     said = json.loads(dry.stdout)["cluster"]
@@ -221,33 +251,27 @@ def test_a_worker_is_killed_midway(
     whole: Whole, nodes: list[Nodes], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its shards are done again by others, which is said, and no partial file stays."""
-
-    def kill() -> None:
+    with converting(whole.source, tmp_path / "there"):
         workers = stop_in_a_shard(nodes[0], tmp_path / "there")
         os.kill(workers[0], signal.SIGKILL)
         go_on(workers[1:])
-
-    with meanwhile(kill):
-        k2quant.convert(whole.source, tmp_path / "there", "int4", cluster="auto")
     check_equal(tmp_path / "there", whole)
     assert "was lost" in caplog.text
 
 
-def test_a_node_is_added_midway(whole: Whole, nodes: list[Nodes], tmp_path: Path) -> None:
-    """It takes shards too: with all others stopped, it does them alone."""
-    before: list[int] = []
-
-    def add() -> None:
-        before.extend(stop_in_a_shard(nodes[0], tmp_path / "there"))
-        nodes[0].add(1)
-        notes = tmp_path / "there" / ".k2quant" / "shards"
-        standing = len(list(notes.iterdir()))
-        until(lambda: len(list(notes.iterdir())) > standing)
-        go_on(before)
-
-    with meanwhile(add):
-        k2quant.convert(whole.source, tmp_path / "there", "int4", cluster="auto")
-    check_equal(tmp_path / "there", whole)
+def test_a_cluster_converts_from_a_bucket_to_a_bucket(whole: Whole, nodes: list[Nodes], store: Store) -> None:
+    """The same bytes, no journal and no upload stays, and no node needed a folder that another one sees."""
+    assert nodes[0]
+    store.make("models")
+    for path in whole.source.iterdir():
+        store.put("models", f"source/{path.name}", path.read_bytes())
+    k2quant.convert("s3://models/source", "s3://models/there", "int4", cluster="auto")
+    found = store.contents("models", "there/")
+    assert {name: data for name, data in found.items() if name not in {REPORT, CARD}} == {
+        name: data for name, data in whole.files.items() if name != CARD
+    }
+    assert json.loads(found[REPORT])["tensors"] == whole.tensors
+    assert store.uploads("models") == []
 
 
 def test_a_bad_value_ends_the_run_as_on_one_machine(whole: Whole, nodes: list[Nodes], tmp_path: Path) -> None:
@@ -277,13 +301,11 @@ def test_the_head_is_lost_and_the_command_repeated(
     monkeypatch.setattr(spreading, "_SILENCE", 2.0)
     there = tmp_path / "there"
 
-    def lose() -> None:
+    lost = pytest.raises(ClusterError, match=r"cluster was lost.* run the same command: it resumes")
+    with lost, converting(whole.source, there):
         workers = stop_in_a_shard(nodes[0], there)
         nodes[0].lose_head()
         go_on(workers)
-
-    with meanwhile(lose), pytest.raises(ClusterError, match=r"cluster was lost.* run the same command: it resumes"):
-        k2quant.convert(whole.source, there, "int4", cluster="auto")
     assert (there / INCOMPLETE).exists()
     nodes.pop().end()
     with pytest.raises(ClusterError, match="no cluster answers"):
