@@ -158,7 +158,9 @@ _LOGIN = "`hf auth login`, or HF_TOKEN, says who you are"
 
 
 def _refusal(status: int, code: str | None, message: str | None, what: str, address: Address) -> CheckpointError:
-    page = f"https://huggingface.co/{address.path}"
+    from huggingface_hub import constants
+
+    page = f"{constants.ENDPOINT}/{address.path}"
     found = f"status {status}" + (f", {clean(str(message))[:200]}" if message else "")
     if code == "GatedRepo":
         return CheckpointError(

@@ -33,7 +33,8 @@ from k2quant.checkpoint.writing.destination import (
     refuse_what_is_not_ours,
 )
 from k2quant.checkpoint.writing.holding import Sharing, held
-from k2quant.checkpoint.writing.objects import Objects, Upload, objects_of
+from k2quant.checkpoint.writing.objects import Objects, Upload
+from k2quant.checkpoint.writing.stores import objects_of
 from k2quant.checkpoint.writing.target import Room
 from k2quant.checkpoint.writing.writer import OpenShard
 from k2quant.errors import DestinationStale, MalformedFile, OutputError

@@ -224,26 +224,6 @@ def code_of(error: BaseException | None) -> str | None:
     return None
 
 
-def objects_of(address: Address) -> Objects:
-    """Return what lies below an address.
-
-    Raises:
-        MissingExtra: the store's library is not installed.
-        OutputError: nothing can be written to places of that kind.
-    """
-    if address.scheme == "hf":
-        raise OutputError(
-            "a hub takes no output while it is written",
-            file=address,
-            remedy=f"convert to a folder, then `k2quant push FOLDER {address}`",
-        )
-    if address.scheme == "s3":
-        from k2quant.checkpoint.writing.s3 import S3Objects
-
-        return S3Objects(address)
-    return Objects(address)
-
-
 def pieces_of(size: int, piece: int) -> Iterator[tuple[int, int, int]]:
     """Yield number, from 1, first byte and length of the pieces of a file."""
     for number, start in enumerate(range(0, size, piece), 1):

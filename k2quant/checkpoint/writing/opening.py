@@ -54,7 +54,7 @@ def target_at(spot: Path | Address, *, report: str, incomplete: str, attempt: st
     """
     if isinstance(spot, Address):
         from k2quant.checkpoint.writing.bucket import Bucket
-        from k2quant.checkpoint.writing.objects import objects_of
+        from k2quant.checkpoint.writing.stores import objects_of
 
         return Bucket(objects_of(spot), report=report, incomplete=incomplete, attempt=attempt)
     return destination.Destination(spot, report=report, incomplete=incomplete, attempt=attempt)
