@@ -303,9 +303,8 @@ def test_the_head_is_lost_and_the_command_repeated(
 
     lost = pytest.raises(ClusterError, match=r"cluster was lost.* run the same command: it resumes")
     with lost, converting(whole.source, there):
-        workers = stop_in_a_shard(nodes[0], there)
+        stop_in_a_shard(nodes[0], there)  # workers that went on would finish so short a work without a head
         nodes[0].lose_head()
-        go_on(workers)
     assert (there / INCOMPLETE).exists()
     nodes.pop().end()
     with pytest.raises(ClusterError, match="no cluster answers"):
