@@ -78,6 +78,7 @@ def _was_printed(error: OSError) -> bool:
         "calibrate": ("k2quant.cli.calibrate", "Learn from data what a checkpoint's matrices multiply."),
         "merge": ("k2quant.cli.merge", "Merge a LoRA adapter into a checkpoint, in any format."),
         "push": ("k2quant.cli.places.push", "Upload a finished output to a Hugging Face hub."),
+        "clean": ("k2quant.cli.places.clean", "Name what a stopped run left, and remove it."),
         "inspect": ("k2quant.cli.checking.inspect", "Describe a checkpoint, and what does not fit together."),
         "verify": ("k2quant.cli.checking.verify", "Check a conversion against its source, or its checksums."),
         "diff": ("k2quant.cli.checking.diff", "List the tensors in which two checkpoints differ."),

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import k2quant
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
@@ -25,6 +26,7 @@ from k2quant.checkpoint.remote.address import spot
 from k2quant.checkpoint.writing import s3
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.checkpoint.writing.opening import locked
+from k2quant.cli import main
 from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, OutputError, UsageError
 from served.s3 import KEY, SECRET, Asked, Store, serving
 
@@ -380,3 +382,37 @@ def test_parts_of_an_output_on_a_store(store: Store, bucket: str, source: Path, 
     assert done.report["resumed_shards"] == 2
     check_whole(store, bucket, local)
     assert k2quant.convert(source, at(bucket), to="int4", part="2/3").already_done
+
+
+def test_clean_names_and_removes_what_a_killed_run_left(
+    store: Store, bucket: str, source: Path, local: dict[str, bytes]
+) -> None:
+    """An upload of our own and another machine's lock are named, and go with --yes; others' uploads and shards stay."""
+    late = f"{PREFIX}{CONFIG}"
+    with (
+        store.failing(lambda asked: "AccessDenied" if asked.path.endswith(late) and asked.method == "PUT" else None),
+        pytest.raises(OutputError),
+    ):
+        k2quant.convert(source, at(bucket), to="int4")
+    store.begin_upload(bucket, f"{PREFIX}model-2-of-{SHARDS}.safetensors")
+    store.begin_upload(bucket, f"{PREFIX}not-ours.bin")
+    lock = f"{PREFIX}.k2quant/lock.json"
+    store.put(bucket, lock, b'{"host": "elsewhere", "machine": "m", "pid": 7, "started": 1, "taken": "today"}')
+    before = store.contents(bucket)
+    named = CliRunner().invoke(main, ["clean", at(bucket)])
+    assert named.exit_code == 0, named.output
+    assert "upload   model-2-of-3.safetensors: begun" in named.stdout
+    assert "lock     .k2quant/lock.json: of process 7 on elsewhere, since today" in named.stdout
+    assert "2 things left over" in named.stdout
+    assert store.contents(bucket) == before
+    removed = CliRunner().invoke(main, ["clean", at(bucket), "--yes", "--json"])
+    assert json.loads(removed.stdout) | {"left": []} == {
+        "destination": at(bucket),
+        "left": [],
+        "removed": True,
+        "goes_on": True,
+    }
+    assert store.uploads(bucket) == [f"{PREFIX}not-ours.bin"]
+    assert store.contents(bucket).keys() == before.keys() - {lock}
+    k2quant.convert(source, at(bucket), to="int4")
+    assert told(store.contents(bucket, PREFIX)) == local
