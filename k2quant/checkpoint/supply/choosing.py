@@ -54,5 +54,8 @@ def way_of(
 
 
 def memory(workers: int) -> int:
-    """Return the bytes of pieces that are in memory at a time, at most; a worker may hold two of its own."""
-    return AHEAD_BYTES + 2 * workers * PIECE_BYTES
+    """Return the bytes of pieces that are in memory at a time, at most.
+
+    A worker may hold three that it could not wait for: weights on both sides of a piece's end, and their scales.
+    """
+    return AHEAD_BYTES + 3 * workers * PIECE_BYTES
