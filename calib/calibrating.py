@@ -12,6 +12,7 @@ from k2quant.calib.collecting import Collected, collect
 from k2quant.calib.inputs import Reasoning, Samples, read_samples
 from k2quant.calib.inputs.choosing import check_rows
 from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.conversion.resume import refuse_nested
 from k2quant.ground.saying.meter import TOKENS
 from k2quant.ground.saying.progress import Asked, barred, told
@@ -59,7 +60,7 @@ class Calibration:
 
 @barred("calibrate", TOKENS)
 def calibrate(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
     stats: str | os.PathLike[str],
     *,
     data: str | os.PathLike[str],
@@ -115,7 +116,7 @@ def calibrate(
         OutputError: the disk is full or fails.
     """
     say = stage or _quiet
-    place, folder = Path(source), Path(stats)
+    place, folder = spot(source), Path(stats)
     refuse_nested(place, folder)
     limit = parse_size(memory) if isinstance(memory, str) else memory
     checkpoint = open_checkpoint(place, follow_links=follow_links)
@@ -124,7 +125,7 @@ def calibrate(
     say("reading the data")
     read = read_samples(
         data,
-        load_tokenizer(place, trust_remote_code=trust_remote_code, follow_links=follow_links),
+        load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code, follow_links=follow_links),
         samples=samples,
         length=length,
         vocabulary=config.vocab_size,

@@ -17,6 +17,7 @@ from k2quant.calib.stats.layout import inputs, stats_bytes
 from k2quant.calib.stats.model import Model
 from k2quant.checkpoint.files.paths import nearest_folder
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.estimate import read_rate, seconds_of
 from k2quant.conversion.resume import refuse_nested
@@ -82,7 +83,7 @@ class CalibrationPlan:
 
 
 def plan_calibration(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
     stats: str | os.PathLike[str],
     *,
     samples: int = 512,
@@ -108,7 +109,7 @@ def plan_calibration(
         UsageError: an option makes no sense, or `memory` is too small.
         CheckpointError: the checkpoint is no model.
     """
-    place, folder = Path(source), Path(stats)
+    place, folder = spot(source), Path(stats)
     refuse_nested(place, folder)
     limit = parse_size(memory) if isinstance(memory, str) else memory
     checkpoint = open_checkpoint(place, follow_links=follow_links)

@@ -17,6 +17,7 @@ from k2quant.calib.budget.wording import rules_of
 from k2quant.calib.stats.matching import check_source
 from k2quant.calib.stats.reading import Stats, open_stats
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.recipes.recipe import make_recipe
 from k2quant.conversion.recipes.rules import WrittenRule
@@ -34,7 +35,7 @@ _SEARCHED: tuple[Method, ...] = (PLAIN, UNWEIGHTED, WEIGHTED)
 
 @barred("weigh")
 def allot(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
     stats: str | os.PathLike[str],
     *,
     to: FormatName = LEAST,
@@ -81,7 +82,7 @@ def allot(
     """
     _check_asked(to, budget, max_kl, blame)
     damage = None if blame is None else read_damage(Path(blame))
-    known, opened = open_stats(Path(stats)), open_checkpoint(Path(source), follow_links=follow_links)
+    known, opened = open_stats(Path(stats)), open_checkpoint(spot(source), follow_links=follow_links)
     weights, problems = group_tensors(opened.tensors)
     if problems:
         raise problems[0]

@@ -22,6 +22,7 @@ from k2quant.calib.solving.writing.planned import SolvedPlan, plan_solved, said
 from k2quant.calib.solving.writing.rounder import Solving
 from k2quant.calib.solving.writing.spool import Spool
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT, Checkpoint, open_checkpoint
+from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.checkpoint.writing.destination import Destination
 from k2quant.conversion.convert import Conversion, carry_out, chosen
 from k2quant.conversion.resume import refuse_nested
@@ -70,7 +71,7 @@ _HINTS = {
 @hinting(_HINTS)
 @barred("solve", TOKENS)
 def solve(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
     destination: str | os.PathLike[str],
     to: FormatName | None = None,
     *,
@@ -98,6 +99,7 @@ def solve(
     follow_links: bool = False,
     restart: bool = False,
     soft_lock: bool = False,
+    low_disk: bool = False,
     sha256: bool = False,
     trust_remote_code: bool = False,
     stage: Callable[[str], None] | None = None,
@@ -137,6 +139,7 @@ def solve(
         follow_links: whether links of the checkpoint's folder may lead out of it.
         restart: throw away what an earlier run left in the destination.
         soft_lock: where its file system has no locks, lock the folder by a file.
+        low_disk: of a source at an address, keep at most two shards on the disk, as `convert` does.
         sha256: also note a sha256 of each file.
         trust_remote_code: whether the tokenizer's own Python code may run.
         stage: called with what is being done before the pass, and with notes on the data.
@@ -152,7 +155,7 @@ def solve(
         OutputError: the destination is not ours, in use, or the disk failed; the same call resumes.
     """
     say = stage or _quiet
-    here, there = Path(source), Path(destination)
+    here, there = spot(source), Path(destination)
     refuse_nested(here, there)
     threads = checked_workers(workers)
     settings = Settings(scales=scales, damping=damping, propagate=propagate)
@@ -174,7 +177,7 @@ def solve(
     say("reading the data")
     read = read_samples(
         data,
-        load_tokenizer(here, trust_remote_code=trust_remote_code, follow_links=follow_links),
+        load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code, follow_links=follow_links),
         samples=samples,
         length=length,
         vocabulary=config.vocab_size,
@@ -197,6 +200,7 @@ def solve(
         device=device,
         restart=restart,
         soft_lock=soft_lock,
+        low_disk=low_disk,
         sha256=sha256,
         say=say,
         progress=told(progress),
@@ -218,6 +222,7 @@ def solve_planned(
     device: str = "cpu",
     restart: bool = False,
     soft_lock: bool = False,
+    low_disk: bool = False,
     sha256: bool = False,
     say: Callable[[str], None] = _quiet,
     progress: Progress | None = None,
@@ -254,6 +259,7 @@ def solve_planned(
         workers=workers,
         restart=restart,
         soft_lock=soft_lock,
+        low_disk=low_disk,
         sha256=sha256,
         rounder=solving if planned.jobs else planned.beyond(),
         progress=None if planned.jobs else progress,

@@ -14,6 +14,7 @@ from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.panels import PIECE_BYTES, format_of, panel_rows, panel_shape, read_values
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import check_constants, read_into
+from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.ground import pool
@@ -204,13 +205,18 @@ def _value_tasks(pair: _Pair) -> list[_Task]:
 
 
 def compare(
-    first: Path, second: Path, *, workers: int, follow_links: bool = False, progress: Progress | None = None
+    first: Path | Address,
+    second: Path | Address,
+    *,
+    workers: int,
+    follow_links: bool = False,
+    progress: Progress | None = None,
 ) -> list[Finding]:
     """Compare every tensor of two checkpoints.
 
     Args:
-        first: folder of the checkpoint that counts as the truth.
-        second: folder of the other.
+        first: folder or address of the checkpoint that counts as the truth.
+        second: of the other.
         workers: threads.
         follow_links: whether links of both folders may lead out of them.
         progress: called as the work goes on.
@@ -241,8 +247,8 @@ def compare_opened(
         CheckpointError: one of them is not sound.
     """
     ours, theirs = _weights(a), _weights(b)
-    _log.info("%s: %s", a.folder, counted(len(ours), "weight"))
-    _log.info("%s: %s", b.folder, counted(len(theirs), "weight"))
+    _log.info("%s: %s", a.place, counted(len(ours), "weight"))
+    _log.info("%s: %s", b.place, counted(len(theirs), "weight"))
     pairs = {key: _Pair(weight, theirs[key], {}) for key, weight in ours.items() if key in theirs}
     if made is not None:
         _tell(pairs, made, a, b)

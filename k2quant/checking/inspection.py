@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.metadata import carrying, config, relatives
 from k2quant.conversion.metadata.promises import broken_promises, inventory
@@ -55,6 +55,10 @@ class Inspection(NamedTuple):
     """What would stop a conversion."""
     remarks: list[str]
     """What is worth saying, though it stops nothing."""
+    traffic: int | None = None
+    """Bytes that reading all of it would bring over a network; None where it is all here."""
+    rate: float | None = None
+    """Bytes a second at which its headers came over that network."""
 
     def facts(self) -> dict[str, object]:
         """Return what it comes to, in a few words."""
@@ -73,22 +77,22 @@ class Inspection(NamedTuple):
         return as_html(self)
 
 
-def inspect(folder: str | os.PathLike[str], *, follow_links: bool = False) -> Inspection:
+def inspect(folder: str | os.PathLike[str] | Address, *, follow_links: bool = False) -> Inspection:
     """Describe a checkpoint without reading a weight.
 
     Args:
-        folder: of the checkpoint.
+        folder: of the checkpoint, or its address.
         follow_links: whether its links may lead out of it.
 
     Raises:
         CheckpointError: the folder holds no checkpoint, or its index or a header lies.
     """
-    checkpoint = open_checkpoint(Path(folder), follow_links=follow_links)
+    checkpoint = open_checkpoint(spot(folder), follow_links=follow_links)
     weights, problems = group_tensors(checkpoint.tensors)
     wrong = _config_problems(checkpoint, weights)
     found, stale = inventory(weights), frozenset(checkpoint.stale)
     return Inspection(
-        folder=str(folder),
+        folder=str(folder if checkpoint.supply is None else checkpoint.place),
         rows=_rows(weights),
         shards=len(checkpoint.shards),
         tensors=len(checkpoint.tensors),
@@ -101,7 +105,14 @@ def inspect(folder: str | os.PathLike[str], *, follow_links: bool = False) -> In
         stale=[name for name in checkpoint.unlisted if name in stale],
         problems=[str(problem) for problem in problems + wrong + _file_problems(checkpoint)],
         remarks=[] if problems else _remarks(checkpoint, weights, sound=not wrong),  # of a part nothing can be said
+        traffic=_traffic(checkpoint),
+        rate=checkpoint.rate,
     )
+
+
+def _traffic(checkpoint: Checkpoint) -> int | None:
+    coming = [shard.size for shard in checkpoint.shards.values() if shard.supply is not None]
+    return sum(coming) if coming else None
 
 
 def _remarks(checkpoint: Checkpoint, weights: list[StoredWeight], *, sound: bool) -> list[str]:
@@ -121,7 +132,7 @@ def _file_problems(checkpoint: Checkpoint) -> list[CheckpointError]:
     except CheckpointError as problem:
         return [problem]
     except OSError as error:
-        return [CheckpointError("cannot be read", file=error.filename or checkpoint.folder, found=error.strerror)]
+        return [CheckpointError("cannot be read", file=error.filename or checkpoint.place, found=error.strerror)]
     return []
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from k2quant.checking.comparison import Finding, Progress, compare_opened
 from k2quant.checking.made import Made, made
 from k2quant.checking.shared import unlike_scales
+from k2quant.checkpoint.cards import CARD
 from k2quant.checkpoint.files.checksum import combine, crc32
 from k2quant.checkpoint.files.paths import check_inside, read_limited
 from k2quant.checkpoint.files.sources import check_folder
@@ -21,6 +22,7 @@ from k2quant.checkpoint.header import TensorEntry
 from k2quant.checkpoint.panels import PIECE_BYTES
 from k2quant.checkpoint.reader import CONFIG, REPORT, Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_into
+from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.checkpoint.weights import group_tensors
 from k2quant.checkpoint.writing.destination import REPORT_LIMIT
 from k2quant.conversion.metadata.carrying import spoken_of, unscaled
@@ -72,8 +74,8 @@ class Verification(NamedTuple):
 
 @barred("verify")
 def verify(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
+    destination: str | os.PathLike[str] | Address,
     *,
     against: str | os.PathLike[str] | None = None,
     workers: int | None = None,
@@ -92,8 +94,8 @@ def verify(
     into one must share it, unless the source's do not.
 
     Args:
-        source: folder of the source.
-        destination: folder of the converted checkpoint, whoever converted it.
+        source: folder of the source, or its address.
+        destination: folder or address of the converted checkpoint, whoever converted it.
         against: a k2quant_report.json; each weight's figures must be as good as it says. None: one in the converted
             checkpoint still says which weights were solved or folded.
         workers: threads; None takes one for each core.
@@ -104,7 +106,7 @@ def verify(
         CheckpointError: one of the folders holds no sound checkpoint.
     """
     threads = checked_workers(workers)
-    before, after = (open_checkpoint(Path(folder), follow_links=follow_links) for folder in (source, destination))
+    before, after = (open_checkpoint(spot(folder), follow_links=follow_links) for folder in (source, destination))
     stored = None if against is None else read_report(Path(against))
     report = stored or _own_report(after) or {}
     how = made(report)
@@ -267,11 +269,13 @@ def _numbers(figures: dict[str, Any]) -> bool:
     return all(isinstance(value, int | float) for value in figures.values())
 
 
-def other_values(folder: str | os.PathLike[str]) -> str | None:
+def other_values(folder: str | os.PathLike[str] | Address) -> str | None:
     """Say why, by its report, a folder's values are by design not those of its source; None where nothing says so.
 
     This explains and excuses nothing: what differs has failed, whatever a report says of itself.
     """
+    if isinstance(folder, Address):
+        return None
     try:
         values = read_report(Path(folder) / REPORT).get("values")
     except CheckpointError:
@@ -285,7 +289,7 @@ def other_values(folder: str | os.PathLike[str]) -> str | None:
 
 @barred("verify")
 def verify_checksums(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Address,
     *,
     workers: int | None = None,
     follow_links: bool = False,
@@ -294,7 +298,7 @@ def verify_checksums(
     """Compare a converted checkpoint with the checksums in its own report.
 
     Args:
-        folder: of the converted checkpoint.
+        folder: of the converted checkpoint, or its address.
         workers: threads; None takes one for each core.
         follow_links: whether its links may lead out of it.
         progress: called as the work goes on; True for a bar.
@@ -302,10 +306,12 @@ def verify_checksums(
     Raises:
         CheckpointError: the folder holds no sound checkpoint, or no report.
     """
-    here = Path(folder)
-    check_folder(here)
-    report = read_report(here / REPORT)
+    here = spot(folder)
+    if isinstance(here, Path):
+        check_folder(here)
+        read_report(here / REPORT)
     checkpoint = open_checkpoint(here, follow_links=follow_links)
+    report = read_report(checkpoint.folder / REPORT)
     expected = {
         (f"{base}.{suffix}" if base else suffix): crc
         for name, facts in report["tensors"].items()
@@ -320,6 +326,8 @@ def verify_checksums(
         name: f"crc32 {crc}, the report has {expected[name]}" for name, crc in found.items() if crc != expected[name]
     }
     for name, facts in report.get("files", {}).items():
+        if name == CARD:  # people edit it, and it says itself whether they did
+            continue
         if why := _file_failure(checkpoint, name, facts):
             failures[name] = why
     return Verification([], failures)
@@ -365,12 +373,16 @@ def _file_failure(checkpoint: Checkpoint, name: str, facts: dict[str, Any]) -> s
     if ".." in Path(name).parts or Path(name).is_absolute():
         return "leaves the folder"
     check_inside(checkpoint.folder, path, follow_links=checkpoint.follow_links)
-    if not path.is_file():
+    elsewhere = None if checkpoint.supply is None else checkpoint.supply.place.files.get(name)
+    if elsewhere is None and not path.is_file():
         return "is missing"
-    if path.stat().st_size != facts.get("size"):
+    size = path.stat().st_size if elsewhere is None else elsewhere.size
+    if size != facts.get("size"):
         said = facts.get("size")
-        return f"has {path.stat().st_size:,} bytes, the report has {f'{said:,}' if type(said) is int else said!r} bytes"
-    if "sha256" in facts:
+        return f"has {size:,} bytes, the report has {f'{said:,}' if type(said) is int else said!r} bytes"
+    if "sha256" in facts and elsewhere is not None and elsewhere.sha256 is not None:
+        return None if elsewhere.sha256 == facts["sha256"] else "its sha256 is not the one in the report"
+    if "sha256" in facts and path.is_file():
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
                 return "its sha256 is not the one in the report"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from k2quant.checkpoint.cards import CARD
 from k2quant.checkpoint.files.kinds import fetched_at_once, of_weights
 from k2quant.checkpoint.files.paths import check_inside, open_regular
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT, Checkpoint
@@ -91,7 +92,7 @@ def other_files(source: Checkpoint) -> Beside:
     for folder, folders, files in os.walk(source.folder, onerror=_raise, followlinks=source.follow_links):
         here = Path(folder)
         inner = here.relative_to(source.folder)
-        taken = {name for name in folders if name in _OWN or of_weights(name)}  # a file of ours may go there
+        taken = {name for name in folders if name in {*_OWN, CARD} or of_weights(name)}  # a file of ours may go there
         left_out += sorted(str(inner / name) for name in taken)
         seen = sorted(name for name in set(folders) - taken if not name.startswith("."))
         folders[:] = [name for name in seen if _is_entered(source, here / name, followed)]

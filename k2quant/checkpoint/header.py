@@ -80,6 +80,14 @@ class ShardHeader(NamedTuple):
         """Return it in one line."""
         return brief(self)
 
+    @property
+    def bytes_asked(self) -> int:
+        """Bytes that reading the header took, where it came over a network; 0 where it did not."""
+        if self.supply is None:
+            return 0
+        data_start = min((entry.start for entry in self.tensors.values()), default=self.size)
+        return max(min(_FIRST_BYTES, self.size), data_start)
+
 
 def read_header(path: Path) -> ShardHeader:
     """Read and check a shard's header.

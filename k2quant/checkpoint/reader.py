@@ -59,6 +59,9 @@ class Checkpoint:
     """Whether links of the folder may lead out of it; all that reads the folder later asks the same."""
     supply: Supply | None = None
     """Who has the bytes of shards that are not here; None for a local folder."""
+    rate: float | None = None
+    """Bytes a second at which the headers came over a network, several at a time; None where they were all here. Small
+    requests wait more than they carry, so that weights may come faster."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -76,6 +79,10 @@ class Checkpoint:
     def place(self) -> Path | Address:
         """Where the checkpoint lies, for messages and reports: its folder, or its address with the commit of a hub."""
         return self.folder if self.supply is None else self.supply.place.address
+
+    def named(self, file: str) -> Path | str:
+        """Return how messages name a file of it."""
+        return self.folder / file if self.supply is None else self.supply.place.address.child(file)
 
     @property
     def stale(self) -> tuple[str, ...]:
@@ -207,7 +214,7 @@ def _remote(address: Address) -> _Files:
 
 def _open(files: _Files) -> Checkpoint:
     folder = files.folder
-    check_folder(folder)
+    check_folder(folder, addresses=True)
     if (folder / INCOMPLETE).exists():
         raise CheckpointError(
             "not finished: still being written, or its writer was stopped",
@@ -215,7 +222,9 @@ def _open(files: _Files) -> Checkpoint:
             remedy="run the command that wrote it again: a conversion resumes, a save begins anew",
         )
     weight_map = _weight_map(files)
+    begun = time.monotonic()
     shards = files.headers(sorted(set(weight_map.values()), key=_natural))
+    asked, seconds = sum(shard.bytes_asked for shard in shards.values()), time.monotonic() - begun
     missing = next((name for name, file in weight_map.items() if name not in shards[file].tensors), None)
     if missing is not None:
         raise MissingTensor(
@@ -230,10 +239,11 @@ def _open(files: _Files) -> Checkpoint:
             else:
                 unlisted.append(entry.name)
     tensors = _unfused(listed)
+    rate = asked / max(seconds, 1e-6) if asked else None
     config = _read_config(files, CONFIG)
     if config is not None and any(name.endswith(modelopt.MARK) for name in tensors):
         config = modelopt.completed(config, _read_config(files, modelopt.COMPANION) or {})
-    return Checkpoint(folder, shards, tensors, tuple(unlisted), config, files.follow_links, files.supply)
+    return Checkpoint(folder, shards, tensors, tuple(unlisted), config, files.follow_links, files.supply, rate)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -9,24 +9,35 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checkpoint.panels import naming, read_whole
-from k2quant.checkpoint.reader import INCOMPLETE, REPORT
+from k2quant.checkpoint.reader import INCOMPLETE, REPORT, Checkpoint
 from k2quant.checkpoint.reading import check_constants
-from k2quant.checkpoint.writing.destination import locked
+from k2quant.checkpoint.remote.address import Address, spot
+from k2quant.checkpoint.writing.opening import locked
 from k2quant.conversion.finishing.completing import complete
 from k2quant.conversion.finishing.report import fetched, report_of
+from k2quant.conversion.places import pinned
+from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, options_of
 from k2quant.conversion.recipes.rules import Recipes, read_recipe
-from k2quant.conversion.resume import begin, check_finished, clear, refuse_nested
+from k2quant.conversion.resume import (
+    begin,
+    check_finished,
+    clear,
+    finished_shards,
+    refuse_nested,
+    to_be_cleared,
+)
 from k2quant.conversion.searching.asked import planned
 from k2quant.conversion.searching.folding import check_halves
 from k2quant.conversion.searching.surveys import Substitute, check_shared
 from k2quant.conversion.spreading.cluster import Spread, check_cluster
 from k2quant.conversion.spreading.order import order
+from k2quant.conversion.spreading.part import Part, beside_cluster, part_of, share
 from k2quant.conversion.stream import Progress, Rounder, Stream
 from k2quant.errors import OutputError, UsageError
 from k2quant.formats.activations import ActivationScales, KvCache
@@ -64,22 +75,45 @@ _HINTS = {
 class Conversion(NamedTuple):
     """What a conversion came to."""
 
-    folder: Path
+    spot: Path | Address
+    """The folder or address that it was written to."""
     report: dict[str, Any]
     """The content of k2quant_report.json."""
     resumed: int
     """Shards that an earlier, interrupted run had finished."""
     already_done: bool
     """Whether the destination was finished before, so that nothing was written."""
+    missing: tuple[str, ...] = ()
+    """Shards that other parts have still to write. As long as there are any, `report` is empty."""
+    shards: int = 0
+    """All shards of the output, where some are missing."""
+
+    @property
+    def still_to_come(self) -> str:
+        """What other parts have still to write, such as `5 of 61 shards`."""
+        return f"{len(self.missing)} of {counted(self.shards, 'shard')}"
+
+    @property
+    def folder(self) -> Path:
+        """The folder that it was written to.
+
+        Raises:
+            UsageError: it was written to an address, which is `spot`.
+        """
+        if isinstance(self.spot, Address):
+            raise UsageError(f"{self.spot} is no folder; where a conversion was written to is `spot`")
+        return self.spot
 
     def facts(self) -> dict[str, object]:
         """Return what it comes to, in a few words."""
         report = self.report
+        if self.missing:
+            return {"folder": str(self.folder), "still_to_come": self.still_to_come}
         sizes = {name: size(report[key]) for name, key in (("read", "bytes_read"), ("written", "bytes_written"))}
         seconds = {} if self.already_done else {"time": duration(report["seconds"])}
         counts = {"tensors": len(report["tensors"]), "remarks": len(report.get("remarks", []))}
         done = {"resumed": self.resumed, "already_done": self.already_done}
-        return {"folder": str(self.folder), "to": report["options"]["to"], **sizes, **seconds, **counts, **done}
+        return {"folder": str(self.spot), "to": report["options"]["to"], **sizes, **seconds, **counts, **done}
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -93,8 +127,8 @@ class Conversion(NamedTuple):
 @hinting(_HINTS)
 @barred("convert")
 def convert(
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
+    destination: str | os.PathLike[str] | Address,
     to: FormatName | None = None,
     *,
     recipe: Recipes | None = None,
@@ -116,6 +150,7 @@ def convert(
     restart: bool = False,
     soft_lock: bool = False,
     sha256: bool = False,
+    part: str | None = None,
     low_disk: bool = False,
     progress: Asked = None,
 ) -> Conversion:
@@ -124,7 +159,9 @@ def convert(
     The same call after a kill resumes; on a finished destination it does nothing.
 
     Args:
-        source: folder of the checkpoint, in any of the formats, mixed too.
+        source: folder of the checkpoint, in any of the formats, mixed too, or its address: `hf://org/name@revision`,
+            `s3://bucket/prefix`; see docs/places.md. Where the address of a model on a hub names no revision, a
+            destination that was begun goes on with the commit that it was begun with.
         destination: folder to write; empty, new, or of an earlier run of the same call.
         to: `bf16`, `fp8`, `int4`, `nvfp4` or `mxfp4`.
         recipe: in place of `to`, `scope`, `ignore`, `grid`, `layout` and `method`, rules for classes and patterns: a
@@ -161,6 +198,10 @@ def convert(
         soft_lock: where the destination's file system has no locks, lock it by a file. What a killed run leaves of it
             is removed by the next one on the same machine; where another finds it, it must be deleted by hand.
         sha256: also note a sha256 of each file, as hubs list them.
+        part: `K/N`, such as `2/8`: write the K-th of N shares of the shards alone, beside other processes, on whatever
+            machines see source and destination, that write the others. Whoever finds all shards there completes the
+            destination. With `restart`, what an earlier run of the very same call left is not thrown away: it may be
+            another part's work.
         low_disk: of a source at an address, keep at most two shards on the disk at a time, where they come to lie there
             at all: what reads each weight once, as `rtn` does, has them in memory alone.
         progress: called as the work goes on, with the bytes read and all bytes; True for a bar.
@@ -174,10 +215,14 @@ def convert(
         OutputError: the destination is not ours, in use, or the disk failed; the same call resumes.
         UsageError: the options make no sense.
     """
-    here, there = Path(source), Path(destination)
-    refuse_nested(here, there)
+    begun, there = spot(source), spot(destination)
+    refuse_nested(begun, there)
+    own = None if part is None else part_of(part)
+    here, remark = pinned(begun, there, restart=restart)
     if cluster is not None:
         check_cluster(cluster)
+        if own is not None:
+            raise beside_cluster()
     options = chosen(
         recipe,
         to=to,
@@ -193,10 +238,11 @@ def convert(
         allow_rounding=allow_rounding,
     )
     plan, rounder = planned(here, options, stats, activation_scales, follow_links=follow_links)
+    plan = plan.remarked(remark)
     spread = None
     if cluster is not None:
         others: dict[str, Any] = {"stats": stats, "activation_scales": activation_scales, "follow_links": follow_links}
-        asked = order(plan, here, there, device=device, sha256=sha256, **others)
+        asked = order(plan, plan.source.place, there, device=device, sha256=sha256, low_disk=low_disk, **others)
         spread = Spread(cluster, asked, plan, workers=workers)
     return carry_out(
         plan,
@@ -206,6 +252,7 @@ def convert(
         restart=restart,
         soft_lock=soft_lock,
         sha256=sha256,
+        part=own,
         low_disk=low_disk,
         rounder=rounder,
         spread=spread,
@@ -227,7 +274,7 @@ def source_of(activation_scales: str | os.PathLike[str] | None) -> ActivationSca
 
 def carry_out(
     plan: Plan,
-    there: Path,
+    there: Path | Address,
     *,
     workers: int | None = None,
     device: str = "cpu",
@@ -238,6 +285,7 @@ def carry_out(
     substitute: Substitute | None = None,
     rounder: Rounder | None = None,
     check: Callable[[Path], None] | None = None,
+    part: Part | None = None,
     spread: Spread | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -245,7 +293,7 @@ def carry_out(
 
     Args:
         plan: what to write.
-        there: folder to write it to.
+        there: folder or address to write it to.
         workers: as in `convert`, like the others.
         device: where the converter's arithmetic runs.
         restart: throw away what an earlier run left.
@@ -254,34 +302,44 @@ def carry_out(
         low_disk: keep at most two shards of a source at an address on the disk.
         substitute: whose values take the place of the source's; `plan.values` says which these are.
         rounder: who rounds better than the formats' own rules; `plan.method` says how.
-        check: is given the folder when all shards stand there and nothing yet makes it look finished; what it raises
-            leaves it so.
+        check: is given the folder, which no address is, when all shards stand there and nothing yet makes it look
+            finished; what it raises leaves it so.
+        part: which share of the shards to write, beside others who write theirs; None: all of them.
         spread: who has other machines write the shards, if anybody.
         progress: called as the work goes on.
     """
     begun = time.monotonic()
+    if check is not None:
+        _as_folder(there)
     check_shared(plan, substitute)
     threads, arithmetic = checked_workers(workers), codecs_of(device if spread is None else "cpu")
+    own = None if part is None else frozenset(share(plan, part))
+    locking: dict[str, Any] = {"restart": restart, "soft": soft_lock, "share": "" if part is None else part.name}
     try:
-        with locked(there, report=REPORT, incomplete=INCOMPLETE, restart=restart, soft=soft_lock) as folder:
-            if not restart and (report := folder.finished_report()) is not None:
-                check_finished(folder, report, plan)
-                return Conversion(there, report, 0, already_done=True)
-            check_constants(plan.source, (job.weight for job in plan.jobs()))
-            _check_relabels(plan, substitute)
-            if restart:
-                clear(folder)
-            done = begin(folder, plan, fresh=restart)
+        with locked(there, report=REPORT, incomplete=INCOMPLETE, **locking) as folder:
+            with folder.alone():
+                fresh = restart and (part is None or to_be_cleared(folder, plan))
+                if not fresh and (report := folder.finished_report()) is not None:
+                    check_finished(folder, report, plan)
+                    return Conversion(there, report, 0, already_done=True)
+                jobs = [job for shard in plan.shards if own is None or shard.file in own for job in shard.jobs]
+                check_constants(plan.source, (job.weight for job in jobs))
+                _check_relabels(plan.source, jobs, substitute)
+                if fresh:
+                    folder.refuse_others()
+                    clear(folder)
+                done = begin(folder, plan, fresh=fresh, shared=part is not None)
             whole = counted(len(plan.shards), "shard")
             _log.info("%s: %s, %d of them there already; %s", there, whole, len(done), counted(threads, "thread"))
             if spread is not None:
                 folder.spread()
-                shards = done | spread.write(done, folder, progress)
+                written = spread.write(done, folder, progress)
             else:
                 stream = Stream(
                     plan,
                     folder,
                     done=set(done),
+                    only=own,
                     codecs=arithmetic,
                     sha256=sha256,
                     progress=progress,
@@ -290,15 +348,25 @@ def carry_out(
                     low_disk=low_disk,
                     records=done.values(),
                 )
-                shards = done | stream.run(threads)
-            check_halves(shards.values(), folder.spot)
-            if check is not None:
-                check(folder.spot)
-            more = {**({} if rounder is None else rounder.summary()), **fetched(plan.source.supply, shards.values())}
-            report = report_of(plan, shards, seconds=time.monotonic() - begun, resumed=len(done), more=more)
-            complete(folder, plan, report, sha256=sha256)
-            folder.finish()
-            return Conversion(there, report, len(done), already_done=False)
+                written = stream.run(threads)
+            with folder.alone():
+                before = len(done if own is None else own & done.keys())
+                if part is not None and (report := folder.finished_report()) is not None:  # another was the last
+                    return Conversion(there, report, before, already_done=False)
+                shards = done | written if part is None else finished_shards(folder, plan)
+                if missing := tuple(shard.file for shard in plan.shards if shard.file not in shards):
+                    return Conversion(there, {}, before, already_done=False, missing=missing, shards=len(plan.shards))
+                check_halves(shards.values(), folder.spot)
+                if check is not None:
+                    check(_as_folder(there))
+                more = {} if rounder is None else rounder.summary()
+                more = {**more, **fetched(plan.source.supply, shards.values())}
+                seconds, others = time.monotonic() - begun, len(shards) - len(written)
+                report = report_of(plan, shards, seconds=seconds, resumed=others, more=more)
+                folder.sweep(shards)
+                complete(folder, plan, report, sha256=sha256)
+                folder.finish()
+                return Conversion(there, report, before, already_done=False)
     except OSError as error:
         raise OutputError(
             "cannot be written",
@@ -306,6 +374,12 @@ def carry_out(
             found=error.strerror or str(error),
             remedy="when that is mended, run the same command again: it resumes",
         ) from error
+
+
+def _as_folder(there: Path | Address) -> Path:
+    if isinstance(there, Address):
+        raise UsageError(f"{there} is no folder, and what is written here is read again before it is finished")
+    return there
 
 
 def chosen(recipe: Recipes | None, **options: Any) -> Options:
@@ -328,16 +402,16 @@ def codecs_of(device: str) -> Codecs:
     return codecs(device)
 
 
-def _check_relabels(plan: Plan, substitute: Substitute | None) -> None:
+def _check_relabels(source: Checkpoint, jobs: Iterable[Job], substitute: Substitute | None) -> None:
     """Refuse at once, by a few bytes of each weight, what would be refused when its panel comes, hours later.
 
     Raises:
         BadValue: a number that cannot be said in the other layout.
     """
-    for job in plan.jobs():
+    for job in jobs:
         weight, stored = job.weight, job.weight.format
         if stored is None or job.target is None or not (stored.whole and stored.relabels(job.target)):
             continue
         if substitute is None or not substitute.replaces(weight):
             with naming(weight, 0):
-                stored.check_relabel(read_whole(plan.source, weight), job.target)
+                stored.check_relabel(read_whole(source, weight), job.target)

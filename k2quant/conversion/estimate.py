@@ -11,10 +11,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from k2quant.checkpoint.files.paths import nearest_folder
 from k2quant.checkpoint.panels import panel_state
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.reading import read_into
+from k2quant.checkpoint.remote.address import Address
 from k2quant.conversion.placing import Job, ShardPlan
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.resume import room
@@ -41,9 +41,9 @@ class Estimate(NamedTuple):
     peak_memory: int
     """Bytes."""
     disk_needed: int
-    """Bytes that must be free; less than is written where a run resumes or replaces."""
+    """Bytes that must be free on a disk here: less than is written where a run resumes, replaces, or uploads."""
     disk_free: int
-    """Bytes free where the destination will lie."""
+    """Bytes free where the destination will lie, or what is uploaded waits."""
     seconds: float
 
     @property
@@ -53,7 +53,13 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    plan: Plan, destination: Path, *, done: Mapping[str, object], workers: int, rounder: Searched | None = None
+    plan: Plan,
+    destination: Path | Address,
+    *,
+    done: Mapping[str, object],
+    workers: int,
+    rounder: Searched | None = None,
+    bandwidth: float | None = None,
 ) -> Estimate:
     """Estimate a conversion. Nothing is left behind at the destination.
 
@@ -63,18 +69,19 @@ def estimate(
         done: the shards that stand there already, by file name.
         workers: threads.
         rounder: who searches scales, if anybody does.
+        bandwidth: bytes a second at which a source at an address comes; None: as its headers came.
 
     Raises:
         OutputError: nothing can be written there.
     """
-    where = nearest_folder(destination)
+    found = room(plan, destination, done)
+    where = found.where
     todo = [shard for shard in plan.shards if shard.file not in done]
     read, written = sum(shard.bytes_read for shard in todo), sum(shard.size for shard in todo)
     try:
-        disk = read / read_rate(plan.source) + written / _write_rate(where)
+        disk = read / (bandwidth or read_rate(plan.source)) + written / _write_rate(where)
     except OSError as error:
         raise OutputError("cannot be written", file=where, found=error.strerror) from error
-    found = room(plan, destination, done)
     return Estimate(
         bytes_read=plan.bytes_read,
         bytes_written=plan.bytes_written,
@@ -202,7 +209,9 @@ def _probe_array(spec: TensorSpec, random: np.random.Generator) -> NDArray[Any]:
 
 
 def read_rate(source: Checkpoint) -> float:
-    """Return the bytes a second at which the beginning of a checkpoint can be read."""
+    """Return the bytes a second at which the beginning of a checkpoint can be read; over a network, the headers'."""
+    if source.rate is not None:
+        return source.rate
     shard = next(iter(source.shards.values()))
     buffer = memoryview(bytearray(min(_PROBE_BYTES, shard.size)))
     begun = time.perf_counter()

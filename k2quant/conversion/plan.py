@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
 from k2quant.checkpoint.beside import PASSED_OVER, Beside, describes_quantization, other_files
@@ -235,6 +235,10 @@ class Plan:
         """Return it in one line."""
         return brief(self)
 
+    def remarked(self, text: str) -> Plan:
+        """Return the plan with one more remark; itself where there is nothing to say."""
+        return replace(self, remarks=(*self.remarks, text)) if text else self
+
     @property
     def bytes_read(self) -> int:
         """Bytes of weights that are read."""
@@ -309,7 +313,7 @@ def plan_of(
         beside = other_files(source)
     except OSError as error:
         message = "cannot be read"
-        raise CheckpointError(message, file=error.filename or source.folder, found=error.strerror) from error
+        raise CheckpointError(message, file=error.filename or source.place, found=error.strerror) from error
     if found.left:
         shards = place((w for w in weights if w.main.name not in found.left), recipe, options.shard_size)
     companions = _companions(found.block)
@@ -342,7 +346,7 @@ def _carried(
     if source.config is None and recipe.quantises:
         raise CheckpointError(
             "is not there, and a quantised checkpoint cannot be loaded without it",
-            file=source.folder / CONFIG,
+            file=source.named(CONFIG),
             remedy="take it from the model's release",
         )
     quantised: dict[str, list[Job]] = {}
@@ -419,7 +423,7 @@ def _config(source: Checkpoint, found: Carried, *, rounded: bool) -> bytes | Non
         return None
     if found.block is None and not rounded and not config.quantization_blocks(source.config):
         # Whatever else stands there stays as it is; but engines read no file that begins with a byte-order mark.
-        return without_mark(source.config_bytes(), file=source.folder / CONFIG)
+        return without_mark(source.config_bytes(), file=source.named(CONFIG))
     return as_json(config.edited(source.config, found.block, rounded_to_bf16=rounded))
 
 

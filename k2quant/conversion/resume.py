@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from k2quant.checkpoint.cards import CARD, LIMIT, is_ours, placed
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
-from k2quant.checkpoint.writing.destination import Destination, room_of
+from k2quant.checkpoint.remote.address import HUB, Address
+from k2quant.checkpoint.writing.opening import room_at, target_at
 from k2quant.checkpoint.writing.target import Room, Target
 from k2quant.conversion.plan import Plan, options_from
 from k2quant.conversion.stream import Record
@@ -17,18 +19,35 @@ from k2quant.ground.version import __version__
 _JOURNAL_VERSION = 1
 
 
-def refuse_nested(source: Path, destination: Path) -> None:
-    """Refuse a destination that is the source, lies in it, or holds it.
+def refuse_nested(source: Path | Address, destination: Path | Address) -> None:
+    """Refuse a destination that is the source, lies in it, or holds it, or that is a hub, which takes whole files only.
 
     Raises:
         UsageError: it is so, or a path cannot be resolved.
     """
+    if isinstance(destination, Address) and destination.scheme == HUB:
+        raise UsageError(
+            f"{destination} is on a hub, which takes whole models: write to a folder first, then "
+            f"`k2quant push` it to {destination}"
+        )
+    if isinstance(source, Address) or isinstance(destination, Address):
+        _refuse_below(source, destination)
+        return
     try:
         here, there = source.resolve(), destination.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that no file can have
         raise UsageError(f"{source} or {destination} cannot be resolved: {error}") from error
     if here == there or here.is_relative_to(there) or there.is_relative_to(here):
         raise UsageError(f"{source} and {destination} must be two folders, neither inside the other")
+
+
+def _refuse_below(source: Path | Address, destination: Path | Address) -> None:
+    """Refuse one address below another."""
+    if not (isinstance(source, Address) and isinstance(destination, Address)) or source.scheme != destination.scheme:
+        return
+    here, there = (f"{each.path}/" for each in (source, destination))
+    if here.startswith(there) or there.startswith(here):
+        raise UsageError(f"{source} and {destination} must be two places, neither below the other")
 
 
 def identity(plan: Plan) -> dict[str, Any]:
@@ -51,8 +70,10 @@ def clear(folder: Target) -> None:
     """Delete what an earlier conversion of ours left."""
     journal, report = folder.journal(), folder.finished_report()
     files = journal[0].get("files") if journal else list(_sizes(report)) if report is not None else []
-    known = files if isinstance(files, list) else []
-    folder.clear([CONFIG, INDEX, REPORT, *(name for name in known if isinstance(name, str))])
+    known = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
+    victims = [CONFIG, INDEX, REPORT, *known, *placed(known).values(), CARD]
+    card = folder.read(CARD, LIMIT)
+    folder.clear([name for name in dict.fromkeys(victims) if name != CARD or (card is not None and is_ours(card))])
 
 
 def _sizes(report: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +97,7 @@ def check_finished(folder: Target, report: dict[str, Any], plan: Plan) -> None:
         raise _stale(folder, "finished", changed)
     last = {name: len(data) for name, data in plan.last.items()}
     sizes = _sizes(report)
+    sizes.pop(CARD, None)  # whoever edits it, or throws it away, has done no harm
     for name, size in (sizes | last | sizes).items():
         _check_size(folder, name, size, "was finished, but is not whole any more")
     for name, size in last.items():  # the options are the same: another release says more, or less, of them
@@ -134,13 +156,14 @@ def _stale(folder: Target, state: str, changed: list[str]) -> DestinationStale:
     )
 
 
-def begin(folder: Target, plan: Plan, *, fresh: bool) -> dict[str, Record]:
+def begin(folder: Target, plan: Plan, *, fresh: bool, shared: bool = False) -> dict[str, Record]:
     """Start or continue the journal; return the records of the shards that are finished.
 
     Args:
         folder: the destination.
         plan: what will be written there.
         fresh: whether the journal is only that of a clearing, which is over.
+        shared: whether others may be at work there: what stands in the journal then stays as it is.
 
     Raises:
         DestinationStale: the journal is of other options, another source or another version.
@@ -148,7 +171,10 @@ def begin(folder: Target, plan: Plan, *, fresh: bool) -> dict[str, Record]:
     """
     done = {} if fresh else finished_shards(folder, plan)
     _check_room(folder, plan, done)
-    folder.begin([{**_head(plan), "files": output_files(plan)}, *done.values()])
+    if fresh or not shared or not folder.journal():
+        folder.begin([{**_head(plan), "files": output_files(plan)}, *done.values()])
+    if shared:
+        folder.spread()
     if len(done) < len(plan.shards):
         # A run that was stopped at its very end may have left them.
         folder.delete([CONFIG, INDEX, REPORT, *plan.companions])
@@ -179,15 +205,27 @@ def finished_shards(folder: Target, plan: Plan) -> dict[str, Record]:
     return {record["shard"]: record for record in journal[1:] if _stands(folder, record, planned)}
 
 
-def standing_shards(plan: Plan, folder: Path, *, restart: bool) -> dict[str, Record]:
-    """Return what `begin` would find finished in a folder, without touching it.
+def to_be_cleared(folder: Target, plan: Plan) -> bool:
+    """Tell whether what stands there is not what this call would make or go on with, or is not whole any more."""
+    try:
+        if (report := folder.finished_report()) is not None:
+            check_finished(folder, report, plan)
+        else:
+            finished_shards(folder, plan)
+    except DestinationStale:
+        return True
+    return False
+
+
+def standing_shards(plan: Plan, spot: Path | Address, *, restart: bool) -> dict[str, Record]:
+    """Return what `begin` would find finished at a place, without touching it.
 
     Raises:
         OutputError: a conversion to this folder would be refused.
     """
-    if not folder.is_dir():
+    if isinstance(spot, Path) and not spot.is_dir():
         return {}
-    destination = Destination(folder, report=REPORT, incomplete=INCOMPLETE)
+    destination = target_at(spot, report=REPORT, incomplete=INCOMPLETE)
     destination.refuse_foreign(restart=restart)
     if restart:
         return {}
@@ -223,9 +261,9 @@ def missing(plan: Plan, done: Mapping[str, object]) -> tuple[dict[str, int], int
     return shards, plan.bytes_written - sum(shard.size for shard in plan.shards)
 
 
-def room(plan: Plan, folder: Path, done: Mapping[str, object]) -> Room:
-    """Return what a conversion to a folder, which need not be there yet, needs on the disk, and what is free."""
-    return room_of(folder, *missing(plan, done))
+def room(plan: Plan, spot: Path | Address, done: Mapping[str, object]) -> Room:
+    """Return what a conversion to a place, which need not be there yet, needs on a disk here, and what is free."""
+    return room_at(spot, *missing(plan, done))
 
 
 def _check_room(folder: Target, plan: Plan, done: dict[str, Record]) -> None:
@@ -236,5 +274,5 @@ def _check_room(folder: Target, plan: Plan, done: dict[str, Record]) -> None:
             file=found.where,
             expected=f"{found.needed} bytes free",
             found=f"{found.free} bytes",
-            remedy="free some space, or name a folder on another disk",
+            remedy=found.remedy,
         )

@@ -104,10 +104,6 @@ class Rounder(Protocol):
         """Return what the report says beside that, once all shards stand; no key of it is one of the report's own."""
 
 
-# Linux lets one thread at a time write to a file: two threads wrote 1.6 GB/s to one file, 3.1 to two (tmpfs, 2 cores).
-SHARDS_ABREAST = 8
-"""Output shards that are written at a time, at most."""
-
 _SHARDS_IN_FLUSH = 2  # finished shards that may wait for the disk before the pool waits for them
 
 
@@ -256,7 +252,7 @@ class Stream:
 
     def run(self, workers: int) -> dict[str, Record]:
         """Write the shards; return their records by file name."""
-        abreast = min(workers, SHARDS_ABREAST)
+        abreast = min(workers, self._folder.abreast)
         try:
             if self._supply is not None:
                 abreast = self._fetch(self._supply, abreast)

@@ -23,6 +23,7 @@ class Bf16(Format):
     """A weight stored as it is. Sources may hold F16 or F32, which are read as BF16; output is BF16."""
 
     name: ClassVar[str] = "bf16"
+    served: ClassVar[str] = "every engine that runs the model"
     mains: ClassVar[tuple[str, ...]] = ("weight",)
     streamed: ClassVar[tuple[str, ...]] = ("weight",)
     quantised: ClassVar[bool] = False

@@ -147,6 +147,8 @@ class Format(ABC):
     """compressed-tensors' `format` of such a group: how the codes are packed."""
     method: ClassVar[str | None] = None
     """`quant_method` of a config that speaks of this format."""
+    served: ClassVar[str] = "k2quant"
+    """Engines that take it, by their documents and sources, as a model card says it."""
     keys: ClassVar[Mapping[str, Key] | None] = None
     """What is known of the block of `method`; None: `check_config` looks at all of it."""
     default_scope: ClassVar[Scope | None] = None

@@ -96,6 +96,7 @@ class Fp8(Format):
     """Float8 E4M3 codes with a float32 scale for each block. The scale multiplies, though its name may say `inv`."""
 
     name: ClassVar[str] = "fp8"
+    served: ClassVar[str] = "vLLM, SGLang, transformers, k2quant"
     mains: ClassVar[tuple[str, ...]] = ("weight",)
     partners: ClassVar[tuple[str, ...]] = tuple(called.scale for called in _NAMES.values())
     reads: ClassVar[str] = "block-FP8 with weight_scale_inv or weight_scale"

@@ -53,6 +53,7 @@ class Int4(Format):
     """Four-bit codes, eight to an int32 with the lowest column in the lowest nibble, and a scale for each group."""
 
     name: ClassVar[str] = "int4"
+    served: ClassVar[str] = "vLLM, SGLang, transformers with compressed-tensors, KTransformers (experts), k2quant"
     mains: ClassVar[tuple[str, ...]] = ("weight_packed",)
     streamed: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
     partners: ClassVar[tuple[str, ...]] = ("weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")

@@ -42,6 +42,7 @@ class Mxfp4(Format):
     """E2M1 codes, the even column in the low nibble, times 2^(byte - 127) for each 32 columns."""
 
     name: ClassVar[str] = "mxfp4"
+    served: ClassVar[str] = "vLLM, transformers with compressed-tensors, k2quant"
     mains: ClassVar[tuple[str, ...]] = ("weight_packed",)
     streamed: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
     partners: ClassVar[tuple[str, ...]] = ("weight_scale",)

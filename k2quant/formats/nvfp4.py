@@ -75,6 +75,7 @@ class Nvfp4(Format):
     """E2M1 codes, the even column in the low nibble, times an E4M3 scale of 16 columns, times one of the tensor."""
 
     name: ClassVar[str] = "nvfp4"
+    served: ClassVar[str] = "vLLM, SGLang (ModelOpt's layout with scales of inputs), k2quant"
     mains: ClassVar[tuple[str, ...]] = tuple(called.codes for called in _NAMES.values())
     whole: ClassVar[tuple[str, ...]] = tuple(
         suffix for called in _NAMES.values() for suffix in (called.tensor, called.inputs)

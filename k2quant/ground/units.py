@@ -70,6 +70,20 @@ def moment(seconds: float) -> str:
         return f"{seconds:.0f} s after 1970"
 
 
+def parse_rate(text: str) -> float:
+    """Read a rate such as `10Gbit`, `10Gbit/s`, `800Mbps` or `1.2GB/s` in bytes a second; units are powers of 1000.
+
+    Raises:
+        UsageError: it is none, or zero.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?)\s*([kmgt]?)(bit|b)(?:/s|ps)?", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise UsageError(f"{text!r} is no rate; try 10Gbit or 1.2GB/s")
+    bits = match[3].lower() == "bit" or text.strip().endswith("bps")
+    unit: int = 1000 ** " kmgt".index(match[2].lower() or " ")
+    return float(match[1]) * unit / (8 if bits else 1)
+
+
 def parse_size(text: str) -> int:
     """Read a size such as `5GB`, `512MB` or `1000000` in bytes; units are powers of 1000, `GiB` and `MiB` of 1024.
 

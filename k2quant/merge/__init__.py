@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from k2quant.checkpoint.panels import ROW_STEP
 from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.conversion.convert import Conversion, carry_out, chosen, codecs_of
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Options, Plan, make_plan
@@ -125,7 +126,7 @@ def merge(
         OutputError: the destination is not ours, in use, or the disk failed; the same call resumes.
         UsageError: the options make no sense.
     """
-    here, there, update = Path(base), Path(destination), Path(adapter)
+    here, there, update = spot(base), spot(destination), Path(adapter)
     refuse_nested(here, there)
     refuse_nested(update, there)
     options = chosen(
@@ -152,7 +153,7 @@ def merge(
     )
 
 
-def make_merge_plan(base: Path, adapter: Path, options: Options, *, follow_links: bool = False) -> MergePlan:
+def make_merge_plan(base: Path | Address, adapter: Path, options: Options, *, follow_links: bool = False) -> MergePlan:
     """Plan a merge. The adapter is read once, for its digest and for NaN; of the base, headers alone.
 
     Raises:

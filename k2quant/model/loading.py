@@ -7,7 +7,6 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import cast, get_args
 
 import torch
@@ -16,6 +15,7 @@ from transformers import GenerationConfig
 from k2quant.checkpoint.files.paths import read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.checkpoint.remote.address import spot
 from k2quant.errors import CheckpointWarning, UsageError
 from k2quant.ground.saying.arguments import hinting
 from k2quant.ground.saying.progress import Asked, barred, told
@@ -88,7 +88,7 @@ def load_model(
         UsageError: an option makes no sense.
     """
     begun = time.monotonic()
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(Path(path), follow_links=follow_links)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(spot(path), follow_links=follow_links)
     assembly = assemble(checkpoint, device=execution_device(device), dtype=dtype, backend=backend)
     mapping = spread(assembly, device, max_memory)
     fill(assembly, resident(assembly, mapping), progress=told(progress))

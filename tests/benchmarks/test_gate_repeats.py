@@ -60,6 +60,13 @@ def test_who_holds_the_level_and_who_does_not() -> None:
     assert gate_repeats.measure(cell(n=298), 500, 1)["passes"]["k2quant"] == 0
 
 
+def test_what_judges_single_answers_is_measured_alone() -> None:
+    """On the very resamples that all rules see."""
+    for one in (cell(n=100), cell(population="beta, .5", kind="mixed", n=300, repeats=4)):
+        whole, single = gate_repeats.measure(one, 200, 5)["passes"], gate_repeats.measure_single(one, 200, 5)
+        assert single == {name: whole[name] for name in gate_repeats.SINGLE}
+
+
 def test_more_repeats_win_where_answers_are_noise() -> None:
     """Without a drop repeats help where answers are drawn by chance; betting, as safe, wins less."""
     few, many = (
@@ -101,5 +108,8 @@ def test_the_section_has_every_table() -> None:
     found |= {"planned": [], "bars": [], "edges": list(gate_repeats.edges())}
     text = repeats_report.section(found)
     assert "| 30% uncertain | 8 |" in text
+    assert "anew" not in text
+    told = repeats_report.section(found | {"again": facts | {"dirty": True, "seconds": 2.0, "load": 0.1}})
+    assert "changed: `it`, load 0.1; numpy 2; commit\nabc, changed since. 2 s." in told
     assert "| 299 | 1.00 | 4 | no | 0.0495 |" in text  # (1 - margin) ** n
     assert "{" not in text

@@ -298,6 +298,22 @@ def render_fp4(folder: Path) -> str:
     return f"\n## FP4\n\n{command}\n\n{''.join(lines)}" if lines else ""
 
 
+def render_machines(folder: Path) -> str:
+    """Link the pages of `python -m suites.conversion.machines.report` and `suites.conversion.machines.overhead`."""
+    pages = {
+        "machines": "[The whole of K2 on many machines](results/machines.md): on paper, by a simulation: 1, 4 and 16 "
+        "machines, lines of 10 and 25 Gbit/s, buckets, a shared file system, NVMe, and which of them rules.",
+        "machines-overhead": "[What a cluster costs](results/machines-overhead.md): two nodes of one core beside two "
+        "threads, on the same slice.",
+    }
+    lines = [f"- {line}\n" for name, line in pages.items() if (folder / f"{name}.json").exists()]
+    command = (
+        "`PYTHONPATH=benchmarks python -m suites.conversion.machines.report`, or `suites.conversion.machines.overhead "
+        "--workdir /dev/shm/machines`."
+    )
+    return f"\n## Many machines\n\n{command}\n\n{''.join(lines)}" if lines else ""
+
+
 SECTIONS = {
     "peers": render_peers,
     "cat": render_cat,
@@ -316,6 +332,6 @@ def render(results: dict[str, Any], source: str, page: Path, *, remarks: str) ->
         f"\n{remarks}" if remarks else "",
     ]
     parts += [section(results) for name, section in SECTIONS.items() if name in results]
-    linkers = (render_kernels, render_models, render_accuracy, render_calibration, render_fp4)
+    linkers = (render_kernels, render_models, render_accuracy, render_calibration, render_fp4, render_machines)
     parts += [linked(page.parent / "results") for linked in linkers]
     page.write_text("".join(parts))

@@ -16,7 +16,7 @@ SECTION = """
 `{command}`
 
 {cpu}, {cores} cores, load {load:.1f}; {versions}; commit {commit}{dirty}. {seconds:.0f} s; seed {seed}.
-
+{again}
 An item's difference x is the share of its repeats that the candidate has right, less the baseline's; the item is the
 cluster. Populations of 2,000 items, each with a chance of being right, from which items are drawn with replacement, so
 that the truth is known; {resamples:,} resamples of each cell. "Certain": 80% of the items are always right, the others
@@ -77,6 +77,12 @@ gave; of items of which some flip for good and of some a coin decides both model
 Items for a power of .8 with one answer to each: by the exact test, which the gate keeps there, and by Gaffke's bound.
 
 {single}
+"""
+
+AGAIN = """
+Majority, repeats as items, one repeat and the last table judge single answers by the exact test. They were measured
+anew, on the same resamples, when that test had changed: `{command}`, load {load:.1f}; {versions}; commit
+{commit}{dirty}. {seconds:.0f} s.
 """
 
 LEVELS: dict[str, Show] = {
@@ -167,8 +173,8 @@ def section(found: dict[str, Any]) -> str:
     most = ceiling(ALPHA, found["resamples"])
     over = {rule: sum(cell["passes"][rule] > most for cell in level) for rule in RULES}
     shown = {
-        "versions": ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
-        "dirty": ", changed since" if found["dirty"] else "",
+        **_told(found),
+        "again": AGAIN.format(**found["again"] | _told(found["again"])) if "again" in found else "",
         "ceiling": most,
         "level_count": len(level),
         "bars": table(BARS, found["bars"]),
@@ -181,6 +187,14 @@ def section(found: dict[str, Any]) -> str:
         "single": table(SINGLE, found["single"]),
     }
     return SECTION.format(**found | shown)
+
+
+def _told(facts: dict[str, Any]) -> dict[str, str]:
+    """Return what of a machine's facts is said in words."""
+    return {
+        "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+        "dirty": ", changed since" if facts["dirty"] else "",
+    }
 
 
 def _levels(cells: list[Row]) -> Iterator[Row]:

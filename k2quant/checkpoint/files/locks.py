@@ -48,6 +48,20 @@ class Lock:
         held = os.fstat(self._descriptor)
         return (status.st_ino, status.st_dev) == (held.st_ino, held.st_dev)
 
+    def alone(self) -> bool:
+        """Keep out all who would share this lock, if nobody shares it now; tell whether it is so.
+
+        Where the file system has no locks, nobody can tell, and the answer is yes.
+        """
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        return True
+
     def release(self) -> None:
         """Let others in."""
         if self._soft is not None:
@@ -55,13 +69,15 @@ class Lock:
         os.close(self._descriptor)
 
 
-def take(path: Path, *, folder: Path, soft: bool) -> Lock:
+def take(path: Path, *, folder: Path, soft: bool, shared: bool = False, what: str = "") -> Lock:
     """Lock a file, which is made if need be.
 
     Args:
         path: of the file.
         folder: what the lock is for, as messages name it.
         soft: whether a file may be the lock where the file system has no others.
+        shared: whether others may share it. Nobody shares a soft lock: who shares has one by another name too.
+        what: what of the folder the lock is for, as messages name it; empty for all of it.
 
     Raises:
         DestinationInUse: another process holds the lock, or may hold it.
@@ -71,9 +87,9 @@ def take(path: Path, *, folder: Path, soft: bool) -> Lock:
     made = not os.path.lexists(path)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        _lock(descriptor, folder, soft=soft)
+        _lock(descriptor, folder, soft=soft, shared=shared, what=what)
         beside = _SoftLock(path.with_name(path.name + SOFT), folder)
-        if soft:
+        if soft and not shared:
             beside.take()
         else:
             beside.clear()
@@ -82,7 +98,16 @@ def take(path: Path, *, folder: Path, soft: bool) -> Lock:
         if made and isinstance(error, OutputError) and not isinstance(error, DestinationInUse):
             path.unlink(missing_ok=True)  # nobody can hold it
         raise
-    return Lock(path, descriptor, beside if soft else None)
+    return Lock(path, descriptor, beside if soft and not shared else None)
+
+
+def refuse_soft(path: Path, *, folder: Path) -> None:
+    """Refuse to go on beside the soft lock of a file, unless its process is dead; then it goes.
+
+    Raises:
+        DestinationInUse: its process is at work, or nobody can tell.
+    """
+    _SoftLock(path.with_name(path.name + SOFT), folder).clear()
 
 
 @contextlib.contextmanager
@@ -95,11 +120,12 @@ def locked_file(path: Path, *, soft: bool = False) -> Iterator[None]:
         lock.release()
 
 
-def _lock(descriptor: int, folder: Path, *, soft: bool) -> None:
+def _lock(descriptor: int, folder: Path, *, soft: bool, shared: bool, what: str) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DestinationInUse("another k2quant works here", file=folder, remedy=_WAIT) from None
+        message = f"another k2quant writes {what} here" if what else "another k2quant works here"
+        raise DestinationInUse(message, file=folder, remedy="wait for it" if what else _WAIT) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -114,8 +140,8 @@ def _lock(descriptor: int, folder: Path, *, soft: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Holder:
-    """The process that a soft lock speaks of."""
+class Holder:
+    """The process that a soft lock, or an object that is a lock, speaks of."""
 
     host: str
     machine: str
@@ -123,6 +149,31 @@ class _Holder:
     pid: int
     started: int
     """When it began, in ticks since boot: numbers of processes are given anew."""
+
+    @classmethod
+    def me(cls) -> Holder:
+        """Return this process."""
+        now = _state(os.getpid())
+        return cls(host=platform.node(), machine=_machine(), pid=os.getpid(), started=now[1] if now is not None else 0)
+
+    @classmethod
+    def read(cls, data: bytes, file: object) -> Holder:
+        """Return the process that a lock's content names.
+
+        Args:
+            data: JSON.
+            file: where it stands, for messages.
+
+        Raises:
+            CheckpointError, KeyError, TypeError, ValueError: it names none.
+        """
+        found = parse_object(data, file=file)
+        return cls(
+            host=text(found["host"]),
+            machine=text(found["machine"]),
+            pid=whole(found["pid"], 1, _PIDS),
+            started=whole(found["started"]),
+        )
 
     def is_here(self) -> bool:
         """Tell whether the process ran on this machine, since it was booted."""
@@ -157,11 +208,7 @@ class _SoftLock:
         Raises:
             DestinationInUse: so it is.
         """
-        now = _state(os.getpid())
-        me = _Holder(
-            host=platform.node(), machine=_machine(), pid=os.getpid(), started=now[1] if now is not None else 0
-        )
-        content = json.dumps(asdict(me)).encode() + b"\n"
+        content = json.dumps(asdict(Holder.me())).encode() + b"\n"
         while True:
             self.clear()
             try:
@@ -208,7 +255,7 @@ class _SoftLock:
         finally:
             guard.unlink(missing_ok=True)
 
-    def _holder(self) -> _Holder | None:
+    def _holder(self) -> Holder | None:
         """Return whose the file is; None where there is none.
 
         Raises:
@@ -217,13 +264,7 @@ class _SoftLock:
         if not os.path.lexists(self._path):
             return None
         try:
-            found = parse_object(_read(self._path), file=self._path)
-            return _Holder(
-                host=text(found["host"]),
-                machine=text(found["machine"]),
-                pid=whole(found["pid"], 1, _PIDS),
-                started=whole(found["started"]),
-            )
+            return Holder.read(_read(self._path), self._path)
         except FileNotFoundError:  # released since
             return None
         except (CheckpointError, OSError, KeyError, TypeError, ValueError) as error:
@@ -233,7 +274,7 @@ class _SoftLock:
                 remedy="if no k2quant works in this folder, delete that file",
             ) from error
 
-    def _in_use(self, holder: _Holder) -> DestinationInUse:
+    def _in_use(self, holder: Holder) -> DestinationInUse:
         if holder.is_here():
             return DestinationInUse("another k2quant works here", file=self._folder, found=str(holder), remedy=_WAIT)
         return DestinationInUse(

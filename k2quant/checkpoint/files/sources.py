@@ -26,18 +26,18 @@ def no_folder(path: str | os.PathLike[str]) -> str | None:
     return "; ".join(filter(None, _explained(os.fspath(path))))
 
 
-def check_folder(path: Path) -> None:
-    """Refuse a path that is no folder.
+def check_folder(path: Path, *, addresses: bool = False) -> None:
+    """Refuse a path that is no folder; `addresses`: whether an address may be named in its place.
 
     Raises:
         CheckpointError: it is a file, a model's name on a hub, an address, or not there.
     """
     if not os.path.isdir(path):  # noqa: PTH112  it never raises
-        message, remedy = _explained(os.fspath(path))
+        message, remedy = _explained(os.fspath(path), addresses=addresses)
         raise CheckpointError(message, file=path, remedy=remedy)
 
 
-def _explained(path: str) -> tuple[str, str | None]:
+def _explained(path: str, *, addresses: bool = False) -> tuple[str, str | None]:
     """Return what a path is that is no folder, and what to do about it."""
     if os.path.lexists(path):
         folder = Path(path).parent
@@ -47,7 +47,10 @@ def _explained(path: str) -> tuple[str, str | None]:
     address = _HUB.match(path)
     hub_id = _ID.fullmatch(path, address.end() if address else 0)
     if address and hub_id:
-        return "an address on the Hugging Face hub, not a folder", _download(hub_id)
+        return (
+            "an address on the Hugging Face hub, not a folder",
+            _remedy(hub_id, addresses=addresses),
+        )
     if _ADDRESS.match(path):
         return "an address, not a folder", "copy the checkpoint to a folder here first"
     remedies = []
@@ -55,8 +58,14 @@ def _explained(path: str) -> tuple[str, str | None]:
     if above.name and os.path.isdir(above):  # noqa: PTH112  it never raises
         remedies.append(f"{above} is there, but has no {name}")
     if hub_id and not name.endswith(_OF_FILES):
-        remedies.append(f"if it is a model on the Hugging Face hub, {_download(hub_id)}")
+        remedies.append(f"if it is a model on the Hugging Face hub, {_remedy(hub_id, addresses=addresses)}")
     return "no such folder", "; ".join(remedies) or None
+
+
+def _remedy(hub_id: re.Match[str], *, addresses: bool) -> str:
+    revision = hub_id["at"] or hub_id["rev"]
+    at = f"@{revision}" if revision and revision != "main" else ""
+    return (f"name hf://{hub_id['id']}{at}, or " if addresses else "") + _download(hub_id)
 
 
 def _download(hub_id: re.Match[str]) -> str:

@@ -76,12 +76,14 @@ def parse(text: str) -> Address:
     return Address(scheme, path, revision)
 
 
-def spot(text: str | os.PathLike[str]) -> Path | Address:
+def spot(text: str | os.PathLike[str] | Address) -> Path | Address:
     """Return what somebody named: a local folder, also by `file://`, or an address.
 
     Raises:
         UsageError: it begins like an address, and is none; see `parse`.
     """
+    if isinstance(text, Address):
+        return text
     if not isinstance(text, str) or not is_address(text):
         return Path(text)
     address = parse(text)

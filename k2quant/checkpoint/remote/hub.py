@@ -13,10 +13,11 @@ from typing import Any, Self, cast
 
 from k2quant.checkpoint.remote import fetching
 from k2quant.checkpoint.remote.address import Address
-from k2quant.checkpoint.remote.listing import Listing, as_error, listed, refused
+from k2quant.checkpoint.remote.listing import Listing, as_error, listed, of_a_client, refused
 from k2quant.checkpoint.remote.place import RemoteFile
 from k2quant.checkpoint.remote.ranges import Client, Ranges
 from k2quant.checkpoint.remote.retrying import retried
+from k2quant.checkpoint.remote.secrets import guard
 from k2quant.errors import CheckpointError
 from k2quant.ground import pool
 
@@ -86,7 +87,9 @@ class HubPlace:
         asked: dict[str, Any] = {"revision": self.address.revision, "tqdm_class": _Silent}
         try:
             path = retried(what, lambda: str(hf_hub_download(self.address.path, name, **asked)))
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            if not (of_a_client(error) or isinstance(error, ValueError)):
+                raise
             raise as_error(error, what, self.address) from None
         found = Path(os.path.abspath(path))  # noqa: PTH100  a link of the cache stays one
         size = found.stat().st_size
@@ -135,6 +138,7 @@ def _session() -> Client:
     """Return huggingface_hub's client: proxies and certificates are set there, and it keeps connections."""
     from huggingface_hub import get_session
 
+    guard("huggingface_hub")
     client: Any = get_session()  # of httpx or its successor, as the release of huggingface_hub has it
     return cast("Client", client)
 

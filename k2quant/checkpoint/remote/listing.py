@@ -46,7 +46,9 @@ def listed(address: Address, session: Callable[[], Client], headers: Callable[[]
     url = f"{constants.ENDPOINT}/api/models/{address.path}{at}"
     try:
         data = retried(str(address), lambda: _asked(url, address, session(), headers()))
-    except OSError as error:
+    except Exception as error:
+        if not of_a_client(error):
+            raise
         raise as_error(error, str(address), address) from None
     return _read(data, address)
 
@@ -134,6 +136,11 @@ def refused(answer: Answer, what: str, address: Address) -> CheckpointError:
     return _refusal(answer.status_code, headers.get("x-error-code"), headers.get("x-error-message"), what, address)
 
 
+def of_a_client(error: Exception) -> bool:
+    """Tell whether an error comes from the way to a hub: the system's, or that of httpx or its successor."""
+    return isinstance(error, OSError) or any(kind.__name__ == "HTTPError" for kind in type(error).__mro__)
+
+
 def as_error(error: Exception, what: str, address: Address) -> CheckpointError:
     """Return an error of huggingface_hub as one of ours."""
     chain: list[BaseException] = [error]
@@ -151,7 +158,9 @@ _LOGIN = "`hf auth login`, or HF_TOKEN, says who you are"
 
 
 def _refusal(status: int, code: str | None, message: str | None, what: str, address: Address) -> CheckpointError:
-    page = f"https://huggingface.co/{address.path}"
+    from huggingface_hub import constants
+
+    page = f"{constants.ENDPOINT}/{address.path}"
     found = f"status {status}" + (f", {clean(str(message))[:200]}" if message else "")
     if code == "GatedRepo":
         return CheckpointError(

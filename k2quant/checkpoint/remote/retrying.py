@@ -31,6 +31,7 @@ _TRANSIENT = {  # by name, so that none of these libraries need be loaded; their
     "ClientConnectionError",  # aiohttp
     "ClientPayloadError",
     "HTTPClientError",  # botocore
+    "EndpointConnectionError",
     "IncompleteReadError",
     "ResponseStreamingError",
     "IncompleteRead",  # http.client

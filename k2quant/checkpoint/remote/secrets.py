@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 
@@ -41,3 +42,19 @@ def clean(text: str) -> str:
     for rule, kept in _RULES:
         text = rule.sub(kept, text)
     return text
+
+
+def guard(library: str) -> None:
+    """Have what a library logs by its own handlers cleaned from now on: it shows addresses with their signatures."""
+    for handler in logging.getLogger(library).handlers:
+        if not any(isinstance(each, _Cleaned) for each in handler.filters):
+            handler.addFilter(_Cleaned())
+
+
+class _Cleaned(logging.Filter):
+    """Lets records through without secrets."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Clean a record's text, in place."""
+        record.msg, record.args = clean(record.getMessage()), ()
+        return True

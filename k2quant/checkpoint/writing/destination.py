@@ -9,39 +9,48 @@ conversion is done; what remains is the checkpoint and its report.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from k2quant.checkpoint.cards import CARD
 from k2quant.checkpoint.files import digests
 from k2quant.checkpoint.files.locks import Lock, take
 from k2quant.checkpoint.files.paths import (
     PARTIAL,
     copy_file,
     nearest_folder,
+    partial_of,
     partials,
     read_limited,
     sync_folder,
     write_whole,
 )
 from k2quant.checkpoint.files.strict_json import parse_object
-from k2quant.checkpoint.writing.target import Room
+from k2quant.checkpoint.writing.sharing import LOCK, Sharing, refuse_shares
+from k2quant.checkpoint.writing.target import Room, Target
 from k2quant.checkpoint.writing.writer import ShardWriter
-from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, OutputError
+from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, MalformedFile, OutputError
 
-_WORK = ".k2quant"
-_LOCK = "lock"
+WORK = ".k2quant"
+"""Folder, below an output, of what a run keeps there while it is at work."""
 _JOURNAL = "journal.jsonl"
 _SHARDS = "shards"
 _NOTE = ".json"
 REPORT_LIMIT = 2_000_000_000
 """Largest report or journal in bytes, far above what a whole K2 needs: some 300 bytes for each of 140,000 tensors."""
 
-_CONVERTING = (
+# Linux lets one thread at a time write to a file: two threads wrote 1.6 GB/s to one file, 3.1 to two (tmpfs, 2 cores).
+SHARDS_ABREAST = 8
+"""Output shards that are written to a folder at a time, at most."""
+
+CONVERTING = (
     b"k2quant is writing this checkpoint, or was stopped while it did. It cannot be used yet.\n"
     b"Run the same `k2quant convert` again: it resumes where it stopped.\n"
 )
@@ -50,8 +59,10 @@ _CONVERTING = (
 class Destination:
     """An output folder, locked by this process."""
 
+    abreast = SHARDS_ABREAST
+
     def __init__(
-        self, folder: Path, *, report: str, incomplete: str, mark: bytes = _CONVERTING, attempt: str = ""
+        self, folder: Path, *, report: str, incomplete: str, mark: bytes = CONVERTING, attempt: str = ""
     ) -> None:
         """Take what `locked` prepared.
 
@@ -65,10 +76,12 @@ class Destination:
         """
         self.folder = folder
         self._attempt = attempt
+        self._share = ""
+        self._sharing: Sharing | None = None
         self._mark = mark
         self._report = folder / report
         self._incomplete = folder / incomplete
-        self.work = folder / _WORK
+        self.work = folder / WORK
         """Where a run keeps what is nobody's when it is done: folders of its own beside lock and journal."""
         self._journal = self.work / _JOURNAL
         self._shards = self.work / _SHARDS
@@ -81,7 +94,8 @@ class Destination:
     @property
     def stage(self) -> Path:
         """Where shards of a source lie while they are read; each of several processes has a folder of its own."""
-        return self.work / (f"source-{self._attempt}" if self._attempt else "source")
+        own = self._share or self._attempt  # a part goes on with what an earlier attempt at it fetched
+        return self.work / (f"source-{own}" if own else "source")
 
     def named(self, name: str) -> Path:
         """Return the path of a file, as messages name it."""
@@ -96,6 +110,13 @@ class Destination:
         """
         path = self.folder / name
         return path.stat().st_size if path.is_file() and (links or not path.is_symlink()) else None
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """Return a small file that stands there; None where no regular file does, or one of more bytes than `limit`."""
+        path = self.folder / name
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > limit:
+            return None
+        return path.read_bytes()
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file so that it is whole or not there."""
@@ -164,9 +185,45 @@ class Destination:
     def begin(self, records: list[dict[str, Any]]) -> None:
         """Write the journal anew with these records and mark the folder as unfinished."""
         write_whole(self._incomplete, self._mark)
-        write_whole(self._journal, b"".join(map(_line, records)))
+        write_whole(self._journal, b"".join(map(line, records)))
         for note in self._shards.glob(f"*{_NOTE}"):  # which the journal holds now
             note.unlink()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Do what one process may do at a time, where several write shares; they wait for one another.
+
+        Raises:
+            DestinationInUse: the first time, as `locked` says; later, another waits too long for something.
+        """
+        if self._sharing is None:
+            yield
+            return
+        first = not self._sharing.held
+        with self._sharing.alone():
+            if not first:
+                self._look_again()
+            yield
+
+    def _look_again(self) -> None:
+        """Have what others have just written be seen.
+
+        What NFS shows of a folder is up to a minute old (acdirmax, see nfs(5)), unless this machine changes it.
+        """
+        for folder in (self.folder, self._shards):
+            probe = partial_of(folder / self._incomplete.name, f"{self._attempt}.probe")
+            with contextlib.suppress(FileNotFoundError):
+                probe.touch()
+                probe.unlink()
+
+    def refuse_others(self) -> None:
+        """Refuse to throw away what other processes are writing.
+
+        Raises:
+            DestinationInUse: they are.
+        """
+        if self._sharing is not None and not self._sharing.is_last():
+            raise others_at_work(self.folder)
 
     def spread(self) -> None:
         """Have room for the notes of several processes; who finds none knows that the folder was finished meanwhile."""
@@ -180,7 +237,7 @@ class Destination:
         """
         if self._attempt:
             try:
-                write_whole(self._shards / f"{record['shard']}{_NOTE}", _line(record), self._attempt)
+                write_whole(self._shards / f"{record['shard']}{_NOTE}", line(record), self._attempt)
             except FileNotFoundError as error:
                 remedy = "run the same command again: it says how things stand"
                 raise DestinationStale(
@@ -188,7 +245,7 @@ class Destination:
                 ) from error
             return
         with self._journal.open("ab") as file:
-            file.write(_line(record))
+            file.write(line(record))
             file.flush()
             os.fsync(file.fileno())
 
@@ -215,6 +272,11 @@ class Destination:
             elif path.is_dir():
                 shutil.rmtree(path)
 
+    def sweep(self, files: Iterable[str]) -> None:
+        """Delete what killed attempts left of these files; none of them is being written."""
+        for path in (path for name in files for path in partials(self.folder / name)):
+            path.unlink(missing_ok=True)
+
     def delete(self, files: Sequence[str]) -> None:
         """Delete those of these files that are there; names that leave the folder are passed over."""
         for name in files:
@@ -230,6 +292,37 @@ class Destination:
                     victim.unlink(missing_ok=True)
         sync_folder(self.folder)
 
+    @contextlib.contextmanager
+    def shared(self, share: str, *, restart: bool, soft: bool) -> Iterator[None]:
+        """Have one of several processes write its share as long as the block runs; see `locked`."""
+
+        def check() -> None:
+            self.refuse_foreign(restart=restart)
+            if not self.journal():
+                self.forget()  # left by a run that was killed after its very end
+            for path in self.folder.glob(f"*.{glob.escape(share)}-*{PARTIAL}"):  # of an earlier attempt at this share
+                path.unlink(missing_ok=True)
+
+        _refuse_link(self.work)
+        with contextlib.suppress(DestinationStale):  # another may be beginning just now; behind the gate it is sure
+            self.refuse_foreign(restart=restart)
+        self._share = share
+        self._sharing = Sharing(self.work, folder=self.folder, name=share, soft=soft, check=check)
+        try:
+            yield
+        finally:
+            if self._sharing.held:
+                with contextlib.suppress(OSError, DestinationInUse):
+                    if not self.journal():
+                        self._go_home(self._sharing)
+                self._sharing.release()
+
+    def _go_home(self, sharing: Sharing) -> None:
+        """Take away what processes keep here, if this is the last."""
+        with sharing.alone():
+            if not self.journal() and sharing.is_last():
+                shutil.rmtree(self.work)
+
     def refuse_foreign(self, *, restart: bool = False) -> None:
         """Refuse a folder that holds anything, unless it is ours.
 
@@ -240,31 +333,72 @@ class Destination:
             DestinationForeign: it holds files that no journal or report of ours explains.
             DestinationStale: the journal is damaged, so that nobody knows what the folder holds.
         """
-        own = {_WORK, self._incomplete.name, self._incomplete.name + PARTIAL}
-        foreign = sorted(path.name for path in self.folder.iterdir() if path.name not in own)
-        if self.journal() or not (foreign or self._keeps()):
-            return
-        begun = self._journal.exists() or self._incomplete.exists()
-        if begun and not restart:
-            raise DestinationStale(
-                "the journal of an earlier run is damaged",
-                file=self._journal,
-                remedy="write it anew with `restart=True`",
-            )
-        if foreign and not begun and self.finished_report() is None:
-            ours = any(name.startswith("k2quant_") and name.endswith(".json") for name in foreign)
-            raise DestinationForeign(
-                f"not empty, and not written by {'this command' if ours else 'k2quant'}",
-                file=self.folder,
-                found=", ".join(foreign[:5]),
-                remedy="name another folder",
-            )
+        own = {WORK, self._incomplete.name, self._incomplete.name + PARTIAL, CARD}  # a card may be there first
+        refuse_what_is_not_ours(
+            self,
+            foreign=sorted(path.name for path in self.folder.iterdir() if path.name not in own),
+            begun=self._journal.exists() or self._incomplete.exists(),
+            keeps=self._keeps(),
+            journal=self._journal,
+            restart=restart,
+        )
 
     def _keeps(self) -> bool:
         """Tell whether a run kept something to go on from; without a journal nobody knows which."""
         with contextlib.suppress(FileNotFoundError):  # nothing was begun, or another run has just finished
             return any(path.is_dir() for path in self.work.iterdir())
         return False
+
+
+def others_at_work(spot: object) -> DestinationInUse:
+    """Return the refusal to throw away what other processes are writing."""
+    message = "other parts of another conversion are being written here"
+    return DestinationInUse(message, file=spot, remedy="wait for them, or name another place")
+
+
+def attempt_at(share: str) -> str:
+    """Return letters that no other process has, where this one writes a share; else none."""
+    return f"{share}-{secrets.token_hex(4)}" if share else ""
+
+
+def refuse_what_is_not_ours(
+    target: Target, *, foreign: Sequence[str], begun: bool, keeps: bool, journal: object, restart: bool
+) -> None:
+    """Refuse a place that holds anything, unless it is ours.
+
+    Args:
+        target: the place.
+        foreign: names there that are not those of a run at work.
+        begun: whether a journal or the mark of an unfinished output stands there.
+        keeps: whether a run kept something there to go on from.
+        journal: where the journal is, for messages.
+        restart: whether what is damaged may be thrown away.
+
+    Raises:
+        DestinationForeign: it holds files that no journal or report of ours explains.
+        DestinationStale: the journal is damaged, so that nobody knows what the place holds.
+    """
+    if target.journal() or not (foreign or keeps):
+        return
+    if begun and not restart:
+        raise DestinationStale(
+            "the journal of an earlier run is damaged",
+            file=journal,
+            remedy="write it anew with `restart=True`",
+        )
+    if foreign and not begun and target.finished_report() is None:
+        ours = any(name.startswith("k2quant_") and name.endswith(".json") for name in foreign)
+        raise DestinationForeign(
+            f"not empty, and not written by {'this command' if ours else 'k2quant'}",
+            file=target.spot,
+            found=", ".join(foreign[:5]),
+            remedy="name another folder",
+        )
+
+
+def _refuse_link(work: Path) -> None:
+    if work.is_symlink():
+        raise DestinationForeign("a link where k2quant keeps its journal", file=work)
 
 
 def room_of(folder: Path, shards: Mapping[str, int], more: int) -> Room:
@@ -278,10 +412,12 @@ def room_of(folder: Path, shards: Mapping[str, int], more: int) -> Room:
     replaced = [path for name in shards for path in (folder / name, *partials(folder / name))]
     present = sum(path.stat().st_size for path in replaced if path.is_file())
     where = nearest_folder(folder)
-    return Room(where, sum(shards.values()) + more - present, shutil.disk_usage(where).free)
+    needed, remedy = sum(shards.values()) + more - present, "free some space, or name a folder on another disk"
+    return Room(where, needed, shutil.disk_usage(where).free, remedy)
 
 
-def _line(record: dict[str, Any]) -> bytes:
+def line(record: dict[str, Any]) -> bytes:
+    """Return a record as a journal has it."""
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
@@ -293,7 +429,8 @@ def locked(
     incomplete: str,
     restart: bool = False,
     soft: bool = False,
-    mark: bytes = _CONVERTING,
+    mark: bytes = CONVERTING,
+    share: str = "",
 ) -> Iterator[Destination]:
     """Make the folder if need be and hold its lock.
 
@@ -304,6 +441,8 @@ def locked(
         restart: whether what an earlier run left may be thrown away, damaged or not.
         soft: whether a file may be the lock where the file system has no others.
         mark: what the file that marks an unfinished one says.
+        share: where several processes write shares, the name of this one's, such as `2-of-8`. The locks are then taken
+            at the first `alone`, and whatever several do at a time may be done outside of it.
 
     Raises:
         DestinationInUse: another process holds it.
@@ -312,17 +451,22 @@ def locked(
     """
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise DestinationForeign("not a folder", file=folder, remedy="name another one")
-    destination = Destination(folder, report=report, incomplete=incomplete, mark=mark)
+    destination = Destination(folder, report=report, incomplete=incomplete, mark=mark, attempt=attempt_at(share))
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    if share:
+        try:
+            with destination.shared(share, restart=restart, soft=soft):
+                yield destination
+        except OutputError:
+            _take_away(folder, made=made)
+            raise
+        return
     destination.refuse_foreign(restart=restart)
     try:
         lock = _take_lock(folder, soft=soft)
     except OutputError:
-        with contextlib.suppress(OSError):  # one that is not empty, or not ours alone, stays
-            (folder / _WORK).rmdir()
-            if made:
-                folder.rmdir()
+        _take_away(folder, made=made)
         raise
     try:
         destination.refuse_foreign(restart=restart)
@@ -332,24 +476,36 @@ def locked(
     finally:
         with contextlib.suppress(OSError):
             if not destination.journal():
-                shutil.rmtree(folder / _WORK)
+                shutil.rmtree(folder / WORK)
         lock.release()
 
 
+def _take_away(folder: Path, *, made: bool) -> None:
+    """Remove the folders that a refused run made; one that is not empty, or not ours alone, stays."""
+    with contextlib.suppress(OSError):
+        (folder / WORK).rmdir()
+        if made:
+            folder.rmdir()
+
+
 def _take_lock(folder: Path, *, soft: bool) -> Lock:
-    work = folder / _WORK
-    if work.is_symlink():
-        raise DestinationForeign("a link where k2quant keeps its journal", file=work)
+    work = folder / WORK
+    _refuse_link(work)
     while True:
         try:
             work.mkdir(exist_ok=True)
-            lock = take(work / _LOCK, folder=folder, soft=soft)
+            lock = take(work / LOCK, folder=folder, soft=soft)
         except FileNotFoundError:  # the holder has just finished and removed the folder
             continue
         except FileExistsError:  # the same, between the two steps of mkdir; or a file stands there
             if work.exists() and not work.is_dir():
                 raise
             continue
+        try:
+            refuse_shares(work, folder=folder)
+        except OutputError:
+            lock.release()
+            raise
         if lock.stands():
             return lock
         lock.release()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+
+from k2quant.checkpoint.remote.address import Address
 
 
 class Room(NamedTuple):
@@ -16,6 +19,8 @@ class Room(NamedTuple):
     """Bytes; negative where what will be replaced is larger."""
     free: int
     """Bytes."""
+    remedy: str
+    """What to do where that is less than what is needed."""
 
 
 class Writer(Protocol):
@@ -43,19 +48,25 @@ class Target(Protocol):
     What it says goes wrong is an OutputError or an OSError.
     """
 
+    abreast: int
+    """How many shards are written at a time, at most."""
+
     @property
-    def spot(self) -> Path:
+    def spot(self) -> Path | Address:
         """Where it is, as messages name it."""
 
     @property
     def stage(self) -> Path:
         """A folder of this machine, there or not, for shards of a source that lie on the disk while they are read."""
 
-    def named(self, name: str) -> Path:
+    def named(self, name: str) -> Path | str:
         """Return where a file is, as messages name it."""
 
     def size(self, name: str, *, links: bool = True) -> int | None:
         """Return the bytes of a file that stands there; None where none does, or a link that will not do."""
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """Return a small file that stands there; None where none does, or one of more bytes than `limit`."""
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file so that it is whole or not there."""
@@ -86,6 +97,9 @@ class Target(Protocol):
             more: bytes of the files beside them.
         """
 
+    def sweep(self, files: Iterable[str]) -> None:
+        """Delete what killed attempts left of these files; none of them is being written."""
+
     def delete(self, files: Sequence[str]) -> None:
         """Delete those of these files that are there."""
 
@@ -100,6 +114,15 @@ class Target(Protocol):
 
     def record(self, record: dict[str, Any]) -> None:
         """Add a record to the journal."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Do what one process may do at a time, where several write shares; they wait for one another."""
+
+    def refuse_others(self) -> None:
+        """Refuse to throw away what other processes are writing."""
+
+    def spread(self) -> None:
+        """Have room for the notes of several processes, each of which notes the shards that it has finished."""
 
     def clear(self, files: list[str]) -> None:
         """Delete these files of an earlier conversion, finished or not, and what it kept to go on from."""

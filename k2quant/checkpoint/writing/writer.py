@@ -13,25 +13,21 @@ FLUSH_BYTES = 2**28
 """Bytes after which a writer asks to be flushed, so that the disk works while the codecs do."""
 
 
-class ShardWriter:
-    """A shard whose header is known beforehand; tensors are written to their offsets as they are ready."""
+class OpenShard:
+    """An open file that is filled with a shard; subclasses say where it lies and what becomes of it."""
 
-    def __init__(self, path: Path, header: bytes, size: int, attempt: str = "") -> None:
-        """Create the partial file at its full size and write the header.
+    def __init__(self, descriptor: int, header: bytes, size: int) -> None:
+        """Give a file its full size and write the header.
 
         Args:
-            path: the file's final path.
+            descriptor: of the file, open for reading and writing; it is this one's to close.
             header: its first bytes.
             size: bytes of the whole file.
-            attempt: as in `partial_of`, where others may write the same shard at the same time.
 
         Raises:
-            OSError: it cannot be created.
+            OSError: it cannot be written.
         """
-        self.path = path
-        self._partial = partial_of(path, attempt)
-        self._partial.unlink(missing_ok=True)  # never write through a link that stands there
-        self._file = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._file = descriptor
         self._lock = threading.Lock()
         self._unflushed = 0
         try:
@@ -67,15 +63,37 @@ class ShardWriter:
             position += len(data)
         return digest.hexdigest()
 
+    def close(self) -> None:
+        """Close the file without giving it its name; harmless after `finish`."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class ShardWriter(OpenShard):
+    """A shard whose header is known beforehand; tensors are written to their offsets as they are ready."""
+
+    def __init__(self, path: Path, header: bytes, size: int, attempt: str = "") -> None:
+        """Create the partial file at its full size and write the header.
+
+        Args:
+            path: the file's final path.
+            header: its first bytes.
+            size: bytes of the whole file.
+            attempt: as in `partial_of`, where others may write the same shard at the same time.
+
+        Raises:
+            OSError: it cannot be created.
+        """
+        self.path = path
+        self._partial = partial_of(path, attempt)
+        self._partial.unlink(missing_ok=True)  # never write through a link that stands there
+        descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        super().__init__(descriptor, header, size)
+
     def finish(self) -> None:
         """Flush the file and give it its name. Nothing may be written afterwards."""
         os.fsync(self._file)
         self.close()
         self._partial.rename(self.path)
         sync_folder(self.path.parent)
-
-    def close(self) -> None:
-        """Close the file without giving it its name; harmless after `finish`."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from k2quant.cli.parts import options
+from k2quant.cli.parts.places import PLACE
 from k2quant.errors import CheckFailed
+
+if TYPE_CHECKING:
+    from k2quant.checkpoint.remote.address import Address
 
 _SHOWN = 50
 
 
 @click.command(name="diff")
-@click.argument("first", type=click.Path(path_type=Path))
-@click.argument("second", type=click.Path(path_type=Path))
+@click.argument("first", type=PLACE)
+@click.argument("second", type=PLACE)
 @click.option("--workers", type=click.IntRange(min=1), help="Threads; default: one for each core.")
 @options.follow_links()
 @click.option("--json", "as_json", is_flag=True, help="Print every difference as JSON.")
-def command(first: Path, second: Path, *, workers: int | None, follow_links: bool, as_json: bool) -> None:
+def command(
+    first: Path | Address, second: Path | Address, *, workers: int | None, follow_links: bool, as_json: bool
+) -> None:
     """List the tensors in which two checkpoints differ, and how. Exits 3 when some do.
 
     \b

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from k2quant.cli.parts import options
+from k2quant.cli.parts.places import PLACE, bandwidth, rate_said
 from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 
 if TYPE_CHECKING:
     from k2quant.calib.stats.inspection import Reach, StatsInspection
     from k2quant.checking.inspection import Inspection
+    from k2quant.checkpoint.remote.address import Address
 
 _LONGEST = 200  # characters of what a config says
 _SHOWN = 10  # problems that a person reads before looking for the cause
 
 
 @click.command(name="inspect")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source", type=PLACE)
 @options.follow_links()
+@bandwidth()
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
+def command(source: Path | Address, *, follow_links: bool, bandwidth: float | None, as_json: bool) -> None:
     """Describe the checkpoint in SOURCE: formats, counts, bytes, layers, experts, and what does not fit together.
 
     Exits 1 when something would stop a conversion. What is worth saying and stops none is said on stderr.
@@ -33,6 +36,7 @@ def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
     \b
     Example:
         k2quant inspect Kimi-K2-Instruct
+        k2quant inspect hf://moonshotai/Kimi-K2-Instruct
     """
     import json
 
@@ -40,7 +44,7 @@ def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
     from k2quant.checking.inspection import inspect
     from k2quant.cli.parts.screen import warn, working
 
-    if is_stats(source):
+    if isinstance(source, Path) and is_stats(source):
         _of_statistics(source, as_json=as_json)
         return
     with working(f"reading the headers of {source.name}"):
@@ -48,11 +52,29 @@ def command(source: Path, *, follow_links: bool, as_json: bool) -> None:
     for text in found.remarks:
         warn(f"note: {text}")
     if as_json:
-        click.echo(json.dumps({**found._asdict(), "rows": [row._asdict() for row in found.rows]}, indent=1))
+        click.echo(json.dumps({**_facts(found), "rows": [row._asdict() for row in found.rows]}, indent=1))
     else:
         _show(found)
+        _show_traffic(found, bandwidth)
     if found.problems:
         raise SystemExit(1)
+
+
+def _facts(found: Inspection) -> dict[str, Any]:
+    """Return what was found, as JSON has it; of a network only where there is one."""
+    facts = found._asdict()
+    return {key: value for key, value in facts.items() if key not in {"traffic", "rate"} or value is not None}
+
+
+def _show_traffic(found: Inspection, bandwidth: float | None) -> None:
+    """Say what reading all of a checkpoint takes that is at an address; `bandwidth`: bytes a second, if named."""
+    from k2quant.ground.units import duration, size
+
+    rate = bandwidth or found.rate
+    if found.traffic is None or rate is None:
+        return
+    said = f"to read it all: {size(found.traffic)} of traffic, about {duration(found.traffic / rate)} at "
+    click.echo(paragraph(said + rate_said(rate, asked=bandwidth is not None), hang="  "))
 
 
 def _of_statistics(folder: Path, *, as_json: bool) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from k2quant.cli.parts import options
+from k2quant.cli.parts.places import PLACE
 from k2quant.cli.parts.terminal import tables
 from k2quant.cli.parts.terminal.colour import verdict
 from k2quant.cli.parts.terminal.tables import Column, paragraph
@@ -21,13 +22,14 @@ from k2quant.errors import CheckFailed, UsageError
 if TYPE_CHECKING:
     from k2quant.checking.comparison import Finding
     from k2quant.checking.verify import Verification
+    from k2quant.checkpoint.remote.address import Address
 
 _SHOWN = 20
 
 
 @click.command(name="verify")
-@click.argument("source", type=click.Path(path_type=Path))
-@click.argument("destination", type=click.Path(path_type=Path), required=False)
+@click.argument("source", type=PLACE)
+@click.argument("destination", type=PLACE, required=False)
 @click.option(
     "--against", type=click.Path(path_type=Path), metavar="REPORT", help="Errors must be no worse than this says."
 )
@@ -38,8 +40,8 @@ _SHOWN = 20
 @options.follow_links()
 @click.option("--json", "as_json", is_flag=True, help="Print every finding as JSON.")
 def command(
-    source: Path,
-    destination: Path | None,
+    source: Path | Address,
+    destination: Path | Address | None,
     *,
     against: Path | None,
     checksums: bool,
@@ -76,7 +78,7 @@ def command(
         raise CheckFailed(message, remedy=None if destination is None else _by_design(destination))
 
 
-def _by_design(destination: Path) -> str | None:
+def _by_design(destination: Path | Address) -> str | None:
     """Return what checks an output whose values are not meant to be those of its source."""
     from k2quant.checking.verify import other_values
 

@@ -12,6 +12,7 @@ from k2quant.cli.parts.options import Option, all_of
 
 if TYPE_CHECKING:
     from k2quant.calib import Allotment
+    from k2quant.cli.parts.places import Place
 
 _OPTIONS = (
     click.option(
@@ -45,7 +46,7 @@ def budget_options() -> Option[Any]:
     return all_of(_OPTIONS)
 
 
-def allotted(source: Path, options: dict[str, Any]) -> Allotment | None:
+def allotted(source: Place, options: dict[str, Any]) -> Allotment | None:
     """Take a budget out of a command's options and put the recipe there that meets it; None where there is none.
 
     Statistics stay there only where the recipe's method reads them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -17,6 +16,7 @@ from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
     from k2quant.calib.solving.planning import SolvingPlan
+    from k2quant.cli.parts.places import Place
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Options, Plan
     from k2quant.conversion.searching.searched import Searched
@@ -207,7 +207,7 @@ def announce(done: Conversion) -> None:
     from k2quant.cli.parts.screen import remark
     from k2quant.ground.units import counted
 
-    if not done.already_done:
+    if not done.already_done and not done.missing:  # who completes an output says what is worth saying of it
         _say(done.report["remarks"])
     if done.resumed:
         remark(f"resumed: {counted(done.resumed, 'shard')} finished before")
@@ -220,13 +220,13 @@ def _say(remarks: Iterable[str]) -> None:
         warn(f"note: {each}")
 
 
-def summary(done: Conversion, destination: Path) -> dict[str, Any]:
+def summary(done: Conversion, destination: Place) -> dict[str, Any]:
     """Return what a run came to, as JSON has it."""
     report = {key: value for key, value in done.report.items() if key not in {"tensors", "source"}}
     return {"destination": str(destination), "already_done": done.already_done, **report}
 
 
-def last_line(done: Conversion, destination: Path) -> str:
+def last_line(done: Conversion, destination: Place) -> str:
     """Return what a run came to, as people read it."""
     from k2quant.ground.units import duration, size
 
@@ -234,7 +234,7 @@ def last_line(done: Conversion, destination: Path) -> str:
     if done.already_done:
         return f"{destination}: already finished, nothing to do"
     ratio = report["bytes_written"] / max(report["bytes_read"], 1)
-    rate = "" if done.resumed else f", {size(report['bytes_read'] / report['seconds'])}/s"
+    rate = "" if report["resumed_shards"] else f", {size(report['bytes_read'] / report['seconds'])}/s"
     return (
         f"{destination}: {size(report['bytes_read'])} -> {size(report['bytes_written'])} ({ratio:.2f}x) "
         f"in {duration(report['seconds'])}{rate}"
@@ -243,14 +243,14 @@ def last_line(done: Conversion, destination: Path) -> str:
 
 def quality(done: Conversion) -> str:
     """Say what rounding did to which classes of tensors, such as `SQNR: routed experts 20.2 dB, the rest exact`."""
+    from k2quant.conversion.finishing.classes import figures_of
     from k2quant.ground.names import TENSOR_CLASSES, tensor_class
     from k2quant.kernels.codecs.figures import Figures
 
     sums = dict.fromkeys(TENSOR_CLASSES, Figures())
     exact = False
     for name, facts in done.report["tensors"].items():
-        found = facts.get("figures") or {}
-        figures = Figures(**{field.name: found[field.name] for field in fields(Figures)}) if found else Figures()
+        figures = figures_of(facts)
         sums[tensor_class(name)] += figures
         exact |= figures.exact
     rounded = [f"{kind} {figures.sqnr_db:.1f} dB" for kind, figures in sums.items() if not figures.exact]
@@ -279,17 +279,19 @@ def _search_lines(method: dict[str, Any]) -> list[str]:
 
 def dry_run(
     plan: Plan,
-    destination: Path,
+    destination: Place,
     *,
     restart: bool,
     workers: int,
     as_json: bool,
+    only: frozenset[str] | None = None,
     peak_memory: int | None = None,
     more: dict[str, Any] | None = None,
     marks: dict[str, str] | None = None,
     rounder: Searched | None = None,
     method: dict[str, Any] | None = None,
     cost: SolvingPlan | None = None,
+    bandwidth: float | None = None,
 ) -> None:
     """Print what a plan would cost; exit 1 if the disk is too small.
 
@@ -299,16 +301,20 @@ def dry_run(
         restart: whether what stands there would be thrown away.
         workers: threads.
         as_json: print JSON.
+        only: files of the shards that one part writes: time and disk are this part's; None: all.
         peak_memory: bytes, where they are not the plan's own estimate.
         more: what else there is to say, by name; JSON alone has what is no plain value.
         marks: what else is done with some weights, as `describe` takes it.
         rounder: who searches scales, if anybody does.
         method: what is said of how codes are chosen, where that is no rounder's to say.
         cost: what it would take, where that is no mere conversion.
+        bandwidth: bytes a second at which a source at an address comes, where that was named.
     """
     import json
 
+    from k2quant.cli.parts import places
     from k2quant.cli.parts.terminal.tables import paragraph
+    from k2quant.conversion.places import coming
     from k2quant.conversion.plan import describe, taken
     from k2quant.conversion.resume import standing_shards
     from k2quant.conversion.searching.inputs import inputs_of
@@ -316,7 +322,12 @@ def dry_run(
 
     searched = {job.weight.main.name: "searched" for job in plan.jobs() if rounder is not None and rounder.takes(job)}
     done, table = standing_shards(plan, destination, restart=restart), describe(plan, searched | (marks or {}))
-    found = _cost(plan, destination, done, workers, rounder, peak_memory) if cost is None else _solving_cost(plan, cost)
+    standing: dict[str, object] = {
+        shard.file: {} for shard in plan.shards if shard.file in done or not (only is None or shard.file in only)
+    }
+    taking = (plan, destination, standing, workers, rounder, peak_memory, bandwidth)
+    found = _cost(*taking) if cost is None else _solving_cost(plan, cost)
+    remote = coming(plan, standing, bandwidth=bandwidth, searched=cost is not None or rounder is not None)
     _say(plan.remarks)
     method, inputs = method or _search(plan, rounder), inputs_of(plan)
     if as_json:
@@ -324,6 +335,7 @@ def dry_run(
         work["remarks"] = list(plan.remarks)
         work["rules"] = [{**rule.as_json(), "weights": count} for rule, count in taken(plan)]
         work |= {"method": method} if method else {}
+        work |= {"source": remote._asdict()} if remote is not None else {}
         work |= {"activation_scales": inputs} if inputs else {}
         click.echo(json.dumps({**found.facts, "fits": found.fits, **work, **(more or {})}))
     else:
@@ -342,7 +354,8 @@ def dry_run(
         click.echo(f"{'read':<16} {size(plan.bytes_read)}")
         shards = counted(len(plan.shards), "shard")
         click.echo(f"{'written':<16} {size(plan.bytes_written)} in {shards}, {len(done)} of them done")
-        for name, text in found.lines.items():
+        remote_lines = {} if remote is None else places.lines(remote, asked=bandwidth is not None)
+        for name, text in (remote_lines | found.lines).items():
             click.echo(paragraph(f"{name:<16} {text}", hang=" " * 17))
     if not found.fits:
         raise SystemExit(1)
@@ -367,17 +380,18 @@ class _Cost(NamedTuple):
 
 def _cost(
     plan: Plan,
-    destination: Path,
+    destination: Place,
     done: Mapping[str, object],
     workers: int,
     rounder: Searched | None,
     peak_memory: int | None,
+    bandwidth: float | None,
 ) -> _Cost:
     """Return what a conversion takes that runs no model."""
     from k2quant.conversion.estimate import estimate
     from k2quant.ground.units import duration, size
 
-    cost = estimate(plan, destination, done=done, workers=workers, rounder=rounder)
+    cost = estimate(plan, destination, done=done, workers=workers, rounder=rounder, bandwidth=bandwidth)
     cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
     lines = {
         "disk needed": size(cost.disk_needed) + ("" if cost.fits else ", TOO SMALL"),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from k2quant.cli.parts.options import Option, check_early, words
+
+if TYPE_CHECKING:
+    from k2quant.cli.parts.places import Place
 
 PLACES = ("data", "validation", "test")
 """Options that name data."""
@@ -69,7 +72,7 @@ def data_options(*, required: bool) -> Option[Any]:
     return add
 
 
-def check_data(source: Path, given: dict[str, Any], *, tokenizer: bool) -> None:
+def check_data(source: Place, given: dict[str, Any], *, tokenizer: bool) -> None:
     """Refuse what cannot be read before torch and transformers are loaded, which takes seconds.
 
     Args:
@@ -89,7 +92,7 @@ def check_data(source: Path, given: dict[str, Any], *, tokenizer: bool) -> None:
         if given[name] is not None and (why := no_data(given[name])):
             raise UsageError(f"`{name}=`: {given[name]!r}: {why}")
     check_early(source, follow_links=given["follow_links"])
-    if tokenizer:
+    if tokenizer and isinstance(source, Path):  # at an address it is fetched with all that is small
         check_tokenizer(source)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from k2quant.checkpoint.remote.address import Address
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 Option = Callable[[_Command], _Command]
@@ -60,7 +63,9 @@ def _check_device(name: str, others: tuple[str, ...] | None) -> None:
     refuse_without_driver(name, remedy="" if others == () else "; use --device cpu")
 
 
-def check_early(*folders: Path, follow_links: bool, text: Path | None = None, output: Path | None = None) -> None:
+def check_early(
+    *folders: Path | Address, follow_links: bool, text: Path | None = None, output: Path | None = None
+) -> None:
     """Refuse what cannot be read or written before torch and transformers are loaded, which takes seconds.
 
     Args:

@@ -14,7 +14,7 @@ import click
 from k2quant.cli.parts.screen import remark, warn
 
 
-def suggest(*commands: tuple[str | Path, ...]) -> None:
+def suggest(*commands: tuple[object, ...]) -> None:
     """Say which commands come next, as they are typed, each on a line of its own.
 
     They are for whoever sits at a terminal, and no result: on stderr, and only where that is a terminal. A script or a

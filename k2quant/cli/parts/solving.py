@@ -11,6 +11,7 @@ from k2quant.cli.parts.data import check_data, data_options, said
 from k2quant.cli.parts.options import Option, all_of, trust_remote_code, words
 
 if TYPE_CHECKING:
+    from k2quant.cli.parts.places import Place
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Options
 
@@ -100,7 +101,7 @@ def _without(stray: list[str]) -> str:
     )
 
 
-def check_solving(source: Path, given: dict[str, Any], own: dict[str, Any], *, tokenizer: bool) -> None:
+def check_solving(source: Place, given: dict[str, Any], own: dict[str, Any], *, tokenizer: bool) -> None:
     """Refuse what is missing or cannot be read before torch is loaded."""
     from k2quant.ground.extras import need
     from k2quant.ground.units import parse_size
@@ -110,7 +111,20 @@ def check_solving(source: Path, given: dict[str, Any], own: dict[str, Any], *, t
     check_data(source, given | own, tokenizer=tokenizer)
 
 
-def solve(source: Path, destination: Path, given: dict[str, Any], own: dict[str, Any]) -> Conversion:
+def _folder(destination: Place) -> Path:
+    """Return a destination that is a folder, below which a pass keeps what is solved.
+
+    Raises:
+        UsageError: it is none.
+    """
+    from k2quant.errors import UsageError
+
+    if not isinstance(destination, Path):
+        raise UsageError(f"{destination}: `--method {SOLVED}` writes to a folder; copy or push that one afterwards")
+    return destination
+
+
+def solve(source: Place, destination: Place, given: dict[str, Any], own: dict[str, Any]) -> Conversion:
     """Solve and convert, with a bar."""
     import gc
 
@@ -120,19 +134,21 @@ def solve(source: Path, destination: Path, given: dict[str, Any], own: dict[str,
     from k2quant.model.generation import silence
 
     silence()
+    destination = _folder(destination)
     how = {name: value for name, value in given.items() if name != "method"}
     with staged_tokens("loading") as (show, stage):
         return solve(source, destination, progress=show, stage=stage, **how, **own)
 
 
 def dry_run(
-    source: Path,
-    destination: Path,
+    source: Place,
+    destination: Place,
     given: dict[str, Any],
     own: dict[str, Any],
     *,
     as_json: bool,
     more: dict[str, Any] | None = None,
+    bandwidth: float | None = None,
 ) -> None:
     """Print what solving would take; exit 1 if the disk is too small."""
     from k2quant.calib.solving.planning import plan_solving
@@ -144,6 +160,7 @@ def dry_run(
     from k2quant.ground.pool import checked_workers
 
     refuse_nested(source, destination)
+    destination = _folder(destination)
     with working(f"planning {source.name}"):
         planned = plan_solved(open_checkpoint(source, follow_links=given["follow_links"]), conversion.choice(given))
         rows = {name: own[name] for name in ("samples", "length", "memory", "scales", "propagate")}
@@ -164,4 +181,5 @@ def dry_run(
         marks=solved | searched,
         method={"asked": SOLVED, **{name: own[name] for name in _HOW}, "weights": len(planned.jobs)},
         cost=cost,
+        bandwidth=bandwidth,
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.supply.proofs import unproven
 from k2quant.checkpoint.supply.supply import Supply
 from k2quant.conversion.placing import Job
@@ -31,7 +32,7 @@ def report_of(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
         "resumed_shards": resumed,
-        "source_name": plan.source.folder.resolve().name,
+        "source_name": _name(plan.source),
         **identity(plan),
         **({} if plan.origin is None else {"origin": dict(plan.origin)}),
         **({} if plan.options.budget is None else {"budget": dict(plan.options.budget)}),
@@ -51,6 +52,11 @@ def report_of(
             for name, facts in tensors.items()
         },
     }
+
+
+def _name(source: Checkpoint) -> str:
+    """Return how a report names a source: its folder's name, or its address."""
+    return source.folder.resolve().name if source.supply is None else str(source.place)
 
 
 def fetched(supply: Supply | None, records: Iterable[Record]) -> dict[str, Any]:

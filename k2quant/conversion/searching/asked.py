@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from k2quant.calib.stats.matching import check_source
 from k2quant.calib.stats.reading import open_stats
 from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.remote.address import Address
 from k2quant.conversion.plan import Options, Plan, make_plan
 from k2quant.conversion.searching.fitting import FOLDED, PLAIN, UNWEIGHTED, check_method, unmeasured
 from k2quant.conversion.searching.folding import Folding
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def planned(
-    source: Path,
+    source: Path | Address,
     options: Options,
     stats: str | os.PathLike[str] | None = None,
     activation_scales: str | os.PathLike[str] | None = None,

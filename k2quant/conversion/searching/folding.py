@@ -26,8 +26,6 @@ from k2quant.ground import names
 from k2quant.ground.units import counted
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from k2quant.calib.stats.reading import Stats
     from k2quant.conversion.stream import Record
     from k2quant.formats.transcode import Scratch
@@ -142,14 +140,14 @@ def _partner(name: str, last: str, other: str) -> str | None:
     return f"{above}.{other}" if own == last and names.is_projection(name) else None
 
 
-def check_halves(records: Iterable[Record], folder: Path) -> None:
+def check_halves(records: Iterable[Record], folder: object) -> None:
     """Refuse an output in which only one half of a fold stands, or two halves of two.
 
     Nobody writes one; but a run may go on on another machine, and a Hessian's products are not rounded alike on all.
 
     Args:
         records: of all shards.
-        folder: that holds them, for the message.
+        folder: or address that holds them, for the message.
 
     Raises:
         OutputError: there is such a pair.

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from k2quant.calib.stats.digests import base_of
 from k2quant.calib.stats.matching import check_bytes
 from k2quant.checkpoint.panels import PANEL_WEIGHTS, format_of
+from k2quant.checkpoint.writing.destination import SHARDS_ABREAST
 from k2quant.conversion.placing import Job, ShardPlan, target_of
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.searching.fitting import PLAIN, WEIGHTED
 from k2quant.conversion.searching.measuring import COLUMNS, Known, errors, over_rounding
-from k2quant.conversion.stream import SHARDS_ABREAST
 from k2quant.formats.format import Method, Parts
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 _SHAPE = re.compile(r"auto|ray://[^\s/@?#]+:[0-9]{1,5}", re.ASCII)
 _DRIVER = "import sys; from k2quant.conversion.spreading.driver import main; main(int(sys.argv[1]))"
-_START = 120.0  # seconds that the driver may be silent while it meets the cluster
+_START = 60.0  # seconds that the driver may be silent while it meets the cluster
 _SILENCE = 30.0  # seconds that it may be silent later; Ray's own calls give up after 60, and end the process
 _END = 10.0  # seconds that it may take to end its workers
 _POLL = 0.1  # seconds between two ticks of a bar

@@ -7,7 +7,10 @@ minute, whatever their timeouts, and then the process is ended (Ray 2.60). Start
 from __future__ import annotations
 
 import logging
+import os
+import re
 import secrets
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +26,8 @@ _STEP = 0.2  # seconds that a worker waits for news to tell
 _LOOK = 2.0  # seconds between two looks at the cluster's nodes
 _DEATHS = 3  # of workers of one node, without a shard between them
 _NOBODY = 45.0  # seconds without a node to work on
+_ANSWER = 10.0  # seconds in which a head answers
+_HEAD = re.compile(r"(?:ray://)?(.+):([0-9]{1,5})")
 _ABREAST = 8  # shards of one worker, at most
 
 
@@ -68,8 +73,6 @@ class _Seat:
     holds: set[str] = field(default_factory=set)
     read: int = 0
     """Bytes that it has read of what it holds."""
-    abreast: int = 1
-    """Shards that it is given at a time."""
 
 
 def main(descriptor: int) -> None:
@@ -103,15 +106,11 @@ class _Driver:
         """Write the shards, or look at each node."""
         import ray
 
+        _knock(self._task.address)
         try:
             ray.init(address=self._task.address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
-            raise ClusterError(
-                "no cluster answers",
-                file=self._task.address,
-                found=_words(error),
-                remedy="start one with `ray start --head`, or name the address of its head",
-            ) from error
+            raise _silent(self._task.address, error) from error
         try:
             self._write() if self._task.files else self._show()
             self._talk.send(Told("done"))
@@ -275,8 +274,6 @@ class _Driver:
     def _begun(self, seat: _Seat, error: BaseException | None) -> None:
         if error is not None:
             raise self._at(seat.node, error)
-        workers = max(1, len(self._seats) + len(self._resting) + 1)
-        seat.abreast = max(1, min(_ABREAST, seat.threads, len(self._left) // (2 * workers)))
         if seat.node.id not in self._met:
             self._met.add(seat.node.id)
             self._talk.send(Told("note", f"{seat.node.name} works with {counted(seat.threads, 'thread')}"))
@@ -284,7 +281,10 @@ class _Driver:
 
     def _next(self, seat: _Seat) -> None:
         """Give a worker shards, or let it rest."""
-        files = [self._todo.popleft() for _ in range(min(seat.abreast, len(self._todo)))]
+        workers = len(self._seats) + len(self._resting) + 1
+        fair = len(self._todo) // (2 * workers)  # half of its share, so that at the end nobody waits long for another
+        number = max(1, min(_ABREAST, seat.threads, fair))
+        files = [self._todo.popleft() for _ in range(min(number, len(self._todo)))]
         seat.holds.update(files)
         if files:
             self._ask(seat, seat.actor.step.remote(files, _STEP), self._news)
@@ -313,6 +313,30 @@ class _Driver:
         if isinstance(error, K2QuantError):
             return ClusterError("cannot take part", file=node.name, found=str(error))
         return error
+
+
+def _knock(address: str) -> None:
+    """Refuse a head that does not answer; Ray itself would try for minutes.
+
+    Raises:
+        ClusterError: nobody listens there.
+    """
+    found = _HEAD.fullmatch(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
+    if found is None:  # Ray knows where it is
+        return
+    try:
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=_ANSWER).close()
+    except OSError as error:
+        raise _silent(address, error) from error
+
+
+def _silent(address: str, error: Exception) -> ClusterError:
+    return ClusterError(
+        "no cluster answers",
+        file=address,
+        found=_words(error),
+        remedy="start one (`ray start` on each machine), or name the address of its head; the same command resumes",
+    )
 
 
 def _seat_class() -> Any:

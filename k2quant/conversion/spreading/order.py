@@ -11,10 +11,10 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2quant.checkpoint.files.json_kinds import mapping, text, truth
+from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.conversion.plan import Options, Plan, options_from
 from k2quant.conversion.resume import identity
 from k2quant.conversion.searching.asked import planned
@@ -57,8 +57,8 @@ class Order:
 
 def order(
     plan: Plan,
-    source: str | os.PathLike[str],
-    destination: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Address,
+    destination: str | os.PathLike[str] | Address,
     *,
     stats: str | os.PathLike[str] | None = None,
     activation_scales: str | os.PathLike[str] | None = None,
@@ -126,7 +126,7 @@ def made(asked: Order) -> tuple[Plan, Searched | None]:
         CheckpointError: it sees another source, or other statistics, than the process that ordered; or none.
     """
     plan, rounder = planned(
-        Path(asked.source), asked.options, asked.stats, asked.activation_scales, follow_links=asked.follow_links
+        spot(asked.source), asked.options, asked.stats, asked.activation_scales, follow_links=asked.follow_links
     )
     here = digests(plan)
     wrong = [name for name in {**asked.digests, **here} if asked.digests.get(name) != here.get(name)]
@@ -146,6 +146,7 @@ def _text_or_none(value: object) -> str | None:
     return None if value is None else text(value)
 
 
-def _anywhere(place: str | os.PathLike[str]) -> str:
+def _anywhere(place: str | os.PathLike[str] | Address) -> str:
     """Return a name that a process with another working folder understands."""
-    return place if isinstance(place, str) and "://" in place else os.path.abspath(place)  # noqa: PTH100  links stay
+    there = spot(place)
+    return str(there) if isinstance(there, Address) else os.path.abspath(there)  # noqa: PTH100  links stay

@@ -54,6 +54,11 @@ def part_of(text: object) -> Part:
     return part
 
 
+def beside_cluster() -> UsageError:
+    """Return the refusal of a part beside a cluster."""
+    return UsageError("`part=` beside `cluster=`: by the one you share the work out, by the other Ray does")
+
+
 def shares(plan: Plan, of: int) -> tuple[tuple[str, ...], ...]:
     """Return the files that each of `of` parts writes, in the plan's order.
 

@@ -8,10 +8,9 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from k2quant.checkpoint.files.paths import nearest_folder
+from k2quant.checkpoint.remote.address import spot
 from k2quant.conversion.spreading.order import order_from
 from k2quant.conversion.spreading.writing import Hand
 from k2quant.conversion.stream import Record
@@ -105,9 +104,8 @@ def look(asked: object, workers: int) -> dict[str, Any]:
 
     found = order_from(asked)
     plan, rounder = made(found)
-    cost = estimate(plan, Path(found.destination), done={}, workers=workers, rounder=rounder)
-    where = nearest_folder(Path(found.destination))
-    return {"seconds": cost.seconds, "disk_free": cost.disk_free, "peak_memory": cost.peak_memory, "at": str(where)}
+    cost = estimate(plan, spot(found.destination), done={}, workers=workers, rounder=rounder)
+    return {"seconds": cost.seconds, "disk_free": cost.disk_free, "peak_memory": cost.peak_memory}
 
 
 def sendable(error: BaseException) -> BaseException:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT
-from k2quant.checkpoint.writing.destination import Destination
+from k2quant.checkpoint.remote.address import spot
+from k2quant.checkpoint.writing.opening import target_at
 from k2quant.conversion.spreading.order import Order, made
 from k2quant.conversion.stream import Progress, Record, Stream
 from k2quant.errors import UsageError
@@ -58,7 +58,7 @@ class Hand:
         self._begun |= asked
         stream = Stream(
             self.plan,
-            Destination(Path(self._asked.destination), report=REPORT, incomplete=INCOMPLETE, attempt=attempt),
+            target_at(spot(self._asked.destination), report=REPORT, incomplete=INCOMPLETE, attempt=attempt),
             done=set(),
             only=asked,
             codecs=self._codecs,

@@ -369,7 +369,8 @@ def test_a_folder_of_links_is_read_with_the_switch_alone(source: Path, linked: P
     k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True)
     k2quant.convert(source, tmp_path / "plain", to="bf16")
     for path in (tmp_path / "plain").iterdir():
-        assert path.name == "k2quant_report.json" or (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+        apart = path.name in {"k2quant_report.json", "README.md"}  # which name the source
+        assert apart or (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
 
 

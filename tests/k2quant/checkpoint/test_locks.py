@@ -298,7 +298,7 @@ def test_what_another_took_over_first_is_left_alone(tmp_path: Path, monkeypatch:
             (tmp_path / f"lock{SOFT}").write_bytes((tmp_path / f"other{SOFT}").read_bytes())
         return dead
 
-    monkeypatch.setattr("k2quant.checkpoint.files.locks._Holder.is_dead", is_dead)
+    monkeypatch.setattr("k2quant.checkpoint.files.locks.Holder.is_dead", is_dead)
     with pytest.raises(DestinationInUse, match="another k2quant works here"):
         take(tmp_path / "lock", folder=tmp_path, soft=True)
     assert (tmp_path / f"lock{SOFT}").read_bytes() not in {theirs, b""}

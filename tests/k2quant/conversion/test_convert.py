@@ -156,7 +156,8 @@ def test_other_files_are_copied(k2_source: Path, tmp_path: Path) -> None:
     for name in ("generation_config.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (k2_source / name).read_bytes()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in k2_source.iterdir()} | {
-        "k2quant_report.json"
+        "k2quant_report.json",
+        "README.md",
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -56,6 +57,12 @@ def record(shard: str = "one", size: int = 10, tensors: Any = None) -> dict[str,
     return {"shard": shard, "size": size, "tensors": {"w": FACTS} if tensors is None else tensors}
 
 
+def stamps(folder: Path, names: Sequence[str]) -> dict[str, list[int]]:
+    """Return what changes with files of a folder."""
+    found = {name: (folder / name).stat() for name in names}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items()}
+
+
 def plan(folder: Path, **changes: Any) -> Plan:
     """Return a plan of two shards of ten bytes, with one other file of the source."""
     shards = tuple(
@@ -75,7 +82,7 @@ def plan(folder: Path, **changes: Any) -> Plan:
         "bytes_written": 50,
         "index": b"12345",
         "config": b"123",
-        "source": SimpleNamespace(folder=folder, fingerprint=lambda: {"index": "abc"}),
+        "source": SimpleNamespace(folder=folder, fingerprint=lambda: {"index": "abc"}, stamps=partial(stamps, folder)),
     }
     found = known | changes
     last = {INDEX: found["index"], CONFIG: found["config"]}

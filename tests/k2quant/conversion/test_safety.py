@@ -644,7 +644,7 @@ def test_files_are_flushed_before_they_are_named(
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "rename", watched_rename)
     k2quant.convert(source, destination, to="int4", workers=1)
-    assert named == [INCOMPLETE, *SHARDS, "tokenizer.json", REPORT, INDEX, CONFIG]
+    assert named == [INCOMPLETE, *SHARDS, "tokenizer.json", "README.md", REPORT, INDEX, CONFIG]
 
 
 def test_disk_too_small(source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch) -> None:

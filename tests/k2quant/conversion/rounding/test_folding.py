@@ -222,6 +222,17 @@ def test_halves_in_shards_of_their_own_survive_every_stop(
     assert folds(done) == folds(awq)
 
 
+def test_parts_fold_as_one_process_does(awq: k2quant.Conversion, small: Path, outliers: Path, tmp_path: Path) -> None:
+    """Where halves of folds lie in shards of two parts, both choose the same: all tensors are those of one run."""
+    options: dict[str, Any] = {"method": "awq", "stats": outliers, "shard_size": 20_000}
+    for number in (3, 1, 2):
+        done = k2quant.convert(small, tmp_path / "out", "int4", part=f"{number}/3", **options)
+    ours, theirs = tensors(done.folder), tensors(awq.folder)
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
+    assert folds(done) == folds(awq)
+
+
 def test_half_a_fold_is_no_output(awq: k2quant.Conversion) -> None:
     """Records in which one half of a fold is missing or another are refused by the expert's name."""
     record: dict[str, Any] = {"tensors": awq.report["tensors"]}

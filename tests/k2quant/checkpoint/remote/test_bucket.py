@@ -1,0 +1,91 @@
+"""A checkpoint where fsspec looks: the same as its folder, and refused when it changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.reading import read_tensor
+from k2quant.checkpoint.remote.address import Address, parse
+from k2quant.checkpoint.remote.opening import open_place
+from k2quant.errors import CheckpointError, MissingExtra, UsageError
+from served.small import SHARDS
+
+ADDRESS = "memory://shelf/tiny"
+
+
+@pytest.fixture(autouse=True)
+def store(model: Path) -> Iterator[fsspec.AbstractFileSystem]:
+    """Return a store in memory that has the model."""
+    found = fsspec.filesystem("memory")
+    for path in model.rglob("*"):
+        if path.is_file():
+            found.pipe_file(f"/shelf/tiny/{path.relative_to(model)}", path.read_bytes())
+    yield found
+    found.rm("/shelf", recursive=True)
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_a_store_is_opened_as_a_folder_is(scheme: str, model: Path, cache: Path) -> None:
+    """The same tensors and bytes, small files in a cache of this version, and nothing of the shards on the disk."""
+    address = parse(ADDRESS) if scheme == "memory" else Address("file", str(model))
+    here, there = open_checkpoint(model), open_checkpoint(address)
+    assert there.tensors == here.tensors
+    assert all(read_tensor(there, entry) == read_tensor(here, entry) for entry in here.tensors.values())
+    assert there.folder.parent == cache / "k2quant" / "places"
+    assert not list(cache.rglob("*.safetensors"))
+    assert (there.folder / "docs" / "notes.txt").read_text() == "notes"
+    again = open_checkpoint(address)
+    assert (again.folder, again.fingerprint()) == (there.folder, there.fingerprint())
+
+
+def test_what_changed_since_is_not_read(store: fsspec.AbstractFileSystem, model: Path) -> None:
+    """Neither a shard of another size nor one of the same; a new opening has the new one, in a cache of its own."""
+    before = open_checkpoint(ADDRESS)
+    entry = next(iter(before.tensors.values()))
+    other = bytearray((model / SHARDS[0]).read_bytes())
+    other[-1] ^= 1
+    store.pipe_file(f"/shelf/tiny/{SHARDS[0]}", bytes(other))
+    assert before.supply is not None
+    with pytest.raises(CheckpointError, match=f"{ADDRESS}/{SHARDS[0]}: changed while it was read"):
+        before.supply.place.read_into(SHARDS[0], entry.start, memoryview(bytearray(entry.nbytes)))
+    store.pipe_file("/shelf/tiny/docs/notes.txt", b"others")
+    after = open_checkpoint(ADDRESS)
+    read_tensor(after, entry)
+    assert after.folder != before.folder
+    assert after.fingerprint() != before.fingerprint()
+    store.rm(f"/shelf/tiny/{SHARDS[0]}")
+    assert after.supply is not None
+    with pytest.raises(CheckpointError, match="is not there"):
+        after.supply.place.read_into(SHARDS[0], entry.start, memoryview(bytearray(entry.nbytes)))
+
+
+def test_digests_come_from_the_report_of_a_conversion(
+    store: fsspec.AbstractFileSystem, model: Path, tmp_path: Path
+) -> None:
+    """A store has none; where the report beside the shards has some, a file with another content is refused."""
+    data = (model / SHARDS[0]).read_bytes()
+    facts = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    store.pipe_file("/shelf/tiny/k2quant_report.json", json.dumps({"files": {SHARDS[0]: facts}}).encode())
+    opened = open_checkpoint(ADDRESS)
+    assert opened.supply is not None
+    files = opened.supply.place.files
+    assert (files[SHARDS[0]].sha256, files[SHARDS[1]].sha256) == (facts["sha256"], None)
+    opened.supply.place.fetch(SHARDS[0], tmp_path / "shard", add=lambda _: None)
+    assert (tmp_path / "shard").read_bytes() == data
+
+
+def test_what_is_not_there_is_said() -> None:
+    """An empty prefix, one without a checkpoint, and a store whose library is missing."""
+    with pytest.raises(CheckpointError, match="memory://shelf/nothing: nothing is there"):
+        open_place(parse("memory://shelf/nothing"))
+    with pytest.raises(CheckpointError, match=r"memory://shelf: no checkpoint here.*tiny/config.json"):
+        open_checkpoint("memory://shelf")
+    with pytest.raises((MissingExtra, UsageError), match="abfs://"):
+        open_place(parse("abfs://container/a"))

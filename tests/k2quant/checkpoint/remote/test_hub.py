@@ -1,0 +1,214 @@
+"""A checkpoint on a hub: opened by its small files and headers, read by range, at one commit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants, snapshot_download
+
+from k2quant.checkpoint.beside import other_files
+from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
+from k2quant.checkpoint.reading import read_tensor
+from k2quant.checkpoint.remote.address import parse
+from k2quant.checkpoint.remote.opening import open_place
+from k2quant.errors import CheckpointError, MalformedFile, UnsafePath
+from served.hub import Hub
+from served.small import SHARDS
+
+ADDRESS = "hf://org/tiny"
+PATTERN = "*.safetensors"
+TOKEN = "hf_abcdefghijkl"  # noqa: S105  nobody's
+
+
+def tensors(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Return what a checkpoint's tensors hold."""
+    return {name: read_tensor(checkpoint, entry) for name, entry in checkpoint.tensors.items()}
+
+
+def whole(name: str = SHARDS[1]) -> bytes:
+    """Return a file of the model as the hub gives it."""
+    place = open_place(parse(ADDRESS))
+    data = bytearray(place.files[name].size)
+    place.read_into(name, 0, memoryview(data))
+    return bytes(data)
+
+
+def test_a_model_is_opened_as_its_folder_is(server: Hub, model: Path) -> None:
+    """The same tensors, config, files beside them and bytes; no shard came whole, and none lies here."""
+    here, there = open_checkpoint(model), open_checkpoint(ADDRESS)
+    assert there.tensors == here.tensors
+    assert (there.config, there.config_bytes()) == (here.config, here.config_bytes())
+    assert other_files(there) == other_files(here)
+    assert tensors(there) == tensors(here)
+    assert str(there.place) == f"{ADDRESS}@{server.repos['org/tiny'].branches['main']}"
+    assert there.rate is not None
+    assert not list(server.home.rglob(PATTERN))
+    assert repr(there).startswith("Checkpoint(")
+
+
+def test_a_branch_that_moves_is_read_at_the_commit_that_it_had(server: Hub, model: Path) -> None:
+    """Another shard of the same name comes in between: bytes are those that were listed; a new opening has the new."""
+    before = open_checkpoint(ADDRESS)
+    other = bytearray((model / SHARDS[0]).read_bytes())
+    other[-1] ^= 1
+    server.commit("org/tiny", {SHARDS[0]: bytes(other)})
+    assert tensors(before) == tensors(open_checkpoint(model))
+    after = open_checkpoint(ADDRESS)
+    assert tensors(after) != tensors(before)
+    assert after.fingerprint() != before.fingerprint()
+    assert open_checkpoint(str(before.place)).fingerprint() == before.fingerprint()
+
+
+def test_the_token_goes_to_the_hub_alone(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is sent to the hub, from wherever its login keeps it, and to no other host, wherever redirects lead."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    server.token = TOKEN
+    server.fault("elsewhere", file=PATTERN)
+    tensors(open_checkpoint(ADDRESS))
+    assert {seen.token for seen in server.seen if seen.host == "hub"} == {f"Bearer {TOKEN}"}
+    others = [seen for seen in server.seen if seen.host != "hub"]
+    assert {seen.host for seen in others} == {"cdn", "other"}
+    assert all(seen.token is None for seen in others)
+
+
+def test_a_redirect_is_remembered_until_it_expires(server: Hub) -> None:
+    """The hub is asked once for each shard; when the signed address is not good any more, once again."""
+    opened = open_checkpoint(ADDRESS)
+    assert opened.supply is not None
+    place, size = opened.supply.place, opened.shards[SHARDS[0]].size
+
+    def read() -> bytes:
+        found = bytearray(size)
+        place.read_into(SHARDS[0], 0, memoryview(found))
+        return bytes(found)
+
+    def asked() -> int:
+        return sum(seen.host == "hub" and seen.file == SHARDS[0] for seen in server.seen)
+
+    first = read()
+    assert asked() == 1
+    server.expire()
+    assert read() == read() == first
+    assert asked() == 2
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "drop", "after": 1000, "times": 3},
+        {"kind": "status", "status": 503, "times": 2},
+        {"kind": "status", "status": 429, "headers": {"Retry-After": "3"}},
+        {"kind": "html"},
+        {"kind": "bare"},
+        {"kind": "whole", "nth": 2},
+        {"kind": "shifted"},
+    ],
+    ids=lambda fault: fault["kind"] + str(fault.get("status", "")),
+)
+def test_what_passes_costs_a_wait(fault: dict[str, object], server: Hub, model: Path, waits: list[float]) -> None:
+    """Whatever went wrong for a moment, the bytes are those of the file, and where nothing came it was waited."""
+    server.fault(str(fault.pop("kind")), file=SHARDS[1], **fault)
+    begin, rest = 5000, whole()[5000:]
+    assert rest == (model / SHARDS[1]).read_bytes()[begin:]
+    if fault.get("status") == 429:
+        assert waits == [3]
+
+
+@pytest.mark.parametrize("kind", ["shrink", "grow"])
+def test_a_file_of_another_size_is_refused(kind: str, server: Hub, model: Path) -> None:
+    """One that ends early or went on is not the one that was listed."""
+    server.fault(
+        kind, file=SHARDS[1], size=(model / SHARDS[1]).stat().st_size + (9 if kind == "grow" else -9), times=None
+    )
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors: (changed while|cannot be reached)"):
+        whole()
+
+
+def test_redirects_end(server: Hub) -> None:
+    """A hub that redirects for ever is an error, not a loop."""
+    server.fault("loop", file=PATTERN, times=None)
+    with pytest.raises(CheckpointError, match=r"redirects without end|cannot be reached"):
+        whole()
+
+
+def test_a_whole_file_is_fetched_checked_and_resumed(server: Hub, model: Path, tmp_path: Path) -> None:
+    """It is there with the right digest, or not there; what came of it is not asked for again."""
+    place, target, came = open_place(parse(ADDRESS)), tmp_path / "shard", []
+    server.fault("wrong", file=SHARDS[0])
+    with pytest.raises(MalformedFile, match="the content is not what the place says"):
+        place.fetch(SHARDS[0], target, add=came.append)
+    assert not list(tmp_path.glob("shard*"))
+    place.fetch(SHARDS[0], target, add=came.append)
+    assert target.read_bytes() == (model / SHARDS[0]).read_bytes()
+    assert sum(came) == 2 * target.stat().st_size
+    assert [path.name for path in tmp_path.glob("shard*")] == ["shard"]
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("hf://org/nothing", "not found on the hub: misspelt, or private"),
+        ("hf://org/tiny@nowhere", "the hub knows no such revision"),
+        ("hf://org/gated", "accept it at"),
+        ("hf://org/hidden", "hf auth login"),
+    ],
+)
+def test_a_refusal_says_what_to_do(address: str, said: str, server: Hub) -> None:
+    """Each in words of its own, with the address."""
+    server.token = TOKEN
+    server.repo("org/gated", {"config.json": "{}"}, gated=True)
+    server.repo("org/hidden", {"config.json": "{}"}, private=True)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(address)
+    assert str(caught.value).startswith(address)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("siblings", "error"),
+    [
+        ([{"rfilename": "../x", "size": 1, "blobId": "a"}], UnsafePath),
+        ([{"rfilename": "/x", "size": 1, "blobId": "a"}], UnsafePath),
+        ([{"rfilename": "a\u202eb", "size": 1, "blobId": "a"}], UnsafePath),
+        ([{"rfilename": "x", "size": -1, "blobId": "a"}], MalformedFile),
+        ([{"rfilename": "x", "size": 2**60, "blobId": "a"}], CheckpointError),
+        ([{"rfilename": "x", "size": 1, "blobId": "a", "lfs": {"sha256": "short", "size": 1}}], MalformedFile),
+        ([{"rfilename": f"{number}", "size": 1, "blobId": "a"} for number in range(100_001)], CheckpointError),
+        ("none", MalformedFile),
+    ],
+    ids=["up", "root", "marks", "negative", "huge", "digest", "many", "kind"],
+)
+def test_a_hostile_listing_is_refused(siblings: object, error: type[Exception], server: Hub) -> None:
+    """Before a file is asked for."""
+    body = json.dumps({"sha": "0" * 40, "siblings": siblings}).encode()
+    server.fault("status", on="info", status=200, body=body, headers={"Content-Type": "application/json"})
+    with pytest.raises(error):
+        open_checkpoint(ADDRESS)
+    assert not [seen for seen in server.seen if seen.kind == "content"]
+
+
+def test_what_was_downloaded_before_is_read_here(server: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard in the hub's cache is not asked for; offline the whole model is read there, as the same source."""
+    online = open_checkpoint(ADDRESS).fingerprint()
+    snapshot_download("org/tiny")
+    server.seen.clear()
+    opened = open_checkpoint(ADDRESS)
+    assert tensors(opened) == tensors(open_checkpoint(model))
+    assert opened.fingerprint() == online
+    assert not [seen for seen in server.seen if seen.kind == "content"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    server.seen.clear()
+    assert open_checkpoint(ADDRESS).fingerprint() == online
+    assert not server.seen
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE forbids"):
+        open_checkpoint("hf://org/other")
+
+
+def test_weights_that_the_index_does_not_name_are_named(server: Hub) -> None:
+    """They are not fetched, and no secret of the conversion either: `left_out` has them."""
+    server.commit("org/tiny", {"extra.safetensors": b"x" * 100, "old/pytorch_model.bin": b"y", ".hidden": "z"})
+    opened = open_checkpoint(ADDRESS)
+    assert set(other_files(opened).left_out) == {"extra.safetensors", "old/pytorch_model.bin"}
+    assert not (opened.folder / ".hidden").exists()
