@@ -135,7 +135,8 @@ def test_redirects_end(server: Hub) -> None:
 
 def test_a_whole_file_is_fetched_checked_and_resumed(server: Hub, model: Path, tmp_path: Path) -> None:
     """It is there with the right digest, or not there; what came of it is not asked for again."""
-    place, target, came = open_place(parse(ADDRESS)), tmp_path / "shard", []
+    place, target = open_place(parse(ADDRESS)), tmp_path / "shard"
+    came: list[int] = []
     server.fault("wrong", file=SHARDS[0])
     with pytest.raises(MalformedFile, match="the content is not what the place says"):
         place.fetch(SHARDS[0], target, add=came.append)
