@@ -23,8 +23,7 @@ from k2quant.formats.known import FORMATS
 from k2quant.ground.units import counted, size
 from k2quant.kernels.codecs.figures import Figures
 
-_VALUES = ("to", "scope", "grid", "layout", "shard_size", "method", "kv_cache")
-_SWITCHES = ("allow_split", "allow_rounding")
+_OF_A_RULE = ("to", "scope", "grid", "layout", "method")
 _LONGEST = 120  # letters of a name
 
 
@@ -111,7 +110,8 @@ def _made(plan: Plan, home: Home | None, name: str) -> Iterator[str]:
     destination = _title(plan, name)
     command = _command(plan)
     recipe = plan.options.in_force
-    rules = "rules" in plan.options.as_json()
+    first, *more = recipe.rules
+    rules = bool(more or first.narrowed)
     words = ["k2quant", *command.split()]
     if command == "qat export":
         words += [str((plan.origin or {}).get("run") or (plan.origin or {}).get("job") or "RUN"), destination]
@@ -129,13 +129,16 @@ def _made(plan: Plan, home: Home | None, name: str) -> Iterator[str]:
 
 
 def _flags(plan: Plan, *, rules: bool) -> Iterator[str]:
-    asked = plan.options.as_json()
-    for key in _VALUES:
-        if asked.get(key) is not None and not (rules and key in {"to", "scope", "grid", "layout", "method"}):
-            yield from (_flag(key), str(asked[key]))
-    for pattern in [] if rules else asked["ignore"]:
+    recipe, options = plan.options.in_force, plan.options
+    first = recipe.rules[0].as_json() if not rules else {}
+    beside = {"shard_size": recipe.shard_size, "kv_cache": options.kv_cache}
+    for key, value in ({name: first.get(name) for name in _OF_A_RULE} | beside).items():
+        if value is not None:
+            yield from (_flag(key), str(value))
+    for pattern in first.get("ignore", []):
         yield from (_flag("ignore"), pattern)
-    yield from (_flag(key) for key in _SWITCHES if asked.get(key))
+    for key, allowed in (("allow_split", recipe.allow_split), ("allow_rounding", options.allow_rounding)):
+        yield from [_flag(key)] if allowed else []
     if (inputs := plan.options.activation_scales) is not None:
         yield from (_flag("activation-scales"), "one" if inputs == "one" else "STATS")
     method = plan.method or {}
