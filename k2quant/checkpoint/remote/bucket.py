@@ -121,7 +121,7 @@ class BucketPlace:
         what = self.address.child(name)
         try:
             data = self._bytes(self.files[name], f"{self._root()}/{name}", start, stop)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  libraries of stores raise what they like
             if status_of(error) == 412 or isinstance(error, FileExistsError):
                 raise changed(what, "the object that was listed", "another one under its name") from None
             raise _explained(error, what) from None
@@ -172,7 +172,7 @@ def open_bucket(address: Address) -> BucketPlace:
         found = retried(what, lambda: _listing(filesystem, root))
     except FileNotFoundError:
         found = {}
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  libraries of stores raise what they like
         raise _explained(error, what) from None
     files = {}
     for path, facts in found.items():

@@ -52,7 +52,8 @@ def card_of(plan: Plan, report: Mapping[str, Any]) -> bytes:
 
 
 def _title(plan: Plan, name: str) -> str:
-    return f"{name}-{plan.options.main.upper()}"
+    base = name if plan.source.supply is None else plan.source.place.name
+    return f"{base}-{plan.options.main.upper()}"
 
 
 def _opening(plan: Plan, report: Mapping[str, Any], home: Home | None, name: str) -> str:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,3 +92,14 @@ def test_what_is_not_there_is_said() -> None:
         open_checkpoint("memory://shelf")
     with pytest.raises((MissingExtra, UsageError), match="abfs://"):
         open_place(parse("abfs://container/a"))
+
+
+def test_who_has_no_credentials_is_told_so(tmp_path: Path) -> None:
+    """The library's own error, which is none of the system's, becomes a line that says where they come from."""
+    there = {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path), "AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    command = [sys.executable, "-m", "k2quant", "inspect", "s3://nobody/none"]
+    done = subprocess.run(command, env=kept | there, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "s3://nobody/none: may not be read, found Unable to locate credentials; credentials come from" in done.stderr
+    assert "Traceback" not in done.stderr
