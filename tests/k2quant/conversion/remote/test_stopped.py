@@ -125,3 +125,14 @@ def test_a_low_disk_holds_two_shards_at_most(to: FormatName, most: int, source: 
     assert not most or max(seen) > 0
     assert not stage.exists()
     assert written(there) == written(k2quant.convert(source, tmp_path / "local", to).folder)
+
+
+@pytest.mark.usefixtures("server")
+def test_the_card_is_called_by_the_model_and_its_command_can_be_repeated(tmp_path: Path) -> None:
+    """Neither title nor the folder of the command has an address in it; the source has, with its commit."""
+    done = k2quant.convert(f"hf://{NAME}", tmp_path / "out", "int4")
+    card, source = (done.folder / "README.md").read_text(), done.report["source_name"]
+    assert "\n# Kimi-K2-Small-INT4\n" in card
+    assert f"\nk2quant convert --to int4 {source} Kimi-K2-Small-INT4\n" in card
+    assert source.startswith(f"hf://{NAME}@")
+    assert f"\nbase_model: {NAME}\n" in card
