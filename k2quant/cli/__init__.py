@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from k2quant.cli.parts.flags import in_flags, running
+from k2quant.cli.parts.flags import in_flags
+from k2quant.cli.parts.flags import running as command_at_work  # a folder here is called `running`, too
 from k2quant.cli.parts.lazy import LazyGroup
 from k2quant.cli.parts.screen import remarks
 from k2quant.cli.parts.terminal import colour
@@ -50,7 +51,7 @@ class _Commands(LazyGroup):
         except OSError as error:
             ctx.exit(_ended(error))
         except KeyboardInterrupt as error:
-            command = running()
+            command = command_at_work()
             resumes = command is not None and command.name in _RESUMED
             say(f"k2quant: stopped{'; the same command resumes' if resumes else ''}")
             ctx.exit(128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT))

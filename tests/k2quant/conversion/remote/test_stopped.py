@@ -133,6 +133,6 @@ def test_the_card_is_called_by_the_model_and_its_command_can_be_repeated(tmp_pat
     done = k2quant.convert(f"hf://{NAME}", tmp_path / "out", "int4")
     card, source = (done.folder / "README.md").read_text(), done.report["source_name"]
     assert "\n# Kimi-K2-Small-INT4\n" in card
-    assert f"\nk2quant convert --to int4 {source} Kimi-K2-Small-INT4\n" in card
+    assert f"\nk2quant convert --to int4 --scope experts --grid moonshot {source} Kimi-K2-Small-INT4\n" in card
     assert source.startswith(f"hf://{NAME}@")
     assert f"\nbase_model: {NAME}\n" in card
