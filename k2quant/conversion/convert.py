@@ -35,7 +35,6 @@ from k2quant.conversion.resume import (
 from k2quant.conversion.searching.asked import planned
 from k2quant.conversion.searching.folding import check_halves
 from k2quant.conversion.searching.surveys import Substitute, check_shared
-from k2quant.conversion.spreading.cluster import Spread, check_cluster
 from k2quant.conversion.spreading.order import order
 from k2quant.conversion.spreading.part import Part, beside_cluster, part_of, share
 from k2quant.conversion.stream import Progress, Rounder, Stream
@@ -51,6 +50,7 @@ from k2quant.ground.units import counted, duration, size
 from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
+    from k2quant.conversion.spreading.cluster import Spread
     from k2quant.kernels.codecs.seam import Codecs
 
 _log = logging.getLogger(__name__)
@@ -220,6 +220,8 @@ def convert(
     own = None if part is None else part_of(part)
     here, remark = pinned(begun, there, restart=restart)
     if cluster is not None:
+        from k2quant.conversion.spreading.cluster import check_cluster  # loads what starts processes
+
         check_cluster(cluster)
         if own is not None:
             raise beside_cluster()
@@ -241,6 +243,8 @@ def convert(
     plan = plan.remarked(remark)
     spread = None
     if cluster is not None:
+        from k2quant.conversion.spreading.cluster import Spread
+
         others: dict[str, Any] = {"stats": stats, "activation_scales": activation_scales, "follow_links": follow_links}
         asked = order(plan, plan.source.place, there, device=device, sha256=sha256, low_disk=low_disk, **others)
         spread = Spread(cluster, asked, plan, workers=workers)
