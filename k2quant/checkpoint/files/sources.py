@@ -47,10 +47,8 @@ def _explained(path: str, *, addresses: bool = False) -> tuple[str, str | None]:
     address = _HUB.match(path)
     hub_id = _ID.fullmatch(path, address.end() if address else 0)
     if address and hub_id:
-        return (
-            "an address on the Hugging Face hub, not a folder",
-            _remedy(hub_id, addresses=addresses),
-        )
+        # A path: whoever takes addresses has read it as one before. So it stands where only a folder will do.
+        return "an address on the Hugging Face hub, not a folder", _download(hub_id)
     if _ADDRESS.match(path):
         return "an address, not a folder", "copy the checkpoint to a folder here first"
     remedies = []
