@@ -125,6 +125,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     assert files.keys() - {"hf_quant_config.json"} == {
         CONFIG,
         INDEX,
+        "README.md",
         "tokenizer.json",
         *(f"model-{n + 1}-of-{SHARDS}.safetensors" for n in range(8)),
     }
