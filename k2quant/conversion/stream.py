@@ -437,6 +437,14 @@ class Stream:
 
     def _finish(self, shard: _Shard) -> None:
         """Give a finished shard its name and note it in the journal. Runs in the disk's thread."""
+        try:
+            self._name(shard)
+        except BaseException as error:
+            if self._supply is not None:
+                self._supply.fail(error)  # the pool may wait for room that only this shard would have made
+            raise
+
+    def _name(self, shard: _Shard) -> None:
         record: Record = {
             "shard": shard.plan.file,
             "size": shard.plan.size,

@@ -13,14 +13,13 @@ from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.remote.place import RemoteFile, check_names
 from k2quant.checkpoint.remote.ranges import CONNECT_SECONDS, READ_SECONDS, Answer, Client
-from k2quant.checkpoint.remote.retrying import Transient, retried, retry_after
+from k2quant.checkpoint.remote.retrying import AGAIN, Transient, retried, retry_after
 from k2quant.checkpoint.remote.secrets import clean
 from k2quant.errors import CheckpointError, MalformedFile
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LIMIT = 64_000_000  # bytes of a listing; K2's has some 30,000
-_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 
 
 class Listing(NamedTuple):
@@ -56,7 +55,7 @@ def listed(address: Address, session: Callable[[], Client], headers: Callable[[]
 def _asked(url: str, address: Address, client: Client, headers: Mapping[str, str]) -> bytes:
     timeout = (CONNECT_SECONDS, READ_SECONDS, READ_SECONDS, READ_SECONDS)
     with client.stream("GET", url, params={"blobs": "true"}, headers=dict(headers), timeout=timeout) as answer:
-        if answer.status_code in _AGAIN:
+        if answer.status_code in AGAIN:
             raise Transient(f"status {answer.status_code}", after=retry_after(answer.headers))
         if answer.status_code != 200:
             raise refused(answer, str(address), address)
@@ -150,8 +149,8 @@ def as_error(error: Exception, what: str, address: Address) -> CheckpointError:
         if (answer := getattr(each, "response", None)) is not None:
             return refused(answer, what, address)
     found = next((each.strerror for each in chain if isinstance(each, OSError) and each.strerror), None)
-    text = found or " ".join(str(error).split())[:300]
-    return CheckpointError("cannot be read", file=what, found=clean(text) or type(error).__name__)
+    text = clean(found or " ".join(str(error).split()))[:300]  # cleaned whole: half a secret is not known for one
+    return CheckpointError("cannot be read", file=what, found=text or type(error).__name__)
 
 
 _LOGIN = "`hf auth login`, or HF_TOKEN, says who you are"

@@ -13,13 +13,12 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 from urllib.parse import urljoin, urlsplit
 
-from k2quant.checkpoint.remote.retrying import Transient, retry_after, transient
+from k2quant.checkpoint.remote.retrying import AGAIN, Transient, retry_after, transient
 from k2quant.errors import CheckpointError
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _HOPS = 8  # redirects of one request, at most
 _EXPIRED = {400, 401, 403, 404, 410}  # what places of large files answer to an address that is not good any more
-_AGAIN = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _CHUNK = 2**20  # bytes that are copied at a time
 CONNECT_SECONDS, READ_SECONDS = 20.0, 60.0
@@ -136,12 +135,11 @@ class Ranges:
     def _check(self, answer: Answer, what: str, start: int, stop: int, size: int) -> None:
         """Refuse an answer that does not hold just the bytes that were asked for."""
         status = answer.status_code
-        if status in _AGAIN:
+        if status in AGAIN:
             raise Transient(f"status {status}", after=retry_after(answer.headers))
         if status == 416:
             raise changed(what, f"{size:,} bytes", "a file that ends before what its header names")
         if status >= 300 or status < 200:
-            answer.read()
             raise self._refused(answer, what)
         if status == 200:
             whole = answer.headers.get("content-length")
@@ -166,8 +164,11 @@ def _next(address: str, location: str | None, what: str) -> str:
     Raises:
         CheckpointError: to nothing that could be asked, or from a safe line to an open one.
     """
-    there = urljoin(address, location or "")
-    scheme, host, _ = origin(there) if location else ("", "", None)
+    try:
+        there = urljoin(address, location or "")
+        scheme, host, _ = origin(there) if location else ("", "", None)
+    except ValueError as error:  # a port or a host that none can be
+        raise CheckpointError("a redirect that leads nowhere", file=what) from error
     if scheme not in {"http", "https"} or not host:
         raise CheckpointError("a redirect that leads nowhere", file=what, found=ascii(scheme)[:50])
     if scheme == "http" and origin(address)[0] == "https":

@@ -20,10 +20,12 @@ pause: Callable[[float], None] = time.sleep
 """Waits for some seconds; tests put something quicker here."""
 
 TRIES = 8
-"""How often one thing is tried. With the waits between them that is about a minute and a half of an outage."""
+"""How often one thing is tried; the waits between them come to half a minute, or a whole one."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds
 _LONGEST_ASKED = 600.0  # seconds that a server's Retry-After may ask for; the hub counts requests over five minutes
-_AGAIN = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
+AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+"""Statuses of an answer that another try may mend; those above 511 are of servers that stand before others."""
+
 _TRANSIENT = {  # by name, so that none of these libraries need be loaded; their classes that mean a broken connection
     "TransportError",  # httpx
     "RequestError",
@@ -81,10 +83,9 @@ def retried(what: str, work: Callable[[], T]) -> T:
 
 
 def _wait(number: int, fault: Transient) -> float:
-    if fault.after is not None:
-        return min(max(fault.after, 0.0), _LONGEST_ASKED)
     longest: float = min(_FIRST_WAIT * 2 ** (number - 1), _LONGEST_WAIT)
-    return longest * random.uniform(0.5, 1.0)  # noqa: S311  so that many threads do not come back at once
+    own = longest * random.uniform(0.5, 1.0)  # noqa: S311  so that many threads do not come back at once
+    return own if fault.after is None else max(own, min(fault.after, _LONGEST_ASKED))
 
 
 def transient(error: BaseException) -> Transient | None:
@@ -99,7 +100,7 @@ def transient(error: BaseException) -> Transient | None:
         status, headers = _answer(each)
         if status is not None:
             found = f"status {status}"
-            return Transient(found, after=retry_after(headers)) if status in _AGAIN else None
+            return Transient(found, after=retry_after(headers)) if status in AGAIN else None
     if names & _FINAL:
         return None
     passing = names & _TRANSIENT or any(isinstance(each, ConnectionError | TimeoutError) for each in chain)
@@ -121,7 +122,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def _said(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
+    text = clean(" ".join(str(error).split()))[:300]  # cleaned whole: half a secret is not known for one
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,13 +34,17 @@ _WHOLE = 16
 """An output shard that reads more than one part in so many of a source shard has it fetched whole; else ranges come."""
 
 
-def needs(todo: Sequence[Use], sizes: Mapping[str, int], most: int | None) -> list[tuple[str, list[str]]]:
+def needs(
+    todo: Sequence[Use], sizes: Mapping[str, int], most: int | None, proves: Collection[tuple[str, str]] = ()
+) -> list[tuple[str, list[str]]]:
     """Return for each output shard the source shards that are fetched whole for it, in order.
 
     Args:
         todo: what each reads.
         sizes: bytes of the source's shards.
         most: source shards that may lie on the disk at a time; None: any number.
+        proves: source shard and output shard, where this one has it fetched whole however little it reads of it, for
+            its digest is known and nobody else compares it.
 
     Raises:
         UsageError: an output shard needs more than that.
@@ -50,7 +54,7 @@ def needs(todo: Sequence[Use], sizes: Mapping[str, int], most: int | None) -> li
         read: dict[str, int] = {}
         for file, start, stop in use.ranges:
             read[file] = read.get(file, 0) + stop - start
-        whole = [file for file, count in read.items() if count * _WHOLE > sizes[file]]
+        whole = [file for file, count in read.items() if count * _WHOLE > sizes[file] or (file, use.output) in proves]
         if most is not None and len(whole) > most:
             raise UsageError(
                 f"{use.output} is made of {len(whole)} shards of the source, and `low_disk=` has {most} on the disk at "
@@ -88,6 +92,7 @@ class Stage:
         self._ready: set[str] = set()
         self._coming: set[str] = set()
         self._due: set[str] = set()
+        self._opened: set[str] = set()
         self._reserved: dict[str, int] = {}
         self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
@@ -116,7 +121,9 @@ class Stage:
     def open(self, output: str) -> None:
         """Hear that an output shard is begun: who asks for its source shards waits for them from now on."""
         with self._change:
+            self._opened.add(output)
             self._due |= {file for file, users in self._users.items() if output in users}
+            self._change.notify_all()
 
     def give(self, file: str, start: int, buffer: memoryview) -> bool:
         """Fill a buffer from a shard that is here, or is due and comes; tell whether it is.
@@ -149,6 +156,7 @@ class Stage:
         """Delete what only an output shard needed, which stands."""
         with self._change:
             self._reserved.pop(output, None)
+            self._opened.discard(output)
             gone = [file for file, users in self._users.items() if users == {output}]
             for users in self._users.values():
                 users.discard(output)
@@ -157,6 +165,12 @@ class Stage:
                 self._ready.discard(file)
                 self._due.discard(file)
                 (self._folder / file).unlink(missing_ok=True)
+            self._change.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell whoever waits that nothing will be written any more."""
+        with self._change:
+            self._error = self._error or error
             self._change.notify_all()
 
     def close(self) -> None:
@@ -202,13 +216,24 @@ class Stage:
         """Return the next shard to fetch, when there is room for it; None at the end."""
         with self._change:
             while self._queue and not self._closed and self._error is None:
-                file = self._queue[0]
+                file = next((name for name in self._queue if name in self._due), self._queue[0])
                 if self._has_room(file):
-                    self._queue.pop(0)
+                    self._queue.remove(file)
                     self._coming.add(file)
                     return file
                 self._change.wait()
         return None
+
+    def _make_room(self) -> bool:
+        """Let a shard go that only output shards which are not begun will read: it comes again. The lock is held."""
+        for file in sorted(self._ready):
+            if not self._users[file] & self._opened:
+                self._ready.discard(file)
+                self._due.discard(file)
+                (self._folder / file).unlink(missing_ok=True)
+                self._queue.append(file)
+                return True
+        return False
 
     def _has_room(self, file: str) -> bool:
         """Tell whether a shard may come now. The lock is held.
@@ -216,14 +241,18 @@ class Stage:
         Raises:
             OutputError: it never may, for nothing will go that is there.
         """
-        there = len(self._ready | self._coming)
+        wanted = file in self._due and not self._coming  # somebody waits for it, and nothing else will make room
         if self._most is not None:
-            return there < self._most
+            full = len(self._ready | self._coming) >= self._most
+            return not full or (wanted and self._make_room())
+        there = len(self._ready | self._coming)
         free, needed = shutil.disk_usage(self._folder).free, self._place.files[file].size
         coming = sum(self._place.files[name].size - self._size(name) for name in self._coming)
         room = free - coming - sum(self._reserved.values()) + self._size(file)
         if needed + (SPARE_BYTES if there else 0) <= room:
             return True
+        if wanted and self._make_room():
+            return self._has_room(file)
         if not self._coming and all(self._users[name] & self._users[file] for name in self._ready):
             raise OutputError(
                 "the disk is too small for a shard of the source beside the output",

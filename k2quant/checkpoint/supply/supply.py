@@ -110,7 +110,8 @@ class Supply:
         self.way = choice.way
         if choice.way == "shards":
             most = MOST_LOW if low_disk else None
-            fetched = needs(written, self._sizes, most)
+            proves = {(file, output) for file, output in self._owned.items() if file in self._sha256}
+            fetched = needs(written, self._sizes, most, proves)
             self._stage = Stage(self.place, stage, most=most, whole=self._note_whole, add=self._add)
             self._stage.begin(fetched, missing)
             return 1
@@ -154,6 +155,11 @@ class Supply:
         """Hear that an output shard stands: what only it needed may go."""
         if self._stage is not None:
             self._stage.written(output)
+
+    def fail(self, error: BaseException) -> None:
+        """Hear that an output shard cannot be finished: whoever waits for room that it will not make is told."""
+        if self._stage is not None:
+            self._stage.fail(error)
 
     def finish(self) -> None:
         """Hear that all output shards stand."""

@@ -291,7 +291,7 @@ class Bucket:
         """Return the uploads of our own files that were begun and are not over."""
         head = self._parsed(_JOURNAL) or self.finished_report() or {}
         files = head.get("files")
-        own = set(files) if isinstance(files, list | dict) else set()
+        own = {name for name in files if isinstance(name, str)} if isinstance(files, list | dict) else set()
         return [upload for upload in self._objects.uploads() if upload.name in own]
 
     def _notes(self) -> set[str]:

@@ -11,6 +11,7 @@ from huggingface_hub import constants, snapshot_download
 from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
+from k2quant.checkpoint.remote import ranges
 from k2quant.checkpoint.remote.address import parse
 from k2quant.checkpoint.remote.opening import open_place
 from k2quant.errors import CheckpointError, MalformedFile, UnsafePath
@@ -131,6 +132,13 @@ def test_redirects_end(server: Hub) -> None:
     server.fault("loop", file=PATTERN, times=None)
     with pytest.raises(CheckpointError, match=r"redirects without end|cannot be reached"):
         whole()
+
+
+@pytest.mark.parametrize("location", ["http://127.0.0.1:99999/x", "http://[x/", "file:///etc/passwd", ""])
+def test_redirects_that_lead_nowhere_are_refused(location: str) -> None:
+    """No port or host that none can be, and nothing but a server, ends in anything but a line."""
+    with pytest.raises(CheckpointError, match="a redirect that leads nowhere"):
+        ranges._next("http://127.0.0.1/a", location, "hf://org/name/file")  # noqa: SLF001  a server cannot be asked for all
 
 
 def test_a_whole_file_is_fetched_checked_and_resumed(server: Hub, model: Path, tmp_path: Path) -> None:

@@ -319,3 +319,56 @@ def test_a_supply_serves_one_run_after_another(memory_place: Callable[..., Any])
     for number in range(4):
         Run(supply, uses, data, done=[use.output for at, use in enumerate(uses) if at != number]).go()
     assert supply.traffic <= sum(SIZES.values()) * 1.35 + 8 * PIECE
+
+
+def test_a_shard_that_is_wanted_later_makes_room_for_one_that_is_wanted_now(
+    memory_place: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Two shards stay for a last output shard, and one between needs a third: nobody waits for ever."""
+    data = files()
+    one, two, four = (ranges_of(name, "weights") for name in ("one", "two", "four"))
+    uses = [Use("a", tuple(one)), Use("b", tuple(two)), Use("c", tuple(four)), Use("d", (*one, *two))]
+    run = Run(Supply(memory_place(data)), uses, data, stage=tmp_path / "stage", low_disk=True, once=False, abreast=1)
+    assert run.go().records.keys() == {"a", "b", "c", "d"}
+
+
+def test_an_output_shard_that_fails_ends_who_waits_for_its_room(
+    memory_place: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What it used will never go; a reader that waits for the next source shard hears what went wrong."""
+    data = files()
+    supply = Supply(memory_place(data))
+    uses = [Use(f"out {name}", tuple(ranges_of(name, "weights"))) for name in ("one", "two", "four")]
+    Run(supply, uses, data, stage=tmp_path / "stage", low_disk=True, once=False, abreast=1)
+    for use in uses:
+        supply.open(use.output)
+    heard: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            supply.read_into("four", 0, memoryview(bytearray(8)))
+        except OutputError as error:
+            heard.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    supply.fail(OutputError("the disk is full"))
+    reader.join(30)
+    assert not reader.is_alive()
+    assert [str(error) for error in heard] == ["the disk is full"]
+    supply.close()
+
+
+def test_a_shard_of_which_each_output_reads_little_is_proven(memory_place: Callable[..., Any], tmp_path: Path) -> None:
+    """Where no output shard reads a sixteenth of it, it is fetched whole all the same, and so compared."""
+    data = files()
+    place = memory_place(data)
+    whole = ranges_of("four", "weights")
+    step = SIZES["four"] // 40
+    uses = [
+        Use(f"out {number}", (("four", whole[0][1] + number * step, whole[0][1] + (number + 1) * step),))
+        for number in range(30)
+    ]
+    right = Run(Supply(place), uses, data, stage=tmp_path / "stage", once=False).go()
+    assert place.fetched == ["four"]
+    assert unproven(right.records.values()) == 0

@@ -398,6 +398,11 @@ def test_clean_names_and_removes_what_a_killed_run_left(
     store.begin_upload(bucket, f"{PREFIX}not-ours.bin")
     lock = f"{PREFIX}.k2quant/lock.json"
     store.put(bucket, lock, b'{"host": "elsewhere", "machine": "m", "pid": 7, "started": 1, "taken": "today"}')
+    head = f"{PREFIX}.k2quant/journal.json"
+    told_before = store.contents(bucket)[head]
+    store.put(bucket, head, b'{"files": [["forged"], 7]}')  # no names: nothing is ours then
+    assert CliRunner().invoke(main, ["clean", at(bucket)]).exit_code == 0
+    store.put(bucket, head, told_before)
     before = store.contents(bucket)
     named = CliRunner().invoke(main, ["clean", at(bucket)])
     assert named.exit_code == 0, named.output
