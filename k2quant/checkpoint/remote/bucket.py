@@ -203,7 +203,8 @@ def filesystem_of(address: Address) -> Any:
     import fsspec
 
     try:
-        return fsspec.filesystem(address.scheme, use_listings_cache=False)
+        # A new one: one that another opening left knows endpoint and credentials as they were then.
+        return fsspec.filesystem(address.scheme, use_listings_cache=False, skip_instance_cache=True)
     except ImportError as error:
         raise MissingExtra(f"{address.scheme}:// needs a package that is not installed", found=str(error)) from None
     except (TypeError, ValueError, OSError) as error:
