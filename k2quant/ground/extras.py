@@ -13,7 +13,7 @@ from typing import Literal
 
 from k2quant.errors import MissingExtra
 
-Extra = Literal["run", "report", "eval", "qat", "tokenizer", "s3", "gs", "cluster"]
+Extra = Literal["run", "report", "eval", "qat", "tokenizer", "s3", "gs", "cluster", "gguf"]
 """A part, by its name in brackets: `k2quant[run]`."""
 
 _RUN = ("torch", "transformers", "accelerate")
@@ -27,6 +27,7 @@ PACKAGES: Mapping[Extra, tuple[str, ...]] = {
     "s3": ("s3fs",),
     "gs": ("gcsfs",),
     "cluster": ("ray",),
+    "gguf": ("gguf",),
 }
 """What each part cannot do without, by the names of imports; what only some of its uses need is asked for there."""
 
