@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,6 @@ class Export:
     and whatever else decides what is written."""
     remarks: tuple[str, ...] = ()
     """What is worth saying of source and output, though it stops nothing."""
-    more: Mapping[str, Any] = field(default_factory=dict)
-    """What the report says beside that, as JSON has it."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
