@@ -44,6 +44,7 @@ _CHANGED = {
     "source": "another source",
     "version": "another version of k2quant",
 }
+"""What a key of a journal's first line or a report stands for, where another value is a reason of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,8 @@ def refuse_changed(found: Mapping[str, Any], wanted: Mapping[str, Any], spot: ob
     """
     changed = [key for key, value in wanted.items() if found.get(key) != value]
     if changed:
-        what = " and ".join(_CHANGED.get(key, f"another {key}") for key in changed)
+        own = [key for key in changed if key in _CHANGED]  # what follows from these need not be said
+        what = " and ".join(_CHANGED[key] for key in own) or "another release of k2quant, which makes other files"
         raise DestinationStale(
             f"holds a {state} export of {what}",
             file=spot,

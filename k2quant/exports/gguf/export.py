@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.checkpoint.reader import INCOMPLETE, REPORT, open_checkpoint
 from k2quant.checkpoint.remote.address import Address, spot
+from k2quant.checkpoint.writing.destination import Destination
+from k2quant.checkpoint.writing.target import Room
 from k2quant.conversion.finishing.report import fetched
 from k2quant.conversion.places import pinned
 from k2quant.conversion.resume import refuse_nested
@@ -20,7 +22,7 @@ from k2quant.exports.exporting import check_room, disk_errors, fill
 from k2quant.exports.gguf.files import check_name
 from k2quant.exports.gguf.plan import GgufPlan, make_plan
 from k2quant.exports.gguf.types import Options
-from k2quant.exports.gguf.writing import Output, check_finished, finished, locked, work_folder
+from k2quant.exports.gguf.writing import Output, check_finished, finished, locked, room_of, work_folder
 from k2quant.ground.saying.arguments import hinting
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.saying.showing import as_html, brief
@@ -139,6 +141,47 @@ def export_gguf(
         low_disk=low_disk,
         progress=told(progress),
     )
+
+
+def look_ahead(
+    source: str | os.PathLike[str] | Address,
+    destination: str | os.PathLike[str],
+    *,
+    restart: bool = False,
+    workers: int | None = None,
+    follow_links: bool = False,
+    **options: Any,
+) -> tuple[GgufPlan, dict[str, Record], Room]:
+    """Return what an export would write, what of it stands, and what the disk must have free; write nothing.
+
+    Args:
+        source: as in `export_gguf`, as the others are.
+        destination: the file.
+        restart: whether what stands there would be thrown away.
+        workers: threads that look at scales.
+        follow_links: whether links of the source may lead out of it.
+        options: `rest`, `experts`, `fallback` and `split_size`.
+
+    Raises:
+        CheckpointError: the source cannot be exported.
+        OutputError: the output would be refused.
+        UsageError: the options make no sense.
+    """
+    there = checked_destination(destination)
+    begun = spot(source)
+    refuse_nested(begun, there)
+    here, remark = pinned(begun, work_folder(there), restart=restart)
+    opened = open_checkpoint(here, follow_links=follow_links)
+    plan = make_plan(opened, there.name, options_of(**options), workers=workers).remarked(remark)
+    work = work_folder(there)
+    if not restart and (report := finished(there)) is not None:
+        check_finished(there, report, plan)
+        return plan, {name: {} for name in plan.sections}, room_of(there, 0)
+    if not work.is_dir():
+        return plan, {}, room_of(there, plan.size)
+    output = Output(plan, Destination(work, report=REPORT, incomplete=INCOMPLETE), there)
+    done = {} if restart else output.standing()
+    return plan, done, output.room()
 
 
 def checked_destination(destination: str | os.PathLike[str]) -> Path:

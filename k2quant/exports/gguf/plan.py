@@ -84,6 +84,8 @@ class _Written(NamedTuple):
     choice: Choice
     part: str
     """Which of the arrays of a format it is; empty: the only one, under whatever name."""
+    why: str
+    """Why it is not in the type of its codes, or that was asked for."""
 
 
 def make_plan(source: Checkpoint, file: str, options: Options, *, workers: int | None = None) -> GgufPlan:
@@ -112,7 +114,7 @@ def make_plan(source: Checkpoint, file: str, options: Options, *, workers: int |
     )
     files = file_plans(file, metadata, [[each.tensor for each in group] for group in groups], options.split_size)
     sections, shards = _sections(files, written, found.sizes)
-    why = {each.tensor.name: each.choice.why for each in written if each.choice.why}
+    why = {each.tensor.name: each.why for each in written if each.why}
     identity = {
         "export": SUFFIX.removeprefix("."),
         "options": options.as_json(),
@@ -135,17 +137,16 @@ def _written(stack: Stack, choice: Choice, sizes: Sizes) -> Iterator[_Written]:
     if choice.second is not None:
         layer, heads = place.tensor.rpartition(".")[0], sizes.num_attention_heads
         inner = (heads, sizes.kv_lora_rank, sizes.qk_nope_head_dim), (heads, sizes.v_head_dim, sizes.kv_lora_rank)
-        types = (choice.type, choice.second)
-        for half, part, of, each in zip(HALVES, blocks.Heads.mains, types, inner, strict=True):
-            yield _Written(Tensor(f"{layer}.{half}.{place.suffix}", of, each), stack, choice, part)
+        for half, part, of, each in zip(HALVES, blocks.Heads.mains, (choice, choice.second), inner, strict=True):
+            yield _Written(Tensor(f"{layer}.{half}.{place.suffix}", of.type, each), stack, choice, part, of.why)
         return
     experts = (len(stack.weights),) if stack.is_stacked else ()
-    yield _Written(Tensor(place.name, choice.type, (*experts, *shape)), stack, choice, "")
+    yield _Written(Tensor(place.name, choice.type, (*experts, *shape)), stack, choice, "", choice.why)
     if choice.type == blocks.NVFP4:
         stored = stack.first.format
         beside = (blocks.SCALE, blocks.INPUTS) if stored is not None and stored.scales_inputs else (blocks.SCALE,)
         for part in beside:
-            yield _Written(Tensor(f"{place.tensor}.{part}", blocks.F32, experts or (1,)), stack, choice, part)
+            yield _Written(Tensor(f"{place.tensor}.{part}", blocks.F32, experts or (1,)), stack, choice, part, "")
 
 
 def _file_type(written: list[_Written]) -> int:

@@ -72,8 +72,8 @@ class Choice(NamedTuple):
     type: Type
     why: str = ""
     """Why it is not the one that its codes have, or that was asked for."""
-    second: Type | None = None
-    """Of `kv_b_proj`, that of the values' half; `type` is the keys'."""
+    second: Choice | None = None
+    """Of `kv_b_proj`, that of the values' half; this one is the keys'."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -112,9 +112,10 @@ def _choice(stack: Stack, sizes: Sizes, options: Options, misfit: str | None) ->
         return Choice(F32)
     asked = _PLAIN[options.experts if stack.is_stacked else options.rest]
     if part == KV_B:
+        coded = stack.first.format is not None and stack.first.format.ggml is not None
+        why = "a half of kv_b_proj, whose other half is transposed" if coded else ""
         keys, values = (_fitting(asked, width) for width in (sizes.qk_nope_head_dim, sizes.kv_lora_rank))
-        why = "" if stack.first.format is None or stack.first.format.ggml is None else "kv_b_proj is transposed"
-        return Choice(keys.type, keys.why or values.why or why, values.type)
+        return Choice(keys.type, keys.why or why, values._replace(why=values.why or why))
     if misfit is not None:
         return _fitting(_PLAIN[options.fallback or EXPERTS[0]], stack.shape[-1])._replace(why=misfit)
     if (kind := own(stack)) is None:
@@ -156,7 +157,7 @@ def target(choice: Choice, weight: StoredWeight, sizes: Sizes) -> Format | None:
     if choice.second is not None:
         return blocks.Heads(
             for_keys=_format(choice.type, weight),
-            for_values=_format(choice.second, weight),
+            for_values=_format(choice.second.type, weight),
             nope=sizes.qk_nope_head_dim,
             v=sizes.v_head_dim,
             rank=sizes.kv_lora_rank,
