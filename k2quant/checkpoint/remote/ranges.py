@@ -141,9 +141,10 @@ class Ranges:
             raise changed(what, f"{size:,} bytes", "a file that ends before what its header names")
         if status >= 300 or status < 200:
             raise self._refused(answer, what)
+        if answer.headers.get("content-encoding", "identity") != "identity":
+            raise Transient("an answer in another encoding than was asked for")
         if status == 200:
-            whole = answer.headers.get("content-length")
-            if (start, stop) == (0, size) and whole == str(size):
+            if (start, stop) == (0, size) and answer.headers.get("content-length") in {None, str(size)}:
                 return
             raise Transient("status 200, a whole answer where a range was asked for (206)")
         found = _CONTENT_RANGE.fullmatch(answer.headers.get("content-range", ""))
@@ -154,8 +155,6 @@ class Ranges:
             raise changed(what, f"{size:,} bytes", f"{int(total):,} bytes")
         if (first, last) != (start, stop - 1):
             raise Transient(f"bytes {first} to {last} where {start} to {stop - 1} were asked for")
-        if answer.headers.get("content-encoding", "identity") != "identity":
-            raise Transient("an answer in another encoding than was asked for")
 
 
 def _next(address: str, location: str | None, what: str) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
 from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
@@ -16,6 +16,7 @@ from k2quant.checkpoint.remote.address import parse
 from k2quant.checkpoint.remote.opening import open_place
 from k2quant.errors import CheckpointError, MalformedFile, UnsafePath
 from served.hub import Hub
+from served.repos import Blob
 from served.small import SHARDS
 
 ADDRESS = "hf://org/tiny"
@@ -196,6 +197,17 @@ def test_a_hostile_listing_is_refused(siblings: object, error: type[Exception], 
     with pytest.raises(error):
         open_checkpoint(ADDRESS)
     assert not [seen for seen in server.seen if seen.kind == "content"]
+
+
+def test_no_tag_of_a_server_becomes_a_path(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files lie in the hub's cache by commit and name, where its library finds them; an ETag leads nowhere."""
+    evil = tmp_path / "evil"
+    monkeypatch.setattr(Blob, "etag", property(lambda _: str(evil)))
+    opened = open_checkpoint(ADDRESS)
+    assert not list(tmp_path.glob("evil*"))
+    commit = server.repos["org/tiny"].branches["main"]
+    assert try_to_load_from_cache("org/tiny", "config.json", revision=commit) == str(opened.folder / "config.json")
+    assert not list(opened.folder.parents[1].glob("tmp*"))
 
 
 def test_what_was_downloaded_before_is_read_here(server: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
