@@ -120,7 +120,7 @@ def _pieces(place: Place, file: RemoteFile, begun: int) -> Iterator[tuple[int, b
     with ThreadPoolExecutor(_ABREAST, thread_name_prefix="k2quant-fetch") as threads:
         try:
             for start in range(begun, file.size, _PIECE):
-                waiting.append(threads.submit(read, start))
+                waiting.append(threads.submit(pool.handed(read), start))
                 if len(waiting) == _ABREAST:
                     yield waiting.popleft().result()
             while waiting:

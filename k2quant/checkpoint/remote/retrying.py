@@ -11,13 +11,14 @@ from typing import TypeVar
 
 from k2quant.checkpoint.remote.secrets import clean
 from k2quant.errors import CheckpointError, K2QuantError
+from k2quant.ground import pool
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-pause: Callable[[float], None] = time.sleep
-"""Waits for some seconds; tests put something quicker here."""
+pause: Callable[[float], None] = pool.pause
+"""Waits for some seconds, at most until the run is ended; tests put something quicker here."""
 
 TRIES = 8
 """How often one thing is tried; the waits between them come to half a minute, or a whole one."""
@@ -59,10 +60,11 @@ def retried(what: str, work: Callable[[], T]) -> T:
         work: is called again from the beginning.
 
     Raises:
-        CheckpointError: it failed as often as it is tried.
+        CheckpointError: it failed as often as it is tried, or the run was ended.
         Exception: what `work` raises that no other try will mend.
     """
     for number in range(1, TRIES + 1):
+        pool.check()
         try:
             return work()
         except Exception as error:
