@@ -20,13 +20,14 @@ from k2quant.checkpoint.remote import fetching
 from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.remote.place import RemoteFile, check_names
 from k2quant.checkpoint.remote.ranges import changed
-from k2quant.checkpoint.remote.retrying import Transient, retried, status_of, transient
+from k2quant.checkpoint.remote.retrying import Pace, Transient, retried, status_of, transient
 from k2quant.checkpoint.remote.secrets import clean
 from k2quant.errors import CheckpointError, K2QuantError, MissingExtra, UsageError
 from k2quant.ground.extras import Extra, need
 
 _EXTRAS: Mapping[str, Extra] = {"s3": "s3", "gs": "gs"}
 _PIECE = 2**24  # bytes of a request; they come as one object of Python before they are where they belong
+_CHUNK = 2**20  # bytes of it, at most, that are taken at a time
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "checksum", "mtime", "LastModified", "created")
 _REPORT_LIMIT = 1_000_000_000
 
@@ -135,8 +136,13 @@ async def _of_s3(filesystem: Any, path: str, version: str, start: int, stop: int
     bucket, key, _ = filesystem.split_path(path)
     asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": version}
     answer = await filesystem._call_s3("get_object", **asked)  # noqa: SLF001  its own cat_file knows no IfMatch
+    data, pace = bytearray(), Pace()
     async with answer["Body"] as body:
-        return bytes(await body.read())
+        while len(data) <= stop - start and (chunk := await body.read(_CHUNK)):
+            data += chunk
+            if pace.is_slow(len(chunk)):
+                raise Transient("an answer that comes too slowly")
+    return bytes(data)
 
 
 def open_bucket(address: Address) -> BucketPlace:

@@ -16,7 +16,6 @@ from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.remote.listing import Listing, as_error, listed, of_a_client, refused
 from k2quant.checkpoint.remote.place import RemoteFile
 from k2quant.checkpoint.remote.ranges import Client, Ranges
-from k2quant.checkpoint.remote.retrying import retried
 from k2quant.checkpoint.remote.secrets import guard
 from k2quant.errors import CheckpointError
 
@@ -33,15 +32,9 @@ class HubPlace:
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill a buffer with a file's bytes from `start` on; see `Place.read_into`."""
-        file, what = self.files[name], self.address.child(name)
-        url, done = self._url(name), 0
+        what = self.address.child(name)
         try:
-            while done < len(buffer):
-                rest = buffer[done:]
-                done += retried(
-                    what,
-                    lambda rest=rest, at=start + done: self._ranges.read(url, what, at, rest, file.size),  # type: ignore[misc]
-                )
+            self._ranges.read_into(self._url(name), what, start, buffer, self.files[name].size)
         except Exception as error:  # a host that large files come from, whose certificate is none
             if not of_a_client(error):
                 raise

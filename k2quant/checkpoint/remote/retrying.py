@@ -24,6 +24,12 @@ TRIES = 8
 """How often one thing is tried; the waits between them come to half a minute, or a whole one."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds
 _LONGEST_ASKED = 600.0  # seconds that a server's Retry-After may ask for; the hub counts requests over five minutes
+WORTH = 2**16
+"""Bytes that an answer must bring each minute, and in all; less counts as a try that failed. At a thousand bytes a
+second a terabyte takes thirty years: a server that sends a byte now and then is one that does not answer."""
+_MINUTE = 60.0  # seconds
+clock: Callable[[], float] = time.monotonic
+"""Tells seconds; tests put another one here."""
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 """Statuses of an answer that another try may mend; those above 511 are of servers that stand before others."""
 
@@ -50,6 +56,21 @@ class Transient(Exception):
         """Keep what was found; `after`: seconds that the server asks to wait for."""
         self.found, self.after = found, after
         super().__init__(found)
+
+
+class Pace:
+    """Whether an answer comes fast enough to be worth waiting for."""
+
+    def __init__(self) -> None:
+        """Begin with the answer."""
+        self._since, self._count = clock(), 0
+
+    def is_slow(self, count: int) -> bool:
+        """Hear that so many bytes came; tell whether a minute has brought too few."""
+        self._count += count
+        if self._count >= WORTH:
+            self._since, self._count = clock(), 0
+        return clock() - self._since > _MINUTE
 
 
 def retried(what: str, work: Callable[[], T]) -> T:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
@@ -11,9 +13,10 @@ from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
-from k2quant.checkpoint.remote import ranges
+from k2quant.checkpoint.remote import ranges, retrying
 from k2quant.checkpoint.remote.address import parse
 from k2quant.checkpoint.remote.opening import open_place
+from k2quant.checkpoint.remote.retrying import TRIES, WORTH
 from k2quant.errors import CheckpointError, MalformedFile, UnsafePath
 from served.hub import Hub
 from served.repos import Blob
@@ -116,6 +119,26 @@ def test_what_passes_costs_a_wait(fault: dict[str, object], server: Hub, model: 
     assert rest == (model / SHARDS[1]).read_bytes()[begin:]
     if fault.get("status") == 429:
         assert waits == [3]
+
+
+def test_a_server_that_drips_is_given_up(server: Hub, waits: list[float]) -> None:
+    """A byte is not worth eight more tries; it is not asked for again either."""
+    server.fault("drop", file=SHARDS[1], after=1, times=None)
+    with pytest.raises(CheckpointError, match="tried 8 times, found an answer that ended after 1 bytes"):
+        whole()
+    assert len(waits) == TRIES - 1
+    asked = [seen.range for seen in server.seen if seen.fault == "drop"]
+    assert [str(each).split("-")[0] for each in asked] == [f"bytes={number}" for number in range(TRIES)]
+
+
+@pytest.mark.parametrize(("count", "taken"), [(1000, 2000), (WORTH, 10 * WORTH)])
+def test_an_answer_is_left_when_a_minute_brings_too_little(
+    count: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came of it is kept; one that brings enough is read to its end, however long that takes."""
+    monkeypatch.setattr(retrying, "clock", iter(range(0, 10**9, 40)).__next__)
+    answer = SimpleNamespace(iter_raw=lambda: repeat(bytes(count), 10))
+    assert ranges._fill(answer, memoryview(bytearray(20 * WORTH))) == taken  # noqa: SLF001
 
 
 @pytest.mark.parametrize("kind", ["shrink", "grow"])
