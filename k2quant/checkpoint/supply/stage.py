@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from k2quant.checkpoint.files.paths import PARTIAL, open_regular
 from k2quant.checkpoint.supply.order import Use
 from k2quant.errors import CheckpointError, OutputError, UsageError
+from k2quant.ground import pool
 
 if TYPE_CHECKING:
     from k2quant.checkpoint.remote.place import Place
@@ -96,7 +97,7 @@ class Stage:
         self._reserved: dict[str, int] = {}
         self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
-        self._closed = False
+        self._closed = threading.Event()
 
     def begin(self, needs: Sequence[tuple[str, Iterable[str]]], output_bytes: Mapping[str, int]) -> None:
         """Start to fetch.
@@ -114,7 +115,9 @@ class Stage:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep(set(self._queue if self._most is None else self._queue[: self._most]))
         for number in range(min(FETCHERS, self._most or FETCHERS)):
-            thread = threading.Thread(target=self._run, name=f"k2quant-fetch-{number}", daemon=True)
+            thread = threading.Thread(
+                target=pool.handed(self._run, self._closed), name=f"k2quant-fetch-{number}", daemon=True
+            )
             self._threads.append(thread)
             thread.start()
 
@@ -174,9 +177,9 @@ class Stage:
             self._change.notify_all()
 
     def close(self) -> None:
-        """End the threads as soon as what they fetch is here or gone wrong; whoever waits is told."""
+        """End the threads, at the next piece of what they fetch; whoever waits is told."""
         with self._change:
-            self._closed = True
+            self._closed.set()
             self._change.notify_all()
         for thread in self._threads:
             thread.join()
@@ -196,7 +199,7 @@ class Stage:
         """Raise what ended the fetching. The lock is held."""
         if self._error is not None:
             raise self._error
-        if self._closed:
+        if self._closed.is_set():
             raise CheckpointError("is not read any more: the run was ended")
 
     def _run(self) -> None:
@@ -215,7 +218,7 @@ class Stage:
     def _next(self) -> str | None:
         """Return the next shard to fetch, when there is room for it; None at the end."""
         with self._change:
-            while self._queue and not self._closed and self._error is None:
+            while self._queue and not self._closed.is_set() and self._error is None:
                 file = next((name for name in self._queue if name in self._due), self._queue[0])
                 if self._has_room(file):
                     self._queue.remove(file)
