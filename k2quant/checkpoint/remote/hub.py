@@ -36,13 +36,21 @@ class HubPlace:
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill a buffer with a file's bytes from `start` on; see `Place.read_into`."""
-        file, what = self.files[name], self.address.child(name)
-        url, done = self._url(name), 0
+        what = self.address.child(name)
+        try:
+            self._fill(name, what, start, buffer)
+        except Exception as error:
+            if not of_a_client(error):
+                raise
+            raise as_error(error, what, self.address) from None
+
+    def _fill(self, name: str, what: str, start: int, buffer: memoryview) -> None:
+        url, size, done = self._url(name), self.files[name].size, 0
         while done < len(buffer):
             rest = buffer[done:]
             done += retried(
                 what,
-                lambda rest=rest, at=start + done: self._ranges.read(url, what, at, rest, file.size),  # type: ignore[misc]
+                lambda rest=rest, at=start + done: self._ranges.read(url, what, at, rest, size),  # type: ignore[misc]
             )
 
     def fetch(self, name: str, target: Path, *, add: Callable[[int], None]) -> None:
