@@ -87,11 +87,13 @@ class Stage:
         """
         self._place, self._folder, self._most, self._whole, self._add = place, folder, most, whole, add
         self._change = threading.Condition()
+        self._turns: dict[str, tuple[int, int]] = {}
+        """In which order output shards get what they need: those that are begun first, as they were."""
         self._queue: list[str] = []
         self._users: dict[str, set[str]] = {}
+        """By source shard, the output shards that it is fetched for and that do not stand yet."""
         self._ready: set[str] = set()
         self._coming: set[str] = set()
-        self._due: set[str] = set()
         self._opened: set[str] = set()
         self._reserved: dict[str, int] = {}
         self._threads: list[threading.Thread] = []
@@ -106,7 +108,8 @@ class Stage:
                 for it.
             output_bytes: what each of them will take on the same disk.
         """
-        for output, files in needs:
+        for turn, (output, files) in enumerate(needs):
+            self._turns[output] = 1, turn
             for file in files:
                 self._users.setdefault(file, set()).add(output)
         self._queue = list(self._users)
@@ -121,8 +124,9 @@ class Stage:
     def open(self, output: str) -> None:
         """Hear that an output shard is begun: who asks for its source shards waits for them from now on."""
         with self._change:
-            self._opened.add(output)
-            self._due |= {file for file, users in self._users.items() if output in users}
+            if output not in self._opened:
+                self._opened.add(output)
+                self._turns[output] = 0, sum(begun == 0 for begun, _ in self._turns.values())
             self._change.notify_all()
 
     def give(self, file: str, start: int, buffer: memoryview) -> bool:
@@ -133,7 +137,7 @@ class Stage:
             OutputError: the disk is full.
         """
         with self._change:
-            while file in self._due and file not in self._ready:
+            while self._is_due(file) and file not in self._ready:
                 self._check()
                 self._change.wait()
             if file not in self._ready:
@@ -163,8 +167,8 @@ class Stage:
             for file in gone:
                 del self._users[file]
                 self._ready.discard(file)
-                self._due.discard(file)
                 (self._folder / file).unlink(missing_ok=True)
+            self._queue = [file for file in self._queue if file in self._users]  # one that made room for another
             self._change.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -205,7 +209,10 @@ class Stage:
                 self._fetch(file)
                 with self._change:
                     self._coming.discard(file)
-                    self._ready.add(file)
+                    if file in self._users:
+                        self._ready.add(file)
+                    else:  # it had made room for another, and meanwhile its output shard was written
+                        (self._folder / file).unlink(missing_ok=True)
                     self._change.notify_all()
         except BaseException as error:  # noqa: BLE001  raised where somebody waits for the shard
             with self._change:
@@ -216,7 +223,7 @@ class Stage:
         """Return the next shard to fetch, when there is room for it; None at the end."""
         with self._change:
             while self._queue and not self._closed and self._error is None:
-                file = next((name for name in self._queue if name in self._due), self._queue[0])
+                file = min(self._queue, key=self._turn)
                 if self._has_room(file):
                     self._queue.remove(file)
                     self._coming.add(file)
@@ -224,16 +231,27 @@ class Stage:
                 self._change.wait()
         return None
 
-    def _make_room(self) -> bool:
-        """Let a shard go that only output shards which are not begun will read: it comes again. The lock is held."""
-        for file in sorted(self._ready):
-            if not self._users[file] & self._opened:
-                self._ready.discard(file)
-                self._due.discard(file)
-                (self._folder / file).unlink(missing_ok=True)
-                self._queue.append(file)
-                return True
-        return False
+    def _turn(self, file: str) -> tuple[int, int]:
+        """Return when a shard is needed first. The lock is held."""
+        return min(self._turns[output] for output in self._users[file])
+
+    def _is_due(self, file: str) -> bool:
+        """Tell whether an output shard that is begun needs a shard. The lock is held."""
+        return not self._opened.isdisjoint(self._users.get(file, ()))
+
+    def _make_room(self, file: str) -> bool:
+        """Let the shard go that is needed last, if that is after this one: it comes again. The lock is held.
+
+        It may be one that is being read: then who reads it waits until it is back, or gets the rest by range. So what
+        the earliest output shard needs always comes, whatever later ones have taken up.
+        """
+        last = max(self._ready, key=self._turn, default=file)
+        if self._turn(last) <= self._turn(file):
+            return False
+        self._ready.discard(last)
+        (self._folder / last).unlink(missing_ok=True)
+        self._queue.append(last)
+        return True
 
     def _has_room(self, file: str) -> bool:
         """Tell whether a shard may come now. The lock is held.
@@ -241,17 +259,17 @@ class Stage:
         Raises:
             OutputError: it never may, for nothing will go that is there.
         """
-        wanted = file in self._due and not self._coming  # somebody waits for it, and nothing else will make room
+        wanted = self._is_due(file) and not self._coming  # somebody waits for it, and nothing else will make room
         if self._most is not None:
             full = len(self._ready | self._coming) >= self._most
-            return not full or (wanted and self._make_room())
+            return not full or (wanted and self._make_room(file))
         there = len(self._ready | self._coming)
         free, needed = shutil.disk_usage(self._folder).free, self._place.files[file].size
         coming = sum(self._place.files[name].size - self._size(name) for name in self._coming)
         room = free - coming - sum(self._reserved.values()) + self._size(file)
         if needed + (SPARE_BYTES if there else 0) <= room:
             return True
-        if wanted and self._make_room():
+        if wanted and self._make_room(file):
             return self._has_room(file)
         if not self._coming and all(self._users[name] & self._users[file] for name in self._ready):
             raise OutputError(

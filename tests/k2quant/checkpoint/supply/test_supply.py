@@ -332,6 +332,41 @@ def test_a_shard_that_is_wanted_later_makes_room_for_one_that_is_wanted_now(
     assert run.go().records.keys() == {"a", "b", "c", "d"}
 
 
+@pytest.mark.parametrize("begun", [("c", "d"), ("c", "d", "e"), ("d", "c"), ("e", "d", "c")])
+def test_who_is_begun_first_gets_what_it_needs(
+    memory_place: Callable[..., Any], tmp_path: Path, begun: tuple[str, ...]
+) -> None:
+    """Whatever lies there for others, which are begun before it comes: nobody waits for ever, in whatever order."""
+    data = files()
+    read = {"a": ["one"], "b": ["two"], "c": ["four"], "d": ["one", "two"], "e": ["three"]}
+    uses = [Use(output, tuple(each for name in names for each in ranges_of(name, "weights")))
+            for output, names in read.items()]  # fmt: skip
+    supply = Supply(memory_place(data))
+    Run(supply, uses, data, stage=tmp_path / "stage", low_disk=True, once=False, abreast=1)
+    assert supply._stage is not None  # noqa: SLF001
+    for output in ("a", "b"):  # after that, both shards that may lie there are those of `d`
+        within_half_a_minute(supply.prove, output)
+    for output in ("a", "b"):
+        supply.written(output)
+    with supply._stage._change:  # noqa: SLF001  nothing comes or goes between
+        for output in begun:
+            supply.open(output)
+    for output in dict.fromkeys([*begun, "c", "d", "e"]):
+        for name in read[output]:
+            within_half_a_minute(supply.read_into, name, 0, memoryview(bytearray(8)))
+        within_half_a_minute(supply.prove, output)
+        supply.written(output)
+    supply.finish()
+
+
+def within_half_a_minute(work: Callable[..., object], *asked: object) -> None:
+    """Do something that must not wait for ever."""
+    thread = threading.Thread(target=work, args=asked, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive(), f"{work.__name__} hangs"
+
+
 def test_an_output_shard_that_fails_ends_who_waits_for_its_room(
     memory_place: Callable[..., Any], tmp_path: Path
 ) -> None:
