@@ -17,10 +17,16 @@ _PIECE = 2**24  # bytes of a request
 _ABREAST = 4  # requests of one file at a time; with their pieces that is 64 MiB
 
 
+def marked(target: Path, file: RemoteFile) -> Path:
+    """Return the path of one version of a file, beside that of the file: so no two contents are ever mixed."""
+    mark = "." + hashlib.sha256(f"{file.version} {file.size}".encode()).hexdigest()[:12]
+    return target if target.name.endswith(mark) else target.with_name(target.name + mark)
+
+
 def partial_path(target: Path, file: RemoteFile) -> Path:
-    """Return where a file grows: beside its place, and by its version, so that no two contents are ever mixed."""
-    mark = hashlib.sha256(f"{file.version} {file.size}".encode()).hexdigest()[:12]
-    return target.with_name(f"{target.name}.{mark}{PARTIAL}")
+    """Return where a file grows."""
+    found = marked(target, file)
+    return found.with_name(found.name + PARTIAL)
 
 
 def fetch(place: Place, name: str, target: Path, *, add: Callable[[int], None]) -> None:

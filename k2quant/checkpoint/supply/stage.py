@@ -1,7 +1,7 @@
 """Whole shards of a source, fetched ahead to a folder while others are worked on, and deleted when nobody needs them.
 
-This is for runs that read a shard more than once. A shard has its name there when it is whole and its sha256 was right;
-so what an earlier run left is found again, and a part of one is gone on with.
+This is for runs that read a shard more than once. A shard has its name there when it is whole and its sha256 was right,
+and the name has a mark of its version; so what an earlier run left is found again, and a part of one is gone on with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2quant.checkpoint.files.paths import PARTIAL, open_regular
+from k2quant.checkpoint.files.paths import open_regular
+from k2quant.checkpoint.remote.fetching import marked, partial_path
 from k2quant.checkpoint.supply.order import Use
 from k2quant.errors import CheckpointError, OutputError, UsageError
 
@@ -167,7 +168,7 @@ class Stage:
             for file in gone:
                 del self._users[file]
                 self._ready.discard(file)
-                (self._folder / file).unlink(missing_ok=True)
+                self._path(file).unlink(missing_ok=True)
             self._queue = [file for file in self._queue if file in self._users]  # one that made room for another
             self._change.notify_all()
 
@@ -193,8 +194,16 @@ class Stage:
     def _keep(self, names: set[str]) -> None:
         """Delete what an earlier run left and nobody will ask for soon."""
         for path in self._folder.iterdir():
-            if not any(path.name == name or _is_part(path.name, name) for name in names) and not path.is_dir():
+            if not any(self._is_of(path, name) for name in names) and not path.is_dir():
                 path.unlink()
+
+    def _path(self, file: str) -> Path:
+        """Return where a shard lies: never one of the same name and size that another version of the source has."""
+        return marked(self._folder / file, self._place.files[file])
+
+    def _is_of(self, path: Path, file: str) -> bool:
+        """Tell whether a path is that of a shard, or of a part of it."""
+        return path == self._path(file) or path == partial_path(self._folder / file, self._place.files[file])
 
     def _check(self) -> None:
         """Raise what ended the fetching. The lock is held."""
@@ -212,7 +221,7 @@ class Stage:
                     if file in self._users:
                         self._ready.add(file)
                     else:  # it had made room for another, and meanwhile its output shard was written
-                        (self._folder / file).unlink(missing_ok=True)
+                        self._path(file).unlink(missing_ok=True)
                     self._change.notify_all()
         except BaseException as error:  # noqa: BLE001  raised where somebody waits for the shard
             with self._change:
@@ -283,12 +292,11 @@ class Stage:
 
     def _size(self, file: str) -> int:
         """Return the bytes of a shard that are on the disk already."""
-        found = [path for path in self._folder.iterdir() if path.name == file or _is_part(path.name, file)]
-        return sum(_allocated(path) for path in found)
+        return sum(_allocated(path) for path in self._folder.iterdir() if self._is_of(path, file))
 
     def _fetch(self, file: str) -> None:
         """Have a shard here, whole."""
-        path = self._folder / file
+        path = self._path(file)
         if path.is_file() and not path.is_symlink() and path.stat().st_size == self._place.files[file].size:
             self._whole(file, path)
             return
@@ -296,7 +304,7 @@ class Stage:
         try:
             self._place.fetch(file, path, add=self._add)
         except OSError as error:
-            raise self._full(error, path) from error
+            raise self._full(error, self._folder / file) from error
         self._whole(file, path)
 
     @staticmethod
@@ -311,7 +319,7 @@ class Stage:
 
     def _read(self, file: str, start: int, buffer: memoryview) -> bool:
         """Read from the disk; tell whether the shard is there: it may just have gone, where only a part was needed."""
-        path = self._folder / file
+        path = self._path(file)
         try:
             descriptor = open_regular(path)
             try:
@@ -327,11 +335,6 @@ class Stage:
         except OSError as error:
             raise CheckpointError("cannot be read", file=path, found=error.strerror or str(error)) from error
         return True
-
-
-def _is_part(name: str, file: str) -> bool:
-    """Tell whether a file's name is that of a part of a shard, which has a mark of its version in it."""
-    return name.startswith(f"{file}.") and name.endswith(PARTIAL)
 
 
 def _allocated(path: Path) -> int:
