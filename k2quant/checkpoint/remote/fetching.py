@@ -20,10 +20,16 @@ _ABREAST = 4  # requests of one file at a time; with their pieces that is 64 MiB
 _FILES_ABREAST = 8  # small files that are fetched at a time
 
 
+def marked(target: Path, file: RemoteFile) -> Path:
+    """Return the path of one version of a file, beside that of the file: so no two contents are ever mixed."""
+    mark = "." + hashlib.sha256(f"{file.version} {file.size}".encode()).hexdigest()[:12]
+    return target if target.name.endswith(mark) else target.with_name(target.name + mark)
+
+
 def partial_path(target: Path, file: RemoteFile) -> Path:
-    """Return where a file grows: beside its place, and by its version, so that no two contents are ever mixed."""
-    mark = hashlib.sha256(f"{file.version} {file.size}".encode()).hexdigest()[:12]
-    return target.with_name(f"{target.name}.{mark}{PARTIAL}")
+    """Return where a file grows."""
+    found = marked(target, file)
+    return found.with_name(found.name + PARTIAL)
 
 
 def fetch(place: Place, name: str, target: Path, *, add: Callable[[int], None]) -> None:

@@ -138,8 +138,12 @@ def refused(answer: Answer, what: str, address: Address) -> CheckpointError:
 
 
 def of_a_client(error: Exception) -> bool:
-    """Tell whether an error comes from the way to a hub: the system's, or that of httpx or its successor."""
-    return isinstance(error, OSError) or any(kind.__name__ == "HTTPError" for kind in type(error).__mro__)
+    """Tell whether an error comes from the way to a hub: the system's, or that of httpx or its successor.
+
+    What is no address, and no name of a host, is refused by a ValueError of Python or by an error of its own of httpx.
+    """
+    own = {kind.__name__ for kind in type(error).__mro__} & {"HTTPError", "InvalidURL"}
+    return isinstance(error, OSError | UnicodeError) or bool(own)
 
 
 def as_error(error: Exception, what: str, address: Address) -> CheckpointError:
