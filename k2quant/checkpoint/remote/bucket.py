@@ -20,15 +20,14 @@ from k2quant.checkpoint.remote import fetching
 from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.remote.place import RemoteFile, check_names
 from k2quant.checkpoint.remote.ranges import changed
-from k2quant.checkpoint.remote.retrying import Transient, retried, status_of, transient
+from k2quant.checkpoint.remote.retrying import Pace, Transient, retried, status_of, transient
 from k2quant.checkpoint.remote.secrets import clean
-from k2quant.errors import CheckpointError, K2QuantError, MissingExtra, OutputError, UsageError
-from k2quant.ground import pool
+from k2quant.errors import CheckpointError, K2QuantError, MissingExtra, UsageError
 from k2quant.ground.extras import Extra, need
 
 _EXTRAS: Mapping[str, Extra] = {"s3": "s3", "gs": "gs"}
 _PIECE = 2**24  # bytes of a request; they come as one object of Python before they are where they belong
-_ABREAST = 8  # small files that are fetched at a time
+_CHUNK = 2**20  # bytes of it, at most, that are taken at a time
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "checksum", "mtime", "LastModified", "created")
 _REPORT_LIMIT = 1_000_000_000
 
@@ -67,15 +66,8 @@ class BucketPlace:
         wanted = [self.files[name] for name in names]
         said = "\n".join(f"{file.name} {file.size} {file.version}" for file in sorted(wanted))
         mark = hashlib.sha256(f"{self.address}\n{said}".encode()).hexdigest()[:40]
-        try:
-            folder = self._cache() / mark
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-                tasks = ((folder, Path(aside) / str(number), file) for number, file in enumerate(wanted))
-                pool.run(tasks, self._have, workers=min(_ABREAST, max(len(wanted), 1)))
-        except OSError as error:
-            found = error.strerror or str(error)
-            raise OutputError("the cache cannot be written", file=error.filename, found=found) from error
+        folder = self._cache() / mark
+        fetching.fetch_all(self, [file.name for file in wanted], folder, aside=folder.parent, mode=0o700)
         self._note_digests(folder)
         return folder
 
@@ -85,17 +77,6 @@ class BucketPlace:
             return cache / "places"
         self._kept.append(tempfile.TemporaryDirectory(prefix="k2quant-"))
         return Path(self._kept[-1].name)
-
-    def _have(self, task: tuple[Path, Path, RemoteFile]) -> None:
-        """Have a file in the cache; it comes into a folder of its own first, for another process may do the same."""
-        folder, aside, file = task
-        target = folder / file.name
-        if target.is_file() and target.stat().st_size == file.size:
-            return
-        aside.mkdir()
-        self.fetch(file.name, aside / "file", add=lambda _: None)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (aside / "file").replace(target)
 
     def _note_digests(self, folder: Path) -> None:
         """Take digests of files from the report of a conversion, where it has some: a store has none of its own."""
@@ -155,8 +136,13 @@ async def _of_s3(filesystem: Any, path: str, version: str, start: int, stop: int
     bucket, key, _ = filesystem.split_path(path)
     asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": version}
     answer = await filesystem._call_s3("get_object", **asked)  # noqa: SLF001  its own cat_file knows no IfMatch
+    data, pace = bytearray(), Pace()
     async with answer["Body"] as body:
-        return bytes(await body.read())
+        while len(data) <= stop - start and (chunk := await body.read(_CHUNK)):
+            data += chunk
+            if pace.is_slow(len(chunk)):
+                raise Transient("an answer that comes too slowly")
+    return bytes(data)
 
 
 def open_bucket(address: Address) -> BucketPlace:

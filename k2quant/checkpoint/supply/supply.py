@@ -53,6 +53,10 @@ class Supply:
         """Bytes that came over the network."""
         return self._traffic
 
+    def expect(self, file: str, head: bytes) -> None:
+        """Hear what a shard began with, its length and its header, when that was read."""
+        self._blocks.expect(file, head)
+
     def read_into(self, file: str, start: int, buffer: memoryview) -> None:
         """Fill a buffer with a shard's bytes from `start` on.
 
