@@ -18,11 +18,13 @@ from k2quant.checkpoint.files.paths import read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.remote import fetching
 from k2quant.checkpoint.remote.address import Address
+from k2quant.checkpoint.remote.pages import objects_below
 from k2quant.checkpoint.remote.place import RemoteFile, check_names
 from k2quant.checkpoint.remote.ranges import changed
-from k2quant.checkpoint.remote.retrying import Pace, Transient, retried, status_of, transient
+from k2quant.checkpoint.remote.retrying import Pace, Transient, code_of, retried, status_of, transient
 from k2quant.checkpoint.remote.secrets import clean
 from k2quant.errors import CheckpointError, K2QuantError, MissingExtra, UsageError
+from k2quant.ground import pool
 from k2quant.ground.extras import Extra, need
 
 _EXTRAS: Mapping[str, Extra] = {"s3": "s3", "gs": "gs"}
@@ -44,6 +46,7 @@ class BucketPlace:
         """Fill a buffer with a file's bytes from `start` on; see `Place.read_into`."""
         what = self.address.child(name)
         for begin in range(0, len(buffer), _PIECE):
+            pool.check()
             piece = buffer[begin : begin + _PIECE]
             first = start + begin
             piece[:] = retried(what, lambda: self._piece(name, first, first + len(piece)))  # noqa: B023  called at once
@@ -155,26 +158,36 @@ def open_bucket(address: Address) -> BucketPlace:
     filesystem = filesystem_of(address)
     root, what = root_of(filesystem, address), str(address)
     try:
-        found = retried(what, lambda: _listing(filesystem, root))
-    except FileNotFoundError:
+        found = _s3_listing(filesystem, root, what) if address.scheme == "s3" else _listing(filesystem, root, what)
+    except FileNotFoundError as error:
+        if code_of(error) == "NoSuchBucket":
+            raise CheckpointError("there is no such bucket", file=address, remedy="look at its name") from None
         found = {}
     except Exception as error:  # noqa: BLE001  libraries of stores raise what they like
         raise _explained(error, what) from None
-    files = {}
-    for path, facts in found.items():
-        name = path.removeprefix(root).lstrip("/")
-        if facts.get("type") == "file" and name:
-            files[name] = _listed(name, facts)
+    files = {name: _listed(name, facts) for name, facts in found.items()}
     if not files:
         raise CheckpointError("nothing is there", file=address, remedy="look at the bucket's name and at the prefix")
     check_names(address, files)
     return BucketPlace(address, files, filesystem)
 
 
-def _listing(filesystem: Any, root: str) -> dict[str, Any]:
-    filesystem.invalidate_cache()
-    found: dict[str, Any] = filesystem.find(root, detail=True)
-    return found
+def _listing(filesystem: Any, root: str, what: str) -> dict[str, Any]:
+    def ask() -> dict[str, Any]:
+        filesystem.invalidate_cache()
+        found: dict[str, Any] = filesystem.find(root, detail=True)
+        return found
+
+    found = {path.removeprefix(root).removeprefix("/"): facts for path, facts in retried(what, ask).items()}
+    return {name: facts for name, facts in found.items() if name and facts.get("type") == "file"}
+
+
+def _s3_listing(filesystem: Any, root: str, what: str) -> Mapping[str, Mapping[str, Any]]:
+    def ask(asked: dict[str, Any]) -> Mapping[str, Any]:
+        page: Mapping[str, Any] = retried(what, lambda: filesystem.call_s3("list_objects_v2", **asked))
+        return page
+
+    return objects_below(ask, root, what)
 
 
 def filesystem_of(address: Address) -> Any:

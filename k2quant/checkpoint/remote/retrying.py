@@ -81,11 +81,10 @@ def retried(what: str, work: Callable[[], T]) -> T:
         work: is called again from the beginning.
 
     Raises:
-        CheckpointError: it failed as often as it is tried, or the run was ended.
+        CheckpointError: it failed as often as it is tried, or the run was ended while it waited.
         Exception: what `work` raises that no other try will mend.
     """
     for number in range(1, TRIES + 1):
-        pool.check()
         try:
             return work()
         except Exception as error:
@@ -142,6 +141,18 @@ def _chain(error: BaseException) -> list[BaseException]:
 def status_of(error: BaseException) -> int | None:
     """Return the status of the answer that an error of some library stands for."""
     return next((status for each in _chain(error) if (status := _answer(each)[0]) is not None), None)
+
+
+def code_of(error: BaseException | None) -> str | None:
+    """Return the name that S3 gives to what went wrong, such as `NoSuchBucket`; None for other errors."""
+    for _ in range(8):
+        if error is None:
+            return None
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code"))
+        error = error.__cause__
+    return None
 
 
 def _said(error: BaseException) -> str:

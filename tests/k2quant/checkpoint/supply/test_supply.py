@@ -333,6 +333,21 @@ def test_alone_a_supply_reads_just_what_is_asked(memory_place: Callable[..., Any
     assert supply.traffic == 5000 + 512 + 160
 
 
+def test_a_report_says_of_digests_and_traffic_what_is_so(memory_place: Callable[..., Any]) -> None:
+    """Also where other machines read the source: what came to them is not known here, what the place knows is."""
+    data = files()
+    asked: dict[str, Any] = {"shards": ["one", "two"], "here": False}
+    assert Supply(memory_place(data)).facts(**asked) == {"address": "memory://place", "sha256": "compared"}
+    assert Supply(memory_place(data, known=False)).facts(**asked)["sha256"] == "not known to the place"
+    assert (
+        Supply(memory_place(data)).facts(["one"], here=True)["sha256"] == "compared, but for what the hub's cache had"
+    )
+    supply = Supply(memory_place(data))
+    Run(supply, uses_of("weights"), data).go()
+    assert supply.facts(**asked)["way"] == "ranges"
+    assert supply.facts(**asked)["traffic"] == sum(SIZES.values())
+
+
 def test_a_supply_serves_one_run_after_another(memory_place: Callable[..., Any]) -> None:
     """A process that writes shards as they are given to it begins anew with each."""
     data = files()
