@@ -7,6 +7,7 @@ so what an earlier run left is found again, and a part of one is gone on with.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import threading
@@ -269,9 +270,9 @@ class Stage:
         return sum(_allocated(path) for path in found)
 
     def _fetch(self, file: str) -> None:
-        """Have a shard here, whole."""
+        """Have a shard here, whole; one that an earlier run left is compared anew: it may be of another source."""
         path = self._folder / file
-        if path.is_file() and not path.is_symlink() and path.stat().st_size == self._place.files[file].size:
+        if self._stands(file, path):
             self._whole(file, path)
             return
         path.unlink(missing_ok=True)
@@ -280,6 +281,16 @@ class Stage:
         except OSError as error:
             raise self._full(error, path) from error
         self._whole(file, path)
+
+    def _stands(self, file: str, path: Path) -> bool:
+        """Tell whether a shard is here that is the place's, as far as its size and its sha256 tell."""
+        known = self._place.files[file]
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != known.size:
+            return False
+        if known.sha256 is None:
+            return True
+        with path.open("rb") as whole:
+            return hashlib.file_digest(whole, "sha256").hexdigest() == known.sha256
 
     @staticmethod
     def _full(error: OSError, path: Path) -> OutputError:

@@ -115,6 +115,7 @@ class Bucket:
         self.work = work_of(objects.address)
         """A folder of this machine for what is nobody's when the run is done."""
         self._copied: dict[str, dict[str, Any]] = {}
+        self._share = ""
         self._sharing: Sharing | None = None
 
     @property
@@ -125,7 +126,8 @@ class Bucket:
     @property
     def stage(self) -> Path:
         """A folder of this machine, there or not, for shards of a source that lie on the disk while they are read."""
-        return self.work / (f"source-{self._attempt}" if self._attempt else "source")
+        own = self._share or self._attempt  # a part goes on with what an earlier attempt at it fetched
+        return self.work / (f"source-{own}" if own else "source")
 
     def named(self, name: str) -> str:
         """Return a file's address, as messages name it."""
@@ -224,7 +226,14 @@ class Bucket:
     @contextlib.contextmanager
     def shared(self, share: str, *, restart: bool) -> Iterator[None]:
         """Have one of several processes write its share as long as the block runs; see `Destination.shared`."""
-        self._sharing = Sharing(self._objects, share=share, check=lambda: self.refuse_foreign(restart=restart))
+
+        def check() -> None:
+            self.refuse_foreign(restart=restart)
+            if not self.journal():  # what lies here is of an output that is not there any more, maybe of another source
+                shutil.rmtree(self.stage, ignore_errors=True)
+
+        self._share = share
+        self._sharing = Sharing(self._objects, share=share, check=check)
         with contextlib.suppress(DestinationStale):  # another may be beginning just now; behind the gate it is sure
             self.refuse_foreign(restart=restart)
         try:
@@ -377,6 +386,8 @@ def locked(
     with held(objects):
         try:
             bucket.refuse_foreign(restart=restart)
+            if not bucket.journal():
+                bucket.forget()  # of an output that is not there any more, maybe of another source
             yield bucket
         finally:
             with contextlib.suppress(OSError, OutputError):

@@ -264,6 +264,17 @@ def test_what_a_stopped_run_left_is_taken_and_what_is_no_use_goes(
     assert "two.0123.partial" in found[0]
 
 
+def test_a_whole_shard_of_another_source_is_fetched_anew(memory_place: Callable[..., Any], tmp_path: Path) -> None:
+    """Of the same name and size, it lies where an earlier run left it: its sha256 tells that it is another."""
+    data, others = files(), files(1)
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    (stage / "one").write_bytes(others["one"])
+    run = Run(Supply(memory_place(data)), uses_of("weights"), data, stage=stage, once=False)
+    run.go()
+    assert run.supply.traffic == sum(SIZES.values())
+
+
 def test_a_full_disk_is_named(memory_place: Callable[..., Any], tmp_path: Path) -> None:
     """It is the output's trouble, not the checkpoint's, and a reader that waits hears of it."""
     place = memory_place(files())
