@@ -13,7 +13,7 @@ from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.remote.place import RemoteFile, check_names
 from k2quant.checkpoint.remote.ranges import CONNECT_SECONDS, READ_SECONDS, Answer, Client
-from k2quant.checkpoint.remote.retrying import AGAIN, Transient, retried, retry_after
+from k2quant.checkpoint.remote.retrying import AGAIN, Pace, Transient, retried, retry_after
 from k2quant.checkpoint.remote.secrets import clean
 from k2quant.errors import CheckpointError, MalformedFile
 
@@ -59,9 +59,11 @@ def _asked(url: str, address: Address, client: Client, headers: Mapping[str, str
             raise Transient(f"status {answer.status_code}", after=retry_after(answer.headers))
         if answer.status_code != 200:
             raise refused(answer, str(address), address)
-        data = bytearray()
+        data, pace = bytearray(), Pace()
         for chunk in answer.iter_bytes():
             data += chunk
+            if pace.is_slow(len(chunk)):
+                raise Transient("a list of files that comes too slowly")
             if len(data) > _LIMIT:
                 raise MalformedFile("its list of files is too long", file=address, expected=f"at most {_LIMIT:,} bytes")
     return bytes(data)

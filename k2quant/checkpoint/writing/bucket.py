@@ -114,8 +114,8 @@ class Bucket:
         self._mark, self._attempt = mark, attempt
         self.work = work_of(objects.address)
         """A folder of this machine for what is nobody's when the run is done."""
-        self._copied: dict[str, dict[str, Any]] = {}
         self._share = ""
+        self._copied: dict[str, dict[str, Any]] = {}
         self._sharing: Sharing | None = None
 
     @property
@@ -126,7 +126,7 @@ class Bucket:
     @property
     def stage(self) -> Path:
         """A folder of this machine, there or not, for shards of a source that lie on the disk while they are read."""
-        own = self._share or self._attempt  # a part goes on with what an earlier attempt at it fetched
+        own = self._share or self._attempt  # as in a folder: a part goes on with what an earlier attempt fetched
         return self.work / (f"source-{own}" if own else "source")
 
     def named(self, name: str) -> str:
@@ -226,14 +226,8 @@ class Bucket:
     @contextlib.contextmanager
     def shared(self, share: str, *, restart: bool) -> Iterator[None]:
         """Have one of several processes write its share as long as the block runs; see `Destination.shared`."""
-
-        def check() -> None:
-            self.refuse_foreign(restart=restart)
-            if not self.journal():  # what lies here is of an output that is not there any more, maybe of another source
-                shutil.rmtree(self.stage, ignore_errors=True)
-
         self._share = share
-        self._sharing = Sharing(self._objects, share=share, check=check)
+        self._sharing = Sharing(self._objects, share=share, check=lambda: self.refuse_foreign(restart=restart))
         with contextlib.suppress(DestinationStale):  # another may be beginning just now; behind the gate it is sure
             self.refuse_foreign(restart=restart)
         try:
@@ -386,8 +380,6 @@ def locked(
     with held(objects):
         try:
             bucket.refuse_foreign(restart=restart)
-            if not bucket.journal():
-                bucket.forget()  # of an output that is not there any more, maybe of another source
             yield bucket
         finally:
             with contextlib.suppress(OSError, OutputError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -23,13 +22,21 @@ from click.testing import CliRunner
 import k2quant
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 from k2quant.checkpoint.remote import retrying
-from k2quant.checkpoint.remote.address import parse, spot
+from k2quant.checkpoint.remote.address import Address, spot
+from k2quant.checkpoint.remote.opening import open_place
 from k2quant.checkpoint.writing import s3
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.checkpoint.writing.opening import locked
-from k2quant.checkpoint.writing.s3 import S3Objects
 from k2quant.cli import main
-from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, OutputError, UsageError
+from k2quant.errors import (
+    CheckpointError,
+    DestinationForeign,
+    DestinationInUse,
+    DestinationStale,
+    OutputError,
+    UnsafePath,
+    UsageError,
+)
 from served.s3 import KEY, SECRET, Asked, Store, serving
 
 KILLS = int(os.environ.get("K2QUANT_KILLS", "2"))
@@ -354,6 +361,7 @@ def test_an_output_that_is_not_finished_is_not_opened(store: Store, bucket: str,
     ):
         k2quant.convert(source, at(bucket), to="int4")
     from k2quant.checkpoint.reader import open_checkpoint
+    from k2quant.checkpoint.remote.address import parse
     from k2quant.errors import CheckpointError
 
     with pytest.raises(CheckpointError, match="not finished"):
@@ -383,22 +391,6 @@ def test_parts_of_an_output_on_a_store(store: Store, bucket: str, source: Path, 
     assert done.report["resumed_shards"] == 2
     check_whole(store, bucket, local)
     assert k2quant.convert(source, at(bucket), to="int4", part="2/3").already_done
-
-
-@pytest.mark.usefixtures("store")
-@pytest.mark.parametrize("share", ["", "1-of-2"])
-def test_shards_of_a_source_that_lie_here_for_an_output_that_is_gone_go_too(share: str, bucket: str) -> None:
-    """Somebody emptied the prefix after a kill: what was fetched for it may be of another source by now."""
-    where: dict[str, Any] = {"report": REPORT, "incomplete": INCOMPLETE, "share": share}
-    for _ in range(2):
-        with locked(spot(at(bucket)), **where) as target, target.alone():
-            assert not target.stage.exists()
-            target.stage.mkdir(parents=True)
-            (target.stage / "model-1-of-3.safetensors").write_bytes(b"of another source")
-            target.begin([{"files": []}])
-        assert target.stage.exists()  # the run can go on
-        S3Objects(parse(at(bucket))).delete([".k2quant/journal.json", INCOMPLETE])
-    shutil.rmtree(target.stage)
 
 
 def test_clean_names_and_removes_what_a_killed_run_left(
@@ -438,3 +430,24 @@ def test_clean_names_and_removes_what_a_killed_run_left(
     assert store.contents(bucket).keys() == before.keys() - {lock}
     k2quant.convert(source, at(bucket), to="int4")
     assert told(store.contents(bucket, PREFIX)) == local
+
+
+def test_a_source_in_no_bucket_is_told_apart_from_an_empty_one(store: Store, bucket: str) -> None:
+    """As an output is; and an object with a second slash in its name is not taken for the one with one."""
+    with pytest.raises(CheckpointError, match="s3://nowhere/model: there is no such bucket"):
+        open_place(Address("s3", "nowhere/model"))
+    with pytest.raises(CheckpointError, match="nothing is there"):
+        open_place(Address("s3", f"{bucket}/model"))
+    store.put(bucket, "model/docs/", b"")
+    store.put(bucket, "model/config.json", b"{}")
+    assert set(open_place(Address("s3", f"{bucket}/model")).files) == {"config.json"}
+    store.put(bucket, "model//config.json", b"[]")
+    with pytest.raises(UnsafePath, match=r"found '/config\.json'"):
+        open_place(Address("s3", f"{bucket}/model"))
+
+
+def test_uploads_that_are_listed_without_end_are_no_loop(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that goes on and does not say where is an error of ours."""
+    monkeypatch.setattr(s3.S3Objects, "_call", lambda *_, **__: {"IsTruncated": True})
+    with pytest.raises(OutputError, match="a listing without an end"):
+        s3.S3Objects(Address("s3", f"{bucket}/out")).uploads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import k2quant
 from k2quant.checkpoint.remote import retrying
 from k2quant.checkpoint.remote.hub import HubPlace
 from k2quant.errors import CheckpointError, K2QuantError
+from k2quant.ground import pool
 from served.hub import Hub, hub
 
 NAME = "org/Kimi-K2-Small"
@@ -145,6 +147,31 @@ def test_what_does_not_pass_is_said_and_the_same_command_goes_on(
     assert not (tmp_path / "out" / "config.json").exists()
     server.faults.clear()
     assert written(k2quant.convert(f"hf://{NAME}", tmp_path / "out", to).folder) == local[to]
+
+
+@pytest.mark.parametrize("to", ["int4", "nvfp4"])
+def test_ctrl_c_ends_a_wait(to: Any, server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sits out what a Retry-After asks for, neither who fetches ahead nor who waits for that."""
+    server.fault("status", file=SHARD, times=None, nth=2, status=429, headers={"Retry-After": "30"})
+    paused, cut = threading.Event(), []
+
+    def pause(seconds: float) -> None:
+        paused.set()
+        try:
+            pool.pause(seconds)
+        except CheckpointError:
+            cut.append(seconds)
+            raise
+
+    def tick(*_: int) -> None:
+        if paused.is_set():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrying, "pause", pause)
+    with pytest.raises(KeyboardInterrupt):
+        k2quant.convert(f"hf://{NAME}", tmp_path / "out", to, workers=2, progress=tick)
+    assert set(cut) == {30}
+    assert (tmp_path / "out" / "INCOMPLETE").exists()
 
 
 @pytest.mark.usefixtures("server")

@@ -219,6 +219,26 @@ def test_every_part_checks_what_is_made(case: Case, tmp_path: Path) -> None:
     assert len(convert(case, there, "1/2", restart=True).missing) == 4
 
 
+def test_a_part_that_clears_lets_the_others_in(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `restart` the first of an array clears what is there; while it writes, the next write beside it."""
+    there = tmp_path / "there"
+    k2quant.convert(case.source, there, "fp8", part="1/2")
+    run = Stream.run
+    beside: list[k2quant.Conversion] = []
+
+    def with_another(self: Stream, workers: int) -> Any:
+        monkeypatch.setattr(Stream, "run", run)
+        beside.append(convert(case, there, "2/2", restart=True))
+        with pytest.raises(DestinationInUse, match="another k2quant works here"):
+            convert(case, there)
+        return run(self, workers)
+
+    monkeypatch.setattr(Stream, "run", with_another)
+    assert not convert(case, there, "1/2", restart=True).missing
+    assert len(beside[0].missing) == 4
+    check_whole(case, there)
+
+
 def test_a_part_says_what_it_reads(case: Case, tmp_path: Path) -> None:
     """Progress is that of the part alone, from nothing to all of its bytes."""
     heard: list[tuple[int, int]] = []
