@@ -83,6 +83,7 @@ def _was_printed(error: OSError) -> bool:
         "clean": ("k2quant.cli.places.clean", "Name what a stopped run left, and remove it."),
         "inspect": ("k2quant.cli.checking.inspect", "Describe a checkpoint, and what does not fit together."),
         "verify": ("k2quant.cli.checking.verify", "Check a conversion against its source, or its checksums."),
+        "check": ("k2quant.cli.checking.check", "Check what an engine requires, before machines are rented."),
         "diff": ("k2quant.cli.checking.diff", "List the tensors in which two checkpoints differ."),
         "report": ("k2quant.cli.checking.report", "Draw a conversion or a calibration as a page with pictures."),
         "generate": ("k2quant.cli.running.generate", "Continue a prompt with a checkpoint in any format."),

@@ -270,7 +270,10 @@ class Stream:
         self._local = threading.local()
         self._records: dict[str, Record] = {}
         self._open: set[Writer] = set()
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="k2quant-disk")
+        self._ended = threading.Event()
+        self._disk = ThreadPoolExecutor(
+            1, thread_name_prefix="k2quant-disk", initializer=pool.stop_by, initargs=(self._ended,)
+        )
         self._flushes: deque[Future[None]] = deque()
 
     def run(self, workers: int) -> dict[str, Record]:
@@ -282,18 +285,23 @@ class Stream:
             if self._rounder is not None:
                 self._rounder.begin(abreast)
             for shards in (self._todo,) if self._rounder is None else self._rounder.batches(self._todo):
-                pool.run(self._tasks(shards, abreast), self._work, workers=workers, tick=self._tick)
+                pool.run(self._tasks(shards, abreast), self._work, workers=workers, tick=self._tick, stop=self._end)
                 self._wait_for_disk(backlog=0)
                 self._tick()
             if self._supply is not None:
                 self._supply.finish()
         finally:
-            if self._supply is not None:
-                self._supply.close()
+            self._end()
             self._disk.shutdown(cancel_futures=True)
             for writer in self._open:
                 writer.close()
         return self._records
+
+    def _end(self) -> None:
+        """End what works in the background, and what anybody waits for; harmless twice."""
+        self._ended.set()
+        if self._supply is not None:
+            self._supply.close()
 
     def _fetch(self, supply: Supply, abreast: int) -> int:
         """Have bytes of a source that is no local folder come ahead; return how many shards to write at a time."""

@@ -121,3 +121,14 @@ def splits(stored: Iterable[tuple[str, str]]) -> list[Split]:
         if begun[1] != form and whole.name not in found:
             found[whole.name] = Split(whole, begun, (base, form))
     return list(found.values())
+
+
+LABELS = {
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "tensorrt-llm": "TensorRT-LLM",
+    "ktransformers": "KTransformers",
+    "llama.cpp": "llama.cpp",
+    "transformers": "transformers",
+}
+"""Engines whose requirements are known, by what the command line calls them, as they call themselves."""

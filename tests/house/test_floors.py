@@ -51,7 +51,7 @@ INNER: dict[str, tuple[str, ...]] = {
 }
 """How folders, and files beside them, stand on each other inside the big rooms: a line for each floor, lowest first."""
 
-LINKED = ("kernels", "qat", "calib", "eval")
+LINKED = ("kernels", "qat", "calib", "eval", "exports")
 """Rooms that stand at the root; `k2quant/` has links to them."""
 
 

@@ -1,1 +1,1 @@
-"""Commands that look at checkpoints and change nothing: inspect, verify, diff, report."""
+"""Commands that look at checkpoints and change nothing: inspect, verify, check, diff, report."""

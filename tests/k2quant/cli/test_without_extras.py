@@ -26,6 +26,7 @@ PLAIN = {
     "push": f"push int4 hf://user/int4@{'0' * 40}",
     "inspect": "inspect fp8",
     "verify": "verify fp8 int4",
+    "check": "check --engine vllm fp8",
     "diff": "diff fp8 fp8",
     "demo": "demo demo --steps 2",
     "qat init": "qat init fp8 -o new.yaml",
@@ -173,7 +174,7 @@ def test_the_page_on_installing_says_the_same() -> None:
 def test_what_base_installs_is_enough(name: str, outcomes: Mapping[str, Outcome]) -> None:
     """Converting, checking, merging and deciding work without any extra."""
     done = outcomes[name]
-    said = {"eval gate": 4, "push": 2}  # two runs of one model are never a PASS; a commit is never written to
+    said = {"eval gate": 4, "push": 2, "check": 3}  # two runs of one model are no PASS; a commit is fixed; no tokenizer
     assert done.code == said.get(name, 0), done.stderr
 
 

@@ -1,0 +1,1 @@
+"""What each engine requires: its rules, a file an engine."""
