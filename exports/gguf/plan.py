@@ -20,7 +20,7 @@ from k2quant.exports.gguf.files import SUFFIX, FilePlan, Tensor, check_name, fil
 from k2quant.exports.gguf.keys import keys
 from k2quant.exports.gguf.names import HALVES, Sizes
 from k2quant.exports.gguf.stacks import Stack, stacks_of
-from k2quant.exports.gguf.types import Choice, Options, chosen, survey, target
+from k2quant.exports.gguf.types import Choice, GgufOptions, chosen, survey, target
 from k2quant.exports.gguf.vocabulary import vocabulary
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.ground.names import tensor_class
@@ -88,7 +88,7 @@ class _Written(NamedTuple):
     """Why it is not in the type of its codes, or that was asked for."""
 
 
-def make_plan(source: Checkpoint, file: str, options: Options, *, workers: int | None = None) -> GgufPlan:
+def make_gguf_plan(source: Checkpoint, file: str, options: GgufOptions, *, workers: int | None = None) -> GgufPlan:
     """Plan an export.
 
     Args:

@@ -37,7 +37,7 @@ _OWN: Mapping[str, type[blocks.Block]] = {kind.type.name: kind for kind in (bloc
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class GgufOptions:
     """What the user asked for; two runs with equal options write the same bytes.
 
     Raises:
@@ -80,7 +80,7 @@ class Choice(NamedTuple):
         return brief(self)
 
 
-def chosen(stacks: Iterable[Stack], sizes: Sizes, options: Options, unfit: Mapping[str, str]) -> list[Choice]:
+def chosen(stacks: Iterable[Stack], sizes: Sizes, options: GgufOptions, unfit: Mapping[str, str]) -> list[Choice]:
     """Return the type of each tensor.
 
     Args:
@@ -106,7 +106,7 @@ def chosen(stacks: Iterable[Stack], sizes: Sizes, options: Options, unfit: Mappi
     return [_choice(stack, sizes, options, misfits.get(stack.place.name)) for stack in stacks]
 
 
-def _choice(stack: Stack, sizes: Sizes, options: Options, misfit: str | None) -> Choice:
+def _choice(stack: Stack, sizes: Sizes, options: GgufOptions, misfit: str | None) -> Choice:
     part = stack.place.part
     if len(stack.shape) == 1 or part in {ROUTER, BIAS}:
         return Choice(F32)

@@ -168,12 +168,12 @@ def _dry_run(
     from k2quant.cli.parts.screen import warn, working
     from k2quant.cli.parts.terminal.tables import paragraph
     from k2quant.conversion.places import coming
-    from k2quant.exports import look_ahead
+    from k2quant.exports import look_ahead_gguf
     from k2quant.ground.units import counted, size
 
     asked = {name: options[name] for name in ("rest", "experts", "fallback", "split_size")}
     with working(f"reading headers and scales of {source.name}"):
-        plan, done, room = look_ahead(
+        plan, done, room = look_ahead_gguf(
             source, destination, restart=restart, workers=workers, follow_links=follow_links, **asked
         )
     remote = coming(plan.export, done, bandwidth=bandwidth)
