@@ -84,7 +84,7 @@ class GgufExport(NamedTuple):
 @barred("export")
 def export_gguf(
     source: str | os.PathLike[str] | Address,
-    destination: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | Address,
     *,
     rest: str | None = None,
     experts: str | None = None,
@@ -145,7 +145,7 @@ def export_gguf(
 
 def look_ahead_gguf(
     source: str | os.PathLike[str] | Address,
-    destination: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | Address,
     *,
     restart: bool = False,
     workers: int | None = None,
@@ -184,7 +184,7 @@ def look_ahead_gguf(
     return plan, done, output.room()
 
 
-def checked_destination(destination: str | os.PathLike[str]) -> Path:
+def checked_destination(destination: str | os.PathLike[str] | Address) -> Path:
     """Return the path of an output.
 
     Raises:
