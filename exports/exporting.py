@@ -95,6 +95,10 @@ def standing(export: Export, folder: Destination) -> dict[str, Record]:
     journal = folder.journal()
     if not journal:
         return {}
+    if "export" not in journal[0]:
+        raise DestinationStale(
+            "was being emptied by `restart=True`", file=folder.spot, remedy="run that again, or name another output"
+        )
     refuse_changed(journal[0], export.head, folder.spot, "half-finished")
     planned = {shard.file: shard for shard in export.shards}
     return {record["shard"]: record for record in journal[1:] if _is_of(record, planned)}

@@ -22,7 +22,7 @@ from k2quant.exports.exporting import check_room, disk_errors, fill
 from k2quant.exports.gguf.files import check_name
 from k2quant.exports.gguf.plan import GgufPlan, make_plan
 from k2quant.exports.gguf.types import Options
-from k2quant.exports.gguf.writing import Output, check_finished, finished, locked, room_of, work_folder
+from k2quant.exports.gguf.writing import Output, check_finished, finished, locked, room_of, tidy, work_folder
 from k2quant.ground.saying.arguments import hinting
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.saying.showing import as_html, brief
@@ -222,6 +222,7 @@ def carry_out(
     with disk_errors(there):
         if not restart and (report := finished(there)) is not None:
             check_finished(there, report, plan)
+            tidy(there)
             return GgufExport(files, report, 0, already_done=True)
         with locked(there, restart=restart, soft=soft_lock) as folder:
             output = Output(plan, folder, there)
@@ -248,7 +249,7 @@ def report_of(plan: GgufPlan, records: Mapping[str, Record], *, seconds: float, 
         "seconds": round(seconds, 3),
         "resumed_parts": resumed,
         **export.identity,
-        **fetched(export.source.supply, records.values()),
+        **fetched(export.source, records.values()),
         "bytes_read": export.bytes_read,
         "bytes_written": plan.size,
         "remarks": list(export.remarks),

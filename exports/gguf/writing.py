@@ -22,9 +22,9 @@ from k2quant.checkpoint.writing.destination import REPORT_LIMIT, Destination
 from k2quant.checkpoint.writing.target import Room
 from k2quant.checkpoint.writing.writer import OpenShard
 from k2quant.conversion.stream import Record
-from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile
+from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, OutputError
 from k2quant.exports.exporting import MARK, refuse_changed, standing
-from k2quant.exports.gguf.files import FilePlan
+from k2quant.exports.gguf.files import SUFFIX, FilePlan
 from k2quant.exports.gguf.plan import GgufPlan
 
 _MOVING = "moving"
@@ -91,6 +91,14 @@ def locked(there: Path, *, restart: bool, soft: bool) -> Iterator[Destination]:
     finally:
         with contextlib.suppress(OSError):  # it stays where anything is left in it
             work.rmdir()
+
+
+def tidy(there: Path) -> None:
+    """Take away what a run left that was killed when its output had just been finished."""
+    if not work_folder(there).is_dir():
+        return
+    with contextlib.suppress(OutputError), locked(there, restart=False, soft=False) as folder:
+        folder.finish()
 
 
 class Part(OpenShard):
@@ -168,11 +176,11 @@ class Output:
         for path in self._folder.folder.iterdir():
             if path.is_file() and path.name != INCOMPLETE:
                 path.unlink()
-        report_path(self._there).unlink(missing_ok=True)
         files = report.get("files")
         for name in files if isinstance(files, dict) else ():
-            if isinstance(name, str) and Path(name).name == name and name.endswith(".gguf"):
+            if isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX):
                 self._there.with_name(name).unlink(missing_ok=True)
+        report_path(self._there).unlink(missing_ok=True)  # last: it says that the others are ours
         sync_folder(self._there.parent)
 
     def _is_moving(self) -> bool:
