@@ -41,6 +41,10 @@ _RESERVED = {"vllm": 0.92}
 """The share of a device's memory that an engine takes at the most where nobody says another (vllm/config/cache.py)."""
 
 
+_COPIED = frozenset({"model_type", "tokenizer", "chats", "memory"})
+"""Rules of files that a conversion copies, and of the machine."""
+
+
 class EngineCheck(NamedTuple):
     """What a checkpoint has of all that an engine requires."""
 
@@ -115,10 +119,25 @@ def check_engine(
     return _check(str(place), engine, found)
 
 
-def check_engines(folder: str | os.PathLike[str], engines: tuple[str, ...]) -> list[EngineCheck]:
-    """Return the checks of several engines, for whose rules a folder is read once; see `check_engine`."""
+def check_written(folder: str | os.PathLike[str]) -> list[EngineCheck]:
+    """Return the checks of an output by the engines that its formats are for, of what a conversion writes itself.
+
+    Files that it copies along, and memory, are left out: they are as they were in the source.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint, or its index or a header lies.
+    """
     found = subject(open_checkpoint(spot(folder)))
-    return [_check(str(folder), engine, found) for engine in engines]
+    done = [_check(str(folder), engine, found) for engine in _meant(found)]
+    return [
+        each._replace(findings=[finding for finding in each.findings if finding.rule not in _COPIED]) for each in done
+    ]
+
+
+def _meant(found: Subject) -> list[str]:
+    """Return the engines that take every format of a checkpoint, by what each says of itself."""
+    served = {kind.weight.format.served for kind in found.quantised if kind.weight.format is not None}
+    return [engine for engine, label in LABELS.items() if served and all(label in each for each in served)]
 
 
 def _check(place: str, engine: str, found: Subject) -> EngineCheck:
@@ -143,7 +162,7 @@ def _memory_rule(engine: str, need: Memory) -> Rule:
         if need.host:
             said += f", {enough(need.host)} of experts on the host"
         if found.memory is None:
-            return unknown(f"{said}; what a device has was not said: `memory=`")
+            return unknown(f"{said}; what a device has was not said (`memory=`)")
         held = found.memory * (found.ranks if engine in _UNSPREAD else 1)
         room = int(held * _RESERVED.get(engine, 1.0))
         if need.needed > room:

