@@ -75,6 +75,12 @@ def test_what_is_no_checkpoint_exits_1(tmp_path: Path) -> None:
     assert k2quant("check", "--engine", "vllm", tmp_path).exit_code == 1
 
 
+def test_a_gguf_file_is_no_checkpoint(tmp_path: Path) -> None:
+    """Who names one hears what `check` is about, with exit code 2."""
+    done = k2quant("check", "--engine", "llama.cpp", tmp_path / "K2.gguf")
+    assert (done.exit_code, "check what it is made from" in done.stderr) == (2, True)
+
+
 def test_a_result_shows_itself_in_a_line(made: Make, tmp_path: Path) -> None:
     """Engine, version and counts, however many rules there are."""
     done = check_engine(made("int4").write(tmp_path / "out"), "vllm")
