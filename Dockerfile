@@ -12,6 +12,7 @@ ARG TORCH_INDEX=
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE constraints-dev.txt ./
 COPY calib calib
+COPY exports exports
 COPY eval eval
 COPY kernels kernels
 COPY qat qat

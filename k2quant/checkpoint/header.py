@@ -133,6 +133,7 @@ def read_remote_header(place: Place, name: str, path: Path, supply: Supply) -> S
         place.read_into(name, len(begin), memoryview(rest))
         raw += rest
     tensors = _parsed(raw, name=name, file=shown, size=file.size)
+    supply.expect(name, bytes(begin[:8]) + raw)
     return ShardHeader(path, file.size, 0, hashlib.sha256(raw).hexdigest(), tensors, supply, file.version)
 
 

@@ -39,10 +39,16 @@ def panel_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], shape[1]) if len(shape) == 2 and shape[1] else (prod(shape), 1)
 
 
-def panel_rows(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yield first row and one past the last row of each panel of a weight."""
+def panel_rows(shape: tuple[int, ...], together: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield first row and one past the last row of each panel of a weight.
+
+    Args:
+        shape: of the weight.
+        together: rows that no two panels share, beside those that share a scale.
+    """
     rows, width = panel_shape(shape)
-    step = max(PANEL_WEIGHTS // max(width, 1) // ROW_STEP, 1) * ROW_STEP
+    least = lcm(ROW_STEP, together)
+    step = max(PANEL_WEIGHTS // max(width, 1) // least, 1) * least
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 

@@ -18,7 +18,7 @@ from k2quant.cli.parts.terminal.streams import CUT_OFF, Terminated, cut_off, ope
 from k2quant.errors import K2QuantError, printable
 from k2quant.ground.version import __version__
 
-_RESUMED = {"calibrate", "convert", "merge", "push", "train", "export"}
+_RESUMED = {"calibrate", "convert", "merge", "push", "train", "export", "gguf", "mlx"}
 """What goes on where it was stopped; commands of which that depends on their options say it themselves."""
 
 
@@ -77,6 +77,7 @@ def _was_printed(error: OSError) -> bool:
     homes={
         "convert": ("k2quant.cli.convert", "Convert a checkpoint to BF16, FP8, INT4, NVFP4 or MXFP4."),
         "calibrate": ("k2quant.cli.calibrate", "Learn from data what a checkpoint's matrices multiply."),
+        "export": ("k2quant.cli.exporting", "Write a checkpoint as GGUF, for llama.cpp, or for MLX."),
         "merge": ("k2quant.cli.merge", "Merge a LoRA adapter into a checkpoint, in any format."),
         "push": ("k2quant.cli.places.push", "Upload a finished output to a Hugging Face hub."),
         "clean": ("k2quant.cli.places.clean", "Name what a stopped run left, and remove it."),

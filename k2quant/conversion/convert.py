@@ -364,7 +364,7 @@ def carry_out(
                 if check is not None:
                     check(_as_folder(there))
                 more = {} if rounder is None else rounder.summary()
-                more = {**more, **fetched(plan.source.supply, shards.values())}
+                more = {**more, **fetched(plan.source, shards.values())}
                 seconds, others = time.monotonic() - begun, len(shards) - len(written)
                 report = report_of(plan, shards, seconds=seconds, resumed=others, more=more)
                 folder.sweep(shards)

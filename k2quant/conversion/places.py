@@ -16,7 +16,7 @@ from k2quant.checkpoint.supply.choosing import Way, way_of
 from k2quant.checkpoint.supply.order import Use, owners
 from k2quant.checkpoint.supply.stage import MOST_LOW
 from k2quant.checkpoint.writing.opening import target_at
-from k2quant.conversion.plan import Plan
+from k2quant.conversion.placing import Placed
 from k2quant.conversion.searching.surveys import surveyed
 from k2quant.errors import K2QuantError
 from k2quant.ground.saying.showing import brief
@@ -44,7 +44,7 @@ class Coming(NamedTuple):
 
 
 def coming(
-    plan: Plan, done: Container[str], *, bandwidth: float | None = None, searched: bool = False
+    plan: Placed, done: Container[str], *, bandwidth: float | None = None, searched: bool = False
 ) -> Coming | None:
     """Return what of a plan's source comes over the network; None where it is all here.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from k2quant.checkpoint.header import TensorEntry, build_header
 from k2quant.checkpoint.panels import PIECE_BYTES
@@ -14,6 +14,9 @@ from k2quant.errors import ShapeMismatch
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.format import Format
 from k2quant.ground.saying.showing import brief
+
+if TYPE_CHECKING:
+    from k2quant.checkpoint.reader import Checkpoint
 
 
 class Job(NamedTuple):
@@ -90,6 +93,21 @@ class ShardPlan(NamedTuple):
                     start, stop = (entry.start + entry.nbytes * edge // slices for edge in (number, number + 1))
                     if start < stop:
                         yield entry.file, start, stop
+
+
+class Placed(Protocol):
+    """What a stream carries out: the plan of a conversion, or of an export."""
+
+    @property
+    def source(self) -> Checkpoint:
+        """The checkpoint that is read."""
+
+    @property
+    def shards(self) -> tuple[ShardPlan, ...]:
+        """What is finished one by one: files, or parts of some."""
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield every job, shard by shard."""
 
 
 class Output(NamedTuple):

@@ -29,9 +29,8 @@ from k2quant.checkpoint.panels import (
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.supply.order import Use
 from k2quant.checkpoint.supply.supply import Supply
-from k2quant.checkpoint.writing.target import Target, Writer
-from k2quant.conversion.placing import Job, ShardPlan, target_of
-from k2quant.conversion.plan import Plan
+from k2quant.checkpoint.writing.target import Writer
+from k2quant.conversion.placing import Job, Placed, ShardPlan, target_of
 from k2quant.conversion.searching.surveys import Substitute, Surveys, surveyed
 from k2quant.formats.dtypes import TensorSpec, row_bytes
 from k2quant.formats.format import Format, Parts
@@ -39,6 +38,8 @@ from k2quant.ground import pool
 from k2quant.ground.units import size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from k2quant.formats.transcode import Scratch
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.seam import Codecs
@@ -50,6 +51,27 @@ Progress = Callable[[int, int], None]
 
 Record = dict[str, Any]
 """What the journal notes of a finished shard."""
+
+
+class Filled(Protocol):
+    """What a stream asks of the place that it fills, see `Target`."""
+
+    @property
+    def abreast(self) -> int:
+        """How many shards are written at a time, at most."""
+
+    @property
+    def stage(self) -> Path:
+        """A folder of this machine for shards of a source that lie on the disk while they are read."""
+
+    def writer(self, file: str, header: bytes, size: int) -> Writer:
+        """Begin a shard."""
+
+    def keep_digest(self, file: str, sha256: str) -> None:
+        """Note the digest of a shard that has just been written."""
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Note that a shard stands."""
 
 
 class Rounder(Protocol):
@@ -182,7 +204,8 @@ def _tasks_of(shard: _Shard, substitute: Substitute | None) -> list[_Task]:
     tasks = []
     for number, job in enumerate(shard.plan.jobs):
         if job.target is not None or _is_substituted(job, substitute):
-            tasks += [_Task(shard, number, None, start, stop) for start, stop in panel_rows(job.weight.shape)]
+            together = 1 if job.target is None else job.target.row_step
+            tasks += [_Task(shard, number, None, *span) for span in panel_rows(job.weight.shape, together)]
             continue
         for suffix, entry in job.weight.parts.items():
             size = entry.nbytes
@@ -207,8 +230,8 @@ class Stream:
 
     def __init__(
         self,
-        plan: Plan,
-        folder: Target,
+        plan: Placed,
+        folder: Filled,
         *,
         done: set[str],
         only: Collection[str] | None = None,
@@ -247,7 +270,10 @@ class Stream:
         self._local = threading.local()
         self._records: dict[str, Record] = {}
         self._open: set[Writer] = set()
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="k2quant-disk")
+        self._ended = threading.Event()
+        self._disk = ThreadPoolExecutor(
+            1, thread_name_prefix="k2quant-disk", initializer=pool.stop_by, initargs=(self._ended,)
+        )
         self._flushes: deque[Future[None]] = deque()
 
     def run(self, workers: int) -> dict[str, Record]:
@@ -259,18 +285,23 @@ class Stream:
             if self._rounder is not None:
                 self._rounder.begin(abreast)
             for shards in (self._todo,) if self._rounder is None else self._rounder.batches(self._todo):
-                pool.run(self._tasks(shards, abreast), self._work, workers=workers, tick=self._tick)
+                pool.run(self._tasks(shards, abreast), self._work, workers=workers, tick=self._tick, stop=self._end)
                 self._wait_for_disk(backlog=0)
                 self._tick()
             if self._supply is not None:
                 self._supply.finish()
         finally:
-            if self._supply is not None:
-                self._supply.close()
+            self._end()
             self._disk.shutdown(cancel_futures=True)
             for writer in self._open:
                 writer.close()
         return self._records
+
+    def _end(self) -> None:
+        """End what works in the background, and what anybody waits for; harmless twice."""
+        self._ended.set()
+        if self._supply is not None:
+            self._supply.close()
 
     def _fetch(self, supply: Supply, abreast: int) -> int:
         """Have bytes of a source that is no local folder come ahead; return how many shards to write at a time."""

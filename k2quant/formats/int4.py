@@ -71,6 +71,7 @@ class Int4(Format):
     trained: ClassVar[bool] = True
     bit_widths: ClassVar[tuple[int, ...]] = FAKE_BITS
     clips: ClassVar[bool] = True
+    ggml: ClassVar[str | None] = "Q4_0"
 
     group: int = INT4_GROUP
     """Columns that share one scale."""

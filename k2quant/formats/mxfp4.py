@@ -58,6 +58,7 @@ class Mxfp4(Format):
     searches: ClassVar[bool] = True
     trained: ClassVar[bool] = True
     clips: ClassVar[bool] = True
+    ggml: ClassVar[str | None] = "MXFP4"
     searched_from: ClassVar[tuple[str, ...]] = ("int4",)
     searched_by: ClassVar[tuple[Method, ...]] = ("mse", "imatrix")
     unit: ClassVar[int] = MXFP4_BLOCK

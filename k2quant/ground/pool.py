@@ -4,17 +4,66 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from contextvars import ContextVar, copy_context
+from typing import ParamSpec, TypeVar
 
-from k2quant.errors import UsageError
+from k2quant.errors import CheckpointError, UsageError
 
 Task = TypeVar("Task")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _TICK_SECONDS = 0.1
 
 MOST_WORKERS = 256
 """More threads than this only fight over the interpreter's lock."""
+
+
+_STOP: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
+
+
+def stop_by(event: threading.Event | None) -> None:
+    """Have waits of this thread end from now on when an event is set, and those of threads that it hands work to."""
+    _STOP.set(event)
+
+
+def handed(work: Callable[P, T], stop: threading.Event | None = None) -> Callable[P, T]:
+    """Return some work for another thread, where its waits end as they would here, or by an event of its own."""
+    context = copy_context()
+    if stop is not None:
+        context.run(_STOP.set, stop)
+
+    def run(*given: P.args, **named: P.kwargs) -> T:
+        return context.run(work, *given, **named)
+
+    return run
+
+
+def check() -> None:
+    """Go on, unless what this thread works for was ended.
+
+    Raises:
+        CheckpointError: it was.
+    """
+    stop = _STOP.get()
+    if stop is not None and stop.is_set():
+        raise CheckpointError("not gone on with: the run was ended")
+
+
+def pause(seconds: float) -> None:
+    """Wait, at most until what this thread works for is ended.
+
+    Raises:
+        CheckpointError: it was.
+    """
+    stop = _STOP.get()
+    if stop is None:
+        time.sleep(seconds)
+    else:
+        stop.wait(seconds)
+        check()
 
 
 def checked_workers(workers: int | None) -> int:
@@ -34,7 +83,12 @@ def available_cores() -> int:
 
 
 def run(
-    tasks: Iterator[Task], work: Callable[[Task], None], *, workers: int, tick: Callable[[], None] | None = None
+    tasks: Iterator[Task],
+    work: Callable[[Task], None],
+    *,
+    workers: int,
+    tick: Callable[[], None] | None = None,
+    stop: Callable[[], None] | None = None,
 ) -> None:
     """Do every task, in the order of the iterator as far as threads allow.
 
@@ -46,6 +100,8 @@ def run(
         work: does one task.
         workers: how many threads.
         tick: called about ten times a second while the threads work, from the caller's thread.
+        stop: called when an error or Ctrl-C ends it, before threads are waited for: whatever they wait for is to end.
+            Pauses (`pause`) end by themselves.
 
     Raises:
         Exception: the first error of a task or of the iterator, after every thread has ended.
@@ -57,21 +113,10 @@ def run(
                 tick()
         return
     crew = _Crew(tasks, work)
-    threads = [threading.Thread(target=crew.run, name=f"k2quant-{number}", daemon=True) for number in range(workers)]
-    started: list[threading.Thread] = []
     try:
-        for thread in threads:
-            thread.start()
-            started.append(thread)
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(_TICK_SECONDS)
-                if tick:
-                    tick()
+        crew.watch(workers, tick)
     finally:
-        crew.stop()
-        for thread in started:
-            thread.join()
+        crew.end(stop)
     if crew.error is not None:
         raise crew.error
 
@@ -83,15 +128,36 @@ class _Crew:
         self._tasks: Iterator[object] = tasks
         self._work: Callable[[Task], None] = work
         self._lock = threading.Lock()
-        self._stopped = False
+        self.stopped = threading.Event()
         self.error: BaseException | None = None
+        self._threads: list[threading.Thread] = []
 
-    def stop(self) -> None:
-        self._stopped = True
+    def watch(self, workers: int, tick: Callable[[], None] | None) -> None:
+        """Start threads, and stay until they have ended, or are to."""
+        for number in range(workers):
+            work = handed(self.run, self.stopped)
+            thread = threading.Thread(target=work, name=f"k2quant-{number}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+        for thread in self._threads:
+            while thread.is_alive() and not self.stopped.is_set():
+                thread.join(_TICK_SECONDS)
+                if tick:
+                    tick()
+                check()
+
+    def end(self, stop: Callable[[], None] | None) -> None:
+        """Wait for the threads; those that have not ended are to."""
+        if any(thread.is_alive() for thread in self._threads):
+            self.stopped.set()
+            if stop:
+                stop()
+        for thread in self._threads:
+            thread.join()
 
     def run(self) -> None:
         try:
-            while not self._stopped:
+            while not self.stopped.is_set():
                 with self._lock:
                     task = next(self._tasks, self)  # `self` marks the end
                 if task is self:
@@ -100,4 +166,4 @@ class _Crew:
         except BaseException as error:  # noqa: BLE001  handed to the caller's thread
             with self._lock:
                 self.error = self.error or error
-            self._stopped = True
+            self.stopped.set()

@@ -12,7 +12,7 @@ from places import ROOT
 MOST = 12
 """Names that a folder may hold: more than a dozen side by side are a list to search, no room to know."""
 
-HOMES = ("k2quant", "kernels", "qat", "calib", "eval", "benchmarks", "tests")
+HOMES = ("k2quant", "kernels", "qat", "calib", "eval", "exports", "benchmarks", "tests")
 
 ASIDE = {Path("benchmarks/results"), Path("tests/data")}
 """Folders of data."""

@@ -130,7 +130,7 @@ def test_steps_that_fail_are_seen(change: tuple[str, str], error: type[Exception
     assert text.count(change[0]) == 1
     for name in ("pyproject.toml", "README.md", "LICENSE", "constraints-dev.txt", ".dockerignore"):
         shutil.copyfile(ROOT / name, tmp_path / name)
-    for name in ("calib", "eval", "kernels", "qat", "k2quant"):
+    for name in ("calib", "eval", "exports", "kernels", "qat", "k2quant"):
         (tmp_path / name).mkdir()
     (tmp_path / "Dockerfile").write_text(text.replace(*change))
     with pytest.raises(error):

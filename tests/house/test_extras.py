@@ -134,5 +134,5 @@ def test_extras_that_people_are_told_of_exist() -> None:
 def told() -> Iterator[Path]:
     """Yield the files in which people are told what to install."""
     yield from (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
-    for room in ("docs", "examples", "k2quant", "eval", "qat", "kernels"):
+    for room in ("docs", "examples", "k2quant", "eval", "exports", "qat", "kernels"):
         yield from (path for path in (ROOT / room).rglob("*.*") if path.suffix in {".md", ".py", ".yml", ".sh"})

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "shared"))  # of
 from graph import parse
 from places import ROOT
 
-HOMES = ("k2quant", "kernels", "qat", "calib", "eval")
+HOMES = ("k2quant", "kernels", "qat", "calib", "eval", "exports")
 
 NAMES = {"bf16", "fp8", "int4", "nvfp4", "mxfp4"}
 
@@ -166,7 +166,7 @@ def main(root: Path) -> None:
     here = lines_of(root)
     for name, lines in here.items():
         print(f"{len(lines):4} {name}: {', '.join(map(str, dict.fromkeys(lines)))}")  # noqa: T201
-    homes = {"all": ("",), "outside k2quant/formats and kernels": ("k2quant/", "qat/", "calib/", "eval/")}
+    homes = {"all": ("",), "outside k2quant/formats and kernels": ("k2quant/", "qat/", "calib/", "eval/", "exports/")}
     for what, starts in homes.items():
         some = {
             name: lines

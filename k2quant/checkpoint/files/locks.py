@@ -35,9 +35,9 @@ _MACHINE = Path("/proc/sys/kernel/random/boot_id")
 class Lock:
     """A lock that this process holds."""
 
-    def __init__(self, path: Path, descriptor: int, soft: _SoftLock | None) -> None:
+    def __init__(self, path: Path, descriptor: int, soft: _SoftLock | None, *, shared: bool) -> None:
         """Keep what `take` took."""
-        self._path, self._descriptor, self._soft = path, descriptor, soft
+        self._path, self._descriptor, self._soft, self._shared = path, descriptor, soft, shared
 
     def stands(self) -> bool:
         """Tell whether the locked file is still the one at its path, and not one that a finished holder removed."""
@@ -48,19 +48,30 @@ class Lock:
         held = os.fstat(self._descriptor)
         return (status.st_ino, status.st_dev) == (held.st_ino, held.st_dev)
 
-    def alone(self) -> bool:
-        """Keep out all who would share this lock, if nobody shares it now; tell whether it is so.
+    def is_alone(self) -> bool:
+        """Tell whether nobody else shares this lock now; whoever wants to, may again afterwards.
 
         Where the file system has no locks, nobody can tell, and the answer is yes.
+
+        Raises:
+            BlockingIOError: somebody took it for himself between two steps.
+            OSError: it cannot be locked.
         """
+        if not self._shared:
+            return True
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # and the share that was held is gone, see flock(2)
+                return False
+            else:
+                return True
+            finally:
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-        return True
+            return True
 
     def release(self) -> None:
         """Let others in."""
@@ -98,7 +109,7 @@ def take(path: Path, *, folder: Path, soft: bool, shared: bool = False, what: st
         if made and isinstance(error, OutputError) and not isinstance(error, DestinationInUse):
             path.unlink(missing_ok=True)  # nobody can hold it
         raise
-    return Lock(path, descriptor, beside if soft and not shared else None)
+    return Lock(path, descriptor, beside if soft and not shared else None, shared=shared)
 
 
 def refuse_soft(path: Path, *, folder: Path) -> None:

@@ -18,17 +18,18 @@ from k2quant.checkpoint.files.paths import read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.remote import fetching
 from k2quant.checkpoint.remote.address import Address
+from k2quant.checkpoint.remote.pages import objects_below
 from k2quant.checkpoint.remote.place import RemoteFile, check_names
 from k2quant.checkpoint.remote.ranges import changed
-from k2quant.checkpoint.remote.retrying import Transient, retried, status_of, transient
+from k2quant.checkpoint.remote.retrying import Pace, Transient, code_of, retried, status_of, transient
 from k2quant.checkpoint.remote.secrets import clean
-from k2quant.errors import CheckpointError, K2QuantError, MissingExtra, OutputError, UsageError
+from k2quant.errors import CheckpointError, K2QuantError, MissingExtra, UsageError
 from k2quant.ground import pool
 from k2quant.ground.extras import Extra, need
 
 _EXTRAS: Mapping[str, Extra] = {"s3": "s3", "gs": "gs"}
 _PIECE = 2**24  # bytes of a request; they come as one object of Python before they are where they belong
-_ABREAST = 8  # small files that are fetched at a time
+_CHUNK = 2**20  # bytes of it, at most, that are taken at a time
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "checksum", "mtime", "LastModified", "created")
 _REPORT_LIMIT = 1_000_000_000
 
@@ -45,6 +46,7 @@ class BucketPlace:
         """Fill a buffer with a file's bytes from `start` on; see `Place.read_into`."""
         what = self.address.child(name)
         for begin in range(0, len(buffer), _PIECE):
+            pool.check()
             piece = buffer[begin : begin + _PIECE]
             first = start + begin
             piece[:] = retried(what, lambda: self._piece(name, first, first + len(piece)))  # noqa: B023  called at once
@@ -67,15 +69,8 @@ class BucketPlace:
         wanted = [self.files[name] for name in names]
         said = "\n".join(f"{file.name} {file.size} {file.version}" for file in sorted(wanted))
         mark = hashlib.sha256(f"{self.address}\n{said}".encode()).hexdigest()[:40]
-        try:
-            folder = self._cache() / mark
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-                tasks = ((folder, Path(aside) / str(number), file) for number, file in enumerate(wanted))
-                pool.run(tasks, self._have, workers=min(_ABREAST, max(len(wanted), 1)))
-        except OSError as error:
-            found = error.strerror or str(error)
-            raise OutputError("the cache cannot be written", file=error.filename, found=found) from error
+        folder = self._cache() / mark
+        fetching.fetch_all(self, [file.name for file in wanted], folder, aside=folder.parent, mode=0o700)
         self._note_digests(folder)
         return folder
 
@@ -85,17 +80,6 @@ class BucketPlace:
             return cache / "places"
         self._kept.append(tempfile.TemporaryDirectory(prefix="k2quant-"))
         return Path(self._kept[-1].name)
-
-    def _have(self, task: tuple[Path, Path, RemoteFile]) -> None:
-        """Have a file in the cache; it comes into a folder of its own first, for another process may do the same."""
-        folder, aside, file = task
-        target = folder / file.name
-        if target.is_file() and target.stat().st_size == file.size:
-            return
-        aside.mkdir()
-        self.fetch(file.name, aside / "file", add=lambda _: None)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (aside / "file").replace(target)
 
     def _note_digests(self, folder: Path) -> None:
         """Take digests of files from the report of a conversion, where it has some: a store has none of its own."""
@@ -155,8 +139,13 @@ async def _of_s3(filesystem: Any, path: str, version: str, start: int, stop: int
     bucket, key, _ = filesystem.split_path(path)
     asked = {"Bucket": bucket, "Key": key, "Range": f"bytes={start}-{stop - 1}", "IfMatch": version}
     answer = await filesystem._call_s3("get_object", **asked)  # noqa: SLF001  its own cat_file knows no IfMatch
+    data, pace = bytearray(), Pace()
     async with answer["Body"] as body:
-        return bytes(await body.read())
+        while len(data) <= stop - start and (chunk := await body.read(_CHUNK)):
+            data += chunk
+            if pace.is_slow(len(chunk)):
+                raise Transient("an answer that comes too slowly")
+    return bytes(data)
 
 
 def open_bucket(address: Address) -> BucketPlace:
@@ -169,26 +158,36 @@ def open_bucket(address: Address) -> BucketPlace:
     filesystem = filesystem_of(address)
     root, what = root_of(filesystem, address), str(address)
     try:
-        found = retried(what, lambda: _listing(filesystem, root))
-    except FileNotFoundError:
+        found = _s3_listing(filesystem, root, what) if address.scheme == "s3" else _listing(filesystem, root, what)
+    except FileNotFoundError as error:
+        if code_of(error) == "NoSuchBucket":
+            raise CheckpointError("there is no such bucket", file=address, remedy="look at its name") from None
         found = {}
     except Exception as error:  # noqa: BLE001  libraries of stores raise what they like
         raise _explained(error, what) from None
-    files = {}
-    for path, facts in found.items():
-        name = path.removeprefix(root).lstrip("/")
-        if facts.get("type") == "file" and name:
-            files[name] = _listed(name, facts)
+    files = {name: _listed(name, facts) for name, facts in found.items()}
     if not files:
         raise CheckpointError("nothing is there", file=address, remedy="look at the bucket's name and at the prefix")
     check_names(address, files)
     return BucketPlace(address, files, filesystem)
 
 
-def _listing(filesystem: Any, root: str) -> dict[str, Any]:
-    filesystem.invalidate_cache()
-    found: dict[str, Any] = filesystem.find(root, detail=True)
-    return found
+def _listing(filesystem: Any, root: str, what: str) -> dict[str, Any]:
+    def ask() -> dict[str, Any]:
+        filesystem.invalidate_cache()
+        found: dict[str, Any] = filesystem.find(root, detail=True)
+        return found
+
+    found = {path.removeprefix(root).removeprefix("/"): facts for path, facts in retried(what, ask).items()}
+    return {name: facts for name, facts in found.items() if name and facts.get("type") == "file"}
+
+
+def _s3_listing(filesystem: Any, root: str, what: str) -> Mapping[str, Mapping[str, Any]]:
+    def ask(asked: dict[str, Any]) -> Mapping[str, Any]:
+        page: Mapping[str, Any] = retried(what, lambda: filesystem.call_s3("list_objects_v2", **asked))
+        return page
+
+    return objects_below(ask, root, what)
 
 
 def filesystem_of(address: Address) -> Any:

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from k2quant.checkpoint.files.paths import PARTIAL, sync_folder, write_all
 from k2quant.checkpoint.remote.place import Place, RemoteFile
 from k2quant.errors import CheckpointError, MalformedFile, OutputError
+from k2quant.ground import pool
 
 _PIECE = 2**24  # bytes of a request
 _ABREAST = 4  # requests of one file at a time; with their pieces that is 64 MiB
+_FILES_ABREAST = 8  # small files that are fetched at a time
+
+
+def marked(target: Path, file: RemoteFile) -> Path:
+    """Return the path of one version of a file, beside that of the file: so no two contents are ever mixed."""
+    mark = "." + hashlib.sha256(f"{file.version} {file.size}".encode()).hexdigest()[:12]
+    return target if target.name.endswith(mark) else target.with_name(target.name + mark)
 
 
 def partial_path(target: Path, file: RemoteFile) -> Path:
-    """Return where a file grows: beside its place, and by its version, so that no two contents are ever mixed."""
-    mark = hashlib.sha256(f"{file.version} {file.size}".encode()).hexdigest()[:12]
-    return target.with_name(f"{target.name}.{mark}{PARTIAL}")
+    """Return where a file grows."""
+    found = marked(target, file)
+    return found.with_name(found.name + PARTIAL)
 
 
 def fetch(place: Place, name: str, target: Path, *, add: Callable[[int], None]) -> None:
@@ -42,6 +51,45 @@ def fetch(place: Place, name: str, target: Path, *, add: Callable[[int], None]) 
     except OSError as error:
         found = error.strerror or str(error)
         raise OutputError("cannot be written", file=error.filename or target, found=found) from error
+
+
+def fetch_all(place: Place, names: Sequence[str], folder: Path, *, aside: Path, mode: int = 0o777) -> None:
+    """Have some small files in a folder of a cache.
+
+    Args:
+        place: where they are.
+        names: their paths below it, and below the folder.
+        folder: is made if need be, with `mode`.
+        aside: a folder above it, where each comes first: another process may do the same.
+        mode: of the folder.
+
+    Raises:
+        CheckpointError: one cannot be read, or is not the file that was listed.
+        OutputError: one cannot be written.
+    """
+
+    def is_here(name: str) -> bool:
+        target = folder / name
+        return target.is_file() and target.stat().st_size == place.files[name].size
+
+    def have(task: tuple[Path, str]) -> None:
+        first, name = task
+        first.mkdir()
+        place.fetch(name, first / "file", add=lambda _: None)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (first / "file").replace(folder / name)
+
+    try:
+        missing = [name for name in names if not is_here(name)]
+        if not missing and folder.is_dir():  # a cache may be one that nobody may write to
+            return
+        folder.mkdir(mode=mode, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=aside) as own:
+            tasks = ((Path(own) / str(number), name) for number, name in enumerate(missing))
+            pool.run(tasks, have, workers=min(_FILES_ABREAST, max(len(missing), 1)))
+    except OSError as error:
+        found = error.strerror or str(error)
+        raise OutputError("the cache cannot be written", file=error.filename, found=found) from error
 
 
 def wrong_digest(place: Place, file: RemoteFile, found: str) -> CheckpointError:
@@ -82,7 +130,7 @@ def _pieces(place: Place, file: RemoteFile, begun: int) -> Iterator[tuple[int, b
     with ThreadPoolExecutor(_ABREAST, thread_name_prefix="k2quant-fetch") as threads:
         try:
             for start in range(begun, file.size, _PIECE):
-                waiting.append(threads.submit(read, start))
+                waiting.append(threads.submit(pool.handed(read), start))
                 if len(waiting) == _ABREAST:
                     yield waiting.popleft().result()
             while waiting:

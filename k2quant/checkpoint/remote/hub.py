@@ -9,19 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 from k2quant.checkpoint.remote import fetching
 from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.remote.listing import Listing, as_error, listed, of_a_client, refused
 from k2quant.checkpoint.remote.place import RemoteFile
 from k2quant.checkpoint.remote.ranges import Client, Ranges
-from k2quant.checkpoint.remote.retrying import retried
 from k2quant.checkpoint.remote.secrets import guard
 from k2quant.errors import CheckpointError
-from k2quant.ground import pool
-
-_ABREAST = 8  # small files that are fetched at a time
 
 
 class HubPlace:
@@ -36,14 +32,13 @@ class HubPlace:
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Fill a buffer with a file's bytes from `start` on; see `Place.read_into`."""
-        file, what = self.files[name], self.address.child(name)
-        url, done = self._url(name), 0
-        while done < len(buffer):
-            rest = buffer[done:]
-            done += retried(
-                what,
-                lambda rest=rest, at=start + done: self._ranges.read(url, what, at, rest, file.size),  # type: ignore[misc]
-            )
+        what = self.address.child(name)
+        try:
+            self._ranges.read_into(self._url(name), what, start, buffer, self.files[name].size)
+        except Exception as error:  # a host that large files come from, whose certificate is none
+            if not of_a_client(error):
+                raise
+            raise as_error(error, what, self.address) from None
 
     def fetch(self, name: str, target: Path, *, add: Callable[[int], None]) -> None:
         """Have a whole file at `target`, or nothing; see `Place.fetch`."""
@@ -62,46 +57,28 @@ class HubPlace:
     def folder(self, names: Iterable[str]) -> Path:
         """Return the folder of this commit in the hub's cache, with these files in it.
 
+        Its path is made of the repository's name and the commit alone. huggingface_hub's own download goes by an ETag,
+        which is whatever a server says, and may lead out of the cache.
+
         Raises:
             CheckpointError: one cannot be fetched.
+            OutputError: one cannot be written.
         """
         if self._snapshot is not None:
             return self._snapshot
-        found: dict[str, Path] = {}
-
-        def work(name: str) -> None:
-            found[name] = self._cached(name)
-
         wanted = list(names)
-        pool.run(iter(wanted), work, workers=min(_ABREAST, max(len(wanted), 1)))
-        name, path = next(iter(found.items()), (None, None))
-        if name is None or path is None:
+        if not wanted:
             raise CheckpointError("no checkpoint here", file=self.address, found="no file beside weights")
-        return path.parents[name.count("/")]
+        folder = self._cache()
+        fetching.fetch_all(self, wanted, folder, aside=folder.parents[1])
+        return folder
 
-    def _cached(self, name: str) -> Path:
-        """Return a file of the hub's cache; it is fetched if need be."""
-        from huggingface_hub import hf_hub_download
+    def _cache(self) -> Path:
+        """Return where the hub's cache has this commit."""
+        from huggingface_hub import constants
 
-        what = self.address.child(name)
-        asked: dict[str, Any] = {"revision": self.address.revision, "tqdm_class": _Silent}
-        try:
-            path = retried(what, lambda: str(hf_hub_download(self.address.path, name, **asked)))
-        except Exception as error:
-            if not (of_a_client(error) or isinstance(error, ValueError)):
-                raise
-            raise as_error(error, what, self.address) from None
-        found = Path(os.path.abspath(path))  # noqa: PTH100  a link of the cache stays one
-        size = found.stat().st_size
-        if size != self.files[name].size:
-            raise CheckpointError(
-                "not the size that the hub lists",
-                file=what,
-                expected=f"{self.files[name].size:,} bytes",
-                found=f"{size:,} bytes",
-                remedy=f"remove {found} and run the same command again",
-            )
-        return found
+        name = constants.REPO_ID_SEPARATOR.join(("models", *self.address.path.split("/")))
+        return Path(os.path.abspath(constants.HF_HUB_CACHE)) / name / "snapshots" / str(self.address.revision)  # noqa: PTH100  a link of the cache stays one
 
     def _url(self, name: str) -> str:
         from huggingface_hub import constants, hf_hub_url
@@ -116,22 +93,6 @@ def open_hub(address: Address) -> HubPlace:
         CheckpointError: there is none, it may not be read, or the hub cannot be reached.
     """
     return HubPlace(address, listed(address, _session, _headers))
-
-
-class _Silent:
-    """A bar that is never shown; k2quant has its own."""
-
-    def __init__(self, *arguments: object, **options: object) -> None:
-        """Take what bars take."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Do nothing."""
-
-    def update(self, count: float | None = 1) -> None:
-        """Do nothing."""
 
 
 def _session() -> Client:

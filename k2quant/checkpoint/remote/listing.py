@@ -13,7 +13,7 @@ from k2quant.checkpoint.files.strict_json import parse_object
 from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.remote.place import RemoteFile, check_names
 from k2quant.checkpoint.remote.ranges import CONNECT_SECONDS, READ_SECONDS, Answer, Client
-from k2quant.checkpoint.remote.retrying import AGAIN, Transient, retried, retry_after
+from k2quant.checkpoint.remote.retrying import AGAIN, Pace, Transient, retried, retry_after
 from k2quant.checkpoint.remote.secrets import clean
 from k2quant.errors import CheckpointError, MalformedFile
 
@@ -59,9 +59,11 @@ def _asked(url: str, address: Address, client: Client, headers: Mapping[str, str
             raise Transient(f"status {answer.status_code}", after=retry_after(answer.headers))
         if answer.status_code != 200:
             raise refused(answer, str(address), address)
-        data = bytearray()
+        data, pace = bytearray(), Pace()
         for chunk in answer.iter_bytes():
             data += chunk
+            if pace.is_slow(len(chunk)):
+                raise Transient("a list of files that comes too slowly")
             if len(data) > _LIMIT:
                 raise MalformedFile("its list of files is too long", file=address, expected=f"at most {_LIMIT:,} bytes")
     return bytes(data)
@@ -136,8 +138,12 @@ def refused(answer: Answer, what: str, address: Address) -> CheckpointError:
 
 
 def of_a_client(error: Exception) -> bool:
-    """Tell whether an error comes from the way to a hub: the system's, or that of httpx or its successor."""
-    return isinstance(error, OSError) or any(kind.__name__ == "HTTPError" for kind in type(error).__mro__)
+    """Tell whether an error comes from the way to a hub: the system's, or that of httpx or its successor.
+
+    What is no address, and no name of a host, is refused by a ValueError of Python or by an error of its own of httpx.
+    """
+    own = {kind.__name__ for kind in type(error).__mro__} & {"HTTPError", "InvalidURL"}
+    return isinstance(error, OSError | UnicodeError) or bool(own)
 
 
 def as_error(error: Exception, what: str, address: Address) -> CheckpointError:

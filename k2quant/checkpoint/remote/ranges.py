@@ -13,14 +13,14 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 from urllib.parse import urljoin, urlsplit
 
-from k2quant.checkpoint.remote.retrying import AGAIN, Transient, retry_after, transient
+from k2quant.checkpoint.remote.retrying import AGAIN, WORTH, Pace, Transient, retried, retry_after, transient
 from k2quant.errors import CheckpointError
+from k2quant.ground import pool
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _HOPS = 8  # redirects of one request, at most
 _EXPIRED = {400, 401, 403, 404, 410}  # what places of large files answer to an address that is not good any more
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
-_CHUNK = 2**20  # bytes that are copied at a time
 CONNECT_SECONDS, READ_SECONDS = 20.0, 60.0
 """Seconds to wait for a connection, and for the next bytes of an answer."""
 
@@ -80,15 +80,34 @@ class Ranges:
         self._moved: dict[str, str] = {}
         self._lock = threading.Lock()
 
-    def read(self, url: str, what: str, start: int, buffer: memoryview, size: int) -> int:
-        """Fill as much of a buffer as one answer brings; return how much that was, at least one byte.
+    def read_into(self, url: str, what: str, start: int, buffer: memoryview, size: int) -> None:
+        """Fill a buffer, from as many answers as that takes; what came is kept when one fails.
 
         Args:
             url: of the file, at its server.
             what: the file, for messages.
             start: first byte.
-            buffer: at least one byte.
+            buffer: where to put them.
             size: bytes of the whole file.
+
+        Raises:
+            CheckpointError: the server refuses or cannot be reached, or the file is another one.
+        """
+        done = 0
+
+        def go_on() -> None:
+            nonlocal done
+            while done < len(buffer):
+                pool.check()
+                count = self._read(url, what, start + done, buffer[done:], size)
+                done += count
+                if count < WORTH and done < len(buffer):
+                    raise Transient(f"an answer that ended after {count:,} bytes, or brought no more in a minute")
+
+        retried(what, go_on)
+
+    def _read(self, url: str, what: str, start: int, buffer: memoryview, size: int) -> int:
+        """Fill as much of a buffer as one answer brings; return how much that was, at least one byte.
 
         Raises:
             Transient: nothing came, and may another time.
@@ -141,9 +160,10 @@ class Ranges:
             raise changed(what, f"{size:,} bytes", "a file that ends before what its header names")
         if status >= 300 or status < 200:
             raise self._refused(answer, what)
+        if answer.headers.get("content-encoding", "identity") != "identity":
+            raise Transient("an answer in another encoding than was asked for")
         if status == 200:
-            whole = answer.headers.get("content-length")
-            if (start, stop) == (0, size) and whole == str(size):
+            if (start, stop) == (0, size) and answer.headers.get("content-length") in {None, str(size)}:
                 return
             raise Transient("status 200, a whole answer where a range was asked for (206)")
         found = _CONTENT_RANGE.fullmatch(answer.headers.get("content-range", ""))
@@ -154,8 +174,6 @@ class Ranges:
             raise changed(what, f"{size:,} bytes", f"{int(total):,} bytes")
         if (first, last) != (start, stop - 1):
             raise Transient(f"bytes {first} to {last} where {start} to {stop - 1} were asked for")
-        if answer.headers.get("content-encoding", "identity") != "identity":
-            raise Transient("an answer in another encoding than was asked for")
 
 
 def _next(address: str, location: str | None, what: str) -> str:
@@ -177,12 +195,12 @@ def _next(address: str, location: str | None, what: str) -> str:
 
 
 def _fill(answer: Answer, buffer: memoryview) -> int:
-    """Copy what comes into a buffer; return how much, if it was anything.
+    """Copy what comes into a buffer, as long as it comes fast enough; return how much, if it was anything.
 
     Raises:
         Transient: more came than was asked for, or nothing did.
     """
-    done, more = 0, False
+    done, more, pace = 0, False, Pace()
     try:
         for chunk in answer.iter_raw():
             more = done + len(chunk) > len(buffer)
@@ -190,6 +208,8 @@ def _fill(answer: Answer, buffer: memoryview) -> int:
                 break
             buffer[done : done + len(chunk)] = chunk
             done += len(chunk)
+            if pace.is_slow(len(chunk)):
+                break
     except Exception as error:
         if transient(error) is None or not done:
             raise

@@ -11,18 +11,25 @@ from typing import TypeVar
 
 from k2quant.checkpoint.remote.secrets import clean
 from k2quant.errors import CheckpointError, K2QuantError
+from k2quant.ground import pool
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-pause: Callable[[float], None] = time.sleep
-"""Waits for some seconds; tests put something quicker here."""
+pause: Callable[[float], None] = pool.pause
+"""Waits for some seconds, at most until the run is ended; tests put something quicker here."""
 
 TRIES = 8
 """How often one thing is tried; the waits between them come to half a minute, or a whole one."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds
 _LONGEST_ASKED = 600.0  # seconds that a server's Retry-After may ask for; the hub counts requests over five minutes
+WORTH = 2**16
+"""Bytes that an answer must bring each minute, and in all; less counts as a try that failed. At a thousand bytes a
+second a terabyte takes thirty years: a server that sends a byte now and then is one that does not answer."""
+_MINUTE = 60.0  # seconds
+clock: Callable[[], float] = time.monotonic
+"""Tells seconds; tests put another one here."""
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 """Statuses of an answer that another try may mend; those above 511 are of servers that stand before others."""
 
@@ -51,6 +58,21 @@ class Transient(Exception):
         super().__init__(found)
 
 
+class Pace:
+    """Whether an answer comes fast enough to be worth waiting for."""
+
+    def __init__(self) -> None:
+        """Begin with the answer."""
+        self._since, self._count = clock(), 0
+
+    def is_slow(self, count: int) -> bool:
+        """Hear that so many bytes came; tell whether a minute has brought too few."""
+        self._count += count
+        if self._count >= WORTH:
+            self._since, self._count = clock(), 0
+        return clock() - self._since > _MINUTE
+
+
 def retried(what: str, work: Callable[[], T]) -> T:
     """Return what `work` comes to; where it fails for a moment, wait as the server asks, or ever longer, and try again.
 
@@ -59,7 +81,7 @@ def retried(what: str, work: Callable[[], T]) -> T:
         work: is called again from the beginning.
 
     Raises:
-        CheckpointError: it failed as often as it is tried.
+        CheckpointError: it failed as often as it is tried, or the run was ended while it waited.
         Exception: what `work` raises that no other try will mend.
     """
     for number in range(1, TRIES + 1):
@@ -119,6 +141,18 @@ def _chain(error: BaseException) -> list[BaseException]:
 def status_of(error: BaseException) -> int | None:
     """Return the status of the answer that an error of some library stands for."""
     return next((status for each in _chain(error) if (status := _answer(each)[0]) is not None), None)
+
+
+def code_of(error: BaseException | None) -> str | None:
+    """Return the name that S3 gives to what went wrong, such as `NoSuchBucket`; None for other errors."""
+    for _ in range(8):
+        if error is None:
+            return None
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code"))
+        error = error.__cause__
+    return None
 
 
 def _said(error: BaseException) -> str:

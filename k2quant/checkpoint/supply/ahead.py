@@ -15,6 +15,7 @@ from typing import Protocol
 
 from k2quant.checkpoint.supply.order import PIECE_BYTES, TINY, Step
 from k2quant.errors import CheckpointError
+from k2quant.ground import pool
 
 AHEAD_BYTES = 2**28
 """Bytes of pieces in memory that the threads fetch, at most; see `choosing.memory`. A line of 10 Gbit/s over which a
@@ -109,7 +110,7 @@ class Ahead:
         self._threads: list[threading.Thread] = []
         self._abreast, self._room = 1, AHEAD_BYTES
         self._error: BaseException | None = None
-        self._closed = False
+        self._closed = threading.Event()
         self.peak = 0
         """Most bytes of pieces that were in memory at a time."""
 
@@ -125,7 +126,9 @@ class Ahead:
         for _ in range(abreast + 1):
             self._widen()
         for number in range(FETCHERS):
-            thread = threading.Thread(target=self._run, name=f"k2quant-fetch-{number}", daemon=True)
+            thread = threading.Thread(
+                target=pool.handed(self._run, self._closed), name=f"k2quant-fetch-{number}", daemon=True
+            )
             self._threads.append(thread)
             thread.start()
 
@@ -186,9 +189,9 @@ class Ahead:
             self._change.notify_all()
 
     def close(self) -> None:
-        """End the threads; whoever waits is told."""
+        """End the threads, when what they fetch is here or fails; whoever waits is told."""
         with self._change:
-            self._closed = True
+            self._closed.set()
             self._change.notify_all()
         for thread in self._threads:
             thread.join()
@@ -200,7 +203,7 @@ class Ahead:
         """Wait for a change; the lock is held."""
         if self._error is not None:
             raise self._error
-        if self._closed:
+        if self._closed.is_set():
             raise CheckpointError("is not read any more: the run was ended")
         self._change.wait()
 
@@ -219,7 +222,7 @@ class Ahead:
     def _next(self) -> _Piece | None:
         """Return a piece to fetch, when there is room for one; None at the end."""
         with self._change:
-            while not (self._closed or self._error):
+            while not (self._closed.is_set() or self._error):
                 busy = sum(bool(lane.pieces) for lane in self._lanes.values())
                 while busy <= self._abreast and self._widen():
                     busy += 1

@@ -7,6 +7,7 @@ crc32 finds what lines and servers do wrong; whoever wants to deceive is held of
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -35,6 +36,17 @@ class Blocks:
         self._sizes, self._shown = sizes, shown
         self._lock = threading.Lock()
         self._known: dict[str, dict[int, int]] = {}
+        self._heads: dict[tuple[str, int], tuple[int, str]] = {}
+        """By file and block, how many bytes of it came as the file's header, and their sha256."""
+
+    def expect(self, file: str, head: bytes) -> None:
+        """Note the first bytes of a file, its header, by which it is read: all that comes of them later is the same.
+
+        By sha256, for a header has room for whatever gives it the crc32 of another.
+        """
+        for number, start in enumerate(range(0, len(head), BLOCK_BYTES)):
+            piece = head[start : start + BLOCK_BYTES]
+            self._heads[file, number] = len(piece), hashlib.sha256(piece).hexdigest()
 
     def span(self, file: str, start: int, stop: int) -> tuple[int, int]:
         """Return the whole blocks that a range touches: first byte, one past the last."""
@@ -45,11 +57,24 @@ class Blocks:
         """Note bytes that came, whole blocks.
 
         Raises:
-            CheckpointError: a block came before, with other bytes.
+            CheckpointError: a block came before, with other bytes, or is not what the header is that was read.
         """
         first = start // BLOCK_BYTES
         for number, offset in enumerate(range(0, len(data), BLOCK_BYTES), first):
+            self._check_head(file, number, data[offset : offset + BLOCK_BYTES])
             self.claim(file, number, crc32(data[offset : offset + BLOCK_BYTES]))
+
+    def _check_head(self, file: str, number: int, block: memoryview) -> None:
+        length, expected = self._heads.get((file, number), (0, ""))
+        if length and (found := hashlib.sha256(block[:length]).hexdigest()) != expected:
+            raise CheckpointError(
+                "begins with another header than the one that was read",
+                file=self._shown(file),
+                expected=f"sha256 {expected} of {length:,} bytes from byte {number * BLOCK_BYTES:,} on",
+                found=found,
+                remedy="nothing that was made of it looks finished; run the same command again, with `restart=True` "
+                "where that is refused",
+            )
 
     def note_file(self, file: str, path: Path) -> None:
         """Note a whole file that lies on the disk.

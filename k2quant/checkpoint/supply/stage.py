@@ -1,7 +1,7 @@
 """Whole shards of a source, fetched ahead to a folder while others are worked on, and deleted when nobody needs them.
 
-This is for runs that read a shard more than once. A shard has its name there when it is whole and its sha256 was right;
-so what an earlier run left is found again, and a part of one is gone on with.
+This is for runs that read a shard more than once. A shard has its name there when it is whole and its sha256 was right,
+and the name has a mark of its version; so what an earlier run left is found again, and a part of one is gone on with.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2quant.checkpoint.files.paths import PARTIAL, open_regular
+from k2quant.checkpoint.files.paths import open_regular
+from k2quant.checkpoint.remote.fetching import marked, partial_path
 from k2quant.checkpoint.supply.order import Use
 from k2quant.errors import CheckpointError, OutputError, UsageError
+from k2quant.ground import pool
 
 if TYPE_CHECKING:
     from k2quant.checkpoint.remote.place import Place
@@ -87,16 +89,18 @@ class Stage:
         """
         self._place, self._folder, self._most, self._whole, self._add = place, folder, most, whole, add
         self._change = threading.Condition()
+        self._turns: dict[str, tuple[int, int]] = {}
+        """In which order output shards get what they need: those that are begun first, as they were."""
         self._queue: list[str] = []
         self._users: dict[str, set[str]] = {}
+        """By source shard, the output shards that it is fetched for and that do not stand yet."""
         self._ready: set[str] = set()
         self._coming: set[str] = set()
-        self._due: set[str] = set()
         self._opened: set[str] = set()
         self._reserved: dict[str, int] = {}
         self._threads: list[threading.Thread] = []
         self._error: BaseException | None = None
-        self._closed = False
+        self._closed = threading.Event()
 
     def begin(self, needs: Sequence[tuple[str, Iterable[str]]], output_bytes: Mapping[str, int]) -> None:
         """Start to fetch.
@@ -106,7 +110,8 @@ class Stage:
                 for it.
             output_bytes: what each of them will take on the same disk.
         """
-        for output, files in needs:
+        for turn, (output, files) in enumerate(needs):
+            self._turns[output] = 1, turn
             for file in files:
                 self._users.setdefault(file, set()).add(output)
         self._queue = list(self._users)
@@ -114,15 +119,18 @@ class Stage:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep(set(self._queue if self._most is None else self._queue[: self._most]))
         for number in range(min(FETCHERS, self._most or FETCHERS)):
-            thread = threading.Thread(target=self._run, name=f"k2quant-fetch-{number}", daemon=True)
+            thread = threading.Thread(
+                target=pool.handed(self._run, self._closed), name=f"k2quant-fetch-{number}", daemon=True
+            )
             self._threads.append(thread)
             thread.start()
 
     def open(self, output: str) -> None:
         """Hear that an output shard is begun: who asks for its source shards waits for them from now on."""
         with self._change:
-            self._opened.add(output)
-            self._due |= {file for file, users in self._users.items() if output in users}
+            if output not in self._opened:
+                self._opened.add(output)
+                self._turns[output] = 0, sum(begun == 0 for begun, _ in self._turns.values())
             self._change.notify_all()
 
     def give(self, file: str, start: int, buffer: memoryview) -> bool:
@@ -133,7 +141,7 @@ class Stage:
             OutputError: the disk is full.
         """
         with self._change:
-            while file in self._due and file not in self._ready:
+            while self._is_due(file) and file not in self._ready:
                 self._check()
                 self._change.wait()
             if file not in self._ready:
@@ -163,8 +171,8 @@ class Stage:
             for file in gone:
                 del self._users[file]
                 self._ready.discard(file)
-                self._due.discard(file)
-                (self._folder / file).unlink(missing_ok=True)
+                self._path(file).unlink(missing_ok=True)
+            self._queue = [file for file in self._queue if file in self._users]  # one that made room for another
             self._change.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -174,9 +182,9 @@ class Stage:
             self._change.notify_all()
 
     def close(self) -> None:
-        """End the threads as soon as what they fetch is here or gone wrong; whoever waits is told."""
+        """End the threads, at the next piece of what they fetch; whoever waits is told."""
         with self._change:
-            self._closed = True
+            self._closed.set()
             self._change.notify_all()
         for thread in self._threads:
             thread.join()
@@ -189,14 +197,22 @@ class Stage:
     def _keep(self, names: set[str]) -> None:
         """Delete what an earlier run left and nobody will ask for soon."""
         for path in self._folder.iterdir():
-            if not any(path.name == name or _is_part(path.name, name) for name in names) and not path.is_dir():
+            if not any(self._is_of(path, name) for name in names) and not path.is_dir():
                 path.unlink()
+
+    def _path(self, file: str) -> Path:
+        """Return where a shard lies: never one of the same name and size that another version of the source has."""
+        return marked(self._folder / file, self._place.files[file])
+
+    def _is_of(self, path: Path, file: str) -> bool:
+        """Tell whether a path is that of a shard, or of a part of it."""
+        return path == self._path(file) or path == partial_path(self._folder / file, self._place.files[file])
 
     def _check(self) -> None:
         """Raise what ended the fetching. The lock is held."""
         if self._error is not None:
             raise self._error
-        if self._closed:
+        if self._closed.is_set():
             raise CheckpointError("is not read any more: the run was ended")
 
     def _run(self) -> None:
@@ -205,7 +221,10 @@ class Stage:
                 self._fetch(file)
                 with self._change:
                     self._coming.discard(file)
-                    self._ready.add(file)
+                    if file in self._users:
+                        self._ready.add(file)
+                    else:  # it had made room for another, and meanwhile its output shard was written
+                        self._path(file).unlink(missing_ok=True)
                     self._change.notify_all()
         except BaseException as error:  # noqa: BLE001  raised where somebody waits for the shard
             with self._change:
@@ -215,8 +234,8 @@ class Stage:
     def _next(self) -> str | None:
         """Return the next shard to fetch, when there is room for it; None at the end."""
         with self._change:
-            while self._queue and not self._closed and self._error is None:
-                file = next((name for name in self._queue if name in self._due), self._queue[0])
+            while self._queue and not self._closed.is_set() and self._error is None:
+                file = min(self._queue, key=self._turn)
                 if self._has_room(file):
                     self._queue.remove(file)
                     self._coming.add(file)
@@ -224,16 +243,27 @@ class Stage:
                 self._change.wait()
         return None
 
-    def _make_room(self) -> bool:
-        """Let a shard go that only output shards which are not begun will read: it comes again. The lock is held."""
-        for file in sorted(self._ready):
-            if not self._users[file] & self._opened:
-                self._ready.discard(file)
-                self._due.discard(file)
-                (self._folder / file).unlink(missing_ok=True)
-                self._queue.append(file)
-                return True
-        return False
+    def _turn(self, file: str) -> tuple[int, int]:
+        """Return when a shard is needed first. The lock is held."""
+        return min(self._turns[output] for output in self._users[file])
+
+    def _is_due(self, file: str) -> bool:
+        """Tell whether an output shard that is begun needs a shard. The lock is held."""
+        return not self._opened.isdisjoint(self._users.get(file, ()))
+
+    def _make_room(self, file: str) -> bool:
+        """Let the shard go that is needed last, if that is after this one: it comes again. The lock is held.
+
+        It may be one that is being read: then who reads it waits until it is back, or gets the rest by range. So what
+        the earliest output shard needs always comes, whatever later ones have taken up.
+        """
+        last = max(self._ready, key=self._turn, default=file)
+        if self._turn(last) <= self._turn(file):
+            return False
+        self._ready.discard(last)
+        (self._folder / last).unlink(missing_ok=True)
+        self._queue.append(last)
+        return True
 
     def _has_room(self, file: str) -> bool:
         """Tell whether a shard may come now. The lock is held.
@@ -241,17 +271,17 @@ class Stage:
         Raises:
             OutputError: it never may, for nothing will go that is there.
         """
-        wanted = file in self._due and not self._coming  # somebody waits for it, and nothing else will make room
+        wanted = self._is_due(file) and not self._coming  # somebody waits for it, and nothing else will make room
         if self._most is not None:
             full = len(self._ready | self._coming) >= self._most
-            return not full or (wanted and self._make_room())
+            return not full or (wanted and self._make_room(file))
         there = len(self._ready | self._coming)
         free, needed = shutil.disk_usage(self._folder).free, self._place.files[file].size
         coming = sum(self._place.files[name].size - self._size(name) for name in self._coming)
         room = free - coming - sum(self._reserved.values()) + self._size(file)
         if needed + (SPARE_BYTES if there else 0) <= room:
             return True
-        if wanted and self._make_room():
+        if wanted and self._make_room(file):
             return self._has_room(file)
         if not self._coming and all(self._users[name] & self._users[file] for name in self._ready):
             raise OutputError(
@@ -265,12 +295,11 @@ class Stage:
 
     def _size(self, file: str) -> int:
         """Return the bytes of a shard that are on the disk already."""
-        found = [path for path in self._folder.iterdir() if path.name == file or _is_part(path.name, file)]
-        return sum(_allocated(path) for path in found)
+        return sum(_allocated(path) for path in self._folder.iterdir() if self._is_of(path, file))
 
     def _fetch(self, file: str) -> None:
         """Have a shard here, whole."""
-        path = self._folder / file
+        path = self._path(file)
         if path.is_file() and not path.is_symlink() and path.stat().st_size == self._place.files[file].size:
             self._whole(file, path)
             return
@@ -278,7 +307,7 @@ class Stage:
         try:
             self._place.fetch(file, path, add=self._add)
         except OSError as error:
-            raise self._full(error, path) from error
+            raise self._full(error, self._folder / file) from error
         self._whole(file, path)
 
     @staticmethod
@@ -293,7 +322,7 @@ class Stage:
 
     def _read(self, file: str, start: int, buffer: memoryview) -> bool:
         """Read from the disk; tell whether the shard is there: it may just have gone, where only a part was needed."""
-        path = self._folder / file
+        path = self._path(file)
         try:
             descriptor = open_regular(path)
             try:
@@ -309,11 +338,6 @@ class Stage:
         except OSError as error:
             raise CheckpointError("cannot be read", file=path, found=error.strerror or str(error)) from error
         return True
-
-
-def _is_part(name: str, file: str) -> bool:
-    """Tell whether a file's name is that of a part of a shard, which has a mark of its version in it."""
-    return name.startswith(f"{file}.") and name.endswith(PARTIAL)
 
 
 def _allocated(path: Path) -> int:

@@ -53,6 +53,10 @@ class Supply:
         """Bytes that came over the network."""
         return self._traffic
 
+    def expect(self, file: str, head: bytes) -> None:
+        """Hear what a shard began with, its length and its header, when that was read."""
+        self._blocks.expect(file, head)
+
     def read_into(self, file: str, start: int, buffer: memoryview) -> None:
         """Fill a buffer with a shard's bytes from `start` on.
 
@@ -174,15 +178,20 @@ class Supply:
             if each is not None:
                 each.close()
 
-    def facts(self) -> dict[str, Any]:
-        """Return what a report says of how the source came."""
+    def facts(self, shards: Collection[str], *, here: bool) -> dict[str, Any]:
+        """Return what a report says of how the source came; way and traffic where it came to this process.
+
+        Args:
+            shards: those of the source that came.
+            here: whether there are others, which the hub's cache had.
+        """
         address = self.place.address
+        said = "compared, but for what the hub's cache had" if here else "compared"
         return {
             "address": str(address),
             **({} if address.revision is None else {"commit": address.revision}),
-            "traffic": self._traffic,
-            "way": self.way,
-            "sha256": "compared" if self._owned.keys() <= self._sha256.keys() else "not known to the place",
+            **({} if self.way is None else {"traffic": self._traffic, "way": self.way}),
+            "sha256": said if self._sha256.keys() >= set(shards) else "not known to the place",
         }
 
     def _is_others(self, file: str, start: int) -> bool:

@@ -28,6 +28,7 @@ from k2quant.checkpoint.writing.destination import (
     REPORT_LIMIT,
     WORK,
     attempt_at,
+    ended_by_another,
     line,
     others_at_work,
     refuse_what_is_not_ours,
@@ -114,6 +115,7 @@ class Bucket:
         self._mark, self._attempt = mark, attempt
         self.work = work_of(objects.address)
         """A folder of this machine for what is nobody's when the run is done."""
+        self._share = ""
         self._copied: dict[str, dict[str, Any]] = {}
         self._sharing: Sharing | None = None
 
@@ -125,7 +127,8 @@ class Bucket:
     @property
     def stage(self) -> Path:
         """A folder of this machine, there or not, for shards of a source that lie on the disk while they are read."""
-        return self.work / (f"source-{self._attempt}" if self._attempt else "source")
+        own = self._share or self._attempt  # as in a folder: a part goes on with what an earlier attempt fetched
+        return self.work / (f"source-{own}" if own else "source")
 
     def named(self, name: str) -> str:
         """Return a file's address, as messages name it."""
@@ -224,6 +227,7 @@ class Bucket:
     @contextlib.contextmanager
     def shared(self, share: str, *, restart: bool) -> Iterator[None]:
         """Have one of several processes write its share as long as the block runs; see `Destination.shared`."""
+        self._share = share
         self._sharing = Sharing(self._objects, share=share, check=lambda: self.refuse_foreign(restart=restart))
         with contextlib.suppress(DestinationStale):  # another may be beginning just now; behind the gate it is sure
             self.refuse_foreign(restart=restart)
@@ -242,11 +246,7 @@ class Bucket:
             DestinationStale: the output was finished or emptied meanwhile, by the process that holds it.
         """
         if self._attempt and self._objects.size(_JOURNAL) is None:
-            raise DestinationStale(
-                "was finished or emptied by another k2quant while this one wrote",
-                file=self.spot,
-                remedy="run the same command again: it says how things stand",
-            )
+            raise ended_by_another(self.spot)
         self._objects.write(_note(record["shard"]), line(record))
 
     def finish(self) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from k2quant.checkpoint.files.locks import Holder
 from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.checkpoint.remote.retrying import TRIES, pause
 from k2quant.checkpoint.writing.destination import WORK
 from k2quant.checkpoint.writing.objects import Objects
 from k2quant.checkpoint.writing.sharing import PATIENCE
@@ -166,16 +167,22 @@ def _content() -> bytes:
 
 
 def _take(objects: Objects, name: str, mine: bytes) -> None:
-    while True:
+    for _ in range(TRIES):
         objects.create(name, mine)
         found = lock_at(objects, name)  # an answer may have been lost, and not every store knows conditions
         if found is None:  # released since
+            pause(_PAUSE)
             continue
         if found.content == mine:
             return
         if not found.is_dead:
             raise _in_use(objects, name, found)
         _remove(objects, name, found)
+    raise OutputError(
+        "a lock that was written is not there",
+        file=objects.named(name),
+        remedy="whoever writes must be allowed to read, and see at once what was written",
+    )
 
 
 def _remove(objects: Objects, name: str, dead: Held) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.remote.bucket import filesystem_of, root_of
-from k2quant.checkpoint.remote.retrying import retried, status_of, transient
+from k2quant.checkpoint.remote.retrying import code_of, retried, status_of, transient
 from k2quant.checkpoint.remote.secrets import clean
 from k2quant.errors import CheckpointError, K2QuantError, OutputError
 
@@ -62,7 +62,9 @@ class Objects:
                     raise
                 return {}
             files = {path: facts for path, facts in found.items() if facts.get("type") == "file"}
-            return {path.removeprefix(self._root).lstrip("/"): int(facts["size"]) for path, facts in files.items()}
+            return {
+                path.removeprefix(self._root).removeprefix("/"): int(facts["size"]) for path, facts in files.items()
+            }
 
         return self._asked(under, ask)
 
@@ -210,18 +212,6 @@ def _explained(error: Exception, what: str) -> OutputError:
     if isinstance(error, OSError) and transient(error) is None and status is None and error.errno is not None:
         said = clean(error.strerror or said)
     return OutputError("cannot be written or read", file=what, found=said, remedy=_AGAIN)
-
-
-def code_of(error: BaseException | None) -> str | None:
-    """Return the name that S3 gives to what went wrong, such as `NoSuchBucket`; None for other errors."""
-    for _ in range(8):
-        if error is None:
-            return None
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code"))
-        error = error.__cause__
-    return None
 
 
 def pieces_of(size: int, piece: int) -> Iterator[tuple[int, int, int]]:

@@ -16,8 +16,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from k2quant.checkpoint.remote.bucket import filesystem_of
-from k2quant.checkpoint.remote.retrying import Transient, pause, status_of
-from k2quant.checkpoint.writing.objects import Objects, Upload, code_of, pieces_of, read_piece
+from k2quant.checkpoint.remote.pages import objects_below, pages
+from k2quant.checkpoint.remote.retrying import Transient, code_of, pause, status_of
+from k2quant.checkpoint.remote.secrets import clean
+from k2quant.checkpoint.writing.objects import Objects, Upload, explained, pieces_of, read_piece
 from k2quant.errors import OutputError
 from k2quant.ground import pool
 
@@ -40,6 +42,17 @@ class S3Objects(Objects):
         filesystem.retries = 1
         filesystem.config_kwargs = {"retries": {"total_max_attempts": 1}, **filesystem.config_kwargs}
         return filesystem
+
+    def listed(self, under: str = "") -> dict[str, int]:
+        """Return the sizes in bytes of all objects below the prefix, or below a folder of it, by name."""
+        above = f"{under}/" if under else ""
+
+        def ask(asked: dict[str, Any]) -> dict[str, Any]:
+            return self._asked(under, lambda: self._call("list_objects_v2", **asked))
+
+        with explained(self.named(under)):
+            found = objects_below(ask, self._path(under), self.named(under))
+            return {above + name: int(facts["size"]) for name, facts in found.items()}
 
     def size(self, name: str) -> int | None:
         """Return the bytes of an object; None where there is none.
@@ -101,7 +114,7 @@ class S3Objects(Objects):
 
             failed = self._asked(some[0], ask).get("Errors") or []
             if failed:
-                found = f"{failed[0].get('Code')}: {failed[0].get('Message')}"
+                found = clean(f"{failed[0].get('Code')}: {failed[0].get('Message')}")[:300]
                 raise OutputError("cannot be deleted", file=self.named(some[0]), found=found)
 
     def uploads(self) -> list[Upload]:
@@ -113,22 +126,20 @@ class S3Objects(Objects):
         bucket, prefix = self._key("")
         prefix = f"{prefix}/" if prefix else ""
         found: list[Upload] = []
-        after: dict[str, str] = {}
-        while True:
+
+        def ask(after: dict[str, Any]) -> dict[str, Any]:
             asked = {"Bucket": bucket, "Prefix": prefix, **after}
+            return self._asked("", lambda: self._call("list_multipart_uploads", **asked))
 
-            def ask(asked: dict[str, str] = asked) -> dict[str, Any]:
-                return self._call("list_multipart_uploads", **asked)
-
-            answer = self._asked("", ask)
-            for each in answer.get("Uploads") or []:
-                begun = each.get("Initiated")
-                said = begun.isoformat(timespec="seconds") if hasattr(begun, "isoformat") else ""
-                if each["Key"].startswith(prefix):
-                    found.append(Upload(each["Key"].removeprefix(prefix), each["UploadId"], said))
-            if not answer.get("IsTruncated"):
-                return found
-            after = {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+        markers = {"NextKeyMarker": "KeyMarker", "NextUploadIdMarker": "UploadIdMarker"}
+        with explained(self.named("")):
+            for answer in pages(ask, markers, self.named("")):
+                for each in answer.get("Uploads") or []:
+                    begun = each.get("Initiated")
+                    said = begun.isoformat(timespec="seconds") if hasattr(begun, "isoformat") else ""
+                    if each["Key"].startswith(prefix):
+                        found.append(Upload(each["Key"].removeprefix(prefix), each["UploadId"], said))
+        return found
 
     def abort(self, uploads: Iterable[Upload]) -> None:
         """End uploads, so that the store forgets their parts; those that are over are passed over."""

@@ -88,7 +88,7 @@ class Sharing:
                 refuse_soft(path.with_name(path.name.removesuffix(SOFT)), folder=self._folder)
             except DestinationInUse:
                 return False
-        return all(lock.alone() for lock in self._held)
+        return all(lock.is_alone() for lock in self._held)
 
     def release(self) -> None:
         """Let others have this share, and the folder."""

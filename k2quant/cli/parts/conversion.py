@@ -103,16 +103,18 @@ _BESIDE = (
     ),
 )
 
-_RUN = (
+_BEGIN = (
     click.option(
         "--dry-run", is_flag=True, help="Print what it would cost, write nothing; exit 1 if the disk is too small."
     ),
     click.option("--restart", is_flag=True, help="Throw away what an earlier run left in DESTINATION."),
     follow_links(),
     soft_lock(),
-    click.option("--sha256", is_flag=True, help="Also note a sha256 of each file in the report."),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
 )
+
+_SHA256 = click.option("--sha256", is_flag=True, help="Also note a sha256 of each file in the report.")
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 def format_options() -> Option[Any]:
@@ -132,7 +134,12 @@ def beside_options() -> Option[Any]:
 
 def run_options() -> Option[Any]:
     """How a run begins and what it says."""
-    return all_of(_RUN)
+    return all_of((*_BEGIN, _SHA256, _JSON))
+
+
+def begin_options() -> Option[Any]:
+    """The same, of what notes no digests."""
+    return all_of((*_BEGIN, _JSON))
 
 
 def shard_bytes(text: str | None) -> int | None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from k2quant.checkpoint.reader import Checkpoint
 from k2quant.checkpoint.supply.proofs import unproven
-from k2quant.checkpoint.supply.supply import Supply
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.resume import identity
@@ -59,16 +58,18 @@ def _name(source: Checkpoint) -> str:
     return source.folder.resolve().name if source.supply is None else str(source.place)
 
 
-def fetched(supply: Supply | None, records: Iterable[Record]) -> dict[str, Any]:
+def fetched(source: Checkpoint, records: Iterable[Record]) -> dict[str, Any]:
     """Return what a report says of how the bytes of a source came that is no local folder.
 
     Raises:
         CheckpointError: what was read of a shard for another one's output is not what it holds.
     """
-    if supply is None:
+    if source.supply is None:
         return {}
     missing = unproven(records)
-    return {"fetched": supply.facts() | ({"unproven_blocks": missing} if missing else {})}
+    came = [name for name, header in source.shards.items() if header.supply is not None]
+    found = source.supply.facts(came, here=len(came) < len(source.shards))
+    return {"fetched": found | ({"unproven_blocks": missing} if missing else {})}
 
 
 def _rounded(plan: Plan, tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast
 
 from k2quant.checkpoint.panels import format_of, naming, panel_rows, read_panel
 from k2quant.conversion.searching.together import Together
@@ -19,7 +19,7 @@ from k2quant.ground import engines
 
 if TYPE_CHECKING:
     from k2quant.checkpoint.weights import StoredWeight
-    from k2quant.conversion.placing import Job
+    from k2quant.conversion.placing import Job, Placed
     from k2quant.conversion.plan import Plan
     from k2quant.formats.transcode import Scratch
     from k2quant.kernels.codecs.figures import Figures
@@ -68,7 +68,7 @@ class Surveys:
     """Settles formats, each once; its methods may be called from any thread."""
 
     def __init__(
-        self, plan: Plan, codecs: Codecs, substitute: Substitute | None, scratch: Callable[[], Scratch]
+        self, plan: Placed, codecs: Codecs, substitute: Substitute | None, scratch: Callable[[], Scratch]
     ) -> None:
         """Find out which weights share what.
 
@@ -125,14 +125,14 @@ class Surveys:
             return asked.survey_of(stored, parts, self._codecs, scratch)
 
 
-def surveyed(plan: Plan, substitute: Substitute | None = None) -> Iterable[_Member]:
+def surveyed(plan: Placed, substitute: Substitute | None = None) -> Iterable[_Member]:
     """Yield the weights of a plan whose formats a survey settles: those that get other values than they have."""
     for job in plan.jobs():
         stored, asked = job.weight.format, job.target
         if stored is None:
             continue
         if substitute is not None and substitute.replaces(job.weight):
-            asked = plan.recipe.rounding(asked or stored)
+            asked = cast("Plan", plan).recipe.rounding(asked or stored)  # only a conversion has substitutes
         elif asked is not None and stored.relabels(asked):
             continue
         if asked is not None and asked.surveyed:

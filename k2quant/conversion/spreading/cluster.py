@@ -14,6 +14,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import IO, TYPE_CHECKING, Any
 
+from k2quant.checkpoint.remote.secrets import clean
 from k2quant.errors import ClusterError, UsageError, printable
 from k2quant.ground.extras import need
 
@@ -30,9 +31,11 @@ _SHAPE = re.compile(r"auto|ray://[^\s/@?#]+:[0-9]{1,5}", re.ASCII)
 _DRIVER = "import sys; from k2quant.conversion.spreading.driver import main; main(int(sys.argv[1]))"
 _START = 60.0  # seconds that the driver may be silent while it meets the cluster
 _SILENCE = 30.0  # seconds that it may be silent later; Ray's own calls give up after 60, and end the process
+_BEGIN = 20.0  # seconds in which a worker begins where its cores are free: Ray starts a Python process for it
 _END = 10.0  # seconds that it may take to end its workers
 _POLL = 0.1  # seconds between two ticks of a bar
 _SIGHT = 70.0  # seconds after which a network's file system shows what another machine wrote: NFS keeps a name for 60
+_LEVELS = {"note": logging.INFO, "warn": logging.WARNING}
 _AGAIN = "when there is a cluster again, run the same command: it resumes"
 
 
@@ -94,10 +97,6 @@ class Spread:
                     read += sizes[told.what["shard"]]
                 case "read" if progress:
                     progress(min(read + told.what, total), total)
-                case "note":
-                    _log.info("%s", told.what)
-                case "lost":
-                    _log.warning("%s", told.what)
         self._see(records, folder)
         return records
 
@@ -131,12 +130,16 @@ def look_over(cluster: str, asked: Order, *, workers: int | None) -> list[dict[s
 
 
 def _driven(cluster: str, asked: Order, files: tuple[str, ...], workers: int | None) -> Iterator[Told]:
-    """Start a driver, and yield what it tells."""
+    """Start a driver, and yield what it tells; log what is for people alone."""
     from k2quant.conversion.spreading.driver import Task
 
-    task = Task(cluster, asked.as_json(), files, asked.device, workers)
+    task = Task(cluster, asked.as_json(), files, asked.device, workers, _BEGIN)
     with _driver(task) as driver:
-        yield from driver.told()
+        for told in driver.told():
+            if told.kind in _LEVELS:
+                _log.log(_LEVELS[told.kind], "%s", told.what)
+            else:
+                yield told
 
 
 class _Driver:
@@ -156,7 +159,7 @@ class _Driver:
                 continue
             try:
                 told: Told = self._talk.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):  # reset: it ended before it read what it was asked
                 raise self._gone(self._last_words()) from None
             heard, patience = time.monotonic(), _SILENCE
             if told.kind == "failed":
@@ -171,7 +174,7 @@ class _Driver:
 
     def _last_words(self) -> str:
         self._said.seek(0)
-        lines = [line for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in clean(self._said.read().decode(errors="replace")).splitlines() if line.strip()]
         return printable(lines[-1][:300]) if lines else "its driver ended"
 
     def end(self) -> None:

@@ -7,17 +7,15 @@ minute, whatever their timeouts, and then the process is ended (Ray 2.60). Start
 from __future__ import annotations
 
 import logging
-import os
-import re
 import secrets
-import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from k2quant.conversion.spreading.meeting import knock, seat_class, silent, words
 from k2quant.errors import ClusterError, K2QuantError
 from k2quant.ground.units import counted
 from k2quant.ground.version import __version__
@@ -26,8 +24,6 @@ _STEP = 0.2  # seconds that a worker waits for news to tell
 _LOOK = 2.0  # seconds between two looks at the cluster's nodes
 _DEATHS = 3  # of workers of one node, without a shard between them
 _NOBODY = 45.0  # seconds without a node to work on
-_ANSWER = 10.0  # seconds in which a head answers
-_HEAD = re.compile(r"(?:ray://)?(.+):([0-9]{1,5})")
 _ABREAST = 8  # shards of one worker, at most
 
 
@@ -42,6 +38,8 @@ class Task(NamedTuple):
     device: str
     workers: int | None
     """Threads of each machine; None: the cores that Ray has there."""
+    patience: float
+    """Seconds in which a worker begins where what it asks for is free."""
 
 
 class Node(NamedTuple):
@@ -53,11 +51,18 @@ class Node(NamedTuple):
     gpus: int
 
 
+class _Share(NamedTuple):
+    """What a worker asks for of its node."""
+
+    cores: int
+    gpus: int
+
+
 class Told(NamedTuple):
     """What the driver says to whoever started it."""
 
     kind: str
-    """`read`, `record`, `note`, `lost`, `node`, `failed` or `done`; `read` comes all the time, as a sign of life."""
+    """`read`, `record`, `note`, `warn`, `node`, `failed` or `done`; `read` comes all the time, as a sign of life."""
     what: Any = None
 
 
@@ -73,6 +78,10 @@ class _Seat:
     holds: set[str] = field(default_factory=set)
     read: int = 0
     """Bytes that it has read of what it holds."""
+    since: float = field(default_factory=time.monotonic)
+    """When it was asked for."""
+    late: bool = False
+    """Whether it was said that it does not begin."""
 
 
 def main(descriptor: int) -> None:
@@ -86,7 +95,7 @@ def main(descriptor: int) -> None:
     except K2QuantError as error:
         talk.send(Told("failed", error))
     except Exception as error:  # noqa: BLE001  the words of Ray's own errors
-        talk.send(Told("failed", ClusterError("the cluster failed", file=task.address, found=_words(error))))
+        talk.send(Told("failed", ClusterError("the cluster failed", file=task.address, found=words(error))))
 
 
 class _Driver:
@@ -99,6 +108,8 @@ class _Driver:
         self._resting: list[_Seat] = []
         self._deaths: dict[str, int] = {}
         self._met: set[str] = set()
+        self._facts: dict[str, Mapping[str, Any]] = {}
+        """What each node said of itself, where there is nothing to write."""
         self._last_words = ""
         self._seen = self._looked = time.monotonic()
 
@@ -106,11 +117,11 @@ class _Driver:
         """Write the shards, or look at each node."""
         import ray
 
-        _knock(self._task.address)
+        knock(self._task.address)
         try:
             ray.init(address=self._task.address, log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:
-            raise _silent(self._task.address, error) from error
+            raise silent(self._task.address, error) from error
         try:
             self._write() if self._task.files else self._show()
             self._talk.send(Told("done"))
@@ -121,35 +132,57 @@ class _Driver:
 
     def _show(self) -> None:
         """Say what each node has."""
-        import ray
-
         nodes = self._nodes()
         if not nodes:
             raise self._nobody("no node has a core")
-        actors = {node: _seat_class().options(**self._place(node)).remote() for node in nodes}
-        looks = {node: actor.look.remote(self._task.asked, self._threads(node)) for node, actor in actors.items()}
-        for node, look in looks.items():
-            while not ray.wait([look], timeout=_STEP)[0]:
-                self._listen()
-            error, facts = ray.get(look)
-            if error is not None:
-                raise self._at(node, error)
-            self._talk.send(Told("node", {"name": node.name, "cores": node.cores, "gpus": node.gpus, **facts}))
+        for node in nodes:
+            self._sit(node)
+        while self._seats:
+            self._turn()
+        if not self._facts:
+            raise self._nobody("no node is left to work on")
+        for node in (node for node in nodes if node.id in self._facts):
+            said = {"name": node.name, "cores": node.cores, "gpus": node.gpus, **self._facts[node.id]}
+            self._talk.send(Told("node", said))
 
     def _write(self) -> None:
-        import ray
-
         self._seat_all()
         while self._left:
             if time.monotonic() - self._looked > _LOOK:
                 self._seat_all()
-            if self._seats:
-                ready, waiting = ray.wait(list(self._seats), timeout=_STEP)
-                for ref in (*ready, *ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]) if waiting else ready:
-                    self._hear(ref, self._seats.pop(ref))
-            else:
-                time.sleep(_STEP)
-            self._listen()
+            self._turn()
+
+    def _turn(self) -> None:
+        """Hear who has something to say, for a while; say who does not begin."""
+        import ray
+
+        if self._seats:
+            ready, waiting = ray.wait(list(self._seats), timeout=_STEP)
+            for ref in (*ready, *ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]) if waiting else ready:
+                self._hear(ref, self._seats.pop(ref))
+        else:
+            time.sleep(_STEP)
+        for seat in self._seats.values():
+            if seat.heard == self._meet and not seat.late and time.monotonic() - seat.since > self._task.patience:
+                self._say_late(seat)
+        self._listen()
+
+    def _say_late(self, seat: _Seat) -> None:
+        """Say what a worker that has not begun asks for, and what is free."""
+        import ray
+
+        seat.late = True
+        untyped: Any = ray
+        free, has, asked = untyped.available_resources(), untyped.cluster_resources(), self._share(seat.node)
+        kinds = [("core", "CPU", asked.cores), *([("GPU", "GPU", asked.gpus)] if asked.gpus else [])]
+        wanted = " and ".join(counted(number, kind) for kind, _, number in kinds)
+        left = " and ".join(f"{free.get(key, 0):g} of {counted(int(has.get(key, 0)), kind)}" for kind, key, _ in kinds)
+        what = (
+            f"the worker on {seat.node.name} has not begun for {self._task.patience:g} s: it asks for {wanted} there, "
+            f"and in the whole cluster {left} are free; another job may hold them (`ray status` says how many are "
+            "held), and the worker begins when they are let go"
+        )
+        self._talk.send(Told("warn", what))
 
     def _listen(self) -> None:
         """Give a sign of life, and end when nobody listens."""
@@ -185,16 +218,20 @@ class _Driver:
         """Return how many workers a node has: one for each GPU, where they are used."""
         return min(node.gpus, node.cores) if self._on_gpus else 1
 
+    def _share(self, node: Node) -> _Share:
+        return _Share(node.cores // self._workers(node), 1 if self._on_gpus else 0)
+
     def _threads(self, node: Node) -> int:
-        return self._task.workers or max(1, node.cores // self._workers(node))
+        return self._task.workers or self._share(node).cores
 
     def _place(self, node: Node) -> dict[str, Any]:
         """Return where and with what an actor runs."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        cores, gpus = self._share(node)
         return {
-            "num_cpus": node.cores // self._workers(node),
-            "num_gpus": 1 if self._on_gpus else 0,
+            "num_cpus": cores,
+            "num_gpus": gpus,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
         }
 
@@ -222,7 +259,7 @@ class _Driver:
         )
 
     def _sit(self, node: Node) -> None:
-        actor = _seat_class().options(**self._place(node)).remote()
+        actor = seat_class().options(**self._place(node)).remote()
         ref = actor.meet.remote()
         self._seats[ref] = _Seat(node, actor, self._threads(node), self._meet)
 
@@ -234,7 +271,7 @@ class _Driver:
         try:
             answer = ray.get(ref)
         except ray.exceptions.RayTaskError as error:  # not of the work, whose errors come as values
-            raise ClusterError("a worker failed", file=seat.node.name, found=_words(error)) from error
+            raise ClusterError("a worker failed", file=seat.node.name, found=words(error)) from error
         except ray.exceptions.RayError as error:
             self._lost(seat, error)
             return
@@ -246,12 +283,12 @@ class _Driver:
 
     def _lost(self, seat: _Seat, error: Exception) -> None:
         """Give what a lost worker had in hand to others."""
-        self._last_words = _words(error)
+        self._last_words = words(error)
         self._deaths[seat.node.id] = self._deaths.get(seat.node.id, 0) + 1
         again = [file for file in self._task.files if file in seat.holds]
         self._todo.extendleft(reversed(again))
         what = f"; {counted(len(again), 'shard')} will be written again" if again else ""
-        self._talk.send(Told("lost", f"a worker on {seat.node.name} was lost{what}"))
+        self._talk.send(Told("warn", f"a worker on {seat.node.name} was lost{what}"))
         resting, self._resting = self._resting, []
         for each in resting:
             self._next(each)
@@ -268,8 +305,20 @@ class _Driver:
                 found=has,
                 remedy=f"install it there, for the Python of its Ray, {facts['python']}",
             )
+        if not self._task.files:
+            self._ask(seat, seat.actor.look.remote(dict(self._task.asked), seat.threads), self._looked_over)
+            return
         attempt = secrets.token_hex(4)
         self._ask(seat, seat.actor.begin.remote(dict(self._task.asked), attempt, seat.threads), self._begun)
+
+    def _looked_over(self, seat: _Seat, answer: tuple[BaseException | None, Any]) -> None:
+        import ray
+
+        error, facts = answer
+        if error is not None:
+            raise self._at(seat.node, error)
+        self._facts[seat.node.id] = facts
+        ray.kill(seat.actor)  # others may wait for its cores while this one waits for another node's
 
     def _begun(self, seat: _Seat, error: BaseException | None) -> None:
         if error is not None:
@@ -313,73 +362,3 @@ class _Driver:
         if isinstance(error, K2QuantError):
             return ClusterError("cannot take part", file=node.name, found=str(error))
         return error
-
-
-def _knock(address: str) -> None:
-    """Refuse a head that does not answer; Ray itself would try for minutes.
-
-    Raises:
-        ClusterError: nobody listens there.
-    """
-    found = _HEAD.fullmatch(os.environ.get("RAY_ADDRESS", "") if address == "auto" else address)
-    if found is None:  # Ray knows where it is
-        return
-    try:
-        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=_ANSWER).close()
-    except OSError as error:
-        raise _silent(address, error) from error
-
-
-def _silent(address: str, error: Exception) -> ClusterError:
-    return ClusterError(
-        "no cluster answers",
-        file=address,
-        found=_words(error),
-        remedy="start one (`ray start` on each machine), or name the address of its head; the same command resumes",
-    )
-
-
-def _seat_class() -> Any:
-    """Return the actor. Ray carries it to the nodes as it stands here, so that one without k2quant can say so."""
-    import ray
-
-    class Seat:
-        def meet(self) -> dict[str, Any]:
-            import sys
-
-            try:
-                from k2quant.ground.version import __version__ as version
-            except ImportError:
-                return {"version": None, "python": sys.executable}
-            return {"version": version, "python": sys.executable}
-
-        def begin(self, asked: dict[str, Any], attempt: str, threads: int) -> BaseException | None:
-            from k2quant.conversion.spreading.worker import Worker, sendable
-
-            try:
-                self.worker = Worker(asked, attempt=attempt, workers=threads)
-            except Exception as error:  # noqa: BLE001  a value, which comes without Ray's own words around it
-                return sendable(error)
-            return None
-
-        def step(self, files: Sequence[str], wait: float) -> tuple[int, list[Any], bool, BaseException | None]:
-            read, records, idle, error = self.worker.step(files, wait)
-            return read, records, idle, error  # a plain tuple, which the driver reads whatever its k2quant
-
-        def look(self, asked: dict[str, Any], threads: int) -> tuple[BaseException | None, Any]:
-            from k2quant.conversion.spreading.worker import look, sendable
-
-            try:
-                return None, look(asked, threads)
-            except Exception as error:  # noqa: BLE001  the same
-                return sendable(error), None
-
-    return ray.remote(Seat)
-
-
-def _words(error: BaseException) -> str:
-    """Return the first line of what an error says, as short as a sentence."""
-    from k2quant.errors import printable
-
-    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return printable(f"{type(error).__name__}: {said}"[:300])

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from k2quant.checkpoint.remote.address import spot
+from k2quant.checkpoint.remote.secrets import clean
 from k2quant.conversion.spreading.order import order_from
 from k2quant.conversion.spreading.writing import Hand
 from k2quant.conversion.stream import Record
+from k2quant.errors import K2QuantError
 
 _ALONE = 90.0
 """Seconds without a word from the driver after which a worker ends itself: nobody waits for its shards any more."""
@@ -109,9 +111,16 @@ def look(asked: object, workers: int) -> dict[str, Any]:
 
 
 def sendable(error: BaseException) -> BaseException:
-    """Return an error that another process can read: itself, or its words where it does not travel."""
+    """Return an error that another process can read and show: itself, or its words where it does not travel.
+
+    Words of libraries go without the secrets that this machine knows: the one that shows them may not know which they
+    are.
+    """
+    words = f"{type(error).__name__}: {clean(str(error))}"
+    if not isinstance(error, K2QuantError) and clean(str(error)) != str(error):
+        return RuntimeError(words)
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301  its own
     except Exception:  # noqa: BLE001  whatever its class does
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        return RuntimeError(words)
     return error

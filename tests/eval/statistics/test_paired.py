@@ -134,8 +134,8 @@ class TestExact:
         above = math.erfc(float(paired.score(*counts, 0.01)) / math.sqrt(2)) / 2
         assert above == pytest.approx(score_p, abs=1e-3)
 
-    @settings(deadline=None, max_examples=10)
-    @given(flips(80), st.sampled_from(MARGINS))
+    @settings(deadline=None, max_examples=4)
+    @given(flips(40), st.sampled_from(MARGINS))
     def test_order(self, counts: tuple[int, int, int], margin: float) -> None:
         """One more loss for a gain or for nothing never looks better, by either p, and one more gain never worse."""
         lost, gained, n = counts
@@ -212,7 +212,7 @@ class TestLevel:
     def test_acceptance_is_the_p_value(self, n: int, margin: float) -> None:
         """An outcome passes exactly if its p-value is at most alpha, and fails exactly if the other one is."""
         good, bad = paired.acceptance(n, margin, 0.05), paired.rejection(n, margin, 0.05)
-        for k in (0, 1, 3, 8, n // 2, n):
+        for k in (0, 1, 8, n):
             for most, function, step in ((good[k], paired.p_good, 1), (bad[k], paired.p_bad, -1)):
                 for lost in range(max(0, most - 1), min(k, most + 2) + 1):
                     assert (step * (most - lost) >= (step < 0)) == (function(lost, k - lost, n, margin) <= 0.05)

@@ -39,6 +39,7 @@ class Fault:
         method: HTTP's word, or any.
         nth: The first matching request that it meets, counted from 1.
         times: How many it meets; None for all from then on.
+        start: The first byte of the ranges that it meets, at least.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Fault:
     method: str | None = None
     nth: int = 1
     times: int | None = 1
+    start: int = 0
     rate: float = 1e6
     after: int = 0
     size: int = 0
@@ -61,6 +63,8 @@ class Fault:
     def meets(self, seen: Seen) -> bool:
         """Count a request if it matches; whether this fault is its lot."""
         if self.on != seen.kind or self.method not in (None, seen.method) or not fnmatch.fnmatch(seen.file, self.file):
+            return False
+        if self.start and int((seen.range or "bytes=0-").removeprefix("bytes=").partition("-")[0]) < self.start:
             return False
         self.met += 1
         if self.met < self.nth or (self.times is not None and self.met >= self.nth + self.times):

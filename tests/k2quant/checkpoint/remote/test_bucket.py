@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -9,14 +10,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import AsyncMock
 
 import fsspec
 import pytest
 
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
+from k2quant.checkpoint.remote import bucket, retrying
 from k2quant.checkpoint.remote.address import Address, parse
 from k2quant.checkpoint.remote.opening import open_place
+from k2quant.checkpoint.remote.retrying import Transient
 from k2quant.errors import CheckpointError, MissingExtra, UsageError
 from served.small import SHARDS
 
@@ -103,3 +108,14 @@ def test_who_has_no_credentials_is_told_so(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert "s3://nobody/none: may not be read, found Unable to locate credentials; credentials come from" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_store_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object whose bytes come one a minute is tried again, and not waited for to its end."""
+    body = SimpleNamespace(read=AsyncMock(return_value=b"x"))
+    answer = {"Body": AsyncMock(__aenter__=AsyncMock(return_value=body))}
+    filesystem = SimpleNamespace(split_path=lambda _: ("b", "k", None), _call_s3=AsyncMock(return_value=answer))
+    monkeypatch.setattr(retrying, "clock", iter(range(0, 10**9, 40)).__next__)
+    with pytest.raises(Transient, match="too slowly"):
+        asyncio.run(bucket._of_s3(filesystem, "b/k", "tag", 0, 2**24))  # noqa: SLF001
+    assert body.read.await_count == 2

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
 from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
-from k2quant.checkpoint.remote import ranges
+from k2quant.checkpoint.remote import ranges, retrying
 from k2quant.checkpoint.remote.address import parse
 from k2quant.checkpoint.remote.opening import open_place
+from k2quant.checkpoint.remote.retrying import TRIES, WORTH
 from k2quant.errors import CheckpointError, MalformedFile, UnsafePath
 from served.hub import Hub
+from served.repos import Blob
 from served.small import SHARDS
 
 ADDRESS = "hf://org/tiny"
@@ -117,6 +121,26 @@ def test_what_passes_costs_a_wait(fault: dict[str, object], server: Hub, model: 
         assert waits == [3]
 
 
+def test_a_server_that_drips_is_given_up(server: Hub, waits: list[float]) -> None:
+    """A byte is not worth eight more tries; it is not asked for again either."""
+    server.fault("drop", file=SHARDS[1], after=1, times=None)
+    with pytest.raises(CheckpointError, match="tried 8 times, found an answer that ended after 1 bytes"):
+        whole()
+    assert len(waits) == TRIES - 1
+    asked = [seen.range for seen in server.seen if seen.fault == "drop"]
+    assert [str(each).split("-")[0] for each in asked] == [f"bytes={number}" for number in range(TRIES)]
+
+
+@pytest.mark.parametrize(("count", "taken"), [(1000, 2000), (WORTH, 10 * WORTH)])
+def test_an_answer_is_left_when_a_minute_brings_too_little(
+    count: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What came of it is kept; one that brings enough is read to its end, however long that takes."""
+    monkeypatch.setattr(retrying, "clock", iter(range(0, 10**9, 40)).__next__)
+    answer = SimpleNamespace(iter_raw=lambda: repeat(bytes(count), 10))
+    assert ranges._fill(answer, memoryview(bytearray(20 * WORTH))) == taken  # noqa: SLF001
+
+
 @pytest.mark.parametrize("kind", ["shrink", "grow"])
 def test_a_file_of_another_size_is_refused(kind: str, server: Hub, model: Path) -> None:
     """One that ends early or went on is not the one that was listed."""
@@ -196,6 +220,17 @@ def test_a_hostile_listing_is_refused(siblings: object, error: type[Exception], 
     with pytest.raises(error):
         open_checkpoint(ADDRESS)
     assert not [seen for seen in server.seen if seen.kind == "content"]
+
+
+def test_no_tag_of_a_server_becomes_a_path(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files lie in the hub's cache by commit and name, where its library finds them; an ETag leads nowhere."""
+    evil = tmp_path / "evil"
+    monkeypatch.setattr(Blob, "etag", property(lambda _: str(evil)))
+    opened = open_checkpoint(ADDRESS)
+    assert not list(tmp_path.glob("evil*"))
+    commit = server.repos["org/tiny"].branches["main"]
+    assert try_to_load_from_cache("org/tiny", "config.json", revision=commit) == str(opened.folder / "config.json")
+    assert not list(opened.folder.parents[1].glob("tmp*"))
 
 
 def test_what_was_downloaded_before_is_read_here(server: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from k2quant.checkpoint.remote.fetching import marked, partial_path
 from k2quant.checkpoint.supply.choosing import memory
 from k2quant.checkpoint.supply.order import Ranges, Use
 from k2quant.checkpoint.supply.proofs import unproven
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.usefixtures("small")
 
 PIECE = 4096
 SIZES = {"one": 100_000, "two": 70_123, "three": 4096, "four": 33_000}
+PATIENCE = 300.0
+"""Seconds after which something hangs, however slow the machine is."""
 LAYOUTS = ("weights", "scales first", "scales last")
 
 
@@ -125,7 +128,7 @@ class Run:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(PATIENCE)
             assert not thread.is_alive(), "a reader hangs"
         if self.errors:
             self.supply.close()
@@ -228,10 +231,13 @@ def test_whole_shards_come_two_at_a_time_and_go(memory_place: Callable[..., Any]
     place = memory_place(data)
     begun: list[str] = []
     seen: list[int] = []
+    first = threading.Barrier(2)  # who fetches first waits for who fetches second
 
     def count(name: str) -> None:
+        if name in ("one", "two"):
+            first.wait(PATIENCE)
         begun.append(name)
-        gone = {each for each in begun if each in place.fetched and not (tmp_path / "stage" / each).exists()}
+        gone = {each for each in begun if each in place.fetched and not list((tmp_path / "stage").glob(f"{each}.*"))}
         seen.append(len(begun) - len(gone))
 
     place.before = count
@@ -253,15 +259,31 @@ def test_what_a_stopped_run_left_is_taken_and_what_is_no_use_goes(
     data = files()
     place, stage = memory_place(data), tmp_path / "stage"
     stage.mkdir()
-    for name, content in {"one": data["one"], "two.0123.partial": b"part", "four": data["four"]}.items():
-        (stage / name).write_bytes(content)
-    found: list[set[str]] = []
-    place.before = lambda name: found.append({path.name for path in stage.iterdir()}) if name == "two" else None
+    one, two, four = (marked(stage / name, place.files[name]) for name in ("one", "two", "four"))
+    part = partial_path(stage / "two", place.files["two"])
+    for path, content in {one: data["one"], part: b"part", four: data["four"]}.items():
+        path.write_bytes(content)
+    found: list[set[Path]] = []
+    place.before = lambda name: found.append(set(stage.iterdir())) if name == "two" else None
     supply = Supply(place)
     Run(supply, uses_of("weights"), data, stage=stage, low_disk=True, once=False).go()
     assert supply.traffic == sum(SIZES.values()) - SIZES["one"]
-    assert "four" not in found[0]
-    assert "two.0123.partial" in found[0]
+    assert found == [{one, part}]
+    assert two.with_name(f"{two.name}.partial") == part == partial_path(two, place.files["two"])
+
+
+def test_a_shard_of_another_version_is_not_taken_for_one_of_this(
+    memory_place: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Of the same name and size, as a fine-tune has them, it may lie where a store's earlier output was stopped."""
+    old, new = files(1), files(2)
+    before, stage = memory_place(old, known=False), tmp_path / "stage"
+    stage.mkdir()
+    marked(stage / "one", before.files["one"]).write_bytes(old["one"])
+    place = memory_place(new, known=False)
+    place.files = {name: file._replace(version="2") for name, file in place.files.items()}
+    Run(Supply(place), uses_of("weights"), new, stage=stage, once=False).go()
+    assert place.fetched[0] == "one"
 
 
 def test_a_full_disk_is_named(memory_place: Callable[..., Any], tmp_path: Path) -> None:
@@ -311,6 +333,21 @@ def test_alone_a_supply_reads_just_what_is_asked(memory_place: Callable[..., Any
     assert supply.traffic == 5000 + 512 + 160
 
 
+def test_a_report_says_of_digests_and_traffic_what_is_so(memory_place: Callable[..., Any]) -> None:
+    """Also where other machines read the source: what came to them is not known here, what the place knows is."""
+    data = files()
+    asked: dict[str, Any] = {"shards": ["one", "two"], "here": False}
+    assert Supply(memory_place(data)).facts(**asked) == {"address": "memory://place", "sha256": "compared"}
+    assert Supply(memory_place(data, known=False)).facts(**asked)["sha256"] == "not known to the place"
+    assert (
+        Supply(memory_place(data)).facts(["one"], here=True)["sha256"] == "compared, but for what the hub's cache had"
+    )
+    supply = Supply(memory_place(data))
+    Run(supply, uses_of("weights"), data).go()
+    assert supply.facts(**asked)["way"] == "ranges"
+    assert supply.facts(**asked)["traffic"] == sum(SIZES.values())
+
+
 def test_a_supply_serves_one_run_after_another(memory_place: Callable[..., Any]) -> None:
     """A process that writes shards as they are given to it begins anew with each."""
     data = files()
@@ -330,6 +367,41 @@ def test_a_shard_that_is_wanted_later_makes_room_for_one_that_is_wanted_now(
     uses = [Use("a", tuple(one)), Use("b", tuple(two)), Use("c", tuple(four)), Use("d", (*one, *two))]
     run = Run(Supply(memory_place(data)), uses, data, stage=tmp_path / "stage", low_disk=True, once=False, abreast=1)
     assert run.go().records.keys() == {"a", "b", "c", "d"}
+
+
+@pytest.mark.parametrize("begun", [("c", "d"), ("c", "d", "e"), ("d", "c"), ("e", "d", "c")])
+def test_who_is_begun_first_gets_what_it_needs(
+    memory_place: Callable[..., Any], tmp_path: Path, begun: tuple[str, ...]
+) -> None:
+    """Whatever lies there for others, which are begun before it comes: nobody waits for ever, in whatever order."""
+    data = files()
+    read = {"a": ["one"], "b": ["two"], "c": ["four"], "d": ["one", "two"], "e": ["three"]}
+    uses = [Use(output, tuple(each for name in names for each in ranges_of(name, "weights")))
+            for output, names in read.items()]  # fmt: skip
+    supply = Supply(memory_place(data))
+    Run(supply, uses, data, stage=tmp_path / "stage", low_disk=True, once=False, abreast=1)
+    assert supply._stage is not None  # noqa: SLF001
+    for output in ("a", "b"):  # after that, both shards that may lie there are those of `d`
+        in_time(supply.prove, output)
+    for output in ("a", "b"):
+        supply.written(output)
+    with supply._stage._change:  # noqa: SLF001  nothing comes or goes between
+        for output in begun:
+            supply.open(output)
+    for output in dict.fromkeys([*begun, "c", "d", "e"]):
+        for name in read[output]:
+            in_time(supply.read_into, name, 0, memoryview(bytearray(8)))
+        in_time(supply.prove, output)
+        supply.written(output)
+    supply.finish()
+
+
+def in_time(work: Callable[..., object], *asked: object) -> None:
+    """Do something that must not wait for ever."""
+    thread = threading.Thread(target=work, args=asked, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    assert not thread.is_alive(), f"{work.__name__} hangs"
 
 
 def test_an_output_shard_that_fails_ends_who_waits_for_its_room(
@@ -353,7 +425,7 @@ def test_an_output_shard_that_fails_ends_who_waits_for_its_room(
     reader = threading.Thread(target=read)
     reader.start()
     supply.fail(OutputError("the disk is full"))
-    reader.join(30)
+    reader.join(PATIENCE)
     assert not reader.is_alive()
     assert [str(error) for error in heard] == ["the disk is full"]
     supply.close()

@@ -22,12 +22,21 @@ from click.testing import CliRunner
 import k2quant
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 from k2quant.checkpoint.remote import retrying
-from k2quant.checkpoint.remote.address import spot
+from k2quant.checkpoint.remote.address import Address, spot
+from k2quant.checkpoint.remote.opening import open_place
 from k2quant.checkpoint.writing import s3
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.checkpoint.writing.opening import locked
 from k2quant.cli import main
-from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, OutputError, UsageError
+from k2quant.errors import (
+    CheckpointError,
+    DestinationForeign,
+    DestinationInUse,
+    DestinationStale,
+    OutputError,
+    UnsafePath,
+    UsageError,
+)
 from served.s3 import KEY, SECRET, Asked, Store, serving
 
 KILLS = int(os.environ.get("K2QUANT_KILLS", "2"))
@@ -199,10 +208,10 @@ def test_killed_at_random_requests(
         killer = Killer(number)
         with store.failing(killer), converting(source, bucket, store, caches) as process:
             killer.arm(process)
-            process.communicate(timeout=120)
+            process.communicate(timeout=300)
         check_stopped(store, bucket, local)
         with converting(source, bucket, store, caches) as process:
-            output = process.communicate(timeout=120)[0]
+            output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
         assert theirs
         assert store.uploads(bucket) == ["models/k2/not-ours.bin"]
@@ -421,3 +430,32 @@ def test_clean_names_and_removes_what_a_killed_run_left(
     assert store.contents(bucket).keys() == before.keys() - {lock}
     k2quant.convert(source, at(bucket), to="int4")
     assert told(store.contents(bucket, PREFIX)) == local
+
+
+def test_a_source_in_no_bucket_is_told_apart_from_an_empty_one(store: Store, bucket: str) -> None:
+    """As an output is; and an object with a second slash in its name is not taken for the one with one."""
+    with pytest.raises(CheckpointError, match="s3://nowhere/model: there is no such bucket"):
+        open_place(Address("s3", "nowhere/model"))
+    with pytest.raises(CheckpointError, match="nothing is there"):
+        open_place(Address("s3", f"{bucket}/model"))
+    store.put(bucket, "model/docs/", b"")
+    store.put(bucket, "model/config.json", b"{}")
+    assert set(open_place(Address("s3", f"{bucket}/model")).files) == {"config.json"}
+    store.put(bucket, "model//config.json", b"[]")
+    with pytest.raises(UnsafePath, match=r"found '/config\.json'"):
+        open_place(Address("s3", f"{bucket}/model"))
+
+
+def test_uploads_that_are_listed_without_end_are_no_loop(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that goes on and does not say where is an error of ours."""
+    monkeypatch.setattr(s3.S3Objects, "_call", lambda *_, **__: {"IsTruncated": True})
+    with pytest.raises(OutputError, match="a listing without an end"):
+        s3.S3Objects(Address("s3", f"{bucket}/out")).uploads()
+
+
+def test_what_a_store_says_of_a_deletion_is_cleaned(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each object of one request has a message of its own."""
+    failed = {"Errors": [{"Code": "Denied", "Message": f"to {SECRET}"}]}
+    monkeypatch.setattr(s3.S3Objects, "_call", lambda *_, **__: failed)
+    with pytest.raises(OutputError, match=r"Denied: to \[hidden\]"):
+        s3.S3Objects(Address("s3", f"{bucket}/out")).delete(["a"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 import k2quant
 from k2quant.checkpoint.remote import retrying
+from k2quant.checkpoint.remote.hub import HubPlace
 from k2quant.errors import CheckpointError, K2QuantError
+from k2quant.ground import pool
 from served.hub import Hub, hub
 
 NAME = "org/Kimi-K2-Small"
@@ -113,6 +116,14 @@ FINAL: dict[str, tuple[dict[str, Any], str]] = {
     "403": ({"kind": "status", "status": 403}, r"403"),
     "404": ({"kind": "status", "status": 404}, r"404|no such"),
     "a redirect in a circle": ({"kind": "loop"}, r"redirect"),
+    "a redirect to no host": (
+        {"kind": "status", "status": 302, "headers": {"Location": "http://a..b/"}},
+        r"cannot be read",
+    ),
+    "a redirect to no address": (
+        {"kind": "status", "status": 302, "headers": {"Location": "http://\x01/"}},
+        r"cannot be read",
+    ),
     "a server that is down": ({"kind": "status", "status": 503}, r"cannot be reached, tried"),
 }
 """Faults that do not pass, of the bytes of one shard, and what the error says."""
@@ -136,6 +147,56 @@ def test_what_does_not_pass_is_said_and_the_same_command_goes_on(
     assert not (tmp_path / "out" / "config.json").exists()
     server.faults.clear()
     assert written(k2quant.convert(f"hf://{NAME}", tmp_path / "out", to).folder) == local[to]
+
+
+@pytest.mark.parametrize("to", ["int4", "nvfp4"])
+def test_ctrl_c_ends_a_wait(to: Any, server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sits out what a Retry-After asks for, neither who fetches ahead nor who waits for that."""
+    server.fault("status", file=SHARD, times=None, nth=2, status=429, headers={"Retry-After": "300"})
+    paused, cut = threading.Event(), []
+
+    def pause(seconds: float) -> None:
+        paused.set()
+        try:
+            pool.pause(seconds)
+        except CheckpointError:
+            cut.append(seconds)
+            raise
+
+    def tick(*_: int) -> None:
+        if paused.is_set():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(retrying, "pause", pause)
+    with pytest.raises(KeyboardInterrupt):
+        k2quant.convert(f"hf://{NAME}", tmp_path / "out", to, workers=2, progress=tick)
+    assert set(cut) == {300}
+    assert (tmp_path / "out" / "INCOMPLETE").exists()
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("to", ["int4", "nvfp4"])
+def test_a_header_that_only_came_once_is_refused(
+    to: Any, local: dict[str, dict[str, bytes]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a shard is read by is what it begins with when all of it comes, with the right sha256."""
+    read_into, lies = HubPlace.read_into, [SHARD]
+
+    def lying(self: HubPlace, name: str, start: int, buffer: memoryview) -> None:
+        read_into(self, name, start, buffer)
+        if start == 0 and name in lies:
+            lies.remove(name)
+            stop = 8 + int.from_bytes(buffer[:8], "little")
+            said = bytes(buffer[8:stop]).replace(b".experts.0.", b".experts.?.").replace(b".experts.1.", b".experts.0.")
+            buffer[8:stop] = said.replace(b".experts.?.", b".experts.1.")
+
+    monkeypatch.setattr(HubPlace, "read_into", lying)
+    with pytest.raises(CheckpointError, match="another header than the one that was read") as refused:
+        k2quant.convert(f"hf://{NAME}", tmp_path / "out", to)
+    assert SHARD in str(refused.value)
+    assert (tmp_path / "out" / "INCOMPLETE").exists()
+    done = k2quant.convert(f"hf://{NAME}", tmp_path / "out", to, restart=True)
+    assert written(done.folder) == local[to]
 
 
 def test_a_branch_that_moves_midway_changes_nothing(

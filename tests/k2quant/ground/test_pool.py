@@ -1,0 +1,47 @@
+"""Threads that work together, and end together."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from k2quant.errors import CheckpointError
+from k2quant.ground import pool
+
+
+def test_a_pause_ends_with_the_run() -> None:
+    """When a task fails, others do not sit out their waits, whoever they have handed work to; then all are told."""
+    paused, cut, told = threading.Barrier(3, timeout=60), [], []
+
+    def wait(name: str) -> None:
+        paused.wait()
+        try:
+            pool.pause(60.0)
+        except CheckpointError:
+            cut.append(name)
+
+    def inner(name: str) -> None:
+        pool.run(iter([name, "idle"]), lambda each: wait(each) if each == name else None, workers=2)
+
+    def work(name: str) -> None:
+        if name == "fails":
+            paused.wait()
+            raise ValueError(name)
+        (inner if name == "inner" else wait)(name)
+
+    with pytest.raises(ValueError, match="fails"):
+        pool.run(iter(["waits", "inner", "fails"]), work, workers=3, stop=lambda: told.append(len(cut)))
+    assert sorted(cut) == ["inner", "waits"]
+    assert len(told) == 1
+
+
+def test_work_that_is_handed_on_ends_by_its_own_event() -> None:
+    """It goes on before, and no more after; who handed it is not concerned."""
+    stop = threading.Event()
+    check = pool.handed(pool.check, stop)
+    check()
+    stop.set()
+    with pytest.raises(CheckpointError, match="the run was ended"):
+        check()
+    pool.check()
