@@ -16,8 +16,8 @@ from k2quant.formats.known import FORMATS
 from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
-    from k2quant.checking.engines import EngineCheck
     from k2quant.calib.solving.planning import SolvingPlan
+    from k2quant.checking.engines import EngineCheck
     from k2quant.cli.parts.places import Place
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Options, Plan

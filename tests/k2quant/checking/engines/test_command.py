@@ -14,6 +14,7 @@ from k2quant.cli import main
 from k2quant.cli.parts import conversion
 from k2quant.errors import CheckpointError
 from rewritten import Hollow
+from served.hub import hub
 
 Make = Callable[[str], Hollow]
 
@@ -74,6 +75,12 @@ def test_what_is_no_checkpoint_exits_1(tmp_path: Path) -> None:
     assert k2quant("check", "--engine", "vllm", tmp_path).exit_code == 1
 
 
+def test_a_gguf_file_is_no_checkpoint(tmp_path: Path) -> None:
+    """Who names one hears what `check` is about, with exit code 2."""
+    done = k2quant("check", "--engine", "llama.cpp", tmp_path / "K2.gguf")
+    assert (done.exit_code, "check what it is made from" in done.stderr) == (2, True)
+
+
 def test_a_result_shows_itself_in_a_line(made: Make, tmp_path: Path) -> None:
     """Engine, version and counts, however many rules there are."""
     done = check_engine(made("int4").write(tmp_path / "out"), "vllm")
@@ -103,3 +110,17 @@ def test_what_engines_say_ends_no_conversion(k2_source: Path, tmp_path: Path, mo
     done = k2quant("convert", "--to", "int4", k2_source, tmp_path / "out")
     assert (done.exit_code, done.stderr) == (0, "")
     assert conversion.tell_engines.__doc__
+
+
+def test_an_address_is_checked_by_headers_alone(made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkpoint in a hub no weight comes; of scales of whole matrices, which are data, nothing can be told."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    folder = made("nvfp4").write(tmp_path / "out")
+    with hub(tmp_path / "hub") as server:
+        server.repo("org/small", folder)
+        server.here(monkeypatch)
+        away = check_engine("hf://org/small", "vllm", memory=10**9)
+    here = check_engine(folder, "vllm", memory=10**9)
+    told = {finding.rule: finding.result for finding in away.findings}
+    assert told == {finding.rule: finding.result for finding in here.findings} | {"whole scales": "cannot tell"}
+    assert away.folder.startswith("hf://org/small@")
