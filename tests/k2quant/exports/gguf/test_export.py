@@ -343,6 +343,7 @@ def added(name: str, *shape: int) -> Any:
         (added("model.layers.1.self_attn.q_a_proj.bias", 256), UnsupportedFormat, "q_a_proj.bias.*no place"),
         (added("model.layers.1.mlp.gate_proj.weight", 4, 4), ShapeMismatch, "none of this layer's"),
         (added("model.layers.1.mlp.experts.16.up_proj.weight", 256, 512), ShapeMismatch, "at most 16 experts"),
+        (added("model.layers.3.input_layernorm.weight", 512), UnsupportedFormat, "layers 0 to 2"),
         (added("model.norm.weight", 511), ShapeMismatch, r"\(512,\), found \(511,\)"),
     ],
 )
