@@ -120,8 +120,6 @@ def _choice(stack: Stack, sizes: Sizes, options: GgufOptions, misfit: str | None
         return _fitting(_PLAIN[options.fallback or EXPERTS[0]], stack.shape[-1])._replace(why=misfit)
     if (kind := own(stack)) is None:
         return _fitting(asked, stack.shape[-1])
-    if kind.type == NVFP4 and stack.place.tensor.rpartition(".")[2] not in SCALED:
-        return _fitting(asked, stack.shape[-1])._replace(why="llama.cpp reads no scale of a whole beside this tensor")
     return Choice(kind.type)
 
 
@@ -149,6 +147,8 @@ def _misfit(stack: Stack, unfit: Mapping[str, str]) -> str | None:
     if why := unfit.get(stack.place.name):
         return why
     stored = {weight.format for weight in stack.weights if weight.format is not None}
+    if len({each.scales_inputs for each in stored}) > 1:
+        return "some of its experts have a scale of their inputs, and others none"
     return next(filter(None, (kind.misfit(each, stack.shape) for each in stored)), None)
 
 
@@ -181,6 +181,7 @@ class _Scales(NamedTuple):
     """A weight whose scales are looked at."""
 
     tensor: str
+    """As `Place.tensor`."""
     weight: StoredWeight
 
 
@@ -199,11 +200,9 @@ def survey(source: Checkpoint, stacks: Iterable[Stack], *, workers: int) -> dict
         stored = found.weight.format
         if stored is None:
             return
-        if stored.whole:
-            with naming(found.weight, 0):
-                stored.check_relabel(read_whole(source, found.weight), blocks.multiplying(stored))
-        elif (why := _no_half(source, found.weight)) is not None:
-            unfit.setdefault(found.tensor, why)
+        why = _whole(source, found.weight, stored) if stored.whole else _no_half(source, found.weight)
+        if why is not None and not (stored.whole and found.tensor.rpartition(".")[2] in SCALED):
+            unfit.setdefault(f"{found.tensor}.weight", why)
 
     pool.run(_looked_at(stacks), look, workers=workers)
     return unfit
@@ -213,7 +212,22 @@ def _looked_at(stacks: Iterable[Stack]) -> Iterator[_Scales]:
     for stack in stacks:
         kind = own(stack)
         if kind is not None and kind.type in {Q4_0, NVFP4} and stack.place.part not in {KV_B, ROUTER}:
-            yield from (_Scales(stack.place.name, weight) for weight in stack.weights)
+            yield from (_Scales(stack.place.tensor, weight) for weight in stack.weights)
+
+
+def _whole(source: Checkpoint, weight: StoredWeight, stored: Format) -> str | None:
+    """Say that a weight has a scale of the whole that is not 1.
+
+    Raises:
+        BadValue: it divides, and has no inverse.
+    """
+    with naming(weight, 0):
+        parts = read_whole(source, weight)
+        stored.check_relabel(parts, blocks.multiplying(stored))
+    scale = float(parts[stored.streamed[2]].reshape(-1)[0])  # behind codes and scales of blocks
+    if scale == 1:
+        return None
+    return f"`{weight.base}` has the scale {scale:g} of the whole, by which llama.cpp's deepseek2 does not multiply it"
 
 
 def _no_half(source: Checkpoint, weight: StoredWeight) -> str | None:
