@@ -17,7 +17,7 @@ from k2quant.conversion.placing import Job, ShardPlan
 from k2quant.exports.exporting import Export
 from k2quant.exports.gguf import blocks
 from k2quant.exports.gguf.files import SUFFIX, FilePlan, Tensor, check_name, file_plans
-from k2quant.exports.gguf.keys import keys
+from k2quant.exports.gguf.keys import keys, remarks
 from k2quant.exports.gguf.names import HALVES, Sizes
 from k2quant.exports.gguf.stacks import Stack, stacks_of
 from k2quant.exports.gguf.types import Choice, GgufOptions, chosen, survey, target
@@ -121,7 +121,7 @@ def make_gguf_plan(source: Checkpoint, file: str, options: GgufOptions, *, worke
         "source": source.fingerprint(),
         "headers": {each.name: hashlib.sha256(each.header).hexdigest() for each in files},
     }
-    export = Export(source, shards, identity, (*found.remarks, *_remarks(files, why)))
+    export = Export(source, shards, identity, (*found.remarks, *remarks(config), *_remarks(files, why)))
     return GgufPlan(export, files, sections, tuple(_rows(written)), why)
 
 

@@ -1,0 +1,1 @@
+"""What other engines make of exports, asked in environments of their own."""
