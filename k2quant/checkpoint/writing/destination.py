@@ -239,10 +239,7 @@ class Destination:
             try:
                 write_whole(self._shards / f"{record['shard']}{_NOTE}", line(record), self._attempt)
             except FileNotFoundError as error:
-                remedy = "run the same command again: it says how things stand"
-                raise DestinationStale(
-                    "was finished or emptied by another k2quant while this one wrote", file=self.folder, remedy=remedy
-                ) from error
+                raise ended_by_another(self.folder) from error
             return
         with self._journal.open("ab") as file:
             file.write(line(record))
@@ -354,6 +351,12 @@ def others_at_work(spot: object) -> DestinationInUse:
     """Return the refusal to throw away what other processes are writing."""
     message = "other parts of another conversion are being written here"
     return DestinationInUse(message, file=spot, remedy="wait for them, or name another place")
+
+
+def ended_by_another(spot: object) -> DestinationStale:
+    """Return what is said to a process that wrote shares while another finished or emptied the output."""
+    message = "was finished or emptied by another k2quant while this one wrote"
+    return DestinationStale(message, file=spot, remedy="run the same command again: it says how things stand")
 
 
 def attempt_at(share: str) -> str:

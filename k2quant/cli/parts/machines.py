@@ -128,15 +128,14 @@ def part_planned(plan: Plan, destination: Place, part: str, *, restart: bool, as
 
 
 def looked_over(
-    cluster: str, plan: Plan, source: Place, destination: Place, options: dict[str, Any], *, as_json: bool
+    cluster: str, plan: Plan, destination: Place, options: dict[str, Any], *, as_json: bool
 ) -> dict[str, Any]:
     """Return what a dry run says of a cluster: each machine's cores, its room at the destination, and its time.
 
     Args:
         cluster: its address.
         plan: what would be written.
-        source: as it was given.
-        destination: likewise.
+        destination: as it was given.
         options: of the conversion.
         as_json: whether it is for JSON.
     """
@@ -145,7 +144,8 @@ def looked_over(
     from k2quant.ground.units import counted, duration, size
 
     known = {name: options[name] for name in ("stats", "activation_scales", "follow_links", "device", "sha256")}
-    found = look_over(check_cluster(cluster), order(plan, source, destination, **known), workers=options["workers"])
+    asked = order(plan, plan.source.place, destination, **known)
+    found = look_over(check_cluster(cluster), asked, workers=options["workers"])
     cores, seconds = sum(node["cores"] for node in found), 1 / sum(1 / max(node["seconds"], 1e-9) for node in found)
     if as_json:
         return {"cluster": {"nodes": found, "cores": cores, "seconds": seconds}}
