@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
-from k2quant.checkpoint.remote import ranges, retrying
+from k2quant.checkpoint.remote import fetching, ranges, retrying
 from k2quant.checkpoint.remote.address import parse
 from k2quant.checkpoint.remote.opening import open_place
 from k2quant.checkpoint.remote.retrying import TRIES, WORTH
@@ -177,6 +178,32 @@ def test_a_whole_file_is_fetched_checked_and_resumed(server: Hub, model: Path, t
     assert target.read_bytes() == (model / SHARDS[0]).read_bytes()
     assert sum(came) == 2 * target.stat().st_size
     assert [path.name for path in tmp_path.glob("shard*")] == ["shard"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_lay_there_is_taken_as_far_as_it_is_sure(
+    *, known: bool, server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A digest tells zeros of a power cut; without one only what was pushed to the disk counts."""
+    monkeypatch.setattr(fetching, "_PIECE", 1000)
+    monkeypatch.setattr(fetching, "_SYNCED", 4000)
+    pushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda of: pushed.append(os.fstat(of).st_size))
+    place, target = open_place(parse(ADDRESS)), tmp_path / "shard"
+    if not known:
+        place.files = {SHARDS[0]: place.files[SHARDS[0]]._replace(sha256=None)}  # type: ignore[misc]
+    data, came = (model / SHARDS[0]).read_bytes(), list[int]()
+    partial = fetching.partial_path(target, place.files[SHARDS[0]])
+    partial.write_bytes(data[:5000] + bytes(2500))
+    sure = 4000
+    if known:
+        partial.write_bytes(data[:7500])
+        sure = 7000
+    place.fetch(SHARDS[0], target, add=came.append)
+    assert target.read_bytes() == data
+    assert sum(came) == len(data) - sure
+    assert [size for size in pushed if size % 4000 == 0][:2] == ([] if known else [8000, 12000])
+    assert server.seen
 
 
 @pytest.mark.parametrize(
