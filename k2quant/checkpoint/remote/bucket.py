@@ -7,6 +7,7 @@ listed is never read: S3 is asked for its ETag, Google for its generation, and o
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -201,6 +202,8 @@ def filesystem_of(address: Address) -> Any:
         need(extra, f"{address.scheme}://")
     import fsspec
 
+    if not (logger := logging.getLogger("gcsfs")).handlers:
+        logger.addHandler(logging.NullHandler())  # else Python shows what it logs: a traceback of each try, uncleaned
     try:
         # A new one: one that another opening left knows endpoint and credentials as they were then.
         return fsspec.filesystem(address.scheme, use_listings_cache=False, skip_instance_cache=True)

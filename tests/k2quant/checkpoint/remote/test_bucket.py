@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -119,3 +120,12 @@ def test_a_store_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(Transient, match="too slowly"):
         asyncio.run(bucket._of_s3(filesystem, "b/k", "tag", 0, 2**24))  # noqa: SLF001
     assert body.read.await_count == 2
+
+
+def test_what_a_library_of_a_store_logs_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It logs a traceback of each try; who listens nowhere would have Python write that to the terminal."""
+    monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: None)
+    bucket.filesystem_of(parse("gs://bucket/x"))
+    assert len(logging.getLogger("gcsfs").handlers) == 1
+    bucket.filesystem_of(parse("gs://bucket/x"))
+    assert len(logging.getLogger("gcsfs").handlers) == 1
