@@ -386,6 +386,7 @@ def test_who_is_begun_first_gets_what_it_needs(
     for output in dict.fromkeys([*begun, "c", "d", "e"]):
         for name in read[output]:
             within_half_a_minute(supply.read_into, name, 0, memoryview(bytearray(8)))
+            assert len(list((tmp_path / "stage").iterdir())) <= 2
         within_half_a_minute(supply.prove, output)
         supply.written(output)
     supply.finish()
