@@ -68,21 +68,25 @@ def fetch_all(place: Place, names: Sequence[str], folder: Path, *, aside: Path, 
         OutputError: one cannot be written.
     """
 
+    def is_here(name: str) -> bool:
+        target = folder / name
+        return target.is_file() and target.stat().st_size == place.files[name].size
+
     def have(task: tuple[Path, str]) -> None:
         first, name = task
-        target = folder / name
-        if target.is_file() and target.stat().st_size == place.files[name].size:
-            return
         first.mkdir()
         place.fetch(name, first / "file", add=lambda _: None)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (first / "file").replace(target)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (first / "file").replace(folder / name)
 
     try:
+        missing = [name for name in names if not is_here(name)]
+        if not missing and folder.is_dir():  # a cache may be one that nobody may write to
+            return
         folder.mkdir(mode=mode, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=aside) as own:
-            tasks = ((Path(own) / str(number), name) for number, name in enumerate(names))
-            pool.run(tasks, have, workers=min(_FILES_ABREAST, max(len(names), 1)))
+            tasks = ((Path(own) / str(number), name) for number, name in enumerate(missing))
+            pool.run(tasks, have, workers=min(_FILES_ABREAST, max(len(missing), 1)))
     except OSError as error:
         found = error.strerror or str(error)
         raise OutputError("the cache cannot be written", file=error.filename, found=found) from error

@@ -208,10 +208,10 @@ def test_killed_at_random_requests(
         killer = Killer(number)
         with store.failing(killer), converting(source, bucket, store, caches) as process:
             killer.arm(process)
-            process.communicate(timeout=120)
+            process.communicate(timeout=300)
         check_stopped(store, bucket, local)
         with converting(source, bucket, store, caches) as process:
-            output = process.communicate(timeout=120)[0]
+            output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
         assert theirs
         assert store.uploads(bucket) == ["models/k2/not-ours.bin"]
@@ -451,3 +451,11 @@ def test_uploads_that_are_listed_without_end_are_no_loop(bucket: str, monkeypatc
     monkeypatch.setattr(s3.S3Objects, "_call", lambda *_, **__: {"IsTruncated": True})
     with pytest.raises(OutputError, match="a listing without an end"):
         s3.S3Objects(Address("s3", f"{bucket}/out")).uploads()
+
+
+def test_what_a_store_says_of_a_deletion_is_cleaned(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each object of one request has a message of its own."""
+    failed = {"Errors": [{"Code": "Denied", "Message": f"to {SECRET}"}]}
+    monkeypatch.setattr(s3.S3Objects, "_call", lambda *_, **__: failed)
+    with pytest.raises(OutputError, match=r"Denied: to \[hidden\]"):
+        s3.S3Objects(Address("s3", f"{bucket}/out")).delete(["a"])
