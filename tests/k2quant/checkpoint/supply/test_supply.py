@@ -406,6 +406,7 @@ def test_who_is_begun_first_gets_what_it_needs(
     for output in dict.fromkeys([*begun, "c", "d", "e"]):
         for name in read[output]:
             in_time(supply.read_into, name, 0, memoryview(bytearray(8)))
+            assert len(list((tmp_path / "stage").iterdir())) <= 2
         in_time(supply.prove, output)
         supply.written(output)
     supply.finish()
