@@ -97,7 +97,8 @@ def _file(entry: object) -> RemoteFile:
     facts = mapping(entry)
     name, lfs = text(facts["rfilename"]), facts.get("lfs")
     if lfs is None:
-        return RemoteFile(name, whole(facts["size"]), None, text(facts["blobId"]))
+        blob = text(facts["blobId"])
+        return RemoteFile(name, whole(facts["size"]), None, blob, blob if _COMMIT.fullmatch(blob) else None)
     digest = _hexadecimal(mapping(lfs)["sha256"], _SHA256, "a sha256")
     return RemoteFile(name, whole(lfs["size"]), digest, digest)
 

@@ -129,3 +129,16 @@ def test_what_a_library_of_a_store_logs_is_not_shown(monkeypatch: pytest.MonkeyP
     assert len(logging.getLogger("gcsfs").handlers) == 1
     bucket.filesystem_of(parse("gs://bucket/x"))
     assert len(logging.getLogger("gcsfs").handlers) == 1
+
+
+def test_digests_of_a_report_are_taken_where_they_are_some(store: fsspec.AbstractFileSystem, model: Path) -> None:
+    """In capitals too; what is no sha256, or is said of another size, says nothing of a file."""
+    one, other = SHARDS
+    data = (model / one).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    for said, size, known in ((digest.upper(), len(data), digest), ("zz", len(data), None), (digest, 1, None)):
+        files = {one: {"sha256": said, "size": size}, other: 7, "../x": {"sha256": digest, "size": 1}}
+        store.pipe_file("/shelf/tiny/k2quant_report.json", json.dumps({"files": files}).encode())
+        place = open_place(parse(ADDRESS))
+        place.folder(["k2quant_report.json"])
+        assert [place.files[name].sha256 for name in SHARDS] == [known, None]

@@ -302,3 +302,11 @@ def test_a_proxy_that_nothing_can_use_is_said(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match=r"a proxy of the environment.*cannot be used") as refused:
         open_place(parse(ADDRESS))
     assert "sesame" not in str(refused.value)
+
+
+def test_another_byte_in_a_small_file_is_found_out(server: Hub, model: Path) -> None:
+    """What git itself holds has git's id: a config of the right size and another content is refused, and comes anew."""
+    server.fault("wrong", file="config.json")
+    with pytest.raises(MalformedFile, match=r"config\.json: the content is not what .* expected git's id [0-9a-f]{40}"):
+        open_checkpoint(ADDRESS)
+    assert open_checkpoint(ADDRESS).config == open_checkpoint(model).config
