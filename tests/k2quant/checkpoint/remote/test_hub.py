@@ -7,18 +7,22 @@ import os
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
 from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from k2quant.checkpoint.reading import read_tensor
+from k2quant.checkpoint.reading import check_constants, read_tensor
 from k2quant.checkpoint.remote import fetching, ranges, retrying
 from k2quant.checkpoint.remote.address import parse
 from k2quant.checkpoint.remote.opening import open_place
 from k2quant.checkpoint.remote.retrying import TRIES, WORTH
-from k2quant.errors import CheckpointError, MalformedFile, UnsafePath, UsageError
+from k2quant.checkpoint.weights import group_tensors
+from k2quant.checkpoint.writing.in_memory import write_checkpoint
+from k2quant.errors import CheckpointError, MalformedFile, ShapeMismatch, UnsafePath, UsageError
 from served.hub import Hub
 from served.repos import Blob
 from served.small import SHARDS
@@ -310,3 +314,24 @@ def test_another_byte_in_a_small_file_is_found_out(server: Hub, model: Path) -> 
     with pytest.raises(MalformedFile, match=r"config\.json: the content is not what .* expected git's id [0-9a-f]{40}"):
         open_checkpoint(ADDRESS)
     assert open_checkpoint(ADDRESS).config == open_checkpoint(model).config
+
+
+def test_constants_of_an_int4_come_alone(server: Hub, tmp_path: Path) -> None:
+    """Eight bytes of each weight, from wherever they lie in the shard; a wrong one is named as it is of a folder."""
+    tensors: dict[str, tuple[str, Any]] = {}
+    for number, rows in enumerate((8, 8, 9, 8)):
+        base = f"model.layers.1.mlp.experts.{number}.up_proj.weight"
+        tensors[f"{base}_packed"] = "I32", np.zeros((8, 2**12), np.int32)
+        tensors[f"{base}_scale"] = "BF16", np.zeros((8, 2**10), np.uint16)
+        tensors[f"{base}_shape"] = "I32", np.array([rows, 2**15], np.int32)
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}
+    write_checkpoint(tmp_path / "int4", {SHARDS[0]: tensors}, {"model_type": "kimi_k2", **config})
+    server.repo("org/int4", tmp_path / "int4")
+    opened = open_checkpoint("hf://org/int4")
+    assert opened.supply is not None
+    weights, _ = group_tensors(opened.tensors)
+    before = opened.supply.traffic
+    check_constants(opened, weights[:2])
+    assert opened.supply.traffic == before + 16
+    with pytest.raises(ShapeMismatch, match=r"experts\.2\.up_proj\.weight_shape.*expected.*8, 32768.*found.*9, 32768"):
+        check_constants(opened, weights)
