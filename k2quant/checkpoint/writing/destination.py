@@ -13,7 +13,6 @@ import glob
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -357,7 +356,7 @@ def ended_by_another(spot: object) -> DestinationStale:
 
 def attempt_at(share: str) -> str:
     """Return letters that no other process has, where this one writes a share; else none."""
-    return f"{share}-{secrets.token_hex(4)}" if share else ""
+    return f"{share}-{os.urandom(4).hex()}" if share else ""
 
 
 def refuse_what_is_not_ours(
