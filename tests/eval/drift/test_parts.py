@@ -68,7 +68,8 @@ def whole(base: Path, other: Path, text: Path) -> Fidelity:
     """What one run finds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("k2quant.model.passes.texts._AT_ONCE", 34)
-        return measure_fidelity(base, other, text=text, **OPTIONS)
+        found: Fidelity = measure_fidelity(base, other, text=text, **OPTIONS)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +295,7 @@ def test_part_and_folder_belong_together(job: Job) -> None:
     """One without the other is refused, as is what is no part."""
     for given in ({"part": "1/2"}, {"shared": "here"}, {"soft_lock": True}, {"part": "3/2", "shared": "here"}):
         with pytest.raises(UsageError, match="part"):
-            measure_fidelity(job.given["base"], job.given["base"], **given)  # type: ignore[call-overload]  # as said
+            measure_fidelity(job.given["base"], job.given["base"], **given)
 
 
 def _run(job: Job, *words: object) -> Any:
