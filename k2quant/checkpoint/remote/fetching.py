@@ -44,16 +44,18 @@ def fetch(place: Place, name: str, target: Path, *, add: Callable[[int], None]) 
         try:
             digest = _fetched(place, file, descriptor, add)
             os.fsync(descriptor)
+            blob = None if file.blob is None else _blob(descriptor, file.size)
         finally:
             os.close(descriptor)
-        if file.sha256 is not None and digest != file.sha256:
-            partial.unlink()
-            raise wrong_digest(place.address.child(name), file.sha256, digest)
+        for kind, expected, found in (("sha256", file.sha256, digest), ("git's id", file.blob, blob)):
+            if expected is not None and found != expected:
+                partial.unlink()
+                raise wrong_digest(place.address.child(name), expected, str(found), kind=kind)
         partial.rename(target)
         sync_folder(target.parent)
     except OSError as error:
-        found = error.strerror or str(error)
-        raise OutputError("cannot be written", file=error.filename or target, found=found) from error
+        found, remedy = error.strerror or str(error), "when that is mended, run the same command again"
+        raise OutputError("cannot be written", file=error.filename or target, found=found, remedy=remedy) from error
 
 
 def fetch_all(place: Place, names: Sequence[str], folder: Path, *, aside: Path, mode: int = 0o777) -> None:
@@ -95,12 +97,12 @@ def fetch_all(place: Place, names: Sequence[str], folder: Path, *, aside: Path, 
         raise OutputError("the cache cannot be written", file=error.filename, found=found) from error
 
 
-def wrong_digest(what: str, expected: str, found: str) -> CheckpointError:
-    """Return what is said of a file whose sha256 is not the one that its place names."""
+def wrong_digest(what: str, expected: str, found: str, *, kind: str = "sha256") -> CheckpointError:
+    """Return what is said of a file whose digest is not the one that its place names."""
     return MalformedFile(
         "the content is not what the place says that it is",
         file=what,
-        expected=f"sha256 {expected}",
+        expected=f"{kind} {expected}",
         found=found,
         remedy="run the same command again, which fetches it anew; if that says the same, the file is damaged there, "
         "or a proxy changes it",
@@ -121,6 +123,14 @@ def _fetched(place: Place, file: RemoteFile, descriptor: int, add: Callable[[int
         add(len(piece))
         if file.sha256 is None and (start + len(piece)) % _SYNCED == 0:
             os.fsync(descriptor)
+    return found.hexdigest()
+
+
+def _blob(descriptor: int, size: int) -> str:
+    """Return git's id of a file's content."""
+    found = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    for start in range(0, size, _PIECE):
+        found.update(os.pread(descriptor, _PIECE, start))
     return found.hexdigest()
 
 

@@ -26,6 +26,8 @@ class RemoteFile(NamedTuple):
     """Digest of the content, in hexadecimal, where the place knows it."""
     version: str
     """What changes when the content does: an object id, an ETag, a time of change."""
+    blob: str | None = None
+    """Git's id of the content, in hexadecimal, of a file that git holds itself and the place knows by that."""
 
 
 class Place(Protocol):

@@ -14,13 +14,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from k2quant.checkpoint.remote.fetching import wrong_digest
-from k2quant.checkpoint.supply.order import PIECE_BYTES, TINY, Step
+from k2quant.checkpoint.supply.order import AHEAD_BYTES, PIECE_BYTES, TINY, Step
 from k2quant.errors import CheckpointError
 from k2quant.ground import pool
-
-AHEAD_BYTES = 2**28
-"""Bytes of pieces in memory that the threads fetch, at most; see `choosing.memory`. A line of 10 Gbit/s over which a
-request takes 50 ms has 63 MB under way."""
 
 FETCHERS = 8
 """Threads that fetch. One request is answered by one machine, which seldom fills a line."""

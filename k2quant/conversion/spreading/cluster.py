@@ -159,7 +159,7 @@ class _Driver:
                 continue
             try:
                 told: Told = self._talk.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):  # reset: it ended before it read what it was asked
                 raise self._gone(self._last_words()) from None
             heard, patience = time.monotonic(), _SILENCE
             if told.kind == "failed":

@@ -22,7 +22,7 @@ from k2quant.checkpoint.remote.opening import open_place
 from k2quant.checkpoint.remote.retrying import TRIES, WORTH
 from k2quant.checkpoint.weights import group_tensors
 from k2quant.checkpoint.writing.in_memory import write_checkpoint
-from k2quant.errors import CheckpointError, MalformedFile, ShapeMismatch, UnsafePath
+from k2quant.errors import CheckpointError, MalformedFile, ShapeMismatch, UnsafePath, UsageError
 from served.hub import Hub
 from served.repos import Blob
 from served.small import SHARDS
@@ -287,6 +287,33 @@ def test_weights_that_the_index_does_not_name_are_named(server: Hub) -> None:
     opened = open_checkpoint(ADDRESS)
     assert set(other_files(opened).left_out) == {"extra.safetensors", "old/pytorch_model.bin"}
     assert not (opened.folder / ".hidden").exists()
+
+
+@pytest.mark.usefixtures("server")
+def test_a_password_in_the_address_of_a_hub_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some hubs stand behind a gate of their own, whose key HF_ENDPOINT has; a remedy names the page without it."""
+    monkeypatch.setattr(constants, "ENDPOINT", constants.ENDPOINT.replace("//", "//user:sesame@"))
+    open_place(parse(ADDRESS))
+    with pytest.raises(CheckpointError, match="look at http://") as refused:
+        open_place(parse("hf://org/nothing"))
+    assert "sesame" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("server")
+def test_a_proxy_that_nothing_can_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheme that no library knows, or SOCKS without its package: a line, without the proxy's password."""
+    monkeypatch.setenv("ALL_PROXY", "strange://user:sesame@host:1")
+    with pytest.raises(UsageError, match=r"a proxy of the environment.*cannot be used") as refused:
+        open_place(parse(ADDRESS))
+    assert "sesame" not in str(refused.value)
+
+
+def test_another_byte_in_a_small_file_is_found_out(server: Hub, model: Path) -> None:
+    """What git itself holds has git's id: a config of the right size and another content is refused, and comes anew."""
+    server.fault("wrong", file="config.json")
+    with pytest.raises(MalformedFile, match=r"config\.json: the content is not what .* expected git's id [0-9a-f]{40}"):
+        open_checkpoint(ADDRESS)
+    assert open_checkpoint(ADDRESS).config == open_checkpoint(model).config
 
 
 def test_constants_of_an_int4_come_alone(server: Hub, tmp_path: Path) -> None:

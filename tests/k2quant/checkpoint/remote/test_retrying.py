@@ -83,7 +83,7 @@ def test_a_server_says_how_long_to_wait(waits: list[float]) -> None:
     """In seconds or by a date; no more than ten minutes, and never less than without a word of it."""
     assert retry_after({"retry-after": "7"}) == 7
     assert retry_after({"retry-after": "soon"}) is None
-    assert retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)}) == pytest.approx(30, abs=3)
+    assert 0 < (retry_after({"retry-after": formatdate(time.time() + 500, usegmt=True)}) or 0) <= 500
     for said in ("7", "99999999", formatdate(1000, usegmt=True)):
         left = [http(429, **{"retry-after": said})]
 
@@ -116,6 +116,9 @@ def test_the_answer_behind_an_error_counts() -> None:
         "token hf_sesamesesame",
         "key AKIASESAME1234567",
         "password=sesame, again",
+        "Bearer Basic sesame",
+        "Invalid endpoint: user:sesame@host",
+        "URL('foo://sesame:[secure]@host')",
     ],
 )
 def test_secrets_do_not_stay_in_texts(text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,7 +17,7 @@ PIECE, BLOCK = 4096, 512
 
 
 class MemoryPlace:
-    """Files in memory, as a place; it notes what is read, and may be slow, or lie."""
+    """Files in memory, as a place; it notes what is read, and may lie."""
 
     def __init__(self, files: Mapping[str, bytes], *, known: bool = True) -> None:
         """Take the files; `known`: whether the place says what their sha256 is."""
@@ -30,15 +29,12 @@ class MemoryPlace:
         }
         self.read: list[tuple[str, int, int]] = []
         self.fetched: list[str] = []
-        self.seconds = 0.0
-        """That a request takes."""
         self.before: Callable[[str], None] = lambda _: None
         """Called with a file's name before it is fetched whole."""
         self._lock = threading.Lock()
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """Give bytes of a file."""
-        time.sleep(self.seconds)
         with self._lock:
             self.read.append((name, start, len(buffer)))
         buffer[:] = self.data[name][start : start + len(buffer)]
@@ -46,7 +42,6 @@ class MemoryPlace:
     def fetch(self, name: str, target: Path, *, add: Callable[[int], None]) -> None:
         """Write a file."""
         self.before(name)
-        time.sleep(self.seconds)
         target.write_bytes(self.data[name])
         self.fetched.append(name)
         add(len(self.data[name]))

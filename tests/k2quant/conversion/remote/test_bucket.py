@@ -208,10 +208,10 @@ def test_killed_at_random_requests(
         killer = Killer(number)
         with store.failing(killer), converting(source, bucket, store, caches) as process:
             killer.arm(process)
-            process.communicate(timeout=120)
+            process.communicate(timeout=300)
         check_stopped(store, bucket, local)
         with converting(source, bucket, store, caches) as process:
-            output = process.communicate(timeout=120)[0]
+            output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
         assert theirs
         assert store.uploads(bucket) == ["models/k2/not-ours.bin"]

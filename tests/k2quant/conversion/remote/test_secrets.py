@@ -80,7 +80,7 @@ def planted(server: Hub, store: Store, tmp_path: Path) -> tuple[dict[str, str], 
 def run(*words: str | Path, environment: dict[str, str], code: int) -> str:
     """What a command says, on both of its streams, at its most talkative."""
     command = [sys.executable, "-m", "k2quant", *map(str, words), "-v"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
