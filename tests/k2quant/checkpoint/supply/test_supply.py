@@ -160,8 +160,6 @@ def test_all_bytes_are_right_and_come_about_once(
     assert supply.traffic <= total * (1.0 if layout == "weights" else 1.35) + 2 * PIECE
     assert ahead is not None
     lanes = abreast + 1 + workers  # output shards that are read, or still hashed: each has one piece whose turn it is
-        abreast + 1 + workers
-    )  # output shards that are read, or read and still hashed: each has one whose turn it is
     assert ahead.peak <= memory(workers) + lanes * PIECE
     assert not any(run.records.values())
 
