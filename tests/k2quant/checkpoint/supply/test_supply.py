@@ -159,7 +159,8 @@ def test_all_bytes_are_right_and_come_about_once(
     assert supply.traffic == sum(count for _, _, count in place.read)
     assert supply.traffic <= total * (1.0 if layout == "weights" else 1.35) + 2 * PIECE
     assert ahead is not None
-    assert ahead.peak <= memory(workers) + (abreast + 1) * PIECE  # one whose turn it is, of each output shard
+    lanes = abreast + 1 + workers  # output shards that are read, or still hashed: each has one piece whose turn it is
+    assert ahead.peak <= memory(workers) + lanes * PIECE
     assert not any(run.records.values())
 
 
@@ -283,7 +284,7 @@ def test_what_a_stopped_run_left_is_taken_and_what_is_no_use_goes(
     supply = Supply(place)
     Run(supply, uses_of("weights"), data, stage=stage, low_disk=True, once=False).go()
     assert supply.traffic == sum(SIZES.values()) - SIZES["one"]
-    assert found == [{one, part}]
+    assert [each - {one} for each in found] == [{part}]  # which may be read by then, and gone
     assert two.with_name(f"{two.name}.partial") == part == partial_path(two, place.files["two"])
 
 
