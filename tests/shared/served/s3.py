@@ -58,6 +58,7 @@ class Store:
         """What goes wrong; tests put something here."""
         self.asked: list[Asked] = []
         """All requests."""
+        self._lock = threading.Lock()
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -117,9 +118,10 @@ class Store:
             self.fault = lambda _: None
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        number, path = len(self.asked), environ.get("PATH_INFO", "")
-        asked = Asked(number, environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""))
-        self.asked.append(asked)
+        with self._lock:  # each request has a number of its own
+            path = environ.get("PATH_INFO", "")
+            asked = Asked(len(self.asked), environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""))
+            self.asked.append(asked)
         what = self.fault(asked)
         if what == "drop":
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
