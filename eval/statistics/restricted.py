@@ -110,6 +110,7 @@ class Cells:
         return float(inside(curve, cell.first, (share + self.margin) / (2 * share), upper=self.upper) @ likely)
 
 
+@lru_cache(maxsize=4096)
 def restricted_p(lost: int, gained: int, n: int, margin: float, *, upper: bool, gamma: float = GAMMA) -> float:
     """Return the p-value of an outcome: how likely one as good is at a drop of the margin; with `upper`, as bad.
 

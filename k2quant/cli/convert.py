@@ -128,7 +128,7 @@ def _dry_run(
         codecs_of(options["device"])
     else:
         with working(f"asking the machines of {options['cluster']}"):
-            more |= machines.looked_over(options["cluster"], plan, source, destination, options, as_json=as_json)
+            more |= machines.looked_over(options["cluster"], plan, destination, options, as_json=as_json)
     restart, only = options["restart"], None
     if options["part"] is not None:
         own = machines.part_planned(plan, destination, options["part"], restart=restart, as_json=as_json)

@@ -22,6 +22,7 @@ PAGES = ("accuracy", "budget", "calibration", "fp4", "gptq", "qat", "thinking", 
 SHORTER: Mapping[str, str] = {
     "--tasks k2-quick": "--tasks gsm8k --data gsm8k=data",  # sixteen questions, and no hub
     "--tasks gsm8k": "--tasks gsm8k --data gsm8k=data",
+    "-o runs/tools-": "--limit 12 -o runs/tools-",  # of the requests that ship
     "--samples 512 --length 2048": "--samples 8 --length 64",
     "chats.jsonl --dry-run": "chats.jsonl --length 64 --dry-run",
     "https://k2.example/v1": "SERVER",  # on a free port here

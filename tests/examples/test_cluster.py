@@ -121,6 +121,7 @@ def test_pods_of_the_job_write_what_one_machine_writes(source: Path, tmp_path: P
     variables = {each["name"]: each["value"] for each in container["env"]}
     assert spec["completionMode"] == "Indexed"
     assert variables["PARTS"] == str(spec["completions"])
+    assert variables["WORKERS"] == container["resources"]["limits"]["cpu"]
     program(tmp_path / "bin", "k2quant", RUNS)
     there = tmp_path / "there"
     for index in ("0", "1"):

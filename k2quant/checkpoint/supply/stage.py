@@ -261,7 +261,7 @@ class Stage:
         if self._turn(last) <= self._turn(file):
             return False
         self._ready.discard(last)
-        (self._folder / last).unlink(missing_ok=True)
+        self._path(last).unlink(missing_ok=True)
         self._queue.append(last)
         return True
 

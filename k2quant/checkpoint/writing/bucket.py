@@ -28,6 +28,7 @@ from k2quant.checkpoint.writing.destination import (
     REPORT_LIMIT,
     WORK,
     attempt_at,
+    ended_by_another,
     line,
     others_at_work,
     refuse_what_is_not_ours,
@@ -245,11 +246,7 @@ class Bucket:
             DestinationStale: the output was finished or emptied meanwhile, by the process that holds it.
         """
         if self._attempt and self._objects.size(_JOURNAL) is None:
-            raise DestinationStale(
-                "was finished or emptied by another k2quant while this one wrote",
-                file=self.spot,
-                remedy="run the same command again: it says how things stand",
-            )
+            raise ended_by_another(self.spot)
         self._objects.write(_note(record["shard"]), line(record))
 
     def finish(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from k2quant.checkpoint.remote.bucket import filesystem_of
 from k2quant.checkpoint.remote.pages import objects_below, pages
 from k2quant.checkpoint.remote.retrying import Transient, code_of, pause, status_of
+from k2quant.checkpoint.remote.secrets import clean
 from k2quant.checkpoint.writing.objects import Objects, Upload, explained, pieces_of, read_piece
 from k2quant.errors import OutputError
 from k2quant.ground import pool
@@ -113,7 +114,7 @@ class S3Objects(Objects):
 
             failed = self._asked(some[0], ask).get("Errors") or []
             if failed:
-                found = f"{failed[0].get('Code')}: {failed[0].get('Message')}"
+                found = clean(f"{failed[0].get('Code')}: {failed[0].get('Message')}")[:300]
                 raise OutputError("cannot be deleted", file=self.named(some[0]), found=found)
 
     def uploads(self) -> list[Upload]:

@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Plan
 
+
+def part_option(more: str) -> Option[Any]:
+    """Which share of the work of a job array this process does.
+
+    Args:
+        more: what the command has to say of it.
+    """
+    return click.option("--part", metavar="K/N", help=more)
+
+
 _MACHINES = (
     click.option(
         "--cluster",
@@ -20,11 +30,9 @@ _MACHINES = (
         help="Spread the shards over a Ray cluster whose machines all see SOURCE and DESTINATION: the one that this "
         "machine is part of or that RAY_ADDRESS names, or the one with this head. --workers are threads of each.",
     ),
-    click.option(
-        "--part",
-        metavar="K/N",
-        help="Write the K-th of N shares of the shards, such as 2/8, beside other processes that write the others: for "
-        "job arrays. Whoever finds all shards there completes DESTINATION; any order and any restart will do.",
+    part_option(
+        "Write the K-th of N shares of the shards, such as 2/8, beside other processes that write the others: for "
+        "job arrays. Whoever finds all shards there completes DESTINATION; any order and any restart will do."
     ),
 )
 
@@ -128,15 +136,14 @@ def part_planned(plan: Plan, destination: Place, part: str, *, restart: bool, as
 
 
 def looked_over(
-    cluster: str, plan: Plan, source: Place, destination: Place, options: dict[str, Any], *, as_json: bool
+    cluster: str, plan: Plan, destination: Place, options: dict[str, Any], *, as_json: bool
 ) -> dict[str, Any]:
     """Return what a dry run says of a cluster: each machine's cores, its room at the destination, and its time.
 
     Args:
         cluster: its address.
         plan: what would be written.
-        source: as it was given.
-        destination: likewise.
+        destination: as it was given.
         options: of the conversion.
         as_json: whether it is for JSON.
     """
@@ -145,7 +152,8 @@ def looked_over(
     from k2quant.ground.units import counted, duration, size
 
     known = {name: options[name] for name in ("stats", "activation_scales", "follow_links", "device", "sha256")}
-    found = look_over(check_cluster(cluster), order(plan, source, destination, **known), workers=options["workers"])
+    asked = order(plan, plan.source.place, destination, **known)
+    found = look_over(check_cluster(cluster), asked, workers=options["workers"])
     cores, seconds = sum(node["cores"] for node in found), 1 / sum(1 / max(node["seconds"], 1e-9) for node in found)
     if as_json:
         return {"cluster": {"nodes": found, "cores": cores, "seconds": seconds}}

@@ -91,9 +91,9 @@ def test_experts(tokens: int, dtype: torch.dtype) -> None:
     """A layer of experts, few tokens and more, forward and backward, in both formats."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(tokens, 64, generator=generator).to(dtype).requires_grad_()
-    ids = torch.randint(-1, 9, (tokens, 2), generator=generator)
+    ids = torch.randint(-1, 5, (tokens, 2), generator=generator)
     weights = torch.rand(tokens, 2, generator=generator).requires_grad_()
-    shapes = ((8, 96, 64), (8, 96, 64), (8, 64, 96))
+    shapes = ((4, 96, 64), (4, 96, 64), (4, 64, 96))
     four, eight = [int4(*shape) for shape in shapes], [fp8(*shape) for shape in shapes]
     reference: Callable[..., Tensor] = matmul_reference.moe
     gradients: Callable[..., tuple[Tensor, Tensor]] = matmul_reference.moe_backward

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from email.utils import formatdate
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,6 +116,9 @@ def test_the_answer_behind_an_error_counts() -> None:
         "token hf_sesamesesame",
         "key AKIASESAME1234567",
         "password=sesame, again",
+        "Bearer Basic sesame",
+        "Invalid endpoint: user:sesame@host",
+        "URL('foo://sesame:[secure]@host')",
     ],
 )
 def test_secrets_do_not_stay_in_texts(text: str) -> None:
@@ -129,6 +133,21 @@ def test_what_the_environment_calls_secret_is(monkeypatch: pytest.MonkeyPatch) -
     assert clean("it was open/sesame+please, once") == f"it was {HIDDEN}, once"
     plain = "https://huggingface.co/org/name: not found, 3 tokens of `model.layers.0.weight`"
     assert clean(plain) == plain
+
+
+def test_what_the_files_of_amazons_tools_keep_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A secret stands nowhere for itself; a file that is none, or holds none, changes nothing."""
+    kept = tmp_path / ".aws" / "credentials"
+    kept.parent.mkdir()
+    kept.write_text(
+        "[default]\naws_access_key_id = AKIA1\naws_secret_access_key = open/sesame+please\nregion = somewhere"
+    )
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    monkeypatch.delenv("AWS_SHARED_CREDENTIALS_FILE", raising=False)
+    assert clean("somewhere it was open/sesame+please, once") == f"somewhere it was {HIDDEN}, once"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path))
+    assert "sesame" in clean("open/sesame+please")
 
 
 def test_a_wait_of_nothing_is_none_of_ours(waits: list[float]) -> None:

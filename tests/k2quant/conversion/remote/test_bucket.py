@@ -451,3 +451,11 @@ def test_uploads_that_are_listed_without_end_are_no_loop(bucket: str, monkeypatc
     monkeypatch.setattr(s3.S3Objects, "_call", lambda *_, **__: {"IsTruncated": True})
     with pytest.raises(OutputError, match="a listing without an end"):
         s3.S3Objects(Address("s3", f"{bucket}/out")).uploads()
+
+
+def test_what_a_store_says_of_a_deletion_is_cleaned(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each object of one request has a message of its own."""
+    failed = {"Errors": [{"Code": "Denied", "Message": f"to {SECRET}"}]}
+    monkeypatch.setattr(s3.S3Objects, "_call", lambda *_, **__: failed)
+    with pytest.raises(OutputError, match=r"Denied: to \[hidden\]"):
+        s3.S3Objects(Address("s3", f"{bucket}/out")).delete(["a"])

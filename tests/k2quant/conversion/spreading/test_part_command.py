@@ -39,7 +39,7 @@ def test_each_part_says_how_things_stand(k2_source: Path, tmp_path: Path) -> Non
     last = convert(k2_source, there, "--part", "2/3")
     assert last.exit_code == 0
     assert last.stdout.startswith(f"{there}: ")
-    assert "/s" not in last.stdout.splitlines()[0]  # its time is not that of all bytes
+    assert "B/s" not in last.stdout.splitlines()[0]  # its time is not that of all bytes
     assert (there / CONFIG).exists()
     assert "already finished" in convert(k2_source, there, "--part", "2/3").stdout
 
