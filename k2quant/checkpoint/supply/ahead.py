@@ -148,13 +148,8 @@ class Ahead:
             if piece is None:
                 return False
             piece.readers += 1
-            while not piece.taken and self._comes(piece):
-                self._wait()
-            mine = not piece.taken
-            if mine:
-                self._take(piece)
-        if mine:
-            self._get(piece)
+        while (mine := self._mine(piece)) is not None:
+            self._get(mine)
         with self._change:
             while piece.data is None:
                 self._wait()
@@ -265,6 +260,20 @@ class Ahead:
     def _fits(self, piece: _Piece) -> bool:
         lane, total = piece.lane, sum(each.held for each in self._lanes.values())
         return lane.held + piece.size <= self._room and total + piece.size <= AHEAD_BYTES
+
+    def _mine(self, piece: _Piece) -> _Piece | None:
+        """Return what whoever needs a piece is to fetch for it, or None when somebody fetches that or has.
+
+        What is needed before goes first: whoever is to read that may be slow, and what comes out of its turn stays.
+        """
+        with self._change:
+            while not piece.taken and self._comes(piece):
+                self._wait()
+            if piece.taken:
+                return None
+            first = _head(piece.lane) or piece
+            self._take(first)
+            return first
 
     def _comes(self, piece: _Piece) -> bool:
         """Tell whether to wait for room rather than to fetch a piece at once. The lock is held.

@@ -164,6 +164,27 @@ def test_all_bytes_are_right_and_come_about_once(
     assert not any(run.records.values())
 
 
+def test_a_reader_that_is_slow_does_not_have_others_fill_the_memory(
+    memory_place: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it has yet to ask for a piece, the next fetches that first: nothing piles up that waits for its hash."""
+    data = files()
+    monkeypatch.setattr("k2quant.checkpoint.supply.ahead.FETCHERS", 0)
+    supply = Supply(memory_place(data))
+    uses = [Use("out one", tuple(ranges_of("one", "weights")))]
+    Run(supply, uses, data, abreast=1)
+    ahead = supply._ahead  # noqa: SLF001
+    assert ahead is not None
+    supply.open("out one")
+    for file, start, stop in (*uses[0].ranges[1:], uses[0].ranges[0]):
+        buffer = bytearray(stop - start)
+        supply.read_into(file, start, memoryview(buffer))
+        assert buffer == data[file][start:stop]
+    assert ahead.peak <= 4 * PIECE < SIZES["one"] // 4  # those of the slow one's range, and one more
+    supply.prove("out one")
+    supply.finish()
+
+
 def test_a_digest_that_is_wrong_is_found_before_the_output_shard_is_named(memory_place: Callable[..., Any]) -> None:
     """One bit at the very end of a file: its output shard is not proven, and the error says which file."""
     data = files()
