@@ -116,6 +116,8 @@ class Stage:
                 self._users.setdefault(file, set()).add(output)
         self._queue = list(self._users)
         self._reserved = dict(output_bytes)
+        if self._folder.is_symlink():  # what it leads to is not ours to put in order
+            self._folder.unlink()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep(set(self._queue if self._most is None else self._queue[: self._most]))
         for number in range(min(FETCHERS, self._most or FETCHERS)):

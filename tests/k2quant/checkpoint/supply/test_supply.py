@@ -323,6 +323,18 @@ def test_a_shard_of_another_version_is_not_taken_for_one_of_this(
     assert place.fetched[0] == "one"
 
 
+def test_a_link_in_place_of_the_folder_goes_and_what_it_leads_to_stays(
+    memory_place: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Whoever made the link would choose what is deleted as of no use."""
+    data, others = files(), tmp_path / "others"
+    others.mkdir()
+    (others / "mine").write_bytes(b"mine")
+    (tmp_path / "stage").symlink_to(others)
+    Run(Supply(memory_place(data)), uses_of("weights"), data, stage=tmp_path / "stage", once=False).go()
+    assert [path.name for path in others.iterdir()] == ["mine"]
+
+
 def test_a_full_disk_is_named(memory_place: Callable[..., Any], tmp_path: Path) -> None:
     """It is the output's trouble, not the checkpoint's, and a reader that waits hears of it."""
     place = memory_place(files())
