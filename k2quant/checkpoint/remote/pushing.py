@@ -280,7 +280,7 @@ class _Hub:
 
     def url(self, commit: str) -> str:
         """The page of the model at a commit."""
-        return f"{self._api.endpoint}/{self.address.path}/tree/{commit}"
+        return f"{clean(self._api.endpoint)}/{self.address.path}/tree/{commit}"
 
     def prepared(self, *, private: bool) -> str:
         """Make repository and branch if need be; return the branch's commit."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from k2quant.checkpoint.remote.fetching import wrong_digest
 from k2quant.checkpoint.supply.order import AHEAD_BYTES, PIECE_BYTES, TINY, Step
 from k2quant.errors import CheckpointError
 from k2quant.ground import pool
@@ -70,7 +71,8 @@ class _Lane:
     output: str
     tracks: dict[str, _Track]
     pieces: deque[_Piece] = field(default_factory=deque)
-    """Those that nobody has taken yet, and perhaps some that were taken out of turn."""
+    """Those that nobody has taken yet, and perhaps some that were taken out of turn; once all was `read`, those alone
+    that are still to be hashed."""
     held: int = 0
     """Bytes of its pieces that are here or under way."""
     flying: int = 0
@@ -177,6 +179,7 @@ class Ahead:
                 piece.left = 0
                 self._drop(piece)
             lane.read = True
+            lane.pieces = deque(piece for piece in lane.pieces if piece.track is not None)
             self._change.notify_all()
             while any(track.position < track.count for track in lane.tracks.values()):
                 self._wait()
@@ -326,14 +329,7 @@ class Ahead:
     def _check(self, track: _Track) -> None:
         expected, found = self._sha256[track.file], track.digest.hexdigest()
         if expected != found:
-            error = CheckpointError(
-                "is not what its place says that it is",
-                file=self._shown(track.file),
-                expected=f"sha256 {expected}",
-                found=found,
-                remedy="nothing that was made of it has a name; run the same command again, which fetches it anew, and "
-                "where that ends so too, tell whoever keeps the files",
-            )
+            error = wrong_digest(self._shown(track.file), expected, found)
             self._fail(error)
             raise error
 

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from k2quant.checkpoint.remote.fetching import marked, partial_path
+from k2quant.checkpoint.supply.ahead import Ahead
 from k2quant.checkpoint.supply.choosing import memory
-from k2quant.checkpoint.supply.order import Ranges, Use
+from k2quant.checkpoint.supply.order import Ranges, Step, Use
 from k2quant.checkpoint.supply.proofs import unproven
 from k2quant.checkpoint.supply.supply import Supply
 from k2quant.errors import CheckpointError, OutputError, UsageError
@@ -213,6 +214,20 @@ def test_a_partner_that_was_read_otherwise_is_found(memory_place: Callable[..., 
     record = {"fetched": {"read": {"four": [[1, 12345]]}}}
     with pytest.raises(CheckpointError, match=r"memory://place/four: gave other bytes than before .*restart=True"):
         Run(Supply(place), uses, data, done=["out one"], records=[record]).go()
+
+
+def test_what_nobody_will_read_is_not_fetched(memory_place: Callable[..., Any]) -> None:
+    """A piece out of its turn, that its reader had otherwise: when all was read, only what is hashed still comes."""
+    place = memory_place(files())
+    steps = [Step("one", number, PIECE, hashed=True) for number in range(4)]
+    steps += [Step("two", 0, PIECE, hashed=False)]
+    steps += [Step("one", number, 0, hashed=True) for number in range(4, -(-SIZES["one"] // PIECE))]
+    sizes = {name: file.size for name, file in place.files.items()}
+    found = Ahead(place.read_into, sizes, {"one": place.files["one"].sha256}, str)
+    found.begin([("out", steps)], abreast=1)  # room for four pieces
+    found.prove("out")
+    found.close()
+    assert {name for name, _, _ in place.read} == {"one"}
 
 
 def test_a_damaged_record_says_nothing(memory_place: Callable[..., Any]) -> None:
