@@ -108,7 +108,7 @@ class Conversion(NamedTuple):
         """Return what it comes to, in a few words."""
         report = self.report
         if self.missing:
-            return {"folder": str(self.folder), "still_to_come": self.still_to_come}
+            return {"folder": str(self.spot), "still_to_come": self.still_to_come}
         sizes = {name: size(report[key]) for name, key in (("read", "bytes_read"), ("written", "bytes_written"))}
         seconds = {} if self.already_done else {"time": duration(report["seconds"])}
         counts = {"tensors": len(report["tensors"]), "remarks": len(report.get("remarks", []))}

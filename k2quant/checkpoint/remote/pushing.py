@@ -204,7 +204,7 @@ def _is_there(folder: Path, report: Mapping[str, Any], name: str, remote: _Remot
 def _uploaded(
     folder: Path, report: Mapping[str, Any], plan: Pushing, hub: _Hub, progress: Progress | None
 ) -> list[Any]:
-    """Upload contents, and return what a commit needs to name them; index, report and config come last in it."""
+    """Upload contents, and return what a commit needs to name them."""
     from huggingface_hub import CommitOperationAdd
 
     total, done, lock = sum(plan.missing.values()), 0, threading.Lock()
