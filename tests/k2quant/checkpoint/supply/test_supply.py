@@ -319,7 +319,7 @@ def test_a_shard_of_another_version_is_not_taken_for_one_of_this(
     place = memory_place(new, known=False)
     place.files = {name: file._replace(version="2") for name, file in place.files.items()}
     Run(Supply(place), uses_of("weights"), new, stage=stage, once=False).go()
-    assert place.fetched[0] == "one"
+    assert "one" in place.fetched
 
 
 def test_a_full_disk_is_named(memory_place: Callable[..., Any], tmp_path: Path) -> None:
