@@ -218,7 +218,9 @@ def convert(
     begun, there = spot(source), spot(destination)
     refuse_nested(begun, there)
     own = None if part is None else part_of(part)
-    here, remark = pinned(begun, there, restart=restart)
+    here, said = pinned(begun, there, restart=restart)
+    if said:
+        _log.info("%s", said)
     if cluster is not None:
         from k2quant.conversion.spreading.cluster import check_cluster  # loads what starts processes
 
@@ -240,7 +242,6 @@ def convert(
         allow_rounding=allow_rounding,
     )
     plan, rounder = planned(here, options, stats, activation_scales, follow_links=follow_links)
-    plan = plan.remarked(remark)
     spread = None
     if cluster is not None:
         from k2quant.conversion.spreading.cluster import Spread

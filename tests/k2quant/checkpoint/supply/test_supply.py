@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import random
+import shutil
 import threading
+import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -359,6 +362,23 @@ def test_a_disk_that_never_has_room_is_refused(memory_place: Callable[..., Any],
             once=False,
             missing={"out one": 2**60},
         ).go()
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_low_disk_without_room_for_two_shards_is_refused_before_anything_comes(
+    left: int, memory_place: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two largest beside the output: one byte less is said at once, and no run fills the disk and ends midway."""
+    place, output = memory_place(files()), 10**6
+    sizes = sorted((each.size for each in place.files.values()), reverse=True)
+    free = output + sum(sizes[:2]) - 1 + left
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
+    missing, stage = {"out one": output}, tmp_path / "stage"
+    run: dict[str, Any] = {"stage": stage, "low_disk": True, "once": False, "missing": missing}
+    refused = pytest.raises(OutputError, match="too small for 2 shards of the source beside the output")
+    with contextlib.nullcontext() if left else refused:
+        Run(Supply(place), uses_of("weights"), place.data, **run).go()
+    assert bool(place.fetched) == bool(left)
 
 
 def test_an_output_of_many_shards_is_refused_on_a_low_disk(memory_place: Callable[..., Any], tmp_path: Path) -> None:
