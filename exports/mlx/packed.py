@@ -108,7 +108,8 @@ class Affine(Packed):
             raise explain.bad_int4(words, scale, group)
         outputs[WEIGHT][...] = words.view(np.uint32)
         outputs[SCALES][...] = parts["weight_scale"]
-        outputs[BIASES][...] = self._narrowed(scale * np.float32(-8))
+        with np.errstate(over="ignore"):
+            outputs[BIASES][...] = self._narrowed(scale * np.float32(-8))
         if not np.isfinite(after := widened(outputs[BIASES])).all():
             row, column = explain.first(~np.isfinite(after))
             what = f"a scale of which {self.dtype} has no eightfold, {scale[row, column]:g},"
@@ -120,8 +121,7 @@ class Affine(Packed):
 
         if self.dtype == "BF16":
             return (values.view(np.uint32) >> 16).astype(np.uint16)
-        with np.errstate(over="ignore"):
-            return values.astype(np.float16) if self.dtype == "F16" else values
+        return values.astype(np.float16) if self.dtype == "F16" else values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
