@@ -1,12 +1,11 @@
 """A checkpoint for engines that read other files: GGUF for llama.cpp, and what mlx-lm loads."""
 
-from k2quant.exports.gguf.export import GgufExport, export_gguf, look_ahead
-from k2quant.exports.gguf.plan import GgufPlan
-from k2quant.exports.gguf.plan import make_plan as make_gguf_plan
-from k2quant.exports.gguf.types import Options as GgufOptions
+from k2quant.exports.gguf.export import GgufExport, export_gguf, look_ahead_gguf
+from k2quant.exports.gguf.plan import GgufPlan, make_gguf_plan
+from k2quant.exports.gguf.reading import ReadBack, read_back_gguf
+from k2quant.exports.gguf.types import GgufOptions
 from k2quant.exports.mlx.export import MlxExport, export_mlx, look_ahead_mlx
-from k2quant.exports.mlx.plan import MlxPlan
-from k2quant.exports.mlx.plan import make_plan as make_mlx_plan
+from k2quant.exports.mlx.plan import MlxPlan, make_mlx_plan
 
 __all__ = [
     "GgufExport",
@@ -14,10 +13,12 @@ __all__ = [
     "GgufPlan",
     "MlxExport",
     "MlxPlan",
+    "ReadBack",
     "export_gguf",
     "export_mlx",
-    "look_ahead",
+    "look_ahead_gguf",
     "look_ahead_mlx",
     "make_gguf_plan",
     "make_mlx_plan",
+    "read_back_gguf",
 ]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.metadata import config, relatives
+from k2quant.conversion.metadata.promises import inventory, language_config
 from k2quant.errors import MissingTensor, ShapeMismatch, UnsupportedFormat
 from k2quant.exports.places import Names, Place, is_made_anew, place_of
 from k2quant.exports.shapes import BIAS, Sizes, missing, sizes_of
@@ -83,6 +84,7 @@ def stacks_of(source: Checkpoint, engine: Engine) -> Found:
         raise problems[0]
     config.check_source(source.config, weights)
     sizes = sizes_of(source.config)
+    _check_layers(weights, sizes)
     found: dict[str, dict[int | None, tuple[Place, StoredWeight]]] = {}
     left: dict[str, list[str]] = {}
     for weight in weights:
@@ -118,6 +120,25 @@ def _order(place: Place) -> tuple[int, str]:
     """Sort tensors as they are read: the embedding, the layers, the norm and the head."""
     outside = {"model.embed_tokens": -1, "model.norm": 2**31, "lm_head": 2**31 + 1}
     return (outside[place.part] if place.layer is None else place.layer), place.name
+
+
+def _check_layers(weights: list[StoredWeight], sizes: Sizes) -> None:
+    """Refuse layers behind the last one that are none for multi-token prediction: whose config is this?
+
+    Raises:
+        UnsupportedFormat: there is one.
+    """
+    predictors = inventory(weights).predictors
+    for weight in weights:
+        layer = names.layer(weight.main.name)
+        if layer is not None and layer >= sizes.num_hidden_layers and layer not in predictors:
+            raise UnsupportedFormat(
+                "lies in a layer behind num_hidden_layers, and in none that predicts further tokens",
+                tensor=weight.main.name,
+                file=weight.main.file,
+                expected=f"layers 0 to {sizes.num_hidden_layers - 1}",
+                remedy="take the config that belongs to these files",
+            )
 
 
 def _why_left(weight: StoredWeight, sizes: Sizes) -> str | None:
@@ -210,7 +231,5 @@ def _check_shape(place: Place, weight: StoredWeight, sizes: Sizes) -> None:
 
 def _lacking(there: dict[tuple[int | None, str], set[int | None]], sizes: Sizes, source: Checkpoint) -> Iterator[str]:
     """Yield what is not there, but for a correction of the router that the config does not ask for."""
-    from k2quant.conversion.metadata.promises import language_config
-
     method = language_config(source.config or {}).get("topk_method", "noaux_tc")
     return (name for name in missing(there, sizes) if method == "noaux_tc" or not name.endswith(BIAS))

@@ -19,11 +19,13 @@ from k2quant.kernels.codecs.grids import Grid
 from k2quant.merge import merge
 
 if TYPE_CHECKING:
+    from k2quant.checking.engines import EngineCheck, check_engine
     from k2quant.formats.tensor import QuantizedTensor, dequantize, quantize
     from k2quant.model import LayerHooks, load_model, save_model, stream_forward
 
 __all__ = [
     "Conversion",
+    "EngineCheck",
     "FormatName",
     "Grid",
     "Inspection",
@@ -32,6 +34,7 @@ __all__ = [
     "QuantizedTensor",
     "Verification",
     "__version__",
+    "check_engine",
     "convert",
     "dequantize",
     "inspect",
@@ -49,6 +52,10 @@ shorten_spinning()
 
 def __getattr__(name: str) -> Any:
     """Load what works on tensors, and numpy or torch with it, when it is first asked for."""
+    if name in {"EngineCheck", "check_engine"}:
+        from k2quant.checking import engines
+
+        return getattr(engines, name)
     if name in {"QuantizedTensor", "dequantize", "quantize"}:
         from k2quant.formats import tensor
 

@@ -20,8 +20,8 @@ from k2quant.conversion.stream import Progress, Record
 from k2quant.errors import UsageError
 from k2quant.exports.exporting import check_room, disk_errors, fill
 from k2quant.exports.gguf.files import check_name
-from k2quant.exports.gguf.plan import GgufPlan, make_plan
-from k2quant.exports.gguf.types import Options
+from k2quant.exports.gguf.plan import GgufPlan, make_gguf_plan
+from k2quant.exports.gguf.types import GgufOptions
 from k2quant.exports.gguf.writing import Output, check_finished, finished, locked, room_of, tidy, work_folder
 from k2quant.ground.saying.arguments import hinting
 from k2quant.ground.saying.progress import Asked, barred, told
@@ -84,7 +84,7 @@ class GgufExport(NamedTuple):
 @barred("export")
 def export_gguf(
     source: str | os.PathLike[str] | Address,
-    destination: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | Address,
     *,
     rest: str | None = None,
     experts: str | None = None,
@@ -131,7 +131,7 @@ def export_gguf(
     refuse_nested(begun, there)
     options = options_of(rest=rest, experts=experts, fallback=fallback, split_size=split_size)
     here, remark = pinned(begun, work_folder(there), restart=restart)
-    plan = make_plan(open_checkpoint(here, follow_links=follow_links), there.name, options, workers=workers)
+    plan = make_gguf_plan(open_checkpoint(here, follow_links=follow_links), there.name, options, workers=workers)
     return carry_out(
         plan.remarked(remark),
         there,
@@ -143,9 +143,9 @@ def export_gguf(
     )
 
 
-def look_ahead(
+def look_ahead_gguf(
     source: str | os.PathLike[str] | Address,
-    destination: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | Address,
     *,
     restart: bool = False,
     workers: int | None = None,
@@ -172,7 +172,7 @@ def look_ahead(
     refuse_nested(begun, there)
     here, remark = pinned(begun, work_folder(there), restart=restart)
     opened = open_checkpoint(here, follow_links=follow_links)
-    plan = make_plan(opened, there.name, options_of(**options), workers=workers).remarked(remark)
+    plan = make_gguf_plan(opened, there.name, options_of(**options), workers=workers).remarked(remark)
     work = work_folder(there)
     if not restart and (report := finished(there)) is not None:
         check_finished(there, report, plan)
@@ -184,7 +184,7 @@ def look_ahead(
     return plan, done, output.room()
 
 
-def checked_destination(destination: str | os.PathLike[str]) -> Path:
+def checked_destination(destination: str | os.PathLike[str] | Address) -> Path:
     """Return the path of an output.
 
     Raises:
@@ -197,13 +197,13 @@ def checked_destination(destination: str | os.PathLike[str]) -> Path:
     return there
 
 
-def options_of(**said: Any) -> Options:
+def options_of(**said: Any) -> GgufOptions:
     """Return what was asked for; what was not said is as its default is.
 
     Raises:
         UsageError: it makes no sense.
     """
-    return Options(**{name: value for name, value in said.items() if value is not None})
+    return GgufOptions(**{name: value for name, value in said.items() if value is not None})
 
 
 def carry_out(

@@ -44,5 +44,9 @@ ENGINE = Engine(
 HALVES = ("attn_k_b", "attn_v_b")
 """What becomes of `kv_b_proj`."""
 
-SCALED = frozenset({"attn_q", "attn_output", *_DENSE.values(), *(name for name in _SPARSE.values() if "ffn_" in name)})
-"""Tensors beside which llama.cpp looks for a scale of the whole (src/llama-model.cpp, `load_tensors`)."""
+SCALED = frozenset({"attn_output"})
+"""Tensors that llama.cpp's graph of deepseek2 multiplies by the scale of the whole beside them, which NVFP4 has.
+
+It loads such scales of experts and of other matrices, too, and then computes without (src/models/deepseek2.cpp gives
+`build_moe_ffn` and `build_ffn` none, as llama-cpp-python 0.3.36 has it): a model of nano's size answered NaN.
+"""

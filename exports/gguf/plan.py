@@ -18,7 +18,7 @@ from k2quant.exports.gguf import blocks
 from k2quant.exports.gguf.files import SUFFIX, FilePlan, Tensor, check_name, file_plans
 from k2quant.exports.gguf.keys import keys
 from k2quant.exports.gguf.names import ENGINE, HALVES
-from k2quant.exports.gguf.types import Choice, Options, chosen, survey, target
+from k2quant.exports.gguf.types import Choice, GgufOptions, chosen, survey, target
 from k2quant.exports.gguf.vocabulary import vocabulary
 from k2quant.exports.heads import Heads
 from k2quant.exports.shapes import Sizes
@@ -89,7 +89,7 @@ class _Written(NamedTuple):
     """Why it is not in the type of its codes, or that was asked for."""
 
 
-def make_plan(source: Checkpoint, file: str, options: Options, *, workers: int | None = None) -> GgufPlan:
+def make_gguf_plan(source: Checkpoint, file: str, options: GgufOptions, *, workers: int | None = None) -> GgufPlan:
     """Plan an export.
 
     Args:

@@ -40,7 +40,7 @@ _OWN: Mapping[str, type[blocks.Block]] = {kind.type.name: kind for kind in (bloc
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class GgufOptions:
     """What the user asked for; two runs with equal options write the same bytes.
 
     Raises:
@@ -83,7 +83,7 @@ class Choice(NamedTuple):
         return brief(self)
 
 
-def chosen(stacks: Iterable[Stack], sizes: Sizes, options: Options, unfit: Mapping[str, str]) -> list[Choice]:
+def chosen(stacks: Iterable[Stack], sizes: Sizes, options: GgufOptions, unfit: Mapping[str, str]) -> list[Choice]:
     """Return the type of each tensor.
 
     Args:
@@ -109,7 +109,7 @@ def chosen(stacks: Iterable[Stack], sizes: Sizes, options: Options, unfit: Mappi
     return [_choice(stack, sizes, options, misfits.get(stack.place.name)) for stack in stacks]
 
 
-def _choice(stack: Stack, sizes: Sizes, options: Options, misfit: str | None) -> Choice:
+def _choice(stack: Stack, sizes: Sizes, options: GgufOptions, misfit: str | None) -> Choice:
     part = stack.place.part
     if len(stack.shape) == 1 or part in {ROUTER, BIAS}:
         return Choice(F32)
@@ -123,8 +123,6 @@ def _choice(stack: Stack, sizes: Sizes, options: Options, misfit: str | None) ->
         return _fitting(_PLAIN[options.fallback or EXPERTS[0]], stack.shape[-1])._replace(why=misfit)
     if (kind := own(stack)) is None:
         return _fitting(asked, stack.shape[-1])
-    if kind.type == NVFP4 and stack.place.tensor.rpartition(".")[2] not in SCALED:
-        return _fitting(asked, stack.shape[-1])._replace(why="llama.cpp reads no scale of a whole beside this tensor")
     return Choice(kind.type)
 
 
@@ -152,6 +150,8 @@ def _misfit(stack: Stack, unfit: Mapping[str, str]) -> str | None:
     if why := unfit.get(stack.place.name):
         return why
     stored = {weight.format for weight in stack.weights if weight.format is not None}
+    if len({each.scales_inputs for each in stored}) > 1:
+        return "some of its experts have a scale of their inputs, and others none"
     return next(filter(None, (kind.misfit(each, stack.shape) for each in stored)), None)
 
 
@@ -184,6 +184,7 @@ class _Scales(NamedTuple):
     """A weight whose scales are looked at."""
 
     tensor: str
+    """As `Place.tensor`."""
     weight: StoredWeight
 
 
@@ -202,11 +203,9 @@ def survey(source: Checkpoint, stacks: Iterable[Stack], *, workers: int) -> dict
         stored = found.weight.format
         if stored is None:
             return
-        if stored.whole:
-            with naming(found.weight, 0):
-                stored.check_relabel(read_whole(source, found.weight), multiplying(stored))
-        elif (why := _no_half(source, found.weight)) is not None:
-            unfit.setdefault(found.tensor, why)
+        why = _whole(source, found.weight, stored) if stored.whole else _no_half(source, found.weight)
+        if why is not None and not (stored.whole and found.tensor.rpartition(".")[2] in SCALED):
+            unfit.setdefault(f"{found.tensor}.weight", why)
 
     pool.run(_looked_at(stacks), look, workers=workers)
     return unfit
@@ -216,7 +215,22 @@ def _looked_at(stacks: Iterable[Stack]) -> Iterator[_Scales]:
     for stack in stacks:
         kind = own(stack)
         if kind is not None and kind.type in {Q4_0, NVFP4} and stack.place.part not in {KV_B, ROUTER}:
-            yield from (_Scales(stack.place.name, weight) for weight in stack.weights)
+            yield from (_Scales(stack.place.tensor, weight) for weight in stack.weights)
+
+
+def _whole(source: Checkpoint, weight: StoredWeight, stored: Format) -> str | None:
+    """Say that a weight has a scale of the whole that is not 1.
+
+    Raises:
+        BadValue: it divides, and has no inverse.
+    """
+    with naming(weight, 0):
+        parts = read_whole(source, weight)
+        stored.check_relabel(parts, multiplying(stored))
+    scale = float(parts[stored.streamed[2]].reshape(-1)[0])  # behind codes and scales of blocks
+    if scale == 1:
+        return None
+    return f"`{weight.base}` has the scale {scale:g} of the whole, by which llama.cpp's deepseek2 does not multiply it"
 
 
 def _no_half(source: Checkpoint, weight: StoredWeight) -> str | None:
@@ -236,7 +250,10 @@ def _no_half(source: Checkpoint, weight: StoredWeight) -> str | None:
         rows = min(step, entry.shape[0] - start)
         data = np.empty(rows * width, np.uint8)
         read_into(source.shards[entry.file], entry.start + start * width, data.data)
-        scale = widened(as_array(data, TensorSpec(entry.dtype, (rows, *entry.shape[1:]))))
-        if (at := gguf.no_half(np.abs(scale))) is not None:
+        found = as_array(data, TensorSpec(entry.dtype, (rows, *entry.shape[1:])))
+        if found.dtype == np.uint16 and gguf.are_plainly_halves(found):
+            continue
+        scale = np.abs(widened(found))  # of one with a sign, or NaN, it is the panel that says so
+        if (at := gguf.no_half(scale)) is not None:
             return f"scale {scale[at]:g} at row {start + at[0]}, column {at[1]} of `{entry.name}` is no value of FP16"
     return None

@@ -25,7 +25,7 @@ from k2quant.conversion.stream import Progress, Record
 from k2quant.errors import DestinationStale, UsageError
 from k2quant.exports.exporting import MARK, check_room, disk_errors, fill, refuse_changed, standing
 from k2quant.exports.mlx.card import card_of
-from k2quant.exports.mlx.plan import SHARD_SIZE, MlxPlan, Options, make_plan
+from k2quant.exports.mlx.plan import SHARD_SIZE, MlxPlan, Options, make_mlx_plan
 from k2quant.ground.saying.arguments import hinting
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.saying.showing import as_html, brief
@@ -178,7 +178,7 @@ def _planned(
     begun = spot(source)
     refuse_nested(begun, there)
     here, remark = pinned(begun, there, restart=restart)
-    return make_plan(open_checkpoint(here, follow_links=follow_links), options).remarked(remark)
+    return make_mlx_plan(open_checkpoint(here, follow_links=follow_links), options).remarked(remark)
 
 
 def carry_out(

@@ -124,7 +124,7 @@ class _Made(NamedTuple):
         return sum(spec.nbytes for spec in self.specs.values())
 
 
-def make_plan(source: Checkpoint, options: Options) -> MlxPlan:
+def make_mlx_plan(source: Checkpoint, options: Options) -> MlxPlan:
     """Plan an export.
 
     Raises:

@@ -87,6 +87,7 @@ def _say(done: Conversion, source: Place, destination: Place, options: dict[str,
     if done.missing:
         click.echo(machines.part_done(done, destination, options["part"], as_json=as_json))
         return
+    conversion.tell_engines(done, destination)
     gain = None if done.already_done else bought(done.report)
     if as_json:
         click.echo(json.dumps(conversion.summary(done, destination) | ({} if gain is None else {"bought": gain})))

@@ -30,8 +30,8 @@ def command(folder: Path, *, steps: int | None) -> None:
     """Write a small checkpoint in K2's layout to FOLDER, convert it through every format and check each step.
 
     Then train nano-K2, a K2 in everything but size, convert it to every other format, run it in each, say what
-    each costs, have the gate judge INT4 by what lm-eval makes of its answers, and calibrate it. Exits 3 when a step is
-    not what it promises to be.
+    each costs, export INT4 to GGUF and read it back, have the gate judge INT4 by what lm-eval makes of its answers, and
+    calibrate it. Exits 3 when a step is not what it promises to be.
 
     \b
     Example:
@@ -128,7 +128,35 @@ def _nano(folder: Path, steps: int | None) -> list[Item]:
     with training("training") as progress:
         trained = run(folder, steps=steps, progress=progress)
     click.echo(f"{trained.parameters:,} parameters, {trained.steps} steps in {trained.seconds:.0f} s: {folder}")
-    return _compare_formats(folder)
+    known = _compare_formats(folder)
+    _exported(folder)
+    return known
+
+
+def _exported(folder: Path) -> None:
+    """Export nano-K2's INT4 for llama.cpp, and read it back by gguf's own code.
+
+    Raises:
+        CheckFailed: a tensor holds other values.
+    """
+    from k2quant.errors import CheckFailed
+    from k2quant.exports import export_gguf, read_back_gguf
+    from k2quant.ground.extras import install, lacking
+    from k2quant.ground.units import size
+
+    if lacking("gguf"):
+        remark(f"note: without an export for llama.cpp: gguf is not installed; {install('gguf')}")
+        return
+    source = folder / "nano-int4"
+    done = export_gguf(source, folder / "nano-int4.gguf", restart=True)
+    back = read_back_gguf(source, done.files)
+    if back.other:
+        raise CheckFailed(f"{done.file}: {len(back.other)} tensors hold other values, first {back.other[0]}")
+    line = (
+        f"For llama.cpp: {done.file}, {size(done.report['bytes_written'])}; gguf's own code reads the values of "
+        f"{source} from all of its {back.tensors} tensors"
+    )
+    click.echo(f"\n{paragraph(line)}")
 
 
 def _compare_formats(folder: Path) -> list[Item]:

@@ -10,6 +10,7 @@ _CONVERSION = "tests/k2quant/conversion"
 _METADATA = f"{_CONVERSION}/metadata"
 _ROUNDING = ("tests/qat/rounding", "tests/qat/test_prepare.py")
 _MADE_UP = f"{_FORMATS}/test_made_up_format.py"
+_ENGINES = "tests/k2quant/checking/engines"
 _CONVERTED = (f"{_CONVERSION}/test_convert.py", "tests/k2quant/checking/test_verify.py")
 
 TARGETS: dict[str, tuple[str, ...]] = {
@@ -48,6 +49,10 @@ TARGETS: dict[str, tuple[str, ...]] = {
         f"{_METADATA}/test_promises.py",
         "tests/k2quant/model/test_promises.py",
     ),
+    **{f"k2quant/checking/engines/asking/{name}.py": (_ENGINES,) for name in ("blocks", "files", "formats", "tensors")},
+    "k2quant/checking/engines/asking/matching.py": (f"{_ENGINES}/test_lists.py", f"{_ENGINES}/test_rules.py"),
+    "k2quant/checking/engines/asking/shapes.py": (f"{_ENGINES}/test_shares.py", f"{_ENGINES}/test_rules.py"),
+    "k2quant/checking/engines/memory.py": (f"{_ENGINES}/test_shares.py",),
     "k2quant/conversion/metadata/relatives.py": (f"{_METADATA}/test_relatives.py", f"{_METADATA}/test_k3.py"),
     "k2quant/conversion/resume.py": (f"{_CONVERSION}/test_resume.py", f"{_CONVERSION}/test_safety.py"),
     "k2quant/conversion/placing.py": (f"{_CONVERSION}/test_placing.py", f"{_CONVERSION}/test_convert.py"),

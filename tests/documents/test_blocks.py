@@ -55,6 +55,10 @@ def anything_may_be_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(click.Path, "convert", convert)
 
 
+ELSEWHERE = {"sglang.launch_server"}
+"""Modules of engines, which the page on serving starts and no extra brings."""
+
+
 def check_k2quant(words: list[str]) -> None:
     """Have click parse a command: its name, options, their values and the number of arguments.
 
@@ -86,7 +90,7 @@ def check_make(words: list[str]) -> None:
 def check_python(words: list[str]) -> None:
     """The script is in the repository, or the module in the package."""
     if words[0] == "-m":
-        assert words[1] in {"venv", "pip"} or importlib.util.find_spec(words[1])
+        assert words[1] in {"venv", "pip", *ELSEWHERE} or importlib.util.find_spec(words[1])
         if words[1] == "k2quant":
             check_k2quant(words[2:])
     elif words[0] == "-c":

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from k2quant.model.generation.splitting import PATTERN
+from k2quant.checkpoint.files.tokenizer.splitting import PATTERN
 from k2quant.model.passes.texts import SAMPLE
 
 TEXT = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from k2quant.checking.engines.checking import EngineCheck, check_engine, check_engines
+from k2quant.checking.engines.checking import EngineCheck, check_engine, check_written
 from k2quant.checking.engines.memory import Memory
 from k2quant.checking.engines.rule import Finding
 
-__all__ = ["EngineCheck", "Finding", "Memory", "check_engine", "check_engines"]
+__all__ = ["EngineCheck", "Finding", "Memory", "check_engine", "check_written"]

@@ -37,8 +37,19 @@ _HOLD: dict[str, dict[str, Any]] = {
 }
 """What an engine holds otherwise than vLLM and SGLang do, for `memory_needed`."""
 
+_GGUF = ".gguf"
+
 _RESERVED = {"vllm": 0.92}
 """The share of a device's memory that an engine takes at the most where nobody says another (vllm/config/cache.py)."""
+
+
+_OF_ANY = frozenset(
+    {"tensors", "architecture", "index", "fused", "block", "one meaning", "method", "tokenizer", "chats"}
+)
+"""Rules that hold for a K3, too."""
+
+_COPIED = frozenset({"model_type", "tokenizer", "chats", "memory"})
+"""Rules of files that a conversion copies, and of the machine."""
 
 
 class EngineCheck(NamedTuple):
@@ -106,6 +117,9 @@ def check_engine(
         CheckpointError: the folder holds no checkpoint, or its index or a header lies.
     """
     one_of("engine", engine, tuple(_KNOWN))
+    if str(folder).endswith(_GGUF):
+        remedy = "a GGUF file holds all that llama.cpp reads; check what it is made from"
+        raise UsageError(f"{folder} is no folder of a checkpoint: {remedy}")
     for name, value in (("tensor_parallel", tensor_parallel), ("memory", memory), ("context", context)):
         if value is not None and value < 1:
             raise UsageError(f"`{name}=` must be positive, not {value}")
@@ -115,20 +129,44 @@ def check_engine(
     return _check(str(place), engine, found)
 
 
-def check_engines(folder: str | os.PathLike[str], engines: tuple[str, ...]) -> list[EngineCheck]:
-    """Return the checks of several engines, for whose rules a folder is read once; see `check_engine`."""
+def check_written(folder: str | os.PathLike[str]) -> list[EngineCheck]:
+    """Return the checks of an output by the engines that its formats are for, of what a conversion writes itself.
+
+    Files that it copies along, and memory, are left out: they are as they were in the source.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint, or its index or a header lies.
+    """
     found = subject(open_checkpoint(spot(folder)))
-    return [_check(str(folder), engine, found) for engine in engines]
+    done = [_check(str(folder), engine, found) for engine in _meant(found)]
+    return [
+        each._replace(findings=[finding for finding in each.findings if finding.rule not in _COPIED]) for each in done
+    ]
+
+
+def _meant(found: Subject) -> list[str]:
+    """Return the engines that take every format of a checkpoint, by what each says of itself."""
+    served = {kind.weight.format.served for kind in found.quantised if kind.weight.format is not None}
+    return [engine for engine, label in LABELS.items() if served and all(label in each for each in served)]
 
 
 def _check(place: str, engine: str, found: Subject) -> EngineCheck:
     version, rules = _KNOWN[engine]
     spread = replace(found, ranks=1) if engine in _UNSPREAD else found
     need = memory_needed(spread, **_HOLD.get(engine, {}))
-    findings = [looked_at(rule, found) for rule in (*rules, _memory_rule(engine, need))]
+    findings = [_looked_at(rule, found) for rule in (*rules, _memory_rule(engine, need))]
     order = ("fail", "cannot tell", "pass")
     findings.sort(key=lambda finding: order.index(finding.result))
     return EngineCheck(place, engine, version, found.ranks, findings, need)
+
+
+def _looked_at(rule: Rule, found: Subject) -> Finding:
+    """Return what a rule comes to; of a K3, whose modules were not looked up, only where they do not matter."""
+    if found.found.of_k3 and rule.name not in _OF_ANY:
+        return Finding(
+            rule.name, *unknown("what the engine does with K3's modules was not looked up"), rule.why, rule.source
+        )
+    return looked_at(rule, found)
 
 
 def _memory_rule(engine: str, need: Memory) -> Rule:
@@ -143,7 +181,7 @@ def _memory_rule(engine: str, need: Memory) -> Rule:
         if need.host:
             said += f", {enough(need.host)} of experts on the host"
         if found.memory is None:
-            return unknown(f"{said}; what a device has was not said: `memory=`")
+            return unknown(f"{said}; what a device has was not said (`memory=`)")
         held = found.memory * (found.ranks if engine in _UNSPREAD else 1)
         room = int(held * _RESERVED.get(engine, 1.0))
         if need.needed > room:

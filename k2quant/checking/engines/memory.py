@@ -74,7 +74,9 @@ def memory_needed(
 
 
 def _token(found: Subject, *, latent: bool) -> int | None:
-    """Return the bytes of a token's keys and values."""
+    """Return the bytes of a token's keys and values; None where not every layer keeps them, as in K3."""
+    if found.found.of_k3:
+        return None
 
     def product(*keys: str) -> int | None:
         """Return the first number times the sum of all others."""

@@ -75,7 +75,9 @@ def command(
         )
     _print(done, everything=everything, as_json=as_json)
     if not done.passed:
-        raise CheckFailed(f"{LABELS[engine]} {done.version} would not run it: {len(done.failures)} of its rules fail")
+        count = len(done.failures)
+        verb = "fails" if count == 1 else "fail"
+        raise CheckFailed(f"{LABELS[engine]} {done.version} would not run it: {count} of its rules {verb}")
 
 
 def _print(done: EngineCheck, *, everything: bool, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,7 +24,7 @@ _MOST_SHOWN = 8  # tensors that fell back; the report has all
 
 @click.command(name="gguf")
 @click.argument("source", type=PLACE)
-@click.argument("destination", type=click.Path(path_type=Path), metavar="FILE.gguf")
+@click.argument("destination", type=PLACE, metavar="FILE.gguf")
 @click.option(
     "--rest",
     type=words((Bf16.name, "f32", "q8_0")),
@@ -53,7 +52,7 @@ _MOST_SHOWN = 8  # tensors that fell back; the report has all
 @conversion.begin_options()
 def command(
     source: Place,
-    destination: Path,
+    destination: Place,
     *,
     dry_run: bool,
     as_json: bool,
@@ -80,7 +79,7 @@ def command(
         _export(source, destination, as_json=as_json, **options)
 
 
-def _export(source: Place, destination: Path, *, as_json: bool, **options: Any) -> None:
+def _export(source: Place, destination: Place, *, as_json: bool, **options: Any) -> None:
     import json
 
     from k2quant.cli.parts.screen import progress, remark, warn
@@ -105,7 +104,7 @@ def _export(source: Place, destination: Path, *, as_json: bool, **options: Any) 
     suggest(("llama-server", "-m", done.file), ("llama-cli", "-m", done.file, "-p", "..."))
 
 
-def _last_line(done: GgufExport, destination: Path) -> str:
+def _last_line(done: GgufExport, destination: Place) -> str:
     from k2quant.ground.units import counted, duration, size
 
     report = done.report
@@ -152,7 +151,7 @@ def _say_fallback(why: Mapping[str, str]) -> None:
 
 def _dry_run(
     source: Place,
-    destination: Path,
+    destination: Place,
     *,
     as_json: bool,
     bandwidth: float | None,
@@ -168,12 +167,12 @@ def _dry_run(
     from k2quant.cli.parts.screen import warn, working
     from k2quant.cli.parts.terminal.tables import paragraph
     from k2quant.conversion.places import coming
-    from k2quant.exports import look_ahead
+    from k2quant.exports import look_ahead_gguf
     from k2quant.ground.units import counted, size
 
     asked = {name: options[name] for name in ("rest", "experts", "fallback", "split_size")}
     with working(f"reading headers and scales of {source.name}"):
-        plan, done, room = look_ahead(
+        plan, done, room = look_ahead_gguf(
             source, destination, restart=restart, workers=workers, follow_links=follow_links, **asked
         )
     remote = coming(plan.export, done, bandwidth=bandwidth)

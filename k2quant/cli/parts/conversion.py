@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -16,6 +17,7 @@ from k2quant.kernels.codecs.grids import Grid
 
 if TYPE_CHECKING:
     from k2quant.calib.solving.planning import SolvingPlan
+    from k2quant.checking.engines import EngineCheck
     from k2quant.cli.parts.places import Place
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Options, Plan
@@ -218,6 +220,35 @@ def announce(done: Conversion) -> None:
         _say(done.report["remarks"])
     if done.resumed:
         remark(f"resumed: {counted(done.resumed, 'shard')} finished before")
+
+
+def tell_engines(done: Conversion, destination: Place) -> None:
+    """Say in a line what the engines that an output is for have against it; whatever that is, the output stands.
+
+    An output in a bucket is not read once more for that: `k2quant check` does it by its address.
+    """
+    from k2quant.checking.engines import check_written
+    from k2quant.cli.parts.screen import remark
+    from k2quant.errors import CheckpointError
+    from k2quant.ground.engines import LABELS
+
+    if done.already_done or not isinstance(destination, Path):
+        return
+    try:
+        found = check_written(destination)
+    except (CheckpointError, OSError):  # it was whole a moment ago: who reads it next will say what became of it
+        return
+    against: dict[str, list[EngineCheck]] = {}
+    for each in found:
+        if each.failures:
+            against.setdefault(each.failures[0].rule, []).append(each)
+    for rule, checks in against.items():
+        engines = ", ".join(LABELS[each.engine] for each in checks)
+        command = shlex.join(("k2quant", "check", "--engine", checks[0].engine, str(destination)))
+        _say([f"{engines} would not run it: {rule}: {checks[0].failures[0].text}; see {command}"])
+    fine = [LABELS[each.engine] for each in found if not each.failures]
+    if fine:
+        remark(f"checked for {', '.join(fine)}: nothing stands against it")
 
 
 def _say(remarks: Iterable[str]) -> None:

@@ -14,33 +14,25 @@ from typing import Any
 
 from transformers import AddedToken, PreTrainedTokenizer
 
+from k2quant.checkpoint.files.tokenizer.ranks import TIKTOKEN, read_ranks
+from k2quant.checkpoint.files.tokenizer.spelling import spelled, unspelled
+from k2quant.checkpoint.files.tokenizer.splitting import PATTERN, check_code
+from k2quant.checkpoint.files.tokenizer.words import Words, read_words, settings_of
 from k2quant.errors import CheckpointError, MissingExtra
 from k2quant.ground.extras import install, lacking
-from k2quant.model.generation.ranks import TIKTOKEN, read_ranks
-from k2quant.model.generation.splitting import PATTERN, check_code
-from k2quant.model.generation.words import Words, read_words, settings_of
 
 MOST = 400_000
 """Characters that its code hands to tiktoken at once."""
 LONGEST_RUN = 25_000
 """Characters, all blank or none of them, that it hands over in a row."""
 
-_CLASS = "TikTokenTokenizer"
 _RUNS = re.compile(r"\s+|\S+")
 _AS_CODE = "tools_ts_str"
 """What templates from K2.5 on call the tools that code of the checkpoint has written as TypeScript."""
 
 
-def is_kimi(folder: Path) -> bool:
-    """Tell whether a folder's tokenizer is a tiktoken.model of K2's kind."""
-    if not (folder / TIKTOKEN).exists():
-        return False
-    named = settings_of(folder).get("tokenizer_class")
-    return named == _CLASS or (named is None and not (folder / "tokenizer.json").exists())
-
-
 def open_kimi(folder: Path) -> KimiTokenizer:
-    """Return the tokenizer of a folder for which `is_kimi` holds, and whose files have been checked to lie in it.
+    """Return the tokenizer of a folder for which `words.is_kimi` holds, and whose files have been checked to lie in it.
 
     Raises:
         MissingExtra: tiktoken is not installed.
@@ -78,7 +70,7 @@ class KimiTokenizer(PreTrainedTokenizer):
             special_tokens=words.ids,
             explicit_n_vocab=len(ranks) + len(words.ids),
         )
-        self._spelled = {rank: _spelling(token) for token, rank in ranks.items()}
+        self._spelled = {rank: spelled(token) for token, rank in ranks.items()}
         self._spelled |= {place: token for token, place in words.ids.items()}
         self._places = {token: place for place, token in self._spelled.items()}
         self._special = frozenset(words.ids)
@@ -135,7 +127,7 @@ class KimiTokenizer(PreTrainedTokenizer):
         return b"".join(self._bytes(token) for token in tokens).decode("utf-8", "replace")
 
     def _bytes(self, token: str) -> bytes:
-        return token.encode() if token in self._special else bytes(_VALUES[character] for character in token)
+        return token.encode() if token in self._special else unspelled(token)
 
     def _ids(self, text: str, *, special: bool = True) -> list[int]:
         options: dict[str, Any] = {"allowed_special": "all"} if special else {"disallowed_special": ()}
@@ -174,20 +166,3 @@ def _ordered(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _ordered(entry) for key, entry in sorted(value.items())}
     return [_ordered(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _characters() -> Iterator[str]:
-    """Yield the character that stands for each byte: a visible one for itself, the others from 256 on, in order."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    for value in range(256):
-        yield chr(value if value in visible else next(others))
-
-
-_CHARACTERS = tuple(_characters())
-_VALUES = {character: value for value, character in enumerate(_CHARACTERS)}
-
-
-def _spelling(token: bytes) -> str:
-    """Spell bytes as transformers does since GPT-2, a character each."""
-    return "".join(_CHARACTERS[value] for value in token)

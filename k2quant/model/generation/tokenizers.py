@@ -12,16 +12,16 @@ from transformers import AutoTokenizer
 
 from k2quant.checkpoint.beside import check_tokenizer, of_tokenizer
 from k2quant.checkpoint.files.paths import inside, open_regular
+from k2quant.checkpoint.files.tokenizer.ranks import TIKTOKEN
+from k2quant.checkpoint.files.tokenizer.splitting import code_of, read_code
+from k2quant.checkpoint.files.tokenizer.words import FAST, is_kimi
 from k2quant.checkpoint.reader import CONFIG, open_checkpoint
 from k2quant.errors import CheckpointError, K2QuantError, MalformedFile, MissingExtra
 from k2quant.ground.extras import install
 from k2quant.ground.saying.faults import said
 from k2quant.model.architecture import architecture
-from k2quant.model.generation.kimi import is_kimi, open_kimi
-from k2quant.model.generation.ranks import TIKTOKEN
-from k2quant.model.generation.splitting import code_of, read_code
+from k2quant.model.generation.kimi import open_kimi
 
-_FAST = "tokenizer.json"
 _OWN = {".jinja", ".model", ".py", ".tiktoken"}
 """Suffixes of what a tokenizer is made of, beside the names that all have."""
 _MOVED = "bytes_to_unicode"
@@ -65,7 +65,7 @@ def open_tokenizer(
     """
     check_tokenizer(folder)
     _check_files(folder, follow_links=follow_links)
-    ours = [_FAST, "tokenizer_config.json"] if (folder / _FAST).exists() else ["its tokenizer's files"]
+    ours = [FAST, "tokenizer_config.json"] if (folder / FAST).exists() else ["its tokenizer's files"]
     remedy = f"are its files whole? take {' and '.join(ours)} from the model's release"
     with blamed(folder, "its tokenizer cannot be loaded", remedy):
         if not trust_remote_code and is_kimi(folder):

@@ -24,6 +24,14 @@ def no_half(scale: F32) -> tuple[int, int] | None:
     return None if place < 0 else divmod(place, scale.shape[1])
 
 
+def are_plainly_halves(scale: U16) -> bool:
+    """Tell at a glance that FP16 has all of these BF16 bits: all lie from 2^-17 to 65280. False decides nothing.
+
+    That is what scales of a trained model are, and takes a sixth of the time of looking at each.
+    """
+    return not scale.size or bool(scale.min() >= 0x3700 and scale.max() <= 0x477F)
+
+
 def q4_0(packed: I32, scale: F32, group: int, out: U8) -> None:
     """Write INT4 as Q4_0: the same codes and scales.
 

@@ -205,6 +205,10 @@ def test_all_scales_of_bf16_from_two_to_the_minus_17_to_65504_are_values_of_fp16
         expected = values.astype(np.float16).astype(np.float32) == values
     found = np.array([blocks.no_half(value.reshape(1, 1)) is None for value in values])
     assert np.array_equal(found, expected)
+    plainly = np.array([blocks.are_plainly_halves(bit.reshape(1, 1)) for bit in np.arange(2**16, dtype=np.uint16)])
+    assert not (plainly[:0x7F80] & ~expected).any()
+    assert not plainly[0x7F80:].any()
+    assert plainly[:0x7F80].sum() == np.count_nonzero((values >= 2.0**-17) & (values <= 65504))
     assert found[(values >= 2.0**-17) & (values <= 65504)].all()
 
 

@@ -26,19 +26,25 @@ def k2quant(*arguments: object) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "words", "engines"),
     [
-        (["--to", "int4"], r"SQNR: routed experts 20\.\d dB, the rest exact"),
-        (["--to", "bf16"], r"exact: every value is as it was"),
-        (["--to", "int4", "--scope", "projections"], r"SQNR: routed experts 20\.\d dB, .*attention 20\.\d dB, .*exact"),
+        (["--to", "int4"], r"SQNR: routed experts 20\.\d dB, the rest exact", r"checked for vLLM, .*"),
+        (["--to", "bf16"], r"exact: every value is as it was", ""),
+        (
+            ["--to", "int4", "--scope", "projections"],
+            r"SQNR: routed experts 20\.\d dB, .*attention 20\.\d dB, .*exact",
+            r"note: SGLang, KTransformers would not run it: kv_b_proj: .*; see .*\nchecked for vLLM, transformers: .*",
+        ),
     ],
     ids=["int4", "bf16", "projections"],
 )
-def test_a_conversion_ends_with_its_quality(options: list[str], words: str, k2_source: Path, tmp_path: Path) -> None:
-    """After the sizes, what rounding did to which classes: on stdout, for it is a result; nothing is suggested."""
+def test_a_conversion_ends_with_its_quality(
+    options: list[str], words: str, engines: str, k2_source: Path, tmp_path: Path
+) -> None:
+    """After the sizes, what rounding did to which classes: on stdout, for it is a result. Then who runs it."""
     done = k2quant("convert", *options, k2_source, tmp_path / "out")
     assert re.fullmatch(rf"[^\n]+MB/s\n{words}\n", done.stdout)
-    assert done.stderr == ""
+    assert re.fullmatch(engines, done.stderr.rstrip("\n"))
 
 
 def test_a_conversion_on_a_terminal_says_what_comes_next(k2_source: Path, tmp_path: Path) -> None:

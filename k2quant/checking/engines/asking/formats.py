@@ -8,6 +8,7 @@ from k2quant.checking.engines.rule import Outcome, Test, failed, passed, unknown
 from k2quant.checking.engines.subject import Kind, Subject
 from k2quant.checking.shared import unlike_scales
 from k2quant.conversion.metadata.carrying import unscaled
+from k2quant.conversion.metadata.config import check_source
 from k2quant.errors import CheckpointError
 from k2quant.formats.format import listed
 from k2quant.ground import engines, names
@@ -146,6 +147,10 @@ def scaled_by(dtypes: Mapping[str, Collection[str]], *, exact: bool) -> Test:
 
 def inputs(found: Subject) -> Outcome:
     """Look whether a scale of the inputs stands beside each weight where the config has inputs quantised by one."""
+    try:
+        check_source(found.config, found.weights)
+    except CheckpointError as error:
+        return unknown(f"what the config says of inputs is not clear: {error}")
     missing = unscaled(found.config, found.weights)
     if missing:
         return failed(

@@ -152,26 +152,45 @@ def vllm_groups(module: Module, block: Mapping[str, Any]) -> Said:
 
 
 def sglang_groups(module: Module, block: Mapping[str, Any]) -> Said:
-    """Read a block of compressed-tensors as SGLang does, which knows what fused q_a and kv_a hold, not gate_up_proj."""
+    """Read a block of compressed-tensors as SGLang does.
+
+    It knows what fused q_a and kv_a hold and not what gate_up_proj does, and stops at a module that is in no list.
+    """
     ignore = entries(block, "ignore")
+    unsaid = _NO_TARGET if _targets(block) else None
     if module.experts:
-        return _of_experts(module, block, lambda name: _any(name, ignore, _equal_or_end))
+        said = _of_experts(module, block, lambda name: _any(name, ignore, _equal_or_end), unsaid=unsaid)
+        return Mixed(_NO_TARGET) if said == _NO_TARGET else said
     knows = module.fused and last(module.name) != "gate_up_proj" and module.name not in ignore
     asked = module.members if knows else (module.name,)
     left = _all_or_none(module._replace(members=asked), [_any(name, ignore, _equal_or_end) for name in asked])
     if isinstance(left, Mixed):
         return left
-    return None if left else _target(module, block, ("name", "class", "members"))
+    said = None if left else _target(module, block, ("name", "class", "members")) or unsaid
+    return Mixed(_NO_TARGET) if said == _NO_TARGET else said
+
+
+_NO_TARGET = "a module that is neither left as it is nor a target of a group: SGLang stops there"
 
 
 def _equal_or_end(name: str, entry: str) -> bool:
     return _equal(name, entry) or (not entry.startswith("re:") and name.endswith(f".{entry}"))
 
 
-def _of_experts(module: Module, block: Mapping[str, Any], ignored: Callable[[str], bool]) -> Said:
-    """Read what is said of the first expert's three matrices; engines ask for no other."""
+def _of_experts(
+    module: Module, block: Mapping[str, Any], ignored: Callable[[str], bool], *, unsaid: str | None = None
+) -> Said:
+    """Read what is said of the first expert's three matrices; engines ask for no other.
+
+    Args:
+        module: the experts.
+        block: the block.
+        ignored: tells whether a name is left as it is.
+        unsaid: what one comes to that is neither ignored nor a target.
+    """
+    found = _targets(block)
     said = {
-        None if ignored(name) else _packing_for(name, "Linear", block)
+        None if ignored(name) else _packing_for(name, found) or unsaid
         for name in (f"{module.name}.0.{projection}" for projection in _PROJECTIONS)
     }
     if len(said) > 1:
@@ -197,9 +216,8 @@ def _first_of_all(module: Module, found: Mapping[str, str]) -> str | None:
     return matched[0] if all(matched) else None
 
 
-def _packing_for(name: str, kind: str, block: Mapping[str, Any]) -> str | None:
-    found = _targets(block)
-    target = next((entry for entry in found if _equal(name, entry)), None) or (kind if kind in found else None)
+def _packing_for(name: str, found: Mapping[str, str]) -> str | None:
+    target = next((entry for entry in found if _equal(name, entry)), None) or ("Linear" if "Linear" in found else None)
     return None if target is None else found[target]
 
 

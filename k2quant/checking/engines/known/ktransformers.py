@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from k2quant.checking.engines.asking import blocks, files, formats, matching, shapes, tensors
-from k2quant.checking.engines.known import sglang
 from k2quant.checking.engines.known.vllm import BLOCKS, PREFIXES
 from k2quant.checking.engines.rule import Rule
 from k2quant.formats.configs import compressed_tensors
@@ -17,9 +16,11 @@ _FORK = "sglang-kt, its fork of SGLang; read in SGLang 0.5.23"
 _SERVED = "doc/en/Kimi-K2.5.md and doc/en/kt-kernel/Kimi-K2-Thinking-Native.md (95009ea)"
 _FP8 = str(Fp8.method)
 
+ARCHITECTURES = ("DeepseekV3ForCausalLM", "KimiK25ForConditionalGeneration")
+
 RULES = (
     Rule("tensors", "loads each weight with its partners", _LOADER, tensors.whole),
-    Rule("architecture", "has guides for these models", _SERVED, tensors.architecture(sglang.ARCHITECTURES)),
+    Rule("architecture", "has guides for these models", _SERVED, tensors.architecture(ARCHITECTURES)),
     Rule("sizes", "makes its parameters from the config", _FORK, shapes.sizes),
     Rule("promises", "counts experts until one is missing", f"{_LOADER}, load_experts", tensors.promised),
     Rule(

@@ -19,13 +19,21 @@ _FP8 = str(Fp8.method)
 _TAKEN = (Mxfp4.packing, BLOCKS, GROUPS_OF_BLOCKS, MODELOPT, GROUPS_OF_NVFP4)
 _REFUSED = {Int4.packing: "of compressed-tensors' 4-bit weights it takes NVFP4 and MXFP4 alone"}
 
+ARCHITECTURES = (
+    "DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM",
+    "KimiK25ForConditionalGeneration",
+    "KimiK3ForConditionalGeneration",
+    "KimiLinearForCausalLM",
+)
+
 RULES = (
     Rule("tensors", "loads each weight with its partners", _MODEL, tensors.whole),
     Rule(
         "architecture",
         "builds the model from the class that `architectures` names",
         "tensorrt_llm/_torch/models/_arch_index.py (065ff9e)",
-        tensors.architecture(("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "KimiK25ForConditionalGeneration")),
+        tensors.architecture(ARCHITECTURES),
     ),
     Rule("sizes", "makes its parameters from the config, and copies tensors into them", _MODEL, shapes.sizes),
     Rule("promises", "looks for each tensor by its name", _MODEL, tensors.promised),

@@ -22,7 +22,13 @@ BLOCKS, GROUPS_OF_BLOCKS = (f"{Fp8.packing} {layout}" for layout in Fp8.layouts)
 MODELOPT, GROUPS_OF_NVFP4 = (f"{Nvfp4.packing} {layout}" for layout in Nvfp4.layouts)
 """NVFP4 by ModelOpt's names, and by compressed-tensors'."""
 
-ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "KimiK25ForConditionalGeneration")
+ARCHITECTURES = (
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "KimiK25ForConditionalGeneration",
+    "KimiK3ForConditionalGeneration",
+    "KimiLinearForCausalLM",
+)
 
 PREFIXES = {
     "KimiK25": ("language_model.model.", "language_model."),

@@ -39,7 +39,6 @@ DENSE = {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
 SPARSE = {"ffn_gate_inp": "mlp.gate"} | {
     f"ffn_{part}_shexp": f"mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")
 }
-OWN = {"mxfp4": "MXFP4", "nvfp4": "NVFP4"}
 
 
 def expected(weights: Mapping[str, U16]) -> dict[str, U16]:
@@ -58,12 +57,9 @@ def expected(weights: Mapping[str, U16]) -> dict[str, U16]:
     return found
 
 
-def means(found: Any, scales: Any = None) -> U16:
-    """Return a tensor's values as BF16 bits, times the scales of its experts."""
-    values = (
-        found.values if scales is None else found.values * scales.values.reshape(-1, *[1] * (found.values.ndim - 1))
-    )
-    return float_to_bf16(values)
+def means(found: Any) -> U16:
+    """Return a tensor's values as BF16 bits."""
+    return float_to_bf16(found.values)
 
 
 def same(found: U16, other: U16) -> bool:
@@ -127,33 +123,53 @@ def test_fp8_and_bf16_stay_exact(
         assert found["blk.1.ffn_up_exps.weight"].type == "BF16"
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4 of ones"])
 def test_fp4_keeps_its_codes_in_blocks_of_its_own(
     fp4: Mapping[str, Path], tmp_path: Path, seen: Any, values: Any, name: str
 ) -> None:
-    """Blocks times the scales beside them are what the checkpoint means."""
+    """Blocks are what the checkpoint means; of NVFP4 where the scale of the whole is 1."""
     found = seen(export_gguf(fp4[name], tmp_path / "k2.gguf").file)
     for tensor, each in expected(values(fp4[name])).items():
-        scale = found.get(tensor.replace(".weight", ".scale"))
-        assert (scale is not None) == ("_exps" in tensor and name == "nvfp4")
-        assert found[tensor].type == (OWN[name] if "_exps" in tensor else found[tensor].type)
-        assert np.allclose(bf16_to_float(means(found[tensor], scale)), bf16_to_float(each), rtol=2**-7, atol=0)
-        assert scale is not None or same(means(found[tensor]), each)
+        assert same(means(found[tensor]), each)
+        assert (found[tensor].type == name[:5].upper()) == ("_exps" in tensor)
+    scales = {tensor: each.values for tensor, each in found.items() if tensor.endswith("scale")}
+    assert len(scales) == (0 if name == "mxfp4" else 6)
+    assert all((each == 1).all() and each.shape == (EXPERTS,) for each in scales.values())
 
 
-def test_scales_of_nvfp4_stand_beside_it_as_modelopt_has_them(
-    fp4: Mapping[str, Path], tmp_path: Path, seen: Any
+def test_a_scale_of_the_inputs_goes_along(fp4: Mapping[str, Path], tmp_path: Path, seen: Any) -> None:
+    """As ModelOpt has it, which multiplies, where compressed-tensors divides; a number for each expert."""
+
+    def change(tensors: dict[str, tuple[str, Any]]) -> None:
+        for name, (_, array) in tensors.items():
+            if name.endswith("weight_global_scale"):
+                array[...] = 1
+            if name.endswith("input_global_scale"):
+                array[...] = 4 if "experts.3." in name else 2
+
+    folder = changed(fp4["nvfp4 divided"], tmp_path / "k2", change)
+    found = seen(export_gguf(folder, tmp_path / "k2.gguf").file)
+    scales = found["blk.1.ffn_down_exps.input_scale"].values
+    assert scales.tolist() == [0.25 if expert == 3 else 0.5 for expert in range(EXPERTS)]
+    assert found["blk.1.ffn_down_exps.weight"].type == "NVFP4"
+    lacking = changed(folder, tmp_path / "less", removed("model.layers.1.mlp.experts.3.down_proj.input_global_scale"))
+    with pytest.raises(UnsupportedFormat, match="some of its experts have a scale of their inputs, and others none"):
+        export_gguf(lacking, tmp_path / "less.gguf")
+
+
+def test_a_scale_of_the_whole_makes_nvfp4_fall_back(
+    fp4: Mapping[str, Path], tmp_path: Path, seen: Any, values: Any
 ) -> None:
-    """A number for each expert: the tensor scale, and of compressed-tensors, which divides, its inverse."""
-    for name, suffix in (("nvfp4", "weight_scale_2"), ("nvfp4 divided", "weight_global_scale")):
-        found, tensors = seen(export_gguf(fp4[name], tmp_path / f"{name}.gguf").file), tensors_of(fp4[name])
-        base = "model.layers.1.mlp.experts.{}.down_proj"
-        scales = np.array([float(tensors[f"{base.format(e)}.{suffix}"][1].reshape(-1)[0]) for e in range(EXPERTS)])
-        wanted = scales.astype(np.float32) if name == "nvfp4" else (1 / scales).astype(np.float32)
-        assert np.array_equal(found["blk.1.ffn_down_exps.scale"].values, wanted)
-        assert ("blk.1.ffn_down_exps.input_scale" in found) == (name != "nvfp4")
-        if name != "nvfp4":
-            assert (found["blk.1.ffn_down_exps.input_scale"].values == 1).all()
+    """llama.cpp reads the scale of experts, and computes deepseek2 without it: such a file would answer nonsense."""
+    for name in ("nvfp4", "nvfp4 divided"):
+        with pytest.raises(UnsupportedFormat, match=r"cannot keep its codes: .* of the whole, by which llama.cpp"):
+            export_gguf(fp4[name], tmp_path / "k2.gguf")
+    done = export_gguf(fp4["nvfp4"], tmp_path / "k2.gguf", fallback="bf16")
+    found = seen(done.file)
+    assert len(done.report["fallback"]) == 6
+    assert {
+        name for name, each in expected(values(fp4["nvfp4"])).items() if not same(means(found[name]), each)
+    } == set()
 
 
 def test_eight_bits_are_those_of_gguf(k2_source: Path, tmp_path: Path, seen: Any, values: Any) -> None:
@@ -327,6 +343,7 @@ def added(name: str, *shape: int) -> Any:
         (added("model.layers.1.self_attn.q_a_proj.bias", 256), UnsupportedFormat, "q_a_proj.bias.*no place"),
         (added("model.layers.1.mlp.gate_proj.weight", 4, 4), ShapeMismatch, "none of this layer's"),
         (added("model.layers.1.mlp.experts.16.up_proj.weight", 256, 512), ShapeMismatch, "at most 16 experts"),
+        (added("model.layers.3.input_layernorm.weight", 512), UnsupportedFormat, "layers 0 to 2"),
         (added("model.norm.weight", 511), ShapeMismatch, r"\(512,\), found \(511,\)"),
     ],
 )

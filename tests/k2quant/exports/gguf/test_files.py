@@ -105,7 +105,7 @@ def test_more_files_than_can_be_counted_are_refused() -> None:
 
 def test_tensors_of_one_weight_lie_in_one_file(fp4: Any, k2_bf16: Path, tmp_path: Path, seen: Any) -> None:
     """Both halves of kv_b_proj, and scales beside the blocks that they belong to, wherever files are cut."""
-    for source in (fp4["nvfp4"], k2_bf16):
+    for source in (fp4["nvfp4 of ones"], k2_bf16):
         home: dict[str, Path] = {}
         for path in export_gguf(source, tmp_path / f"{source.name}.gguf", split_size=1).files:
             home |= dict.fromkeys(seen(path), path)

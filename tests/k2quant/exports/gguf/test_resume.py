@@ -18,7 +18,7 @@ import pytest
 from k2quant.checkpoint.files.locks import take
 from k2quant.conversion import stream
 from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, OutputError
-from k2quant.exports import export_gguf, look_ahead
+from k2quant.exports import export_gguf, look_ahead_gguf
 from k2quant.exports.gguf import writing
 from kill_everywhere import OPERATIONS, arm
 
@@ -128,7 +128,7 @@ def test_only_what_is_missing_is_written(small: Path, tmp_path: Path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             export_gguf(small, there, workers=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["k2.gguf.partial", "whole.gguf", "whole.gguf.json"]
-    plan, done, room = look_ahead(small, there)
+    plan, done, room = look_ahead_gguf(small, there)
     assert list(done) == parts
     assert room.needed < plan.size
     begun: list[str] = []
@@ -189,7 +189,7 @@ def test_a_half_finished_output_of_another_source_is_named(
         export_gguf(k2_bf16, there)
     with pytest.raises(DestinationStale, match="half-finished export of other options"):
         export_gguf(small, there, rest="f32")
-    assert export_gguf(small, there).resumed == len(look_ahead(small, tmp_path / "new.gguf")[0].export.shards)
+    assert export_gguf(small, there).resumed == len(look_ahead_gguf(small, tmp_path / "new.gguf")[0].export.shards)
     assert export_gguf(k2_bf16, there, restart=True).report["tensors"]
 
 
@@ -267,7 +267,7 @@ def test_a_disk_that_is_too_small_is_named_first(small: Path, tmp_path: Path, mo
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("", (), {"free": 1000})())
     with pytest.raises(OutputError, match=r"too small, expected \d{7,} bytes free, found 1000 bytes"):
         export_gguf(small, tmp_path / "k2.gguf")
-    assert look_ahead(small, tmp_path / "k2.gguf")[2].free == 1000
+    assert look_ahead_gguf(small, tmp_path / "k2.gguf")[2].free == 1000
     assert list(tmp_path.iterdir()) == []
 
 

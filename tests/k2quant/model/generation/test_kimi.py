@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from k2quant.checkpoint.files.tokenizer.splitting import PATTERN
 from k2quant.cli import main
 from k2quant.data.examples import examples_of
 from k2quant.data.tokens import Reader
@@ -26,7 +27,6 @@ from k2quant.errors import CheckpointError, MalformedFile, MissingExtra, UnsafeP
 from k2quant.eval.asking.models import _added_tokens, _tokenizer
 from k2quant.model.generation import load_tokenizer, open_tokenizer
 from k2quant.model.generation.kimi import pieces
-from k2quant.model.generation.splitting import PATTERN
 from k2quant.model.passes.texts import read_text
 from kimi_files import NAMED, code, write_files
 

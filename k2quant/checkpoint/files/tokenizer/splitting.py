@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from k2quant.checkpoint.files.kinds import CONFIG
 from k2quant.checkpoint.files.paths import inside, read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
-from k2quant.checkpoint.reader import CONFIG
 from k2quant.errors import UnsupportedFormat
 
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"

@@ -10,14 +10,17 @@ from typing import Any, NamedTuple
 from k2quant.checkpoint.files import json_kinds as kinds
 from k2quant.checkpoint.files.paths import read_limited
 from k2quant.checkpoint.files.strict_json import parse_object
+from k2quant.checkpoint.files.tokenizer.ranks import TIKTOKEN
 from k2quant.errors import MalformedFile
 
 SETTINGS = "tokenizer_config.json"
 TEMPLATE = "chat_template.jinja"
+FAST = "tokenizer.json"
 
 RESERVED = 256
 """Special tokens behind the last rank. Code of some releases has 258: ids that no K2 has a row for."""
 
+_CLASS = "TikTokenTokenizer"
 _LIMIT = 2**24  # bytes of a file
 _NAMED = {"bos_token": "[BOS]", "eos_token": "[EOS]", "unk_token": None, "pad_token": None}
 """Tokens with a task, and which they are where the file is silent."""
@@ -46,7 +49,7 @@ class Words(NamedTuple):
     """By task, such as `eos_token`."""
     extra: list[str]
     """Those without a task that no text shows."""
-    template: Any
+    template: str | dict[str, str] | None
     """Of chats: text, texts by name, or None."""
     longest: int | None
     """`model_max_length`."""
@@ -60,6 +63,14 @@ def settings_of(folder: Path) -> dict[str, Any]:
     """
     path = folder / SETTINGS
     return parse_object(read_limited(path, _LIMIT), file=path) if path.exists() else {}
+
+
+def is_kimi(folder: Path) -> bool:
+    """Tell whether a folder's tokenizer is a tiktoken.model of K2's kind."""
+    if not (folder / TIKTOKEN).exists():
+        return False
+    named = settings_of(folder).get("tokenizer_class")
+    return named == _CLASS or (named is None and not (folder / FAST).exists())
 
 
 def read_words(folder: Path, ranks: Collection[bytes]) -> Words:
@@ -86,7 +97,7 @@ def read_words(folder: Path, ranks: Collection[bytes]) -> Words:
             special={place: kinds.mapping(token).get("special") is True for place, token in special.items()},
             named=_named(settings, ids),
             extra=_extra(settings, ids),
-            template=_template(folder, settings),
+            template=template_of(folder, settings),
             longest=_longest(settings),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -146,8 +157,13 @@ def _known(value: object, task: str, ids: Mapping[str, int]) -> str:
     return token
 
 
-def _template(folder: Path, settings: Mapping[str, Any]) -> Any:
-    """Return the chat template; its own file goes before the settings, as in transformers."""
+def template_of(folder: Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """Return the chat template, or templates by name; its own file goes before the settings, as in transformers.
+
+    Raises:
+        CheckpointError: its file is no text, or a link out of the folder.
+        KeyError, TypeError: what the settings hold is no template.
+    """
     path = folder / TEMPLATE
     if path.exists():
         try:
