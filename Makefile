@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types torture mutants package kernels-aot fp4-oracles site clean
+.PHONY: demo test lint types torture mutants package kernels-aot fp4-oracles mlx-oracles site clean
 
 demo: $(READY)  ## write a small K2, take it through every format and back, check every step
 	$(BIN)/k2quant demo demo-run
@@ -38,6 +38,12 @@ fp4-oracles:  ## ask ModelOpt, in an environment of its own, what NVFP4 of some 
 	$(PYTHON) -m venv build/modelopt
 	build/modelopt/bin/pip install --quiet --constraint constraints-dev.txt nvidia-modelopt==0.47.0 requests huggingface-hub  # it imports both unasked
 	build/modelopt/bin/python benchmarks/suites/fp4/oracles.py tests/data/golden_modelopt_nvfp4.json
+
+mlx-oracles: $(READY)  ## ask mlx-lm, in an environment of its own, what it loads of small checkpoints and their exports; keep it for the tests
+	$(BIN)/python benchmarks/suites/exports/mlx_sources.py build/mlx-sources
+	$(PYTHON) -m venv build/mlx
+	build/mlx/bin/pip install --quiet --constraint constraints-dev.txt "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+	build/mlx/bin/python benchmarks/suites/exports/mlx_oracles.py build/mlx-sources tests/data/golden_mlx.json
 
 site: $(READY)  ## the documents as a site in build/site; a warning is an error
 	$(BIN)/pip install --quiet --constraint constraints-dev.txt --editable ".[docs]"

@@ -15,7 +15,7 @@ from k2quant.checkpoint.files.json_kinds import mapping, number, truth, whole
 from k2quant.conversion.metadata.promises import language_config
 from k2quant.errors import MalformedFile, UnsupportedFormat
 from k2quant.exports.gguf.key import Key
-from k2quant.exports.gguf.names import FILE, Sizes, sizes_of
+from k2quant.exports.shapes import FILE, Sizes, sizes_of
 
 ARCHITECTURE = "deepseek2"
 _QUANTIZATION_VERSION = 2

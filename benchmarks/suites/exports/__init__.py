@@ -1,0 +1,1 @@
+"""Exports: what other engines make of them, and what they save."""
