@@ -14,7 +14,6 @@ from k2quant.checkpoint.reader import INCOMPLETE, REPORT
 from k2quant.checkpoint.remote.address import HUB, Address, parse
 from k2quant.checkpoint.supply.choosing import Way, way_of
 from k2quant.checkpoint.supply.order import Use, owners
-from k2quant.checkpoint.supply.stage import MOST_LOW
 from k2quant.checkpoint.writing.opening import target_at
 from k2quant.conversion.placing import Placed
 from k2quant.conversion.searching.surveys import surveyed
@@ -54,6 +53,8 @@ def coming(
         bandwidth: bytes a second; None: as the headers came.
         searched: whether somebody rounds better than the formats' own rules, and may read a weight twice.
     """
+    from k2quant.checkpoint.supply.stage import MOST_LOW  # here: what fetches is loaded when something is fetched
+
     source = plan.source
     sizes = {name: header.size for name, header in source.shards.items() if header.supply is not None}
     if source.supply is None or not sizes:

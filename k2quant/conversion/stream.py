@@ -28,7 +28,6 @@ from k2quant.checkpoint.panels import (
 )
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.supply.order import Use
-from k2quant.checkpoint.supply.supply import Supply
 from k2quant.checkpoint.writing.target import Writer
 from k2quant.conversion.placing import Job, Placed, ShardPlan, target_of
 from k2quant.conversion.searching.surveys import Substitute, Surveys, surveyed
@@ -40,6 +39,7 @@ from k2quant.ground.units import size
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from k2quant.checkpoint.supply.supply import Supply
     from k2quant.formats.transcode import Scratch
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.seam import Codecs

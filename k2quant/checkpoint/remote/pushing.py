@@ -73,7 +73,7 @@ class Pushed(NamedTuple):
     size: int
     """Bytes of all of them."""
     sent: int
-    """Bytes of the files that were not there."""
+    """Bytes of the files that were not there, or were others there."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -113,12 +113,13 @@ def push(
         if seen is not None:
             seen(plan)
         if not plan.missing:
-            return _done(plan, hub, commit)
+            return _done(plan, hub, commit, 0)
         operations = _uploaded(here, report, plan, hub, progress)
         text = message or f"Upload {here.resolve().name}, written by k2quant {report.get('version', __version__)}"
-        commit = hub.committed(operations, text, parent=commit)
+        made = hub.committed(operations, text, parent=commit)
         _check(plan, operations, hub.listed())
-        return _done(plan, hub, commit)
+        sent = 0 if made == commit else sum(plan.missing.values())  # small files that are there make no commit
+        return _done(plan, hub, made, sent)
 
 
 def branch_of(address: str | Address) -> Address:
@@ -203,7 +204,7 @@ def _is_there(folder: Path, report: Mapping[str, Any], name: str, remote: _Remot
 def _uploaded(
     folder: Path, report: Mapping[str, Any], plan: Pushing, hub: _Hub, progress: Progress | None
 ) -> list[Any]:
-    """Upload contents, and return what a commit needs to name them; index, report and config come last in it."""
+    """Upload contents, and return what a commit needs to name them."""
     from huggingface_hub import CommitOperationAdd
 
     total, done, lock = sum(plan.missing.values()), 0, threading.Lock()
@@ -248,10 +249,10 @@ def _check(plan: Pushing, operations: list[Any], remote: Mapping[str, _Remote]) 
             )
 
 
-def _done(plan: Pushing, hub: _Hub, commit: str) -> Pushed:
+def _done(plan: Pushing, hub: _Hub, commit: str, sent: int) -> Pushed:
     at = Address(HUB, plan.address.path, commit)
     sizes = plan.files.values()
-    return Pushed(at, hub.url(commit), len(plan.files), sum(sizes), sum(plan.missing.values()))
+    return Pushed(at, hub.url(commit), len(plan.files), sum(sizes), sent)
 
 
 class _Remote(NamedTuple):
@@ -280,7 +281,7 @@ class _Hub:
 
     def url(self, commit: str) -> str:
         """The page of the model at a commit."""
-        return f"{self._api.endpoint}/{self.address.path}/tree/{commit}"
+        return f"{clean(self._api.endpoint)}/{self.address.path}/tree/{commit}"
 
     def prepared(self, *, private: bool) -> str:
         """Make repository and branch if need be; return the branch's commit."""

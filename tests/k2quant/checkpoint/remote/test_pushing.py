@@ -71,6 +71,7 @@ def test_an_output_is_uploaded_in_one_commit(server: Hub, made: Path) -> None:
     puts = len([seen for seen in server.seen if seen.kind == "put"])
     again = CliRunner().invoke(main, ["push", str(made), ADDRESS])
     assert again.exit_code == 0, again.output
+    assert ", 0 B of them sent now" in again.stdout
     assert len([seen for seen in server.seen if seen.kind == "put"]) == puts
     assert len(repo.commits) == 2
 
