@@ -97,7 +97,8 @@ def page(found: Mapping[str, Any]) -> str:
 def _line(row: Mapping[str, Any]) -> str:
     place = "the disk" if row["cold"] else "the cache"
     seconds = f"{row['seconds']:.1f} ({row['least']:.1f} to {row['most']:.1f})"
-    return f"| {row['checkpoint']} | {row['bytes'] / 1e9:.2f} GB | {place} | {seconds} | {row['peak_bytes'] / 1e9:.2f} GB |"
+    size, peak = row["bytes"] / 1e9, row["peak_bytes"] / 1e9
+    return f"| {row['checkpoint']} | {size:.2f} GB | {place} | {seconds} | {peak:.2f} GB |"
 
 
 def main() -> None:
