@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
@@ -102,6 +103,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def sketched() -> Iterator[pytest.MonkeyPatch]:
+    """Have the pictures of pages drawn by our code, and not set by matplotlib, which takes most of a small run's time.
+
+    For files that look at no picture; `undo` has them set after all.
+    """
+
+    def savefig(_figure: object, file: TextIO, **_options: object) -> None:
+        file.write("<svg><defs></defs></svg>")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", savefig)
+        yield patch
 
 
 @pytest.fixture
