@@ -246,7 +246,7 @@ def test_a_dry_run_reckons_with_what_of_the_source_must_lie_on_the_disk_and_with
 ) -> None:
     """The largest shard, or two with --low-disk, beside the output; and no run is faster than what it waits for."""
     line = ["convert", "--to", "nvfp4", "--dry-run", "--bandwidth", "100kB/s", f"hf://{NAME}", str(tmp_path / "out")]
-    found = {}
+    found: dict[tuple[str, ...], Any] = {}
     for low in ((), ("--low-disk",)):
         with pytest.raises(SystemExit):
             main([*line, *low, "--json"])
@@ -257,9 +257,9 @@ def test_a_dry_run_reckons_with_what_of_the_source_must_lie_on_the_disk_and_with
         assert ", most of it for the network" in text
         assert ("with --low-disk" in text) is (low == ())
         assert found[low]["seconds"] >= found[low]["source"]["seconds"]
-    plain, low = found.values()
-    more = low["disk_needed"] - plain["disk_needed"]
-    assert 0 < more == low["source"]["source_on_low_disk"] - low["source"]["source_least"]
+    plain, few = found.values()
+    more = few["disk_needed"] - plain["disk_needed"]
+    assert 0 < more == few["source"]["source_on_low_disk"] - few["source"]["source_least"]
 
 
 def test_answers_that_are_no_listing_are_refused(server: Hub, tmp_path: Path) -> None:
