@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 LIBRARY = "mlx"
 """What hubs call the library (huggingface.js, model-libraries.ts)."""
 
+_LOADING = """from mlx_lm import load
+
+model, tokenizer = load("OUTPUT", tokenizer_config={"trust_remote_code": True})
+"""
+
 
 def card_of(plan: MlxPlan) -> bytes:
     """Return the card of an output."""
@@ -38,7 +43,7 @@ def card_of(plan: MlxPlan) -> bytes:
         "## Made with\n",
         f"```sh\n{_plain(shlex.join(['k2quant', 'export', 'mlx', name, 'OUTPUT']))}\n```\n",
         "## For\n",
-        "```sh\nmlx_lm.chat --model OUTPUT --trust-remote-code\n```\n",
+        f"```python\n{_LOADING}```\n",
     ]
     return sealed("\n".join(parts))
 

@@ -38,8 +38,8 @@ class Choice(NamedTuple):
 
     def of(self, weight: StoredWeight) -> Format | None:
         """Return what one weight of a stack is written in: of a stack of BF16, those that are BF16 are copied."""
-        plain = isinstance(self.format, Bf16) and isinstance(weight.format, Bf16)
-        return None if plain and weight.main.dtype == "BF16" else self.format
+        alike = self.format is not None and weight.format is not None and weight.format.same(self.format)
+        return None if alike else self.format
 
     def label(self, stack: Stack) -> str:
         """Return the mode, as a table has it."""

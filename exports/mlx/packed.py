@@ -199,7 +199,7 @@ class Floats(Bf16):
 
     def restates(self, source: Format) -> bool:
         """Tell floats of the same dtype."""
-        return isinstance(source, Bf16) and source.dtype == self.dtype
+        return not source.quantised and source.unit == self.dtype
 
     def restate(self, source: Format, parts: Parts, outputs: Parts, codecs: Codecs) -> Figures | None:
         """Copy."""

@@ -75,8 +75,10 @@ class MlxPlan(NamedTuple):
 
     export: Export
     """What the stream carries out, shard by shard."""
-    index: bytes
+    listing: bytes
+    """The output's index, whole."""
     config: bytes
+    """Its config.json, whole."""
     copies: tuple[str, ...]
     """Other files (tokenizer, code), by their path below the source, that are copied as they are."""
     rows: tuple[Row, ...]
@@ -95,7 +97,7 @@ class MlxPlan(NamedTuple):
     @property
     def last(self) -> dict[str, bytes]:
         """The small files that are written when all shards stand, by name, in their order: config.json comes last."""
-        return {INDEX: self.index, CONFIG: self.config}
+        return {INDEX: self.listing, CONFIG: self.config}
 
     @property
     def beside(self) -> int:

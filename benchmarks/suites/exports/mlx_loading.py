@@ -17,8 +17,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 RUNS = 5
 
@@ -53,12 +55,8 @@ def measured(folder: Path, *, cold: bool) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    """Measure, print, and write down."""
-    if sys.argv[1] == "--one":
-        print(json.dumps(load(Path(sys.argv[2]))))
-        return
-    home, there = Path(sys.argv[1]), Path(sys.argv[2])
+def rows_of(home: Path) -> list[dict[str, Any]]:
+    """Measure everything, from cold first."""
     rows = []
     for cold in (True, False):
         runs: dict[str, list[dict[str, float]]] = {"native": [], "export": []}
@@ -71,11 +69,58 @@ def main() -> None:
             row = {"checkpoint": name, "cold": cold, "bytes": nbytes, "seconds": statistics.median(seconds)}
             rows.append(row | {"least": min(seconds), "most": max(seconds), "peak_bytes": statistics.median(peaks)})
             print(rows[-1])
-    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
-    versions = {name: version(name) for name in ("mlx", "mlx-lm")}
-    there.write_text(
-        json.dumps({"machine": machine, "versions": versions, "runs": RUNS, "rows": rows}, indent=1) + "\n"
-    )
+    return rows
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """Return the results as a page."""
+    versions = ", ".join(f"{name} {each}" for name, each in found["versions"].items())
+    machine = f"{found['cpu']}, {found['cores']} cores, load {found['load']:.1f} at the start; {versions}; commit "
+    how = "A slice of K2-Thinking in real widths, as `mlx_slice.py` writes it; each load in a process of its own, "
+    lines = [
+        "# mlx-lm: loading native INT4, and an export",
+        "",
+        "Written by `benchmarks/suites/exports/mlx_loading.py`; do not edit.",
+        "",
+        f"{machine}{found['commit']}. `{found['command']}`",
+        "",
+        f"{how}{found['runs']}",
+        "runs, median with least and most. Memory is the largest resident set, the interpreter's own included.",
+        "",
+        "| checkpoint | files | from | seconds | memory |",
+        "| --- | ---: | --- | ---: | ---: |",
+        *map(_line, found["rows"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    place = "the disk" if row["cold"] else "the cache"
+    seconds = f"{row['seconds']:.1f} ({row['least']:.1f} to {row['most']:.1f})"
+    size, peak = row["bytes"] / 1e9, row["peak_bytes"] / 1e9
+    return f"| {row['checkpoint']} | {size:.2f} GB | {place} | {seconds} | {peak:.2f} GB |"
+
+
+def main() -> None:
+    """Measure, print, and write down, as JSON and as a page beside it."""
+    if sys.argv[1] == "--one":
+        print(json.dumps(load(Path(sys.argv[2]))))
+        return
+    home, there = Path(sys.argv[1]), Path(sys.argv[2])
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S607
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    found: dict[str, Any] = {
+        "cpu": " ".join(cpu.partition(":")[2].split()[:2]),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "versions": {"Python": platform.python_version()} | {name: version(name) for name in ("mlx", "mlx-lm")},
+        "commit": commit.stdout.strip(),
+        "command": f"build/mlx/bin/python benchmarks/suites/exports/mlx_loading.py FOLDER {there.name}",
+        "runs": RUNS,
+    }
+    found["rows"] = rows_of(home)
+    there.write_text(json.dumps(found, indent=1) + "\n")
+    there.with_suffix(".md").write_text(page(found))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.conversion.convert import convert
 from k2quant.exports import export_mlx
 from k2quant.formats.dtypes import TensorSpec, as_array
+from k2quant.formats.known import FormatName
 from k2quant.nano.demo import write_k2
 
-FORMATS = ("int4", "mxfp4", "nvfp4")
+FORMATS: tuple[FormatName, ...] = ("int4", "mxfp4", "nvfp4")
 
 
 def as_k25(source: Path, folder: Path) -> Path:

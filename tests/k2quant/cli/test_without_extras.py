@@ -22,6 +22,7 @@ ALL = sorted({name for names in PACKAGES.values() for name in names} | {"dataset
 PLAIN = {
     "convert": "convert --to int4 fp8 out",
     "export gguf": "export gguf fp8 out.gguf --dry-run",
+    "export mlx": "export mlx fp8 out-mlx --dry-run",
     "merge": "merge fp8 adapter merged --to int4",
     "clean": "clean int4",
     "push": f"push int4 hf://user/int4@{'0' * 40}",

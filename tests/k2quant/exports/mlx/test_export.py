@@ -16,6 +16,7 @@ from k2quant.checkpoint.reader import CONFIG, INDEX, open_checkpoint
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.errors import BadValue, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.exports import export_mlx
+from k2quant.formats.known import FormatName
 from k2quant.kernels.codecs.values import bf16_to_float
 from k2quant.nano.demo import EXPERTS, HEADS, KV_RANK, NOPE, VALUE
 from rewritten import tensors_of
@@ -167,7 +168,8 @@ def test_a_layer_whose_codes_mlx_lm_cannot_keep_becomes_bf16_and_is_named(
     """NVFP4 outside of experts, and INT4 in kv_b_proj; the others of the layer keep theirs."""
     from k2quant.conversion.convert import convert
 
-    for to, kept in (("nvfp4", False), ("int4", True)):
+    cases: tuple[tuple[FormatName, bool], ...] = (("nvfp4", False), ("int4", True))
+    for to, kept in cases:
         source = convert(k2_bf16, tmp_path / to, to=to, scope="projections").folder
         done = export_mlx(source, tmp_path / f"{to}-mlx")
         found, plain = (

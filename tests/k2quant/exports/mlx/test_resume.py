@@ -109,7 +109,8 @@ def test_killed_at_any_operation_it_goes_on_to_the_same_bytes(k2_thinking: Path,
 def test_only_what_is_missing_is_written(k2_thinking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a kill shards that were finished are neither read nor written, and the report has them all."""
     whole = export_mlx(k2_thinking, tmp_path / "whole", workers=1, shard_size=SHARD)
-    there, shards = tmp_path / "out", []
+    there = tmp_path / "out"
+    shards: list[str] = []
     record = Destination.record
 
     def stop(self: Any, found: dict[str, Any]) -> None:
