@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types torture mutants package kernels-aot fp4-oracles gguf-oracle site clean
+.PHONY: demo test lint types torture mutants package kernels-aot fp4-oracles gguf-oracle mlx-oracles site clean
 
 demo: $(READY)  ## write a small K2, take it through every format and back, check every step
 	$(BIN)/k2quant demo demo-run
@@ -42,7 +42,13 @@ fp4-oracles:  ## ask ModelOpt, in an environment of its own, what NVFP4 of some 
 gguf-oracle: $(READY)  ## ask llama.cpp, built in an environment of its own, about exports of small models, and keep it for the tests; NANO=FOLDER: of a trained nano-K2 too
 	$(PYTHON) -m venv build/llama
 	build/llama/bin/pip install --quiet --constraint constraints-dev.txt llama-cpp-python==0.3.36  # built here by a C++ compiler, for many minutes
-	PYTHONPATH=tests/shared:benchmarks $(BIN)/python benchmarks/suites/exports/oracle.py build/llama/bin/python tests/data/golden_llama_cpp.json $(NANO)
+	PYTHONPATH=tests/shared:benchmarks $(BIN)/python benchmarks/suites/exports/gguf_oracle.py build/llama/bin/python tests/data/golden_llama_cpp.json $(NANO)
+
+mlx-oracles: $(READY)  ## ask mlx-lm, in an environment of its own, what it loads of small checkpoints and their exports; keep it for the tests
+	$(BIN)/python benchmarks/suites/exports/mlx_sources.py build/mlx-sources
+	$(PYTHON) -m venv build/mlx
+	build/mlx/bin/pip install --quiet --constraint constraints-dev.txt "mlx[cpu]==0.32.4" mlx-lm==0.32.2
+	build/mlx/bin/python benchmarks/suites/exports/mlx_oracles.py build/mlx-sources tests/data/golden_mlx.json
 
 site: $(READY)  ## the documents as a site in build/site; a warning is an error
 	$(BIN)/pip install --quiet --constraint constraints-dev.txt --editable ".[docs]"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,10 @@ class Export:
         """Return it in one line."""
         return brief(self)
 
+    def remarked(self, text: str) -> Export:
+        """Return the export with one more remark; itself where there is nothing to say."""
+        return replace(self, remarks=(*self.remarks, text)) if text else self
+
     def jobs(self) -> Iterator[Job]:
         """Yield every job, shard by shard."""
         return (job for shard in self.shards for job in shard.jobs)
@@ -95,6 +99,9 @@ def standing(export: Export, folder: Destination) -> dict[str, Record]:
     journal = folder.journal()
     if not journal:
         return {}
+    if "options" in journal[0] and "export" not in journal[0]:
+        remedy = "go on with `k2quant convert`, write it anew with `restart=True`, or name another output"
+        raise DestinationStale("holds a half-finished conversion", file=folder.spot, remedy=remedy)
     if "export" not in journal[0]:
         raise DestinationStale(
             "was being emptied by `restart=True`", file=folder.spot, remedy="run that again, or name another output"
@@ -162,7 +169,8 @@ def fill(
     """
     threads, codecs = checked_workers(workers), codecs_of("cpu")
     check_constants(export.source, (job.weight for job in export.jobs()))
-    folder.begin([export.head, *done.values()])
+    others = [record for record in folder.journal()[1:] if "shard" not in record]  # which say how far its end came
+    folder.begin([export.head, *done.values(), *others])
     whole = counted(len(export.shards), "part")
     _log.info("%s: %s, %d of them there already; %s", folder.spot, whole, len(done), counted(threads, "thread"))
     stream = Stream(

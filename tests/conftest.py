@@ -7,6 +7,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
@@ -28,12 +29,14 @@ settings.register_profile(
 settings.load_profile("slow machines")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Have Triton interpret its kernels where there is no GPU; it looks at this once, when it is imported.
 
     And forget how wide a terminal is: processes of xdist say 80 columns, where output is read by a test. And hear
     Ctrl-C, which tests send: a shell that starts them in the background has it ignored, here and in all they start.
+    And have xdist give files out in our order: by itself it begins with those of most tests, which are short ones.
     """
+    config.option.loadscopereorder = False
     os.environ.pop("COLUMNS", None)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -61,8 +64,24 @@ ON_ANY_DEVICE = (
 """Files of tests/arithmetic whose tests run on a GPU where there is one."""
 
 
+LONGEST = (
+    "documents/test_commands",
+    "documents/test_readme",
+    "eval/gating/test_gate",
+    "examples/test_qat",
+    "qat/training/test_processes",
+    "qat/training/test_train",
+)
+"""Files of tests that take longest, each about a minute."""
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Count tests that would run on a GPU among those that `-m gpu` asks for."""
+    """Begin with the longest files: one that begins last is waited for by the other process, which has no more to do.
+
+    And count tests that would run on a GPU among those that `-m gpu` asks for.
+    """
+    items.sort(key=lambda item: not str(item.path.with_suffix("")).endswith(LONGEST))
     if torch.cuda.is_available():
         for item in items:
             if str(item.path.with_suffix("")).endswith(ON_ANY_DEVICE):
@@ -84,6 +103,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def sketched() -> Iterator[pytest.MonkeyPatch]:
+    """Have the pictures of pages drawn by our code, and not set by matplotlib, which takes most of a small run's time.
+
+    For files that look at no picture; `undo` has them set after all.
+    """
+
+    def savefig(_figure: object, file: TextIO, **_options: object) -> None:
+        file.write("<svg><defs></defs></svg>")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", savefig)
+        yield patch
 
 
 @pytest.fixture

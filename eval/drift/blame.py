@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
 from k2quant.errors import Incomparable, UsageError
 from k2quant.eval.drift.findings import Blame
-from k2quant.eval.drift.keeping import measurements
+from k2quant.eval.drift.keeping import asked, measurements
 from k2quant.eval.drift.measuring import Bench, Progress
 from k2quant.eval.drift.suspects import kind_of, suspect, suspects
 from k2quant.eval.gating.verdict import Side
@@ -29,11 +28,10 @@ from k2quant.ground.intervals import Estimate
 from k2quant.ground.saying.meter import each
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.units import counted
-from k2quant.ground.version import __version__
 from k2quant.model.generation import load_tokenizer
 from k2quant.model.modules import Backend
 from k2quant.model.passes.mixture import Mixer, Part
-from k2quant.model.passes.texts import Text, read_text
+from k2quant.model.passes.texts import read_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,7 +111,8 @@ def find_blame(
 
     def identity() -> dict[str, Any]:
         models = _hashes((one, other), reading)
-        return _identity(models, sides[0], read, options | {"context": context, "tokens": tokens, "lines": lines})
+        settings = options | {"context": context, "tokens": tokens, "lines": lines}
+        return asked("blame", models, sides[0], read, settings)
 
     changed = mixer.changed()
     if changed:
@@ -140,25 +139,6 @@ def _hashes(models: tuple[Checkpoint, Checkpoint], reading: Progress | None) -> 
         model_hash(model.folder, follow_links=model.follow_links, progress=together(number))
         for number, model in enumerate(models)
     ]
-
-
-def _identity(models: list[str], base: Side, text: Text, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return all that a measurement depends on, `passes` not among it."""
-    return {
-        "k2quant": __version__,
-        "job": "blame",
-        "baseline": models[0],
-        "candidate": models[1],
-        "tokenizer": base.tokenizer_hash,
-        "text": text.hash,
-        "settings": {name: value if isinstance(value, int) else _plain(value) for name, value in settings.items()}
-        | {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
-def _plain(value: object) -> str:
-    """Return a device or a dtype by its name, whether torch's own or a string."""
-    return str(value).removeprefix("torch.")
 
 
 def _sides(base: Checkpoint, candidate: Checkpoint) -> tuple[Side, Side]:

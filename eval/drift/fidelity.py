@@ -1,42 +1,35 @@
 """`measure_fidelity`: how far a candidate's predictions drift from the baseline's on a text, and in which layers.
 
-Both models are streamed layer by layer, so that neither has to fit into memory. The baseline goes first and leaves its
-hidden states behind, in files where they are many; then the candidate follows, and the predictions of both are compared
-batch by batch. What comes out is a tripwire and a map of where to look, never a verdict on accuracy.
+Both models are streamed layer by layer, so that neither has to fit into memory; the text may be shared out among
+machines. What comes out is a tripwire and a map of where to look, never a verdict on accuracy.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Generator
-from contextlib import closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, overload
 
 import torch
-from torch import Tensor
 
 from k2quant.checkpoint.reader import open_checkpoint
+from k2quant.conversion.spreading.part import Part, divided, part_of
 from k2quant.errors import CheckpointError, Incomparable, UsageError
-from k2quant.eval.drift.findings import Fidelity, LayerFidelity
-from k2quant.eval.drift.layerwise import ComparingWatch, KeepingWatch, Watch, check_finite, early_kl, routing
-from k2quant.eval.drift.predictions import Predictions
+from k2quant.eval.drift.comparing import Comparison, Progress
+from k2quant.eval.drift.findings import Fidelity, Unfinished
+from k2quant.eval.drift.keeping import asked
+from k2quant.eval.drift.parts import Parts, meeting
 from k2quant.eval.gating.verdict import Side
-from k2quant.eval.runs.identity import tokenizer_hash
+from k2quant.eval.runs.identity import digest, tokenizer_hash
 from k2quant.ground.saying.meter import each
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.units import one_of
-from k2quant.model import stream_forward
 from k2quant.model.architecture import architecture
 from k2quant.model.generation import load_tokenizer
 from k2quant.model.loading import DTYPES
 from k2quant.model.modules import Backend
-from k2quant.model.passes.activations import Activations
 from k2quant.model.passes.texts import Text, read_text
-
-Progress = Callable[[int, int], None]
-"""Called with the layers that are done and all layers, of both passes together."""
+from k2quant.model.placement import execution_device
 
 _ALIKE = (
     "vocab_size",
@@ -48,11 +41,44 @@ _ALIKE = (
 )
 """What two models must share for their layers, routers and predictions to be comparable."""
 
-_EARLY = 128
-"""Places of the text at which every layer's output is read out: each costs a product with the whole head."""
 
-_BUDGET = 1_000_000_000
-"""Bytes of the baseline's hidden states to keep in memory; K2's for 4096 tokens are 3.6 GB in BF16."""
+@overload
+def measure_fidelity(
+    base: str | os.PathLike[str],
+    candidate: str | os.PathLike[str],
+    *,
+    text: str | os.PathLike[str] | None = ...,
+    context: int = ...,
+    tokens: int = ...,
+    lines: bool = ...,
+    device: str | torch.device = ...,
+    dtype: str = ...,
+    backend: Backend = ...,
+    follow_links: bool = ...,
+    trust_remote_code: bool = ...,
+    progress: Asked = ...,
+) -> Fidelity: ...
+
+
+@overload
+def measure_fidelity(
+    base: str | os.PathLike[str],
+    candidate: str | os.PathLike[str],
+    *,
+    part: str,
+    shared: str | os.PathLike[str],
+    soft_lock: bool = ...,
+    text: str | os.PathLike[str] | None = ...,
+    context: int = ...,
+    tokens: int = ...,
+    lines: bool = ...,
+    device: str | torch.device = ...,
+    dtype: str = ...,
+    backend: Backend = ...,
+    follow_links: bool = ...,
+    trust_remote_code: bool = ...,
+    progress: Asked = ...,
+) -> Fidelity | Unfinished: ...
 
 
 @barred("fidelity", each("layer", "layers"))
@@ -67,10 +93,13 @@ def measure_fidelity(
     device: str | torch.device = "cpu",
     dtype: str = "bfloat16",
     backend: Backend = "decoded",
+    part: str | None = None,
+    shared: str | os.PathLike[str] | None = None,
+    soft_lock: bool = False,
     follow_links: bool = False,
     trust_remote_code: bool = False,
     progress: Asked = None,
-) -> Fidelity:
+) -> Fidelity | Unfinished:
     """Compare two checkpoints' predictions, hidden states and routes on a text.
 
     Everything that names, shapes, configs and tokenizers can tell is checked before a weight is read.
@@ -88,43 +117,91 @@ def measure_fidelity(
         backend: `decoded` to multiply by the BF16 values that weights mean: what is equal in value then gives exactly
             no drift, in whatever formats the two are. `auto` for the fused kernels, as a model is run: their sums have
             another order than those of BF16, which is drift too. `reference` for plain torch.
+        part: `K/N`, such as `2/8`: measure the K-th of N shares of the text alone, beside other processes, on whatever
+            machines see both checkpoints, the text and `shared`, that measure the others. A share is a run of batches,
+            of up to 1,024 tokens each. Whoever finds all of them measured returns the figures, which are those of one
+            process to the last bit, where all machines round alike.
+        shared: a folder where the parts meet, made if need be: batches until all are there, then the result, which a
+            part that comes late returns. It is nobody's then, and may be deleted. A part that was killed is called
+            again; another model, text or setting is refused there until the result is.
+        soft_lock: where that folder's file system has no locks, lock it by a file.
         follow_links: whether links of both folders may lead out of them.
         trust_remote_code: whether the baseline's own tokenizer code may run.
         progress: called as the work goes on, with layers; True for a bar.
 
     Returns:
         the figures; two checkpoints of equal values give exactly none. The hashes of the models stay None: they would
-        cost another reading of every byte.
+        cost another reading of every byte. With `part`, what is still to come, as long as something is.
 
     Raises:
         CheckpointError: one of them cannot be loaded, or has no tokenizer that can.
         Incomparable: they have other vocabularies, tokenizers, layers or experts.
-        MalformedFile: the text is none.
+        MalformedFile: the text is none; or a file of another part is damaged.
         UsageError: an option makes no sense, or the text is too short.
         HarnessFault: a model gives NaN or infinity.
-        OutputError: there is no room for temporary files.
+        OutputError: there is no room for temporary files; or `shared` holds something else, another measurement, or
+            this very part is being measured.
     """
+    own = _part(part, shared, soft_lock=soft_lock)
     folders = Path(base), Path(candidate)
     one_of("dtype", dtype, tuple(DTYPES))
     config, sides = _checked(*folders, follow_links=follow_links)
     tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code, follow_links=follow_links)
     read = read_text(text, tokenizer, context=context, limit_tokens=tokens, lines=lines)
     _check_fits(read, config, folders[0])
-    tick = _ticking(told(progress), 2 * config.num_hidden_layers)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend, "follow_links": follow_links}
-    with tempfile.TemporaryDirectory(prefix="k2quant-") as place:
-        shapes = [(*batch.shape, config.hidden_size) for batch in read.batches]
-        kept = Activations(Path(place), shapes, DTYPES[dtype], budget=_BUDGET, identity={}, lasting=False)
-        places = _places(read)
-        first = KeepingWatch(folders[0], places, tick, kept)
-        second = ComparingWatch(folders[1], places, tick, kept)
-        passes = [
-            cast("Generator[Tensor]", stream_forward(folder, read.batches, watch, **options))
-            for folder, watch in zip(folders, (first, second), strict=True)
-        ]
-        with closing(passes[0]), closing(passes[1]):
-            layers, predictions = _compared(first, second, passes, read, config, folders)
-            return predictions.fidelity(read, sides, layers, backend)
+    comparison = Comparison(folders=folders, sides=sides, config=config, text=read, options=options)
+    if own is None or shared is None:
+        return comparison.whole(told(progress))
+    cut = {"context": context, "tokens": tokens, "lines": lines}
+    with meeting(Path(shared), own, _identity(comparison, cut), soft_lock=soft_lock) as parts:
+        return _share(comparison, parts, own, told(progress))
+
+
+def _part(part: str | None, shared: object, *, soft_lock: bool) -> Part | None:
+    """Return the part that is asked for.
+
+    Raises:
+        UsageError: it is none, one of `part=` and `shared=` lacks the other, or `soft_lock=` both.
+    """
+    if soft_lock and part is None:
+        raise UsageError("`soft_lock=` locks the folder in which parts meet: it belongs to `part=`")
+    if (part is None) != (shared is None):
+        raise UsageError("`part=` and `shared=` belong together: parts meet in a folder that all of them see")
+    return None if part is None else part_of(part)
+
+
+def _identity(comparison: Comparison, cut: dict[str, int]) -> dict[str, Any]:
+    """Return all that a part's measurements depend on; checkpoints are told by sizes, times and headers."""
+    options = comparison.options
+    opened = (open_checkpoint(folder, follow_links=options["follow_links"]) for folder in comparison.folders)
+    settings = {
+        "device": execution_device(options["device"]).type,
+        "dtype": options["dtype"],
+        "backend": options["backend"],
+        **cut,
+    }
+    models = [digest(model.fingerprint()) for model in opened]
+    return asked("fidelity", models, comparison.sides[0], comparison.text, settings)
+
+
+def _share(comparison: Comparison, parts: Parts, own: Part, progress: Progress | None) -> Fidelity | Unfinished:
+    """Measure what is left of a part, and complete the whole if nothing else is left."""
+    if (result := parts.result()) is not None:
+        return result
+    layouts = comparison.layouts()
+    share = divided([layout.tokens for layout in layouts], own.of)[own.number - 1]
+    left = [number for number in share if not parts.standing(number, layouts[number])]
+    for number, measured in comparison.measured(left, progress):
+        parts.put(number, measured, layouts[number])
+    found, missing = parts.gathered(layouts)
+    if (result := parts.result()) is not None:  # another was faster
+        return result
+    if missing:
+        return Unfinished(part=str(own), missing=missing, batches=len(layouts))
+    result = comparison.completed(found)
+    parts.finish(result)
+    return result
 
 
 def _checked(base: Path, candidate: Path, *, follow_links: bool) -> tuple[Any, tuple[Side, Side]]:
@@ -176,74 +253,3 @@ def _check_fits(text: Text, config: Any, folder: Path) -> None:
             expected=f"tokens below {config.vocab_size}",
             found=highest,
         )
-
-
-def _ticking(progress: Progress | None, total: int) -> Callable[[], None]:
-    """Return what counts layers."""
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, total)
-
-    if progress:
-        progress(0, total)
-    return tick
-
-
-def _places(text: Text) -> list[Tensor]:
-    """Return where layers are read out, for each batch: some of the tokens that predict another, evenly spread."""
-    numbers = [
-        torch.arange(batch.numel()).reshape(batch.shape)[:, :-1][scored]
-        for batch, scored in zip(text.batches, text.scored, strict=True)
-    ]
-    count = min(_EARLY, text.predictions)
-    wanted = torch.arange(count) * text.predictions // count
-    starts = torch.tensor([0, *(len(some) for some in numbers)]).cumsum(0)
-    return [
-        some[wanted[(wanted >= start) & (wanted < end)] - start]
-        for some, start, end in zip(numbers, starts, starts[1:], strict=False)
-    ]
-
-
-def _compared(
-    first: KeepingWatch,
-    second: ComparingWatch,
-    passes: list[Generator[Tensor]],
-    text: Text,
-    config: Any,
-    folders: tuple[Path, Path],
-) -> tuple[tuple[LayerFidelity, ...], Predictions]:
-    """Run both passes and compare."""
-    predictions = Predictions()
-    layers: tuple[LayerFidelity, ...] = ()
-    for ids, scored in zip(text.batches, text.scored, strict=True):
-        logits = [next(run) for run in passes]  # the first round runs all the layers
-        for folder, some in zip(folders, logits, strict=True):
-            check_finite(some, folder, "the logits")
-        layers = layers or _layers(first, second, config)
-        predictions.add(ids, scored, *logits)
-        del logits, some  # before the next ones are made: K2's are large
-    return layers, predictions
-
-
-def _layers(base: Watch, candidate: ComparingWatch, config: Any) -> tuple[LayerFidelity, ...]:
-    found = []
-    for layer, hidden in enumerate(candidate.hidden):
-        routed = routing(base, candidate, layer, config.n_routed_experts)
-        found.append(
-            LayerFidelity(
-                layer=layer,
-                relative_mse=hidden.relative_mse,
-                cosine=hidden.cosine,
-                kl=early_kl(base, candidate, layer),
-                same_experts=routed and routed.same_experts,
-                overlap=routed and routed.overlap,
-                load_shift=routed and routed.load_shift,
-                never=routed.never if routed else (),
-                starved=routed.starved if routed else (),
-            )
-        )
-    return tuple(found)

@@ -9,6 +9,7 @@ from typing import Any
 from k2quant.eval.gating.verdict import Side
 from k2quant.ground.intervals import Estimate
 from k2quant.ground.saying.showing import as_html, brief
+from k2quant.ground.units import counted
 
 SCHEMA = 1
 """Version of the JSON of `Fidelity` and `Blame`."""
@@ -92,6 +93,31 @@ class Fidelity:
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON holds it."""
         return {"schema": SCHEMA, "kind": "fidelity"} | dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unfinished:
+    """What a part came to that was not the last: others have batches of the text still to measure."""
+
+    part: str
+    """Such as `2/8`."""
+    missing: tuple[int, ...]
+    """The batches that are still to come, counted from 0."""
+    batches: int
+    """All batches of the text."""
+
+    @property
+    def still_to_come(self) -> str:
+        """What other parts have still to measure, such as `3 of 8 batches`."""
+        return f"{len(self.missing)} of {counted(self.batches, 'batch', 'batches')}"
+
+    def facts(self) -> dict[str, object]:
+        """Return what it comes to, in a few words."""
+        return {"part": self.part, "still_to_come": self.still_to_come}
+
+    def __repr__(self) -> str:
+        """Return it in one line."""
+        return brief(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
+from k2quant.eval.gating.verdict import Side
 from k2quant.eval.runs.folder import JOURNAL, begin, held, tidy
 from k2quant.eval.runs.identity import digest
 from k2quant.eval.runs.journal import Journal
+from k2quant.ground.version import __version__
+from k2quant.model.passes.texts import Text
 
 
 class Measurements:
@@ -68,6 +72,33 @@ def measurements(
     with held(folder, soft_lock=soft_lock):
         begin(folder, identity())
         yield Measurements(Journal(folder / JOURNAL))
+
+
+def asked(job: str, models: Sequence[str], base: Side, text: Text, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that a measurement depends on.
+
+    Args:
+        job: what is measured.
+        models: what tells the baseline's content from any other's, and the candidate's.
+        base: the baseline, whose tokenizer reads the text.
+        text: what is read.
+        settings: of the passes, and how the text was cut.
+    """
+    return {
+        "k2quant": __version__,
+        "job": job,
+        "baseline": models[0],
+        "candidate": models[1],
+        "tokenizer": base.tokenizer_hash,
+        "text": text.hash,
+        "settings": {name: value if isinstance(value, int) else _plain(value) for name, value in settings.items()}
+        | {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _plain(value: object) -> str:
+    """Return a device or a dtype by its name, whether torch's own or a string."""
+    return str(value).removeprefix("torch.")
 
 
 def discard_passes(folder: Path, *, soft_lock: bool = False) -> None:

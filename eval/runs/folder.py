@@ -135,7 +135,7 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> float:
             raise DestinationStale(
                 "an unfinished run of other options, another model or other data",
                 file=folder,
-                found=_difference(noted.get("asks"), identity),
+                found=difference(noted.get("asks"), identity),
                 remedy="name another folder, or delete this one",
             )
         begun = noted.get("begun")
@@ -152,7 +152,7 @@ def _answered(folder: Path) -> bool:
         return False
 
 
-def _difference(before: Any, now: Mapping[str, Any]) -> str | None:
+def difference(before: Any, now: Mapping[str, Any]) -> str | None:
     """Return the names of what differs, or None where nobody knows."""
     if not isinstance(before, Mapping):
         return None

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from k2quant.errors import ShapeMismatch
+from k2quant.exports.written import Written, check, multiplied
 from k2quant.formats.dtypes import TensorSpec, widened
-from k2quant.formats.format import Entry, Format, Neighbours, Parts, Stored
+from k2quant.formats.format import Format, Parts
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,18 +56,12 @@ BLOCKS, SCALE, INPUTS = "blocks", "scale", "input_scale"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Block(Format):
+class Block(Written):
     """A type of GGUF."""
 
     mains: ClassVar[tuple[str, ...]] = (BLOCKS,)
-    reads: ClassVar[str] = "nothing: GGUF is written, never read"
     served: ClassVar[str] = "llama.cpp"
     type: ClassVar[Type]
-
-    @property
-    def streamed(self) -> tuple[str, ...]:
-        """The blocks."""
-        return (BLOCKS,)
 
     def state(self, shape: tuple[int, ...], *, name: str = "weight") -> dict[str, TensorSpec]:
         """Return the bytes of a weight's blocks.
@@ -98,27 +93,6 @@ class Block(Format):
     def label(self) -> str:
         """The type."""
         return self.type.name
-
-    @classmethod
-    def recognise(cls, suffix: str, entry: Entry, beside: Neighbours) -> Stored | None:
-        """Take nothing: no checkpoint has it."""
-        return None
-
-    def decode(self, parts: Parts, out: U16, codecs: Codecs) -> None:
-        """Not asked."""
-        raise AssertionError(f"{self.label} is written, never read")
-
-    def choose(self, weights: U16, codecs: Codecs) -> NDArray[Any]:
-        """Not asked."""
-        raise AssertionError(f"{self.label} has no scales that others choose")
-
-    def store(self, weights: U16, scales: NDArray[Any], parts: Parts, codecs: Codecs) -> Figures:
-        """Not asked."""
-        raise AssertionError(f"{self.label} has no scales that others choose")
-
-    def outside(self, before: U16, after: U16, parts: Parts) -> int:
-        """Not asked."""
-        raise AssertionError(f"{self.label} is written, never read")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +184,7 @@ class Mx(Block):
         """
         from k2quant.kernels.codecs.cpu import gguf
 
-        _check(source, parts, codecs)
+        check(source, parts, codecs)
         codes, scale = source.reading(parts)
         gguf.mxfp4(codes, scale, outputs[BLOCKS])
 
@@ -254,111 +228,10 @@ class Nv(Block):
         Raises:
             ValueAt: a value that no weight can have, or a scale that divides and has no inverse.
         """
-        import numpy as np
-
-        from k2quant.formats.dtypes import as_array
         from k2quant.kernels.codecs.cpu import gguf
 
-        _check(source, parts, codecs)
-        usual = multiplying(source)
-        found = parts
-        if usual.streamed != source.streamed:
-            specs = {name: spec for name, spec in usual.state(source.extent(parts)).items() if name in usual.streamed}
-            found = {name: as_array(np.empty(spec.nbytes, np.uint8), spec) for name, spec in specs.items()}
-            source.relabel(parts, found, usual)
-        codes, scale, *numbers = (found[suffix] for suffix in usual.streamed)
+        check(source, parts, codecs)
+        codes, scale, *numbers = multiplied(source, parts)
         gguf.nvfp4(codes, scale, outputs[BLOCKS])
         for suffix, number in zip(self.streamed[1:], numbers, strict=True):
             outputs[suffix][...] = number
-
-
-def multiplying(source: Format) -> Format:
-    """Return NVFP4 as ModelOpt has it, whose scales multiply as llama.cpp's do, with what goes along with a source."""
-    return source.asked_for().taking(source)
-
-
-def _check(source: Format, parts: Parts, codecs: Codecs) -> None:
-    """Look for values that no weight can have.
-
-    Raises:
-        ValueAt: there is one.
-    """
-    import numpy as np
-
-    source.decode(parts, np.empty(source.extent(parts), np.uint16), codecs)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heads(Block):
-    """`kv_b_proj` as MLA's absorption takes it: for each head its keys' rows transposed, and its values' rows.
-
-    See llama.cpp, conversion/deepseek.py: `attn_k_b` is `[heads, rank, nope]`, `attn_v_b` is `[heads, v, rank]`.
-    """
-
-    name: ClassVar[str] = "heads"
-    mains: ClassVar[tuple[str, ...]] = ("k_b", "v_b")
-
-    for_keys: Format
-    """What the keys' half is written in: a type of GGUF, or BF16."""
-    for_values: Format
-    """The values' half, likewise."""
-    nope: int
-    """Rows of a head that make keys."""
-    v: int
-    """Rows that make values."""
-    rank: int
-    """Columns."""
-
-    @property
-    def streamed(self) -> tuple[str, ...]:
-        """Both halves."""
-        return self.mains
-
-    @property
-    def row_step(self) -> int:
-        """Rows of a head."""
-        return self.nope + self.v
-
-    @property
-    def label(self) -> str:
-        """Those of its halves."""
-        return " and ".join(dict.fromkeys((self.for_keys.label.upper(), self.for_values.label.upper())))
-
-    def state(self, shape: tuple[int, ...], *, name: str = "weight") -> dict[str, TensorSpec]:
-        """Return both halves: matrices that have the rows of all heads one after another."""
-        heads = shape[0] // self.row_step
-        halves = (self.for_keys, (heads * self.rank, self.nope)), (self.for_values, (heads * self.v, self.rank))
-        specs = (half.state(inner, name=name)[half.main] for half, inner in halves)
-        return dict(zip(self.mains, specs, strict=True))
-
-    def rows(self, suffix: str, start: int, stop: int) -> tuple[int, int]:
-        """Return the rows of a half that belong to whole heads."""
-        each = self.rank if suffix == self.main else self.v
-        return start // self.row_step * each, stop // self.row_step * each
-
-    def restates(self, source: Format) -> bool:
-        """Tell floats that stay floats: those of F32 and F16 are not rounded on the way."""
-        return not source.quantised and isinstance(self.for_keys, Plain) and isinstance(self.for_values, Plain)
-
-    def restate(self, source: Format, parts: Parts, outputs: Parts, codecs: Codecs) -> None:
-        """Widen floats and divide them among the halves."""
-        for suffix, half in zip(self.mains, self._halves(widened(parts[source.main])), strict=True):
-            _floats({BLOCKS: outputs[suffix]})[...] = half
-
-    def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
-        """Divide weights among the halves, and write each as its type has it."""
-        keys, others = self._halves(weights)
-        done = _written(self.for_keys, keys, parts[self.mains[0]], codecs)
-        return done + _written(self.for_values, others, parts[self.mains[1]], codecs)
-
-    def _halves(self, weights: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-        import numpy as np
-
-        heads = weights.reshape(-1, self.row_step, self.rank)
-        keys = np.ascontiguousarray(heads[:, : self.nope].transpose(0, 2, 1)).reshape(-1, self.nope)
-        return keys, np.ascontiguousarray(heads[:, self.nope :]).reshape(-1, self.rank)
-
-
-def _written(half: Format, weights: U16, out: NDArray[Any], codecs: Codecs) -> Figures:
-    """Write BF16 weights `[R, K]` in a type, or as they are; return what that did."""
-    return half.encode(weights, {half.main: out}, codecs)

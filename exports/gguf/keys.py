@@ -15,7 +15,7 @@ from k2quant.checkpoint.files.json_kinds import mapping, number, truth, whole
 from k2quant.conversion.metadata.promises import language_config
 from k2quant.errors import MalformedFile, UnsupportedFormat
 from k2quant.exports.gguf.key import Key
-from k2quant.exports.gguf.names import FILE, Sizes, sizes_of
+from k2quant.exports.shapes import FILE, Sizes, sizes_of
 
 ARCHITECTURE = "deepseek2"
 _QUANTIZATION_VERSION = 2
@@ -84,8 +84,8 @@ def remarks(config: Mapping[str, Any]) -> Iterator[str]:
     told = [f"yarn_{key} {found[key]:g}" for key, usual in _YARN_DEFAULTS.items() if found.get(key, usual) != usual]
     if told:
         yield (
-            f"tell llama.cpp {' and '.join(told)} when it starts, as config.json says: it does not read that from files "
-            "of this architecture, and computes other positions without it"
+            f"tell llama.cpp {' and '.join(told)} when it starts, as config.json says: it does not read that from a "
+            "file of this architecture, and computes other positions without it"
         )
 
 

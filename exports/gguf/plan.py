@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -18,10 +17,12 @@ from k2quant.exports.exporting import Export
 from k2quant.exports.gguf import blocks
 from k2quant.exports.gguf.files import SUFFIX, FilePlan, Tensor, check_name, file_plans
 from k2quant.exports.gguf.keys import keys, remarks
-from k2quant.exports.gguf.names import HALVES, Sizes
-from k2quant.exports.gguf.stacks import Stack, stacks_of
+from k2quant.exports.gguf.names import ENGINE, HALVES
 from k2quant.exports.gguf.types import Choice, GgufOptions, chosen, survey, target
 from k2quant.exports.gguf.vocabulary import vocabulary
+from k2quant.exports.heads import Heads
+from k2quant.exports.shapes import Sizes
+from k2quant.exports.stacks import Stack, stacks_of
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.ground.names import tensor_class
 from k2quant.ground.pool import checked_workers
@@ -52,7 +53,7 @@ class GgufPlan(NamedTuple):
 
     def remarked(self, text: str) -> GgufPlan:
         """Return the plan with one more remark; itself where there is nothing to say."""
-        return self._replace(export=replace(self.export, remarks=(*self.export.remarks, text))) if text else self
+        return self._replace(export=self.export.remarked(text))
 
     @property
     def size(self) -> int:
@@ -102,7 +103,7 @@ def make_gguf_plan(source: Checkpoint, file: str, options: GgufOptions, *, worke
         UsageError: the name, or the size of parts, makes no sense.
     """
     check_name(file)
-    found = stacks_of(source)
+    found = stacks_of(source, ENGINE)
     unfit = survey(source, found.stacks, workers=checked_workers(workers))
     choices = chosen(found.stacks, found.sizes, options, unfit)
     groups = [tuple(_written(*pair, found.sizes)) for pair in zip(found.stacks, choices, strict=True)]
@@ -137,7 +138,7 @@ def _written(stack: Stack, choice: Choice, sizes: Sizes) -> Iterator[_Written]:
     if choice.second is not None:
         layer, heads = place.tensor.rpartition(".")[0], sizes.num_attention_heads
         inner = (heads, sizes.kv_lora_rank, sizes.qk_nope_head_dim), (heads, sizes.v_head_dim, sizes.kv_lora_rank)
-        for half, part, of, each in zip(HALVES, blocks.Heads.mains, (choice, choice.second), inner, strict=True):
+        for half, part, of, each in zip(HALVES, Heads.mains, (choice, choice.second), inner, strict=True):
             yield _Written(Tensor(f"{layer}.{half}.{place.suffix}", of.type, each), stack, choice, part, of.why)
         return
     experts = (len(stack.weights),) if stack.is_stacked else ()
@@ -168,7 +169,7 @@ def _sections(
     shards = []
     for layer, group in of_layer.items():
         jobs: dict[str, list[Job]] = {}
-        stacks = {each.stack.place.name: each for each in group if each.part in {"", blocks.Heads.mains[0]}}
+        stacks = {each.stack.place.name: each for each in group if each.part in {"", Heads.mains[0]}}
         for each in stacks.values():
             beside = {other.part: other.tensor for other in group if other.stack is each.stack}
             file = home[each.tensor.name][0].name

@@ -12,8 +12,9 @@ from k2quant.checkpoint.reading import read_tensor
 from k2quant.checkpoint.weights import StoredWeight
 from k2quant.conversion.convert import codecs_of
 from k2quant.errors import MissingTensor
-from k2quant.exports.gguf.names import HALVES, KV_B, Sizes
-from k2quant.exports.gguf.stacks import Stack, stacks_of
+from k2quant.exports.gguf.names import ENGINE, HALVES
+from k2quant.exports.shapes import KV_B, Sizes
+from k2quant.exports.stacks import Stack, stacks_of
 from k2quant.formats.dtypes import TensorSpec, as_array
 from k2quant.ground.extras import needed
 
@@ -47,7 +48,7 @@ def read_back_gguf(source: Path, files: Sequence[Path]) -> ReadBack:
         from gguf import GGUFReader
         from gguf.quants import dequantize
     checkpoint = open_checkpoint(source)
-    found = stacks_of(checkpoint)
+    found = stacks_of(checkpoint, ENGINE)
     tensors = {tensor.name: tensor for file in files for tensor in GGUFReader(file).tensors}
     alike: dict[str, bool] = {}
     for stack in found.stacks:

@@ -11,7 +11,10 @@ from k2quant.checkpoint.reading import read_into
 from k2quant.errors import UnsupportedFormat, UsageError
 from k2quant.exports.gguf import blocks
 from k2quant.exports.gguf.blocks import BF16, F32, NVFP4, Q4_0, Q8_0, Type
-from k2quant.exports.gguf.names import BIAS, KV_B, ROUTER, SCALED, Sizes
+from k2quant.exports.gguf.names import SCALED
+from k2quant.exports.heads import Heads
+from k2quant.exports.shapes import BIAS, KV_B, ROUTER, Sizes
+from k2quant.exports.written import multiplying
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.dtypes import as_array, widened
 from k2quant.ground import pool
@@ -21,7 +24,7 @@ from k2quant.ground.units import counted, one_of
 if TYPE_CHECKING:
     from k2quant.checkpoint.reader import Checkpoint
     from k2quant.checkpoint.weights import StoredWeight
-    from k2quant.exports.gguf.stacks import Stack
+    from k2quant.exports.stacks import Stack
     from k2quant.formats.format import Format
 
 _PLAIN = {Bf16.name: BF16, blocks.Plain.name: F32, blocks.EightBits.name: Q8_0}
@@ -155,7 +158,7 @@ def _misfit(stack: Stack, unfit: Mapping[str, str]) -> str | None:
 def target(choice: Choice, weight: StoredWeight, sizes: Sizes) -> Format | None:
     """Return the format in which a weight is written, None where it is copied."""
     if choice.second is not None:
-        return blocks.Heads(
+        return Heads(
             for_keys=_format(choice.type, weight),
             for_values=_format(choice.second.type, weight),
             nope=sizes.qk_nope_head_dim,
@@ -223,7 +226,7 @@ def _whole(source: Checkpoint, weight: StoredWeight, stored: Format) -> str | No
     """
     with naming(weight, 0):
         parts = read_whole(source, weight)
-        stored.check_relabel(parts, blocks.multiplying(stored))
+        stored.check_relabel(parts, multiplying(stored))
     scale = float(parts[stored.streamed[2]].reshape(-1)[0])  # behind codes and scales of blocks
     if scale == 1:
         return None

@@ -52,6 +52,7 @@ def command(
     options["recipe"] = conversion.read_once(options["recipe"])
     method, bandwidth = options["method"], options.pop("bandwidth")
     machines.check_part(options)
+    source = _pinned(source, destination, restart=options["restart"])
     found = allotting.allotted(source, options)
     own = solving.taken_out(options, conversion.choice(options), asked=method)
     if own is not None:
@@ -66,6 +67,17 @@ def command(
         _dry_run(source, destination, as_json=as_json, found=found, bandwidth=bandwidth, **options)
     else:
         _convert(source, destination, as_json=as_json, **options)
+
+
+def _pinned(source: Place, destination: Place, *, restart: bool) -> Place:
+    """Return the source at the commit that its destination was begun with, and say so where nobody named it."""
+    from k2quant.cli.parts.screen import remark
+    from k2quant.conversion.places import pinned
+
+    here, said = pinned(source, destination, restart=restart)
+    if said:
+        remark(f"note: {said}")
+    return here
 
 
 def _convert(source: Place, destination: Place, *, as_json: bool, **options: Any) -> None:
@@ -112,18 +124,15 @@ def _dry_run(
 ) -> None:
     from k2quant.cli.parts.screen import working
     from k2quant.conversion.convert import codecs_of
-    from k2quant.conversion.places import pinned
     from k2quant.conversion.resume import refuse_nested
     from k2quant.conversion.searching.asked import planned
     from k2quant.ground.pool import checked_workers
 
     refuse_nested(source, destination)
     choice = conversion.choice(options)
-    here, remark = pinned(source, destination, restart=options["restart"])
     with working(f"reading the headers of {source.name}"):
         known = options["stats"], options["activation_scales"]
-        plan, rounder = planned(here, choice, *known, follow_links=options["follow_links"])
-    plan = plan.remarked(remark)
+        plan, rounder = planned(source, choice, *known, follow_links=options["follow_links"])
     more = allotting.shown(found, as_json=as_json) or {}
     if options["cluster"] is None:
         codecs_of(options["device"])
@@ -144,4 +153,5 @@ def _dry_run(
         rounder=rounder,
         more=more,
         bandwidth=bandwidth,
+        low_disk=options["low_disk"],
     )

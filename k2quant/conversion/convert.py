@@ -108,7 +108,7 @@ class Conversion(NamedTuple):
         """Return what it comes to, in a few words."""
         report = self.report
         if self.missing:
-            return {"folder": str(self.folder), "still_to_come": self.still_to_come}
+            return {"folder": str(self.spot), "still_to_come": self.still_to_come}
         sizes = {name: size(report[key]) for name, key in (("read", "bytes_read"), ("written", "bytes_written"))}
         seconds = {} if self.already_done else {"time": duration(report["seconds"])}
         counts = {"tensors": len(report["tensors"]), "remarks": len(report.get("remarks", []))}
@@ -218,7 +218,9 @@ def convert(
     begun, there = spot(source), spot(destination)
     refuse_nested(begun, there)
     own = None if part is None else part_of(part)
-    here, remark = pinned(begun, there, restart=restart)
+    here, said = pinned(begun, there, restart=restart)
+    if said:
+        _log.info("%s", said)
     if cluster is not None:
         from k2quant.conversion.spreading.cluster import check_cluster  # loads what starts processes
 
@@ -240,7 +242,6 @@ def convert(
         allow_rounding=allow_rounding,
     )
     plan, rounder = planned(here, options, stats, activation_scales, follow_links=follow_links)
-    plan = plan.remarked(remark)
     spread = None
     if cluster is not None:
         from k2quant.conversion.spreading.cluster import Spread

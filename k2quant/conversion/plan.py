@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
 from k2quant.checkpoint.beside import PASSED_OVER, Beside, describes_quantization, other_files
@@ -234,10 +234,6 @@ class Plan:
     def __repr__(self) -> str:
         """Return it in one line."""
         return brief(self)
-
-    def remarked(self, text: str) -> Plan:
-        """Return the plan with one more remark; itself where there is nothing to say."""
-        return replace(self, remarks=(*self.remarks, text)) if text else self
 
     @property
     def bytes_read(self) -> int:

@@ -182,6 +182,8 @@ class Format(ABC):
     """Whether a scale of the layer's inputs can stand beside a weight; see `with_inputs`."""
     ggml: ClassVar[str | None] = None
     """GGUF's type of tensors that has the same codes and scales in blocks of its own; None: there is none."""
+    mlx: ClassVar[str | None] = None
+    """The mode in which MLX keeps the codes and scales of this format; None: there is none."""
     carried_from: ClassVar[tuple[str, ...]] = ()
     """Names of formats whose codes are carried over, and refused where that would round them; see
     `rounding_allowed`."""

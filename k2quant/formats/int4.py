@@ -72,6 +72,7 @@ class Int4(Format):
     bit_widths: ClassVar[tuple[int, ...]] = FAKE_BITS
     clips: ClassVar[bool] = True
     ggml: ClassVar[str | None] = "Q4_0"
+    mlx: ClassVar[str | None] = "affine"
 
     group: int = INT4_GROUP
     """Columns that share one scale."""

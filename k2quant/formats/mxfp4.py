@@ -59,6 +59,7 @@ class Mxfp4(Format):
     trained: ClassVar[bool] = True
     clips: ClassVar[bool] = True
     ggml: ClassVar[str | None] = "MXFP4"
+    mlx: ClassVar[str | None] = "mxfp4"
     searched_from: ClassVar[tuple[str, ...]] = ("int4",)
     searched_by: ClassVar[tuple[Method, ...]] = ("mse", "imatrix")
     unit: ClassVar[int] = MXFP4_BLOCK

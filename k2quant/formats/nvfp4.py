@@ -103,6 +103,7 @@ class Nvfp4(Format):
     trained: ClassVar[bool] = True
     clips: ClassVar[bool] = True
     ggml: ClassVar[str | None] = "NVFP4"
+    mlx: ClassVar[str | None] = "nvfp4"
     searched_by: ClassVar[tuple[Method, ...]] = ("mse", "imatrix")
     takes_inputs: ClassVar[bool] = True
     carried_from: ClassVar[tuple[str, ...]] = ("mxfp4", "nvfp4")

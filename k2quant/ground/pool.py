@@ -128,6 +128,7 @@ class _Crew:
         self._tasks: Iterator[object] = tasks
         self._work: Callable[[Task], None] = work
         self._lock = threading.Lock()
+        self._first = threading.Lock()  # one of its own: who holds the other may wait for what an error is to end
         self.stopped = threading.Event()
         self.error: BaseException | None = None
         self._threads: list[threading.Thread] = []
@@ -164,6 +165,6 @@ class _Crew:
                     return
                 self._work(task)  # type: ignore[arg-type]
         except BaseException as error:  # noqa: BLE001  handed to the caller's thread
-            with self._lock:
+            with self._first:
                 self.error = self.error or error
             self.stopped.set()

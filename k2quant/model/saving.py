@@ -322,23 +322,23 @@ def _check_places(source: Checkpoint) -> None:
     Raises:
         CheckpointError: they are not what they were when the model was loaded.
     """
-    now = open_checkpoint(source.folder, follow_links=source.follow_links)
+    now = open_checkpoint(source.place, follow_links=source.follow_links)
     for name in (*source.tensors, *now.tensors):
         meant, found = source.tensors.get(name), now.tensors.get(name)
         if meant != found:
             raise CheckpointError(
                 "index or header is not what the model was loaded from",
                 tensor=name,
-                file=source.folder,
+                file=source.place,
                 expected=_where(meant),
                 found=_where(found),
                 remedy="load the model again, or undo the change",
             )
-    changed = next((name for name in now.shards if source.shards.get(name) != now.shards[name]), None)
-    if changed is not None or source.shards.keys() != now.shards.keys():
-        raise CheckpointError(
-            "changed since the model was loaded", file=source.folder / (changed or ""), remedy="load the model again"
-        )
+    before, after = ({name: shard._replace(supply=None) for name, shard in of.shards.items()} for of in (source, now))
+    changed = next((name for name in after if before.get(name) != after[name]), None)
+    if changed is not None or before.keys() != after.keys():
+        file = source.place if changed is None else source.named(changed)
+        raise CheckpointError("changed since the model was loaded", file=file, remedy="load the model again")
 
 
 def _where(entry: TensorEntry | None) -> str:

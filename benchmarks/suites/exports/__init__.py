@@ -1,1 +1,1 @@
-"""What other engines make of exports, asked in environments of their own."""
+"""Exports: what other engines make of them, and what they save."""

@@ -13,9 +13,9 @@ from k2quant.checkpoint.files.tokenizer.words import FAST, SETTINGS, is_kimi
 from k2quant.conversion.metadata.promises import language_config
 from k2quant.errors import CheckpointError, MalformedFile
 from k2quant.exports.gguf.key import Key
-from k2quant.exports.gguf.names import sizes_of
 from k2quant.exports.gguf.vocabulary import fast, ranks
 from k2quant.exports.gguf.vocabulary.tokens import templates
+from k2quant.exports.shapes import sizes_of
 
 _GENERATION = "generation_config.json"
 _GENERATION_LIMIT = 2**20

@@ -13,6 +13,7 @@ from k2quant.checking.engines.rule import Finding, Outcome, Rule, failed, looked
 from k2quant.checking.engines.subject import Subject, subject
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.checkpoint.remote.address import Address, spot
+from k2quant.conversion.metadata import relatives
 from k2quant.errors import UsageError
 from k2quant.ground.engines import LABELS
 from k2quant.ground.saying.showing import as_html, brief
@@ -43,10 +44,8 @@ _RESERVED = {"vllm": 0.92}
 """The share of a device's memory that an engine takes at the most where nobody says another (vllm/config/cache.py)."""
 
 
-_OF_ANY = frozenset(
-    {"tensors", "architecture", "index", "fused", "block", "one meaning", "method", "tokenizer", "chats"}
-)
-"""Rules that hold for a K3, too."""
+_OF_ANY = frozenset({"tensors", "model_type", "index", "fused", "block", "one meaning", "method", "tokenizer", "chats"})
+"""Rules that hold for K3 and for other relatives, too."""
 
 _COPIED = frozenset({"model_type", "tokenizer", "chats", "memory"})
 """Rules of files that a conversion copies, and of the machine."""
@@ -161,11 +160,11 @@ def _check(place: str, engine: str, found: Subject) -> EngineCheck:
 
 
 def _looked_at(rule: Rule, found: Subject) -> Finding:
-    """Return what a rule comes to; of a K3, whose modules were not looked up, only where they do not matter."""
-    if found.found.of_k3 and rule.name not in _OF_ANY:
-        return Finding(
-            rule.name, *unknown("what the engine does with K3's modules was not looked up"), rule.why, rule.source
-        )
+    """Return what a rule comes to; of a relative, whose modules were not looked up, only where they do not matter."""
+    relative = found.found.of_k3 or bool(relatives.other_types(found.config))
+    if relative and rule.name not in _OF_ANY:
+        outcome = unknown("what the engine does with the modules of this model_type was not looked up")
+        return Finding(rule.name, *outcome, rule.why, rule.source)
     return looked_at(rule, found)
 
 

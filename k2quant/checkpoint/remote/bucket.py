@@ -7,6 +7,8 @@ listed is never read: S3 is asked for its ETag, Google for its generation, and o
 from __future__ import annotations
 
 import hashlib
+import logging
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,6 +34,7 @@ _PIECE = 2**24  # bytes of a request; they come as one object of Python before t
 _CHUNK = 2**20  # bytes of it, at most, that are taken at a time
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "checksum", "mtime", "LastModified", "created")
 _REPORT_LIMIT = 1_000_000_000
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 class BucketPlace:
@@ -92,8 +95,10 @@ class BucketPlace:
             return
         for name, facts in known.items() if isinstance(known, dict) else ():
             file, digest = self.files.get(name), facts.get("sha256") if isinstance(facts, dict) else None
-            if file is not None and isinstance(digest, str) and facts.get("size") == file.size:
-                self.files = {**self.files, name: file._replace(sha256=digest)}
+            if file is None or not isinstance(digest, str) or facts.get("size") != file.size:
+                continue
+            if _SHA256.fullmatch(digest):  # what is none says nothing of the file
+                self.files = {**self.files, name: file._replace(sha256=digest.lower())}
 
     def _piece(self, name: str, start: int, stop: int) -> bytes:
         """Return a file's bytes, if it is the one that was listed.
@@ -201,6 +206,8 @@ def filesystem_of(address: Address) -> Any:
         need(extra, f"{address.scheme}://")
     import fsspec
 
+    if not (logger := logging.getLogger("gcsfs")).handlers:
+        logger.addHandler(logging.NullHandler())  # else Python shows what it logs: a traceback of each try, uncleaned
     try:
         # A new one: one that another opening left knows endpoint and credentials as they were then.
         return fsspec.filesystem(address.scheme, use_listings_cache=False, skip_instance_cache=True)

@@ -16,6 +16,9 @@ from k2quant.errors import CheckpointError, MalformedFile, OutputError
 from k2quant.ground import pool
 
 _PIECE = 2**24  # bytes of a request
+_SYNCED = 2**28
+"""Bytes after which a file whose digest nobody knows is pushed to the disk: what stands before that is what came, even
+after a power cut, and is gone on from."""
 _ABREAST = 4  # requests of one file at a time; with their pieces that is 64 MiB
 _FILES_ABREAST = 8  # small files that are fetched at a time
 
@@ -41,16 +44,18 @@ def fetch(place: Place, name: str, target: Path, *, add: Callable[[int], None]) 
         try:
             digest = _fetched(place, file, descriptor, add)
             os.fsync(descriptor)
+            blob = None if file.blob is None else _blob(descriptor, file.size)
         finally:
             os.close(descriptor)
-        if file.sha256 is not None and digest != file.sha256:
-            partial.unlink()
-            raise wrong_digest(place, file, digest)
+        for kind, expected, found in (("sha256", file.sha256, digest), ("git's id", file.blob, blob)):
+            if expected is not None and found != expected:
+                partial.unlink()
+                raise wrong_digest(place.address.child(name), expected, str(found), kind=kind)
         partial.rename(target)
         sync_folder(target.parent)
     except OSError as error:
-        found = error.strerror or str(error)
-        raise OutputError("cannot be written", file=error.filename or target, found=found) from error
+        found, remedy = error.strerror or str(error), "when that is mended, run the same command again"
+        raise OutputError("cannot be written", file=error.filename or target, found=found, remedy=remedy) from error
 
 
 def fetch_all(place: Place, names: Sequence[str], folder: Path, *, aside: Path, mode: int = 0o777) -> None:
@@ -92,29 +97,40 @@ def fetch_all(place: Place, names: Sequence[str], folder: Path, *, aside: Path, 
         raise OutputError("the cache cannot be written", file=error.filename, found=found) from error
 
 
-def wrong_digest(place: Place, file: RemoteFile, found: str) -> CheckpointError:
-    """Return what is said of a file whose content is not what the place says that it is."""
+def wrong_digest(what: str, expected: str, found: str, *, kind: str = "sha256") -> CheckpointError:
+    """Return what is said of a file whose digest is not the one that its place names."""
     return MalformedFile(
         "the content is not what the place says that it is",
-        file=place.address.child(file.name),
-        expected=f"sha256 {file.sha256}",
+        file=what,
+        expected=f"{kind} {expected}",
         found=found,
-        remedy="run the same command again; if that says the same, the file is damaged there, or a proxy changes it",
+        remedy="run the same command again, which fetches it anew; if that says the same, the file is damaged there, "
+        "or a proxy changes it",
     )
 
 
 def _fetched(place: Place, file: RemoteFile, descriptor: int, add: Callable[[int], None]) -> str:
     """Write what a file lacks; return the sha256 of all of it."""
     found = hashlib.sha256()
-    begun = min(os.fstat(descriptor).st_size, file.size) // _PIECE * _PIECE  # what a power cut left may end in zeros
+    sure = _PIECE if file.sha256 is not None else _SYNCED  # what a power cut left may end in zeros
+    begun = max(min(os.fstat(descriptor).st_size, file.size) - 1, 0) // sure * sure
     os.ftruncate(descriptor, begun)
     for start in range(0, begun, _PIECE):
         found.update(os.pread(descriptor, _PIECE, start))
-    add(begun)
     for start, piece in _pieces(place, file, begun):
         write_all(descriptor, memoryview(piece), start)
         found.update(piece)
         add(len(piece))
+        if file.sha256 is None and (start + len(piece)) % _SYNCED == 0:
+            os.fsync(descriptor)
+    return found.hexdigest()
+
+
+def _blob(descriptor: int, size: int) -> str:
+    """Return git's id of a file's content."""
+    found = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    for start in range(0, size, _PIECE):
+        found.update(os.pread(descriptor, _PIECE, start))
     return found.hexdigest()
 
 

@@ -16,8 +16,8 @@ from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.remote.listing import Listing, as_error, listed, of_a_client, refused
 from k2quant.checkpoint.remote.place import RemoteFile
 from k2quant.checkpoint.remote.ranges import Client, Ranges
-from k2quant.checkpoint.remote.secrets import guard
-from k2quant.errors import CheckpointError
+from k2quant.checkpoint.remote.secrets import clean, guard
+from k2quant.errors import CheckpointError, UsageError
 
 
 class HubPlace:
@@ -96,11 +96,19 @@ def open_hub(address: Address) -> HubPlace:
 
 
 def _session() -> Client:
-    """Return huggingface_hub's client: proxies and certificates are set there, and it keeps connections."""
+    """Return huggingface_hub's client: proxies and certificates are set there, and it keeps connections.
+
+    Raises:
+        UsageError: the environment names a proxy that it cannot use.
+    """
     from huggingface_hub import get_session
 
     guard("huggingface_hub")
-    client: Any = get_session()  # of httpx or its successor, as the release of huggingface_hub has it
+    try:
+        client: Any = get_session()  # of httpx or its successor, as the release of huggingface_hub has it
+    except (ValueError, ImportError) as error:  # an address that is none, or SOCKS without its package
+        said = clean(" ".join(str(error).split()))[:300]
+        raise UsageError(f"a proxy of the environment, such as HTTPS_PROXY, cannot be used: {said}") from None
     return cast("Client", client)
 
 

@@ -15,7 +15,7 @@ from k2quant.checkpoint.remote.place import RemoteFile, check_names
 from k2quant.checkpoint.remote.ranges import CONNECT_SECONDS, READ_SECONDS, Answer, Client
 from k2quant.checkpoint.remote.retrying import AGAIN, Pace, Transient, retried, retry_after
 from k2quant.checkpoint.remote.secrets import clean
-from k2quant.errors import CheckpointError, MalformedFile
+from k2quant.errors import CheckpointError, MalformedFile, UsageError
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -36,8 +36,12 @@ def listed(address: Address, session: Callable[[], Client], headers: Callable[[]
 
     Raises:
         CheckpointError: there is none, it may not be read, or the hub cannot be reached or says what cannot be.
+        UsageError: the environment names a hub or a proxy by what is no address.
     """
-    from huggingface_hub import constants
+    try:
+        from huggingface_hub import constants
+    except ValueError:  # it takes HF_ENDPOINT apart when it is loaded
+        raise UsageError("HF_ENDPOINT is no address; expected one such as https://huggingface.co") from None
 
     if constants.HF_HUB_OFFLINE:
         return _offline(address)
@@ -93,7 +97,8 @@ def _file(entry: object) -> RemoteFile:
     facts = mapping(entry)
     name, lfs = text(facts["rfilename"]), facts.get("lfs")
     if lfs is None:
-        return RemoteFile(name, whole(facts["size"]), None, text(facts["blobId"]))
+        blob = text(facts["blobId"])
+        return RemoteFile(name, whole(facts["size"]), None, blob, blob if _COMMIT.fullmatch(blob) else None)
     digest = _hexadecimal(mapping(lfs)["sha256"], _SHA256, "a sha256")
     return RemoteFile(name, whole(lfs["size"]), digest, digest)
 
@@ -165,7 +170,7 @@ _LOGIN = "`hf auth login`, or HF_TOKEN, says who you are"
 def _refusal(status: int, code: str | None, message: str | None, what: str, address: Address) -> CheckpointError:
     from huggingface_hub import constants
 
-    page = f"{constants.ENDPOINT}/{address.path}"
+    page = f"{clean(constants.ENDPOINT)}/{address.path}"  # which may have a user and a password in it
     found = f"status {status}" + (f", {clean(str(message))[:200]}" if message else "")
     if code == "GatedRepo":
         return CheckpointError(

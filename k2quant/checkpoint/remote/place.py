@@ -26,6 +26,8 @@ class RemoteFile(NamedTuple):
     """Digest of the content, in hexadecimal, where the place knows it."""
     version: str
     """What changes when the content does: an object id, an ETag, a time of change."""
+    blob: str | None = None
+    """Git's id of the content, in hexadecimal, of a file that git holds itself and the place knows by that."""
 
 
 class Place(Protocol):
@@ -47,12 +49,12 @@ class Place(Protocol):
         """
 
     def fetch(self, name: str, target: Path, *, add: Callable[[int], None]) -> None:
-        """Have a whole file at `target`, or nothing; what an earlier call left in `target` + `.partial` is kept.
+        """Have a whole file at `target`, or nothing; it grows beside that, and an earlier call's part is taken up.
 
         Args:
             name: of the file.
             target: where it is to lie; its folder is there.
-            add: called with counts of bytes as they come.
+            add: called with counts of bytes as they come; what lay there is none of them.
 
         Raises:
             CheckpointError: it cannot be read, is not the file that was listed, or has another sha256.

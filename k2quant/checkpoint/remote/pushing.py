@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 from k2quant.checkpoint.cards import CARD, LIMIT, is_ours
 from k2quant.checkpoint.files.digests import file_digest
 from k2quant.checkpoint.files.paths import inside
+from k2quant.checkpoint.files.sources import check_folder
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT, open_checkpoint
-from k2quant.checkpoint.remote.address import HUB, Address, parse
+from k2quant.checkpoint.remote.address import HUB, Address, is_address, parse
 from k2quant.checkpoint.remote.retrying import retried, status_of
 from k2quant.checkpoint.remote.secrets import clean, guard
 from k2quant.checkpoint.writing.destination import Destination
@@ -73,7 +74,7 @@ class Pushed(NamedTuple):
     size: int
     """Bytes of all of them."""
     sent: int
-    """Bytes of the files that were not there."""
+    """Bytes of the files that were not there, or were others there."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -113,12 +114,13 @@ def push(
         if seen is not None:
             seen(plan)
         if not plan.missing:
-            return _done(plan, hub, commit)
+            return _done(plan, hub, commit, 0)
         operations = _uploaded(here, report, plan, hub, progress)
         text = message or f"Upload {here.resolve().name}, written by k2quant {report.get('version', __version__)}"
-        commit = hub.committed(operations, text, parent=commit)
+        made = hub.committed(operations, text, parent=commit)
         _check(plan, operations, hub.listed())
-        return _done(plan, hub, commit)
+        sent = 0 if made == commit else sum(plan.missing.values())  # small files that are there make no commit
+        return _done(plan, hub, made, sent)
 
 
 def branch_of(address: str | Address) -> Address:
@@ -127,6 +129,8 @@ def branch_of(address: str | Address) -> Address:
     Raises:
         UsageError: it lies on no hub, or names a commit, which cannot be written to.
     """
+    if isinstance(address, str) and not is_address(address):
+        raise UsageError(f"{address} is no address on a hub; expected hf://user/name or hf://user/name@branch")
     found = parse(address) if isinstance(address, str) else address
     if found.scheme != HUB:
         raise UsageError(f"{found} is no repository on a hub; expected hf://user/name or hf://user/name@branch")
@@ -141,8 +145,7 @@ def finished(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not.
     """
-    if not folder.is_dir():
-        raise CheckpointError("no such folder", file=folder)
+    check_folder(folder)
     report = Destination(folder, report=REPORT, incomplete=INCOMPLETE).finished_report()
     if (folder / INCOMPLETE).exists():
         raise CheckpointError("not finished", file=folder, remedy="run the command that writes it again: it resumes")
@@ -203,7 +206,7 @@ def _is_there(folder: Path, report: Mapping[str, Any], name: str, remote: _Remot
 def _uploaded(
     folder: Path, report: Mapping[str, Any], plan: Pushing, hub: _Hub, progress: Progress | None
 ) -> list[Any]:
-    """Upload contents, and return what a commit needs to name them; index, report and config come last in it."""
+    """Upload contents, and return what a commit needs to name them."""
     from huggingface_hub import CommitOperationAdd
 
     total, done, lock = sum(plan.missing.values()), 0, threading.Lock()
@@ -248,10 +251,10 @@ def _check(plan: Pushing, operations: list[Any], remote: Mapping[str, _Remote]) 
             )
 
 
-def _done(plan: Pushing, hub: _Hub, commit: str) -> Pushed:
+def _done(plan: Pushing, hub: _Hub, commit: str, sent: int) -> Pushed:
     at = Address(HUB, plan.address.path, commit)
     sizes = plan.files.values()
-    return Pushed(at, hub.url(commit), len(plan.files), sum(sizes), sum(plan.missing.values()))
+    return Pushed(at, hub.url(commit), len(plan.files), sum(sizes), sent)
 
 
 class _Remote(NamedTuple):
@@ -280,7 +283,7 @@ class _Hub:
 
     def url(self, commit: str) -> str:
         """The page of the model at a commit."""
-        return f"{self._api.endpoint}/{self.address.path}/tree/{commit}"
+        return f"{clean(self._api.endpoint)}/{self.address.path}/tree/{commit}"
 
     def prepared(self, *, private: bool) -> str:
         """Make repository and branch if need be; return the branch's commit."""

@@ -16,7 +16,11 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     # What follows ? in an address is a signature more often than not; what stands before @ is a user and a password.
     (re.compile(r"\b([a-z][a-z0-9+.-]*://)[^\s/?#@'\"<>]+@", re.IGNORECASE), rf"\1{HIDDEN}@"),
     (re.compile(r"\b([a-z][a-z0-9+.-]*://[^\s?#'\"<>]*)[?#][^\s'\"<>]*", re.IGNORECASE), rf"\1?{HIDDEN}"),
-    (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]+", re.IGNORECASE), rf"\1 {HIDDEN}"),
+    (
+        re.compile(r"(?<![^\s'\"<(=])[^\s/:@'\"<>(=]+:[^\s/@'\"<>]+@(?=[\w\[])"),
+        f"{HIDDEN}@",
+    ),  # the same without a scheme
+    (re.compile(r"\b((?:(?:bearer|basic)\s+)+)[\w.~+/=-]+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{6,}"), HIDDEN),
     (re.compile(r"\b(AKIA|ASIA|AROA|AIDA)[A-Z0-9]{8,}"), HIDDEN),
     (re.compile(r"\bya29\.[\w.-]+"), HIDDEN),

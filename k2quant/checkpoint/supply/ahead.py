@@ -13,13 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from k2quant.checkpoint.supply.order import PIECE_BYTES, TINY, Step
+from k2quant.checkpoint.remote.fetching import wrong_digest
+from k2quant.checkpoint.supply.order import AHEAD_BYTES, PIECE_BYTES, TINY, Step
 from k2quant.errors import CheckpointError
 from k2quant.ground import pool
-
-AHEAD_BYTES = 2**28
-"""Bytes of pieces in memory that the threads fetch, at most; see `choosing.memory`. A line of 10 Gbit/s over which a
-request takes 50 ms has 63 MB under way."""
 
 FETCHERS = 8
 """Threads that fetch. One request is answered by one machine, which seldom fills a line."""
@@ -74,7 +71,8 @@ class _Lane:
     output: str
     tracks: dict[str, _Track]
     pieces: deque[_Piece] = field(default_factory=deque)
-    """Those that nobody has taken yet, and perhaps some that were taken out of turn."""
+    """Those that nobody has taken yet, and perhaps some that were taken out of turn; once all was `read`, those alone
+    that are still to be hashed."""
     held: int = 0
     """Bytes of its pieces that are here or under way."""
     flying: int = 0
@@ -150,13 +148,8 @@ class Ahead:
             if piece is None:
                 return False
             piece.readers += 1
-            while not piece.taken and self._comes(piece):
-                self._wait()
-            mine = not piece.taken
-            if mine:
-                self._take(piece)
-        if mine:
-            self._get(piece)
+        while (mine := self._mine(piece)) is not None:
+            self._get(mine)
         with self._change:
             while piece.data is None:
                 self._wait()
@@ -181,6 +174,7 @@ class Ahead:
                 piece.left = 0
                 self._drop(piece)
             lane.read = True
+            lane.pieces = deque(piece for piece in lane.pieces if piece.track is not None)
             self._change.notify_all()
             while any(track.position < track.count for track in lane.tracks.values()):
                 self._wait()
@@ -267,6 +261,20 @@ class Ahead:
         lane, total = piece.lane, sum(each.held for each in self._lanes.values())
         return lane.held + piece.size <= self._room and total + piece.size <= AHEAD_BYTES
 
+    def _mine(self, piece: _Piece) -> _Piece | None:
+        """Return what whoever needs a piece is to fetch for it, or None when somebody fetches that or has.
+
+        What is needed before goes first: whoever is to read that may be slow, and what comes out of its turn stays.
+        """
+        with self._change:
+            while not piece.taken and self._comes(piece):
+                self._wait()
+            if piece.taken:
+                return None
+            first = _head(piece.lane) or piece
+            self._take(first)
+            return first
+
     def _comes(self, piece: _Piece) -> bool:
         """Tell whether to wait for room rather than to fetch a piece at once. The lock is held.
 
@@ -330,14 +338,7 @@ class Ahead:
     def _check(self, track: _Track) -> None:
         expected, found = self._sha256[track.file], track.digest.hexdigest()
         if expected != found:
-            error = CheckpointError(
-                "is not what its place says that it is",
-                file=self._shown(track.file),
-                expected=f"sha256 {expected}",
-                found=found,
-                remedy="nothing that was made of it has a name; run the same command again, which fetches it anew, and "
-                "where that ends so too, tell whoever keeps the files",
-            )
+            error = wrong_digest(self._shown(track.file), expected, found)
             self._fail(error)
             raise error
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from k2quant.checkpoint.supply.ahead import AHEAD_BYTES
-from k2quant.checkpoint.supply.order import PIECE_BYTES, Use, foreign_bytes, steps
+from k2quant.checkpoint.supply.order import AHEAD_BYTES, PIECE_BYTES, Use, foreign_bytes, steps
 
 Way = Literal["ranges", "shards"]
 

@@ -14,6 +14,10 @@ from typing import NamedTuple
 PIECE_BYTES = 2**23
 """Bytes that are fetched at once; a multiple of `blocks.BLOCK_BYTES`."""
 
+AHEAD_BYTES = 2**28
+"""Bytes of pieces in memory that threads fetch ahead, at most; see `choosing.memory`. A line of 10 Gbit/s over which a
+request takes 50 ms has 63 MB under way."""
+
 TINY = 8
 """Bytes of a range, at most, that may be read any number of times: one number for a whole matrix."""
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k2quant.checkpoint.files.paths import open_regular
+from k2quant.checkpoint.files.paths import open_regular, partials
 from k2quant.checkpoint.remote.fetching import marked, partial_path
 from k2quant.checkpoint.supply.order import Use
 from k2quant.errors import CheckpointError, OutputError, UsageError
@@ -108,7 +108,10 @@ class Stage:
         Args:
             needs: output shards in the order in which they are written, each with the source shards that are fetched
                 for it.
-            output_bytes: what each of them will take on the same disk.
+            output_bytes: what each of them will take on the same disk; by another name, what all of them take there.
+
+        Raises:
+            OutputError: few are to lie there, and beside the output there is no room for so few.
         """
         for turn, (output, files) in enumerate(needs):
             self._turns[output] = 1, turn
@@ -116,14 +119,39 @@ class Stage:
                 self._users.setdefault(file, set()).add(output)
         self._queue = list(self._users)
         self._reserved = dict(output_bytes)
+        if self._folder.is_symlink():  # what it leads to is not ours to put in order
+            self._folder.unlink()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep(set(self._queue if self._most is None else self._queue[: self._most]))
+        if self._most is not None:
+            self._check_room(self._most)
         for number in range(min(FETCHERS, self._most or FETCHERS)):
             thread = threading.Thread(
                 target=pool.handed(self._run, self._closed), name=f"k2quant-fetch-{number}", daemon=True
             )
             self._threads.append(thread)
             thread.start()
+
+    def _check_room(self, most: int) -> None:
+        """Refuse a disk on which the run would end midway.
+
+        Raises:
+            OutputError: it has no room for so many shards beside the output.
+        """
+        lying = sum(sorted((self._place.files[file].size for file in self._users), reverse=True)[:most])
+        # What an earlier run left goes, or is gone on with: shards here, and parts of output shards in the output.
+        left = [part for output in self._reserved for part in partials(self._folder.parent.parent / output)]
+        there = sum(map(_allocated, (*self._folder.iterdir(), *left)))
+        room = shutil.disk_usage(self._folder).free + there - sum(self._reserved.values())
+        if room < lying:
+            count = "a shard" if most == 1 or len(self._users) == 1 else f"{most} shards"
+            raise OutputError(
+                f"the disk is too small for {count} of the source beside the output",
+                file=self._folder,
+                expected=f"{lying:,} bytes free beside those that the output needs",
+                found=f"{max(0, room):,} bytes",
+                remedy="free some space, or name a folder on another disk",
+            )
 
     def open(self, output: str) -> None:
         """Hear that an output shard is begun: who asks for its source shards waits for them from now on."""
@@ -261,7 +289,7 @@ class Stage:
         if self._turn(last) <= self._turn(file):
             return False
         self._ready.discard(last)
-        (self._folder / last).unlink(missing_ok=True)
+        self._path(last).unlink(missing_ok=True)
         self._queue.append(last)
         return True
 
@@ -283,7 +311,8 @@ class Stage:
             return True
         if wanted and self._make_room(file):
             return self._has_room(file)
-        if not self._coming and all(self._users[name] & self._users[file] for name in self._ready):
+        held = all(self._users[name] & self._users[file] for name in self._ready)
+        if held and not self._coming and not self._some_output_ends(file):
             raise OutputError(
                 "the disk is too small for a shard of the source beside the output",
                 file=self._folder,
@@ -292,6 +321,14 @@ class Stage:
                 remedy="free some space, then run the same command again: it resumes",
             )
         return False
+
+    def _some_output_ends(self, file: str) -> bool:
+        """Tell whether an output shard that has all it needs, and not this one, is on its way. The lock is held.
+
+        What is reserved for it is on the disk by and by, or waits there to be uploaded: both go when it stands.
+        """
+        waits = {output for name, users in self._users.items() if name not in self._ready for output in users}
+        return bool(self._opened - waits - self._users[file])
 
     def _size(self, file: str) -> int:
         """Return the bytes of a shard that are on the disk already."""

@@ -72,6 +72,15 @@ class Supply:
                 self._read_alone(file, start, buffer[:count])
             buffer, start = buffer[count:], start + count
 
+    def read_just(self, file: str, start: int, buffer: memoryview) -> None:
+        """Fill a buffer with a shard's bytes from `start` on, without what lies beside them, whoever else reads.
+
+        Raises:
+            CheckpointError: the shard cannot be read, or is not the file any more whose header was read.
+        """
+        self.place.read_into(file, start, buffer)
+        self._add(len(buffer))
+
     def begin(
         self,
         uses: Sequence[Use],
@@ -217,8 +226,7 @@ class Supply:
     def _read_alone(self, file: str, start: int, buffer: memoryview) -> None:
         """Read a range that nobody fetched ahead; small ones by whole blocks, of which some are kept."""
         if self.way is None and len(buffer) > BLOCK_BYTES:
-            self.place.read_into(file, start, buffer)
-            self._add(len(buffer))
+            self.read_just(file, start, buffer)
             return
         first, last = self._blocks.span(file, start, start + len(buffer))
         found = self._cached.get((file, first))

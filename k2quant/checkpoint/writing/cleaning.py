@@ -18,7 +18,7 @@ from k2quant.checkpoint.files.paths import partials, read_limited
 from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.writing import holding
 from k2quant.checkpoint.writing.bucket import Bucket
-from k2quant.checkpoint.writing.destination import WORK, Destination
+from k2quant.checkpoint.writing.destination import WORK, Destination, is_below
 from k2quant.checkpoint.writing.sharing import LOCK
 from k2quant.checkpoint.writing.stores import objects_of
 from k2quant.errors import CheckpointError, DestinationForeign, DestinationInUse
@@ -76,7 +76,7 @@ def _in_folder(folder: Path, target: Destination, *, remove: bool) -> Found:
         journal = target.journal()
         files = journal[0].get("files") if journal else (target.finished_report() or {}).get("files")
         left = [*soft]
-        for name in _plain(files):
+        for name in _plain(folder, files):
             left += [Leftover("partial", str(path), path.lstat().st_size) for path in partials(folder / name)]
         sources = sorted(work.glob("source*")) if not work.is_symlink() else []
         left += [Leftover("source", str(path), _bytes_of(path)) for path in sources]
@@ -162,14 +162,10 @@ def _foreign(spot: Path | Address) -> DestinationForeign:
     )
 
 
-def _plain(files: object) -> list[str]:
+def _plain(folder: Path, files: object) -> list[str]:
     """Return names of a journal or report that lie below the folder."""
     names = files if isinstance(files, list) else list(files) if isinstance(files, Mapping) else []
-    return [
-        name
-        for name in names
-        if isinstance(name, str) and name and ".." not in Path(name).parts and not Path(name).is_absolute()
-    ]
+    return [name for name in names if isinstance(name, str) and is_below(folder, name)]
 
 
 def _bytes_of(folder: Path) -> int:

@@ -13,7 +13,6 @@ import glob
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -278,11 +277,7 @@ class Destination:
         """Delete those of these files that are there; names that leave the folder are passed over."""
         for name in files:
             path = self.folder / name
-            if (
-                ".." in Path(name).parts
-                or Path(name).is_absolute()
-                or not path.parent.resolve().is_relative_to(self.folder.resolve())
-            ):
+            if not is_below(self.folder, name):
                 continue
             for victim in (path, *partials(path)):
                 if victim.is_file() or victim.is_symlink():
@@ -361,7 +356,7 @@ def ended_by_another(spot: object) -> DestinationStale:
 
 def attempt_at(share: str) -> str:
     """Return letters that no other process has, where this one writes a share; else none."""
-    return f"{share}-{secrets.token_hex(4)}" if share else ""
+    return f"{share}-{os.urandom(4).hex()}" if share else ""
 
 
 def refuse_what_is_not_ours(
@@ -422,6 +417,13 @@ def room_of(folder: Path, shards: Mapping[str, int], more: int) -> Room:
 def line(record: dict[str, Any]) -> bytes:
     """Return a record as a journal has it."""
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+
+def is_below(folder: Path, name: str) -> bool:
+    """Tell whether a name of a journal or report is one of a file below the folder, also by way of its links."""
+    if not name or not name.isprintable() or ".." in Path(name).parts or Path(name).is_absolute():
+        return False
+    return Path(os.path.realpath((folder / name).parent)).is_relative_to(os.path.realpath(folder))
 
 
 @contextlib.contextmanager

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from k2quant.cli.parts import options
+from k2quant.cli.parts.machines import part_option
 from k2quant.cli.parts.results import give
 from k2quant.cli.parts.screen import counting
 from k2quant.cli.parts.terminal.tables import Column, paragraph, table
 
 if TYPE_CHECKING:
-    from k2quant.eval.drift.findings import Fidelity, LayerFidelity
+    from k2quant.eval.drift.findings import Fidelity, LayerFidelity, Unfinished
 from k2quant.ground.intervals import Estimate
 
 _NAMED = 16  # experts of a layer that are listed by number
@@ -43,6 +45,11 @@ _COLUMNS = (
 @options.device()
 @options.dtype()
 @options.exact_backend()
+@part_option(
+    "Measure the K-th of N shares of the text, such as 2/8, beside other processes that measure the others: for job "
+    "arrays. Whoever finds all of it measured writes -o FILE; any order and any restart will do."
+)
+@options.soft_lock()
 @options.follow_links()
 @options.trust_remote_code("BASE's tokenizer's")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
@@ -64,6 +71,8 @@ def command(
     device: str,
     dtype: str,
     backend: str,
+    part: str | None,
+    soft_lock: bool,
     follow_links: bool,
     trust_remote_code: bool,
     as_json: bool,
@@ -78,33 +87,72 @@ def command(
     The text is plain, or JSON Lines (.jsonl) with a prompt and a completion in each row: then only completions are
     scored. Without one, a short sample is read.
 
+    With --part, the parts meet in FILE.parts, in a folder that all machines see.
+
     \b
     Example:
         k2quant eval fidelity K2-Instruct K2-INT4 --text notes.txt -o fidelity.json
     """
+    sharing = _sharing(part, output, soft_lock=soft_lock)
     options.check_early(base, candidate, follow_links=follow_links, text=text, output=output)
     from k2quant.eval import measure_fidelity
+    from k2quant.eval.drift.findings import Unfinished
     from k2quant.model.generation import silence
 
     silence()
     gc.enable()  # two passes through two models make garbage
+    given: dict[str, Any] = {
+        "text": text,
+        "context": context,
+        "tokens": tokens,
+        "lines": lines,
+        "device": device,
+        "dtype": dtype,
+        "backend": backend,
+        "follow_links": follow_links,
+        "trust_remote_code": trust_remote_code,
+    }
     with counting("layers of both models") as show:
-        found = measure_fidelity(
-            base,
-            candidate,
-            text=text,
-            context=context,
-            tokens=tokens,
-            lines=lines,
-            device=device,
-            dtype=dtype,
-            backend=backend,  # type: ignore[arg-type]  # click checked it
-            follow_links=follow_links,
-            trust_remote_code=trust_remote_code,
-            progress=show,
-        )
+        found: Fidelity | Unfinished = measure_fidelity(base, candidate, **given, **sharing, progress=show)
+    if isinstance(found, Unfinished):
+        click.echo(_still_to_come(found, output, as_json=as_json))
+        return
     note = _about_unread(found.unread) if found.unread else None
-    give(found.as_dict(), lambda: _show(found), as_json=as_json, output=output, note=note)
+    give(found.as_dict(), lambda: _show(found), as_json=as_json, output=output, note=note, attempt=_attempt(part))
+
+
+def _sharing(part: str | None, output: Path | None, *, soft_lock: bool) -> dict[str, Any]:
+    """Return how the text is shared out; the parts meet in a folder beside the result.
+
+    Raises:
+        UsageError: it is no part, or there is no file for the result.
+    """
+    if part is None:
+        return {"soft_lock": soft_lock}
+    from k2quant.conversion.spreading.part import part_of
+    from k2quant.errors import UsageError
+
+    part_of(part)
+    if output is None:
+        raise UsageError("`part=` without `output=`: name the file of the result, beside which the parts meet")
+    return {"part": part, "shared": output.with_name(f"{output.name}.parts"), "soft_lock": soft_lock}
+
+
+def _attempt(part: str | None) -> str:
+    """Return letters for a file that two parts may write, if both find the whole text measured."""
+    from k2quant.checkpoint.writing.destination import attempt_at
+
+    return attempt_at(part.replace("/", "-of-")) if part else ""
+
+
+def _still_to_come(found: Unfinished, output: Path | None, *, as_json: bool) -> str:
+    """Return what a part came to that was not the last, for people or as JSON."""
+    from k2quant.conversion.spreading.part import part_of
+
+    if as_json:
+        left = {"missing": list(found.missing), "batches": found.batches}
+        return json.dumps({"output": str(output), "part": found.part, **left})
+    return f"{output}: {part_of(found.part).said} done; the rest is still to come: {found.still_to_come}"
 
 
 def _about_unread(characters: str) -> str:

@@ -12,6 +12,7 @@ from k2quant.cli.parts.lazy import LazyGroup
     cls=LazyGroup,
     homes={
         "gguf": (f"{__name__}.gguf", "Write a checkpoint as GGUF, for llama.cpp."),
+        "mlx": (f"{__name__}.mlx", "Write a checkpoint as mlx-lm loads it, for MLX."),
     },
 )
 def command() -> None:
@@ -20,4 +21,5 @@ def command() -> None:
     \b
     Example:
         k2quant export gguf Kimi-K2-Thinking kimi-k2-thinking.gguf
+        k2quant export mlx Kimi-K2-Thinking kimi-k2-thinking-mlx
     """

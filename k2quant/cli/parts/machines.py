@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from k2quant.conversion.convert import Conversion
     from k2quant.conversion.plan import Plan
 
+
+def part_option(more: str) -> Option[Any]:
+    """Which share of the work of a job array this process does.
+
+    Args:
+        more: what the command has to say of it.
+    """
+    return click.option("--part", metavar="K/N", help=more)
+
+
 _MACHINES = (
     click.option(
         "--cluster",
@@ -20,11 +30,9 @@ _MACHINES = (
         help="Spread the shards over a Ray cluster whose machines all see SOURCE and DESTINATION: the one that this "
         "machine is part of or that RAY_ADDRESS names, or the one with this head. --workers are threads of each.",
     ),
-    click.option(
-        "--part",
-        metavar="K/N",
-        help="Write the K-th of N shares of the shards, such as 2/8, beside other processes that write the others: for "
-        "job arrays. Whoever finds all shards there completes DESTINATION; any order and any restart will do.",
+    part_option(
+        "Write the K-th of N shares of the shards, such as 2/8, beside other processes that write the others: for "
+        "job arrays. Whoever finds all shards there completes DESTINATION; any order and any restart will do."
     ),
 )
 

@@ -27,7 +27,13 @@ def suggest(*commands: tuple[object, ...]) -> None:
 
 
 def give(
-    found: Mapping[str, Any], show: Callable[[], None], *, as_json: bool, output: Path | None, note: str | None = None
+    found: Mapping[str, Any],
+    show: Callable[[], None],
+    *,
+    as_json: bool,
+    output: Path | None,
+    note: str | None = None,
+    attempt: str = "",
 ) -> None:
     """Write what was found to a file, where one is named, and print it.
 
@@ -37,13 +43,14 @@ def give(
         as_json: whether JSON is printed instead.
         output: the file.
         note: what must be known of it, said once the file is written and before anything is printed.
+        attempt: letters of this process, where another may write the same to the file.
     """
     from k2quant.checkpoint.files.paths import write_whole
 
     data = json.dumps(found, indent=1)
     try:
         if output is not None:
-            write_whole(output, data.encode() + b"\n")
+            write_whole(output, data.encode() + b"\n", attempt)
     finally:  # what took hours is not lost with a disk that is full
         if note is not None:
             warn(note)

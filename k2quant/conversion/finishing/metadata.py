@@ -7,7 +7,7 @@ true of the output, and only where a value is of the kind that the hub takes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +72,23 @@ def metadata(plan: Plan, home: Home | None, source: Mapping[str, Any]) -> dict[s
         home: where the source lies on a hub.
         source: what its own card says; see `said`.
     """
+    relation = "quantized" if plan.values is None or plan.recipe.quantises else "finetune"
+    formats = [name for name, kind in FORMATS.items() if kind.quantised and _writes(plan, name)]
+    methods = sorted(method for name in formats if (method := FORMATS[name].method) and method not in formats)
+    return of_source(home, source, relation=relation, tags=[*formats, *methods])
+
+
+def of_source(
+    home: Home | None, source: Mapping[str, Any], *, relation: str = "quantized", tags: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return what hubs are told of an output of any kind.
+
+    Args:
+        home: where the source lies on a hub.
+        source: what its own card says; see `said`.
+        relation: what the output is to it.
+        tags: what weights are stored in.
+    """
     told: dict[str, Any] = {}
     for key, taken in _CARRIED.items():
         if (value := taken(source.get(key))) is not None:
@@ -80,11 +97,9 @@ def metadata(plan: Plan, home: Home | None, source: Mapping[str, Any]) -> dict[s
     base = _ids(source.get("base_model")) if home is None else home.name
     if base is not None:
         told["base_model"] = base
-        told["base_model_relation"] = "quantized" if plan.values is None or plan.recipe.quantises else "finetune"
-    formats = [name for name, kind in FORMATS.items() if kind.quantised and _writes(plan, name)]
-    methods = sorted(method for name in formats if (method := FORMATS[name].method) and method not in formats)
+        told["base_model_relation"] = relation
     kept = [tag for tag in told.get("tags", []) if not _QUANTISED.fullmatch(tag)]
-    told["tags"] = list(dict.fromkeys([*kept, "k2quant", *formats, *methods]))
+    told["tags"] = list(dict.fromkeys([*kept, "k2quant", *tags]))
     return {key: told[key] for key in _ORDER if key in told}
 
 

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from k2quant.checkpoint.reader import Checkpoint
-from k2quant.checkpoint.supply.proofs import unproven
 from k2quant.conversion.placing import Job
 from k2quant.conversion.plan import Plan
 from k2quant.conversion.resume import identity
@@ -66,6 +65,8 @@ def fetched(source: Checkpoint, records: Iterable[Record]) -> dict[str, Any]:
     """
     if source.supply is None:
         return {}
+    from k2quant.checkpoint.supply.proofs import unproven  # here: few need it
+
     missing = unproven(records)
     came = [name for name, header in source.shards.items() if header.supply is not None]
     found = source.supply.facts(came, here=len(came) < len(source.shards))

@@ -179,8 +179,8 @@ class _Driver:
         left = " and ".join(f"{free.get(key, 0):g} of {counted(int(has.get(key, 0)), kind)}" for kind, key, _ in kinds)
         what = (
             f"the worker on {seat.node.name} has not begun for {self._task.patience:g} s: it asks for {wanted} there, "
-            f"and in the whole cluster {left} are free; another job may hold them (`ray status` says how many are "
-            "held), and the worker begins when they are let go"
+            f"free in the whole cluster: {left}; another job may hold the rest (`ray status` says how much), "
+            "and the worker begins when that lets go"
         )
         self._talk.send(Told("warn", what))
 

@@ -62,18 +62,29 @@ def beside_cluster() -> UsageError:
 def shares(plan: Plan, of: int) -> tuple[tuple[str, ...], ...]:
     """Return the files that each of `of` parts writes, in the plan's order.
 
-    Each share is a run of neighbours, for these hold partners of each other's weights, and experts of one layer. The
-    bytes read and written of the largest share are the fewest that such a division can have; the others are then as
-    even as that allows. Where there are more parts than shards, some have nothing to do.
+    Neighbours stay together, for these hold partners of each other's weights, and experts of one layer.
     """
-    sizes = [shard.bytes_read + shard.size for shard in plan.shards]
     files = [shard.file for shard in plan.shards]
+    found = divided([shard.bytes_read + shard.size for shard in plan.shards], of)
+    return tuple(tuple(files[own.start : own.stop]) for own in found)
+
+
+def divided(sizes: Sequence[int], of: int) -> tuple[range, ...]:
+    """Return the numbers of the things that each of `of` parts does, a run of neighbours each.
+
+    The load of the largest share is the least that such a division can have; the others are then as even as that
+    allows. Where there are more parts than things, some have nothing to do.
+
+    Args:
+        sizes: how much work each thing is.
+        of: how many parts there are.
+    """
     most = _smallest_bound(sizes, of)
-    found: list[tuple[str, ...]] = []
+    found: list[range] = []
     start = 0
     for left in range(of, 0, -1):
         stop = _end(sizes, start, left, most)
-        found.append(tuple(files[start:stop]))
+        found.append(range(start, stop))
         start = stop
     return tuple(found)
 

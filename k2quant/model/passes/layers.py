@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 from typing import Self
 
 import torch
@@ -35,6 +36,12 @@ class Layers:
             without: names within the model of modules in it that stay without weights, all below them too.
         """
         return Loaded(self.assembly, name, module, without)
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Hold the last norm and the head in memory as long as a block runs."""
+        with self.loaded("model.norm", self.norm), self.loaded("lm_head", self.head):
+            yield
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the hidden states `[B, T, H]` of tokens int64 `[B, T]`; the embedding is loaded."""

@@ -146,7 +146,7 @@ class _Pass:
             self._embed(kept)
         for number in range(kept.finished, len(layers.all)):
             self._layer(number, layers.all[number], kept)
-        with layers.loaded("model.norm", layers.norm), layers.loaded("lm_head", layers.head):
+        with layers.ending():
             self._hooks.ending(layers.norm, layers.head)
             for number in range(len(self._inputs)):
                 yield layers.head(layers.norm(self._get(kept, kept.finished, number)))

@@ -22,6 +22,8 @@ from k2quant.eval.gating.verdict import Verdict
 from k2quant.eval.runs.reading import read_run
 from k2quant.eval.statistics.restricted import GAMMA
 
+pytestmark = pytest.mark.usefixtures("by_score", "sketched")
+
 TIME = "2026-11-22T09-44-46.769087"
 Rows = Sequence[dict[str, Any]]
 
@@ -176,8 +178,11 @@ class TestDecisions:
         assert gate(*runs, policy=Policy(alpha=p)).decision == decision
         assert gate(*runs, policy=Policy(alpha=math.nextafter(p, 0))).decision == "INCONCLUSIVE"
 
-    def test_too_few_items_tell_nothing_and_say_how_many_would(self, decide: Decide) -> None:
+    def test_too_few_items_tell_nothing_and_say_how_many_would(
+        self, decide: Decide, by_score: pytest.MonkeyPatch
+    ) -> None:
         """10 lost and 8 gained of 400: neither below nor above 1 pp; the verdict names a number that would do."""
+        by_score.undo()
         verdict = decide({"t": answers(340, lost=10, gained=8, wrong=42)})
         assert verdict.decision == "INCONCLUSIVE"
         assert verdict.exit_code == 4
@@ -246,8 +251,9 @@ class TestDecisions:
         assert verdict.flips[0].prompt == "ask 300"
         assert (verdict.flips[0].base_answer, verdict.flips[0].candidate_answer) == ("yes", "no 300")
 
-    def test_a_policy_that_lacks_power_is_told(self, decide: Decide) -> None:
+    def test_a_policy_that_lacks_power_is_told(self, decide: Decide, by_score: pytest.MonkeyPatch) -> None:
         """At 9% flips, 500 items hardly ever pass even a candidate without any drop."""
+        by_score.undo()
         verdict = decide({"t": answers(455, lost=22, gained=23)})
         assert verdict.pooled.power < 0.3
         assert any("the policy wants" in warning for warning in verdict.warnings)
@@ -259,8 +265,9 @@ class TestDecisions:
         ]
         assert "at least 99.9% confidence" in gate(*runs, policy=Policy(alpha=0.001)).reason
 
-    def test_items_that_would_do_are_more_than_there_are(self, decide: Decide) -> None:
+    def test_items_that_would_do_are_more_than_there_are(self, decide: Decide, by_score: pytest.MonkeyPatch) -> None:
         """Who has enough items and no verdict has a candidate that lost some; fewer items are no advice."""
+        by_score.undo()
         verdict = decide({"t": answers(3_900, lost=40, gained=10, wrong=50)})
         assert verdict.decision == "INCONCLUSIVE"
         assert verdict.pooled.needed is not None

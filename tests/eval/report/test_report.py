@@ -915,6 +915,7 @@ def test_answers_cut_in_thought_stand_on_both_sides_everywhere(tmp_path: Path) -
     assert "thought" not in page.text + unseen.markdown.read_text() + unseen.junit.read_text()
 
 
+@pytest.mark.usefixtures("quick")
 def test_tasks_where_no_answer_ended_early_are_not_listed(tmp_path: Path) -> None:
     """Zeros of many tasks would hide the one that counts; all together stand first, zero or not."""
     whole: dict[str, Any] = {"base_cut": 0, "candidate_cut": 0, "base_truncated": 0, "candidate_truncated": 0}

@@ -28,6 +28,8 @@ from k2quant.eval.tools.requests import request_of
 from k2quant.eval.tools.scoring import checked
 from k2quant.eval.tools.settings import ToolsRequest
 
+pytestmark = pytest.mark.usefixtures("by_score")
+
 Reply = dict[str, Any]
 Manner = Callable[[dict[str, Any], int], Reply]
 """What a server answers to a body, given how often it was asked before."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.cli import main
@@ -21,17 +20,23 @@ from terminal import but_progress
 COMMANDS = ("convert", "merge", "inspect", "verify", "diff", "report", "generate", "tune", "nano", "demo")
 
 
-def k2quant(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "k2quant", *map(str, arguments)]
-    kept = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+def k2quant(*arguments: object) -> Result:
+    """Run the command line in this process, and see that it ends as a command does."""
     columns = {"COLUMNS": "100"} if "--help" in arguments else {}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=kept | columns)
+    done = CliRunner().invoke(main, [*map(str, arguments)], prog_name="k2quant", env=columns)
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    return done
+
+
+def process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run it in a process of its own, with streams of its own."""
+    command = [sys.executable, "-m", "k2quant", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_help_lists_every_command() -> None:
     """`k2quant --help` names all commands and exits 0."""
-    done = k2quant("--help")
+    done = process("--help")
     assert done.returncode == 0
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
 
@@ -62,7 +67,7 @@ def test_verbose_says_what_is_done_and_when(k2_source: Path) -> None:
 def test_every_command_has_help_with_an_example_and_every_option_is_explained(name: str) -> None:
     """A command's help is a sentence, then an example; each option says what it does."""
     done = k2quant(name, "--help")
-    assert done.returncode == 0
+    assert done.exit_code == 0
     examples = [line.strip() for line in done.stdout.partition("Example:")[2].partition("Options:")[0].splitlines()]
     assert f"k2quant {name}" in " ".join(examples[1].split()[:2])
     assert "\\b" not in done.stdout
@@ -73,11 +78,11 @@ def test_every_command_has_help_with_an_example_and_every_option_is_explained(na
 
 def test_convert_prints_its_result_to_stdout_alone(k2_source: Path, tmp_path: Path) -> None:
     """Piped, a conversion prints its result, no bar; again, it says that nothing is to do; both exit 0."""
-    done = k2quant("convert", "--to", "int4", k2_source, tmp_path / "out")
+    done = process("convert", "--to", "int4", k2_source, tmp_path / "out")
     checked = "checked for vLLM, SGLang, KTransformers, transformers: nothing stands against it\n"
     assert (done.returncode, but_progress(done.stderr)) == (0, checked)
     assert done.stdout.startswith(f"{tmp_path / 'out'}: ")
-    again = k2quant("convert", "--to", "int4", k2_source, tmp_path / "out")
+    again = process("convert", "--to", "int4", k2_source, tmp_path / "out")
     assert (again.returncode, again.stderr) == (0, "")
     assert "already finished" in again.stdout
 
@@ -93,12 +98,12 @@ def test_convert_prints_json_for_machines(k2_source: Path, tmp_path: Path) -> No
 def test_errors_are_one_line_without_a_traceback(tmp_path: Path) -> None:
     """An error of the input exits 1, one of usage 2; neither prints a traceback."""
     (tmp_path / "empty").mkdir()
-    bad = k2quant("convert", "--to", "int4", tmp_path / "empty", tmp_path / "out")
+    bad = process("convert", "--to", "int4", tmp_path / "empty", tmp_path / "out")
     assert (bad.returncode, bad.stdout) == (1, "")
     assert bad.stderr.startswith("k2quant: ")
     assert bad.stderr.count("\n") == 1
     for wrong in (("convert", "--to", "int3", "a", "b"), ("verify", "a"), ("convert", "--to", "bf16", "a", "a")):
-        done = k2quant(*wrong)
+        done = process(*wrong)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
 
@@ -118,7 +123,7 @@ def test_errors_carry_nothing_to_the_terminal(error: type[Exception], monkeypatc
 def test_dry_run_writes_nothing_and_says_what_it_would(k2_source: Path, tmp_path: Path) -> None:
     """`--dry-run` prints bytes, memory, free disk and time; the destination is not made."""
     done = k2quant("convert", "--to", "int4", "--dry-run", "--json", k2_source, tmp_path / "out")
-    assert done.returncode == 0
+    assert done.exit_code == 0
     cost = json.loads(done.stdout)
     assert cost["fits"] is True
     assert cost["work"]["routed experts"] == {"fp8 -> int4": 96}
@@ -155,26 +160,26 @@ def test_verify_and_diff_exit_codes(k2_source: Path, tmp_path: Path) -> None:
     """`verify` and `diff` exit 0 or 3, and both print tables that name classes."""
     k2quant("convert", "--to", "int4", k2_source, tmp_path / "int4")
     good = k2quant("verify", k2_source, tmp_path / "int4")
-    assert good.returncode == 0
+    assert good.exit_code == 0
     assert "routed experts" in good.stdout
     assert good.stdout.endswith("passed: 142 tensors: 46 equal, 96 within INT4 rounding\n")
     rows = [re.split(r"\s{2,}", line) for line in good.stdout.splitlines()]
     assert ["routed experts", "fp8 -> int4", "96", "within INT4 rounding"] in [row[:4] for row in rows]
     assert ["router", "f32", "2", "bit-equal"] in rows
     assert "differs" not in good.stdout
-    assert k2quant("verify", "--checksums", tmp_path / "int4").returncode == 0
+    assert k2quant("verify", "--checksums", tmp_path / "int4").exit_code == 0
     differ = k2quant("diff", k2_source, tmp_path / "int4")
-    assert differ.returncode == 3
+    assert differ.exit_code == 3
     assert differ.stderr.startswith("k2quant: ")
     assert "fp8 in the first, int4 in the second" in differ.stdout
     same = k2quant("diff", k2_source, k2_source)
-    assert (same.returncode, same.stdout.startswith("no difference")) == (0, True)
+    assert (same.exit_code, same.stdout.startswith("no difference")) == (0, True)
     shard = next((tmp_path / "int4").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-5000] ^= 0x40
     shard.write_bytes(data)
     bad = k2quant("verify", "--checksums", tmp_path / "int4")
-    assert bad.returncode == 3
+    assert bad.exit_code == 3
     assert "FAILED" in bad.stdout
 
 
@@ -192,7 +197,7 @@ def test_verify_prints_findings_as_json(k2_source: Path, tmp_path: Path) -> None
 def test_inspect_describes_a_checkpoint(k2_source: Path) -> None:
     """`inspect` counts classes, formats, layers and experts; `--json` has the same in full."""
     done = k2quant("inspect", k2_source)
-    assert done.returncode == 0
+    assert done.exit_code == 0
     assert "3 layers, 16 experts a layer" in done.stdout
     assert "fp8 128x128" in done.stdout
     found = json.loads(k2quant("inspect", "--json", k2_source).stdout)
@@ -227,7 +232,7 @@ def test_inspect_lists_what_does_not_fit_together(tmp_path: Path) -> None:
     }
     write_checkpoint(tmp_path / "src", {"model.safetensors": shard}, None)
     done = k2quant("inspect", tmp_path / "src")
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert "experts.0.up_proj.weight_scale_inv`" in done.stdout
     assert "a partner without its weight" in done.stdout
 
@@ -237,7 +242,7 @@ def test_demo_touches_nothing_that_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "fp8").mkdir()
     (tmp_path / "fp8" / "config.json").write_text("mine")
     done = k2quant("demo", tmp_path)
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert "no demo's" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["fp8"]
     assert (tmp_path / "fp8" / "config.json").read_text() == "mine"
@@ -249,7 +254,7 @@ def test_dry_run_refuses_what_convert_refuses(k2_source: Path, tmp_path: Path) -
     (tmp_path / "foreign" / "x").write_text("x")
     for arguments in ((k2_source, tmp_path / "foreign"), (k2_source, k2_source), ("--device", "tpu", k2_source, "x")):
         dry, real = (k2quant("convert", "--to", "int4", *extra, *arguments) for extra in (("--dry-run",), ()))
-        assert dry.returncode == real.returncode != 0
+        assert dry.exit_code == real.exit_code != 0
         assert dry.stderr == real.stderr
     k2quant("convert", "--to", "int4", k2_source, tmp_path / "out")
     cost = json.loads(k2quant("convert", "--to", "int4", "--dry-run", "--json", k2_source, tmp_path / "out").stdout)
@@ -265,7 +270,7 @@ def test_names_that_no_file_can_have_are_errors_of_one_line(k2_source: Path) -> 
         ("inspect", "x" * 300),
     ):
         done = k2quant(*arguments)
-        assert done.returncode in {1, 2}
+        assert done.exit_code in {1, 2}
         assert done.stderr.startswith("k2quant: ")
         assert "Traceback" not in done.stderr
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -45,3 +46,21 @@ def test_work_that_is_handed_on_ends_by_its_own_event() -> None:
     with pytest.raises(CheckpointError, match="the run was ended"):
         check()
     pool.check()
+
+
+def test_an_error_is_heard_while_the_next_task_is_waited_for() -> None:
+    """Whoever waits for the next task holds all others up; what that waits for is ended, and the error is the first."""
+    waiting, ended = threading.Event(), threading.Event()
+
+    def tasks() -> Iterator[str]:
+        yield "fails"
+        waiting.set()
+        assert ended.wait(60), "nobody ends it"
+        raise CheckpointError("the run was ended")
+
+    def work(name: str) -> None:
+        waiting.wait()
+        raise ValueError(name)
+
+    with pytest.raises(ValueError, match="fails"):
+        pool.run(tasks(), work, workers=2, stop=ended.set)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from k2quant.checkpoint.files.paths import copy_file
 from k2quant.checkpoint.reader import CONFIG, open_checkpoint
 from k2quant.checkpoint.writing.in_memory import write_checkpoint
-from k2quant.errors import DestinationStale, MalformedFile, UsageError
+from k2quant.errors import CheckpointError, DestinationStale, MalformedFile, UsageError
 from k2quant.model import load_model, save_model, saving
 from rewritten import tensors_of
 from tiny import write_model
@@ -149,3 +150,24 @@ def test_only_what_was_changed_is_rounded(source: Path, tmp_path: Path) -> None:
     assert np.argwhere(bits[0] != bits[1]).tolist() == [[0, 0], [3, 5]]
     assert after[HEAD][1][3, 5] == 0.75
     assert not after[EXPERT][1].any()
+
+
+def test_a_model_from_an_address_is_saved_as_from_a_folder(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very bytes come back; one that was changed there since is refused by its address."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    store = fsspec.filesystem("memory")
+    store.put(str(source), "/saved/K2", recursive=True)
+    shards = [path.name for path in source.glob("*.safetensors")]
+    try:
+        model = load_model("memory://saved/K2")
+        model.save_pretrained(tmp_path / "out")
+        assert {name: (tmp_path / "out" / name).read_bytes() for name in shards} == {
+            name: (source / name).read_bytes() for name in shards
+        }
+        store.pipe_file(f"/saved/K2/{shards[0]}", (source / shards[0]).read_bytes())
+        with pytest.raises(CheckpointError, match=f"memory://saved/K2/{shards[0]}: changed since"):
+            model.save_pretrained(tmp_path / "again")
+    finally:
+        store.rm("/saved", recursive=True)

@@ -34,7 +34,7 @@ from k2quant.qat.run.folder import MANIFEST, Run
 from k2quant.qat.training.training import train
 from tiny import job_content, write_data, write_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "sketched")
 
 EXPERTS, TOKENS, TOP = 8, 400, 2
 EXPERT = "model.layers.1.mlp.experts.{}.{}"

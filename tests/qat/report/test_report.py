@@ -376,6 +376,13 @@ def test_headline_is_of_the_last_evaluation() -> None:
     assert math.isclose(found.share, 0.63)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare tests of words the pictures."""
+    monkeypatch.setattr("k2quant.report.drawing._svg", lambda *_: "")
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("unrounded", "warned"), [(2.09, True), (2.1, False), (2.12, False), (None, False)])
 def test_training_that_helps_by_itself_is_pointed_out(unrounded: float | None, *, warned: bool) -> None:
     """Every page but a control's own asks for a control; where the loss fell without rounding too, it says how far."""
@@ -415,6 +422,7 @@ def test_answers_of_an_unknown_start_are_said_without_it() -> None:
     assert "Answers right67%" in text
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
@@ -431,6 +439,7 @@ def test_a_cost_is_never_negative(loss: float, said: str) -> None:
     assert said in check(page(history(100, evaluation(loss=loss)), summary(), "run")).text
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("loss", "said"),
     [

@@ -20,7 +20,7 @@ from k2quant.qat.training.stepping import Stepper
 from k2quant.qat.training.training import train
 from tiny import job_content, write_data, write_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "sketched")
 
 
 def make_job(folder: Path, **changes: dict[str, Any]) -> Job:
@@ -176,8 +176,9 @@ def test_nothing_is_kept_without_a_checkpoint(sources: Path, home: Path) -> None
     assert ours.evaluations == theirs.evaluations
 
 
-def test_report_of_a_finished_run_stays(sources: Path, home: Path) -> None:
+def test_report_of_a_finished_run_stays(sources: Path, home: Path, sketched: pytest.MonkeyPatch) -> None:
     """Trained before, a run gives the evaluation that it recorded, and its page is written only where it is missing."""
+    sketched.undo()
     before = files(home / "run")
     (home / "run" / "report.html").write_text("as it was")
     result = train(job_of(sources, home))

@@ -25,7 +25,7 @@ from k2quant.qat.run.result import finished
 from k2quant.qat.training.training import train
 from tiny import job_content, write_data, write_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "sketched")
 
 
 @pytest.fixture(scope="module")

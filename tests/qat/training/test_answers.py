@@ -26,7 +26,7 @@ from k2quant.qat.training.task import Task, judged
 from k2quant.qat.training.training import train
 from tiny import job_content, write_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "sketched")
 
 TOKENS = 8
 

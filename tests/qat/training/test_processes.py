@@ -25,6 +25,7 @@ from torch import nn
 from k2quant.errors import CheckFailed, UsageError
 from k2quant.qat.exporting.export import export_run
 from k2quant.qat.job import Job, job_from
+from k2quant.qat.launch import main
 from k2quant.qat.loading import load
 from k2quant.qat.preparing import prepare, prepared
 from k2quant.qat.run import checkpoints, naming
@@ -33,6 +34,8 @@ from k2quant.qat.run.history import read_history
 from k2quant.qat.training.processes import Processes, check_sharded
 from k2quant.qat.training.training import train
 from tiny import job_content, write_data, write_model
+
+pytestmark = pytest.mark.usefixtures("sketched")
 
 CLOSE = 2e-5
 """Relative difference of losses. Two processes add float32 gradients up in another order, some 1e-7 of each, and Adam
@@ -168,14 +171,15 @@ def test_error_in_one_process(home: Path) -> None:
     assert time.monotonic() - begun < PATIENCE / 2
 
 
-def test_plugin_on_cpu(home: Path) -> None:
+def test_plugin_on_cpu(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The FSDP plugin of accelerate, which shards nothing on a CPU and says nothing, is refused with exit 2."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     _, path = make(home, "plugin")
-    done = launch(path, processes=1, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
-    assert done.returncode == 2, done.stderr
-    assert "FSDP plugin has no effect on CPUs" in done.stderr.splitlines()[-1]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert main([str(path)]) == 2
+    assert "FSDP plugin has no effect on CPUs" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_shards_alone() -> None:

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from k2quant.qat.training.training import train
 from places import SHARED
 from tiny import job_content, write_data, write_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "sketched")
 
 KILLS = int(os.environ.get("K2QUANT_KILLS", "4"))
 SEED = int(os.environ.get("K2QUANT_SEED", "20"))
@@ -174,8 +174,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_trains_and_exports(home: Path, kind: str) -> None:
-    """Every way to train moves what it shall, ends in finite losses, and its export passes the gate of equal bits."""
+def test_trains_and_exports(home: Path, kind: str, sketched: pytest.MonkeyPatch) -> None:
+    """Every way to train moves what it shall, ends in finite losses, and its export passes the gate of equal bits.
+
+    With its page as a reader gets it.
+    """
+    sketched.undo()
     job = make_job(home, **KINDS[kind])
     result = train(job)
     history = read_history(home / "run" / "history.jsonl")
@@ -947,6 +951,14 @@ def forked(act: Callable[[], object], at: Callable[[int], None] | None = None) -
     return os.WIFSIGNALED(status)
 
 
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Draw no picture meanwhile: of a run that nobody kills, the page is most of the time, and no one looks at it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("k2quant.report.drawing._svg", lambda *_: "")
+        yield
+
+
 def exported(run: Path) -> dict[str, bytes]:
     """Export a run in a child; return the shards."""
     shutil.rmtree(run.parent / "export", ignore_errors=True)
@@ -964,7 +976,8 @@ def kill_one(sources: Path, folder: Path, changes: dict[str, Any], dice: random.
     """Kill one of them twice."""
     whole = {"training": {"steps": 8}, **changes}
     job, other = (make_job(sources, str(folder / name), **whole) for name in ("reference", "run"))
-    train(job)  # loads all there is to load, for all children
+    with undrawn():
+        train(job)  # loads all there is to load, for all children
     kills, killed = 0, True
 
     def moment(child: int) -> None:
@@ -979,8 +992,9 @@ def kill_one(sources: Path, folder: Path, changes: dict[str, Any], dice: random.
         if killed:
             killed = forked(lambda: train(other), moment)
             kills += killed
-    if forked(lambda: train(other)):
-        sys.exit("a child died that nobody killed")
+    with undrawn():
+        if forked(lambda: train(other)):
+            sys.exit("a child died that nobody killed")
     run, reference = contents(folder / "run"), contents(folder / "reference")
     if run != reference:
         names = sorted(name for name in run.keys() | reference.keys() if run.get(name) != reference.get(name))
@@ -1044,5 +1058,5 @@ def kill_at_operations(sources: Path, folder: Path) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    act_ = {"random": kill_at_random, "operations": kill_at_operations}[sys.argv[1]]
+    act_ = {"random": kill_at_random, "operations": undrawn()(kill_at_operations)}[sys.argv[1]]
     sys.stdout.write(f"{act_(Path(sys.argv[2]), Path(sys.argv[3]))}\n")

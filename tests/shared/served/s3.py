@@ -58,6 +58,8 @@ class Store:
         """What goes wrong; tests put something here."""
         self.asked: list[Asked] = []
         """All requests."""
+        self._change = threading.Condition()
+        self._busy = 0
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -114,12 +116,24 @@ class Store:
         try:
             yield
         finally:
+            with self._change:  # what a killed process asked for last is done before anybody looks
+                assert self._change.wait_for(lambda: not self._busy, 300)
             self.fault = lambda _: None
 
     def _answer(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        number, path = len(self.asked), environ.get("PATH_INFO", "")
-        asked = Asked(number, environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""))
-        self.asked.append(asked)
+        with self._change:  # each request has a number of its own
+            path = environ.get("PATH_INFO", "")
+            asked = Asked(len(self.asked), environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""))
+            self.asked.append(asked)
+            self._busy += 1
+        try:
+            return self._answered(asked, environ, start_response)
+        finally:
+            with self._change:
+                self._busy -= 1
+                self._change.notify_all()
+
+    def _answered(self, asked: Asked, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         what = self.fault(asked)
         if what == "drop":
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)

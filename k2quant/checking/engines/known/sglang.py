@@ -25,10 +25,7 @@ _UNLOADED = {
 ARCHITECTURES = (
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
-    "DeepseekV32ForCausalLM",
     "KimiK25ForConditionalGeneration",
-    "KimiK3ForConditionalGeneration",
-    "KimiLinearForCausalLM",
 )
 
 RULES = (
@@ -43,7 +40,7 @@ RULES = (
         "model_type",
         "reads the config with a class of its own, or with the checkpoint's code",
         "sglang/srt/utils/hf_transformers/common.py",
-        files.configuration(("kimi_k2", "kimi_k25", "deepseek_v3")),
+        files.configuration(("kimi_k2", "kimi_k25", "kimi_k3", "deepseek_v3", "deepseek_v32")),
     ),
     Rule("sizes", "makes its parameters from the config, and copies tensors into them", _MODEL, shapes.sizes),
     Rule("promises", "leaves what no tensor fills as the memory was", _LOADER, tensors.promised),

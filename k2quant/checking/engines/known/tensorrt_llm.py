@@ -21,10 +21,7 @@ _REFUSED = {Int4.packing: "of compressed-tensors' 4-bit weights it takes NVFP4 a
 
 ARCHITECTURES = (
     "DeepseekV3ForCausalLM",
-    "DeepseekV32ForCausalLM",
     "KimiK25ForConditionalGeneration",
-    "KimiK3ForConditionalGeneration",
-    "KimiLinearForCausalLM",
 )
 
 RULES = (

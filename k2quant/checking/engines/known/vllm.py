@@ -26,8 +26,6 @@ ARCHITECTURES = (
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
     "KimiK25ForConditionalGeneration",
-    "KimiK3ForConditionalGeneration",
-    "KimiLinearForCausalLM",
 )
 
 PREFIXES = {
@@ -62,7 +60,7 @@ RULES = (
         "model_type",
         "reads the config with a class of its own, or with the checkpoint's code",
         "vllm/transformers_utils/config.py",
-        files.configuration(("kimi_k2", "kimi_k25", "deepseek_v3")),
+        files.configuration(("kimi_k2", "kimi_k25", "kimi_k3", "deepseek_v3", "deepseek_v32")),
     ),
     Rule("sizes", "makes its parameters from the config, and copies tensors into them", _MODEL, shapes.sizes),
     Rule("promises", "leaves what no tensor fills as the memory was", f"{_MODEL}, load_weights", tensors.promised),

@@ -212,18 +212,30 @@ def test_every_rule_says_where_it_was_read() -> None:
             assert "/" in rule.source or "SGLang" in rule.source
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang", "tensorrt-llm"])
-def test_of_k3_no_more_is_said_than_was_looked_up(engine: str, made: Callable[[str], Hollow], tmp_path: Path) -> None:
-    """Engines register K3's architecture; of its modules nothing was read, so that no rule about them says fail."""
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("model_type", ["kimi_k3", "deepseek_v32"])
+def test_of_relatives_no_more_is_said_than_was_looked_up(
+    engine: str, model_type: str, made: Callable[[str], Hollow], tmp_path: Path
+) -> None:
+    """Engines have classes for them; of their modules nothing was read here, so that no rule about them says fail."""
     found = made("bf16")
-    found.config["architectures"] = ["KimiK3ForConditionalGeneration"]
-    for ours, theirs in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
-        found.tensors = {
-            name.replace(f".{ours}_proj.", f".{theirs}.") if ".experts." in name else name: spec
-            for name, spec in found.tensors.items()
-        }
-    found.rename(".mlp.experts.", ".block_sparse_moe.experts.")
-    said = check(found, engine, tmp_path / "k3")
-    assert said["architecture"][0] == "pass"
-    assert {said[rule][0] for rule in ("sizes", "devices", "lists", "memory")} == {"cannot tell"}
+    found.config |= {"architectures": ["KimiK3ForConditionalGeneration"], "model_type": model_type}
+    if model_type == "kimi_k3":
+        del found.config["model_type"]
+        for ours, theirs in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
+            found.tensors = {
+                name.replace(f".{ours}_proj.", f".{theirs}.") if ".experts." in name else name: spec
+                for name, spec in found.tensors.items()
+            }
+        found.rename(".mlp.experts.", ".block_sparse_moe.experts.")
+    said = check(found, engine, tmp_path / "relative")
+    assert {said[rule][0] for rule in ("architecture", "sizes", "devices", "lists", "memory")} == {"cannot tell"}
     assert "fail" not in {result for result, _ in said.values()}
+
+
+def test_a_lost_layer_for_further_tokens_stops_no_engine(made: Callable[[str], Hollow], tmp_path: Path) -> None:
+    """Engines run the model without it, and cannot decode speculatively with it: that is said, and is no failure."""
+    found = made("int4")
+    found.config["num_nextn_predict_layers"] = 1
+    result, text = check(found, "vllm", tmp_path / "lost")["promises"]
+    assert (result, "num_nextn_predict_layers is 1" in text) == ("cannot tell", True)

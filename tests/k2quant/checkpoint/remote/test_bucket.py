@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -119,3 +120,25 @@ def test_a_store_that_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(Transient, match="too slowly"):
         asyncio.run(bucket._of_s3(filesystem, "b/k", "tag", 0, 2**24))  # noqa: SLF001
     assert body.read.await_count == 2
+
+
+def test_what_a_library_of_a_store_logs_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It logs a traceback of each try; who listens nowhere would have Python write that to the terminal."""
+    monkeypatch.setattr(fsspec, "filesystem", lambda *_, **__: None)
+    bucket.filesystem_of(parse("gs://bucket/x"))
+    assert len(logging.getLogger("gcsfs").handlers) == 1
+    bucket.filesystem_of(parse("gs://bucket/x"))
+    assert len(logging.getLogger("gcsfs").handlers) == 1
+
+
+def test_digests_of_a_report_are_taken_where_they_are_some(store: fsspec.AbstractFileSystem, model: Path) -> None:
+    """In capitals too; what is no sha256, or is said of another size, says nothing of a file."""
+    one, other = SHARDS
+    data = (model / one).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    for said, size, known in ((digest.upper(), len(data), digest), ("zz", len(data), None), (digest, 1, None)):
+        files = {one: {"sha256": said, "size": size}, other: 7, "../x": {"sha256": digest, "size": 1}}
+        store.pipe_file("/shelf/tiny/k2quant_report.json", json.dumps({"files": files}).encode())
+        place = open_place(parse(ADDRESS))
+        place.folder(["k2quant_report.json"])
+        assert [place.files[name].sha256 for name in SHARDS] == [known, None]

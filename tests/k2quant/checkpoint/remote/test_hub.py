@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
 from k2quant.checkpoint.beside import other_files
 from k2quant.checkpoint.reader import Checkpoint, open_checkpoint
-from k2quant.checkpoint.reading import read_tensor
-from k2quant.checkpoint.remote import ranges, retrying
+from k2quant.checkpoint.reading import check_constants, read_tensor
+from k2quant.checkpoint.remote import fetching, ranges, retrying
 from k2quant.checkpoint.remote.address import parse
 from k2quant.checkpoint.remote.opening import open_place
 from k2quant.checkpoint.remote.retrying import TRIES, WORTH
-from k2quant.errors import CheckpointError, MalformedFile, UnsafePath
+from k2quant.checkpoint.weights import group_tensors
+from k2quant.checkpoint.writing.in_memory import write_checkpoint
+from k2quant.errors import CheckpointError, MalformedFile, ShapeMismatch, UnsafePath, UsageError
 from served.hub import Hub
 from served.repos import Blob
 from served.small import SHARDS
@@ -179,6 +184,32 @@ def test_a_whole_file_is_fetched_checked_and_resumed(server: Hub, model: Path, t
     assert [path.name for path in tmp_path.glob("shard*")] == ["shard"]
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_what_lay_there_is_taken_as_far_as_it_is_sure(
+    *, known: bool, server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A digest tells zeros of a power cut; without one only what was pushed to the disk counts."""
+    monkeypatch.setattr(fetching, "_PIECE", 1000)
+    monkeypatch.setattr(fetching, "_SYNCED", 4000)
+    pushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda of: pushed.append(os.fstat(of).st_size))
+    place, target = open_place(parse(ADDRESS)), tmp_path / "shard"
+    if not known:
+        place.files = {SHARDS[0]: place.files[SHARDS[0]]._replace(sha256=None)}  # type: ignore[misc]
+    data, came = (model / SHARDS[0]).read_bytes(), list[int]()
+    partial = fetching.partial_path(target, place.files[SHARDS[0]])
+    partial.write_bytes(data[:5000] + bytes(2500))
+    sure = 4000
+    if known:
+        partial.write_bytes(data[:7500])
+        sure = 7000
+    place.fetch(SHARDS[0], target, add=came.append)
+    assert target.read_bytes() == data
+    assert sum(came) == len(data) - sure
+    assert [size for size in pushed if size % 4000 == 0][:2] == ([] if known else [8000, 12000])
+    assert server.seen
+
+
 @pytest.mark.parametrize(
     ("address", "said"),
     [
@@ -256,3 +287,51 @@ def test_weights_that_the_index_does_not_name_are_named(server: Hub) -> None:
     opened = open_checkpoint(ADDRESS)
     assert set(other_files(opened).left_out) == {"extra.safetensors", "old/pytorch_model.bin"}
     assert not (opened.folder / ".hidden").exists()
+
+
+@pytest.mark.usefixtures("server")
+def test_a_password_in_the_address_of_a_hub_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some hubs stand behind a gate of their own, whose key HF_ENDPOINT has; a remedy names the page without it."""
+    monkeypatch.setattr(constants, "ENDPOINT", constants.ENDPOINT.replace("//", "//user:sesame@"))
+    open_place(parse(ADDRESS))
+    with pytest.raises(CheckpointError, match="look at http://") as refused:
+        open_place(parse("hf://org/nothing"))
+    assert "sesame" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("server")
+def test_a_proxy_that_nothing_can_use_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheme that no library knows, or SOCKS without its package: a line, without the proxy's password."""
+    monkeypatch.setenv("ALL_PROXY", "strange://user:sesame@host:1")
+    with pytest.raises(UsageError, match=r"a proxy of the environment.*cannot be used") as refused:
+        open_place(parse(ADDRESS))
+    assert "sesame" not in str(refused.value)
+
+
+def test_another_byte_in_a_small_file_is_found_out(server: Hub, model: Path) -> None:
+    """What git itself holds has git's id: a config of the right size and another content is refused, and comes anew."""
+    server.fault("wrong", file="config.json")
+    with pytest.raises(MalformedFile, match=r"config\.json: the content is not what .* expected git's id [0-9a-f]{40}"):
+        open_checkpoint(ADDRESS)
+    assert open_checkpoint(ADDRESS).config == open_checkpoint(model).config
+
+
+def test_constants_of_an_int4_come_alone(server: Hub, tmp_path: Path) -> None:
+    """Eight bytes of each weight, from wherever they lie in the shard; a wrong one is named as it is of a folder."""
+    tensors: dict[str, tuple[str, Any]] = {}
+    for number, rows in enumerate((8, 8, 9, 8)):
+        base = f"model.layers.1.mlp.experts.{number}.up_proj.weight"
+        tensors[f"{base}_packed"] = "I32", np.zeros((8, 2**12), np.int32)
+        tensors[f"{base}_scale"] = "BF16", np.zeros((8, 2**10), np.uint16)
+        tensors[f"{base}_shape"] = "I32", np.array([rows, 2**15], np.int32)
+    config = {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}
+    write_checkpoint(tmp_path / "int4", {SHARDS[0]: tensors}, {"model_type": "kimi_k2", **config})
+    server.repo("org/int4", tmp_path / "int4")
+    opened = open_checkpoint("hf://org/int4")
+    assert opened.supply is not None
+    weights, _ = group_tensors(opened.tensors)
+    before = opened.supply.traffic
+    check_constants(opened, weights[:2])
+    assert opened.supply.traffic == before + 16
+    with pytest.raises(ShapeMismatch, match=r"experts\.2\.up_proj\.weight_shape.*expected.*8, 32768.*found.*9, 32768"):
+        check_constants(opened, weights)

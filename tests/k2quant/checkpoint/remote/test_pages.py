@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import count
+from itertools import count, repeat
 from typing import Any
 
 import pytest
@@ -16,9 +16,7 @@ from k2quant.errors import CheckpointError, OutputError
 MARKERS = {"Next": "From"}
 
 
-@pytest.mark.parametrize(
-    "markers", [(None for _ in count()), ("" for _ in count()), ("same" for _ in count()), count(1)], ids=repr
-)
+@pytest.mark.parametrize("markers", [repeat(None), repeat(""), repeat("same"), count(1)], ids=repr)
 def test_a_listing_without_an_end_is_refused(markers: Any) -> None:
     """It does not say where it goes on, says it again, or never stops."""
     with pytest.raises(CheckpointError, match="s3://b/p: a listing without an end"):

@@ -116,6 +116,9 @@ def test_the_answer_behind_an_error_counts() -> None:
         "token hf_sesamesesame",
         "key AKIASESAME1234567",
         "password=sesame, again",
+        "Bearer Basic sesame",
+        "Invalid endpoint: user:sesame@host",
+        "URL('foo://sesame:[secure]@host')",
     ],
 )
 def test_secrets_do_not_stay_in_texts(text: str) -> None:

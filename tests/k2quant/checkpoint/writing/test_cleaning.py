@@ -104,3 +104,16 @@ def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
         target.begin([{"files": ["../notes", str(tmp_path / "notes"), 7, ""]}])
     assert cleaned(folder, remove=True).left == ()
     assert (tmp_path / "notes.partial").exists()
+
+
+def test_a_journal_leads_nowhere_else(stopped: Path, tmp_path: Path) -> None:
+    """Names in it that lead out of the folder, also by a link to another one, are passed over."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "x.partial").write_bytes(b"precious")
+    (stopped / "link").symlink_to(other)
+    (stopped / "loop").symlink_to("loop")
+    with locked(stopped, report=REPORT, incomplete=INCOMPLETE) as target:
+        target.begin([{"files": ["link/x", "../other/x", str(other / "x"), "", "loop/x", "a\0b", SHARD]}])
+    assert {Path(each.name).name for each in cleaned(stopped, remove=True).left} >= {f"{SHARD}.partial"}
+    assert (other / "x.partial").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 import k2quant
 from k2quant.checkpoint.remote import retrying
 from k2quant.checkpoint.remote.hub import HubPlace
+from k2quant.cli import main
 from k2quant.errors import CheckpointError, K2QuantError
 from k2quant.ground import pool
 from served.hub import Hub, hub
@@ -212,6 +214,52 @@ def test_a_branch_that_moves_midway_changes_nothing(
     assert written(done.folder) == local["int4"]
     assert first in str(done.report["source"])
     assert first in (done.folder / "README.md").read_text()
+
+
+def test_a_branch_that_moved_between_two_runs_is_said_first_and_stands_in_no_file(
+    server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on with the commit that it began with and says so before it works; card and remarks are as ever."""
+    whole = k2quant.convert(f"hf://{NAME}", tmp_path / "whole", "int4")
+    first = server.repos[NAME].branches["main"]
+    gone = server.fault("status", file=SHARD, nth=2, status=404, times=None)
+    line = ["convert", "--to", "int4", f"hf://{NAME}", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(line)
+    server.faults.remove(gone)
+    server.commit(NAME, {SHARD: b"other", "config.json": "{}"})
+    assert "note:" not in capsys.readouterr().err
+    for last in ("the rest exact", "already finished"):
+        with pytest.raises(SystemExit):
+            main(line)
+        text = capsys.readouterr()
+        assert text.err.startswith(f"note: the source is hf://{NAME}@{first}, with which {tmp_path / 'out'} was begun")
+        assert last in text.out
+    card = (tmp_path / "out" / "README.md").read_bytes()
+    assert card == (whole.folder / "README.md").read_bytes()
+    assert json.loads((tmp_path / "out" / "k2quant_report.json").read_text())["remarks"] == whole.report["remarks"]
+
+
+@pytest.mark.usefixtures("server")
+def test_a_dry_run_reckons_with_what_of_the_source_must_lie_on_the_disk_and_with_the_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest shard, or two with --low-disk, beside the output; and no run is faster than what it waits for."""
+    line = ["convert", "--to", "nvfp4", "--dry-run", "--bandwidth", "100kB/s", f"hf://{NAME}", str(tmp_path / "out")]
+    found: dict[tuple[str, ...], Any] = {}
+    for low in ((), ("--low-disk",)):
+        with pytest.raises(SystemExit):
+            main([*line, *low, "--json"])
+        found[low] = json.loads(capsys.readouterr().out)
+        with pytest.raises(SystemExit):
+            main([*line, *low])
+        text = capsys.readouterr().out
+        assert ", most of it for the network" in text
+        assert ("with --low-disk" in text) is (low == ())
+        assert found[low]["seconds"] >= found[low]["source"]["seconds"]
+    plain, few = found.values()
+    more = few["disk_needed"] - plain["disk_needed"]
+    assert 0 < more == few["source"]["source_on_low_disk"] - few["source"]["source_least"]
 
 
 def test_answers_that_are_no_listing_are_refused(server: Hub, tmp_path: Path) -> None:

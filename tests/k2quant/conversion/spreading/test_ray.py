@@ -328,7 +328,7 @@ def test_a_node_is_added_and_a_worker_killed_midway(
         monkeypatch.setattr(spreading, "_BEGIN", 0.5)
         with hearing("has not begun", kill_and_go_on) as heard:
             said = dry_run(large.source, tmp_path / "other")
-    assert "it asks for 1 core there, and in the whole cluster 0 of 2 cores are free" in heard[0]
+    assert "it asks for 1 core there, free in the whole cluster: 0 of 2 cores;" in heard[0]
     assert [node["cores"] for node in said["nodes"]] == [1, 1]
     assert said["cores"] == 2
     assert all(node["disk_free"] > 0 and node["seconds"] > 0 for node in said["nodes"])

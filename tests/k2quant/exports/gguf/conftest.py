@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +14,6 @@ from numpy.typing import NDArray
 from k2quant.checkpoint.panels import panel_shape, read_values
 from k2quant.checkpoint.reader import open_checkpoint
 from k2quant.checkpoint.weights import group_tensors
-from k2quant.conversion.convert import convert
 from k2quant.exports.gguf import plan
 from k2quant.formats.transcode import Scratch
 from k2quant.ground import names
@@ -63,23 +60,6 @@ def seen() -> Reader:
 def fields() -> Callable[[Path], dict[str, Any]]:
     """Read a file's keys with gguf's own code."""
     return lambda path: {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
-
-
-@pytest.fixture(scope="session")
-def fp4(k2_bf16: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The small K2 in both kinds of FP4; in NVFP4 with a scale of the inputs, and with ones for scales of wholes."""
-    home = tmp_path_factory.mktemp("fp4")
-    made = {name: convert(k2_bf16, home / name, to=name).folder for name in ("mxfp4", "nvfp4")}
-    more: dict[str, Any] = {"layout": "compressed-tensors", "activation_scales": "one"}
-    made["nvfp4 divided"] = convert(k2_bf16, home / "divided", to="nvfp4", **more).folder
-    made["nvfp4 of ones"] = Path(shutil.copytree(made["nvfp4"], home / "ones"))
-    source = open_checkpoint(made["nvfp4 of ones"])
-    for name, entry in source.tensors.items():
-        if name.endswith("weight_scale_2"):
-            with source.path(entry.file).open("r+b") as file:
-                file.seek(entry.start)
-                file.write(struct.pack("<f", 1.0))
-    return made
 
 
 @pytest.fixture(scope="session")

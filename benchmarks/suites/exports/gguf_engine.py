@@ -1,7 +1,7 @@
 """Ask llama.cpp what it makes of GGUF files: ids of texts, and tokens and logits after a prompt.
 
 Usage, in an environment with llama-cpp-python 0.3.36 (CPU), as `make gguf-oracle` makes one:
-    python benchmarks/suites/exports/engine.py REQUEST.json ANSWER.json
+    python benchmarks/suites/exports/gguf_engine.py REQUEST.json ANSWER.json
 
 It imports nothing of k2quant. REQUEST is {"models": {name: {"file": path, "texts": [text], "prompt": [id], "steps":
 count, "follow": [id], "options": {name: value}}}}. ANSWER has for each model the ids of its texts, with special tokens

@@ -1,4 +1,4 @@
-"""Which weights of a checkpoint make which tensor of GGUF, and what is not written at all."""
+"""Which weights of a checkpoint make which tensor of an engine's, and what is not written at all."""
 
 from __future__ import annotations
 
@@ -10,12 +10,25 @@ from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.metadata import config, relatives
 from k2quant.conversion.metadata.promises import inventory, language_config
 from k2quant.errors import MissingTensor, ShapeMismatch, UnsupportedFormat
-from k2quant.exports.gguf.names import BIAS, Place, Sizes, is_made_anew, missing, place_of, sizes_of
+from k2quant.exports.places import Names, Place, is_made_anew, place_of
+from k2quant.exports.shapes import BIAS, Sizes, missing, sizes_of
+from k2quant.formats.activations import flow
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.dtypes import FLOATS
 from k2quant.ground import names
 from k2quant.ground.saying.showing import brief
 from k2quant.ground.units import counted
+
+
+class Engine(NamedTuple):
+    """Who reads an export."""
+
+    name: str
+    called: Names
+    as_which: str
+    """Its model, as messages name it."""
+    vision: str
+    """What is said of the vision tower, which is not written."""
 
 
 class Stack(NamedTuple):
@@ -47,7 +60,7 @@ class Stack(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a checkpoint has for GGUF."""
+    """What a checkpoint has for an engine."""
 
     sizes: Sizes
     stacks: tuple[Stack, ...]
@@ -59,12 +72,12 @@ class Found(NamedTuple):
         return brief(self)
 
 
-def stacks_of(source: Checkpoint) -> Found:
+def stacks_of(source: Checkpoint, engine: Engine) -> Found:
     """Sort the weights of a checkpoint.
 
     Raises:
         CheckpointError: the tensors do not fit together or contradict the config, one is missing, or there is one for
-            which llama.cpp's architecture has no place.
+            which the engine's model has no place.
     """
     weights, problems = group_tensors(source.tensors)
     if problems:
@@ -76,16 +89,16 @@ def stacks_of(source: Checkpoint) -> Found:
     left: dict[str, list[str]] = {}
     for weight in weights:
         name = weight.main.name
-        if (why := _why_left(name, sizes)) is not None:
+        if (why := _why_left(weight, sizes)) is not None:
             left.setdefault(why, []).append(name)
             continue
-        place = _placed(weight)
+        place = _placed(weight, engine)
         _check_shape(place, weight, sizes)
         found.setdefault(place.name, {})[place.expert] = place, _as_float(weight)
     there = {(place.layer, place.part): set(each) for each in found.values() for place, _ in each.values()}
     if (lacking := next(_lacking(there, sizes, source), None)) is not None:
         raise MissingTensor(
-            "is not there, and llama.cpp does not load a model without it",
+            f"is not there, and {engine.name} does not load a model without it",
             tensor=lacking,
             file=source.named(CONFIG),
             remedy="is the checkpoint complete, and does config.json belong to it?",
@@ -94,7 +107,9 @@ def stacks_of(source: Checkpoint) -> Found:
         Stack(next(iter(each.values()))[0], tuple(weight for _, (_, weight) in sorted(each.items(), key=_number)))
         for each in found.values()
     ]
-    return Found(sizes, tuple(sorted(stacks, key=lambda stack: _order(stack.place))), tuple(_remarks(source, left)))
+    return Found(
+        sizes, tuple(sorted(stacks, key=lambda stack: _order(stack.place))), tuple(_remarks(source, left, engine))
+    )
 
 
 def _number(item: tuple[int | None, object]) -> int:
@@ -103,8 +118,8 @@ def _number(item: tuple[int | None, object]) -> int:
 
 def _order(place: Place) -> tuple[int, str]:
     """Sort tensors as they are read: the embedding, the layers, the norm and the head."""
-    outside = {"token_embd": -1, "output_norm": 2**31, "output": 2**31 + 1}
-    return (outside[place.tensor] if place.layer is None else place.layer), place.name
+    outside = {"model.embed_tokens": -1, "model.norm": 2**31, "lm_head": 2**31 + 1}
+    return (outside[place.part] if place.layer is None else place.layer), place.name
 
 
 def _check_layers(weights: list[StoredWeight], sizes: Sizes) -> None:
@@ -126,10 +141,13 @@ def _check_layers(weights: list[StoredWeight], sizes: Sizes) -> None:
             )
 
 
-def _why_left(name: str, sizes: Sizes) -> str | None:
+def _why_left(weight: StoredWeight, sizes: Sizes) -> str | None:
     """Say why a tensor is not written; None: it is."""
+    name = weight.main.name
     if (own := names.in_language_model(name)) is None:
         return "vision"
+    if weight.format is None and flow(next(iter(weight.parts))) is not None:
+        return "scales"
     if is_made_anew(own):
         return "made anew"
     layer = names.layer(own)
@@ -139,18 +157,19 @@ def _why_left(name: str, sizes: Sizes) -> str | None:
 
 
 _LEFT = {
-    "vision": "not written: {count} of the vision tower, such as {such}; llama.cpp reads these from a file of its own, "
-    "mmproj, which its converter writes, and text works without",
-    "made anew": "not written: {count} that llama.cpp makes itself, such as {such}",
+    "vision": "not written: {count} of the vision tower, such as {such}; {vision}",
+    "scales": "not written: {count} of activations or of the KV cache, such as {such}, for which {engine} has no use",
+    "made anew": "not written: {count} that {engine} makes itself, such as {such}",
     "layers": "not written: {count} of layers behind num_hidden_layers, such as {such}: those that predict further "
-    "tokens (MTP), as llama.cpp's own converter leaves them out",
+    "tokens (MTP), which {engine} does not run",
     "tied": "not written: {such}, for tie_word_embeddings says that the embedding is the head",
 }
 
 
-def _remarks(source: Checkpoint, left: dict[str, list[str]]) -> Iterable[str]:
+def _remarks(source: Checkpoint, left: dict[str, list[str]], engine: Engine) -> Iterable[str]:
     for why, tensors in left.items():
-        yield _LEFT[why].format(count=counted(len(tensors), "tensor"), such=relatives.shown(tensors[0]))
+        count, such = counted(len(tensors), "tensor"), relatives.shown(tensors[0])
+        yield _LEFT[why].format(count=count, such=such, engine=engine.name, vision=engine.vision)
     if source.unlisted:
         count = counted(len(source.unlisted), "tensor")
         yield (
@@ -159,18 +178,18 @@ def _remarks(source: Checkpoint, left: dict[str, list[str]]) -> Iterable[str]:
         )
 
 
-def _placed(weight: StoredWeight) -> Place:
+def _placed(weight: StoredWeight, engine: Engine) -> Place:
     """Return where a weight goes.
 
     Raises:
-        UnsupportedFormat: llama.cpp's architecture has no place for it, or it is no number.
+        UnsupportedFormat: the engine's model has no place for it, or it is no number.
     """
     entry = weight.main
     own = names.in_language_model(entry.name) or entry.name
-    place = place_of(*names.split(own), weight=weight.format is not None)
+    place = place_of(engine.called, *names.split(own), weight=weight.format is not None)
     if place is None:
         raise UnsupportedFormat(
-            "llama.cpp's deepseek2, as which K2 is read, has no place for this tensor",
+            f"{engine.as_which} has no place for this tensor",
             tensor=entry.name,
             file=entry.file,
             found=f"{entry.dtype} {list(entry.shape)}",

@@ -1,7 +1,7 @@
 r"""Export small models to GGUF, ask llama.cpp about them, and set what it says beside what we say.
 
 Usage, with the Python of an environment that has llama-cpp-python, as `make gguf-oracle` does it:
-    PYTHONPATH=tests/shared:benchmarks python benchmarks/suites/exports/oracle.py build/llama/bin/python \
+    PYTHONPATH=tests/shared:benchmarks python benchmarks/suites/exports/gguf_oracle.py build/llama/bin/python \
         tests/data/golden_llama_cpp.json [NANO]
 
 NANO is the folder of a trained nano-K2, which is asked about as well. What is kept: of each text the ids; of each model
@@ -29,7 +29,7 @@ from k2quant.exports import export_gguf
 from k2quant.exports.gguf.vocabulary import vocabulary
 from k2quant.model import load_model
 from k2quant.model.generation import load_tokenizer
-from suites.exports.texts import TEXTS
+from suites.exports.gguf_texts import TEXTS
 
 STEPS = 200
 AS_TRAINED = {"yarn_beta_fast": 1.0, "yarn_beta_slow": 1.0}
@@ -130,7 +130,7 @@ def main() -> None:
             request[label] = question | {"options": AS_TRAINED}
             request[f"{label}-unasked"] = question | {"options": {}, "texts": []}
         (home / "request.json").write_text(json.dumps({"models": request}))
-        engine = Path(__file__).with_name("engine.py")
+        engine = Path(__file__).with_name("gguf_engine.py")
         subprocess.run([python, engine, home / "request.json", home / "answer.json"], check=True)
         answer = json.loads((home / "answer.json").read_text())
         kept: dict[str, Any] = {
