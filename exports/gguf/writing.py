@@ -138,7 +138,7 @@ class Output:
             there: the output's path.
         """
         self._plan, self._folder, self._there = plan, folder, there
-        self.stage = folder.stage
+        self.spot, self.stage = folder.spot, folder.stage
 
     def writer(self, file: str, header: bytes, size: int) -> Part:  # noqa: ARG002  the file's own are used
         """Begin a part."""
@@ -210,7 +210,11 @@ class Output:
             return False
         return file.size in (_size(own), _size(self._there.with_name(file.name)) if file.name in moved else None)
 
-    def room(self) -> Room:
+    def room(self, shards: Mapping[str, int], more: int) -> Room:
+        """Return what the disk must have free for such parts, and what it has."""
+        return room_of(self._there, sum(shards.values()) + more)
+
+    def space(self) -> Room:
         """Return what the disk must have free for what is missing, and what it has."""
         own = (self._folder.folder / file.name for file in self._plan.files)
         blocks = sum(path.stat().st_blocks * 512 for path in own if path.is_file())
