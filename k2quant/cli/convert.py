@@ -153,4 +153,5 @@ def _dry_run(
         rounder=rounder,
         more=more,
         bandwidth=bandwidth,
+        low_disk=options["low_disk"],
     )

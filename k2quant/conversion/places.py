@@ -36,6 +36,8 @@ class Coming(NamedTuple):
     """Bytes of the source that lie on the disk at a time, at most, beside the output."""
     source_on_low_disk: int
     """The same with `low_disk=True`."""
+    source_least: int
+    """Bytes of the source that the disk must have room for beside the output, whatever may lie there."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -66,9 +68,16 @@ def coming(
     rate = bandwidth or source.rate or 1.0
     needed = {file for use in todo for file, _, _ in use.ranges}
     lying = sorted((sizes[file] for file in needed), reverse=True) if choice.way == "shards" else []
-    return Coming(
-        str(source.place), choice.way, choice.traffic, rate, choice.traffic / rate, sum(lying), sum(lying[:MOST_LOW])
-    )
+    on_disk = sum(lying), sum(lying[:MOST_LOW]), sum(lying[:1])
+    return Coming(str(source.place), choice.way, choice.traffic, rate, choice.traffic / rate, *on_disk)
+
+
+def staged(destination: Path | Address) -> int:
+    """Return the bytes of a source that a stopped run left in a folder, which the next goes on with or deletes."""
+    if not isinstance(destination, Path) or not destination.is_dir():
+        return 0
+    left = (path for path in target_at(destination, report=REPORT, incomplete=INCOMPLETE).stage.glob("*"))
+    return sum(path.lstat().st_blocks * 512 for path in left)
 
 
 def pinned(source: Path | Address, destination: Path | Address, *, restart: bool = False) -> tuple[Path | Address, str]:

@@ -27,6 +27,7 @@ from k2quant.checkpoint.panels import (
     read_panel,
 )
 from k2quant.checkpoint.reading import read_into
+from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.supply.order import Use
 from k2quant.checkpoint.writing.target import Writer
 from k2quant.conversion.placing import Job, Placed, ShardPlan, target_of
@@ -318,8 +319,14 @@ class Stream:
             low_disk=self._low_disk,
             once=plain,
             abreast=abreast,
-            missing={shard.file: shard.size for shard in self._todo},
+            missing=self._missing(),
         )
+
+    def _missing(self) -> dict[str, int]:
+        """Return what the output takes on the disk here: its shards by name; or at all times those that wait to go."""
+        sizes = {shard.file: shard.size for shard in self._todo}
+        at_an_address = isinstance(self._folder.spot, Address)
+        return {"uploads": self._folder.room(sizes, 0).needed} if at_an_address else sizes
 
     def _tick(self) -> None:
         if self._progress:

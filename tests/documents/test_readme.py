@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
+from k2quant.cli import main
 from k2quant.formats.known import FORMATS
+from k2quant.nano import tasks
 from pages import Step, blocks, run_step, skeleton, stage, steps
 from places import ROOT
 
@@ -22,20 +22,19 @@ ALIKE = 0.75
 """Share of the lines of a pasted output that must be found again; lines that tell what a model answers may differ."""
 
 
-FEWER = """
-from importlib import import_module
-from k2quant.cli import main
-import_module("k2quant.cli.demo")._ITEMS = 10
-main(prog_name="k2quant")
-"""
-"""The command line, whose demo asks a tenth of its questions: a nano-K2 that knows nothing answers none."""
+def demo(folder: Path, trained: int) -> Result:
+    """Run what `make demo` runs, with so many steps of training and fewer questions: a nano-K2 of two knows nothing.
 
-
-def demo(folder: Path, trained: int) -> subprocess.CompletedProcess[str]:
-    """Run what `make demo` runs, with so many steps of training and fewer questions."""
-    command = [sys.executable, "-c", FEWER, "demo", "demo-run", "--steps", str(trained)]
-    environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    In this process: what follows runs in those of a shell.
+    """
+    exam = tasks.exam
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("k2quant.cli.demo._ITEMS", 10)
+        patch.setattr("k2quant.cli.demo._ROWS", 32)
+        patch.setattr(tasks, "exam", lambda count: exam(count // 20))
+        words = ["demo", "demo-run", "--steps", str(trained)]
+        return CliRunner().invoke(main, words, prog_name="k2quant", env={"COLUMNS": "100"})
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +45,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stage(folder)
     for trained, formats in ((0, []), (2, list(FORMATS))):  # the second time over its own folder
         done = demo(folder, trained)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.exit_code == 0, f"{done.output}\n{done.exception!r}"
         assert done.stdout.count("\n  yes ") == 8
         assert "  NO  " not in done.stdout
         rows = [line.split() for line in done.stdout.splitlines()]

@@ -33,8 +33,19 @@ def check_folder(path: Path, *, addresses: bool = False) -> None:
         CheckpointError: it is a file, a model's name on a hub, an address, or not there.
     """
     if not os.path.isdir(path):  # noqa: PTH112  it never raises
-        message, remedy = _explained(os.fspath(path), addresses=addresses)
-        raise CheckpointError(message, file=path, remedy=remedy)
+        given = os.fspath(path)
+        message, remedy = _explained(given, addresses=addresses)
+        named = _ADDRESS.match(given) and not addresses and not os.path.lexists(given)
+        raise CheckpointError(message, file=_as_written(given) if named else path, remedy=remedy)
+
+
+def _as_written(path: str) -> str:
+    """Return an address that was read as a path with both its slashes again, and without what may be secret in it."""
+    scheme, _, rest = path.partition(":")
+    rest = rest.lstrip("/").partition("?")[0]
+    first, slash, more = rest.partition("/")
+    hidden = "@" in first and (":" in first or scheme.lower() != "hf")
+    return f"{scheme}://" + (f"...@{first.rpartition('@')[2]}{slash}{more}" if hidden else rest)
 
 
 def _explained(path: str, *, addresses: bool = False) -> tuple[str, str | None]:
@@ -47,8 +58,8 @@ def _explained(path: str, *, addresses: bool = False) -> tuple[str, str | None]:
     address = _HUB.match(path)
     hub_id = _ID.fullmatch(path, address.end() if address else 0)
     if address and hub_id:
-        # A path: whoever takes addresses has read it as one before. So it stands where only a folder will do.
-        return "an address on the Hugging Face hub, not a folder", _download(hub_id)
+        # A path: whoever takes addresses has read it as one before, if it had both slashes.
+        return "an address on the Hugging Face hub, not a folder", _remedy(hub_id, addresses=addresses)
     if _ADDRESS.match(path):
         return "an address, not a folder", "copy the checkpoint to a folder here first"
     remedies = []

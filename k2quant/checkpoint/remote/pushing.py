@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 from k2quant.checkpoint.cards import CARD, LIMIT, is_ours
 from k2quant.checkpoint.files.digests import file_digest
 from k2quant.checkpoint.files.paths import inside
+from k2quant.checkpoint.files.sources import check_folder
 from k2quant.checkpoint.reader import INCOMPLETE, REPORT, open_checkpoint
-from k2quant.checkpoint.remote.address import HUB, Address, parse
+from k2quant.checkpoint.remote.address import HUB, Address, is_address, parse
 from k2quant.checkpoint.remote.retrying import retried, status_of
 from k2quant.checkpoint.remote.secrets import clean, guard
 from k2quant.checkpoint.writing.destination import Destination
@@ -128,6 +129,8 @@ def branch_of(address: str | Address) -> Address:
     Raises:
         UsageError: it lies on no hub, or names a commit, which cannot be written to.
     """
+    if isinstance(address, str) and not is_address(address):
+        raise UsageError(f"{address} is no address on a hub; expected hf://user/name or hf://user/name@branch")
     found = parse(address) if isinstance(address, str) else address
     if found.scheme != HUB:
         raise UsageError(f"{found} is no repository on a hub; expected hf://user/name or hf://user/name@branch")
@@ -142,8 +145,7 @@ def finished(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not.
     """
-    if not folder.is_dir():
-        raise CheckpointError("no such folder", file=folder)
+    check_folder(folder)
     report = Destination(folder, report=REPORT, incomplete=INCOMPLETE).finished_report()
     if (folder / INCOMPLETE).exists():
         raise CheckpointError("not finished", file=folder, remedy="run the command that writes it again: it resumes")

@@ -108,7 +108,7 @@ class Stage:
         Args:
             needs: output shards in the order in which they are written, each with the source shards that are fetched
                 for it.
-            output_bytes: what each of them will take on the same disk.
+            output_bytes: what each of them will take on the same disk; by another name, what all of them take there.
 
         Raises:
             OutputError: few are to lie there, and beside the output there is no room for so few.
@@ -311,7 +311,8 @@ class Stage:
             return True
         if wanted and self._make_room(file):
             return self._has_room(file)
-        if not self._coming and all(self._users[name] & self._users[file] for name in self._ready):
+        held = all(self._users[name] & self._users[file] for name in self._ready)
+        if held and not self._coming and not self._some_output_ends(file):
             raise OutputError(
                 "the disk is too small for a shard of the source beside the output",
                 file=self._folder,
@@ -320,6 +321,14 @@ class Stage:
                 remedy="free some space, then run the same command again: it resumes",
             )
         return False
+
+    def _some_output_ends(self, file: str) -> bool:
+        """Tell whether an output shard that has all it needs, and not this one, is on its way. The lock is held.
+
+        What is reserved for it is on the disk by and by, or waits there to be uploaded: both go when it stands.
+        """
+        waits = {output for name, users in self._users.items() if name not in self._ready for output in users}
+        return bool(self._opened - waits - self._users[file])
 
     def _size(self, file: str) -> int:
         """Return the bytes of a shard that are on the disk already."""

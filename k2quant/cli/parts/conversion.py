@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from k2quant.checking.engines import EngineCheck
     from k2quant.cli.parts.places import Place
     from k2quant.conversion.convert import Conversion
+    from k2quant.conversion.places import Coming
     from k2quant.conversion.plan import Options, Plan
     from k2quant.conversion.searching.searched import Searched
 
@@ -330,6 +331,7 @@ def dry_run(
     method: dict[str, Any] | None = None,
     cost: SolvingPlan | None = None,
     bandwidth: float | None = None,
+    low_disk: bool = False,
 ) -> None:
     """Print what a plan would cost; exit 1 if the disk is too small.
 
@@ -347,6 +349,7 @@ def dry_run(
         method: what is said of how codes are chosen, where that is no rounder's to say.
         cost: what it would take, where that is no mere conversion.
         bandwidth: bytes a second at which a source at an address comes, where that was named.
+        low_disk: whether few shards of that may lie on the disk.
     """
     import json
 
@@ -363,9 +366,9 @@ def dry_run(
     standing: dict[str, object] = {
         shard.file: {} for shard in plan.shards if shard.file in done or not (only is None or shard.file in only)
     }
-    taking = (plan, destination, standing, workers, rounder, peak_memory, bandwidth)
-    found = _cost(*taking) if cost is None else _solving_cost(plan, cost)
     remote = coming(plan, standing, bandwidth=bandwidth, searched=cost is not None or rounder is not None)
+    taking = (plan, destination, standing, workers, rounder, peak_memory, bandwidth)
+    found = _cost(*taking, remote=remote, low_disk=low_disk) if cost is None else _solving_cost(plan, cost)
     _say(plan.remarks)
     method, inputs = method or _search(plan, rounder), inputs_of(plan)
     if as_json:
@@ -392,7 +395,7 @@ def dry_run(
         click.echo(f"{'read':<16} {size(plan.bytes_read)}")
         shards = counted(len(plan.shards), "shard")
         click.echo(f"{'written':<16} {size(plan.bytes_written)} in {shards}, {len(done)} of them done")
-        remote_lines = {} if remote is None else places.lines(remote, asked=bandwidth is not None)
+        remote_lines = {} if remote is None else places.lines(remote, asked=bandwidth is not None, low_disk=low_disk)
         for name, text in (remote_lines | found.lines).items():
             click.echo(paragraph(f"{name:<16} {text}", hang=" " * 17))
     if not found.fits:
@@ -424,18 +427,29 @@ def _cost(
     rounder: Searched | None,
     peak_memory: int | None,
     bandwidth: float | None,
+    *,
+    remote: Coming | None,
+    low_disk: bool,
 ) -> _Cost:
     """Return what a conversion takes that runs no model."""
     from k2quant.conversion.estimate import estimate
+    from k2quant.conversion.places import staged
     from k2quant.ground.units import duration, size
 
     cost = estimate(plan, destination, done=done, workers=workers, rounder=rounder, bandwidth=bandwidth)
     cost = cost._replace(peak_memory=peak_memory or cost.peak_memory)
+    by, beside = " on the CPU", ""
+    if remote is not None:
+        if 2 * remote.seconds > cost.seconds:
+            cost, by = cost._replace(seconds=max(cost.seconds, remote.seconds)), ", most of it for the network"
+        lying = max(0, (remote.source_on_low_disk if low_disk else remote.source_least) - staged(destination))
+        cost = cost._replace(disk_needed=cost.disk_needed + lying)
+        beside = f", {size(lying)} of it for the source" if lying else ""
     lines = {
-        "disk needed": size(cost.disk_needed) + ("" if cost.fits else ", TOO SMALL"),
+        "disk needed": size(cost.disk_needed) + beside + ("" if cost.fits else ", TOO SMALL"),
         "disk free": size(cost.disk_free),
         "peak memory": size(cost.peak_memory),
-        "time": f"about {duration(cost.seconds)} on the CPU",
+        "time": f"about {duration(cost.seconds)}{by}",
     }
     return _Cost(cost._asdict(), lines, cost.fits)
 

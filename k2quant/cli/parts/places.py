@@ -49,20 +49,21 @@ def _rate(ctx: click.Context, param: click.Parameter, value: str | None) -> floa
     return None if value is None else parse_rate(value)
 
 
-def lines(found: Coming, *, asked: bool) -> dict[str, str]:
+def lines(found: Coming, *, asked: bool, low_disk: bool = False) -> dict[str, str]:
     """Return what a dry run says of a source at an address, by what each line begins with.
 
     Args:
         found: what comes.
         asked: whether the rate was named.
+        low_disk: whether few shards of it may lie on the disk.
     """
     from k2quant.ground.units import duration, size
 
     how = "straight into memory" if found.way == "ranges" else "by way of the disk"
     lying = "none of it"
     if found.source_on_disk:
-        lying = f"up to {size(found.source_on_disk)}"
-        if found.source_on_low_disk < found.source_on_disk:
+        lying = f"up to {size(found.source_on_low_disk if low_disk else found.source_on_disk)}"
+        if not low_disk and found.source_on_low_disk < found.source_on_disk:
             lying += f", as room allows; with --low-disk up to {size(found.source_on_low_disk)}"
     return {
         "traffic": f"{size(found.traffic)} from {found.address}, {how}",

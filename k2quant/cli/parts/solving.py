@@ -182,4 +182,5 @@ def dry_run(
         method={"asked": SOLVED, **{name: own[name] for name in _HOW}, "weights": len(planned.jobs)},
         cost=cost,
         bandwidth=bandwidth,
+        low_disk=given["low_disk"],
     )

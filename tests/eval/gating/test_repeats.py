@@ -22,6 +22,8 @@ from k2quant.eval.gating.verdict import EXACT, REPEATED, Verdict
 from k2quant.eval.runs.items import Item, Key, Run, Task
 from k2quant.eval.statistics import paired, repeats
 
+pytestmark = pytest.mark.usefixtures("by_score")
+
 Answers = Sequence[Sequence[bool]]
 """Of each item, which of its answers are right."""
 
@@ -88,8 +90,9 @@ def test_an_item_counts_by_its_share_of_right_answers() -> None:
     )
 
 
-def test_the_tests_are_those_of_repeats() -> None:
+def test_the_tests_are_those_of_repeats(by_score: pytest.MonkeyPatch) -> None:
     """Of the differences in quarters, with the policy's alpha, margin and power."""
+    by_score.undo()
     verdict = gated(task("t", of(*GOOD, 4, 1, 2)), task("t", of(*GOOD, 1, 3, 2)))
     values, counts = np.array([-3, 0, 2]), np.array([1, 301, 1])
     pooled = verdict.pooled

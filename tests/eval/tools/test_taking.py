@@ -19,6 +19,8 @@ from k2quant.eval.runs.folder import MANIFEST
 from k2quant.eval.tools.settings import ToolsRequest
 from k2quant.eval.tools.taking import take
 
+pytestmark = pytest.mark.usefixtures("by_score")
+
 TOOLS = [
     {
         "type": "function",

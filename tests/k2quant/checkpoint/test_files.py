@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 import k2quant
 from k2quant.checkpoint.files.paths import open_regular
-from k2quant.checkpoint.files.sources import no_folder
+from k2quant.checkpoint.files.sources import check_folder, no_folder
 from k2quant.checkpoint.reader import CONFIG, INDEX, open_checkpoint
 from k2quant.cli import main
 from k2quant.errors import (
@@ -226,6 +226,30 @@ def test_a_name_of_the_hub_is_told_how_to_get_it(
         assert said is not None
         assert words in said
         assert ("hf download" in said) == (words != "no such folder" and "s3:" not in given)
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (f"hf://{HUB}@0905", f"hf://{HUB}@0905"),
+        ("s3://bucket/K2", "s3://bucket/K2"),
+        ("s3://KEY:SECRET@bucket/K2", "s3://...@bucket/K2"),
+        ("hf://user:SECRET@org/K2", "hf://...@org/K2"),
+        ("gs://bucket/K2?token=SECRET", "gs://bucket/K2"),
+    ],
+)
+def test_an_address_where_only_a_folder_will_do_is_shown_as_it_was_written(given: str, shown: str) -> None:
+    """A path has one slash where the address had two; what may be secret in it is left out."""
+    with pytest.raises(CheckpointError) as refused:
+        check_folder(Path(given))
+    assert str(refused.value).startswith(f"{shown}: an address")
+    assert "SECRET" not in str(refused.value)
+
+
+def test_an_address_with_one_slash_is_told_the_right_one() -> None:
+    """Where addresses are taken, nobody has to download."""
+    with pytest.raises(CheckpointError, match=f"^hf:/{HUB}: an address .*; name hf://{HUB}, or download it first"):
+        check_folder(Path(f"hf:/{HUB}"), addresses=True)
 
 
 @pytest.mark.parametrize("name", ["model-00001.safetensors", "config.json", "fp9"])

@@ -192,6 +192,8 @@ def test_hidden_and_foreign_files_stay_here(server: Hub, made: Path, tmp_path: P
 
 def test_refusals_say_what_to_do(server: Hub, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No login, a token that may not write, no room, an address that is no branch, a public repository."""
+    with pytest.raises(UsageError, match="org/name is no address on a hub; expected hf://user/name"):
+        push(made, "org/name")
     with pytest.raises(UsageError, match="is no repository on a hub"):
         push(made, "s3://bucket/x")
     with pytest.raises(UsageError, match="is a commit"):

@@ -376,7 +376,8 @@ def test_a_low_disk_without_room_for_two_shards_is_refused_before_anything_comes
     missing, stage = {"out one": output}, tmp_path / "stage"
     run: dict[str, Any] = {"stage": stage, "low_disk": True, "once": False, "missing": missing}
     refused = pytest.raises(OutputError, match="too small for 2 shards of the source beside the output")
-    with contextlib.nullcontext() if left else refused:
+    expected: contextlib.AbstractContextManager[object] = contextlib.nullcontext() if left else refused
+    with expected:
         Run(Supply(place), uses_of("weights"), place.data, **run).go()
     assert bool(place.fetched) == bool(left)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -460,3 +462,23 @@ def test_what_a_store_says_of_a_deletion_is_cleaned(bucket: str, monkeypatch: py
     monkeypatch.setattr(s3.S3Objects, "_call", lambda *_, **__: failed)
     with pytest.raises(OutputError, match=r"Denied: to \[hidden\]"):
         s3.S3Objects(Address("s3", f"{bucket}/out")).delete(["a"])
+
+
+@pytest.mark.parametrize("low_disk", [False, True])
+def test_a_source_on_the_disk_leaves_room_for_what_waits_to_be_uploaded_and_no_more(
+    store: Store, bucket: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, low_disk: bool
+) -> None:
+    """The output goes to a store: of its shards five at most lie here, so a disk need not hold all of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for path in source.iterdir():
+        store.put(bucket, f"source/{path.name}", path.read_bytes())
+    asked: dict[str, Any] = {"to": "int4", "shard_size": 150_000, "method": "mse"}
+    local = k2quant.convert(source, tmp_path / "local", **asked).folder
+    sizes = sorted(path.stat().st_size for path in local.glob("*.safetensors"))
+    shard = max(path.stat().st_size for path in source.glob("*.safetensors"))
+    assert len(sizes) > 5
+    free = sum(sizes[-5:]) + (2 if low_disk else 1) * shard
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=free))
+    k2quant.convert(f"s3://{bucket}/source", f"s3://{bucket}/output", low_disk=low_disk, **asked)
+    found = store.contents(bucket, "output/")
+    assert {name: found[name] for name in told(found)} == told({p.name: p.read_bytes() for p in local.iterdir()})

@@ -240,6 +240,28 @@ def test_a_branch_that_moved_between_two_runs_is_said_first_and_stands_in_no_fil
     assert json.loads((tmp_path / "out" / "k2quant_report.json").read_text())["remarks"] == whole.report["remarks"]
 
 
+@pytest.mark.usefixtures("server")
+def test_a_dry_run_reckons_with_what_of_the_source_must_lie_on_the_disk_and_with_the_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest shard, or two with --low-disk, beside the output; and no run is faster than what it waits for."""
+    line = ["convert", "--to", "nvfp4", "--dry-run", "--bandwidth", "100kB/s", f"hf://{NAME}", str(tmp_path / "out")]
+    found: dict[tuple[str, ...], Any] = {}
+    for low in ((), ("--low-disk",)):
+        with pytest.raises(SystemExit):
+            main([*line, *low, "--json"])
+        found[low] = json.loads(capsys.readouterr().out)
+        with pytest.raises(SystemExit):
+            main([*line, *low])
+        text = capsys.readouterr().out
+        assert ", most of it for the network" in text
+        assert ("with --low-disk" in text) is (low == ())
+        assert found[low]["seconds"] >= found[low]["source"]["seconds"]
+    plain, few = found.values()
+    more = few["disk_needed"] - plain["disk_needed"]
+    assert 0 < more == few["source"]["source_on_low_disk"] - few["source"]["source_least"]
+
+
 def test_answers_that_are_no_listing_are_refused(server: Hub, tmp_path: Path) -> None:
     """JSON of another kind, HTML, a redirect in a circle: one line, nothing written."""
     for kind in ("junk", "html", "loop"):

@@ -1,0 +1,226 @@
+"""Measure an export of INT4 to GGUF against a copy of the same files, and against llama.cpp's own quantiser.
+
+Usage:
+    python benchmarks/suites/exports/gguf_speed.py FOLDER RESULT.json [--size 3GB] [--llama PYTHON]
+
+FOLDER gets a slice of K2's shapes with native INT4 experts, and what is made of it. A copy (`cp`, then `sync` of the
+files) and the export take turns, five times, from a warm cache. PYTHON is an interpreter with llama-cpp-python, as
+`make gguf-oracle` makes one: its `llama_model_quantize` then makes Q4_0 of the same model in BF16. What made the BF16
+file is not counted, so that its time is the least that llama.cpp's way takes; the error is that of an expert, against
+the values of INT4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script
+
+from suites.common.machine import facts
+from suites.common.measure import remove, run, warm
+
+RUNS = 5
+
+QUANTISE = """
+import ctypes, sys, llama_cpp
+given = llama_cpp.llama_model_quantize_default_params()
+given.ftype, given.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, int(sys.argv[3])
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(given)))
+"""
+
+SIZES = {
+    "first_k_dense_replace": 0,
+    "kv_lora_rank": 512,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 1,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 256,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+"""Of a layer that is little but experts."""
+
+
+def matrices(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield name, dtype and shape of each tensor of the slice."""
+    hidden, inner, heads, layer = config["hidden_size"], config["moe_intermediate_size"], 8, "model.layers.0."
+    q_rank, rank = config["q_lora_rank"], config["kv_lora_rank"]
+    yield "model.embed_tokens.weight", "BF16", (config["vocab_size"], hidden)
+    for name, shape in {
+        "input_layernorm": (hidden,),
+        "self_attn.q_a_proj": (q_rank, hidden),
+        "self_attn.q_a_layernorm": (q_rank,),
+        "self_attn.q_b_proj": (heads * 192, q_rank),
+        "self_attn.kv_a_proj_with_mqa": (rank + 64, hidden),
+        "self_attn.kv_a_layernorm": (rank,),
+        "self_attn.kv_b_proj": (heads * 256, rank),
+        "self_attn.o_proj": (hidden, heads * 128),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate": (config["n_routed_experts"], hidden),
+    }.items():
+        yield f"{layer}{name}.weight", "BF16", shape
+    yield f"{layer}mlp.gate.e_score_correction_bias", "F32", (config["n_routed_experts"],)
+    for where in ("shared_experts", *(f"experts.{number}" for number in range(config["n_routed_experts"]))):
+        for part, (rows, width) in {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}.items():
+            base = f"{layer}mlp.{where}.{part}_proj"
+            if where == "shared_experts":
+                yield f"{base}.weight", "BF16", (rows, width)
+                continue
+            yield f"{base}.weight_packed", "I32", (rows, width // 8)
+            yield f"{base}.weight_scale", "BF16", (rows, width // 32)
+            yield f"{base}.weight_shape", "I32", (2,)
+    yield "model.norm.weight", "BF16", (hidden,)
+    yield "lm_head.weight", "BF16", (config["vocab_size"], hidden)
+
+
+def make_slice(folder: Path, *, size: int, hidden: int, inner: int) -> None:
+    """Write a layer with about so many bytes of INT4 experts, random codes, scales about 0.002."""
+    import numpy as np
+
+    from k2quant.checkpoint.writing.in_memory import write_checkpoint
+    from k2quant.ground.release import INSTRUCT_CONFIG
+    from k2quant.nano import vocabulary
+
+    experts = max(size // (3 * hidden * inner * 18 // 32), 8)
+    more = {"hidden_size": hidden, "moe_intermediate_size": inner, "n_routed_experts": experts}
+    own = {key: value for key, value in INSTRUCT_CONFIG.items() if key != "quantization_config"}
+    words = {"bos_token_id": vocabulary.BOS, "eos_token_id": vocabulary.EOS, "vocab_size": vocabulary.SIZE}
+    config = own | SIZES | more | words | {"intermediate_size": inner}
+    random = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, int]] = {}
+    tensors: dict[str, tuple[str, Any]] = {}
+    for name, dtype, shape in matrices(config):
+        if dtype == "F32":
+            made: Any = np.zeros(shape, np.float32)
+        elif name.endswith("weight_packed"):
+            shapes[name.rpartition(".")[0]] = shape[0], shape[1] * 8
+            made = random.integers(-(2**31), 2**31 - 1, shape, np.int32)
+        elif name.endswith("weight_shape"):
+            made = np.array(shapes[name.rpartition(".")[0]], np.int32)
+        else:
+            made = random.integers(0x3AC0, 0x3B40, shape, np.uint16)
+        tensors[name] = dtype, made
+    write_checkpoint(folder, {"model.safetensors": tensors}, config)
+    for name, content in vocabulary.files().items():
+        (folder / name).write_bytes(content)
+
+
+def error_of(source: Path, file: Path) -> dict[str, float]:
+    """Return how far an expert's `up_proj` in a GGUF file is from what INT4 means, in units of its groups' amax."""
+    import gguf
+    import numpy as np
+
+    from k2quant.checkpoint.reader import open_checkpoint
+    from k2quant.checkpoint.reading import read_tensor
+
+    opened, base = open_checkpoint(source), "model.layers.0.mlp.experts.0.up_proj."
+    packed, scale = (opened.tensors[base + suffix] for suffix in ("weight_packed", "weight_scale"))
+    pairs = np.frombuffer(read_tensor(opened, packed), np.uint8)
+    bits = np.frombuffer(read_tensor(opened, scale), np.uint16).astype(np.uint32) << 16
+    codes = (np.stack([pairs & 15, pairs >> 4], -1).astype(np.float32) - 8).reshape(-1, 32)
+    wanted = codes * bits.view(np.float32).reshape(-1, 1)
+    tensor = next(each for each in gguf.GGUFReader(file).tensors if each.name == "blk.0.ffn_up_exps.weight")
+    found = gguf.quants.dequantize(np.asarray(tensor.data)[0], tensor.tensor_type).reshape(wanted.shape)
+    off = np.abs(found - wanted) / np.abs(wanted).max(-1, keepdims=True)
+    return {"worst": float(off.max()), "rms": float(np.sqrt(np.square(off).mean()))}
+
+
+def taken(runs: int, before: Callable[[], None], command: list[str], log: Path) -> dict[str, float]:
+    """Run a command some times; return the median of its seconds, their ends, and its memory."""
+    found = []
+    for _ in range(runs):
+        before()
+        found.append(run(command, log=log))
+    seconds = [each.wall_s for each in found]
+    return {
+        "seconds": statistics.median(seconds),
+        "least": min(seconds),
+        "most": max(seconds),
+        "cpu_seconds": statistics.median(each.cpu_s for each in found),
+        "peak_bytes": max(each.peak_rss for each in found),
+    }
+
+
+def measure(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row for each way."""
+    home: Path = given.folder
+    source, copy, out, log = home / "slice", home / "copy", home / "slice.gguf", home / "log"
+
+    def fresh() -> None:
+        remove(copy)
+        for path in home.glob("slice.gguf*"):
+            remove(path) if path.is_dir() else path.unlink()
+        warm(source)
+
+    export = [sys.executable, "-m", "k2quant", "-q", "export", "gguf", str(source), str(out)]
+    ways = {"copy": ["sh", "-c", f"cp -r '{source}' '{copy}' && sync '{copy}'/*"], "export": export}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for _ in range(given.runs):
+        for name, command in ways.items():
+            rounds[name].append(taken(1, fresh, command, log))
+    for name, found in rounds.items():
+        seconds = [each["seconds"] for each in found]
+        yield {
+            "way": name,
+            "seconds": statistics.median(seconds),
+            "least": min(seconds),
+            "most": max(seconds),
+            "cpu_seconds": statistics.median(each["cpu_seconds"] for each in found),
+            "peak_bytes": max(each["peak_bytes"] for each in found),
+            **({} if name == "copy" else {"disk_bytes": out.stat().st_size, "error": error_of(source, out)}),
+        }
+    if given.llama:
+        yield quantised(given, source, log)
+
+
+def quantised(given: argparse.Namespace, source: Path, log: Path) -> dict[str, Any]:
+    """Return what llama.cpp's quantiser takes and loses, from a file in BF16."""
+    home: Path = given.folder
+    plain, whole, theirs = home / "bf16", home / "bf16.gguf", home / "theirs.gguf"
+    ours = [sys.executable, "-m", "k2quant", "-q"]
+    remove(plain)
+    run([*ours, "convert", "--to", "bf16", str(source), str(plain)], log=log)
+    run([*ours, "export", "gguf", "--restart", str(plain), str(whole)], log=log)
+    command = [given.llama, "-c", QUANTISE, str(whole), str(theirs), str(given.threads)]
+    found = taken(given.runs, lambda: theirs.unlink(missing_ok=True), command, log)
+    disk = whole.stat().st_size + theirs.stat().st_size
+    return {"way": "llama.cpp quantiser", **found, "disk_bytes": disk, "error": error_of(source, theirs)}
+
+
+def main() -> None:
+    """Measure, print, and write down."""
+    from k2quant.ground.units import parse_size
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--size", type=parse_size, default=10**9, help="bytes of INT4 experts")
+    parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--inner", type=int, default=2048)
+    parser.add_argument("--runs", type=int, default=RUNS)
+    parser.add_argument("--threads", type=int, default=2, help="of llama.cpp's quantiser")
+    parser.add_argument("--llama", help="an interpreter with llama-cpp-python")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(given.folder / "slice", ignore_errors=True)
+    make_slice(given.folder / "slice", size=given.size, hidden=given.hidden, inner=given.inner)
+    rows = []
+    for row in measure(given):
+        print(row)
+        rows.append(row)
+    command = "python benchmarks/suites/exports/gguf_speed.py FOLDER RESULT.json --size SIZE --llama PYTHON"
+    found = facts(command, "exports", "k2quant", "kernels")
+    ratio = rows[1]["seconds"] / rows[0]["seconds"]
+    given.result.write_text(json.dumps({**found, "size": given.size, "ratio": ratio, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
