@@ -24,7 +24,7 @@ from k2quant.checkpoint.writing.writer import OpenShard
 from k2quant.conversion.stream import Record
 from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, OutputError
 from k2quant.exports.exporting import MARK, refuse_changed, standing
-from k2quant.exports.gguf.files import SUFFIX, FilePlan
+from k2quant.exports.gguf.files import FilePlan, is_of
 from k2quant.exports.gguf.plan import GgufPlan
 
 _MOVING = "moving"
@@ -69,6 +69,12 @@ def check_finished(there: Path, report: Mapping[str, Any], plan: GgufPlan) -> No
                 found="nothing" if _size(path) is None else f"{_size(path)} bytes",
                 remedy="write it anew with `restart=True`",
             )
+
+
+def _reported(there: Path) -> list[str]:
+    """Return the files that a report says are an output's, of those that have its name: a copy names another's."""
+    files = (finished(there) or {}).get("files")
+    return [name for name in files if is_of(there.name, name)] if isinstance(files, dict) else []
 
 
 def _size(path: Path) -> int | None:
@@ -161,8 +167,10 @@ class Output:
         """
         if self._is_moving():
             return
-        taken = [file.name for file in self._plan.files if os.path.lexists(self._there.with_name(file.name))]
-        if taken and not (restart and finished(self._there) is not None):
+        ours = set(_reported(self._there)) if restart else set()
+        names = [file.name for file in self._plan.files if file.name not in ours]
+        taken = [name for name in names if os.path.lexists(self._there.with_name(name))]
+        if taken:
             raise DestinationForeign(
                 "is there already, and was not written by this command",
                 file=self._there.with_name(taken[0]),
@@ -171,15 +179,13 @@ class Output:
 
     def clear(self) -> None:
         """Throw away what an earlier export left, finished or not."""
-        report = finished(self._there) or {}
+        before = _reported(self._there)
         self._folder.clear([])
         for path in self._folder.folder.iterdir():
             if path.is_file() and path.name != INCOMPLETE:
                 path.unlink()
-        files = report.get("files")
-        for name in files if isinstance(files, dict) else ():
-            if isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX):
-                self._there.with_name(name).unlink(missing_ok=True)
+        for name in before:
+            self._there.with_name(name).unlink(missing_ok=True)
         report_path(self._there).unlink(missing_ok=True)  # last: it says that the others are ours
         sync_folder(self._there.parent)
 
