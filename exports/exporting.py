@@ -169,7 +169,8 @@ def fill(
     """
     threads, codecs = checked_workers(workers), codecs_of("cpu")
     check_constants(export.source, (job.weight for job in export.jobs()))
-    folder.begin([export.head, *done.values()])
+    others = [record for record in folder.journal()[1:] if "shard" not in record]  # which say how far its end came
+    folder.begin([export.head, *done.values(), *others])
     whole = counted(len(export.shards), "part")
     _log.info("%s: %s, %d of them there already; %s", folder.spot, whole, len(done), counted(threads, "thread"))
     stream = Stream(

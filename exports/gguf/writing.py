@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from k2quant.exports.gguf.files import FilePlan, is_of
 from k2quant.exports.gguf.plan import GgufPlan
 
 _MOVING = "moving"
-"""What the journal notes when files get their names: from then on one that is not here stands there."""
+"""Under which the journal notes the files that get their names: from then on one that is not here stands there."""
 
 
 def work_folder(there: Path) -> Path:
@@ -69,12 +69,6 @@ def check_finished(there: Path, report: Mapping[str, Any], plan: GgufPlan) -> No
                 found="nothing" if _size(path) is None else f"{_size(path)} bytes",
                 remedy="write it anew with `restart=True`",
             )
-
-
-def _reported(there: Path) -> list[str]:
-    """Return the files that a report says are an output's, of those that have its name: a copy names another's."""
-    files = (finished(there) or {}).get("files")
-    return [name for name in files if is_of(there.name, name)] if isinstance(files, dict) else []
 
 
 def _size(path: Path) -> int | None:
@@ -160,37 +154,44 @@ class Output:
         self._folder.record(record)
 
     def refuse_others(self, *, restart: bool) -> None:
-        """Refuse to write over files that are not ours, or that a finished export of ours has.
+        """Refuse to write over files that are not ours; those that a finished export of ours has are, for a restart.
 
         Raises:
             DestinationForeign: they are somebody's.
         """
-        if self._is_moving():
-            return
-        ours = set(_reported(self._there)) if restart else set()
-        names = [file.name for file in self._plan.files if file.name not in ours]
-        taken = [name for name in names if os.path.lexists(self._there.with_name(name))]
-        if taken:
-            raise DestinationForeign(
-                "is there already, and was not written by this command",
-                file=self._there.with_name(taken[0]),
-                remedy="name another file, or remove it",
-            )
+        own = self._moved() | (self._reported() if restart else set())
+        for name in (*(file.name for file in self._plan.files), report_path(self._there).name):
+            if name not in own and os.path.lexists(self._there.with_name(name)):
+                raise DestinationForeign(
+                    "is there already, and was not written by this command",
+                    file=self._there.with_name(name),
+                    remedy="name another file, or remove it",
+                )
 
     def clear(self) -> None:
         """Throw away what an earlier export left, finished or not."""
-        before = _reported(self._there)
+        reported = self._reported() - {report_path(self._there).name}
+        self._remove(self._moved())  # before the journal, which says that they are ours
         self._folder.clear([])
         for path in self._folder.folder.iterdir():
             if path.is_file() and path.name != INCOMPLETE:
                 path.unlink()
-        for name in before:
-            self._there.with_name(name).unlink(missing_ok=True)
+        self._remove(reported)
         report_path(self._there).unlink(missing_ok=True)  # last: it says that the others are ours
         sync_folder(self._there.parent)
 
-    def _is_moving(self) -> bool:
-        return any(record.get(_MOVING) is True for record in self._folder.journal())
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._there.with_name(name).unlink(missing_ok=True)
+
+    def _moved(self) -> set[str]:
+        """Return the names of files of which some stand there, for a run was stopped when they got these."""
+        return {name for record in self._folder.journal() for name in _own(self._there, record.get(_MOVING))}
+
+    def _reported(self) -> set[str]:
+        """Return the names of the files of a finished export, and of its report."""
+        report = finished(self._there)
+        return set() if report is None else {*_own(self._there, report.get("files")), report_path(self._there).name}
 
     def standing(self) -> dict[str, Record]:
         """Return the records of parts that are finished, and whose file is there.
@@ -199,36 +200,44 @@ class Output:
             DestinationStale: the journal is of another export.
         """
         found = standing(self._plan.export, self._folder)
-        moving = self._is_moving()
-        whole = {file.name for file in self._plan.files if self._is_there(file, moving=moving)}
+        moved = self._moved()
+        whole = {file.name for file in self._plan.files if self._is_there(file, moved)}
         return {name: record for name, record in found.items() if self._plan.sections[name].name in whole}
 
-    def _is_there(self, file: FilePlan, *, moving: bool) -> bool:
+    def _is_there(self, file: FilePlan, moved: Container[str]) -> bool:
         own = self._folder.folder / file.name
         if own.is_symlink():
             return False
-        return _size(own) == file.size or (moving and _size(self._there.with_name(file.name)) == file.size)
+        return file.size in (_size(own), _size(self._there.with_name(file.name)) if file.name in moved else None)
 
     def room(self) -> Room:
         """Return what the disk must have free for what is missing, and what it has."""
         own = (self._folder.folder / file.name for file in self._plan.files)
         blocks = sum(path.stat().st_blocks * 512 for path in own if path.is_file())
-        moved = sum(file.size for file in self._plan.files if self._is_moving() and not self._here(file))
-        return room_of(self._there, self._plan.size - min(blocks, self._plan.size) - moved)
+        moved = self._moved()
+        standing = sum(file.size for file in self._plan.files if file.name in moved and not self._here(file))
+        return room_of(self._there, self._plan.size - min(blocks, self._plan.size) - standing)
 
     def _here(self, file: FilePlan) -> bool:
         return (self._folder.folder / file.name).is_file()
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Give the files their names, that which is loaded last, and say that they are whole."""
-        if not self._is_moving():
-            self._folder.record({_MOVING: True})
+        if not self._moved():
+            self._folder.record({_MOVING: [file.name for file in self._plan.files]})
         for file in reversed(self._plan.files):
             if self._here(file):
                 (self._folder.folder / file.name).replace(self._there.with_name(file.name))
         sync_folder(self._there.parent)
         write_whole(report_path(self._there), json.dumps(report, indent=1).encode() + b"\n")
         self._folder.finish()
+
+
+def _own(there: Path, names: object) -> Iterator[str]:
+    """Yield what of the names in a journal or a report are an output's: one that was copied names another's files."""
+    for name in names if isinstance(names, list | dict) else ():
+        if isinstance(name, str) and is_of(there.name, name):
+            yield name
 
 
 def room_of(there: Path, needed: int) -> Room:

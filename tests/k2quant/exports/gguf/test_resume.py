@@ -193,6 +193,63 @@ def test_a_half_finished_output_of_another_source_is_named(
     assert export_gguf(k2_bf16, there, restart=True).report["tensors"]
 
 
+def stopped_when_named(source: Path, there: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Export, and be stopped when all files have their names and nothing says yet that they are whole."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "write_whole", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export_gguf(source, there, **options)
+
+
+def test_killed_twice_at_its_end_it_knows_its_own_files(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time before it looked at them: that they have their names already is not forgotten."""
+    there = tmp_path / "k2.gguf"
+    stopped_when_named(small, there, monkeypatch)
+    before = there.stat()
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.Output, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export_gguf(small, there)
+    done = export_gguf(small, there)
+    assert done.resumed == len(look_ahead_gguf(small, tmp_path / "new.gguf")[0].export.shards)
+    assert there.stat() == before
+
+
+def test_a_restart_takes_away_what_had_its_name_and_nothing_else(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of a split model that was not finished yet; a file of somebody that has the new name is named."""
+    there = tmp_path / "k2.gguf"
+    stopped_when_named(small, there, monkeypatch, split_size=SPLIT)
+    there.write_bytes(b"mine")
+    with pytest.raises(DestinationForeign, match=r"k2.gguf: is there already"):
+        export_gguf(small, there, restart=True)
+    assert there.read_bytes() == b"mine"
+    there.unlink()
+    export_gguf(small, there, restart=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["k2.gguf", "k2.gguf.json"]
+
+
+def test_where_the_report_goes_a_file_of_somebody_stays(small: Path, tmp_path: Path) -> None:
+    """It is named before anything is written."""
+    report = tmp_path / "k2.gguf.json"
+    report.write_bytes(b"{}")
+    with pytest.raises(DestinationForeign, match=r"k2.gguf.json: is there already"):
+        export_gguf(small, tmp_path / "k2.gguf")
+    assert report.read_bytes() == b"{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["k2.gguf.json"]
+
+
 def test_a_file_of_somebody_is_not_written_over(small: Path, tmp_path: Path) -> None:
     """Neither with `restart`: that throws away what an earlier run of ours left, and nothing else."""
     there = tmp_path / "k2.gguf"
