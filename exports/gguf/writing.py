@@ -24,7 +24,7 @@ from k2quant.checkpoint.writing.writer import OpenShard
 from k2quant.conversion.stream import Record
 from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, OutputError
 from k2quant.exports.exporting import MARK, refuse_changed, standing
-from k2quant.exports.gguf.files import SUFFIX, FilePlan
+from k2quant.exports.gguf.files import FilePlan, is_of
 from k2quant.exports.gguf.plan import GgufPlan
 
 _MOVING = "moving"
@@ -186,12 +186,12 @@ class Output:
 
     def _moved(self) -> set[str]:
         """Return the names of files of which some stand there, for a run was stopped when they got these."""
-        return {name for record in self._folder.journal() for name in _beside(record.get(_MOVING))}
+        return {name for record in self._folder.journal() for name in _own(self._there, record.get(_MOVING))}
 
     def _reported(self) -> set[str]:
         """Return the names of the files of a finished export, and of its report."""
         report = finished(self._there)
-        return set() if report is None else {*_beside(report.get("files")), report_path(self._there).name}
+        return set() if report is None else {*_own(self._there, report.get("files")), report_path(self._there).name}
 
     def standing(self) -> dict[str, Record]:
         """Return the records of parts that are finished, and whose file is there.
@@ -237,10 +237,10 @@ class Output:
         self._folder.finish()
 
 
-def _beside(names: object) -> Iterator[str]:
-    """Yield what of the names in a journal or a report are those of GGUF files beside it."""
+def _own(there: Path, names: object) -> Iterator[str]:
+    """Yield what of the names in a journal or a report are an output's: one that was copied names another's files."""
     for name in names if isinstance(names, list | dict) else ():
-        if isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX):
+        if isinstance(name, str) and is_of(there.name, name):
             yield name
 
 
