@@ -158,7 +158,6 @@ def measure(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         remove(copy)
         for path in home.glob("slice.gguf*"):
             remove(path) if path.is_dir() else path.unlink()
-        run(["sync", "-f", str(home)], log=log)
         warm(source)
 
     export = [sys.executable, "-m", "k2quant", "-q", "export", "gguf", str(source), str(out)]

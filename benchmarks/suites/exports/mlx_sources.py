@@ -54,9 +54,9 @@ def main() -> None:
     for name in FORMATS:
         convert(source, there / name, to=name)
     as_k25(there / "int4", there / "k25")
-    for name in (*FORMATS, "k25"):
-        export_mlx(there / name, there / f"{name}-mlx")
-        convert(there / name, there / f"{name}-bf16", to="bf16")
+    for other in (*FORMATS, "k25"):
+        export_mlx(there / other, there / f"{other}-mlx")
+        convert(there / other, there / f"{other}-bf16", to="bf16")
 
 
 if __name__ == "__main__":

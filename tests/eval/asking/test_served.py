@@ -22,9 +22,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from lm_eval.models.api_models import JsonChatStr
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
+from k2quant.cli import main
 from k2quant.errors import HarnessFault, UsageError
 from k2quant.eval.asking.endpoint.client import Client
 from k2quant.eval.asking.endpoint.server import Server
@@ -616,16 +618,15 @@ def test_a_run_that_is_killed_resumes_with_other_settings_of_the_client(
     assert (tmp_path / "run" / JOURNAL).exists()
     kept = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*"))
     more = ("--model-args", "concurrency=5,timeout=60,retries=3")
-    resumed = subprocess.run(
-        [sys.executable, "-m", "k2quant", *command, *more], env=environment, capture_output=True, check=True
-    )
+    resumed = CliRunner().invoke(main, [*command, *more], env={"OPENAI_API_KEY": key, "MY_KEY": key})
+    assert resumed.exit_code == 0, resumed.output
     assert len(seen) <= 54 + 2 + 4  # two were under way; some more had come, and were not yet on a slow disk
     request = Request(model="m", tasks=("nano",), include=(tasks,), backend="api", base_url=stub(answered))
     run(request, tmp_path / "whole")
     assert samples(tmp_path / "run") == samples(tmp_path / "whole")
     kept += b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*"))
     assert b"nano_add" in kept
-    for text in (kept, errors, resumed.stdout, resumed.stderr):
+    for text in (kept, errors, resumed.stdout_bytes, resumed.stderr_bytes):
         assert b"0123456789" not in text
 
 

@@ -35,6 +35,8 @@ from k2quant.qat.training.processes import Processes, check_sharded
 from k2quant.qat.training.training import train
 from tiny import job_content, write_data, write_model
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 CLOSE = 2e-5
 """Relative difference of losses. Two processes add float32 gradients up in another order, some 1e-7 of each, and Adam
 divides small ones by their own size, so that a difference grows from step to step."""

@@ -127,6 +127,21 @@ def test_sglang_stops_where_no_group_speaks_of_a_module(made: Callable[[str], Ho
     assert "neither left as it is nor a target" in text(found, "sglang", tmp_path / "sglang")
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+@pytest.mark.parametrize("listed", ["language_model.layers.0.mlp.", "language_model.model.layers.0.mlp."])
+def test_an_older_spelling_of_names_is_the_same_modules(
+    engine: str, listed: str, made: Callable[[str], Hollow], tmp_path: Path
+) -> None:
+    """K2.5's tensors and lists may have `language_model.layers`: whichever has it, they mean the same."""
+    found = made("k25")
+    found.rename("language_model.model.layers.", "language_model.layers.")
+    parts = [f"{listed}{name}" for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")]
+    ignored(found, ["re:.*lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", *parts])
+    assert result(found, engine, tmp_path / "out") == "pass"
+    ignored(found, ["re:.*lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"])
+    assert "takes `language_model.model.layers.0.mlp" in text(found, engine, tmp_path / "again")
+
+
 def test_another_packing_than_the_config_says_is_named(made: Callable[[str], Hollow], tmp_path: Path) -> None:
     """A config that belongs to other tensors is found at the first module that disagrees."""
     found = made("int4")

@@ -15,7 +15,7 @@ SCRIPT = ROOT / "benchmarks" / "suites" / "exports" / "gguf_speed.py"
 
 def test_a_small_slice_is_exported_without_error(tmp_path: Path) -> None:
     """A copy and the export of a slice of 2 MB; how long they take is no matter here."""
-    command = [sys.executable, SCRIPT, tmp_path / "work", tmp_path / "found.json"]
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "work"), str(tmp_path / "found.json")]
     sizes = {"--size": "2MB", "--hidden": "512", "--inner": "256", "--runs": "1"}
     words = [word for pair in sizes.items() for word in pair]
     place = {**os.environ, "PYTHONPATH": str(ROOT)}
