@@ -15,6 +15,16 @@ ROUTER = "mlp.gate"
 BIAS = "mlp.gate.e_score_correction_bias"
 """Weights that engines have otherwise than the checkpoint, by their names within a layer."""
 
+_FIXED = {
+    "moe_layer_freq": 1,
+    "hidden_act": "silu",
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "rope_interleave": True,
+    "attention_bias": False,
+}
+"""What engines compute whatever a config says. transformers' config of these models has not all of the keys."""
+
 
 class Sizes(NamedTuple):
     """The numbers of a config that decide which tensors there are, and their shapes."""
@@ -95,10 +105,29 @@ def sizes_of(config: Mapping[str, Any] | None) -> Sizes:
             )
         if type(value) is not int or not least <= value < 2**31:
             raise MalformedFile(field, file=FILE, expected=f"a whole number, at least {least}", found=repr(value)[:100])
-    if text.get("moe_layer_freq", 1) != 1:
-        value = repr(text["moe_layer_freq"])[:100]
-        raise UnsupportedFormat("moe_layer_freq, which engines do not all have", file=FILE, expected=1, found=value)
+    for key, value in _FIXED.items():
+        if text.get(key, value) != value:
+            said = repr(text[key])[:100]
+            raise UnsupportedFormat(f"{key}, which engines compute otherwise", file=FILE, expected=value, found=said)
     return Sizes(tied=tied(config), **found)  # type: ignore[arg-type]  # whole numbers, checked above
+
+
+def rope_of(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a language model's config says of its rotary embedding, `rope_theta` among it.
+
+    transformers 5 has all of it in `rope_parameters`; others have two keys, or `rope_theta` inside `rope_scaling`.
+
+    Raises:
+        MalformedFile: it is no object, or says nothing of `rope_theta`.
+    """
+    found = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise MalformedFile("rope_scaling", file=FILE, expected="an object", found=repr(found)[:100])
+    said = {key: value for key, value in found.items() if value is not None}
+    theta = said.get("rope_theta", text.get("rope_theta"))
+    if theta is None:
+        raise MalformedFile("rope_theta is not there, and engines need it", file=FILE)
+    return {**said, "rope_theta": theta}
 
 
 def missing(there: Mapping[tuple[int | None, str], set[int | None]], sizes: Sizes) -> Iterator[str]:

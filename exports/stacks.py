@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from k2quant.checkpoint.reader import CONFIG, Checkpoint
 from k2quant.checkpoint.weights import StoredWeight, group_tensors
 from k2quant.conversion.metadata import config, relatives
-from k2quant.conversion.metadata.promises import inventory, language_config
+from k2quant.conversion.metadata.promises import inventory
 from k2quant.errors import MissingTensor, ShapeMismatch, UnsupportedFormat
 from k2quant.exports.places import Names, Place, is_made_anew, place_of
-from k2quant.exports.shapes import BIAS, Sizes, missing, sizes_of
+from k2quant.exports.shapes import Sizes, missing, sizes_of
 from k2quant.formats.activations import flow
 from k2quant.formats.bf16 import Bf16
 from k2quant.formats.dtypes import FLOATS
@@ -96,7 +96,7 @@ def stacks_of(source: Checkpoint, engine: Engine) -> Found:
         _check_shape(place, weight, sizes)
         found.setdefault(place.name, {})[place.expert] = place, _as_float(weight)
     there = {(place.layer, place.part): set(each) for each in found.values() for place, _ in each.values()}
-    if (lacking := next(_lacking(there, sizes, source), None)) is not None:
+    if (lacking := next(missing(there, sizes), None)) is not None:
         raise MissingTensor(
             f"is not there, and {engine.name} does not load a model without it",
             tensor=lacking,
@@ -227,9 +227,3 @@ def _check_shape(place: Place, weight: StoredWeight, sizes: Sizes) -> None:
         found=f"expert {place.expert}" if beyond and expected is not None else weight.shape,
         remedy="take the config that belongs to these files",
     )
-
-
-def _lacking(there: dict[tuple[int | None, str], set[int | None]], sizes: Sizes, source: Checkpoint) -> Iterator[str]:
-    """Yield what is not there, but for a correction of the router that the config does not ask for."""
-    method = language_config(source.config or {}).get("topk_method", "noaux_tc")
-    return (name for name in missing(there, sizes) if method == "noaux_tc" or not name.endswith(BIAS))

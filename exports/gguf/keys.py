@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
-from k2quant.checkpoint.files.json_kinds import mapping, number, truth, whole
+from k2quant.checkpoint.files.json_kinds import number, truth, whole
 from k2quant.conversion.metadata.promises import language_config
 from k2quant.errors import MalformedFile, UnsupportedFormat
 from k2quant.exports.gguf.key import Key
-from k2quant.exports.shapes import FILE, Sizes, sizes_of
+from k2quant.exports.shapes import FILE, Sizes, rope_of, sizes_of
 
 ARCHITECTURE = "deepseek2"
 _QUANTIZATION_VERSION = 2
@@ -24,6 +24,8 @@ _SIGMOID = 2
 """How a router weighs (`ExpertGatingFuncType`, gguf-py)."""
 _LITE = {26, 27}
 """Layers of DeepSeek-V2-Lite and its kin: of a model with so many llama.cpp reads no `q_lora_rank` (deepseek2.cpp)."""
+_KANANA = 48, 128256
+"""Layers and tokens of another one that it knows by both."""
 _MOST_EXPERTS = 1024
 """`LLAMA_MAX_EXPERTS` (llama-hparams.h)."""
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
@@ -39,14 +41,6 @@ _OF_ROPE = {
     *_YARN_DEFAULTS,
 }
 """What is understood there."""
-_FIXED = {
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "rope_interleave": True,
-    "attention_bias": False,
-}
-"""What `deepseek2` computes with a bias of the router. transformers' config of these models has not all of the keys."""
 
 
 def keys(config: Mapping[str, Any], *, name: str, file_type: int) -> tuple[Key, ...]:
@@ -62,7 +56,7 @@ def keys(config: Mapping[str, Any], *, name: str, file_type: int) -> tuple[Key, 
         UnsupportedFormat: it says what `deepseek2` would compute otherwise.
     """
     sizes, text = sizes_of(config), language_config(config)
-    _check(text, sizes)
+    _check(sizes)
     try:
         return (*_general(sizes, name, file_type), *_sizes(text, sizes), *_experts(text, sizes), *_rope(text, sizes))
     except KeyError as error:
@@ -89,13 +83,10 @@ def remarks(config: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _check(text: Mapping[str, Any], sizes: Sizes) -> None:
+def _check(sizes: Sizes) -> None:
     """Refuse what `deepseek2` would compute otherwise."""
-    for key, value in _FIXED.items():
-        if text.get(key, value) != value:
-            raise _unsupported(key, value, text[key])
-    if sizes.num_hidden_layers in _LITE:
-        expected = "any number but 26 and 27, at which llama.cpp takes a model for a DeepSeek-V2-Lite"
+    if sizes.num_hidden_layers in _LITE or (sizes.num_hidden_layers, sizes.vocab_size) == _KANANA:
+        expected = "another number, for at this one llama.cpp takes a model for a DeepSeek-V2-Lite"
         raise _unsupported("num_hidden_layers", expected, sizes.num_hidden_layers)
     if sizes.n_routed_experts > _MOST_EXPERTS:
         raise _unsupported("n_routed_experts", f"at most {_MOST_EXPERTS}", sizes.n_routed_experts)
@@ -188,14 +179,10 @@ def _groups(text: Mapping[str, Any], experts: int) -> dict[str, int]:
 
 
 def _rope(text: Mapping[str, Any], sizes: Sizes) -> Iterator[Key]:
-    """Yield how positions turn queries and keys. transformers 5 has it in `rope_parameters`, others in two keys."""
-    found = mapping(text.get("rope_parameters") or text.get("rope_scaling") or {})
-    said = {key: value for key, value in found.items() if value is not None}
-    theta = said.get("rope_theta", text.get("rope_theta"))
-    if theta is None:
-        raise KeyError("rope_theta")
+    """Yield how positions turn queries and keys."""
+    said = rope_of(text)
     yield _key("rope.dimension_count", sizes.qk_rope_head_dim, "uint32")
-    yield _key("rope.freq_base", number(theta, 1e-30, 1e30), "float32")
+    yield _key("rope.freq_base", number(said["rope_theta"], 1e-30, 1e30), "float32")
     if others := sorted(said.keys() - _OF_ROPE):
         raise _unsupported(f"{others[0]} of the rotary embedding", "a key that llama.cpp has, too", said[others[0]])
     kind = said.get("rope_type", said.get("type", "default"))

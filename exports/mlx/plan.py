@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from k2quant.checkpoint.beside import PASSED_OVER, other_files
 from k2quant.checkpoint.header import TensorEntry, build_header
@@ -23,7 +23,7 @@ from k2quant.exports.heads import Heads
 from k2quant.exports.mlx.modes import Choice, chosen
 from k2quant.exports.mlx.names import HALVES, engine_of
 from k2quant.exports.mlx.packed import GLOBAL, WEIGHT
-from k2quant.exports.shapes import FILE, Sizes
+from k2quant.exports.shapes import FILE, Sizes, rope_of
 from k2quant.exports.stacks import Stack, stacks_of
 from k2quant.formats.dtypes import TensorSpec
 from k2quant.formats.format import Format
@@ -33,6 +33,17 @@ from k2quant.ground.units import counted
 
 SHARD_SIZE = 5_000_000_000
 """Bytes of tensors in a shard, where nobody asks for another size; mlx-lm's own have about as many (utils.py)."""
+
+_OWN_DEFAULTS = (
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "norm_topk_prob",
+    "n_group",
+    "topk_group",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+"""Keys for which mlx-lm has other defaults than transformers (`ModelArgs`, models/deepseek_v3.py), or none fits all."""
 
 ENGINE = "mlx"
 """What reports call the engine."""
@@ -172,11 +183,13 @@ def _check_model(config: Mapping[str, Any], sizes: Sizes) -> None:
     """Refuse what mlx-lm's model does not have.
 
     Raises:
+        MalformedFile: config.json leaves open what mlx-lm has a value of its own for.
         UnsupportedFormat: so it is.
     """
-    method = language_config(dict(config)).get("topk_method", "noaux_tc")
-    if method != "noaux_tc":
-        raise UnsupportedFormat("topk_method", file=FILE, expected="noaux_tc", found=repr(method)[:100])
+    text = language_config(config)
+    for key in _OWN_DEFAULTS:
+        if text.get(key) is None:
+            raise MalformedFile(f"{key} is not there, and mlx-lm would take another value than the model's", file=FILE)
     if sizes.tied:
         raise UnsupportedFormat(
             "tie_word_embeddings, and mlx-lm's deepseek_v3 has a head of its own", file=FILE, expected=False, found=True
@@ -269,11 +282,24 @@ def _config(config: dict[str, Any], made: Iterable[_Made]) -> dict[str, Any]:
     }
     copy = edited(config, None, rounded_to_bf16=False)
     copy.pop("quantization", None)
+    _say_rope(cast("dict[str, Any]", language_config(copy)))  # which is of the copy
     if not found:
         return copy
     (most, _), *_ = Counter(tuple(params.items()) for params in found.values()).most_common()
     plain = {key: value for key, value in most if key != GLOBAL}
     return {**copy, "quantization": {**plain, **{name: params for name, params in found.items() if params != plain}}}
+
+
+def _say_rope(text: dict[str, Any]) -> None:
+    """Say where mlx-lm looks what a config says of the rotary embedding elsewhere.
+
+    It reads `rope_theta`, for which it has 10000 where it is not there, and `rope_scaling`, and not what transformers 5
+    writes: `rope_parameters`, or `rope_theta` inside of them (mlx-lm 0.32.2, models/deepseek_v3.py, `ModelArgs`).
+    """
+    said = rope_of(text)
+    text["rope_theta"] = said["rope_theta"]
+    if text.get("rope_parameters"):
+        text["rope_scaling"] = said
 
 
 def _left(left_out: tuple[str, ...], passed_over: tuple[str, ...]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from k2quant.checkpoint.files.checksum import combine, crc32
 from k2quant.checkpoint.panels import (
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from k2quant.checkpoint.supply.supply import Supply
+    from k2quant.checkpoint.writing.target import Target
     from k2quant.formats.transcode import Scratch
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.seam import Codecs
@@ -64,6 +65,10 @@ class Filled(Protocol):
     @property
     def abreast(self) -> int:
         """How many shards are written at a time, at most."""
+
+    @property
+    def spot(self) -> Path | Address:
+        """Where it is, as messages name it."""
 
     @property
     def stage(self) -> Path:
@@ -332,8 +337,10 @@ class Stream:
     def _missing(self) -> dict[str, int]:
         """Return what the output takes on the disk here: its shards by name; or at all times those that wait to go."""
         sizes = {shard.file: shard.size for shard in self._todo}
-        at_an_address = isinstance(self._folder.spot, Address)
-        return {"uploads": self._folder.room(sizes, 0).needed} if at_an_address else sizes
+        if not isinstance(self._folder.spot, Address):
+            return sizes
+        target = cast("Target", self._folder)  # only a conversion writes to an address
+        return {"uploads": target.room(sizes, 0).needed}
 
     def _tick(self) -> None:
         if self._progress:

@@ -371,6 +371,7 @@ def test_a_missing_expert_is_named(k2_bf16: Path, tmp_path: Path) -> None:
         ("n_routed_experts", 10**12, "n_routed_experts"),
         ("num_attention_heads", True, "num_attention_heads"),
         ("moe_layer_freq", 2, "moe_layer_freq"),
+        ("topk_method", "greedy", "topk_method, which engines compute otherwise, expected noaux_tc"),
         ("q_lora_rank", None, "q_lora_rank"),
     ],
 )

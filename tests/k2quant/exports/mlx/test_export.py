@@ -144,6 +144,22 @@ def test_the_config_says_the_mode_and_nothing_else_of_quantization(
         assert found == before
 
 
+@pytest.mark.parametrize(
+    "home",
+    [
+        {"rope_theta": None, "rope_scaling": {"type": "yarn", "factor": 32.0, "rope_theta": 300.0}},
+        {"rope_theta": None, "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": 300.0}},
+    ],
+    ids=["inside of rope_scaling", "in rope_parameters"],
+)
+def test_what_turns_positions_stands_where_mlx_lm_reads_it(k2_bf16: Path, tmp_path: Path, home: dict[str, Any]) -> None:
+    """It takes 10000 for a `rope_theta` that is not at the top level, and knows no `rope_parameters`."""
+    source = changed(k2_bf16, tmp_path / "k2", lambda _: None, home)
+    found = config_of(export_mlx(source, tmp_path / "out").folder)
+    assert found["rope_theta"] == 300.0
+    assert found["rope_scaling"] == (home["rope_scaling"] or home["rope_parameters"])
+
+
 def test_what_is_not_written_is_named(k25: Path, k2_thinking: Path, tmp_path: Path, seen: Any) -> None:
     """The vision tower, frequencies, layers behind the last, and scales of activations, a remark each."""
     ones = np.full(1, 0x3F80, np.uint16)
@@ -260,7 +276,12 @@ def test_experts_of_several_formats_are_refused_by_name(k2_thinking: Path, k2_bf
     [
         ({"model_type": "kimi_k9"}, "model_type, expected kimi_k2 or deepseek_v3 or kimi_k25, found 'kimi_k9'"),
         ({"model_type": None}, "model_type"),
-        ({"topk_method": "greedy"}, "topk_method, expected noaux_tc"),
+        ({"topk_method": "greedy"}, "topk_method, which engines compute otherwise, expected noaux_tc"),
+        ({"hidden_act": "gelu"}, "hidden_act, which engines compute otherwise, expected silu, found 'gelu'"),
+        ({"scoring_func": "softmax"}, "scoring_func, which engines compute otherwise, expected sigmoid"),
+        ({"rope_theta": None, "rope_scaling": None}, "rope_theta is not there"),
+        ({"rope_scaling": "yarn"}, "rope_scaling, expected an object, found 'yarn'"),
+        ({"routed_scaling_factor": None}, "routed_scaling_factor is not there, and mlx-lm would take another value"),
         ({"tie_word_embeddings": True}, "a head of its own"),
         ({"n_routed_experts": 17}, r"expected \(17,"),
         ({"kv_lora_rank": -1}, "kv_lora_rank"),
