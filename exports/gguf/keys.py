@@ -101,9 +101,8 @@ def size_label(sizes: Sizes) -> str:
 
 def _rounded(weights: int) -> str:
     """Return a number of weights with two digits or more."""
-    scale, letter = next(
-        pair for pair in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")) if weights > pair[0] or pair[1] == "K"
-    )
+    units = (1e12, "T"), (1e9, "B"), (1e6, "M")
+    scale, letter = next((unit for unit in units if weights > unit[0]), (1e3, "K"))
     scaled = weights / scale
     digits = max(2 - len(str(round(scaled)).lstrip("0")), 0)
     return f"{scaled:.{digits}f}{letter}"
