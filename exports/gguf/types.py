@@ -253,7 +253,8 @@ def _no_half(source: Checkpoint, weight: StoredWeight) -> str | None:
         found = as_array(data, TensorSpec(entry.dtype, (rows, *entry.shape[1:])))
         if found.dtype == np.uint16 and gguf.are_plainly_halves(found):
             continue
-        scale = np.abs(widened(found))  # of one with a sign, or NaN, it is the panel that says so
+        scale = np.abs(widened(found))
+        scale = np.where(np.isfinite(scale), scale, 0)  # of one with a sign, or none, it is the panel that says so
         if (at := gguf.no_half(scale)) is not None:
             return f"scale {scale[at]:g} at row {start + at[0]}, column {at[1]} of `{entry.name}` is no value of FP16"
     return None

@@ -75,7 +75,10 @@ def _tokens(path: Path, content: Mapping[str, Any], settings: Mapping[str, Any])
     model = mapping(content["model"])
     _check_model(path, content, model)
     added = _added(path, content, settings)
-    own = {whole(place): word for word, place in mapping(model["vocab"]).items()}
+    own: dict[int, str] = {}
+    for word, place in mapping(model["vocab"]).items():
+        if own.setdefault(whole(place), word) != word:
+            raise ValueError(f"token {place} is {own[place]!r:.50} and {word!r:.50}")
     merges = [_pair(entry) for entry in values(model["merges"])]
     pre = _pre(path, content)
     if pre is None:
@@ -175,7 +178,8 @@ def _pair(entry: object) -> str:
 
 def _added(path: Path, content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
     """Return the tokens that are found before text is split, by id, and whether they are special."""
-    more = [{"id": int(key), **mapping(value)} for key, value in (settings.get("added_tokens_decoder") or {}).items()]
+    decoder = mapping(settings.get("added_tokens_decoder") or {})
+    more = [{"id": int(key), **mapping(value)} for key, value in decoder.items()]
     found: dict[int, tuple[str, bool]] = {}
     for entry in (*values(content.get("added_tokens") or []), *more):
         token = mapping(entry)

@@ -296,12 +296,14 @@ def test_a_scale_that_fp16_lacks_is_named_and_its_tensor_falls_back(
         assert same(means(found["blk.2.ffn_up_exps.weight"]), wanted)
 
 
-@pytest.mark.parametrize("bits", [0x7FC0, 0xBF80])
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7F80, 0xBF80])
 def test_a_scale_that_no_weight_can_have_ends_the_export(k2_thinking: Path, tmp_path: Path, bits: int) -> None:
-    """NaN and minus one are named with their place, and nothing that looks finished is left."""
+    """NaN, infinity and minus one are named with their place, and nothing that looks finished is left."""
     folder = changed(k2_thinking, tmp_path / "k2", with_scale(bits))
-    with pytest.raises(BadValue, match=r"layers.2.mlp.experts.5.up_proj.weight_scale.*row 3, column 4"):
-        export_gguf(folder, tmp_path / "k2.gguf", fallback="bf16")
+    for fallback in (None, "bf16"):
+        with pytest.raises(BadValue, match=r"layers.2.mlp.experts.5.up_proj.weight_scale.*row 3, column 4"):
+            export_gguf(folder, tmp_path / "k2.gguf", fallback=fallback)
+        shutil.rmtree(tmp_path / "k2.gguf.partial")
     assert not list(tmp_path.glob("*.gguf"))
 
 
