@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types torture mutants package kernels-aot fp4-oracles mlx-oracles site clean
+.PHONY: demo test lint types torture mutants package kernels-aot fp4-oracles gguf-oracle mlx-oracles site clean
 
 demo: $(READY)  ## write a small K2, take it through every format and back, check every step
 	$(BIN)/k2quant demo demo-run
@@ -38,6 +38,11 @@ fp4-oracles:  ## ask ModelOpt, in an environment of its own, what NVFP4 of some 
 	$(PYTHON) -m venv build/modelopt
 	build/modelopt/bin/pip install --quiet --constraint constraints-dev.txt nvidia-modelopt==0.47.0 requests huggingface-hub  # it imports both unasked
 	build/modelopt/bin/python benchmarks/suites/fp4/oracles.py tests/data/golden_modelopt_nvfp4.json
+
+gguf-oracle: $(READY)  ## ask llama.cpp, built in an environment of its own, about exports of small models, and keep it for the tests; NANO=FOLDER: of a trained nano-K2 too
+	$(PYTHON) -m venv build/llama
+	build/llama/bin/pip install --quiet --constraint constraints-dev.txt llama-cpp-python==0.3.36  # built here by a C++ compiler, for many minutes
+	PYTHONPATH=tests/shared:benchmarks $(BIN)/python benchmarks/suites/exports/gguf_oracle.py build/llama/bin/python tests/data/golden_llama_cpp.json $(NANO)
 
 mlx-oracles: $(READY)  ## ask mlx-lm, in an environment of its own, what it loads of small checkpoints and their exports; keep it for the tests
 	$(BIN)/python benchmarks/suites/exports/mlx_sources.py build/mlx-sources

@@ -181,7 +181,7 @@ def look_ahead_gguf(
         return plan, {}, room_of(there, plan.size)
     output = Output(plan, Destination(work, report=REPORT, incomplete=INCOMPLETE), there)
     done = {} if restart else output.standing()
-    return plan, done, output.room()
+    return plan, done, output.space()
 
 
 def checked_destination(destination: str | os.PathLike[str] | Address) -> Path:
@@ -230,7 +230,7 @@ def carry_out(
             if restart:
                 output.clear()
             done = {} if restart else output.standing()
-            check_room(output.room())
+            check_room(output.space())
             records = fill(
                 plan.export, folder, output, done=done, workers=workers, low_disk=low_disk, progress=progress
             )

@@ -23,7 +23,7 @@ ALIGNMENT = 32
 _VERSION = 3
 _MOST_FILES = 2**16 - 1
 """`split.count` has 16 bits."""
-_SPLIT_NAME = re.compile(r"-[0-9]{5}-of-[0-9]{5}$")
+_SPLIT_NAME = re.compile(r"-[0-9]{5}-of-[0-9]{5}\Z")
 
 _NUMBERS = {
     "uint8": (0, "<B"),
@@ -182,3 +182,9 @@ def check_name(name: str) -> None:
         raise UsageError(f"{name} is no name of a GGUF file, which ends in {SUFFIX}")
     if _SPLIT_NAME.search(name.removesuffix(SUFFIX)):
         raise UsageError(f"{name} names a part of a split model: leave the number out, and say `split_size=`")
+
+
+def is_of(output: str, name: str) -> bool:
+    """Tell whether a file has the name of an output, or that of a part of it."""
+    base = name.removesuffix(SUFFIX)
+    return name == output or (name.endswith(SUFFIX) and _SPLIT_NAME.sub("", base) + SUFFIX == output)

@@ -65,6 +65,24 @@ def keys(config: Mapping[str, Any], *, name: str, file_type: int) -> tuple[Key, 
         raise MalformedFile("holds no numbers of a model", file=FILE, found=str(error)[:300]) from error
 
 
+def remarks(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what llama.cpp has to be told when it starts, for it does not take it from the file.
+
+    It reads the ends of YaRN's ramp for other architectures alone (`LLM_KV_ROPE_SCALING_YARN_BETA_FAST` in its
+    src/models/), and takes 32 and 1 for this one. Of K2 both are 1.
+
+    Args:
+        config: one that `keys` takes.
+    """
+    found = {key.name.rpartition("yarn_")[2]: key.value for key in _rope(language_config(config), sizes_of(config))}
+    told = [f"yarn_{key} {found[key]:g}" for key, usual in _YARN_DEFAULTS.items() if found.get(key, usual) != usual]
+    if told:
+        yield (
+            f"tell llama.cpp {' and '.join(told)} when it starts, as config.json says: it does not read that from a "
+            "file of this architecture, and computes other positions without it"
+        )
+
+
 def _check(sizes: Sizes) -> None:
     """Refuse what `deepseek2` would compute otherwise."""
     if sizes.num_hidden_layers in _LITE or (sizes.num_hidden_layers, sizes.vocab_size) == _KANANA:

@@ -16,7 +16,7 @@ from k2quant.conversion.placing import Job, ShardPlan
 from k2quant.exports.exporting import Export
 from k2quant.exports.gguf import blocks
 from k2quant.exports.gguf.files import SUFFIX, FilePlan, Tensor, check_name, file_plans
-from k2quant.exports.gguf.keys import keys
+from k2quant.exports.gguf.keys import keys, remarks
 from k2quant.exports.gguf.names import ENGINE, HALVES
 from k2quant.exports.gguf.types import Choice, GgufOptions, chosen, survey, target
 from k2quant.exports.gguf.vocabulary import vocabulary
@@ -122,7 +122,7 @@ def make_gguf_plan(source: Checkpoint, file: str, options: GgufOptions, *, worke
         "source": source.fingerprint(),
         "headers": {each.name: hashlib.sha256(each.header).hexdigest() for each in files},
     }
-    export = Export(source, shards, identity, (*found.remarks, *_remarks(files, why)))
+    export = Export(source, shards, identity, (*found.remarks, *remarks(config), *_remarks(files, why)))
     return GgufPlan(export, files, sections, tuple(_rows(written)), why)
 
 

@@ -24,7 +24,7 @@ from k2quant.checkpoint.writing.writer import OpenShard
 from k2quant.conversion.stream import Record
 from k2quant.errors import DestinationForeign, DestinationStale, MalformedFile, OutputError
 from k2quant.exports.exporting import MARK, refuse_changed, standing
-from k2quant.exports.gguf.files import SUFFIX, FilePlan
+from k2quant.exports.gguf.files import FilePlan, is_of
 from k2quant.exports.gguf.plan import GgufPlan
 
 _MOVING = "moving"
@@ -138,7 +138,7 @@ class Output:
             there: the output's path.
         """
         self._plan, self._folder, self._there = plan, folder, there
-        self.stage = folder.stage
+        self.spot, self.stage = folder.spot, folder.stage
 
     @property
     def spot(self) -> Path:
@@ -191,12 +191,12 @@ class Output:
 
     def _moved(self) -> set[str]:
         """Return the names of files of which some stand there, for a run was stopped when they got these."""
-        return {name for record in self._folder.journal() for name in _beside(record.get(_MOVING))}
+        return {name for record in self._folder.journal() for name in _own(self._there, record.get(_MOVING))}
 
     def _reported(self) -> set[str]:
         """Return the names of the files of a finished export, and of its report."""
         report = finished(self._there)
-        return set() if report is None else {*_beside(report.get("files")), report_path(self._there).name}
+        return set() if report is None else {*_own(self._there, report.get("files")), report_path(self._there).name}
 
     def standing(self) -> dict[str, Record]:
         """Return the records of parts that are finished, and whose file is there.
@@ -215,7 +215,11 @@ class Output:
             return False
         return file.size in (_size(own), _size(self._there.with_name(file.name)) if file.name in moved else None)
 
-    def room(self) -> Room:
+    def room(self, shards: Mapping[str, int], more: int) -> Room:
+        """Return what the disk must have free for such parts, and what it has."""
+        return room_of(self._there, sum(shards.values()) + more)
+
+    def space(self) -> Room:
         """Return what the disk must have free for what is missing, and what it has."""
         own = (self._folder.folder / file.name for file in self._plan.files)
         blocks = sum(path.stat().st_blocks * 512 for path in own if path.is_file())
@@ -238,10 +242,10 @@ class Output:
         self._folder.finish()
 
 
-def _beside(names: object) -> Iterator[str]:
-    """Yield what of the names in a journal or a report are those of GGUF files beside it."""
+def _own(there: Path, names: object) -> Iterator[str]:
+    """Yield what of the names in a journal or a report are an output's: one that was copied names another's files."""
     for name in names if isinstance(names, list | dict) else ():
-        if isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX):
+        if isinstance(name, str) and is_of(there.name, name):
             yield name
 
 

@@ -29,7 +29,7 @@ from k2quant.checkpoint.panels import (
 from k2quant.checkpoint.reading import read_into
 from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.supply.order import Use
-from k2quant.checkpoint.writing.target import Writer
+from k2quant.checkpoint.writing.target import Room, Writer
 from k2quant.conversion.placing import Job, Placed, ShardPlan, target_of
 from k2quant.conversion.searching.surveys import Substitute, Surveys, surveyed
 from k2quant.formats.dtypes import TensorSpec, row_bytes
@@ -59,6 +59,10 @@ class Filled(Protocol):
     """What a stream asks of the place that it fills, see `Target`."""
 
     @property
+    def spot(self) -> Path | Address:
+        """Where it is."""
+
+    @property
     def abreast(self) -> int:
         """How many shards are written at a time, at most."""
 
@@ -72,6 +76,9 @@ class Filled(Protocol):
 
     def writer(self, file: str, header: bytes, size: int) -> Writer:
         """Begin a shard."""
+
+    def room(self, shards: Mapping[str, int], more: int) -> Room:
+        """Return what a disk must have free for an output, and what it has; asked of what is no folder here."""
 
     def keep_digest(self, file: str, sha256: str) -> None:
         """Note the digest of a shard that has just been written."""

@@ -1,4 +1,4 @@
-"""A tokenizer of K2's kind, made here: byte pairs merged on a text of many scripts, and K2's special tokens."""
+"""Tokenizers of K2's and DeepSeek-V3's kind, made here of a text of many scripts, and small models that have them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from k2quant.checkpoint.files.tokenizer.spelling import spelled
 from k2quant.checkpoint.files.tokenizer.splitting import PATTERN
+from k2quant.checkpoint.writing.in_memory import write_checkpoint
+from k2quant.exports.gguf.vocabulary.fast import PRES
+from k2quant.exports.gguf.vocabulary.ranks import merges_of
 from k2quant.model.passes.texts import SAMPLE
+from k2quant.nano import architecture, vocabulary, writing
+from tiny import NANO
 
 TEXT = (
     "The quick brown fox doesn't jump; they'll say it's 12345 and 678.\n\n  if x == 1:\n\treturn [x, y]\r\n"
@@ -98,3 +106,96 @@ def write_files(folder: Path, ranks: dict[bytes, int]) -> None:
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
     (folder / "tiktoken.model").write_bytes(b"".join(lines))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings(len(ranks))))
+
+
+CONFIG: dict[str, Any] = NANO | {"num_hidden_layers": 2, "initializer_range": 0.2}
+"""Weights so large that the model has opinions."""
+DEEPSEEK_NAMED = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>")  # noqa: RUF001  so they are
+"""The first tokens of DeepSeek-V3."""
+DEEPSEEK_ADDED = {"<｜User｜>": False, "<｜Assistant｜>": False, "<|EOT|>": True}  # noqa: RUF001
+"""Some of those behind all others, and whether they are special."""
+
+
+CROSSING = (b"oW", b"e\xcc", b"e\xcc\x81")
+"""Tokens that show where text is split: K2 makes no `oW` of `helloWorld`, and one word of a letter and its mark."""
+
+
+def kimi_ranks() -> dict[bytes, int]:
+    """Return ranks of K2's kind, with tokens that show where text is split."""
+    ranks = merged_ranks()
+    return ranks | {token: len(ranks) + place for place, token in enumerate(CROSSING)}
+
+
+def write_kimi(folder: Path) -> dict[str, Any]:
+    """Write a tokenizer of K2's kind; return the config of a small K2 that has it."""
+    ranks = kimi_ranks()
+    first = len(ranks)
+    write_files(folder, ranks)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": first + 2}))
+    return CONFIG | {
+        "vocab_size": first + 256,
+        "bos_token_id": first,
+        "eos_token_id": first + 1,
+        "pad_token_id": first + 255,
+    }
+
+
+def write_deepseek(folder: Path) -> dict[str, Any]:
+    """Write a tokenizer of DeepSeek-V3's kind; return the config of a small K2 that has it."""
+    content = deepseek_tokenizer(merged_ranks())
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    bos, eos, pad = ({"__type": "AddedToken", "content": word, "normalized": True} for word in DEEPSEEK_NAMED)
+    settings = {"add_bos_token": True, "bos_token": bos, "eos_token": eos, "pad_token": pad}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "LlamaTokenizerFast"}))
+    rows = len(content["model"]["vocab"]) + len(DEEPSEEK_ADDED) + 5  # some stand for no token
+    return CONFIG | {"vocab_size": rows}
+
+
+def write_nano(folder: Path) -> dict[str, Any]:
+    """Write nano-K2's tokenizer; return the config of a small K2 that has it."""
+    for name, content in vocabulary.files().items():
+        (folder / name).write_bytes(content)
+    return CONFIG
+
+
+def write_model(folder: Path, config: dict[str, Any]) -> None:
+    """Write the weights of a small K2, drawn from one seed."""
+    torch.manual_seed(0)
+    write_checkpoint(folder, writing._shards(architecture.build(config)), config)  # noqa: SLF001  nano writes its own
+
+
+def deepseek_tokenizer(ranks: dict[bytes, int]) -> dict[str, Any]:
+    """Return a tokenizer.json laid out as DeepSeek-V3's, with the merges of other ranks."""
+    words = [*DEEPSEEK_NAMED, *(spelled(token) for token in sorted(ranks, key=ranks.__getitem__))]
+    special = dict.fromkeys(DEEPSEEK_NAMED, True)
+    places = {word: place for place, word in enumerate([*words, *DEEPSEEK_ADDED])}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    splits = next(splits for splits, name in PRES.items() if name == "deepseek-v3")
+    expressions = [
+        {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False} for each in splits
+    ]
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": places[word], "content": word, "special": is_special, **flags}
+            for word, is_special in (special | DEEPSEEK_ADDED).items()
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": []},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*expressions, bytes_]},
+        "post_processor": {**bytes_, "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
+        "decoder": {**bytes_, "add_prefix_space": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {word: places[word] for word in words},
+            "merges": merges_of(ranks),
+        },
+    }

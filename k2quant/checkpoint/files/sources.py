@@ -53,6 +53,8 @@ def _explained(path: str, *, addresses: bool = False) -> tuple[str, str | None]:
     if os.path.lexists(path):
         folder = Path(path).parent
         if os.path.isfile(path):  # noqa: PTH113  it never raises
+            if path.endswith(".gguf"):
+                return "a GGUF file, which is written and never read", "name the checkpoint that it was made from"
             return "a file, not a folder", f"name the folder that it lies in: {folder}"
         return "not a folder", None
     address = _HUB.match(path)

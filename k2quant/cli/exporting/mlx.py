@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.command(name="mlx")
 @click.argument("source", type=PLACE)
-@click.argument("destination", type=click.Path(path_type=Path))
+@click.argument("destination", type=PLACE)
 @click.option(
     "--shard-size",
     metavar="SIZE",
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 @conversion.begin_options()
 def command(
     source: Place,
-    destination: Path,
+    destination: Place,
     *,
     dry_run: bool,
     as_json: bool,
@@ -54,7 +53,7 @@ def command(
         _export(source, destination, as_json=as_json, **options)
 
 
-def _export(source: Place, destination: Path, *, as_json: bool, **options: Any) -> None:
+def _export(source: Place, destination: Place, *, as_json: bool, **options: Any) -> None:
     import json
 
     from k2quant.cli.parts.screen import progress, remark, warn
@@ -113,7 +112,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _dry_run(
     source: Place,
-    destination: Path,
+    destination: Place,
     *,
     as_json: bool,
     bandwidth: float | None,

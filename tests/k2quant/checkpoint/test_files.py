@@ -290,6 +290,13 @@ def test_a_link_to_what_cannot_be_read_is_named(linked: Path, tmp_path: Path) ->
         k2quant.convert(linked, tmp_path / "out", to="bf16", follow_links=True)
 
 
+def test_a_gguf_file_is_no_source(tmp_path: Path) -> None:
+    """Its folder is none either: what it was made from is asked for."""
+    (tmp_path / "k2.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"written and never read; name the checkpoint that it was made from$"):
+        open_checkpoint(tmp_path / "k2.gguf")
+
+
 @pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", INDEX, CONFIG])
 def test_a_file_of_the_checkpoint_points_to_its_folder(tmp_path: Path, name: str) -> None:
     """A shard, the index or the config in place of the folder: the folder is named."""

@@ -31,7 +31,7 @@ class Module(NamedTuple):
     name: str
     """As the engine calls it, such as `model.layers.0.mlp.gate_up_proj`."""
     members: tuple[str, ...]
-    """Bases of its weights, as the engine spells them; of experts only the first expert's, at which it looks."""
+    """Bases of its weights, as the engine spells them; none of experts, whose names engines make up."""
     weight: StoredWeight
     """The first of its weights."""
 
@@ -73,7 +73,7 @@ def modules(found: Subject, fused_inputs: str, *, head: bool = False) -> Iterato
             continue
         name = _module_of(weight.base, fused_inputs)
         held = first.setdefault(name, (weight, {}))[1]
-        if names.expert(weight.base) in (None, 0):
+        if not names.is_routed_expert(weight.base):
             held[_as_engines_spell(weight.base)] = None
     for name, (weight, members) in first.items():
         yield Module(name, tuple(members), weight)

@@ -262,16 +262,44 @@ def test_a_file_of_somebody_is_not_written_over(small: Path, tmp_path: Path) -> 
 
 
 def test_a_report_that_lies_removes_nothing_else(small: Path, tmp_path: Path) -> None:
-    """With `restart`, files that a report names are removed if they are GGUF beside it, and no others."""
+    """With `restart`, files that a report names are removed if they have the output's name, and no others."""
     there = export_gguf(small, tmp_path / "out" / "k2.gguf").file
     (tmp_path / "other.gguf").write_bytes(b"mine")
     (there.parent / "notes.txt").write_bytes(b"mine")
+    (there.parent / "k3.gguf").write_bytes(b"mine")
     report = there.with_name("k2.gguf.json")
     content = json.loads(report.read_text())
-    content["files"] |= {"../other.gguf": {}, "notes.txt": {}, "/etc/passwd": {}}
+    content["files"] |= {"../other.gguf": {}, "notes.txt": {}, "/etc/passwd": {}, "k3.gguf": {}}
     report.write_text(json.dumps(content))
     export_gguf(small, there, rest="f32", restart=True)
     assert (tmp_path / "other.gguf").read_bytes() == (there.parent / "notes.txt").read_bytes() == b"mine"
+    assert (there.parent / "k3.gguf").read_bytes() == b"mine"
+
+
+def test_a_copied_output_is_written_anew_without_the_first(small: Path, tmp_path: Path) -> None:
+    """Its report names files of the first, which stay; what the report does not name is written over by nobody."""
+    first = export_gguf(small, tmp_path / "first.gguf").file
+    second = tmp_path / "second.gguf"
+    shutil.copy(first, second)
+    shutil.copy(tmp_path / "first.gguf.json", tmp_path / "second.gguf.json")
+    before = first.read_bytes()
+    with pytest.raises(DestinationForeign, match=r"second\.gguf: is there already"):
+        export_gguf(small, second, rest="f32", restart=True)
+    second.unlink()
+    assert export_gguf(small, second, rest="f32", restart=True).file == second
+    assert first.read_bytes() == before
+
+
+def test_another_split_writes_over_no_part_of_somebody(small: Path, tmp_path: Path) -> None:
+    """Parts that the report of the earlier output does not name are somebody's, with `restart`, too."""
+    there = tmp_path / "k2.gguf"
+    export_gguf(small, there)
+    parts = [file.name for file in look_ahead_gguf(small, there, restart=True, split_size=SPLIT)[0].files]
+    (tmp_path / parts[0]).write_bytes(b"mine")
+    with pytest.raises(DestinationForeign, match=parts[0]):
+        export_gguf(small, there, split_size=SPLIT, restart=True)
+    assert (tmp_path / parts[0]).read_bytes() == b"mine"
+    assert there.exists()
 
 
 def test_two_exports_do_not_write_one_output(small: Path, tmp_path: Path) -> None:

@@ -83,3 +83,15 @@ def test_what_makes_no_sense_ends_with_2(k2_thinking: Path, tmp_path: Path, give
     """And nothing is begun."""
     assert export(k2_thinking, tmp_path / "out", *given).exit_code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("address", ["hf://moonshotai/K2-mlx", "s3://bucket/K2-mlx"])
+def test_an_address_to_write_to_is_refused(
+    k2_thinking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """And no folder is made that is called so."""
+    monkeypatch.chdir(tmp_path)
+    done = export(k2_thinking, address)
+    assert done.exit_code == 2
+    assert f"{address} is no folder: export to a folder of this machine first" in done.stderr
+    assert list(tmp_path.iterdir()) == []
