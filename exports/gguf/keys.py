@@ -28,6 +28,7 @@ _KANANA = 48, 128256
 """Layers and tokens of another one that it knows by both."""
 _MOST_EXPERTS = 1024
 """`LLAMA_MAX_EXPERTS` (llama-hparams.h)."""
+_SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
 """Of transformers and of llama.cpp alike (modeling_rope_utils.py; llama-hparams.h)."""
 _OF_ROPE = {
@@ -119,8 +120,7 @@ def size_label(sizes: Sizes) -> str:
 
 def _rounded(weights: int) -> str:
     """Return a number of weights with two digits or more."""
-    units = (1e12, "T"), (1e9, "B"), (1e6, "M")
-    scale, letter = next((unit for unit in units if weights > unit[0]), (1e3, "K"))
+    scale, letter = next((pair for pair in _SCALES if weights > pair[0]), _SCALES[-1])
     scaled = weights / scale
     digits = max(2 - len(str(round(scaled)).lstrip("0")), 0)
     return f"{scaled:.{digits}f}{letter}"

@@ -79,7 +79,8 @@ def ours(case: Case) -> Run:
     """Run a model on the values that its weights mean, in float32."""
     model, tokenizer = load_model(case.folder, dtype=torch.float32, backend="decoded"), load_tokenizer(case.folder)
     prompt = tokenizer(case.prompt)["input_ids"]
-    tokens, rows, memory = [], [], DynamicCache()
+    tokens: list[int] = []
+    rows, memory = [], DynamicCache()
     for _ in range(STEPS):
         with torch.inference_mode():
             new = torch.tensor([tokens[-1:] or prompt])
@@ -125,7 +126,7 @@ def main() -> None:
         request: dict[str, Any] = {}
         for label, case in asked.items():
             file = export_gguf(case.folder, home / f"{label}.gguf", rest="f32").file
-            question = {"file": str(file), "texts": list(TEXTS.values()), "prompt": runs[label].prompt}
+            question: dict[str, Any] = {"file": str(file), "texts": list(TEXTS.values()), "prompt": runs[label].prompt}
             question |= {"steps": STEPS, "follow": runs[label].tokens}
             request[label] = question | {"options": AS_TRAINED}
             request[f"{label}-unasked"] = question | {"options": {}, "texts": []}
