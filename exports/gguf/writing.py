@@ -140,11 +140,6 @@ class Output:
         self._plan, self._folder, self._there = plan, folder, there
         self.spot, self.stage = folder.spot, folder.stage
 
-    @property
-    def spot(self) -> Path:
-        """The output's path."""
-        return self._there
-
     def writer(self, file: str, header: bytes, size: int) -> Part:  # noqa: ARG002  the file's own are used
         """Begin a part."""
         plan = self._plan.sections[file]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from k2quant.checkpoint.files.checksum import combine, crc32
 from k2quant.checkpoint.panels import (
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from k2quant.checkpoint.supply.supply import Supply
-    from k2quant.checkpoint.writing.target import Target
     from k2quant.formats.transcode import Scratch
     from k2quant.kernels.codecs.figures import Figures
     from k2quant.kernels.codecs.seam import Codecs
@@ -65,10 +64,6 @@ class Filled(Protocol):
     @property
     def abreast(self) -> int:
         """How many shards are written at a time, at most."""
-
-    @property
-    def spot(self) -> Path | Address:
-        """Where it is, as messages name it."""
 
     @property
     def stage(self) -> Path:
@@ -337,10 +332,8 @@ class Stream:
     def _missing(self) -> dict[str, int]:
         """Return what the output takes on the disk here: its shards by name; or at all times those that wait to go."""
         sizes = {shard.file: shard.size for shard in self._todo}
-        if not isinstance(self._folder.spot, Address):
-            return sizes
-        target = cast("Target", self._folder)  # only a conversion writes to an address
-        return {"uploads": target.room(sizes, 0).needed}
+        at_an_address = isinstance(self._folder.spot, Address)
+        return {"uploads": self._folder.room(sizes, 0).needed} if at_an_address else sizes
 
     def _tick(self) -> None:
         if self._progress:

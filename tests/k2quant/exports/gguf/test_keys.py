@@ -133,6 +133,7 @@ def test_what_config_lacks_is_named(key: str) -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_interleave": False}, "rope_interleave"),
         ({"num_hidden_layers": 27}, "num_hidden_layers"),
+        ({"num_hidden_layers": 48, "vocab_size": 128256}, "num_hidden_layers"),
         ({"n_routed_experts": 2048}, "n_routed_experts"),
         ({"n_routed_experts": 8, "n_group": 8}, "n_group"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type"),
