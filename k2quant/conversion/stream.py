@@ -332,8 +332,9 @@ class Stream:
     def _missing(self) -> dict[str, int]:
         """Return what the output takes on the disk here: its shards by name; or at all times those that wait to go."""
         sizes = {shard.file: shard.size for shard in self._todo}
-        at_an_address = isinstance(self._folder.spot, Address)
-        return {"uploads": self._folder.room(sizes, 0).needed} if at_an_address else sizes
+        folder: Any = self._folder  # exports fill files here, and have no spot
+        at_an_address = isinstance(getattr(folder, "spot", None), Address)
+        return {"uploads": folder.room(sizes, 0).needed} if at_an_address else sizes
 
     def _tick(self) -> None:
         if self._progress:
