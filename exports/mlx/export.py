@@ -77,7 +77,7 @@ class MlxExport(NamedTuple):
 @barred("export")
 def export_mlx(
     source: str | os.PathLike[str] | Address,
-    destination: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | Address,
     *,
     shard_size: int | None = None,
     workers: int | None = None,
@@ -126,7 +126,7 @@ def export_mlx(
 
 def look_ahead_mlx(
     source: str | os.PathLike[str] | Address,
-    destination: str | os.PathLike[str],
+    destination: str | os.PathLike[str] | Address,
     *,
     shard_size: int | None = None,
     restart: bool = False,
@@ -159,7 +159,7 @@ def look_ahead_mlx(
     return plan, done, _room(plan, folder, done)
 
 
-def _checked(destination: str | os.PathLike[str]) -> Path:
+def _checked(destination: str | os.PathLike[str] | Address) -> Path:
     """Return the path of an output.
 
     Raises:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_cpp import GGML_TYPE_F32, Llama, __version__  # type: ignore[import-not-found]  # of its own environment
+from llama_cpp import GGML_TYPE_F32, Llama, __version__  # of its own environment
 from numpy.typing import NDArray
 
 

@@ -124,7 +124,7 @@ def compared(home: Path, name: str) -> dict[str, Any]:
         found["tokens equal"] = agreement(greedy(native), greedy(export))
     other = loaded(home / f"{name}-bf16")
     ours = dict(tree_flatten(other.parameters()))
-    differing = largest = 0
+    differing, largest = 0, 0.0
     for each, layer in stacks(export).items():
         mine, theirs = values(layer).astype(mx.bfloat16), ours[f"{each}.weight"]
         differing += int((mine != theirs).sum().item())
