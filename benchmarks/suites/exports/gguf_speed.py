@@ -1,13 +1,12 @@
 """Measure an export of INT4 to GGUF against a copy of the same files, and against llama.cpp's own quantiser.
 
 Usage:
-    python benchmarks/suites/exports/gguf_speed.py FOLDER RESULT.json [--size 3GB] [--llama PYTHON]
+    python benchmarks/suites/exports/gguf_speed.py FOLDER RESULT.json [--size 3GB] [--llama PYTHON --sources FOLDER]
 
 FOLDER gets a slice of K2's shapes with native INT4 experts, and what is made of it. A copy (`cp`, then `sync` of the
-files) and the export take turns, five times, from a warm cache. PYTHON is an interpreter with llama-cpp-python, as
-`make gguf-oracle` makes one: its `llama_model_quantize` then makes Q4_0 of the same model in BF16. What made the BF16
-file is not counted, so that its time is the least that llama.cpp's way takes; the error is that of an expert, against
-the values of INT4.
+files) and the export take turns, five times, from a warm cache. llama.cpp's own way is its converter to BF16, of its
+SOURCES, and then `llama_model_quantize` to Q4_0, by PYTHON, an interpreter with llama-cpp-python, as `make gguf-oracle`
+makes one. Both are timed, once each, for they take long; the error is that of an expert, against the values of INT4.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,17 @@ from suites.common.machine import facts
 from suites.common.measure import remove, run, warm
 
 RUNS = 5
+
+CONVERT = """
+import sys
+home, source, out = sys.argv[1:]
+sys.path[:0] = [f"{home}/gguf-py", home]
+from conversion.deepseek import DeepseekV2Model
+DeepseekV2Model.set_vocab = lambda self: None  # it does not know the words of nano-K2, which the slice has
+import convert_hf_to_gguf
+sys.argv = ["convert_hf_to_gguf.py", source, "--outfile", out, "--outtype", "bf16"]
+convert_hf_to_gguf.main()
+"""
 
 QUANTISE = """
 import ctypes, sys, llama_cpp
@@ -86,6 +96,7 @@ def make_slice(folder: Path, *, size: int, hidden: int, inner: int) -> None:
     import numpy as np
 
     from k2quant.checkpoint.writing.in_memory import write_checkpoint
+    from k2quant.formats.int4 import Int4
     from k2quant.ground.release import INSTRUCT_CONFIG
     from k2quant.nano import vocabulary
 
@@ -108,7 +119,9 @@ def make_slice(folder: Path, *, size: int, hidden: int, inner: int) -> None:
         else:
             made = random.integers(0x3AC0, 0x3B40, shape, np.uint16)
         tensors[name] = dtype, made
-    write_checkpoint(folder, {"model.safetensors": tensors}, config)
+    kept = [name.removesuffix(".weight") for name, (_, made) in tensors.items() if name.endswith("_proj.weight")]
+    block = Int4().config(shapes, ["lm_head", *kept])
+    write_checkpoint(folder, {"model.safetensors": tensors}, {**config, "quantization_config": block})
     for name, content in vocabulary.files().items():
         (folder / name).write_bytes(content)
 
@@ -178,25 +191,62 @@ def measure(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             **({} if name == "copy" else {"disk_bytes": out.stat().st_size, "error": error_of(source, out)}),
         }
     if given.llama:
-        yield quantised(given, source, log)
+        yield from theirs(given, source, log)
 
 
-def quantised(given: argparse.Namespace, source: Path, log: Path) -> dict[str, Any]:
-    """Return what llama.cpp's quantiser takes and loses, from a file in BF16."""
+def theirs(given: argparse.Namespace, source: Path, log: Path) -> Iterator[dict[str, Any]]:
+    """Yield what llama.cpp's own way takes and loses: its converter to BF16, then its quantiser."""
     home: Path = given.folder
-    plain, whole, theirs = home / "bf16", home / "bf16.gguf", home / "theirs.gguf"
-    ours = [sys.executable, "-m", "k2quant", "-q"]
-    remove(plain)
-    run([*ours, "convert", "--to", "bf16", str(source), str(plain)], log=log)
-    run([*ours, "export", "gguf", "--restart", str(plain), str(whole)], log=log)
-    command = [given.llama, "-c", QUANTISE, str(whole), str(theirs), str(given.threads)]
-    found = taken(given.runs, lambda: theirs.unlink(missing_ok=True), command, log)
-    disk = whole.stat().st_size + theirs.stat().st_size
-    return {"way": "llama.cpp quantiser", **found, "disk_bytes": disk, "error": error_of(source, theirs)}
+    whole, small = home / "theirs-bf16.gguf", home / "theirs-q4_0.gguf"
+    convert = [sys.executable, "-c", CONVERT, str(given.sources), str(source), str(whole)]
+    quantise = [given.llama, "-c", QUANTISE, str(whole), str(small), str(given.threads)]
+    for name, command, file in ("converter", convert, whole), ("quantiser", quantise, small):
+        file.unlink(missing_ok=True)
+        found = taken(1, lambda: None, [*command], log)
+        yield {
+            "way": f"llama.cpp's {name}",
+            **found,
+            "disk_bytes": file.stat().st_size,
+            "error": error_of(source, file),
+        }
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """Return the results as a page."""
+    versions = ", ".join(f"{name} {each}" for name, each in found["versions"].items())
+    machine = f"{found['cpu']}, {found['cores']} cores, load {found['load']:.1f} at the end; {versions}; commit "
+    how = (
+        f"A layer of K2's widths with {found['size'] / 1e9:.1f} GB of INT4 experts, from a warm cache. Copy and export "
+        f"took turns {found['runs']} times: median, least and most. llama.cpp's converter to BF16 and its quantiser to "
+        "Q4_0 ran once, one after the other. The error is that of an expert, in units of the largest of each group."
+    )
+    lines = [
+        "# Native INT4 to GGUF: an export, a copy, and llama.cpp's own way",
+        "",
+        "Written by `benchmarks/suites/exports/gguf_speed.py`; do not edit.",
+        "",
+        f"{machine}{found['commit']}. `{found['command']}`",
+        "",
+        how,
+        "",
+        "| | seconds | processor | memory | on the disk | worst | rms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        *map(_line, found["rows"]),
+        "",
+        f"An export takes {found['ratio']:.2f} times as long as a copy.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    seconds, peak = f"{row['seconds']:.1f} ({row['least']:.1f} to {row['most']:.1f})", row["peak_bytes"] / 1e9
+    disk = f"{row['disk_bytes'] / 1e9:.2f} GB" if "disk_bytes" in row else ""
+    worst, rms = (f"{row['error'][each]:.2%}" if "error" in row else "" for each in ("worst", "rms"))
+    return f"| {row['way']} | {seconds} | {row['cpu_seconds']:.1f} s | {peak:.2f} GB | {disk} | {worst} | {rms} |"
 
 
 def main() -> None:
-    """Measure, print, and write down."""
+    """Measure, print, and write down, as JSON and as a page beside it."""
     from k2quant.ground.units import parse_size
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,6 +258,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--threads", type=int, default=2, help="of llama.cpp's quantiser")
     parser.add_argument("--llama", help="an interpreter with llama-cpp-python")
+    parser.add_argument("--sources", type=Path, help="llama.cpp's, with its converter")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(given.folder / "slice", ignore_errors=True)
@@ -216,10 +267,14 @@ def main() -> None:
     for row in measure(given):
         print(row)
         rows.append(row)
-    command = "python benchmarks/suites/exports/gguf_speed.py FOLDER RESULT.json --size SIZE --llama PYTHON"
+    command = (
+        "python benchmarks/suites/exports/gguf_speed.py FOLDER RESULT.json --size SIZE --llama PYTHON --sources FOLDER"
+    )
     found = facts(command, "exports", "k2quant", "kernels")
     ratio = rows[1]["seconds"] / rows[0]["seconds"]
-    given.result.write_text(json.dumps({**found, "size": given.size, "ratio": ratio, "rows": rows}, indent=1) + "\n")
+    found |= {"size": given.size, "runs": given.runs, "ratio": ratio, "rows": rows}
+    given.result.write_text(json.dumps(found, indent=1) + "\n")
+    given.result.with_suffix(".md").write_text(page(found))
 
 
 if __name__ == "__main__":
