@@ -129,12 +129,12 @@ def _nano(folder: Path, steps: int | None) -> list[Item]:
         trained = run(folder, steps=steps, progress=progress)
     click.echo(f"{trained.parameters:,} parameters, {trained.steps} steps in {trained.seconds:.0f} s: {folder}")
     known = _compare_formats(folder)
-    _exported(folder)
+    _exported(folder.with_name(f"{folder.name}-int4"))
     return known
 
 
-def _exported(folder: Path) -> None:
-    """Export nano-K2's INT4 for llama.cpp, and read it back by gguf's own code.
+def _exported(source: Path) -> None:
+    """Export nano-K2 in INT4 for llama.cpp, and read it back by gguf's own code.
 
     Raises:
         CheckFailed: a tensor holds other values.
@@ -147,8 +147,7 @@ def _exported(folder: Path) -> None:
     if lacking("gguf"):
         remark(f"note: without an export for llama.cpp: gguf is not installed; {install('gguf')}")
         return
-    source = folder / "nano-int4"
-    done = export_gguf(source, folder / "nano-int4.gguf", restart=True)
+    done = export_gguf(source, source.with_name(f"{source.name}.gguf"), restart=True)
     back = read_back_gguf(source, done.files)
     if back.other:
         raise CheckFailed(f"{done.file}: {len(back.other)} tensors hold other values, first {back.other[0]}")
