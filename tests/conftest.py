@@ -44,6 +44,18 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_many_threads() -> None:
+    """Begin each file with the threads that torch began with: sums of another number of them differ in their last bits.
+
+    A file before may have left one.
+    """
+    torch.set_num_threads(THREADS)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep notes of digests out of the home of whoever runs the tests."""
