@@ -25,7 +25,7 @@ from k2quant.conversion.stream import Filled, Progress, Record, Stream
 from k2quant.errors import DestinationStale, OutputError
 from k2quant.ground.pool import checked_workers
 from k2quant.ground.saying.showing import brief
-from k2quant.ground.units import counted
+from k2quant.ground.units import counted, duration, size
 from k2quant.ground.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -185,6 +185,29 @@ def fill(
     )
     found = {**done, **stream.run(threads)}
     return {shard.file: found[shard.file] for shard in export.shards}
+
+
+def facts_of(
+    report: Mapping[str, Any], *, resumed: int, already_done: bool, files: int | None = None
+) -> dict[str, object]:
+    """Return what an export came to, in a few words.
+
+    Args:
+        report: what stands beside the output, or in it.
+        resumed: what an earlier run had finished.
+        already_done: whether all was, so that no time was taken.
+        files: how many there are, where there may be several.
+    """
+    return {
+        "read": size(report["bytes_read"]),
+        "written": size(report["bytes_written"]),
+        **({} if already_done else {"time": duration(report["seconds"])}),
+        **({} if files is None else {"files": files}),
+        "fallback": len(report["fallback"]),
+        "remarks": len(report["remarks"]),
+        "resumed": resumed,
+        "already_done": already_done,
+    }
 
 
 def check_room(room: Room) -> None:

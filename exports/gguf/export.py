@@ -18,7 +18,7 @@ from k2quant.conversion.places import pinned
 from k2quant.conversion.resume import refuse_nested
 from k2quant.conversion.stream import Progress, Record
 from k2quant.errors import UsageError
-from k2quant.exports.exporting import check_room, disk_errors, fill
+from k2quant.exports.exporting import check_room, disk_errors, facts_of, fill
 from k2quant.exports.gguf.files import check_name
 from k2quant.exports.gguf.plan import GgufPlan, make_gguf_plan
 from k2quant.exports.gguf.types import GgufOptions
@@ -26,7 +26,6 @@ from k2quant.exports.gguf.writing import Output, check_finished, finished, locke
 from k2quant.ground.saying.arguments import hinting
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.saying.showing import as_html, brief
-from k2quant.ground.units import duration, size
 from k2quant.ground.version import __version__
 
 _HINTS = {
@@ -58,18 +57,8 @@ class GgufExport(NamedTuple):
 
     def facts(self) -> dict[str, object]:
         """Return what it comes to, in a few words."""
-        report = self.report
-        sizes = {"read": size(report["bytes_read"]), "written": size(report["bytes_written"])}
-        seconds = {} if self.already_done else {"time": duration(report["seconds"])}
-        counts = {"files": len(self.files), "fallback": len(report["fallback"]), "remarks": len(report["remarks"])}
-        return {
-            "file": str(self.file),
-            **sizes,
-            **seconds,
-            **counts,
-            "resumed": self.resumed,
-            "already_done": self.already_done,
-        }
+        done = facts_of(self.report, resumed=self.resumed, already_done=self.already_done, files=len(self.files))
+        return {"file": str(self.file), **done}
 
     def __repr__(self) -> str:
         """Return it in one line."""

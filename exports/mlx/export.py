@@ -23,13 +23,12 @@ from k2quant.conversion.places import pinned
 from k2quant.conversion.resume import clear, refuse_nested
 from k2quant.conversion.stream import Progress, Record
 from k2quant.errors import DestinationStale, UsageError
-from k2quant.exports.exporting import MARK, check_room, disk_errors, fill, refuse_changed, standing
+from k2quant.exports.exporting import MARK, check_room, disk_errors, facts_of, fill, refuse_changed, standing
 from k2quant.exports.mlx.card import card_of
 from k2quant.exports.mlx.plan import SHARD_SIZE, MlxPlan, Options, make_mlx_plan
 from k2quant.ground.saying.arguments import hinting
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.saying.showing import as_html, brief
-from k2quant.ground.units import duration, size
 from k2quant.ground.version import __version__
 
 _HINTS = {
@@ -57,12 +56,8 @@ class MlxExport(NamedTuple):
 
     def facts(self) -> dict[str, object]:
         """Return what it comes to, in a few words."""
-        report = self.report
-        sizes = {"read": size(report["bytes_read"]), "written": size(report["bytes_written"])}
-        seconds = {} if self.already_done else {"time": duration(report["seconds"])}
-        counts = {"fallback": len(report["fallback"]), "remarks": len(report["remarks"])}
-        done = {"resumed": self.resumed, "already_done": self.already_done}
-        return {"folder": str(self.folder), **sizes, **seconds, **counts, **done}
+        done = facts_of(self.report, resumed=self.resumed, already_done=self.already_done)
+        return {"folder": str(self.folder), **done}
 
     def __repr__(self) -> str:
         """Return it in one line."""
