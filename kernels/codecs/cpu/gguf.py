@@ -49,7 +49,8 @@ def q4_0(packed: I32, scale: F32, group: int, out: U8) -> None:
     same(out.shape, (rows, columns // WIDTH * 18))
     if not valid(scale):
         raise explain.bad_int4(packed, scale, group)
-    if not gguf_loops.q4_0(frozen(packed.view(np.uint32)), frozen(scale), group // WIDTH, out.view(np.uint16)):
+    of_blocks = scale if group == WIDTH else np.repeat(scale, group // WIDTH, axis=1)
+    if not gguf_loops.q4_0(frozen(packed.view(np.uint32)), frozen(of_blocks), out):
         row, column = no_half(scale) or (0, 0)
         what = f"a scale that FP16 does not have, {scale[row, column]:g},"
         raise explain.ValueAt(row=row, column=column, what=what, of="scale")
