@@ -43,8 +43,8 @@ class OpenShard:
         Raises:
             OSError: the disk is full or fails.
         """
-        write_all(self._file, data, offset)
-        with self._lock:
+        with self._lock:  # the system takes one write of a file at a time, too, but lets the others spin
+            write_all(self._file, data, offset)
             self._unflushed += len(data)
             due = self._unflushed >= FLUSH_BYTES
             if due:
