@@ -1,10 +1,10 @@
-"""Measure an export of INT4 to GGUF against a copy of the same files, and against llama.cpp's own quantiser.
+"""Measure exports of INT4 against a copy of the same files, and that to GGUF against llama.cpp's own tools.
 
 Usage:
-    python benchmarks/suites/exports/gguf_speed.py FOLDER RESULT.json [--size 3GB] [--llama PYTHON --sources FOLDER]
+    python benchmarks/suites/exports/speed.py FOLDER RESULT.json [--size 3GB] [--llama PYTHON --sources FOLDER]
 
 FOLDER gets a slice of K2's shapes with native INT4 experts, and what is made of it. A copy (`cp`, then `sync` of the
-files) and the export take turns, five times, from a warm cache. llama.cpp's own way is its converter to BF16, of its
+files) and the exports take turns, five times, from a warm cache. llama.cpp's own way is its converter to BF16, of its
 SOURCES, and then `llama_model_quantize` to Q4_0, by PYTHON, an interpreter with llama-cpp-python, as `make gguf-oracle`
 makes one. Both are timed, once each, for they take long; the error is that of an expert, against the values of INT4.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script
 
-from suites.common.machine import facts
+from suites.common.machine import facts, versions
 from suites.common.measure import remove, run, warm
 
 RUNS = 5
@@ -174,8 +174,12 @@ def measure(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             remove(path) if path.is_dir() else path.unlink()
         warm(source)
 
-    export = [sys.executable, "-m", "k2quant", "-q", "export", "gguf", str(source), str(out)]
-    ways = {"copy": ["sh", "-c", f"cp -r '{source}' '{copy}' && sync '{copy}'/*"], "export": export}
+    export = [sys.executable, "-m", "k2quant", "-q", "export"]
+    ways = {
+        "copy": ["sh", "-c", f"cp -r '{source}' '{copy}' && sync '{copy}'/*"],
+        "export mlx": [*export, "mlx", str(source), str(copy)],
+        "export gguf": [*export, "gguf", str(source), str(out)],
+    }
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for _ in range(given.runs):
         for name, command in ways.items():
@@ -189,7 +193,7 @@ def measure(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "most": max(seconds),
             "cpu_seconds": statistics.median(each["cpu_seconds"] for each in found),
             "peak_bytes": max(each["peak_bytes"] for each in found),
-            **({} if name == "copy" else {"disk_bytes": out.stat().st_size, "error": error_of(source, out)}),
+            **({"disk_bytes": out.stat().st_size, "error": error_of(source, out)} if name == "export gguf" else {}),
         }
     if given.llama:
         yield from theirs(given, source, log)
@@ -217,14 +221,14 @@ def page(found: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {each}" for name, each in found["versions"].items())
     machine = f"{found['cpu']}, {found['cores']} cores, load {found['load']:.1f} at the end; {versions}; commit "
     how = (
-        f"A layer of K2's widths with {found['size'] / 1e9:.1f} GB of INT4 experts, from a warm cache. Copy and export "
+        f"A layer of K2's widths with {found['size'] / 1e9:.1f} GB of INT4 experts, from a warm cache. Copy and exports "
         f"took turns {found['runs']} times: median, least and most. llama.cpp's converter to BF16 and its quantiser to "
         "Q4_0 ran once, one after the other. The error is that of an expert, in units of the largest of each group."
     )
     lines = [
-        "# Native INT4 to GGUF: an export, a copy, and llama.cpp's own way",
+        "# Native INT4 for other engines: exports, a copy, and llama.cpp's own way",
         "",
-        "Written by `benchmarks/suites/exports/gguf_speed.py`; do not edit.",
+        "Written by `benchmarks/suites/exports/speed.py`; do not edit.",
         "",
         f"{machine}{found['commit']}. `{found['command']}`",
         "",
@@ -234,13 +238,15 @@ def page(found: Mapping[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         *map(_line, found["rows"]),
         "",
-        f"An export takes {found['ratio']:.2f} times as long as a copy.",
+        *(f"`{way}` takes {ratio:.2f} times as long as a copy." for way, ratio in found["ratios"].items()),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    seconds, peak = f"{row['seconds']:.1f} ({row['least']:.1f} to {row['most']:.1f})", row["peak_bytes"] / 1e9
+    seconds, peak = f"{row['seconds']:.2f}", row["peak_bytes"] / 1e9
+    if row["least"] < row["most"]:
+        seconds += f" ({row['least']:.2f} to {row['most']:.2f})"
     disk = f"{row['disk_bytes'] / 1e9:.2f} GB" if "disk_bytes" in row else ""
     worst, rms = (f"{row['error'][each]:.2%}" if "error" in row else "" for each in ("worst", "rms"))
     return f"| {row['way']} | {seconds} | {row['cpu_seconds']:.1f} s | {peak:.2f} GB | {disk} | {worst} | {rms} |"
@@ -272,11 +278,15 @@ def main() -> None:
         print(row)
         rows.append(row)
     command = (
-        "python benchmarks/suites/exports/gguf_speed.py FOLDER RESULT.json --size SIZE --llama PYTHON --sources FOLDER"
+        "python benchmarks/suites/exports/speed.py FOLDER RESULT.json --size SIZE --llama PYTHON --sources FOLDER"
     )
     found = facts(command, "exports", "k2quant", "kernels")
-    ratio = rows[1]["seconds"] / rows[0]["seconds"]
-    found |= {"size": given.size, "runs": given.runs, "ratio": ratio, "rows": rows}
+    copied, *exported = rows[:3]
+    ratios = {row["way"]: row["seconds"] / copied["seconds"] for row in exported}
+    found["versions"] = versions(sys.executable, ["numpy", "numba"])
+    if given.llama:
+        found["versions"] |= versions(given.llama, ["llama_cpp_python"])
+    found |= {"size": given.size, "runs": given.runs, "ratios": ratios, "rows": rows}
     given.result.write_text(json.dumps(found, indent=1) + "\n")
     given.result.with_suffix(".md").write_text(page(found))
 
