@@ -102,16 +102,18 @@ class Affine(Packed):
         import numpy as np
 
         from k2quant.kernels.codecs import values as explain
+        from k2quant.kernels.codecs.cpu.checks import valid
 
         words, scale, group = source.reading(parts)
-        if np.signbit(scale).any() or not np.isfinite(scale).all():
+        if not valid(scale):
             raise explain.bad_int4(words, scale, group)
         outputs[WEIGHT][...] = words.view(np.uint32)
         outputs[SCALES][...] = parts["weight_scale"]
         with np.errstate(over="ignore"):
             outputs[BIASES][...] = self._narrowed(scale * np.float32(-8))
-        if not np.isfinite(after := widened(outputs[BIASES])).all():
-            row, column = explain.first(~np.isfinite(after))
+            largest = self._narrowed(scale.max(keepdims=True, initial=0) * np.float32(-8))
+        if not np.isfinite(widened(largest)).all():
+            row, column = explain.first(~np.isfinite(widened(outputs[BIASES])))
             what = f"a scale of which {self.dtype} has no eightfold, {scale[row, column]:g},"
             raise explain.ValueAt(row=row, column=column, what=what, of="scale")
 

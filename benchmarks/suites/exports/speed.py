@@ -221,9 +221,10 @@ def page(found: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {each}" for name, each in found["versions"].items())
     machine = f"{found['cpu']}, {found['cores']} cores, load {found['load']:.1f} at the end; {versions}; commit "
     how = (
-        f"A layer of K2's widths with {found['size'] / 1e9:.1f} GB of INT4 experts, from a warm cache. Copy and exports "
-        f"took turns {found['runs']} times: median, least and most. llama.cpp's converter to BF16 and its quantiser to "
-        "Q4_0 ran once, one after the other. The error is that of an expert, in units of the largest of each group."
+        f"A layer of K2's widths with {found['size'] / 1e9:.1f} GB of INT4 experts, from a warm cache. The copy and "
+        f"the exports took turns {found['runs']} times: median, least and most. llama.cpp's converter to BF16 and its "
+        "quantiser to Q4_0 ran once, one after the other. The error is that of an expert, in units of the largest of "
+        "each group."
     )
     lines = [
         "# Native INT4 for other engines: exports, a copy, and llama.cpp's own way",
@@ -277,9 +278,7 @@ def main() -> None:
     for row in measure(given):
         print(row)
         rows.append(row)
-    command = (
-        "python benchmarks/suites/exports/speed.py FOLDER RESULT.json --size SIZE --llama PYTHON --sources FOLDER"
-    )
+    command = "python benchmarks/suites/exports/speed.py FOLDER RESULT.json --size SIZE --llama PYTHON --sources FOLDER"
     found = facts(command, "exports", "k2quant", "kernels")
     copied, *exported = rows[:3]
     ratios = {row["way"]: row["seconds"] / copied["seconds"] for row in exported}
