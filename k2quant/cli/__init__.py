@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import signal
 from traceback import walk_tb
@@ -39,8 +40,10 @@ class _Commands(LazyGroup):
         import os
 
         # The headers of 140,000 tensors are no garbage, but the collector would walk them again and again: a third of
-        # the time of `inspect`. A command makes no cycles worth collecting before it ends.
+        # the time of `inspect`. A command makes no cycles worth collecting before it ends, or when it does: the
+        # interpreter's own last look at numba alone took a quarter of a second.
         gc.disable()
+        atexit.register(gc.freeze)
         ctx.color = colour.wanted(os.environ)
         try:
             with remarks():
