@@ -94,7 +94,7 @@ class Affine(Packed):
         return {**Packed.state(self, shape, name=name), SCALES: scales, BIASES: scales}
 
     def restate(self, source: Format, parts: Parts, outputs: Parts, codecs: Codecs) -> None:
-        """Copy codes and scales.
+        """Take codes and scales.
 
         Raises:
             ValueAt: a scale is NaN, infinite or has a sign, or its bias is beyond its dtype.
@@ -107,8 +107,7 @@ class Affine(Packed):
         words, scale, group = source.reading(parts)
         if not valid(scale):
             raise explain.bad_int4(words, scale, group)
-        outputs[WEIGHT][...] = words.view(np.uint32)
-        outputs[SCALES][...] = parts["weight_scale"]
+        outputs[WEIGHT], outputs[SCALES] = words.view(np.uint32), parts["weight_scale"]
         with np.errstate(over="ignore"):
             outputs[BIASES][...] = self._narrowed(scale * np.float32(-8))
             largest = self._narrowed(scale.max(keepdims=True, initial=0) * np.float32(-8))
@@ -133,13 +132,13 @@ class Mx(Packed):
     name: ClassVar[str] = str(Mxfp4.mlx)
 
     def restate(self, source: Format, parts: Parts, outputs: Parts, codecs: Codecs) -> None:
-        """Copy codes and scales, once they are known to stand for finite values.
+        """Take codes and scales, once they are known to stand for finite values.
 
         Raises:
             ValueAt: a value that no weight can have.
         """
         check(source, parts, codecs)
-        _copy(source.reading(parts), outputs)
+        _take(source.reading(parts), outputs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +167,7 @@ class Nv(Packed):
         return {**Packed.params.fget(self), GLOBAL: True}  # type: ignore[attr-defined]  # no super() in slots
 
     def restate(self, source: Format, parts: Parts, outputs: Parts, codecs: Codecs) -> None:
-        """Copy codes and scales, once they are known to stand for finite values.
+        """Take codes and scales, once they are known to stand for finite values.
 
         Raises:
             ValueAt: a value that no weight can have, a scale that divides and has no inverse, or none of mlx's.
@@ -179,20 +178,19 @@ class Nv(Packed):
 
         check(source, parts, codecs)
         codes, scale, whole, *_ = multiplied(source, parts)
-        _copy((codes, scale), outputs)
+        _take((codes, scale), outputs)
         with np.errstate(over="ignore"):
             outputs[GLOBAL][...] = whole.astype(np.float32) * np.float32(_LARGEST)
         if not np.isfinite(outputs[GLOBAL]).all():
             raise ValueAt(row=0, column=0, what="a scale of the whole that mlx cannot say", of="tensor scale")
 
 
-def _copy(found: tuple[NDArray[Any], ...], outputs: Parts) -> None:
-    """Copy bytes of codes and of scales."""
+def _take(found: tuple[NDArray[Any], ...], outputs: Parts) -> None:
+    """Have bytes of codes and of scales written as they were read."""
     import numpy as np
 
     codes, scale = found
-    outputs[WEIGHT].view(np.uint8)[...] = codes
-    outputs[SCALES][...] = scale.view(np.uint8)
+    outputs[WEIGHT], outputs[SCALES] = codes.view(np.uint32), scale.view(np.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
