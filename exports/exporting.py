@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from k2quant.checkpoint.remote.address import Address
 from k2quant.checkpoint.writing.destination import Destination
 from k2quant.checkpoint.writing.target import Room
 from k2quant.conversion.convert import codecs_of
+from k2quant.conversion.finishing.report import fetched
 from k2quant.conversion.placing import Job, ShardPlan
 from k2quant.conversion.stream import Filled, Progress, Record, Stream
 from k2quant.errors import DestinationStale, OutputError
@@ -185,6 +188,33 @@ def fill(
     )
     found = {**done, **stream.run(threads)}
     return {shard.file: found[shard.file] for shard in export.shards}
+
+
+def report_of(
+    export: Export, records: Mapping[str, Record], *, written: int, begun: float, own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what a report says.
+
+    Args:
+        export: what was written.
+        records: of all its shards.
+        written: bytes of all files.
+        begun: when, as `time.monotonic` has it.
+        own: what this kind of export says besides.
+    """
+    return {
+        "tool": "k2quant",
+        "version": __version__,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - begun, 3),
+        **export.identity,
+        **fetched(export.source, records.values()),
+        "bytes_read": export.bytes_read,
+        "bytes_written": written,
+        "remarks": list(export.remarks),
+        **own,
+        "tensors": {name: facts for record in records.values() for name, facts in record["tensors"].items()},
+    }
 
 
 def facts_of(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +11,11 @@ from k2quant.checkpoint.reader import INCOMPLETE, REPORT, open_checkpoint
 from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.checkpoint.writing.destination import Destination
 from k2quant.checkpoint.writing.target import Room
-from k2quant.conversion.finishing.report import fetched
 from k2quant.conversion.places import pinned
 from k2quant.conversion.resume import refuse_nested
 from k2quant.conversion.stream import Progress, Record
 from k2quant.errors import UsageError
-from k2quant.exports.exporting import check_room, disk_errors, facts_of, fill
+from k2quant.exports.exporting import check_room, disk_errors, facts_of, fill, report_of
 from k2quant.exports.gguf.files import check_name
 from k2quant.exports.gguf.plan import GgufPlan, make_gguf_plan
 from k2quant.exports.gguf.types import GgufOptions
@@ -26,7 +23,6 @@ from k2quant.exports.gguf.writing import Output, check_finished, finished, locke
 from k2quant.ground.saying.arguments import hinting
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.saying.showing import as_html, brief
-from k2quant.ground.version import __version__
 
 _HINTS = {
     "output": "the file to write is the second argument, `destination`",
@@ -223,27 +219,12 @@ def carry_out(
             records = fill(
                 plan.export, folder, output, done=done, workers=workers, low_disk=low_disk, progress=progress
             )
-            report = report_of(plan, records, seconds=time.monotonic() - begun, resumed=len(done))
+            own = {
+                "resumed_parts": len(done),
+                "types": [row._asdict() for row in plan.rows],
+                "fallback": dict(plan.fallback),
+                "files": {file.name: {"size": file.size} for file in plan.files},
+            }
+            report = report_of(plan.export, records, written=plan.size, begun=begun, own=own)
             output.finish(report)
     return GgufExport(files, report, len(done), already_done=False)
-
-
-def report_of(plan: GgufPlan, records: Mapping[str, Record], *, seconds: float, resumed: int) -> dict[str, Any]:
-    """Return what the report beside an output says."""
-    export = plan.export
-    return {
-        "tool": "k2quant",
-        "version": __version__,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 3),
-        "resumed_parts": resumed,
-        **export.identity,
-        **fetched(export.source, records.values()),
-        "bytes_read": export.bytes_read,
-        "bytes_written": plan.size,
-        "remarks": list(export.remarks),
-        "types": [row._asdict() for row in plan.rows],
-        "fallback": dict(plan.fallback),
-        "files": {file.name: {"size": file.size} for file in plan.files},
-        "tensors": {name: facts for record in records.values() for name, facts in record["tensors"].items()},
-    }

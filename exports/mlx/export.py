@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +17,25 @@ from k2quant.checkpoint.remote.address import Address, spot
 from k2quant.checkpoint.writing import destination as writing
 from k2quant.checkpoint.writing.destination import Destination
 from k2quant.checkpoint.writing.target import Room
-from k2quant.conversion.finishing.report import fetched
 from k2quant.conversion.places import pinned
 from k2quant.conversion.resume import clear, refuse_nested
 from k2quant.conversion.stream import Progress, Record
 from k2quant.errors import DestinationStale, UsageError
-from k2quant.exports.exporting import MARK, check_room, disk_errors, facts_of, fill, refuse_changed, standing
+from k2quant.exports.exporting import (
+    MARK,
+    check_room,
+    disk_errors,
+    facts_of,
+    fill,
+    refuse_changed,
+    report_of,
+    standing,
+)
 from k2quant.exports.mlx.card import card_of
 from k2quant.exports.mlx.plan import SHARD_SIZE, MlxPlan, Options, make_mlx_plan
 from k2quant.ground.saying.arguments import hinting
 from k2quant.ground.saying.progress import Asked, barred, told
 from k2quant.ground.saying.showing import as_html, brief
-from k2quant.ground.version import __version__
 
 _HINTS = {
     "mlx_path": "the folder to write is the second argument, `destination`",
@@ -205,7 +211,13 @@ def carry_out(
         if len(done) < len(plan.export.shards):
             folder.delete([CONFIG, INDEX, REPORT])  # a run that was stopped at its very end may have left them
         records = fill(plan.export, folder, folder, done=done, **how)
-        report = _report(plan, records, seconds=time.monotonic() - begun, resumed=len(done))
+        own = {
+            "resumed_shards": len(done),
+            "modes": [row._asdict() for row in plan.rows],
+            "fallback": dict(plan.fallback),
+            "files": {shard.file: {"size": shard.size} for shard in plan.export.shards},
+        }
+        report = report_of(plan.export, records, written=plan.size, begun=begun, own=own)
         folder.sweep(records)
         _complete(folder, plan, report)
         folder.finish()
@@ -254,27 +266,6 @@ def check_finished(folder: Destination, report: Mapping[str, Any], plan: MlxPlan
 def _sizes(files: object) -> Iterable[tuple[str, object]]:
     found = files if isinstance(files, dict) else {}
     return ((name, facts.get("size") if isinstance(facts, dict) else None) for name, facts in found.items())
-
-
-def _report(plan: MlxPlan, records: Mapping[str, Record], *, seconds: float, resumed: int) -> dict[str, Any]:
-    """Return what the report says, files beside the shards aside."""
-    export = plan.export
-    return {
-        "tool": "k2quant",
-        "version": __version__,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 3),
-        "resumed_shards": resumed,
-        **export.identity,
-        **fetched(export.source, records.values()),
-        "bytes_read": export.bytes_read,
-        "bytes_written": plan.size,
-        "remarks": list(export.remarks),
-        "modes": [row._asdict() for row in plan.rows],
-        "fallback": dict(plan.fallback),
-        "files": {shard.file: {"size": shard.size} for shard in export.shards},
-        "tensors": {name: facts for record in records.values() for name, facts in record["tensors"].items()},
-    }
 
 
 def _complete(folder: Destination, plan: MlxPlan, report: dict[str, Any]) -> None:

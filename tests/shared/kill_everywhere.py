@@ -47,24 +47,55 @@ def arm(number: int) -> None:
         setattr(os, name, armed(name, getattr(os, name)))
 
 
-def run(to: Any, source: Path, destination: Path, *, kill_at: int, restart: bool) -> bool:
-    """Convert in a child; tell whether it was killed."""
+def operations(work: Callable[[], object]) -> int:
+    """Do something; return how many operations it took that `arm` can kill before."""
+    count = itertools.count()
+
+    def counting(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if name != "open" or arguments[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+                next(count)
+            return operation(*arguments, **options)
+
+        return call
+
+    real = {name: getattr(os, name) for name in OPERATIONS}
+    try:
+        for name, operation in real.items():
+            setattr(os, name, counting(name, operation))
+        work()
+    finally:
+        for name, operation in real.items():
+            setattr(os, name, operation)
+    return next(count)
+
+
+def in_a_child(work: Callable[[], object]) -> bool:
+    """Do something in a child, which must not fail; tell whether it was killed."""
     child = os.fork()
     if child == 0:
-        arm(kill_at)
         try:
-            k2quant.convert(source, destination, to=to, workers=1, restart=restart)
+            work()
         except BaseException as error:  # noqa: BLE001  the child must not go on with the parent's work
-            sys.stdout.write(f"{type(error).__name__}: {error}\n")
-            sys.stdout.flush()
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            sys.stderr.flush()
             os._exit(1)
         os._exit(0)
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    if os.waitstatus_to_exitcode(status) != 0:
-        sys.exit(f"the run to be killed at {kill_at} failed")
-    return False
+    if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status) != 0:
+        msg = "the child failed, see stderr"
+        raise AssertionError(msg)
+    return os.WIFSIGNALED(status)
+
+
+def run(to: Any, source: Path, destination: Path, *, kill_at: int, restart: bool) -> bool:
+    """Convert in a child; tell whether it was killed."""
+
+    def work() -> None:
+        arm(kill_at)
+        k2quant.convert(source, destination, to=to, workers=1, restart=restart)
+
+    return in_a_child(work)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from k2quant.cli.exporting.saying import Terms, say_done, say_plan
 from k2quant.cli.parts import conversion
 from k2quant.cli.parts.options import words
 from k2quant.cli.parts.places import PLACE, Place, remote_options
 from k2quant.cli.parts.results import suggest
-from k2quant.cli.parts.terminal import tables
-from k2quant.cli.parts.terminal.tables import Column
 from k2quant.formats.bf16 import Bf16
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from k2quant.exports import GgufExport
-
-_MOST_SHOWN = 8  # tensors that fell back; the report has all
+_TERMS = Terms("type", "part")
 
 
 @click.command(name="gguf")
@@ -80,132 +74,22 @@ def command(
 
 
 def _export(source: Place, destination: Place, *, as_json: bool, **options: Any) -> None:
-    import json
-
-    from k2quant.cli.parts.screen import progress, remark, warn
+    from k2quant.cli.parts.screen import progress
     from k2quant.exports import export_gguf
-    from k2quant.ground.units import counted
 
     with progress(f"{source.name} to {destination.name}") as show:
         done = export_gguf(source, destination, progress=show, **options)
-    if not done.already_done:
-        for each in done.report["remarks"]:
-            warn(f"note: {each}")
-    if done.resumed:
-        remark(f"resumed: {counted(done.resumed, 'part')} finished before")
-    if as_json:
-        report = {key: value for key, value in done.report.items() if key not in {"tensors", "source"}}
-        click.echo(json.dumps({"destination": str(done.file), "already_done": done.already_done, **report}))
-        return
-    if not done.already_done:
-        click.echo(_table(done.report["types"]))
-        _say_fallback(done.report["fallback"])
-    click.echo(_last_line(done, destination))
-    suggest(("llama-server", "-m", done.file), ("llama-cli", "-m", done.file, "-p", "..."))
+    say_done(done, done.file, _TERMS, files=len(done.files), as_json=as_json)
+    if not as_json:
+        suggest(("llama-server", "-m", done.file), ("llama-cli", "-m", done.file, "-p", "..."))
 
 
-def _last_line(done: GgufExport, destination: Place) -> str:
-    from k2quant.ground.units import counted, duration, size
-
-    report = done.report
-    if done.already_done:
-        return f"{destination}: already finished, nothing to do"
-    ratio = report["bytes_written"] / max(report["bytes_read"], 1)
-    rate = "" if done.resumed else f", {size(report['bytes_read'] / max(report['seconds'], 1e-6))}/s"
-    files = "" if len(done.files) == 1 else f" in {counted(len(done.files), 'file')}"
-    return (
-        f"{done.file}: {size(report['bytes_read'])} -> {size(report['bytes_written'])}{files} ({ratio:.2f}x) "
-        f"in {duration(report['seconds'])}{rate}"
-    )
-
-
-_COLUMNS = (
-    Column(head="class", left=True),
-    Column(head="is", left=True),
-    Column(head="becomes", left=True),
-    Column(head="tensors"),
-    Column(head="bytes"),
-)
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    """Return what becomes of what: a line for each class of tensors and type."""
-    from k2quant.ground.units import size
-
-    return tables.table(
-        _COLUMNS,
-        [(row["kind"], row["source"], row["type"], f"{row['tensors']:,}", size(row["nbytes"])) for row in rows],
-    )
-
-
-def _say_fallback(why: Mapping[str, str]) -> None:
-    """Name the tensors that are not in the type of their codes, or that was asked for."""
-    from k2quant.cli.parts.terminal.tables import paragraph
-    from k2quant.ground.units import counted
-
-    for name, reason in list(why.items())[:_MOST_SHOWN]:
-        click.echo(paragraph(f"{name}: {reason}", hang="  "))
-    if len(why) > _MOST_SHOWN:
-        click.echo(f"and {counted(len(why) - _MOST_SHOWN, 'tensor')} more, which the report names")
-
-
-def _dry_run(
-    source: Place,
-    destination: Place,
-    *,
-    as_json: bool,
-    bandwidth: float | None,
-    restart: bool,
-    workers: int | None,
-    follow_links: bool,
-    **options: Any,
-) -> None:
-    """Print what an export would write, and what the disk must have free; exit 1 if it is too small."""
-    import json
-
-    from k2quant.cli.parts import places
-    from k2quant.cli.parts.screen import warn, working
-    from k2quant.cli.parts.terminal.tables import paragraph
-    from k2quant.conversion.places import coming
+def _dry_run(source: Place, destination: Place, *, as_json: bool, bandwidth: float | None, **options: Any) -> None:
+    from k2quant.cli.parts.screen import working
     from k2quant.exports import look_ahead_gguf
-    from k2quant.ground.units import counted, size
 
-    asked = {name: options[name] for name in ("rest", "experts", "fallback", "split_size")}
+    asked = {name: value for name, value in options.items() if name not in {"soft_lock", "low_disk"}}  # none writes
     with working(f"reading headers and scales of {source.name}"):
-        plan, done, room = look_ahead_gguf(
-            source, destination, restart=restart, workers=workers, follow_links=follow_links, **asked
-        )
-    remote = coming(plan.export, done, bandwidth=bandwidth)
-    fits = room.needed <= room.free
-    for each in plan.export.remarks:
-        warn(f"note: {each}")
-    if as_json:
-        facts = {
-            "bytes_read": plan.export.bytes_read,
-            "bytes_written": plan.size,
-            "disk_needed": room.needed,
-            "disk_free": room.free,
-            "fits": fits,
-            "types": [row._asdict() for row in plan.rows],
-            "fallback": dict(plan.fallback),
-            "files": {file.name: {"size": file.size} for file in plan.files},
-            "parts": len(plan.export.shards),
-            "parts_done": len(done),
-            "remarks": list(plan.export.remarks),
-        }
-        click.echo(json.dumps(facts | ({} if remote is None else {"source": remote._asdict()})))
-    else:
-        click.echo(_table([row._asdict() for row in plan.rows]))
-        _say_fallback(plan.fallback)
-        files, parts = counted(len(plan.files), "file"), counted(len(plan.export.shards), "part")
-        lines = {
-            "read": size(plan.export.bytes_read),
-            "written": f"{size(plan.size)} in {files}, {parts}, {len(done)} of them done",
-            **({} if remote is None else places.lines(remote, asked=bandwidth is not None)),
-            "disk needed": size(room.needed) + ("" if fits else ", TOO SMALL"),
-            "disk free": size(room.free),
-        }
-        for name, text in lines.items():
-            click.echo(paragraph(f"{name:<16} {text}", hang=" " * 17))
-    if not fits:
-        raise SystemExit(1)
+        plan, done, room = look_ahead_gguf(source, destination, **asked)
+    files = {file.name: file.size for file in plan.files}
+    say_plan(plan, done, room, _TERMS, files=files, bandwidth=bandwidth, as_json=as_json)

@@ -85,7 +85,7 @@ def _halves(scale: F32, half: I64) -> bool:
     for place in range(len(scale)):
         half[place] = _half(scale[place])
         least = min(least, half[place])
-    return least == 0
+    return bool(least == 0)
 
 
 @_jit

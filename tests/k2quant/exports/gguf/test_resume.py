@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from k2quant.conversion import stream
 from k2quant.errors import DestinationForeign, DestinationInUse, DestinationStale, OutputError
 from k2quant.exports import export_gguf, look_ahead_gguf
 from k2quant.exports.gguf import writing
-from kill_everywhere import OPERATIONS, arm
+from kill_everywhere import arm, in_a_child, operations
 
 SPLIT = 3_000_000
 
@@ -34,40 +33,6 @@ def small(k2_thinking: Path) -> Path:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Return the GGUF files that have their names."""
     return {path.name: path.read_bytes() for path in folder.glob("*.gguf")}
-
-
-def in_a_child(work: Callable[[], object]) -> bool:
-    """Do something in a child; tell whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001  the child must not go on with the parent's work
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
-    return os.WIFSIGNALED(status)
-
-
-def operations(work: Callable[[], object]) -> int:
-    """Count what `arm` can be told to kill at."""
-    count = itertools.count()
-
-    def counting(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **more: Any) -> Any:
-            if name != "open" or arguments[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
-                next(count)
-            return real(*arguments, **more)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in OPERATIONS:
-            patch.setattr(os, name, counting(name, getattr(os, name)))
-        work()
-    return next(count)
 
 
 @pytest.mark.parametrize(
