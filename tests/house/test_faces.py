@@ -47,6 +47,7 @@ OPEN: dict[str, dict[str, str]] = {
         "statistics.repeats_planning": "a plan of items that are asked several times, and what a pilot of them says",
     },
     "k2quant.kernels.codecs.cpu": {
+        "checks": "which scales a codec takes, for other engines' layouts of the same codes",
         "fp4.budget": "what rounding to E2M1 explains, for both formats of FP4",
     },
     "k2quant.kernels.codecs.reference": {

@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
     from k2quant.checkpoint.writing.target import Room
     from k2quant.conversion.stream import Record
-    from k2quant.exports import GgufExport, MlxExport
-    from k2quant.exports.gguf.plan import GgufPlan
-    from k2quant.exports.mlx.plan import MlxPlan
+    from k2quant.exports import GgufExport, GgufPlan, MlxExport, MlxPlan
 
 _MOST_SHOWN = 8  # tensors that fell back; the report has all
 
