@@ -69,7 +69,9 @@ class Heads(Written):
         """Divide floats among the halves."""
         halves = zip(self.mains, (self.for_keys, self.for_values), self._halves(parts[source.main]), strict=True)
         for suffix, half, values in halves:
-            half.restate(source, {source.main: values}, {half.main: outputs[suffix]}, codecs)
+            own = {half.main: outputs[suffix]}
+            half.restate(source, {source.main: values}, own, codecs)
+            outputs[suffix] = own[half.main]
 
     def encode(self, weights: U16, parts: Parts, codecs: Codecs) -> Figures:
         """Divide weights among the halves, and write each as its type has it."""

@@ -223,6 +223,7 @@ def carry_out(
                 "resumed_parts": len(done),
                 "types": [row._asdict() for row in plan.rows],
                 "fallback": dict(plan.fallback),
+                "starting": dict(plan.starting),
                 "files": {file.name: {"size": file.size} for file in plan.files},
             }
             report = report_of(plan.export, records, written=plan.size, begun=begun, own=own)

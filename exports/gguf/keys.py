@@ -66,8 +66,8 @@ def keys(config: Mapping[str, Any], *, name: str, file_type: int) -> tuple[Key, 
         raise MalformedFile("holds no numbers of a model", file=FILE, found=str(error)[:300]) from error
 
 
-def remarks(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what llama.cpp has to be told when it starts, for it does not take it from the file.
+def starting(config: Mapping[str, Any]) -> dict[str, float]:
+    """Return what llama.cpp has to be told when it starts, for it does not take it from the file.
 
     It reads the ends of YaRN's ramp for other architectures alone (`LLM_KV_ROPE_SCALING_YARN_BETA_FAST` in its
     src/models/), and takes 32 and 1 for this one. Of K2 both are 1.
@@ -75,13 +75,9 @@ def remarks(config: Mapping[str, Any]) -> Iterator[str]:
     Args:
         config: one that `keys` takes.
     """
-    found = {key.name.rpartition("yarn_")[2]: key.value for key in _rope(language_config(config), sizes_of(config))}
-    told = [f"yarn_{key} {found[key]:g}" for key, usual in _YARN_DEFAULTS.items() if found.get(key, usual) != usual]
-    if told:
-        yield (
-            f"tell llama.cpp {' and '.join(told)} when it starts, as config.json says: it does not read that from a "
-            "file of this architecture, and computes other positions without it"
-        )
+    rope = _rope(language_config(config), sizes_of(config))
+    found: dict[str, Any] = {key.name.rpartition("yarn_")[2]: key.value for key in rope}
+    return {f"yarn_{key}": found[key] for key, usual in _YARN_DEFAULTS.items() if found.get(key, usual) != usual}
 
 
 def _check(sizes: Sizes) -> None:

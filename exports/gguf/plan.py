@@ -16,7 +16,7 @@ from k2quant.conversion.placing import Job, ShardPlan
 from k2quant.exports.exporting import Export
 from k2quant.exports.gguf import blocks
 from k2quant.exports.gguf.files import SUFFIX, FilePlan, Tensor, check_name, file_plans
-from k2quant.exports.gguf.keys import keys, remarks
+from k2quant.exports.gguf.keys import keys, starting
 from k2quant.exports.gguf.names import ENGINE, HALVES
 from k2quant.exports.gguf.types import Choice, GgufOptions, chosen, survey, target
 from k2quant.exports.gguf.vocabulary import vocabulary
@@ -46,6 +46,8 @@ class GgufPlan(NamedTuple):
     """What becomes of which class of tensors."""
     fallback: Mapping[str, str]
     """Why a tensor is not in the type that its codes have, or that was asked for, by its name."""
+    starting: Mapping[str, float]
+    """What llama.cpp has to be told when it starts, see `keys.starting`."""
 
     def __repr__(self) -> str:
         """Return it in one line."""
@@ -122,8 +124,9 @@ def make_gguf_plan(source: Checkpoint, file: str, options: GgufOptions, *, worke
         "source": source.fingerprint(),
         "headers": {each.name: hashlib.sha256(each.header).hexdigest() for each in files},
     }
-    export = Export(source, shards, identity, (*found.remarks, *remarks(config), *_remarks(files, why)))
-    return GgufPlan(export, files, sections, tuple(_rows(written)), why)
+    told = starting(config)
+    export = Export(source, shards, identity, (*found.remarks, *_remarks(told, files, why)))
+    return GgufPlan(export, files, sections, tuple(_rows(written)), why, told)
 
 
 def _name(source: Checkpoint) -> str:
@@ -219,7 +222,13 @@ def _rows(written: Iterable[_Written]) -> Iterator[Row]:
     return (Row(*key, len(found), sum(found)) for key, found in sorted(table.items(), key=lambda item: -sum(item[1])))
 
 
-def _remarks(files: tuple[FilePlan, ...], why: Mapping[str, str]) -> Iterator[str]:
+def _remarks(told: Mapping[str, float], files: tuple[FilePlan, ...], why: Mapping[str, str]) -> Iterator[str]:
+    if told:
+        yield (
+            f"tell llama.cpp {' and '.join(f'{name} {value:g}' for name, value in told.items())} when it starts, as "
+            "config.json says: it does not read that from a file of this architecture, and computes other positions "
+            "without it"
+        )
     if why:
         name, reason = next(iter(why.items()))
         more = f"; {counted(len(why), 'such tensor')}" if len(why) > 1 else ""

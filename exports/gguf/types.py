@@ -197,7 +197,7 @@ def survey(source: Checkpoint, stacks: Iterable[Stack], *, workers: int) -> dict
     Raises:
         BadValue: a scale that no weight can have.
     """
-    unfit: dict[str, str] = {}
+    unfit: dict[str, dict[str, str]] = {}
 
     def look(found: _Scales) -> None:
         stored = found.weight.format
@@ -205,10 +205,12 @@ def survey(source: Checkpoint, stacks: Iterable[Stack], *, workers: int) -> dict
             return
         why = _whole(source, found.weight, stored) if stored.whole else _no_half(source, found.weight)
         if why is not None and not (stored.whole and found.tensor.rpartition(".")[2] in SCALED):
-            unfit.setdefault(f"{found.tensor}.weight", why)
+            unfit.setdefault(f"{found.tensor}.weight", {})[found.weight.base] = why
 
+    stacks = list(stacks)
     pool.run(_looked_at(stacks), look, workers=workers)
-    return unfit
+    first = {weight.base: place for place, weight in enumerate(each.weight for each in _looked_at(stacks))}
+    return {name: whys[min(whys, key=first.__getitem__)] for name, whys in sorted(unfit.items())}
 
 
 def _looked_at(stacks: Iterable[Stack]) -> Iterator[_Scales]:
@@ -230,7 +232,7 @@ def _whole(source: Checkpoint, weight: StoredWeight, stored: Format) -> str | No
     scale = float(parts[stored.streamed[2]].reshape(-1)[0])  # behind codes and scales of blocks
     if scale == 1:
         return None
-    return f"`{weight.base}` has the scale {scale:g} of the whole, by which llama.cpp's deepseek2 does not multiply it"
+    return f"`{weight.base}` has the scale {scale:g} of the whole, which llama.cpp's deepseek2 leaves out"
 
 
 def _no_half(source: Checkpoint, weight: StoredWeight) -> str | None:

@@ -283,6 +283,8 @@ def _config(config: dict[str, Any], made: Iterable[_Made]) -> dict[str, Any]:
     copy = edited(config, None, rounded_to_bf16=False)
     copy.pop("quantization", None)
     _say_rope(cast("dict[str, Any]", language_config(copy)))  # which is of the copy
+    if copy["model_type"] == "kimi_k2" and "auto_map" not in copy:
+        copy["model_type"] = "deepseek_v3"  # which mlx-lm makes of it; transformers, whose tokenizers it uses, knows it
     if not found:
         return copy
     (most, _), *_ = Counter(tuple(params.items()) for params in found.values()).most_common()

@@ -483,8 +483,8 @@ class Format(ABC):
     def restate(self, source: Format, parts: Parts, outputs: Parts, codecs: Codecs) -> Figures | None:
         """Fill a panel's arrays with codes of a source at scales of this format; only for what `restates`.
 
-        Where they are the source's own arrays, these may take the others' place in `outputs`. Nothing is returned where
-        every value stays.
+        A format that has the very arrays of the source may put these into `outputs`, in place of those to be filled.
+        Nothing is returned where every value stays.
 
         Raises:
             ValueAt: a value that no weight can have.

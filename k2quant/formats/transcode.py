@@ -46,7 +46,7 @@ def transcode(
         source: the format of `parts`.
         target: the format of `outputs`.
         parts: the panel's arrays by suffix, each with its own rows.
-        outputs: arrays to fill, likewise; what is not streamed is not touched.
+        outputs: arrays to fill, likewise; what is not streamed is not touched. Afterwards some may be those of `parts`.
         codecs: who does the arithmetic.
         scratch: this thread's buffers.
 

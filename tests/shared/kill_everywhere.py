@@ -16,7 +16,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,18 @@ from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
 OPERATIONS = ("open", "pwrite", "fsync", "fdatasync", "ftruncate", "rename", "unlink", "mkdir", "rmdir")
 
 
+def changes(name: str, arguments: Sequence[Any]) -> bool:
+    """Tell whether an operation changes anything: files that are read are opened, too."""
+    return name != "open" or bool(arguments[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR))
+
+
 def arm(number: int) -> None:
     """Let this process be killed before the file operation of this number; of a write, half is done."""
     count = itertools.count(1)
 
     def armed(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            writes = name != "open" or arguments[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)
-            if writes and next(count) == number:
+            if changes(name, arguments) and next(count) == number:
                 if name == "pwrite":
                     descriptor, data, offset = arguments
                     operation(descriptor, data[: len(data) // 2], offset)
@@ -53,7 +57,7 @@ def operations(work: Callable[[], object]) -> int:
 
     def counting(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
-            if name != "open" or arguments[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+            if changes(name, arguments):
                 next(count)
             return operation(*arguments, **options)
 
@@ -95,7 +99,10 @@ def run(to: Any, source: Path, destination: Path, *, kill_at: int, restart: bool
         arm(kill_at)
         k2quant.convert(source, destination, to=to, workers=1, restart=restart)
 
-    return in_a_child(work)
+    try:
+        return in_a_child(work)
+    except AssertionError:
+        sys.exit(f"the run to be killed at {kill_at} failed")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ Usage:
     python benchmarks/suites/exports/speed.py FOLDER RESULT.json [--size 3GB] [--llama PYTHON --sources FOLDER]
 
 FOLDER gets a slice of K2's shapes with native INT4 experts, and what is made of it. A copy (`cp`, then `sync` of the
-files) and the exports take turns, six times, each of them as often the first as the others, from a warm cache.
+files) and the exports take turns from a warm cache, six times, each time in another order.
 llama.cpp's own way is its converter to BF16, of its SOURCES, and then `llama_model_quantize` to Q4_0, by PYTHON, an
 interpreter with llama-cpp-python, as `make gguf-oracle` makes one. Both are timed, once each, for they take long; the
 error is that of an expert, against the values of INT4.
@@ -17,8 +17,8 @@ import json
 import shutil
 import statistics
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from itertools import cycle, islice, permutations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,11 @@ def taken(runs: int, before: Callable[[], None], command: list[str], log: Path) 
 def measure(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield a row for each way."""
     home: Path = given.folder
-    source, copy, out, log = home / "slice", home / "copy", home / "slice.gguf", home / "log"
+    source, copy, mlx, out, log = (home / name for name in ("slice", "copy", "mlx", "slice.gguf", "log"))
 
     def fresh() -> None:
         remove(copy)
+        remove(mlx)
         for path in home.glob("slice.gguf*"):
             remove(path) if path.is_dir() else path.unlink()
         warm(source)
@@ -179,17 +180,15 @@ def measure(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     export = [sys.executable, "-m", "k2quant", "-q", "export"]
     ways = {
         "copy": ["sh", "-c", f"cp -r '{source}' '{copy}' && sync '{copy}'/*"],
-        "export mlx": [*export, "mlx", str(source), str(copy)],
+        "export mlx": [*export, "mlx", str(source), str(mlx)],
         "export gguf": [*export, "gguf", str(source), str(out)],
     }
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for command in ways.values():  # not timed: the slice was just made, and a virtual machine's new pages are dear
         taken(1, fresh, command, log)
-    order = deque(ways)
-    for _ in range(given.runs):
+    for order in islice(cycle(permutations(ways)), given.runs):  # what comes before may matter
         for name in order:
             rounds[name].append(taken(1, fresh, ways[name], log))
-        order.rotate()
     fresh()
     run(ways["export gguf"], log=log)  # once more: another way was the last, and began by clearing this one's file
     of_file = {"disk_bytes": out.stat().st_size, "error": error_of(source, out)}
@@ -227,8 +226,8 @@ def theirs(given: argparse.Namespace, source: Path, log: Path) -> Iterator[dict[
 
 def page(found: Mapping[str, Any]) -> str:
     """Return the results as a page."""
-    versions = ", ".join(f"{name} {each}" for name, each in found["versions"].items())
-    machine = f"{found['cpu']}, {found['cores']} cores, load {found['load']:.1f} at the end; {versions}; commit "
+    software = ", ".join(f"{name} {each}" for name, each in found["versions"].items())
+    machine = f"{found['cpu']}, {found['cores']} cores, load {found['load']:.1f} at the end; {software}; commit "
     how = (
         f"A layer of K2's widths with {found['size'] / 1e9:.1f} GB of INT4 experts, from a warm cache. The copy and "
         f"the exports took turns {found['runs']} times: median, least and most. llama.cpp's converter to BF16 and its "
@@ -289,8 +288,8 @@ def main() -> None:
         rows.append(row)
     command = "python benchmarks/suites/exports/speed.py FOLDER RESULT.json --size SIZE --llama PYTHON --sources FOLDER"
     found = facts(command, "exports", "k2quant", "kernels")
-    copied, *exported = rows[:3]
-    ratios = {row["way"]: row["seconds"] / copied["seconds"] for row in exported}
+    copied, *others = rows
+    ratios = {row["way"]: row["seconds"] / copied["seconds"] for row in others if row["way"].startswith("export")}
     found["versions"] = versions(sys.executable, ["numpy", "numba"])
     if given.llama:
         found["versions"] |= versions(given.llama, ["llama_cpp_python"])

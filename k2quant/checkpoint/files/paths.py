@@ -189,8 +189,8 @@ def write_whole(path: Path, data: bytes, attempt: str = "") -> None:
 
 _AT_ONCE = 2**19
 """Bytes of one write. Linux takes larger pages for larger writes, up to those that a virtual machine gives back to its
-host as soon as they are free and has to ask for again: writes of 4 MB and more took three times as long there (6.18,
-ext4, free page reporting), and a conversion of 3 GB from INT4 to FP8 13.1 s where it takes 7.6."""
+host as soon as they are free and has to ask for again (seen with 6.18, ext4 and free page reporting); and a thread that
+waits for the file gets it sooner."""
 
 
 def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:

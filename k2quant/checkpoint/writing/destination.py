@@ -408,10 +408,15 @@ def room_of(folder: Path, shards: Mapping[str, int], more: int) -> Room:
         more: bytes of the files beside them.
     """
     replaced = [path for name in shards for path in (folder / name, *partials(folder / name))]
-    present = sum(path.stat().st_size for path in replaced if path.is_file())
+    present = sum(_taken(path.stat()) for path in replaced if path.is_file())
     where = nearest_folder(folder)
     needed, remedy = sum(shards.values()) + more - present, "free some space, or name a folder on another disk"
     return Room(where, needed, shutil.disk_usage(where).free, remedy)
+
+
+def _taken(status: os.stat_result) -> int:
+    """Return the bytes of a file that lie on the disk: one that was begun has its full size and is mostly holes."""
+    return min(status.st_size, status.st_blocks * 512)
 
 
 def line(record: dict[str, Any]) -> bytes:

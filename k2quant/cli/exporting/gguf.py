@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import click
@@ -13,7 +14,8 @@ from k2quant.cli.parts.places import PLACE, Place, remote_options
 from k2quant.cli.parts.results import suggest
 from k2quant.formats.bf16 import Bf16
 
-_TERMS = Terms("type", "part")
+_TERMS = Terms("type", "part", named=True)
+_OF_WRITING = {"soft_lock", "low_disk"}
 
 
 @click.command(name="gguf")
@@ -81,14 +83,17 @@ def _export(source: Place, destination: Place, *, as_json: bool, **options: Any)
         done = export_gguf(source, destination, progress=show, **options)
     say_done(done, done.file, _TERMS, files=len(done.files), as_json=as_json)
     if not as_json:
-        suggest(("llama-server", "-m", done.file), ("llama-cli", "-m", done.file, "-p", "..."))
+        starting = done.report.get("starting", {})
+        told = ((f"--{name.replace('_', '-')}", f"{value:g}") for name, value in starting.items())
+        model = ("-m", done.file, *chain.from_iterable(told))
+        suggest(("llama-server", *model), ("llama-cli", *model, "-p", "..."))
 
 
 def _dry_run(source: Place, destination: Place, *, as_json: bool, bandwidth: float | None, **options: Any) -> None:
     from k2quant.cli.parts.screen import working
     from k2quant.exports import look_ahead_gguf
 
-    asked = {name: value for name, value in options.items() if name not in {"soft_lock", "low_disk"}}  # none writes
+    asked = {name: value for name, value in options.items() if name not in _OF_WRITING}
     with working(f"reading headers and scales of {source.name}"):
         plan, done, room = look_ahead_gguf(source, destination, **asked)
     files = {file.name: file.size for file in plan.files}

@@ -11,7 +11,8 @@ from k2quant.cli.parts import conversion
 from k2quant.cli.parts.places import PLACE, Place, remote_options
 from k2quant.cli.parts.results import suggest
 
-_TERMS = Terms("mode", "shard")
+_TERMS = Terms("mode", "shard", named=False)
+_OF_WRITING = {"soft_lock", "low_disk", "workers"}
 
 
 @click.command(name="mlx")
@@ -66,7 +67,7 @@ def _dry_run(source: Place, destination: Place, *, as_json: bool, bandwidth: flo
     from k2quant.cli.parts.screen import working
     from k2quant.exports import look_ahead_mlx
 
-    asked = {name: value for name, value in options.items() if name in {"shard_size", "restart", "follow_links"}}
+    asked = {name: value for name, value in options.items() if name not in _OF_WRITING}
     with working(f"reading headers of {source.name}"):
         plan, done, room = look_ahead_mlx(source, destination, **asked)
     say_plan(plan, done, room, _TERMS, files=None, bandwidth=bandwidth, as_json=as_json)

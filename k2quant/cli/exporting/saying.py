@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from k2quant.cli.parts.terminal import tables
-from k2quant.cli.parts.terminal.tables import Column
+from k2quant.cli.parts.terminal.tables import Column, paragraph
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,9 +33,11 @@ class Terms(NamedTuple):
     """What an export calls things."""
 
     becomes: str
-    """What a tensor becomes one of, such as `type`; a report has `types`."""
+    """What it says of each tensor, such as its `type`; the report has `types`."""
     unit: str
     """What is finished one by one, such as `part`."""
+    named: bool
+    """Whether tensors that are not in the type of their codes are named one by one, and not in a remark."""
 
 
 def say_done(done: GgufExport | MlxExport, where: Path, terms: Terms, *, files: int, as_json: bool) -> None:
@@ -64,7 +66,7 @@ def say_done(done: GgufExport | MlxExport, where: Path, terms: Terms, *, files: 
     if done.already_done:
         click.echo(f"{where}: already finished, nothing to do")
         return
-    _say_rows(report[f"{terms.becomes}s"], report["fallback"], terms)
+    _say_rows(report[f"{terms.becomes}s"], report["fallback"] if terms.named else {}, terms)
     ratio = report["bytes_written"] / max(report["bytes_read"], 1)
     rate = "" if done.resumed else f", {size(report['bytes_read'] / max(report['seconds'], 1e-6))}/s"
     several = "" if files == 1 else f" in {counted(files, 'file')}"
@@ -97,7 +99,6 @@ def say_plan(
     """
     from k2quant.cli.parts import places
     from k2quant.cli.parts.screen import warn
-    from k2quant.cli.parts.terminal.tables import paragraph
     from k2quant.conversion.places import coming
     from k2quant.ground.units import counted, size
 
@@ -123,7 +124,7 @@ def say_plan(
         }
         click.echo(json.dumps(facts))
     else:
-        _say_rows(rows, plan.fallback, terms)
+        _say_rows(rows, plan.fallback if terms.named else {}, terms)
         within = "" if files is None else f"{counted(len(files), 'file')}, "
         parts = f"{within}{counted(len(export.shards), terms.unit)}, {len(done)} of them done"
         lines = {
@@ -141,7 +142,6 @@ def say_plan(
 
 def _say_rows(rows: Iterable[Mapping[str, Any]], fallback: Mapping[str, str], terms: Terms) -> None:
     """Print what becomes of what, a line for each class of tensors, and which are not in the type of their codes."""
-    from k2quant.cli.parts.terminal.tables import paragraph
     from k2quant.ground.units import counted, size
 
     found = [

@@ -186,14 +186,15 @@ def tiny(rows: int, count: int, seed: int) -> U16:
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 2)])
 @pytest.mark.parametrize("bits", [0x36FFFFFF & ~0x1FFF, 0x33000000, 0x477FF000, 0x7F7FFFFF, 0x3F801000])
-def test_a_scale_that_fp16_does_not_have_is_named(bits: int) -> None:
-    """Too small for a subnormal's last bit, too large, or with too many bits: none of them is rounded."""
+def test_a_scale_that_fp16_does_not_have_is_named(bits: int, place: tuple[int, int]) -> None:
+    """Too small for a subnormal's last bit, too large, or with too many bits, anywhere: none of them is rounded."""
     scale = np.ones((2, 3), np.float32)
-    scale[1, 2] = np.uint32(bits).view(np.float32)
-    assert blocks.no_half(scale) == (1, 2)
+    scale[place] = np.uint32(bits).view(np.float32)
+    assert blocks.no_half(scale) == place
     out = np.empty((2, 54), np.uint8)
-    with pytest.raises(ValueAt, match=r"FP16 does not have, .* at row 1, column 2 of the scale"):
+    with pytest.raises(ValueAt, match=rf"FP16 does not have, .* at row {place[0]}, column {place[1]} of the scale"):
         blocks.q4_0(np.zeros((2, 12), np.int32), scale, 32, out)
 
 

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import k2quant
-from k2quant.checkpoint.files.paths import open_regular
+from k2quant.checkpoint.files.paths import open_regular, write_all
 from k2quant.checkpoint.files.sources import check_folder, no_folder
 from k2quant.checkpoint.reader import CONFIG, INDEX, open_checkpoint
 from k2quant.cli import main
@@ -596,3 +596,20 @@ def test_a_model_of_links_is_loaded_and_hashed(linked: Path, source: Path) -> No
     with pytest.raises(UnsafePath):
         describe(request, None)
     assert describe(dataclasses.replace(request, follow_links=True), None).model_hash == model_hash(source)
+
+
+@pytest.mark.parametrize("most", [1 << 30, 300_001])
+def test_all_bytes_are_written_however_few_the_system_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """A system may take fewer bytes than it is given: the next write begins behind those."""
+    real = os.pwrite
+
+    def short(descriptor: int, data: memoryview, offset: int) -> int:
+        return real(descriptor, data[:most], offset)
+
+    monkeypatch.setattr(os, "pwrite", short)
+    data = os.urandom(2_000_003)
+    with (tmp_path / "file").open("wb") as file:
+        write_all(file.fileno(), data, 7)
+    assert (tmp_path / "file").read_bytes() == bytes(7) + data

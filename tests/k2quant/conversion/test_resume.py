@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -256,6 +257,9 @@ def test_missing_bytes_are_those_that_are_not_there_yet(source: Path, out: Path)
     """What is done needs no room, and what is replaced gives its own back, a partial file too."""
     made = plan(source)
     assert resume.room(made, out, {}).needed == 50 - 20
+    assert resume.room(made, out, {"one": {}}).needed == 50 - 10 - 10
+    (out / "two.partial").touch()
+    os.truncate(out / "two.partial", 1 << 20)  # as a run begins it: all of it a hole
     assert resume.room(made, out, {"one": {}}).needed == 50 - 10 - 10
     (out / "two.partial").write_bytes(bytes(7))
     assert resume.room(made, out, {"one": {}}).needed == 50 - 10 - 17

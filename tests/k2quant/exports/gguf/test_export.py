@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from k2quant.checkpoint.reader import CONFIG, open_checkpoint
+from k2quant.checkpoint.panels import read_whole
+from k2quant.checkpoint.reader import CONFIG, Checkpoint, open_checkpoint
 from k2quant.checkpoint.reading import read_tensor
+from k2quant.checkpoint.weights import StoredWeight
 from k2quant.checkpoint.writing.in_memory import write_checkpoint
 from k2quant.errors import BadValue, MalformedFile, MissingTensor, ShapeMismatch, UnsupportedFormat, UsageError
 from k2quant.exports import export_gguf
 from k2quant.formats.dtypes import TensorSpec, as_array
+from k2quant.formats.format import Parts
 from k2quant.kernels.codecs.values import U16, bf16_to_float, float_to_bf16
 from k2quant.nano.demo import EXPERTS, HEADS, KV_RANK, LAYERS, NOPE, VALUE
 
@@ -162,7 +166,7 @@ def test_a_scale_of_the_whole_makes_nvfp4_fall_back(
 ) -> None:
     """llama.cpp reads the scale of experts, and computes deepseek2 without it: such a file would answer nonsense."""
     for name in ("nvfp4", "nvfp4 divided"):
-        with pytest.raises(UnsupportedFormat, match=r"cannot keep its codes: .* of the whole, by which llama.cpp"):
+        with pytest.raises(UnsupportedFormat, match=r"cannot keep its codes: .* of the whole, which llama.cpp"):
             export_gguf(fp4[name], tmp_path / "k2.gguf")
     done = export_gguf(fp4["nvfp4"], tmp_path / "k2.gguf", fallback="bf16")
     found = seen(done.file)
@@ -170,6 +174,26 @@ def test_a_scale_of_the_whole_makes_nvfp4_fall_back(
     assert {
         name for name, each in expected(values(fp4["nvfp4"])).items() if not same(means(found[name]), each)
     } == set()
+
+
+def test_which_expert_is_named_does_not_depend_on_threads(
+    fp4: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All have a scale of the whole; the first is named, though it is looked at after all others of its tensor."""
+    others = threading.Semaphore(0)
+
+    def read(source: Checkpoint, weight: StoredWeight) -> Parts:
+        if "layers.1.mlp.experts" in weight.base and weight.base.endswith("up_proj"):
+            if "experts.0." in weight.base:
+                for _ in range(EXPERTS - 1):
+                    assert others.acquire(timeout=60)
+            else:
+                others.release()
+        return read_whole(source, weight)
+
+    monkeypatch.setattr("k2quant.exports.gguf.types.read_whole", read)
+    done = export_gguf(fp4["nvfp4"], tmp_path / "k2.gguf", fallback="bf16", workers=2)
+    assert "layers.1.mlp.experts.0.up_proj" in done.report["fallback"]["blk.1.ffn_up_exps.weight"]
 
 
 def test_eight_bits_are_those_of_gguf(k2_source: Path, tmp_path: Path, seen: Any, values: Any) -> None:

@@ -135,13 +135,23 @@ def test_floats_stay_as_wide_as_they_are(k2_bf16: Path, tmp_path: Path, seen: An
 def test_the_config_says_the_mode_and_nothing_else_of_quantization(
     k2_thinking: Path, k25: Path, tmp_path: Path
 ) -> None:
-    """At the top level, where mlx-lm looks; every other key is the source's."""
+    """At the top level, where mlx-lm looks; every other key is the source's, but for the type of a K2 without code."""
     for source in (k2_thinking, k25):
         found, before = config_of(export_mlx(source, tmp_path / source.name).folder), config_of(source)
         assert found.pop("quantization") == {"group_size": 32, "bits": 4, "mode": "affine"}
         for home in (before, before.get("text_config", {})):
             home.pop("quantization_config", None)
+        if source == k2_thinking:
+            before["model_type"] = "deepseek_v3"
         assert found == before
+
+
+def test_a_k2_that_brings_its_own_code_keeps_its_name(k2_bf16: Path, tmp_path: Path) -> None:
+    """Its classes know it. Without any, transformers does not, and mlx-lm would have no tokenizer."""
+    code = {"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+    for more, kind in (code, "kimi_k2"), ({}, "deepseek_v3"):
+        source = changed(k2_bf16, tmp_path / kind / "k2", lambda _: None, more)
+        assert config_of(export_mlx(source, tmp_path / kind / "out").folder)["model_type"] == kind
 
 
 @pytest.mark.parametrize(
@@ -242,7 +252,7 @@ def test_tokenizer_and_code_go_along(k2_thinking: Path, tmp_path: Path) -> None:
 # --- what does not fit ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bits", "said"), [(0x7FC0, "NaN"), (0xBF80, "-1"), (0x7F00, "no eightfold")])
+@pytest.mark.parametrize(("bits", "said"), [(0x7FC0, "non-finite scale nan"), (0xBF80, "-1"), (0x7F00, "no eightfold")])
 def test_a_scale_that_mlx_cannot_use_ends_the_export(k2_thinking: Path, tmp_path: Path, bits: int, said: str) -> None:
     """NaN, minus one and 2^127, whose bias would be infinite, are named with their place; nothing looks finished."""
 
@@ -250,7 +260,7 @@ def test_a_scale_that_mlx_cannot_use_ends_the_export(k2_thinking: Path, tmp_path
         tensors["model.layers.2.mlp.experts.5.up_proj.weight_scale"][1][3, 4] = bits
 
     folder = changed(k2_thinking, tmp_path / "k2", change)
-    with pytest.raises(BadValue, match=rf"{said}.*row 3, column 4.*experts.5.up_proj.weight_scale|experts.5.up_proj"):
+    with pytest.raises(BadValue, match=rf"experts\.5\.up_proj\.weight_scale.*{said}.* at row 3, column 4"):
         export_mlx(folder, tmp_path / "out")
     assert not (tmp_path / "out" / CONFIG).exists()
 
