@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -61,20 +60,6 @@ def test_a_conversion_on_a_terminal_says_what_comes_next(k2_source: Path, tmp_pa
     assert k2quant(*shlex.split(report)[1:]).exit_code == 0
     again = on_terminal([*command, "-q"], columns=200)
     assert again.screen == [f"{destination}: already finished, nothing to do"]
-
-
-def test_an_export_on_a_terminal_says_how_llama_cpp_is_started(k2_thinking: Path, tmp_path: Path) -> None:
-    """With what it has to be told, when the export is made and when it stands there already."""
-    yarn = {"type": "yarn", "factor": 32.0, "beta_fast": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
-    said = {"rope_theta": 300.0, "rope_scaling": yarn}
-    config = json.loads((k2_thinking / "config.json").read_text())
-    source, file = tmp_path / "k2", tmp_path / "k2.gguf"
-    shutil.copytree(k2_thinking, source)
-    (source / "config.json").write_text(json.dumps(config | said))
-    for _ in range(2):
-        screen = on_terminal(["-m", "k2quant", "export", "gguf", str(source), str(file)], columns=300).screen
-        assert f"next: llama-server -m {file} --yarn-beta-fast 1" in screen
-        assert f"      llama-cli -m {file} --yarn-beta-fast 1 -p ..." in screen
 
 
 def test_verify_says_what_was_found_in_words_of_a_promise(k2_source: Path, k2_thinking: Path) -> None:

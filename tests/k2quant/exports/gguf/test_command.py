@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from k2quant.checkpoint.reader import CONFIG
 from k2quant.cli import main
 from k2quant.cli.exporting.gguf import command
 from k2quant.exports.gguf.types import EXPERTS, REST
+from k2quant.ground.release import INSTRUCT_CONFIG
 
 TABLE = """\
 class           is             becomes  tensors    bytes
@@ -115,3 +118,19 @@ def test_the_words_are_those_of_the_library() -> None:
         if isinstance(param.type, click.Choice) and param.name
     }
     assert options == {"rest": list(REST), "experts": list(EXPERTS), "fallback": list(reversed(EXPERTS))}
+
+
+def test_what_llama_cpp_has_to_be_told_stands_in_the_suggestion(
+    k2_thinking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the export is made, and when it stands there already."""
+    source, file = tmp_path / "k2", tmp_path / "k2.gguf"
+    shutil.copytree(k2_thinking, source)
+    config = json.loads((source / CONFIG).read_text())
+    (source / CONFIG).write_text(json.dumps(config | {"rope_scaling": INSTRUCT_CONFIG["rope_scaling"]}))
+    shown: list[tuple[object, ...]] = []
+    monkeypatch.setattr("k2quant.cli.exporting.gguf.suggest", lambda *commands: shown.extend(commands))
+    server = ("llama-server", "-m", file, "--yarn-beta-fast", "1")
+    for _ in range(2):
+        assert CliRunner().invoke(main, ["export", "gguf", str(source), str(file)]).exit_code == 0
+    assert shown == [server, ("llama-cli", *server[1:], "-p", "...")] * 2
