@@ -326,14 +326,21 @@ class Destination:
             DestinationStale: the journal is damaged, so that nobody knows what the folder holds.
         """
         own = {WORK, self._incomplete.name, self._incomplete.name + PARTIAL, CARD}  # a card may be there first
-        refuse_what_is_not_ours(
-            self,
-            foreign=sorted(path.name for path in self.folder.iterdir() if path.name not in own),
-            begun=self._journal.exists() or self._incomplete.exists(),
-            keeps=self._keeps(),
-            journal=self._journal,
-            restart=restart,
-        )
+        try:
+            refuse_what_is_not_ours(
+                self,
+                foreign=sorted(path.name for path in self.folder.iterdir() if path.name not in own),
+                begun=self._begun(),
+                keeps=self._keeps(),
+                journal=self._journal,
+                restart=restart,
+            )
+        except DestinationStale:
+            if self._begun():  # else another run has just finished, and took its journal away: all is well
+                raise
+
+    def _begun(self) -> bool:
+        return self._journal.exists() or self._incomplete.exists()
 
     def _keeps(self) -> bool:
         """Tell whether a run kept something to go on from; without a journal nobody knows which."""

@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 
 import k2quant
 from k2quant.checkpoint.reader import CONFIG, INCOMPLETE, INDEX, REPORT
+from k2quant.checkpoint.writing.destination import Destination
 from k2quant.checkpoint.writing.in_memory import Shard, write_checkpoint
 from k2quant.cli import main
 from k2quant.errors import (
@@ -177,6 +178,28 @@ def test_two_runs_at_once(source: Path, destination: Path, whole: dict[str, byte
         assert outcomes.count(False) == 1
         assert all(outcome in {True, False} or isinstance(outcome, DestinationInUse) for outcome in outcomes), outcomes
         assert contents(destination) == whole
+
+
+def test_a_run_that_ends_while_another_looks_leaves_no_damaged_journal(
+    source: Path, destination: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun when the other looked is finished when it reads the journal, which is not there any more."""
+    k2quant.convert(source, destination, to="int4", workers=1)
+    folder = Destination(destination, report=REPORT, incomplete=INCOMPLETE)
+    folder.work.mkdir()
+    folder.begin([{}])
+
+    def ended(self: Destination) -> list[dict[str, Any]]:
+        self.finish()
+        return []
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Destination, "journal", ended)
+        folder.refuse_foreign()
+    assert folder.finished_report() is not None
+    (destination / INCOMPLETE).touch()  # so it is damaged indeed
+    with pytest.raises(DestinationStale, match="the journal of an earlier run is damaged"):
+        folder.refuse_foreign()
 
 
 _HOLD = """
