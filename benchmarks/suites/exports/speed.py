@@ -17,7 +17,7 @@ import json
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle, islice, permutations
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script
 
 from suites.common.machine import facts, versions
-from suites.common.measure import remove, run, warm
+from suites.common.measure import Run, remove, run, warm
 
 RUNS = 6
 
@@ -149,12 +149,8 @@ def error_of(source: Path, file: Path) -> dict[str, float]:
     return {"worst": float(off.max()), "rms": float(np.sqrt(np.square(off).mean()))}
 
 
-def taken(runs: int, before: Callable[[], None], command: list[str], log: Path) -> dict[str, float]:
-    """Run a command some times; return the median of its seconds, their ends, and its memory."""
-    found = []
-    for _ in range(runs):
-        before()
-        found.append(run(command, log=log))
+def summary(found: Sequence[Run]) -> dict[str, float]:
+    """Return the median of what runs of a command took, their ends, and the memory."""
     seconds = [each.wall_s for each in found]
     return {
         "seconds": statistics.median(seconds),
@@ -183,26 +179,21 @@ def measure(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "export mlx": [*export, "mlx", str(source), str(mlx)],
         "export gguf": [*export, "gguf", str(source), str(out)],
     }
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
-    for command in ways.values():  # not timed: the slice was just made, and a virtual machine's new pages are dear
-        taken(1, fresh, command, log)
+
+    def once(way: str) -> Run:
+        fresh()
+        return run(ways[way], log=log)
+
+    for way in ways:  # not timed: the slice was just made, and a virtual machine's new pages are dear
+        once(way)
+    rounds: dict[str, list[Run]] = {way: [] for way in ways}
     for order in islice(cycle(permutations(ways)), given.runs):  # what comes before may matter
-        for name in order:
-            rounds[name].append(taken(1, fresh, ways[name], log))
-    fresh()
-    run(ways["export gguf"], log=log)  # once more: another way was the last, and began by clearing this one's file
+        for way in order:
+            rounds[way].append(once(way))
+    once("export gguf")  # for its file, which another way has cleared
     of_file = {"disk_bytes": out.stat().st_size, "error": error_of(source, out)}
-    for name, found in rounds.items():
-        seconds = [each["seconds"] for each in found]
-        yield {
-            "way": name,
-            "seconds": statistics.median(seconds),
-            "least": min(seconds),
-            "most": max(seconds),
-            "cpu_seconds": statistics.median(each["cpu_seconds"] for each in found),
-            "peak_bytes": max(each["peak_bytes"] for each in found),
-            **(of_file if name == "export gguf" else {}),
-        }
+    for way, found in rounds.items():
+        yield {"way": way, **summary(found), **(of_file if way == "export gguf" else {})}
     if given.llama:
         yield from theirs(given, source, log)
 
@@ -215,7 +206,7 @@ def theirs(given: argparse.Namespace, source: Path, log: Path) -> Iterator[dict[
     quantise = [given.llama, "-c", QUANTISE, str(whole), str(small), str(given.threads)]
     for name, command, file in ("converter", convert, whole), ("quantiser", quantise, small):
         file.unlink(missing_ok=True)
-        found = taken(1, lambda: None, [*command], log)
+        found = summary([run(command, log=log)])
         yield {
             "way": f"llama.cpp's {name}",
             **found,
